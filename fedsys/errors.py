@@ -1,0 +1,101 @@
+"""Every error that fedsys raises on purpose, in one tree.
+
+::
+
+    FedsysError                 exit status 1: the job was understood and could not be done
+    ├── ConfigError             exit status 2: an option, a group, or a value of the configuration
+    ├── DataError               a data set or an image that cannot be read
+    ├── ModelError              a model that cannot be built, traced, cut, pruned or loaded
+    ├── RunError                a run folder that cannot be written, read or resumed
+    ├── RuntimeFailure          Flower, a node or a process of the run failed
+    ├── SecurityError           a certificate, token or peer that is not accepted
+    └── LinkError               the connection between a device and an edge server
+        ├── FrameError          bytes that are not a valid frame
+        ├── LinkTimeout         nothing arrived within the time limit
+        ├── LinkClosed          the peer is gone
+        └── RemoteError         the peer answered with an error of its own
+
+A message names the argument, its value, the rule that it breaks, and the way out.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FedsysError(Exception):
+    """Base of all errors of this project; `exit_status` is that of the `fedsys` command."""
+
+    exit_status = 1
+
+
+class ConfigError(FedsysError):
+    """An option, a group or a value of the configuration is not usable."""
+
+    exit_status = 2
+
+    @classmethod
+    def of(cls, argument: str, value: object, rule: str, way_out: str = "") -> ConfigError:
+        """Compose the one sentence that all configuration errors have.
+
+        Args:
+            argument: Name as the user writes it, for instance ``client.lr``.
+            value: The value that was given.
+            rule: What the value has to fulfil, beginning with "must".
+            way_out: What to do instead; optional.
+        """
+        text = f"{argument}={value}: {rule}"
+        return cls(f"{text}; {way_out}" if way_out else text)
+
+
+class DataError(FedsysError):
+    """A data set or one of its files cannot be read."""
+
+
+class ModelError(FedsysError):
+    """A model cannot be built, traced, cut, pruned or loaded."""
+
+
+class RunError(FedsysError):
+    """A run folder cannot be written, read or resumed."""
+
+
+class RuntimeFailure(FedsysError):
+    """Flower, a node, or a process that belongs to the run failed."""
+
+
+class SecurityError(FedsysError):
+    """A certificate, a token or a peer is not accepted."""
+
+
+class LinkError(FedsysError):
+    """The connection between a device and an edge server failed."""
+
+
+class FrameError(LinkError):
+    """The bytes received are not a valid frame."""
+
+
+class LinkTimeout(LinkError):
+    """Nothing arrived within the time limit."""
+
+
+class LinkClosed(LinkError):
+    """The peer closed the connection, or it was lost."""
+
+
+class RemoteError(LinkError):
+    """The peer answered with an error of its own."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ``"did you mean 'x'? "`` for the closest of `known`, or an empty string.
+
+    >>> did_you_mean("vgg6", ["vgg5", "resnet18"])
+    "did you mean 'vgg5'? "
+    >>> did_you_mean("zzz", ["vgg5"])
+    ''
+    """
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"did you mean '{close[0]}'? " if close else ""

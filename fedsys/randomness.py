@@ -1,0 +1,268 @@
+"""Every random draw is a function of (seed, purpose, client, round, step).
+
+Nothing in fedsys draws from a process-wide generator. A draw is addressed, not taken in turn:
+whoever knows the address gets the same numbers, in any process, thread, order or machine. This
+is what lets an offloaded, pipelined, migrated or resumed run repeat exactly what the plain run did.
+
+The randomness *inside* a model is addressed too. `key_modules` replaces dropout and stochastic
+depth by `KeyedDropout`, whose masks are drawn for the whole mini-batch from the address of the
+step and the name of the module; a micro-batch then uses its rows of that mask. The address is
+given by `drawing`, a context that holds for one thread::
+
+    with drawing(Address(seed=1, client=3, round=2), step=0, batch_size=100):
+        with rows(0, 50):
+            loss_1 = criterion(model(x[:50]), y[:50])
+        with rows(50, 100):
+            loss_2 = criterion(model(x[50:]), y[50:])
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedsys.errors import ModelError
+
+SERVER = -1
+"""The client of a draw that belongs to no client."""
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Who draws, and when: all of an address but purpose and step.
+
+    Attributes:
+        seed: The `seed` of the run.
+        client: Partition id of the client; `SERVER` for draws of the server.
+        round: Round, from 1; 0 before the first.
+    """
+
+    seed: int
+    client: int = SERVER
+    round: int = 0
+
+    def seed_for(self, purpose: str, step: int = 0, name: str = "") -> int:
+        """Return 63 bits that depend on every part of the address (BLAKE2b).
+
+        Args:
+            purpose: What the draw is for, for instance ``"shuffle"``.
+            step: Index of the mini-batch in the round, or another counter.
+            name: Name of the module that draws; empty outside of models.
+        """
+        words = struct.pack("<qqqq", self.seed, self.client, self.round, step)
+        text = f"{purpose}\0{name}".encode()
+        return int.from_bytes(hashlib.blake2b(words + text, digest_size=8).digest(), "little") >> 1
+
+    def torch(self, purpose: str, step: int = 0, name: str = "") -> torch.Generator:
+        """Return a generator of the CPU, seeded by the address."""
+        return torch.Generator().manual_seed(self.seed_for(purpose, step, name))
+
+    def numpy(self, purpose: str, step: int = 0) -> np.random.Generator:
+        """Return a NumPy generator (PCG64), seeded by the address."""
+        return np.random.default_rng(self.seed_for(purpose, step))
+
+
+_fork_lock = threading.Lock()
+
+
+@contextmanager
+def seeded_default_generator(seed: int) -> Iterator[None]:
+    """Seed torch's process-wide generator for a block and put its state back afterwards.
+
+    PyTorch's own initialisation of layers knows no other generator. One block at a time.
+    """
+    with _fork_lock, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+# --------------------------------------------------------------------------------------------------
+# Randomness inside a model
+
+
+@dataclass(slots=True)
+class _Step:
+    """One optimizer step of one client: the address, the mini-batch and the rows in work."""
+
+    address: Address
+    step: int
+    batch_size: int
+    start: int = 0
+    stop: int = 0
+    masks: dict[str, Tensor] = field(default_factory=dict)
+
+
+_current = threading.local()
+
+
+@contextmanager
+def drawing(address: Address, step: int, batch_size: int) -> Iterator[None]:
+    """Address the draws that models make in this thread until the block ends.
+
+    Args:
+        address: Seed, client and round.
+        step: Index of the mini-batch within the round.
+        batch_size: Number of examples in the whole mini-batch.
+    """
+    outer = getattr(_current, "step", None)
+    _current.step = _Step(address, step, batch_size, 0, batch_size)
+    try:
+        yield
+    finally:
+        _current.step = outer
+
+
+@contextmanager
+def rows(start: int, stop: int) -> Iterator[None]:
+    """Say that the model sees examples ``[start, stop)`` of the mini-batch in this block."""
+    now: _Step = _current.step
+    before = now.start, now.stop
+    now.start, now.stop = start, stop
+    try:
+        yield
+    finally:
+        now.start, now.stop = before
+
+
+class KeyedDropout(nn.Module):
+    """Dropout whose mask is a function of (seed, client, round, step, module name).
+
+    In training, elements (or whole channels, or whole examples) are zeroed with probability `p`
+    and the rest is scaled by ``1 / (1 - p)``, as in `torch.nn.Dropout`. The mask is drawn for the
+    whole mini-batch on the CPU, so it does not depend on micro-batches, on cuts or on the device.
+
+    Args:
+        name: Name of the module in the whole model.
+        p: Probability of zeroing, in [0, 1].
+        spread: How far one draw reaches: ``"element"`` (Dropout), ``"channel"`` (Dropout1d to
+            Dropout3d), ``"example"`` (stochastic depth by row) or ``"batch"`` (by batch).
+    """
+
+    def __init__(self, name: str, p: float, spread: str = "element") -> None:
+        super().__init__()
+        self.name, self.p, self.spread = name, p, spread
+
+    def extra_repr(self) -> str:
+        return f"{self.name!r}, p={self.p}, spread={self.spread!r}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x` of shape ``(rows, …)`` with the rows' part of the mask applied."""
+        if not self.training or self.p == 0.0:
+            return x
+        now: _Step | None = getattr(_current, "step", None)
+        if now is None:
+            raise ModelError(
+                f"{self.name}: dropout in training mode needs an address for its draws; "
+                "run the model inside fedsys.randomness.drawing(…), or call model.eval()"
+            )
+        if x.shape[0] != now.stop - now.start:
+            raise ModelError(
+                f"{self.name}: got {x.shape[0]} rows where the step said {now.stop - now.start}; "
+                "announce micro-batches with fedsys.randomness.rows(start, stop)"
+            )
+        mask = now.masks.get(self.name)
+        if mask is None:
+            mask = now.masks[self.name] = self._draw(now, x)
+        part = mask if self.spread == "batch" else mask[now.start : now.stop]
+        return x * part.to(device=x.device, dtype=x.dtype)
+
+    def _draw(self, now: _Step, x: Tensor) -> Tensor:
+        tail = tuple(x.shape[1:])
+        shape = {
+            "element": (now.batch_size, *tail),
+            "channel": (now.batch_size, *tail[:1], *(1 for _ in tail[1:])),
+            "example": (now.batch_size, *(1 for _ in tail)),
+            "batch": (1, *(1 for _ in tail)),
+        }[self.spread]
+        if self.p == 1.0:
+            return torch.zeros(shape)
+        generator = now.address.torch("dropout", now.step, self.name)
+        kept = torch.rand(shape, generator=generator) >= self.p
+        return kept.float().div_(1.0 - self.p)
+
+
+_SPREADS: dict[str, str] = {
+    "Dropout": "element",
+    "Dropout1d": "channel",
+    "Dropout2d": "channel",
+    "Dropout3d": "channel",
+}
+
+
+def _keyed(name: str, module: nn.Module) -> KeyedDropout | None:
+    kind = type(module).__name__
+    if kind in _SPREADS and isinstance(getattr(module, "p", None), float | int):
+        return KeyedDropout(name, float(module.p), _SPREADS[kind])
+    if kind == "StochasticDepth":  # torchvision.ops; by name, so that torchvision is not imported
+        spread = "example" if module.mode == "row" else "batch"
+        return KeyedDropout(name, float(module.p), spread)  # type: ignore[arg-type]
+    return None
+
+
+def key_modules(model: nn.Module) -> nn.Module:
+    """Replace every dropout and stochastic depth in `model` by `KeyedDropout`, in place.
+
+    Parameters and buffers keep their names: the replaced modules have none.
+    """
+    for name, module in list(model.named_modules()):
+        keyed = _keyed(name, module)
+        if keyed is None:
+            continue
+        keyed.train(module.training)
+        if not name:
+            return keyed
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, keyed)
+    return model
+
+
+def check_keyed(model: nn.Module, example: Tensor) -> None:
+    """Refuse a model that draws from torch's process-wide generator in training mode.
+
+    The model is run once on `example` (a batch of two or more) and left as it was.
+
+    Raises:
+        ModelError: Names the first module whose forward drew from the process-wide generator.
+    """
+    culprit: list[str] = []
+    names = {module: name for name, module in model.named_modules()}
+
+    def before(module: nn.Module, _: object) -> None:
+        stack.append(torch.random.get_rng_state())
+
+    def after(module: nn.Module, _: object, __: object) -> None:
+        if not torch.equal(stack.pop(), torch.random.get_rng_state()):
+            culprit.append(f"{names[module] or 'the model'} ({type(module).__name__})")
+
+    stack: list[Tensor] = []
+    hooks = [m.register_forward_pre_hook(before) for m in names]
+    hooks += [m.register_forward_hook(after) for m in names]
+    training = {m: m.training for m in names}
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    try:
+        model.train()
+        with seeded_default_generator(0), torch.no_grad():
+            address = Address(seed=0)
+            with drawing(address, 0, example.shape[0]):
+                model(example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in training.items():
+            module.training = mode
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+    if culprit:
+        raise ModelError(
+            f"{culprit[0]} draws from torch's process-wide generator in training, so its runs "
+            "cannot be repeated; use nn.Dropout, nn.Dropout1d to 3d or torchvision's "
+            "StochasticDepth as modules instead of functional or other random layers"
+        )
