@@ -1,0 +1,329 @@
+"""From a module to a graph: trace a model, rebuild modules from parts of it, measure its nodes.
+
+`torch.fx` records one forward pass of Python code as a graph. On its own it forgets three things
+that split training and pruning depend on, and `trace` keeps them:
+
+* *the mode*: ``F.dropout(x, p, self.training)`` would be frozen at what the model was when it was
+  traced. The model is traced in both modes and every constant that differs becomes a `ByMode`;
+* *the names*: modules, parameters and buffers keep their global names and their order, including
+  those that forward never uses, and buffers stay as persistent as they were;
+* *the model*: the graph works on copies of the modules that share their tensors, so tracing,
+  ``.train()`` and ``.eval()`` leave the model that was given alone.
+
+`fedsys.layers` sees such a graph as a chain of units; `fedsys.pruning` as channel dependencies.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import linecache
+import threading
+import traceback
+from collections.abc import Iterable, Iterator
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fedsys.errors import ModelError
+from fedsys.randomness import KeyedDropout
+
+_lock = threading.Lock()  # torch.fx patches nn.Module while it traces: one trace at a time
+
+
+class ByMode(nn.Module):
+    """A constant of the forward pass that is not the same in training and in evaluation.
+
+    It stands in a graph as a call without inputs and follows ``.train()`` and ``.eval()``.
+    """
+
+    def __init__(self, training: object, evaluation: object) -> None:
+        super().__init__()
+        self.values = training, evaluation
+
+    def extra_repr(self) -> str:
+        """Show both values when the module is printed."""
+        return f"training={self.values[0]!r}, evaluation={self.values[1]!r}"
+
+    def forward(self) -> Any:
+        """Return the value of the current mode."""
+        return self.values[0] if self.training else self.values[1]
+
+
+class _Tracer(fx.Tracer):  # torch.fx offers no other way to say which modules are leaves
+    """Records calls of torch's own modules and notes in which module it was when it failed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.path: list[str] = []
+        self._thread = threading.get_ident()
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        own = isinstance(m, KeyedDropout | ByMode)
+        # torchvision's, by name so that it is not imported: its mode must not be frozen
+        random_depth = type(m).__name__ == "StochasticDepth"
+        return own or random_depth or super().is_leaf_module(m, module_qualified_name)
+
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        # Only the first argument is an input; the others keep their defaults and may be branched on
+        name = next(iter(_inputs(self.root)))
+        return root_fn, [self.root, self.create_proxy("placeholder", name, (), {})]
+
+    # While torch.fx traces, it redirects the modules of *every* thread to the tracer. Other
+    # threads may be training: they get what they would have got.
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        self.path.append(self.path_of_module(m))
+        result = super().call_module(m, forward, args, kwargs)
+        self.path.pop()
+        return result
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+def trace(model: nn.Module) -> fx.GraphModule:
+    """Record the forward pass of `model`.
+
+    Modules of ``torch.nn``, `KeyedDropout` and torchvision's ``StochasticDepth`` stay whole, all
+    others are traced through. The result computes what the model computes, bit for bit, in
+    training and in evaluation; its state dict has the model's names in the model's order and
+    shares the model's tensors. Modules keep their paths and their mode.
+
+    Args:
+        model: Takes one tensor; further arguments of ``forward`` keep their defaults. May be on
+            the ``meta`` device: no tensor is computed.
+
+    Raises:
+        ModelError: Forward depends on the values of tensors, takes several inputs, draws random
+            constants or takes different paths in training and in evaluation. The message names
+            the module and the line.
+    """
+    required = [name for name, has_default in _inputs(model).items() if not has_default]
+    if len(required) > 1 or not _inputs(model):
+        raise ModelError(
+            f"{type(model).__name__}.forward takes ({', '.join(_inputs(model))}): "
+            "it must take exactly one input without a default"
+        )
+    source = _copy(model)
+    with _lock:
+        evaluation = _record(source.eval())
+        graph = _record(source.train())
+    _merge_modes(source, graph, evaluation)
+    traced = assemble(source, graph, source.state_dict(keep_vars=True))
+    _copy_mode(model, traced)
+    return traced
+
+
+def _inputs(model: nn.Module) -> dict[str, bool]:
+    """Return the arguments of forward by name, and whether they have a default."""
+    parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
+    variable = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    return {p.name: p.default is not p.empty for p in parameters if p.kind not in variable}
+
+
+def _copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """Copy modules but not tensors: the copy computes with the same parameters and buffers."""
+    memo = {} if memo is None else memo
+    memo |= {id(t): t for t in (*model.parameters(), *model.buffers())}
+    try:
+        return copy.deepcopy(model, memo)
+    except (RuntimeError, TypeError) as error:
+        raise ModelError(
+            f"{type(model).__name__} cannot be copied: {error}; modules may hold parameters, "
+            "buffers and plain values, but no results of a computation, locks or open files"
+        ) from error
+
+
+def _record(source: nn.Module) -> fx.Graph:
+    """Trace `source` in its mode; tensors made by forward are kept as constants of `source`."""
+    tracer = _Tracer()
+    known = {name: source.__dict__.pop(name) for name in [*source.__dict__] if _is_constant(name)}
+    try:
+        graph = tracer.trace(source)
+    except Exception as error:  # whatever the user's forward or torch.fx raises on a proxy
+        raise ModelError(_why_untraceable(source, tracer, error)) from error
+    for name, before in known.items():
+        now = source.__dict__.get(name)
+        if not before.is_meta and now is not None and not torch.equal(before, now):
+            raise ModelError(
+                f"{type(source).__name__} makes a different constant tensor in every forward pass "
+                f"({name}, shape {tuple(now.shape)}); a traced model would repeat the first: "
+                "derive it from the input, or make it a buffer"
+            )
+    graph.lint()
+    return graph
+
+
+def _is_constant(name: str) -> bool:
+    return name.startswith("_tensor_constant")
+
+
+def _why_untraceable(source: nn.Module, tracer: _Tracer, error: Exception) -> str:
+    path = tracer.path[-1] if tracer.path else ""
+    module = source.get_submodule(path)
+    where = f"in {path} ({type(module).__name__})" if path else "in its forward"
+    foreign = ("torch/fx/", "torch/nn/modules/module.py", "fedsys/graph.py", "torch/_tensor.py")
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not any(part in frame.filename.replace("\\", "/") for part in foreign)
+    ]
+    if frames and frames[-1].lineno:
+        text = linecache.getline(frames[-1].filename, frames[-1].lineno).strip()
+        where += f", {frames[-1].filename}:{frames[-1].lineno}: `{text}`"
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    return (
+        f"{type(source).__name__} cannot be traced {where}: {reason}; make forward independent of "
+        "the values of tensors, or list the units by hand: layered(model, example, units=[…])"
+    )
+
+
+def _merge_modes(source: nn.Module, training: fx.Graph, evaluation: fx.Graph) -> None:
+    """Replace constants of the graph `training` that `evaluation` has otherwise by `ByMode`."""
+    pairs = list(zip_longest(training.nodes, evaluation.nodes))
+    merge = _Merge(source, training)
+    for now, other in pairs:
+        if now is None or other is None or _step(now) != _step(other):
+            path = next(
+                (_module_of(node) for node in (now, other) if node and _module_of(node)), ""
+            )
+            raise ModelError(
+                f"{type(source).__name__} computes different things in training and in "
+                f"evaluation, from {path or 'its forward'} on ({now or other}); both modes must "
+                "take the same steps: switch auxiliary outputs off"
+            )
+        with training.inserting_before(now):
+            now.args = merge(now.args, other.args)
+            now.kwargs = merge(now.kwargs, other.kwargs)
+
+
+def _step(node: fx.Node) -> tuple[Any, ...]:
+    return node.op, node.target, node.name
+
+
+class _Merge:
+    """Merges what a step is given in training with what it is given in evaluation."""
+
+    def __init__(self, source: nn.Module, graph: fx.Graph) -> None:
+        self._source, self._graph = source, graph
+
+    def __call__(self, now: Any, other: Any) -> Any:
+        if isinstance(now, fx.Node) or isinstance(other, fx.Node):
+            return now  # nodes have equal names: both graphs count the same steps
+        if isinstance(now, tuple | list) and type(now) is type(other) and len(now) == len(other):
+            return type(now)([self(a, b) for a, b in zip(now, other, strict=True)])
+        if isinstance(now, dict) and isinstance(other, dict) and now.keys() == other.keys():
+            return {key: self(value, other[key]) for key, value in now.items()}
+        if now == other:
+            return now
+        count = sum(isinstance(module, ByMode) for module in self._source.children())
+        name = f"_by_mode_{count}"
+        self._source.add_module(name, ByMode(now, other))
+        return self._graph.call_module(name)
+
+
+def _module_of(node: fx.Node) -> str:
+    """Return the path of the module whose forward made `node`; empty for the model itself."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return str(next(reversed(stack))) if stack else ""
+
+
+# --------------------------------------------------------------------------------------------------
+# Modules from graphs
+
+
+def assemble(source: nn.Module, graph: fx.Graph, names: Iterable[str]) -> fx.GraphModule:
+    """Build the module that computes `graph` with copies of the modules of `source`.
+
+    The copies share their tensors with `source` and own everything else.
+
+    Args:
+        source: Has every module, parameter and buffer that the graph names.
+        graph: What to compute.
+        names: Names of parameters and persistent buffers that the module must have even if the
+            graph does not use them, or knows them by another name.
+    """
+    memo: dict[int, Any] = {}
+    used: dict[str, Any] = {}
+    for node in graph.nodes:
+        if node.op == "call_module":
+            used[node.target] = _copy(source.get_submodule(node.target), memo)
+        elif node.op == "get_attr":
+            used[node.target] = _tensor(source, node.target)
+    built = fx.GraphModule(used, graph, class_name=type(source).__name__)
+    persistent = source.state_dict(keep_vars=True)
+    present: dict[str, Tensor] = dict(built.named_parameters(remove_duplicate=False))
+    present |= dict(built.named_buffers(remove_duplicate=False))
+    for name in names:
+        if name not in present:
+            _place(built, name, persistent[name], persistent=True)
+    for name, tensor in present.items():
+        if name not in persistent:
+            _place(built, name, tensor, persistent=False)
+    _order_like(source, built)
+    _copy_mode(source, built)
+    return built
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor:
+    path, _, attribute = name.rpartition(".")
+    tensor: Tensor = getattr(module.get_submodule(path), attribute)
+    return tensor
+
+
+def _place(root: nn.Module, name: str, tensor: Tensor, *, persistent: bool) -> None:
+    """Register `tensor` under its global name, making empty modules on the way."""
+    *path, attribute = name.split(".")
+    module = root
+    for step in path:
+        if getattr(module, step, None) is None:
+            module.add_module(step, nn.Module())
+        module = module.get_submodule(step)
+    if isinstance(tensor, nn.Parameter):
+        module.register_parameter(attribute, tensor)
+        return
+    if hasattr(module, attribute):
+        delattr(module, attribute)
+    module.register_buffer(attribute, tensor, persistent=persistent)
+
+
+def _order_like(source: nn.Module, built: nn.Module) -> None:
+    """Give children, parameters and buffers the order of `source`: optimizers and norms see it."""
+    for path, original in source.named_modules():
+        try:
+            module = built.get_submodule(path)
+        except AttributeError:
+            continue
+        for kind in ("_modules", "_parameters", "_buffers"):
+            have: dict[str, Any] = getattr(module, kind)
+            first = {key: have.pop(key) for key in [*getattr(original, kind)] if key in have}
+            rest = dict(have)
+            have.clear()
+            have.update(first | rest)
+
+
+def _copy_mode(source: nn.Module, built: nn.Module) -> None:
+    modes = {name: module.training for name, module in source.named_modules()}
+    for name, module in built.named_modules():
+        module.training = modes.get(name, source.training)
+
+
+def sourceless(node: fx.Node) -> bool:
+    """Say whether `node` needs no input: an attribute or a constant, free to be placed anywhere."""
+    return node.op == "get_attr" or (node.op == "call_module" and not node.all_input_nodes)
+
+
+def module_paths(node: fx.Node) -> Iterator[str]:
+    """Yield the path of the module that `node` calls, and of those in whose forward it stands."""
+    if node.op == "call_module":
+        yield str(node.target)
+    for path in reversed(node.meta.get("nn_module_stack") or {}):
+        yield str(path)
