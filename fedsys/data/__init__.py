@@ -1,0 +1,24 @@
+"""Data: named sources of labelled images, their split over clients, and mini-batches.
+
+`load` reads a data set whole into uint8 tensors, `partition` deals the indices of its training
+part to the clients, and `train_batches` turns the indices of one client into normalised and
+augmented mini-batches. Everything drawn is a function of the seed and an address
+(`fedsys.randomness`), so a partition or an epoch repeats bit for bit wherever it is asked for.
+"""
+
+from fedsys.data.counts import class_counts, plot_class_counts
+from fedsys.data.dataset import Dataset, Images
+from fedsys.data.loader import eval_batches, train_batches
+from fedsys.data.partitioners import partition
+from fedsys.data.sources import load
+
+__all__ = [
+    "Dataset",
+    "Images",
+    "class_counts",
+    "eval_batches",
+    "load",
+    "partition",
+    "plot_class_counts",
+    "train_batches",
+]
