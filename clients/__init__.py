@@ -1,0 +1,1 @@
+"""Device side of training: what a client does with a message."""

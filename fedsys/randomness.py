@@ -151,6 +151,7 @@ class KeyedDropout(nn.Module):
         self.name, self.p, self.spread = name, p, spread
 
     def extra_repr(self) -> str:
+        """Return the arguments, for `repr` of the model."""
         return f"{self.name!r}, p={self.p}, spread={self.spread!r}"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -199,11 +200,13 @@ _SPREADS: dict[str, str] = {
 
 def _keyed(name: str, module: nn.Module) -> KeyedDropout | None:
     kind = type(module).__name__
-    if kind in _SPREADS and isinstance(getattr(module, "p", None), float | int):
-        return KeyedDropout(name, float(module.p), _SPREADS[kind])
+    p = getattr(module, "p", None)
+    if not isinstance(p, float | int):
+        return None
+    if kind in _SPREADS:
+        return KeyedDropout(name, float(p), _SPREADS[kind])
     if kind == "StochasticDepth":  # torchvision.ops; by name, so that torchvision is not imported
-        spread = "example" if module.mode == "row" else "batch"
-        return KeyedDropout(name, float(module.p), spread)  # type: ignore[arg-type]
+        return KeyedDropout(name, float(p), "example" if module.mode == "row" else "batch")
     return None
 
 

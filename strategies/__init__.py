@@ -1,0 +1,60 @@
+"""Server side of training: Flower strategies, and the wrappers that make them exact.
+
+`build` is the one place that stacks the wrappers, because their order is a correctness rule::
+
+    Sampled(            who takes part, by partition id; replies in that order
+      KeptState(        optimizer state of the clients, from round to round
+        TypedBuffers(   buffers keep their type and are never "stepped"
+          FedAvg | FedProx | FedAdam | …
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flwr.serverapp.strategy import Strategy
+from torch import nn
+
+from fedsys.config import Config, call_target
+from fedsys.errors import ConfigError
+from strategies.buffers import TypedBuffers
+from strategies.kept import KeptState
+from strategies.roster import Roster
+from strategies.sampling import Sampled, Sampling
+
+__all__ = ["KeptState", "Roster", "Sampled", "Sampling", "TypedBuffers", "build"]
+
+
+def build(config: Config, model: nn.Module, roster: Roster) -> Sampled:
+    """Return the strategy of a run, with all its wrappers.
+
+    Args:
+        config: The run; ``strategy`` names Flower's or the user's own strategy.
+        model: The model, which tells parameters from buffers.
+        roster: Who is there.
+
+    Raises:
+        ConfigError: The strategy does not exist, or an argument is not one of its own.
+    """
+    spec: dict[str, Any] = dict(config.strategy)
+    sampling = Sampling.of(spec)
+    buffers = str(spec.pop("buffers", "aggregate"))
+    if buffers not in ("aggregate", "average"):
+        raise ConfigError.of("strategy.buffers", buffers, "must be one of aggregate, average")
+    # The wrapper has sampled already: the inner strategy takes every node that it is shown.
+    everyone: dict[str, Any] = {
+        "fraction_train": 1.0,
+        "fraction_evaluate": 1.0,
+        "min_train_nodes": 1,
+        "min_evaluate_nodes": 1,
+        "min_available_nodes": 1,
+    }
+    inner = call_target(spec, "strategy", **everyone)
+    if not isinstance(inner, Strategy):
+        raise ConfigError.of(
+            "strategy._target_", spec.get("_target_"), "must build a flwr.serverapp Strategy"
+        )
+    parameters = frozenset(name for name, _ in model.named_parameters())
+    typed = TypedBuffers(inner, parameters, step_buffers=buffers == "aggregate")
+    kept = KeptState(typed, roster) if config.client.keep_optimizer else typed
+    return Sampled(kept, roster, sampling, seed=config.seed)

@@ -1,0 +1,127 @@
+"""A client that trains the whole model by itself: classic federated learning."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import torch
+from flwr.app import ConfigRecord, MetricRecord, RecordDict
+from torch import Tensor, nn
+
+from fedsys import data, federation, records, training
+from fedsys.config import Config
+from fedsys.randomness import Address
+
+EVALUATION_BATCH = 500
+
+_models = threading.local()
+
+
+class LocalClient:
+    """One client's part of a round. Holds nothing that outlives the message.
+
+    Args:
+        config: The run.
+        partition: The client's partition id: its data and its random draws.
+    """
+
+    def __init__(self, config: Config, partition: int) -> None:
+        self.config, self.partition = config, partition
+        if torch.get_num_threads() != config.client.threads:
+            torch.set_num_threads(config.client.threads)  # bits depend on it
+
+    def train(self, content: RecordDict) -> RecordDict:
+        """Train from the received arrays.
+
+        Args:
+            content: Records ``arrays`` (the global model), ``config`` (with ``server-round``, and
+                ``proximal-mu`` from FedProx), and ``optimizer`` if state was kept.
+
+        Returns:
+            Records ``arrays``, ``metrics`` and, if the optimizer is kept, ``optimizer``.
+        """
+        began = time.perf_counter()
+        client = self.config.client
+        settings = content.config_records["config"]
+        round_ = int(str(settings["server-round"]))
+        model = self._model()
+        records.load_into(model, content.array_records["arrays"])
+        lr = training.learning_rate(client.lr, client.lr_schedule, round_, self.config.rounds)
+        optimizer = training.make_optimizer(model.parameters(), client, lr)
+        if (kept := content.array_records.get("optimizer")) is not None:
+            training.unpack_optimizer(optimizer, model, records.from_record(kept))
+        address = Address(self.config.seed, self.partition, round_)
+        score = training.train(
+            model,
+            optimizer,
+            self._batches(address),
+            address,
+            micro_batches=self.config.schedule.micro_batches,
+            clip_norm=client.clip_norm,
+            anchor=_anchor(model, settings),
+        )
+        metrics = MetricRecord(
+            {
+                "num-examples": score.examples // client.epochs,
+                "train_loss": score.loss,
+                "train_accuracy": score.accuracy,
+                "steps": score.steps,
+                "client_seconds": time.perf_counter() - began,
+            }
+        )
+        reply = RecordDict({"arrays": records.to_record(model.state_dict()), "metrics": metrics})
+        if client.keep_optimizer:
+            state = training.pack_optimizer(optimizer, model)
+            reply["optimizer"] = records.to_record(state)
+        return reply
+
+    def evaluate(self, content: RecordDict) -> RecordDict:
+        """Score the received arrays on the client's own training examples, without augmentation."""
+        fed = federation.federation(self.config)
+        model = self._model()
+        records.load_into(model, content.array_records["arrays"])
+        own = fed.dataset.train.take(fed.parts[self.partition])
+        score = training.evaluate(model, data.eval_batches(own, fed.dataset, EVALUATION_BATCH))
+        metrics = MetricRecord(
+            {
+                "num-examples": score.examples,
+                "eval_loss": score.loss,
+                "eval_accuracy": score.accuracy,
+            }
+        )
+        return RecordDict({"metrics": metrics})
+
+    def _batches(self, address: Address) -> Iterator[tuple[Tensor, Tensor]]:
+        fed = federation.federation(self.config)
+        indices = fed.parts[self.partition]
+        step = 0
+        for epoch in range(self.config.client.epochs):
+            for batch in data.train_batches(
+                fed.dataset.train,
+                indices,
+                fed.dataset,
+                self.config.client.batch_size,
+                address,
+                epoch,
+                step,
+            ):
+                yield batch
+                step += 1
+
+    def _model(self) -> nn.Module:
+        """Return this thread's model; its state is overwritten by every message."""
+        key = (self.config.text, threading.get_ident())
+        if getattr(_models, "key", None) != key:
+            fed = federation.federation(self.config)
+            model = federation.build_model(self.config, fed.dataset, initial=False)
+            _models.model = model.to(training.pick_device(self.config.client.device))
+            _models.key = key
+        model_: nn.Module = _models.model
+        return model_
+
+
+def _anchor(model: nn.Module, settings: ConfigRecord) -> training.Proximal | None:
+    mu = float(str(settings.get("proximal-mu", 0.0)))
+    return training.Proximal.at(model, mu) if mu else None

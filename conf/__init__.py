@@ -1,0 +1,1 @@
+"""The choices: Hydra groups as YAML files, no logic."""

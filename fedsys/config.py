@@ -1,0 +1,479 @@
+"""Configuration: from Hydra's YAML to typed values. The only module that knows Hydra and OmegaConf.
+
+A run is described by one YAML text, composed from the groups in ``conf/`` and the overrides of
+the command line. The text travels as it is to every app of the run (Flower's run config holds
+flat values only), where `parse` turns it into a frozen `Config` once per process. Below this
+module there are only typed values and plain dicts.
+
+`_target_` entries name constructors by dotted path, as everywhere in Hydra; they are the user's
+own configuration and run with the user's rights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import re
+import shlex
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fedsys.errors import ConfigError, did_you_mean
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+"""The folder of the groups: the same place in the checkout, the wheel and the Flower bundle."""
+
+Spec = Mapping[str, Any]
+"""A group whose keys belong to what its ``_target_`` (or kind) names, as a plain dict."""
+
+T = TypeVar("T")
+
+
+# --------------------------------------------------------------------------------------------------
+# The values
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """How the learning rate depends on the round.
+
+    Attributes:
+        kind: ``constant``, ``step`` (times `gamma` once a milestone has passed), ``exponential``
+            (times `gamma` each round) or ``cosine`` (from lr to `final` x lr over all rounds).
+        milestones: Rounds after which the next factor applies; ``step`` only.
+        gamma: The factor.
+        final: Last factor of ``cosine``.
+        warmup: Rounds in which the rate rises linearly to its value; 0 for none.
+    """
+
+    kind: str = "constant"
+    milestones: tuple[int, ...] = ()
+    gamma: float = 0.1
+    final: float = 0.0
+    warmup: int = 0
+
+
+@dataclass(frozen=True)
+class ClientConfig:
+    """What each client does in a round.
+
+    Attributes:
+        epochs: Passes over the client's examples per round.
+        batch_size: Examples per optimizer step.
+        lr: Learning rate before the schedule.
+        optimizer: Name of a class of `torch.optim`, in any case.
+        momentum: For optimizers that have it.
+        weight_decay: L2 penalty as the optimizer defines it.
+        optimizer_args: Further keywords of the optimizer.
+        clip_norm: Largest joint norm of all gradients of a step; None for no clipping.
+        lr_schedule: The rate by round.
+        threads: Intra-op threads of one client; bits depend on it.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        keep_optimizer: Whether the optimizer's state lives on from round to round.
+    """
+
+    epochs: int = 1
+    batch_size: int = 32
+    lr: float = 0.05
+    optimizer: str = "sgd"
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    optimizer_args: dict[str, Any] = field(default_factory=dict)
+    clip_norm: float | None = None
+    lr_schedule: LearningRate = field(default_factory=LearningRate)
+    threads: int = 1
+    device: str = "auto"
+    keep_optimizer: bool = False
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """How a mini-batch is worked through; `micro_batches` pieces whose gradients add up."""
+
+    micro_batches: int = 1
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """Where the run takes place.
+
+    Attributes:
+        kind: ``local``, ``simulation`` or ``deployment``.
+        workers: Clients that train at the same time; None for cores / threads.
+        timeout_s: Longest time for one phase of a round, in seconds.
+    """
+
+    kind: str = "local"
+    workers: int | None = None
+    timeout_s: float = 3600.0
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where results go: `dir`, or a new folder in ``outputs/`` when it is None."""
+
+    dir: str | None = None
+
+
+@dataclass(frozen=True)
+class Apps:
+    """The two Flower apps as ``module:attribute``; fedsys knows them by these names only."""
+
+    server: str = "strategies.app:app"
+    client: str = "clients.app:app"
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run, completely. `text` is the YAML that it was parsed from."""
+
+    num_clients: int
+    rounds: int
+    seed: int
+    json: bool
+    client: ClientConfig
+    schedule: ScheduleConfig
+    runtime: RuntimeConfig
+    run: RunConfig
+    apps: Apps
+    data: Spec
+    model: Spec
+    strategy: Spec
+    bench: Spec = field(default_factory=dict)
+    text: str = field(default="", repr=False, compare=False)
+
+
+# --------------------------------------------------------------------------------------------------
+# Rules for values: (path, test, rule, way out)
+
+Rule = tuple[str, Callable[[Any], bool], str, str]
+
+
+def _positive(value: Any) -> bool:
+    return bool(value > 0)
+
+
+def _at_least_one(value: Any) -> bool:
+    return bool(value >= 1)
+
+
+def _optional(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or test(value)
+
+
+def _one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
+    return (lambda value: value in names), "must be one of " + ", ".join(names)
+
+
+RULES: tuple[Rule, ...] = (
+    ("num_clients", _at_least_one, "must be at least 1", ""),
+    ("rounds", _at_least_one, "must be at least 1", ""),
+    ("seed", lambda v: 0 <= v < 2**63, "must be between 0 and 2^63 - 1", ""),
+    ("client.epochs", _at_least_one, "must be at least 1", ""),
+    ("client.batch_size", _at_least_one, "must be at least 1", ""),
+    ("client.lr", _positive, "must be greater than 0", "try client.lr=0.05"),
+    ("client.momentum", lambda v: 0 <= v < 1, "must be in [0, 1)", "0 turns it off"),
+    ("client.weight_decay", lambda v: v >= 0, "must not be negative", "0 turns it off"),
+    ("client.clip_norm", _optional(_positive), "must be greater than 0", "null turns it off"),
+    ("client.threads", _at_least_one, "must be at least 1", ""),
+    ("client.device", *_one_of("auto", "cpu", "cuda"), ""),
+    ("client.lr_schedule.kind", *_one_of("constant", "step", "exponential", "cosine"), ""),
+    ("client.lr_schedule.gamma", _positive, "must be greater than 0", ""),
+    ("client.lr_schedule.final", lambda v: 0 <= v <= 1, "must be in [0, 1]", ""),
+    ("client.lr_schedule.warmup", lambda v: v >= 0, "must not be negative", ""),
+    ("schedule.micro_batches", _at_least_one, "must be at least 1", ""),
+    ("runtime.workers", _optional(_at_least_one), "must be at least 1", "null lets fedsys choose"),
+    ("runtime.timeout_s", _positive, "must be greater than 0", ""),
+)
+
+
+def _check(config: Config) -> None:
+    for path, test, rule, way_out in RULES:
+        value: Any = config
+        for part in path.split("."):
+            value = getattr(value, part)
+        if not test(value):
+            raise ConfigError.of(path, value, rule, way_out)
+    if config.schedule.micro_batches > config.client.batch_size:
+        raise ConfigError.of(
+            "schedule.micro_batches",
+            config.schedule.micro_batches,
+            f"must not exceed client.batch_size={config.client.batch_size}",
+        )
+
+
+# --------------------------------------------------------------------------------------------------
+# From YAML to values
+
+
+@functools.lru_cache(maxsize=8)
+def parse(text: str) -> Config:
+    """Turn the YAML text of a run into a checked `Config`; once per process and text.
+
+    Raises:
+        ConfigError: Names the key, its value, the rule and the way out.
+    """
+    try:
+        tree = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"configuration: {first_line(error)}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError("configuration: must be a mapping of keys to values")
+    tree.pop("hydra", None)
+    config = typing.cast(Config, _build(Config, tree, ""))
+    config = dataclasses.replace(config, text=text)
+    _check(config)
+    return config
+
+
+def from_run_config(run_config: Mapping[str, Any]) -> Config:
+    """Return the configuration that a Flower app finds in its run config.
+
+    ``hydra-config`` holds the composed YAML when ``fedsys train`` started the run; for a bare
+    ``flwr run``, ``overrides`` holds Hydra overrides and the groups are composed here.
+    """
+    text = str(run_config.get("hydra-config", ""))
+    return parse(text or compose_text(str(run_config.get("overrides", ""))))
+
+
+@functools.lru_cache(maxsize=8)
+def compose_text(overrides: str) -> str:
+    """Compose ``conf/config.yaml`` with overrides in shell syntax; return resolved YAML."""
+    from hydra import compose, initialize_config_dir
+
+    arguments = shlex.split(overrides)
+    with (
+        translated_errors(),
+        known_models(arguments),
+        initialize_config_dir(str(CONF), version_base="1.3"),
+    ):
+        return to_text(compose("config", overrides=arguments))
+
+
+def to_text(tree: Any) -> str:
+    """Return the resolved YAML of a composed configuration."""
+    with translated_errors():
+        return OmegaConf.to_yaml(tree, resolve=True)
+
+
+def _build(kind: Any, value: Any, path: str) -> Any:
+    """Convert `value` to the annotation `kind`, or raise a ConfigError that names `path`."""
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        options = [k for k in typing.get_args(kind) if k is not type(None)]
+        return None if value is None else _build(options[0], value, path)
+    if dataclasses.is_dataclass(kind):
+        return _build_dataclass(kind, value, path)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError.of(path, value, "must be a list", f"write {path}=[…]")
+        return tuple(_build(typing.get_args(kind)[0], v, f"{path}[{i}]") for i, v in _each(value))
+    if isinstance(origin or kind, type) and issubclass(origin or kind, Mapping):
+        if not isinstance(value, Mapping):
+            raise ConfigError.of(path, value, "must be a group of keys")
+        return {str(k): v for k, v in value.items()}
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is str and value is not None and not isinstance(value, dict | list):
+        return str(value)
+    if type(value) is not kind:
+        raise ConfigError.of(path, value, f"must be of type {kind.__name__}")
+    return value
+
+
+def _each(values: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+    return iter(enumerate(values))
+
+
+def _build_dataclass(kind: Any, value: Any, path: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise ConfigError.of(path, value, "must be a group of keys")
+    hints = typing.get_type_hints(kind)
+    names = {f.name for f in dataclasses.fields(kind)} - {"text"}
+    prefix = f"{path}." if path else ""
+    for key in value:
+        if key not in names:
+            hint = did_you_mean(str(key), names)
+            raise ConfigError(f"{prefix}{key}: no such option; {hint}see --help for all of them")
+    built = {k: _build(hints[k], v, prefix + str(k)) for k, v in value.items()}
+    for spec in dataclasses.fields(kind):
+        required = (
+            spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
+        )
+        if required and spec.name not in built:
+            raise ConfigError(f"{prefix}{spec.name}: missing from the configuration")
+    return kind(**built)
+
+
+# --------------------------------------------------------------------------------------------------
+# Targets
+
+
+def call_target(spec: Spec, group: str, **given: Any) -> Any:
+    """Call the constructor that ``spec["_target_"]`` names, with the other keys as keywords.
+
+    Args:
+        spec: A group; nested groups with a ``_target_`` of their own are built first.
+        group: Name of the group, for error messages.
+        **given: Further keywords, which the group cannot set.
+
+    Raises:
+        ConfigError: The target does not exist, or a keyword is not one of its parameters.
+    """
+    target = locate(str(spec.get("_target_", "")), group)
+    keywords = {
+        str(k): call_target(v, f"{group}.{k}") if isinstance(v, Mapping) and "_target_" in v else v
+        for k, v in spec.items()
+        if k != "_target_"
+    }
+    check_keywords(target, {**keywords, **given}, group)
+    return target(**keywords, **given)
+
+
+def locate(path: str, group: str) -> Callable[..., Any]:
+    """Return what a dotted path names; ConfigError names ``group._target_`` if there is nothing."""
+    import hydra.utils
+
+    try:
+        target = hydra.utils.get_object(path)
+    except (
+        Exception
+    ) as error:  # whatever the import of a user's module raises belongs to the message
+        raise ConfigError.of(
+            f"{group}._target_",
+            path,
+            f"cannot be imported ({first_line(error)})",
+            "give the dotted path of a class or function",
+        ) from error
+    if not callable(target):
+        raise ConfigError.of(f"{group}._target_", path, "must name a class or a function")
+    return typing.cast(Callable[..., Any], target)
+
+
+def check_keywords(target: Callable[..., Any], keywords: Spec, group: str) -> None:
+    """Refuse keywords that `target` does not take, and missing ones, by name."""
+    try:
+        parameters = inspect.signature(target).parameters
+    except (TypeError, ValueError):  # some extension types have no signature; calling them decides
+        return
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        for key in keywords:
+            if key not in parameters:
+                hint = did_you_mean(key, parameters)
+                raise ConfigError(
+                    f"{group}.{key}: {_name_of(target)} has no such parameter; "
+                    f"{hint}it has {', '.join(parameters) or 'none'}"
+                )
+    for name, parameter in parameters.items():
+        needed = parameter.default is parameter.empty and parameter.kind in (
+            parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY,
+        )  # fmt: skip
+        if needed and name not in keywords:
+            raise ConfigError(f"{group}.{name}: {_name_of(target)} needs a value for it")
+
+
+def _name_of(target: Callable[..., Any]) -> str:
+    return str(getattr(target, "__name__", target))
+
+
+# --------------------------------------------------------------------------------------------------
+# Hydra's seams
+
+
+@contextmanager
+def translated_errors() -> Iterator[None]:
+    """Turn errors of Hydra and OmegaConf into a `ConfigError` of one or two lines."""
+    from hydra.errors import HydraException
+
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(error)) from error
+
+
+def _explain(error: BaseException) -> str:
+    text = str(error)
+    if match := re.search(r"Could not find '(\w+)/([^']+)'", text):
+        group, name = match.groups()
+        known = options_of(group)
+        if not known:
+            return f"{group}={name}: there is no group '{group}'; see --help for all of them"
+        return (
+            f"{group}={name}: no such choice; {did_you_mean(name, known)}"
+            f"known are {', '.join(known)}"
+        )
+    if match := re.search(r"Could not override '([^']+)'", text):
+        key = match[1]
+        groups = [p.name for p in CONF.iterdir() if p.is_dir() and not p.name.startswith("_")]
+        known = [*_top_level_keys(), *groups]
+        return f"{key}: no such option; {did_you_mean(key, known)}see --help for all of them"
+    return first_line(error)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def options_of(group: str) -> list[str]:
+    """Return the names that can be chosen in a group."""
+    return sorted(p.stem for p in (CONF / group).glob("*.yaml"))
+
+
+def _top_level_keys() -> list[str]:
+    keys: list[str] = []
+
+    def walk(node: Any, prefix: str) -> None:
+        for key, value in node.items():
+            keys.append(f"{prefix}{key}")
+            if isinstance(value, dict):
+                walk(value, f"{prefix}{key}.")
+
+    tree = OmegaConf.to_container(OmegaConf.load(CONF / "config.yaml"))
+    walk(
+        {
+            k: v
+            for k, v in typing.cast(dict[str, Any], tree).items()
+            if k not in ("defaults", "hydra")
+        },
+        "",
+    )
+    return keys
+
+
+@contextmanager
+def known_models(overrides: Sequence[str]) -> Iterator[None]:
+    """Make ``model=NAME`` work for torchvision's classifiers, which have no file in ``conf/``.
+
+    A name without a file becomes a configuration whose constructor looks the name up when the
+    model is built, so that torchvision is imported only then.
+    """
+    from hydra.core.config_store import ConfigStore
+
+    names = [
+        name
+        for override in overrides
+        if override.startswith("model=")
+        for name in override.removeprefix("model=").split(",")
+        if re.fullmatch(r"\w+", name) and not (CONF / "model" / f"{name}.yaml").exists()
+    ]
+    store = ConfigStore.instance()
+    for name in names:
+        node = {
+            "_target_": "fedsys.models.torchvision_classifier",
+            "name": name,
+            "norm": "batch",
+            "init": None,
+        }
+        store.store(group="model", name=name, node=node, provider="torchvision")
+    yield

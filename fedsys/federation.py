@@ -1,0 +1,90 @@
+"""What every app of a run derives from its configuration: data, parts, classes, model.
+
+Derived once per process and kept: a run in one process has one copy of the images for the server
+and all its clients.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from fedsys import data, models
+from fedsys.config import Config, Spec
+from fedsys.data import Dataset
+from fedsys.randomness import Address, check_keyed
+
+
+@dataclass(frozen=True)
+class Federation:
+    """A data set and who holds which examples of its training part.
+
+    Attributes:
+        dataset: The parts for training, validation and test.
+        parts: For each client the indices of its examples.
+    """
+
+    dataset: Dataset
+    parts: tuple[NDArray[np.int64], ...]
+
+
+def federation(config: Config) -> Federation:
+    """Return the data of a run, divided among its clients."""
+    spec = json.dumps(dict(config.data), sort_keys=True)
+    return _federation(spec, config.num_clients, config.seed)
+
+
+@functools.lru_cache(maxsize=4)
+def _dataset(spec: str, seed: int) -> Dataset:
+    dataset: Dataset = data.load(json.loads(spec), seed=seed)
+    return dataset
+
+
+@functools.lru_cache(maxsize=4)
+def _federation(spec: str, num_clients: int, seed: int) -> Federation:
+    dataset = _dataset(spec, seed)
+    group = json.loads(spec)["partition"]
+    parts = data.partition(dataset.train.labels.numpy(), num_clients, group, seed=seed)
+    return Federation(dataset, tuple(parts))
+
+
+def build_model(config: Config, dataset: Dataset, *, initial: bool = True) -> nn.Module:
+    """Return the model of a run on the CPU.
+
+    Args:
+        config: The run.
+        dataset: Gives the shape of the inputs and the number of classes.
+        initial: Whether ``model.init`` is read; a client receives its weights anyway.
+    """
+    spec: dict[str, Any] = dict(config.model)
+    if not initial:
+        spec["init"] = None
+    return models.build(
+        spec,
+        input_shape=dataset.input_shape,
+        num_classes=dataset.num_classes,
+        seed=config.seed,
+    )
+
+
+def check_model(model: nn.Module, dataset: Dataset) -> None:
+    """Run the model once on two examples, so that what does not fit is said before training.
+
+    Raises:
+        ModelError: The model draws from a process-wide generator.
+    """
+    x = torch.randn((2, *dataset.input_shape), generator=Address(0).torch("check"))
+    check_keyed(model, x)
+
+
+def partition_spec(config: Config) -> Spec:
+    """Return the group that says how the training part is divided."""
+    group: Spec = config.data["partition"]
+    return group

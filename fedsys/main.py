@@ -1,0 +1,223 @@
+"""The ``fedsys`` command: one Hydra application per verb, all over the one ``conf/``.
+
+Exit status: 0 the job was done, 1 it failed, 2 the call or the configuration is not usable, 130 it
+was interrupted. With ``json=true`` the last line of standard output is one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedsys.errors import ConfigError, FedsysError, did_you_mean
+
+INTERRUPTED = 130
+
+Job = Callable[[Any], Mapping[str, Any]]
+"""Takes the composed configuration (a DictConfig), does the work, returns its figures."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """One verb.
+
+    Attributes:
+        module: Where its job is, imported when the verb is used.
+        function: Name of the job in that module.
+        help: One line for the list of commands.
+        names: What may stand behind the verb, for instance the benchmarks; empty for nothing.
+    """
+
+    module: str
+    function: str
+    help: str
+    names: Mapping[str, str] = field(default_factory=dict)
+
+
+COMMANDS: dict[str, Command] = {
+    "train": Command("fedsys.train", "job", "train a model by federated learning"),
+    "bench": Command(
+        "fedsys.bench",
+        "job",
+        "measure fedsys and its alternatives side by side",
+        {
+            "training": "a client's training against the barest PyTorch loop",
+            "simulation": "the in-process grid against a bare loop",
+            "memory": "memory over rounds with many virtual clients",
+        },
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"fedsys {version('fedsys')}")
+        return 0
+    verb, *rest = arguments
+    try:
+        check_siblings()
+        if verb not in COMMANDS:
+            hint = did_you_mean(verb, COMMANDS)
+            raise ConfigError(f"{verb}: no such command; {hint}see fedsys --help for all of them")
+        return Invocation(verb, COMMANDS[verb]).run(rest)
+    except FedsysError as error:
+        return report(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    finally:
+        logging.shutdown()
+
+
+def report(error: FedsysError) -> int:
+    """Print an error as one message, with its traceback if FEDSYS_TRACEBACK is set."""
+    if os.environ.get("FEDSYS_TRACEBACK"):
+        traceback.print_exception(error)
+    print(f"fedsys: {error}", file=sys.stderr)
+    return error.exit_status
+
+
+def _overview() -> str:
+    lines = ["usage: fedsys COMMAND [key=value …]", "", "commands:"]
+    lines += [f"  {verb:<10} {command.help}" for verb, command in COMMANDS.items()]
+    lines += [
+        "",
+        "fedsys COMMAND --help lists the groups and options of a command.",
+        "FEDSYS_TRACEBACK=1 adds the traceback to an error.",
+    ]
+    return "\n".join(lines)
+
+
+class Invocation:
+    """One call of one command: composes the configuration by Hydra and runs the job.
+
+    Args:
+        verb: The command as typed.
+        command: What it does.
+    """
+
+    def __init__(self, verb: str, command: Command) -> None:
+        self.verb, self.command = verb, command
+        self._results: list[Mapping[str, Any]] = []
+        self._errors: list[FedsysError] = []
+        self._json = False
+
+    def run(self, arguments: list[str]) -> int:
+        """Compose, run, print the result; return the exit status.
+
+        In a sweep, a job that fails does not keep the others from running.
+
+        Raises:
+            FedsysError: Whatever went wrong, ready to be reported.
+        """
+        multirun = bool({"-m", "--multirun"} & set(arguments))
+        overrides = self._named(arguments)
+        self._hydra(overrides)
+        if self._json and self._results:
+            result = {"runs": self._results} if multirun else self._results[-1]
+            print(json.dumps(_finite(result)), flush=True)
+        if self._errors:
+            for error in self._errors[:-1]:
+                report(error)
+            raise self._errors[-1]
+        return 0
+
+    def _named(self, arguments: list[str]) -> list[str]:
+        """Turn the name behind a verb (``bench training``) into an override."""
+        names = self.command.names
+        if not names or {"-h", "--help"} & set(arguments):
+            return arguments
+        given = [a for a in arguments if "=" not in a and not a.startswith("-")]
+        if len(given) != 1 or given[0] not in names:
+            hint = did_you_mean(given[0], names) if given else ""
+            listed = ", ".join(names)
+            raise ConfigError(
+                f"{' '.join([self.verb, *given])}: must be followed by one of {listed}; {hint}"
+                f"for instance fedsys {self.verb} {next(iter(names))}"
+            )
+        return [a for a in arguments if a != given[0]] + [f"+{self.verb}.name={given[0]}"]
+
+    def _hydra(self, arguments: list[str]) -> None:
+        import hydra
+
+        from fedsys.config import CONF, known_models, translated_errors
+
+        # Hydra prints errors and exits by itself unless it is asked for the exceptions.
+        os.environ["HYDRA_FULL_ERROR"] = "1"
+        outer = sys.argv
+        sys.argv = [f"fedsys {self.verb}", *arguments, f"hydra.help.header={self._header()}"]
+        application = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+        try:
+            with translated_errors(), known_models(arguments):
+                application(self._job)()
+        except SystemExit as error:  # argparse refuses an option, or --help is done
+            if error.code not in (0, None):
+                raise ConfigError(f"{self.verb}: see fedsys {self.verb} --help") from error
+        finally:
+            sys.argv = outer
+
+    def _header(self) -> str:
+        names = "".join(f"\\n  {name}: {text}" for name, text in self.command.names.items())
+        named = " NAME" if self.command.names else ""
+        text = f"usage: fedsys {self.verb}{named} [key=value …]\\n\\n{self.command.help}{names}"
+        return '"' + text.replace("\\n", "\n") + '"'
+
+    def _job(self, tree: Any) -> None:
+        import importlib
+
+        self._json = bool(tree.get("json"))
+        job: Job = getattr(importlib.import_module(self.command.module), self.command.function)
+        try:
+            self._results.append(job(tree))
+        except FedsysError as error:  # kept from Hydra, which would print more lines about it
+            self._errors.append(error)
+
+
+def _finite(value: Any) -> Any:
+    """Replace NaN and infinities by null: JSON has neither."""
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return value
+
+
+def check_siblings() -> None:
+    """Refuse to start if another distribution's `strategies`, `clients` or `conf` would be used.
+
+    The three are top-level packages with ordinary names.
+
+    Raises:
+        ConfigError: Names the package and where it comes from.
+    """
+    from importlib.util import find_spec
+
+    home = Path(__file__).resolve().parents[1]
+    for name in ("strategies", "clients", "conf"):
+        spec = find_spec(name)
+        origin = Path(spec.origin).resolve() if spec and spec.origin else None
+        if origin is None or origin.parents[1] != home:
+            raise ConfigError(
+                f"package {name}: comes from {origin or 'nowhere'} instead of {home / name}; "
+                "another distribution shadows it: install fedsys in an environment of its own"
+            )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

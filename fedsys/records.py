@@ -1,0 +1,225 @@
+"""Model states as Flower records, and back, without the copies that are not needed.
+
+Flower stores an array as the bytes of a ``.npy`` file. The same bytes are written and read here,
+so records are exchangeable with any Flower app; only the way is shorter: one copy to encode, none
+to look at a received array.
+
+In one process, many clients receive the same record. `SealedArray` makes that safe without a copy
+for each of them: it cannot be changed, and hands out fresh arrays to whoever wants to write.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedsys.errors import ModelError
+
+State = Mapping[str, Tensor]
+"""Tensors by their global name in the model: parameters and buffers."""
+
+A = TypeVar("A", bound=Array)
+
+_NUMPY = "numpy.ndarray"
+
+
+@functools.lru_cache(maxsize=4096)
+def _header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    """Return the ``.npy`` header of a C-contiguous array."""
+    buffer = io.BytesIO()
+    description = {"descr": dtype, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(buffer, description)
+    return buffer.getvalue()
+
+
+def _make(kind: type[A], dtype: str, shape: tuple[int, ...], data: bytes) -> A:
+    """Return an array of `kind` over `data`, past the checks of Flower's constructor."""
+    new = object.__new__(kind)
+    new.__dict__.update(dtype=dtype, shape=shape, stype=_NUMPY, data=data)
+    return new
+
+
+def encode(array: NDArray[Any]) -> Array:
+    """Encode a NumPy array with one copy; the bytes are those of `numpy.save`."""
+    array = np.asarray(array, order="C")
+    head = _header(array.dtype.str, array.shape)
+    body = array.reshape(-1).view(np.uint8).data if array.size else b""
+    return _make(Array, str(array.dtype), array.shape, b"".join((head, body)))
+
+
+def view(array: Array) -> NDArray[Any]:
+    """Return the array over the received bytes: read-only, nothing is copied.
+
+    Raises:
+        ModelError: The array was not serialised by NumPy.
+    """
+    if array.stype != _NUMPY:
+        raise ModelError(f"array of serialisation type {array.stype!r}: must be {_NUMPY!r}")
+    head = _header(np.dtype(array.dtype).str, tuple(array.shape))
+    if not array.data.startswith(head):  # Fortran order, or a writer with another header
+        loaded: NDArray[Any] = np.load(io.BytesIO(array.data), allow_pickle=False)
+        loaded.flags.writeable = False
+        return loaded
+    flat: NDArray[Any] = np.frombuffer(array.data, dtype=array.dtype, offset=len(head))
+    return flat.reshape(array.shape)
+
+
+class SealedArray(Array):
+    """A Flower array that cannot be changed, so that clients of one process can share it.
+
+    It stays in its process: Flower sends arrays by the name of their class.
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in ("dtype", "shape", "stype", "data"):
+            raise AttributeError(
+                f"{name}: this array is shared with other clients; put a new Array into your record"
+            )
+        super().__setattr__(name, value)
+
+    def numpy(self) -> NDArray[Any]:
+        """Return a fresh, writable copy of the array."""
+        return view(self).copy()
+
+
+class ViewArray(SealedArray):
+    """A sealed array whose `numpy` is the read-only view: for strategies, which only read."""
+
+    def numpy(self) -> NDArray[Any]:
+        """Return the array over the received bytes: read-only, nothing is copied."""
+        return view(self)
+
+
+def _as(kind: type[A], record: ArrayRecord) -> ArrayRecord:
+    """Return a record of arrays of `kind` over the same bytes."""
+    return _record(
+        {
+            name: array
+            if type(array) is kind
+            else _make(kind, array.dtype, array.shape, array.data)
+            for name, array in record.items()
+        }
+    )
+
+
+def to_record(state: State) -> ArrayRecord:
+    """Encode a state; every tensor is copied once, whatever its device or memory format.
+
+    Raises:
+        ModelError: A tensor has a type that NumPy does not know, such as bfloat16.
+    """
+    return record_of({name: _to_numpy(name, tensor) for name, tensor in state.items()})
+
+
+def _to_numpy(name: str, tensor: Tensor) -> NDArray[Any]:
+    try:
+        array: NDArray[Any] = tensor.detach().cpu().numpy()
+    except TypeError as error:
+        raise ModelError(
+            f"{name}: {tensor.dtype} cannot be sent in a Flower record; convert it to float32"
+        ) from error
+    return array
+
+
+def record_of(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
+    """Encode NumPy arrays by name."""
+    return _record({name: encode(array) for name, array in arrays.items()})
+
+
+def _record(arrays: dict[str, Any]) -> ArrayRecord:
+    """Return a record that holds exactly these arrays; Flower's constructor would copy each."""
+    record = ArrayRecord()
+    record.__dict__["_data"] = arrays
+    return record
+
+
+def arrays_of(record: ArrayRecord) -> dict[str, NDArray[Any]]:
+    """Return read-only arrays over the record's bytes."""
+    return {name: view(array) for name, array in record.items()}
+
+
+def from_record(record: ArrayRecord) -> dict[str, Tensor]:
+    """Decode a state into tensors of its own memory."""
+    return {name: torch.from_numpy(array.copy()) for name, array in arrays_of(record).items()}
+
+
+def load_into(model: nn.Module, record: ArrayRecord) -> None:
+    """Copy a record into the parameters and buffers of `model`, by name.
+
+    Raises:
+        ModelError: Names every tensor that is missing, unexpected, or of another shape.
+    """
+    own = model.state_dict(keep_vars=True)
+    arrays = arrays_of(record)
+    problems = differences(
+        {name: tuple(t.shape) for name, t in own.items()},
+        {name: array.shape for name, array in arrays.items()},
+    )
+    if problems:
+        raise ModelError("the received state does not fit the model: " + "; ".join(problems))
+    with torch.no_grad():
+        for name, tensor in own.items():
+            if tensor.device.type == "cpu" and tensor.is_contiguous():
+                np.copyto(tensor.detach().numpy(), arrays[name], casting="same_kind")
+            else:
+                tensor.copy_(torch.from_numpy(arrays[name].copy()))
+
+
+def differences(
+    own: Mapping[str, tuple[int, ...]], other: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    """Describe every difference of names and shapes between two states, in order of name."""
+    problems = [f"{name} is missing" for name in sorted(own.keys() - other.keys())]
+    problems += [f"{name} is unexpected" for name in sorted(other.keys() - own.keys())]
+    problems += [
+        f"{name} has shape {list(other[name])} instead of {list(own[name])}"
+        for name in sorted(own.keys() & other.keys())
+        if tuple(own[name]) != tuple(other[name])
+    ]
+    return problems
+
+
+# --------------------------------------------------------------------------------------------------
+# Sharing records between the clients of one process
+
+
+def sealed(content: RecordDict) -> RecordDict:
+    """Return the same records with every array sealed; metrics and settings are not copied."""
+    return _content(
+        (
+            name,
+            _as(SealedArray, record) if isinstance(record, ArrayRecord) else record,
+        )
+        for name, record in content.items()
+    )
+
+
+def own_copy(content: RecordDict) -> RecordDict:
+    """Return records of the receiver's own over the sender's sealed arrays and plain values."""
+    return _content((name, record.copy()) for name, record in content.items())
+
+
+def readable(record: ArrayRecord) -> ArrayRecord:
+    """Return a record whose `numpy` calls copy nothing, for code that only reads."""
+    return _as(ViewArray, record)
+
+
+def _content(
+    records: Iterable[tuple[str, ArrayRecord | MetricRecord | ConfigRecord]],
+) -> RecordDict:
+    content = RecordDict()
+    content.__dict__["_data"] = dict(records)
+    return content
+
+
+def size_of(content: RecordDict) -> int:
+    """Return the bytes of all arrays in a message's content."""
+    return sum(len(a.data) for r in content.array_records.values() for a in r.values())

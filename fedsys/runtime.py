@@ -1,0 +1,305 @@
+"""Starts runs. The only module that knows how Flower is started, and its private parts.
+
+``local``       everything in this process; clients are threads behind an in-process grid
+
+The same ServerApp and ClientApp run in all of them. What is private in Flower and used here:
+`TaskIdentity` (a message cannot be built without one) and the id inside a message's metadata
+(Flower's own grids set it when a message is pushed). `tests/test_runtime.py` fails when either
+changes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.app.user_config import UserConfig
+from flwr.clientapp import ClientApp
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedsys import records
+from fedsys.config import Config
+from fedsys.errors import ConfigError
+
+FIRST_NODE_ID = SUPERLINK_NODE_ID + 1
+
+ClientFunction = Callable[[Message, Context], Message]
+
+
+def identify_process(run_id: int = 1) -> None:
+    """Give this process the identity that Flower asks for when a message is built."""
+    TaskIdentity.run_id = run_id
+    TaskIdentity.task_id = 1
+    TaskIdentity.node_id = SUPERLINK_NODE_ID
+
+
+def quiet_flower() -> None:
+    """Keep Flower and Ray from calling home, from updating themselves, from installing anything.
+
+    Whoever sets one of these variables keeps his own choice.
+    """
+    for name, value in {
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+class LocalGrid(Grid):
+    """Flower's grid in one process: messages are handed to threads, nothing is serialised.
+
+    Node ids are the partition ids, counted from `FIRST_NODE_ID`. Each client gets records of its
+    own over shared, sealed arrays, so what one writes into its message no other client sees.
+    Replies come in the order of the messages.
+
+    Args:
+        client_app: Called as Flower calls it, with a message and the node's context.
+        num_nodes: Number of virtual nodes.
+        workers: Messages that are worked on at the same time.
+        run_config: The run config that each context holds.
+    """
+
+    def __init__(
+        self,
+        client_app: ClientFunction,
+        num_nodes: int,
+        *,
+        workers: int = 1,
+        run_config: UserConfig | None = None,
+    ) -> None:
+        identify_process()
+        self._app = client_app
+        self._nodes = range(FIRST_NODE_ID, FIRST_NODE_ID + num_nodes)
+        self._run_config = run_config or {}
+        self._states: dict[int, RecordDict] = {}
+        self._next_id = 0
+        self._parked: dict[str, Message] = {}
+        self._jobs: queue.SimpleQueue[_Phase | None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._work, name=f"client-worker-{i}", daemon=True)
+            for i in range(workers)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def __enter__(self) -> LocalGrid:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the worker threads once they have finished what they are at."""
+        for _ in self._threads:
+            self._jobs.put(None)
+
+    # --- what Flower asks of a grid ---------------------------------------------------------------
+
+    def set_run(self, run: Run) -> None:
+        """Do nothing: there is one run in this process."""
+
+    @property
+    def run(self) -> Run:
+        """Return a run whose only meaningful value is its id."""
+        return Run.create_empty(TaskIdentity.run_id)
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Return a new message to a node."""
+        return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the ids of all nodes, in the order of their partition ids."""
+        return list(self._nodes)
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        """Return all nodes."""
+        return [NodeInfo(node_id=node_id) for node_id in self._nodes]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Have the messages worked on; the replies wait until they are pulled."""
+        batch = list(messages)
+        replies = self.send_and_receive(batch)
+        self._parked.update({m.metadata.message_id: r for m, r in zip(batch, replies, strict=True)})
+        return [m.metadata.message_id for m in batch]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the replies to pushed messages, each once."""
+        return [self._parked.pop(i) for i in message_ids if i in self._parked]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Return one reply per message, in order; an error reply for what failed or took too long.
+
+        Args:
+            messages: One for each node that is to work.
+            timeout: Seconds; what is still in work then is answered for by an error, and its own
+                reply is dropped when it comes.
+        """
+        batch = list(messages)
+        for message in batch:
+            self._next_id += 1
+            message.metadata.__dict__["_message_id"] = str(self._next_id)
+        phase = _Phase(batch)
+        for _ in self._threads[: len(batch)]:
+            self._jobs.put(phase)
+        return phase.wait(timeout)
+
+    # --- the threads ------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while (phase := self._jobs.get()) is not None:
+            for index, message, content in phase:
+                phase.done(index, self._answer(message, content))
+
+    def _answer(self, message: Message, content: RecordDict) -> Message:
+        node_id = message.metadata.dst_node_id
+        partition_id = node_id - FIRST_NODE_ID
+        context = Context(
+            run_id=TaskIdentity.run_id,
+            node_id=node_id,
+            node_config={"partition-id": partition_id, "num-partitions": len(self._nodes)},
+            state=self._states.get(node_id) or RecordDict(),
+            run_config=self._run_config,
+        )
+        message.content = records.own_copy(content)
+        try:
+            reply = self._app(message, context)
+        except Exception as error:  # what a client raises ends its part of the round, not the run
+            return _error_reply(message, f"{type(error).__name__}: {error}")
+        if context.state:
+            self._states[node_id] = context.state
+        return reply
+
+
+def _error_reply(message: Message, reason: str) -> Message:
+    return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+
+
+class _Phase:
+    """Messages of one phase, taken one by one by the workers, and the replies to them."""
+
+    def __init__(self, messages: Sequence[Message]) -> None:
+        self._messages = messages
+        self._replies: list[Message | None] = [None] * len(messages)
+        self._indices = iter(range(len(messages)))
+        self._left = len(messages)
+        self._lock = threading.Lock()
+        self._finished = threading.Event()
+        self._sealed: dict[int, RecordDict] = {}
+        for message in messages:  # messages to many nodes share one content: seal it once
+            key = id(message.content)
+            if key not in self._sealed:
+                self._sealed[key] = records.sealed(message.content)
+        if not messages:
+            self._finished.set()
+
+    def __iter__(self) -> _Phase:
+        return self
+
+    def __next__(self) -> tuple[int, Message, RecordDict]:
+        with self._lock:
+            index = next(self._indices)
+        message = self._messages[index]
+        return index, message, self._sealed[id(message.content)]
+
+    def done(self, index: int, reply: Message) -> None:
+        with self._lock:
+            if self._replies[index] is None:
+                self._replies[index] = reply
+                self._left -= 1
+            if not self._left:
+                self._finished.set()
+
+    def wait(self, timeout: float | None) -> list[Message]:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not self._finished.wait(0.2):  # short waits, so that Ctrl-C is heard at once
+            if deadline is not None and time.monotonic() > deadline:
+                with self._lock:
+                    for _ in self._indices:
+                        pass  # nobody begins what is left
+                late = [i for i, reply in enumerate(self._replies) if reply is None]
+                for i in late:
+                    self.done(i, _error_reply(self._messages[i], f"no reply within {timeout:g} s"))
+        return [reply for reply in self._replies if reply is not None]
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def run(config: Config) -> None:
+    """Carry a run out in the runtime that it asks for; its results are in its run folder.
+
+    Raises:
+        FedsysError: Whatever made the run fail.
+    """
+    quiet_flower()
+    starters: dict[str, Callable[[Config], None]] = {"local": run_local}
+    starter = starters.get(config.runtime.kind)
+    if starter is None:
+        raise ConfigError.of(
+            "runtime.kind", config.runtime.kind, f"must be one of {', '.join(starters)}"
+        )
+    starter(config)
+
+
+def run_local(config: Config) -> None:
+    """Run the server app in this thread, and its clients in worker threads."""
+    server_app, client_app = load_apps(config)
+    run_config: UserConfig = {"hydra-config": config.text}
+    workers = config.runtime.workers or max(1, (os.cpu_count() or 1) // config.client.threads)
+    with LocalGrid(
+        client_app,
+        config.num_clients,
+        workers=min(workers, config.num_clients),
+        run_config=run_config,
+    ) as grid:
+        context = Context(
+            run_id=TaskIdentity.run_id,
+            node_id=SUPERLINK_NODE_ID,
+            node_config={},
+            state=RecordDict(),
+            run_config=run_config,
+        )
+        server_app(grid, context)
+
+
+def load_apps(config: Config) -> tuple[ServerApp, ClientApp]:
+    """Import the two apps by the names in the configuration.
+
+    Raises:
+        ConfigError: A name does not lead to an app of its kind.
+    """
+    server = _load("apps.server", config.apps.server, ServerApp)
+    client = _load("apps.client", config.apps.client, ClientApp)
+    return server, client
+
+
+def _load(key: str, name: str, kind: type[Any]) -> Any:
+    module, _, attribute = name.partition(":")
+    try:
+        app = getattr(importlib.import_module(module), attribute or "app")
+    except (ImportError, AttributeError) as error:
+        raise ConfigError.of(key, name, f"cannot be imported ({error})") from error
+    if not isinstance(app, kind):
+        raise ConfigError.of(key, name, f"must name a Flower {kind.__name__}")
+    return app

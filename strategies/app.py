@@ -1,0 +1,136 @@
+"""The ServerApp: one for all runtimes. What a run leaves behind is written here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedsys.progress import Progress, choose
+from flwr.app import ArrayRecord, Context
+from flwr.serverapp import Grid, ServerApp
+from torch import nn
+
+from fedsys import config as configuration
+from fedsys import data, federation, plots, records, training
+from fedsys.config import Config
+from fedsys.data import Images
+from fedsys.federation import Federation
+from fedsys.run import RunFolder, default_path, state_sha256
+from strategies import Roster, build
+from strategies.rounds import RoundResult, play
+
+EVALUATION_BATCH = 500
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Train the model that the run config describes and fill the run folder."""
+    config = configuration.from_run_config(context.run_config)
+    path = Path(config.run.dir or default_path(Path("outputs"), "train"))
+    with RunFolder.create(path) as folder, choose(json=config.json) as progress:
+        folder.log_config(config.text)
+        result = _train(config, grid, folder, progress)
+        progress.finish(result)
+
+
+def _train(config: Config, grid: Grid, folder: RunFolder, progress: Progress) -> dict[str, Any]:
+    started = time.perf_counter()
+    progress.phase(f"loading {config.data.get('source', 'data')}")
+    fed = federation.federation(config)
+    model = federation.build_model(config, fed.dataset)
+    federation.check_model(model, fed.dataset)
+    device = training.pick_device(config.client.device)
+    judge = Judge(model.to(device), fed)
+    strategy = build(config, model, Roster())
+    progress.start(config.rounds, _title(config, model))
+
+    def done(result: RoundResult) -> None:
+        folder.add_round(result.row)
+        progress.round_done(result.row)
+        for client, reason in result.lost.items():
+            folder.event("client_lost", client=client, round=result.number, reason=reason)
+            progress.note(f"round {result.number}: client {client} was lost: {reason}")
+
+    arrays = play(
+        strategy,
+        grid,
+        records.to_record(model.state_dict()),
+        first=1,
+        last=config.rounds,
+        timeout_s=config.runtime.timeout_s,
+        judge=judge.validation,
+        done=done,
+    )
+    progress.phase("scoring the test part, drawing plots")
+    return _conclude(config, fed, folder, arrays, judge, time.perf_counter() - started)
+
+
+def _conclude(
+    config: Config,
+    fed: Federation,
+    folder: RunFolder,
+    arrays: ArrayRecord,
+    judge: Judge,
+    seconds: float,
+) -> dict[str, Any]:
+    """Score the last model once on the test part and write what a run leaves behind."""
+    state = records.from_record(arrays)
+    last: Mapping[str, Any] = folder.rounds()[-1]
+    test = judge.test(arrays)
+    result = {
+        "accuracy": test.accuracy,
+        "loss": test.loss,
+        "val_accuracy": float(last["val_accuracy"]),
+        "val_loss": float(last["val_loss"]),
+        "rounds": config.rounds,
+        "num_clients": config.num_clients,
+        "seconds": seconds,
+        "run_dir": str(folder.path),
+        "model_sha256": state_sha256(state),
+    }
+    folder.save_model(state, {"config": config.text, "classes": "\n".join(fed.dataset.classes)})
+    plots.draw_all(folder)
+    classes = fed.dataset.classes
+    counts = data.class_counts(fed.dataset.train.labels.numpy(), fed.parts, len(classes))
+    data.plot_class_counts(counts, classes, folder.path / "plots" / "class_counts.png")
+    folder.finish(result)
+    return result
+
+
+class Judge:
+    """Scores global models on parts that no client holds.
+
+    Args:
+        model: Receives each state that is to be scored; on the device where that is done.
+        fed: The data.
+    """
+
+    def __init__(self, model: nn.Module, fed: Federation) -> None:
+        self._model, self._fed = model, fed
+
+    def validation(self, arrays: ArrayRecord) -> training.Score:
+        """Score on the validation part, by which rounds are judged."""
+        return self._score(arrays, self._fed.dataset.validation)
+
+    def test(self, arrays: ArrayRecord) -> training.Score:
+        """Score on the test part; once, at the end."""
+        return self._score(arrays, self._fed.dataset.test)
+
+    def _score(self, arrays: ArrayRecord, part: Images) -> training.Score:
+        records.load_into(self._model, arrays)
+        batches = data.eval_batches(part, self._fed.dataset, EVALUATION_BATCH)
+        return training.evaluate(self._model, batches)
+
+
+def _title(config: Config, model: nn.Module) -> str:
+    parameters = sum(p.numel() for p in model.parameters())
+    target = str(config.model.get("name") or config.model["_target_"]).rpartition(".")[2]
+    strategy = str(config.strategy["_target_"]).rpartition(".")[2]
+    return (
+        f"{target} ({parameters:,} parameters) on {config.data.get('source', 'data')}, "
+        f"{config.num_clients} clients, {strategy}, seed {config.seed}"
+    )

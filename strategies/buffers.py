@@ -1,0 +1,128 @@
+"""Buffers are not parameters: they keep their type and no server optimizer steps them.
+
+Flower's strategies see one dictionary of arrays. Averaging turns BatchNorm's integer counter into
+a float64, and a server optimizer such as FedAdam would "step" a running variance, possibly below
+zero. `TypedBuffers` shows the inner strategy what it may work on and averages the rest itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from numpy.typing import NDArray
+
+from fedsys import records
+
+ARRAYS = "arrays"
+METRICS = "metrics"
+WEIGHT = "num-examples"
+
+
+class TypedBuffers(Strategy):
+    """Gives every array of the aggregate the type it had, whatever the inner strategy returns.
+
+    Args:
+        inner: Sees the parameters, and the float buffers if `step_buffers`.
+        parameters: Names of the trainable parameters; every other array is a buffer.
+        step_buffers: Whether float buffers go through the inner strategy, as robust rules such as
+            Krum need, or are averaged by the number of examples, as server optimizers need.
+            Integer buffers are always averaged, and rounded to the nearest (half to even).
+    """
+
+    def __init__(
+        self, inner: Strategy, parameters: frozenset[str], *, step_buffers: bool = True
+    ) -> None:
+        self.inner, self.parameters, self.step_buffers = inner, parameters, step_buffers
+        self._sent: ArrayRecord = ArrayRecord()
+
+    def summary(self) -> None:
+        """Log the settings of the inner strategy."""
+        self.inner.summary()
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Have the inner strategy work on its arrays; the messages carry all of them."""
+        self._sent = arrays
+        shown, _ = self._divide(records.readable(arrays))
+        messages = list(self.inner.configure_train(server_round, shown, config, grid))
+        for message in messages:
+            message.content[ARRAYS] = arrays
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Return the aggregate with names, order and types of what was sent."""
+        replies = list(replies)
+        others: list[ArrayRecord] = []
+        weights: list[float] = []
+        for reply in replies:
+            arrays = records.readable(reply.content.array_records[ARRAYS])
+            shown, rest = self._divide(arrays)
+            reply.content[ARRAYS] = shown
+            others.append(rest)
+            weights.append(float(cast(float, reply.content.metric_records[METRICS][WEIGHT])))
+        aggregate, metrics = self.inner.aggregate_train(server_round, replies)
+        if aggregate is None:
+            return None, metrics
+        result = records.arrays_of(aggregate) | average(others, weights)
+        typed = {
+            name: with_type(result[name], records.view(array).dtype)
+            for name, array in self._sent.items()
+        }
+        return records.record_of(typed), metrics
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Pass on: an evaluation changes nothing."""
+        return self.inner.configure_evaluate(server_round, arrays, config, grid)
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Pass on."""
+        return self.inner.aggregate_evaluate(server_round, replies)
+
+    def _divide(self, arrays: ArrayRecord) -> tuple[ArrayRecord, ArrayRecord]:
+        shown, rest = ArrayRecord(), ArrayRecord()
+        for name, array in arrays.items():
+            floating = np.issubdtype(np.dtype(array.dtype), np.floating)
+            mine = name in self.parameters or (floating and self.step_buffers)
+            (shown if mine else rest)[name] = array
+        return shown, rest
+
+
+def average(states: list[ArrayRecord], weights: list[float]) -> dict[str, NDArray[Any]]:
+    """Return the weighted mean of each array, in float64 for integers.
+
+    Args:
+        states: The same names in each.
+        weights: One for each state; need not add up to one.
+    """
+    total = sum(weights)
+    mean: dict[str, NDArray[Any]] = {}
+    for state, weight in zip(states, weights, strict=True):
+        for name, array in state.items():
+            share = records.view(array) * (weight / total)
+            mean[name] = mean[name] + share if name in mean else np.asarray(share)
+    return mean
+
+
+def with_type(array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return the array in `dtype`; what becomes an integer is rounded, half to even.
+
+    >>> with_type(np.array([1.5, 2.5, 2.51]), np.dtype("int64"))
+    array([2, 2, 3])
+    """
+    if array.dtype == dtype:
+        return array
+    if np.issubdtype(dtype, np.integer):
+        array = np.rint(array)
+    return np.asarray(array.astype(dtype))

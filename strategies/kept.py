@@ -1,0 +1,71 @@
+"""Optimizer state of clients that lives on from round to round (``client.keep_optimizer``).
+
+Clients hold nothing between messages: the state travels with the reply and comes back with the
+next message to the same partition. So it makes no difference which process serves a client in
+which round, and one checkpoint of the server is a checkpoint of the whole run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from fedsys import records
+from strategies.roster import Roster
+
+OPTIMIZER = "optimizer"
+
+
+class KeptState(Strategy):
+    """Keeps the record ``optimizer`` of each client's reply and sends it with its next message.
+
+    Attributes:
+        states: The record of each client by partition id.
+    """
+
+    def __init__(self, inner: Strategy, roster: Roster) -> None:
+        self.inner, self.roster = inner, roster
+        self.states: dict[int, ArrayRecord] = {}
+
+    def summary(self) -> None:
+        """Log the settings of the inner strategy."""
+        self.inner.summary()
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Add to each message what its client left behind in its last round."""
+        messages = list(self.inner.configure_train(server_round, arrays, config, grid))
+        for message in messages:
+            state = self.states.get(self.roster.partition_of(message.metadata.dst_node_id))
+            if state is not None:
+                message.content = records.own_copy(message.content)
+                message.content[OPTIMIZER] = state
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Take the states out of the replies and keep them."""
+        replies = list(replies)
+        for reply in replies:
+            state = reply.content.array_records.get(OPTIMIZER)
+            if state is not None:
+                self.states[self.roster.partition_of(reply.metadata.src_node_id)] = state
+                del reply.content[OPTIMIZER]
+        return self.inner.aggregate_train(server_round, replies)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Pass on."""
+        return self.inner.configure_evaluate(server_round, arrays, config, grid)
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Pass on."""
+        return self.inner.aggregate_evaluate(server_round, replies)

@@ -1,0 +1,134 @@
+"""The rounds of a run: configure, train, aggregate, evaluate.
+
+Flower's own `Strategy.start` does the same from round 1, without telling anyone where the time
+went. This loop times every part, judges each round on data of the server's own, and hands every
+round to whoever wants to know.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.serverapp import Grid
+
+from fedsys import records
+from fedsys.training import Score
+from strategies.sampling import Sampled
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Stopwatch:
+    """Seconds by name of what took them; `lap` ends one part and begins the next."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    started: float = field(default_factory=time.perf_counter)
+    last: float = field(default_factory=time.perf_counter)
+
+    def lap(self, name: str) -> None:
+        """Book the time since the last lap under `name`."""
+        now = time.perf_counter()
+        self.seconds[f"seconds_{name}"] = now - self.last
+        self.last = now
+
+    def total(self) -> float:
+        """Return the seconds since the watch was started."""
+        return time.perf_counter() - self.started
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """One finished round.
+
+    Attributes:
+        number: The round, from 1.
+        arrays: The new global model.
+        row: What goes into ``metrics.csv``.
+        lost: Why a client that was asked did not contribute, by partition id.
+    """
+
+    number: int
+    arrays: ArrayRecord
+    row: Row
+    lost: Mapping[int, str]
+
+
+def play(
+    strategy: Sampled,
+    grid: Grid,
+    arrays: ArrayRecord,
+    *,
+    first: int,
+    last: int,
+    timeout_s: float,
+    judge: Callable[[ArrayRecord], Score],
+    done: Callable[[RoundResult], None],
+) -> ArrayRecord:
+    """Play rounds `first` to `last` and return the global model after them.
+
+    Args:
+        strategy: Chooses clients and aggregates.
+        grid: Reaches the clients.
+        arrays: The global model before round `first`.
+        first: First round, from 1.
+        last: Last round.
+        timeout_s: Longest time for one phase, in seconds.
+        judge: Scores a model on the validation part.
+        done: Called after each round.
+    """
+    began = time.perf_counter()
+    for number in range(first, last + 1):
+        watch = Stopwatch()
+        messages = list(strategy.configure_train(number, arrays, ConfigRecord(), grid))
+        watch.lap("configure")
+        bytes_down = sum(records.size_of(m.content) for m in messages)
+        replies = list(grid.send_and_receive(messages, timeout=timeout_s))
+        watch.lap("train")
+        bytes_up = sum(records.size_of(r.content) for r in replies if r.has_content())
+        examples = sum(_examples(r.content.metric_records) for r in replies if r.has_content())
+        aggregate, metrics = strategy.aggregate_train(number, replies)
+        arrays = arrays if aggregate is None else aggregate
+        watch.lap("aggregate")
+        lost = dict(strategy.lost)
+        score = judge(arrays)
+        federated = _federated_evaluation(strategy, grid, number, arrays, timeout_s)
+        watch.lap("evaluate")
+        row: Row = {
+            "round": number,
+            "val_accuracy": score.accuracy,
+            "val_loss": score.loss,
+            **_plain(metrics),
+            **{f"clients_{name}": value for name, value in federated.items()},
+            "clients": len(messages) - len(lost),
+            "examples": examples,
+            "seconds_round": watch.total(),
+            "seconds_elapsed": time.perf_counter() - began,
+            **watch.seconds,
+            "bytes_down": bytes_down,
+            "bytes_up": bytes_up,
+        }
+        done(RoundResult(number, arrays, row, lost))
+    return arrays
+
+
+def _federated_evaluation(
+    strategy: Sampled, grid: Grid, number: int, arrays: ArrayRecord, timeout_s: float
+) -> Mapping[str, Any]:
+    messages = list(strategy.configure_evaluate(number, arrays, ConfigRecord(), grid))
+    if not messages:
+        return {}
+    replies = grid.send_and_receive(messages, timeout=timeout_s)
+    return _plain(strategy.aggregate_evaluate(number, replies))
+
+
+def _plain(metrics: MetricRecord | None) -> dict[str, Any]:
+    return {} if metrics is None else dict(metrics)
+
+
+def _examples(metric_records: Mapping[str, MetricRecord]) -> int:
+    return sum(int(str(m.get("num-examples", 0))) for m in metric_records.values())

@@ -1,0 +1,217 @@
+"""Partial participation: who trains in a round is a function of (seed, round).
+
+Flower's strategies draw nodes from the process-wide generator, out of node ids that are random
+themselves. `Sampled` draws partition ids instead, shows the inner strategy only the chosen nodes,
+and puts messages and replies into the order of partition ids, so that sums are always made in the
+same order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from flwr.supercore.run import Run
+
+from fedsys.errors import ConfigError, RuntimeFailure
+from fedsys.randomness import Address
+from strategies.roster import Roster
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How many clients take part.
+
+    Attributes:
+        fraction_train: Share of the clients that train in a round, in (0, 1].
+        fraction_evaluate: Share that evaluates after it, in [0, 1].
+        min_train_nodes: Lower bound on the number that trains.
+        min_evaluate_nodes: Lower bound on the number that evaluates, unless the share is 0.
+    """
+
+    fraction_train: float = 1.0
+    fraction_evaluate: float = 0.0
+    min_train_nodes: int = 1
+    min_evaluate_nodes: int = 1
+
+    @classmethod
+    def of(cls, spec: dict[str, Any]) -> Sampling:
+        """Take the keys of this class out of the ``strategy`` group and check them.
+
+        Raises:
+            ConfigError: A value is out of its range.
+        """
+        found = {name: spec.pop(name) for name in cls.__dataclass_fields__ if name in spec}
+        for name, value in found.items():
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if name.startswith("fraction"):
+                low = "(0, 1]" if name == "fraction_train" else "[0, 1]"
+                if not number or not 0 <= value <= 1 or (name == "fraction_train" and value == 0):
+                    raise ConfigError.of(f"strategy.{name}", value, f"must be in {low}")
+            elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError.of(f"strategy.{name}", value, "must be a whole number above 0")
+        return cls(**found)
+
+    def count(self, available: int, *, train: bool) -> int:
+        """Return how many of the available clients take part.
+
+        >>> Sampling(fraction_train=0.29).count(100, train=True)
+        29
+        """
+        fraction = self.fraction_train if train else self.fraction_evaluate
+        if fraction == 0:
+            return 0
+        least = self.min_train_nodes if train else self.min_evaluate_nodes
+        wanted = math.floor(available * fraction + 1e-9)  # 100 x 0.29 is 28.999…96
+        return min(available, max(wanted, least, 1))
+
+
+def choose(partitions: Sequence[int], count: int, address: Address, purpose: str) -> list[int]:
+    """Draw `count` of the partition ids without replacement; sorted."""
+    generator = address.numpy(purpose)
+    chosen = generator.choice(len(partitions), size=count, replace=False)
+    return sorted(partitions[int(i)] for i in chosen)
+
+
+class Sampled(Strategy):
+    """Chooses the clients of each round and keeps everything in the order of partition ids.
+
+    Args:
+        inner: Sees a grid with the chosen nodes only, and valid replies only.
+        roster: Who is there.
+        sampling: How many take part.
+        seed: The ``seed`` of the run.
+
+    Attributes:
+        lost: After `aggregate_train`: why each client that was asked did not contribute.
+    """
+
+    def __init__(self, inner: Strategy, roster: Roster, sampling: Sampling, *, seed: int) -> None:
+        self.inner, self.roster, self.sampling, self.seed = inner, roster, sampling, seed
+        self.lost: dict[int, str] = {}
+        self._asked: dict[int, int] = {}
+
+    def summary(self) -> None:
+        """Log the settings of the inner strategy."""
+        self.inner.summary()
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return a message for each client chosen for this round."""
+        chosen = self._choose(server_round, grid, train=True)
+        messages = self.inner.configure_train(server_round, arrays, config, chosen)
+        return self._in_order(messages)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Have the inner strategy aggregate what arrived, in the order of partition ids.
+
+        Raises:
+            RuntimeFailure: Not one client succeeded; with what the first of them said.
+        """
+        return self.inner.aggregate_train(server_round, self._valid(replies, "train"))
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return a message for each client chosen to evaluate; none when the share is 0."""
+        if self.sampling.fraction_evaluate == 0:
+            return []
+        chosen = self._choose(server_round, grid, train=False)
+        messages = self.inner.configure_evaluate(server_round, arrays, config, chosen)
+        return self._in_order(messages)
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Have the inner strategy aggregate the evaluations, in the order of partition ids."""
+        return self.inner.aggregate_evaluate(server_round, self._valid(replies, "evaluate"))
+
+    def _choose(self, server_round: int, grid: Grid, *, train: bool) -> Grid:
+        present = self.roster.refresh(grid)
+        if not present:
+            raise RuntimeFailure("no client is connected; start at least one node")
+        count = self.sampling.count(len(present), train=train)
+        purpose = "sample-train" if train else "sample-evaluate"
+        chosen = choose(list(present), count, Address(self.seed, round=server_round), purpose)
+        self._asked = {partition: present[partition] for partition in chosen}
+        return ChosenNodes(grid, list(self._asked.values()))
+
+    def _in_order(self, messages: Iterable[Message]) -> list[Message]:
+        return sorted(messages, key=lambda m: self.roster.partition_of(m.metadata.dst_node_id))
+
+    def _valid(self, replies: Iterable[Message], phase: str) -> list[Message]:
+        valid: dict[int, Message] = {}
+        reasons: list[str] = []
+        for reply in replies:
+            if reply.has_error():
+                reasons.append(reply.error.reason or f"error {reply.error.code}")
+            else:
+                valid[self.roster.partition_of(reply.metadata.src_node_id)] = reply
+        missing = [partition for partition in self._asked if partition not in valid]
+        # An error reply may carry the id of the SuperLink instead of the node's, so who is missing
+        # follows from who answered.
+        self.lost = {
+            partition: reasons[i] if i < len(reasons) else "no reply"
+            for i, partition in enumerate(missing)
+        }
+        if not valid:
+            first = reasons[0] if reasons else "no reply at all"
+            raise _failure(f"{phase}: none of {len(self._asked)} clients succeeded; {first}", first)
+        return [valid[partition] for partition in sorted(valid)]
+
+
+def _failure(text: str, reason: str) -> RuntimeFailure | ConfigError:
+    return ConfigError(text) if reason.startswith("ConfigError") else RuntimeFailure(text)
+
+
+class ChosenNodes(Grid):
+    """A grid that shows some of the nodes of another one."""
+
+    def __init__(self, grid: Grid, nodes: Sequence[int]) -> None:
+        self._grid, self._nodes = grid, list(nodes)
+
+    def set_run(self, run: Run) -> None:
+        """Pass on."""
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        """Return the run of the whole grid."""
+        return self._grid.run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Pass on."""
+        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the chosen nodes."""
+        return list(self._nodes)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Pass on."""
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Pass on."""
+        return self._grid.pull_messages(message_ids)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Pass on."""
+        return self._grid.send_and_receive(messages, timeout=timeout)
