@@ -1,0 +1,106 @@
+"""What a result is known by: the hash of a state, and the environment that its bits depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def state_sha256(state: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of a state as 64 hexadecimal digits.
+
+    The digest is taken over the entries in the order of their names (by code point). An entry is
+    the concatenation of, with every integer an unsigned 64-bit little-endian number:
+
+    1. the length in bytes of the name in UTF-8, and these bytes;
+    2. the length of the name of the dtype, and the name in ASCII, such as ``float32``;
+    3. the number of dimensions, and the size of each;
+    4. the number of bytes of the data, and the data: row-major, each element little-endian.
+
+    Two states have one digest only if they agree in all of that to the bit. Order of insertion,
+    strides, memory format, device and ``requires_grad`` do not enter.
+
+    Args:
+        state: Dense tensors of any shape and dtype by name.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach()
+        data = _little_endian(tensor, sys.byteorder)
+        label, kind = name.encode(), str(tensor.dtype).removeprefix("torch.").encode()
+        digest.update(struct.pack("<Q", len(label)) + label)
+        digest.update(struct.pack("<Q", len(kind)) + kind)
+        digest.update(struct.pack(f"<Q{tensor.ndim}Q", tensor.ndim, *tensor.shape))
+        digest.update(struct.pack("<Q", data.numel()))
+        digest.update(data.numpy().data)
+    return digest.hexdigest()
+
+
+def _little_endian(tensor: Tensor, byteorder: str) -> Tensor:
+    """Return the elements of `tensor` in row-major order as bytes, uint8 of shape ``(bytes,)``."""
+    import torch
+
+    flat = tensor.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    data = flat.view(torch.uint8)
+    if byteorder == "little":
+        return data
+    width = flat.element_size() // (2 if flat.is_complex() else 1)
+    return data.reshape(-1, width).flip(1).reshape(-1)
+
+
+def environment() -> dict[str, Any]:
+    """Return what the bits of a result depend on besides the configuration.
+
+    Keys: ``versions`` (of Python and the packages in use; null if not installed), ``platform``,
+    ``cpu`` (its name), ``instruction_set`` (that torch's kernels were chosen for), ``libraries``
+    (which math libraries torch was built with) and ``threads`` (numbers of cores and threads).
+    """
+    import platform
+
+    import torch
+
+    packages = ("fedsys", "torch", "torchvision", "flwr", "numpy", "safetensors", "hydra-core")
+    return {
+        "versions": {"python": platform.python_version()} | {p: _version(p) for p in packages},
+        "platform": platform.platform(),
+        "cpu": _cpu_model(),
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "libraries": {
+            # torch gives these two no types
+            "mkl": torch.backends.mkl.is_available(),  # type: ignore[no-untyped-call]
+            "onednn": torch.backends.mkldnn.is_available(),  # type: ignore[no-untyped-call]
+            "cuda": torch.version.cuda,
+        },
+        "threads": {
+            "cores": os.cpu_count(),
+            "intra_op": torch.get_num_threads(),
+            "inter_op": torch.get_num_interop_threads(),
+        },
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    import platform
+
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,421 @@
+"""The folder of a run: what was asked for, what happened, and what came out.
+
+::
+
+    outputs/2026-11-23/14-03-55-train/
+    ├── run.json            status, result, seed, configuration, versions; the last file to change
+    ├── config.yaml         the composed configuration
+    ├── metrics.csv         one line per round, written when the round ends
+    ├── events.jsonl        faults, lost clients, decisions; one JSON object per line
+    ├── run.log             what the ``fedsys`` logger said
+    ├── tensorboard/        the numbers of metrics.csv for TensorBoard
+    ├── plots/              pictures, drawn at the end (`fedsys.plots`)
+    └── model.safetensors   the trained state, with its configuration
+
+A folder always says how far its run came: ``run.json`` claims the folder with the status
+``running`` and ends as ``finished`` or ``failed``. Files are replaced as a whole or appended by
+whole lines, so that neither a full disk nor a killed process leaves half a result behind.
+"""
+
+from __future__ import annotations
+
+import csv
+import errno
+import io
+import json
+import logging
+import struct
+import sys
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from fedsys.errors import ConfigError, RunError
+from fedsys.files import (
+    ELSEWHERE,
+    NO_SPACE,
+    append,
+    json_text,
+    replacing,
+    whole_lines,
+    write_atomic,
+    writing,
+)
+from fedsys.identity import environment, state_sha256
+from fedsys.scalars import Scalars, from_cell, to_cell
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "RunFolder",
+    "default_path",
+    "environment",
+    "json_text",
+    "state_sha256",
+    "write_atomic",
+]
+
+logger = logging.getLogger("fedsys")
+
+
+def default_path(outputs: Path, label: str, now: datetime | None = None) -> Path:
+    """Make and return a new folder ``outputs/2026-11-23/14-03-55-label``.
+
+    Of two runs that start in the same second, the second gets ``14-03-55-label-2``.
+
+    Raises:
+        ConfigError: The folder cannot be made.
+    """
+    now = now or datetime.now()
+    day = outputs / now.strftime("%Y-%m-%d")
+    name = f"{now.strftime('%H-%M-%S')}-{label}"
+    number = 1
+    while True:
+        path = day / (name if number == 1 else f"{name}-{number}")
+        try:
+            day.mkdir(parents=True, exist_ok=True)
+            path.mkdir()
+            return path
+        except FileExistsError as error:
+            if not day.is_dir():
+                raise _unusable(day, error) from error
+            number += 1
+        except OSError as error:
+            raise _unusable(path, error) from error
+
+
+def _unusable(path: Path, error: OSError) -> ConfigError | RunError:
+    if error.errno in NO_SPACE:
+        return RunError(f"cannot write {path}: {error.strerror}; free some space, or {ELSEWHERE}")
+    rule = f"must be a folder that can be written to ({error.strerror})"
+    return ConfigError.of("run.dir", path, rule, ELSEWHERE)
+
+
+class RunFolder:
+    """The folder of one run, written as the run goes. Methods may be called from any thread.
+
+    Use it as a context manager: an exception that leaves the block marks the run as failed, and
+    the files are closed::
+
+        with RunFolder.create(path) as run:
+            run.log_config(text)
+            run.add_round({"round": 1, "val_accuracy": 0.91})
+            run.finish({"accuracy": 0.9})
+    """
+
+    def __init__(self, path: Path, info: Mapping[str, Any]) -> None:
+        self.path = path
+        self._info = dict(info)
+        self._lock = threading.RLock()
+        self._log: _LogFile | None = None
+        self._level = logging.NOTSET
+        self._scalars: Scalars | None = None
+
+    @classmethod
+    def create(cls, path: Path) -> RunFolder:
+        """Make the folder of a new run and claim it.
+
+        Args:
+            path: A folder that does not exist, or one that holds no run.
+
+        Raises:
+            ConfigError: `path` holds a run, is a file, or cannot be written to.
+            RunError: The disk is full.
+        """
+        file = path / "run.json"
+        info = {"status": "running", "started": time.time(), **environment()}
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            with file.open("xb"):  # of two runs that want one folder, one gets it
+                pass
+        except FileExistsError as error:
+            if not path.is_dir():
+                raise _unusable(
+                    path, NotADirectoryError(errno.ENOTDIR, "Not a directory")
+                ) from error
+            rule = "must not hold another run"
+            way_out = f"continue that run with resume={path}, or {ELSEWHERE}"
+            raise ConfigError.of("run.dir", path, rule, way_out) from error
+        except OSError as error:
+            raise _unusable(path, error) from error
+        run = cls(path, info)
+        try:
+            run._write_info(info)
+            run._start_log()
+        except BaseException:
+            run.close()
+            file.unlink(missing_ok=True)
+            raise
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """Open the folder of an existing run, to read it.
+
+        Raises:
+            RunError: `path` holds no run, or its ``run.json`` is damaged.
+        """
+        file = path / "run.json"
+        try:
+            info = json.loads(file.read_bytes())
+        except (FileNotFoundError, NotADirectoryError) as error:
+            what = "holds no run.json, so it is not the folder of a run"
+            if not path.exists():
+                what = "does not exist"
+            raise RunError(f"{path} {what}; name a folder that a run wrote") from error
+        except OSError as error:
+            raise RunError(f"cannot read {file}: {error.strerror}") from error
+        except ValueError as error:
+            raise RunError(f"{file} is damaged: {error}; run again into another folder") from error
+        if not isinstance(info, dict) or not isinstance(info.get("status"), str):
+            raise RunError(f"{file} is damaged: it has no status; run again into another folder")
+        return cls(path, info)
+
+    @classmethod
+    def resume(cls, path: Path, after_round: int) -> RunFolder:
+        """Open the folder of an existing run, to continue it behind a round.
+
+        Rounds after `after_round` are dropped from ``metrics.csv`` and hidden from TensorBoard.
+
+        Args:
+            path: Folder of the run.
+            after_round: Round of the checkpoint that the run continues from.
+
+        Raises:
+            RunError: `path` holds no run, or cannot be written to.
+        """
+        run = cls.open(path)
+        rows = [row for row in run._table() if float(row.get("round") or "inf") <= after_round]
+        run._write_table(_columns(rows), rows)
+        started = run._info.get("started", time.time())
+        run._info = {"status": "running", "started": started, **environment()}
+        run._write_info(run._info)
+        run._start_log()
+        run._scalars = Scalars(path / "tensorboard", first_round=after_round + 1)
+        run.event("resumed", after_round=after_round)
+        return run
+
+    @property
+    def info(self) -> Mapping[str, Any]:
+        """What ``run.json`` says: ``status``, ``result``, ``config``, ``seed`` and more."""
+        return self._info
+
+    def log_config(self, config_yaml: str) -> None:
+        """Write ``config.yaml``."""
+        write_atomic(self.path / "config.yaml", config_yaml.encode())
+
+    def add_round(self, row: Mapping[str, Any]) -> None:
+        """Append a round to ``metrics.csv`` and to TensorBoard at once.
+
+        Args:
+            row: Numbers and texts by column; ``round`` is needed. Columns may come and go between
+                rounds; NaN and ``None`` are allowed.
+
+        Raises:
+            RunError: The disk is full, or the file is gone or cannot be written.
+        """
+        cells = {name: to_cell(value) for name, value in row.items()}
+        file = self.path / "metrics.csv"
+        with self._lock:
+            known = next(csv.reader(whole_lines(file)[:1]), [])
+            if set(cells) <= set(known):
+                append(file, _csv_text([[cells.get(name, "") for name in known]]))
+            else:
+                rows = [*self._table(), cells]
+                self._write_table(_columns(rows), rows)
+            if self._scalars is None:
+                self._scalars = Scalars(self.path / "tensorboard")
+            self._scalars.add(int(row["round"]), row)
+
+    def rounds(self) -> list[dict[str, float | str]]:
+        """Return the rows of ``metrics.csv``; numbers as floats, without the empty cells."""
+        rows = self._table()
+        return [{name: from_cell(cell) for name, cell in row.items() if cell} for row in rows]
+
+    def event(self, kind: str, **values: object) -> None:
+        """Append an event to ``events.jsonl``, with the time in seconds since 1970.
+
+        Args:
+            kind: What happened, for instance ``"client_lost"``.
+            values: More about it; must have a form in JSON.
+        """
+        line = json_text({"time": time.time(), "kind": kind, **values}) + "\n"
+        with self._lock:
+            append(self.path / "events.jsonl", line.encode())
+
+    def events(self) -> list[dict[str, Any]]:
+        """Return the events in the order in which they were written."""
+        return [json.loads(line) for line in whole_lines(self.path / "events.jsonl")]
+
+    def save_model(self, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
+        """Write ``model.safetensors`` and return its path.
+
+        Args:
+            state: Dense tensors of any shape and dtype by name.
+            metadata: What is needed to build the model again; it stands in the file's header.
+
+        Raises:
+            RunError: The file cannot be written; a former model stays as it was.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        path = self.path / "model.safetensors"
+        with replacing(path) as part:
+            try:
+                save_file(_independent(state), part, dict(metadata))
+                _order_metadata(part)
+            except SafetensorError as error:
+                raise RunError(
+                    f"cannot write {path}: {error}; free some space, or {ELSEWHERE}"
+                ) from error
+        return path
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Write ``run.json`` with the status ``finished``: the last thing that a run does.
+
+        Args:
+            result: The figures of the run; must have a form in JSON.
+        """
+        self._end({"status": "finished", "result": dict(result)})
+
+    def fail(self, error: BaseException) -> None:
+        """Write ``run.json`` with the status ``failed`` and the error.
+
+        Where not even that can be written, ``run.json`` keeps the status ``running``; that is
+        logged and not raised, so that `error` stays the one that is reported.
+        """
+        told = {"type": type(error).__name__, "message": str(error)}
+        logger.error("the run failed: %s: %s", told["type"], told["message"])
+        try:
+            self._end({"status": "failed", "error": told})
+        except RunError as second:
+            logger.error("%s", second)
+
+    def close(self) -> None:
+        """Close the log and the TensorBoard file. May be called again."""
+        with self._lock:
+            if self._log is not None:
+                logger.removeHandler(self._log)
+                with suppress(OSError):  # the handler has said that the log cannot be written
+                    self._log.close()
+                self._log = None
+                logger.setLevel(self._level)
+            if self._scalars is not None:
+                self._scalars.close()
+                self._scalars = None
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if error is not None and self._info["status"] == "running":
+            self.fail(error)
+        self.close()
+
+    def _start_log(self) -> None:
+        path = self.path / "run.log"
+        with writing(path):
+            self._log = _LogFile(path, encoding="utf-8")
+        form = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+        self._log.setFormatter(logging.Formatter(form))
+        self._level = logger.level
+        if logger.getEffectiveLevel() > logging.INFO:
+            logger.setLevel(logging.INFO)
+        logger.addHandler(self._log)
+
+    def _end(self, news: Mapping[str, Any]) -> None:
+        config = self._config()
+        before = {k: v for k, v in self._info.items() if k not in ("status", "started")}
+        started = self._info.get("started")
+        info = {
+            **news,
+            "seed": config.get("seed"),
+            "started": started,
+            "ended": time.time(),
+            **before,
+            "config": config,
+        }
+        self._write_info(info)
+        self._info = info
+
+    def _config(self) -> dict[str, Any]:
+        import yaml
+
+        file = self.path / "config.yaml"
+        try:
+            config = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
+        except (OSError, yaml.YAMLError) as error:
+            raise RunError(f"cannot read {file}: {error}") from error
+        return config if isinstance(config, dict) else {}
+
+    def _write_info(self, info: Mapping[str, Any]) -> None:
+        write_atomic(self.path / "run.json", (json_text(info, indent=2) + "\n").encode())
+
+    def _table(self) -> list[dict[str, str]]:
+        """Return the rows of ``metrics.csv`` as text by column."""
+        reader = csv.reader(whole_lines(self.path / "metrics.csv"))
+        header = next(reader, [])
+        return [dict(zip(header, row, strict=False)) for row in reader]
+
+    def _write_table(self, columns: list[str], rows: Iterable[Mapping[str, str]]) -> None:
+        lines = [columns, *([row.get(name, "") for name in columns] for row in rows)]
+        write_atomic(self.path / "metrics.csv", _csv_text(lines) if columns else b"")
+
+
+def _columns(rows: Iterable[Mapping[str, str]]) -> list[str]:
+    """Return every column in the order of first appearance."""
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def _csv_text(rows: Iterable[Iterable[str]]) -> bytes:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue().encode()
+
+
+def _independent(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return contiguous tensors on the CPU of which no two share memory, as safetensors demands."""
+    seen: set[int] = set()
+    out: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        tensor = tensor.detach().cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        out[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return out
+
+
+def _order_metadata(file: Path) -> None:
+    """Sort the metadata of a safetensors file, which are written in an order of chance.
+
+    With it, equal states with equal metadata give equal files. The header keeps its length.
+    """
+    with file.open("r+b") as stream:
+        (size,) = struct.unpack("<Q", stream.read(8))
+        header = json.loads(stream.read(size))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size)
+        if len(text) == size:
+            stream.seek(8)
+            stream.write(text)
+
+
+class _LogFile(logging.FileHandler):
+    """A log file that says once, in one line, that it cannot be written, and lets the run go on."""
+
+    _told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not self._told and isinstance(error, OSError) and sys.stderr is not None:
+            self._told = True
+            print(f"warning: cannot write {self.baseFilename}: {error.strerror}", file=sys.stderr)

@@ -1,0 +1,89 @@
+"""The numbers of a run as table cells and as TensorBoard scalars."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from fedsys.files import writing
+
+
+def to_cell(value: Any) -> str:
+    """Return the text of a value in a table: one line, from which the number can be read back."""
+    if value is None:
+        return ""
+    if hasattr(value, "item"):  # scalars of NumPy and torch
+        value = value.item()
+    if isinstance(value, bool):
+        return str(int(value))
+    return " ".join(value.splitlines()) if isinstance(value, str) else repr(value)
+
+
+def from_cell(cell: str) -> float | str:
+    """Return the number that a cell of a table holds, or else its text."""
+    try:
+        return float(cell)
+    except ValueError:
+        return cell
+
+
+def scalar_tag(column: str) -> str:
+    """Return the name that TensorBoard groups a column under.
+
+    >>> scalar_tag("val_accuracy"), scalar_tag("seconds_train"), scalar_tag("clients")
+    ('accuracy/val', 'seconds/train', 'clients')
+    """
+    head, _, tail = column.partition("_")
+    if head in ("train", "val", "test") and tail:
+        return f"{tail}/{head}"
+    return f"{head}/{tail}" if head in ("seconds", "bytes") and tail else column
+
+
+class Scalars:
+    """Writes scalars to a TensorBoard event file.
+
+    It writes the records itself instead of leaving them to torch's ``SummaryWriter``, whose
+    import takes three times as long (and imports TensorFlow where that is installed) and whose
+    thread hides a full disk.
+    """
+
+    def __init__(self, folder: Path, first_round: int = 1) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        name = f"events.out.tfevents.{time.time_ns() // 1000:020d}.{os.getpid()}"
+        self._path = folder / name
+        with writing(self._path):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file: BinaryIO = self._path.open("ab")
+        self._records = RecordWriter(self._file)
+        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        if first_round > 1:  # TensorBoard forgets what former files say about these steps
+            restart = SessionLog(status=SessionLog.START)
+            self._write(Event(wall_time=time.time(), step=first_round, session_log=restart))
+
+    def add(self, step: int, row: Mapping[str, Any]) -> None:
+        """Write every number of a row, under its `scalar_tag`, as the value at `step`."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [
+            Summary.Value(tag=scalar_tag(name), simple_value=number)
+            for name, value in row.items()
+            if name != "round" and isinstance(number := from_cell(to_cell(value)), float)
+        ]
+        self._write(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+
+    def _write(self, event: Any) -> None:
+        with writing(self._path):
+            self._records.write(event.SerializeToString())
+            self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        with suppress(OSError):  # what could not be written has been reported by `_write`
+            self._file.close()
