@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pkgutil
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedsys.errors import ConfigError, ModelError
@@ -57,7 +59,7 @@ def macs(model: nn.Module, shape: tuple[int, int, int]) -> int:
     return counter.get_total_flops() // 2
 
 
-def images(shape: tuple[int, int, int], rows: int = 4) -> Tensor:
+def images(shape: tuple[int, int, int], rows: int = 2) -> Tensor:
     return torch.rand(rows, *shape, generator=torch.Generator().manual_seed(0))
 
 
@@ -182,10 +184,10 @@ def test_every_named_model_has_norm_and_init() -> None:
 def test_each_model_trains_on_each_shape_and_every_parameter_gets_a_gradient(name: str) -> None:
     for shape in shapes(name):
         model = build(small(name), input_shape=shape, num_classes=7, seed=1)
-        with drawing(Address(1), 0, 4):
+        with drawing(Address(1), 0, 2):
             out = model(images(shape))
-        assert out.shape == (4, 7)
-        nn.functional.cross_entropy(out, torch.arange(4)).backward()
+        assert out.shape == (2, 7)
+        nn.functional.cross_entropy(out, torch.arange(2)).backward()
         for key, parameter in model.named_parameters():
             assert parameter.grad is not None and parameter.grad.isfinite().all(), key
 
@@ -197,9 +199,9 @@ def test_each_model_traces_in_training_mode(name: str) -> None:
     assert model.training
     traced = torch.fx.GraphModule(model, LeafTracer().trace(model))
     x = images(shape)
-    with torch.no_grad(), drawing(Address(1), 0, 4):
+    with torch.no_grad(), drawing(Address(1), 0, 2):
         expected = model(x)
-    with torch.no_grad(), drawing(Address(1), 0, 4):
+    with torch.no_grad(), drawing(Address(1), 0, 2):
         assert torch.equal(traced(x), expected)
 
 
@@ -252,6 +254,23 @@ def test_weights_are_a_function_of_the_seed(name: str) -> None:
     assert any(not torch.equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.parametrize("name", OWN)
+def test_making_a_skeleton_draws_nothing_and_leaves_torchvision_alone(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[str] = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(func.__name__)
+            return func(*args, **kwargs or {})
+
+    monkeypatch.setitem(sys.modules, "torchvision", None)  # importing it now fails
+    with Record():
+        skeleton(SPECS[name], input_shape=(3, 32, 32), num_classes=10)
+    assert called and not [op for op in called if "normal" in op or "uniform" in op]
+
+
 @pytest.mark.parametrize("norm", ["batch", "group", "none"])
 @pytest.mark.parametrize("name", OWN)
 def test_a_skeleton_has_names_shapes_types_and_mode_of_the_model(name: str, norm: str) -> None:
@@ -281,7 +300,7 @@ def test_models_without_batch_norm_still_train(name: str) -> None:
     for norm in ("group", "none"):
         spec = small(name) | {"norm": norm}
         model = build(spec, input_shape=(3, 32, 32), num_classes=10, seed=1)
-        with drawing(Address(1), 0, 4):
+        with drawing(Address(1), 0, 2):
             out = model(images((3, 32, 32)))
         assert out.isfinite().all()
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fedsys.errors import ConfigError, ModelError, did_you_mean
 from fedsys.models.blocks import Shape, check_positive
@@ -17,6 +18,7 @@ from fedsys.models.norm import convert_norm
 from fedsys.randomness import Address, key_modules, seeded_default_generator
 
 _NOT_FOR_THE_CONSTRUCTOR = ("_target_", "norm", "init")
+_DRAWS = (Tensor.normal_, Tensor.uniform_)
 
 
 def build(spec: Mapping[str, Any], *, input_shape: Shape, num_classes: int, seed: int) -> nn.Module:
@@ -72,6 +74,28 @@ def skeleton(spec: Mapping[str, Any], *, input_shape: Shape, num_classes: int) -
     return model
 
 
+class _WithoutInitialisation(TorchFunctionMode):
+    """Skips what fills a tensor with initial values, which a tensor on ``meta`` has not.
+
+    Apart from being idle, drawing normal values on ``meta`` imports a symbolic algebra system, and
+    that takes a process seconds.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        named = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init" or func in _DRAWS:
+            tensor = named["tensor"] if "tensor" in named else args[0]
+            if isinstance(tensor, Tensor) and tensor.is_meta:
+                return tensor
+        return func(*args, **named)
+
+
 def _construct_on_meta(
     spec: Mapping[str, Any], input_shape: Shape, num_classes: int
 ) -> nn.Module | None:
@@ -81,7 +105,7 @@ def _construct_on_meta(
     one of the errors that `_construct` takes for a wrong argument. Which it was, the CPU will tell.
     """
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _WithoutInitialisation():
             return _construct(spec, input_shape, num_classes)
     except (RuntimeError, ConfigError):
         return None

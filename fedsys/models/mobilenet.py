@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from fedsys.models.blocks import (
     Residual,
@@ -225,19 +225,40 @@ def _mobilenet(
 
 
 def _inverted_residual(inputs: int, block: _Block, norm: Layer) -> nn.Module:
-    from torchvision.ops import SqueezeExcitation
-
     wide, act = block.expanded, block.activation
     expand = _conv(inputs, wide, 1, 1, norm, act) if wide != inputs else None
     depthwise = _conv(wide, wide, block.kernel, block.stride, norm, act, groups=wide)
-    excite = None
-    if block.excite:
-        excite = SqueezeExcitation(wide, _eights(wide // 4), scale_activation=nn.Hardsigmoid)
+    excite = SqueezeExcite(wide, _eights(wide // 4)) if block.excite else None
     project = _conv(wide, block.outputs, 1, 1, norm, None)
     body = chain(
         [("expand", expand), ("depthwise", depthwise), ("excite", excite), ("project", project)]
     )
     return Residual(body) if block.stride == 1 and inputs == block.outputs else body
+
+
+class SqueezeExcite(nn.Module):
+    """Scale each channel by a gate in [0, 1] computed from the averages of all channels.
+
+    Hu et al., "Squeeze-and-Excitation Networks", CVPR 2018, section 3, with the hard sigmoid of
+    MobileNetV3. Not torchvision's, whose import takes a device's process seconds.
+    """
+
+    def __init__(self, channels: int, squeezed: int) -> None:
+        super().__init__()
+        self.gate = chain(
+            [
+                ("pool", nn.AdaptiveAvgPool2d(1)),
+                ("squeeze", nn.Conv2d(channels, squeezed, 1)),
+                ("relu", nn.ReLU()),
+                ("excite", nn.Conv2d(squeezed, channels, 1)),
+                ("sigmoid", nn.Hardsigmoid()),
+            ]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x` of shape ``(rows, channels, height, width)``, scaled."""
+        out: Tensor = x * self.gate(x)
+        return out
 
 
 def _conv(
