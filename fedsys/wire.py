@@ -90,11 +90,13 @@ class Frame:
         meta: Values that JSON knows (numbers, strings, booleans, None, lists, mappings with
             string keys). Tuples arrive as lists; NaN and infinities arrive as they are.
         tensors: Dense tensors. They arrive on the CPU, detached, in the order given.
+        encoded_bytes: Bytes on the wire of a frame that was received; 0 before.
     """
 
     kind: str
     meta: Mapping[str, Any] = field(default_factory=dict)
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    encoded_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +247,13 @@ def encode(frame: Frame, limits: Limits = DEFAULT_LIMITS) -> bytes:
         FrameError: The frame cannot be sent: its kind, a value, a tensor, or a limit.
     """
     return b"".join(encode_parts(frame, limits))
+
+
+def kind_of(encoded: Buffer) -> str:
+    """Return the kind of a frame from bytes that `encode` or `encode_parts` begins with."""
+    header_bytes = _PREAMBLE.unpack_from(encoded)[3]
+    header = memoryview(encoded)[_PREAMBLE.size : _PREAMBLE.size + header_bytes]
+    return str(json.loads(bytes(header))["kind"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -429,7 +438,7 @@ class Assembler:
         for entry in self._table:
             tensors[entry.name] = entry.read(self._payload, start)
             start += entry.nbytes + _padding(entry.nbytes)
-        return Frame(frame.kind, frame.meta, tensors)
+        return Frame(frame.kind, frame.meta, tensors, self.received_bytes)
 
 
 def _aligned(nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -1,0 +1,137 @@
+"""A queue between threads that is bounded in bytes and knows why it ended.
+
+Both directions of a link are mailboxes. The bound gives back-pressure; `relaxed` lifts it for as
+long as this side waits in a send of its own, because a reader that stops then would let two peers
+that both send first wait for each other for ever.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final, Generic, TypeVar
+
+from fedsys.errors import LinkClosed, LinkError, LinkTimeout
+
+T = TypeVar("T")
+
+RELAXED_FACTOR: Final = 8
+"""How many times its bound a mailbox holds at most while it is relaxed."""
+
+
+class Mailbox(Generic[T]):
+    """First in, first out; any number of threads on both sides.
+
+    Args:
+        limit_bytes: `put` waits while the mailbox holds something and the next item would make it
+            hold more than this.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit = limit_bytes
+        self._items: deque[tuple[T, int]] = deque()
+        self._held = 0
+        self._relaxed = 0
+        self._reason: LinkError | None = None
+        lock = threading.Lock()
+        self._filled = threading.Condition(lock)
+        self._freed = threading.Condition(lock)
+
+    @property
+    def ended(self) -> bool:
+        """Whether `end` was called."""
+        return self._reason is not None
+
+    def raise_if_ended(self) -> None:
+        """Raise the reason given to `end`, as a new error, if there is one."""
+        if self._reason is not None:
+            raise type(self._reason)(*self._reason.args)
+
+    def try_put(self, item: T, nbytes: int) -> bool:
+        """Add an item of `nbytes`, unless there is no room; return whether it was added.
+
+        Raises:
+            LinkError: The mailbox has ended; of the kind and text given to `end`.
+        """
+        with self._filled:
+            self.raise_if_ended()
+            if not self._has_room(nbytes):
+                return False
+            self._add(item, nbytes)
+            return True
+
+    def put(self, item: T, nbytes: int) -> None:
+        """Add an item of `nbytes`, waiting until there is room.
+
+        Raises:
+            LinkClosed: It stays full although it is relaxed to `RELAXED_FACTOR` times its bound.
+            LinkError: The mailbox has ended; of the kind and text given to `end`.
+        """
+        with self._freed:
+            while not self._has_room(nbytes) and not self.ended:
+                if self._relaxed and self._held + nbytes > RELAXED_FACTOR * self._limit:
+                    raise LinkClosed(
+                        f"both ends send and neither receives: {self._held} bytes wait here; "
+                        "receive between sends, or raise queue_bytes"
+                    )
+                if self._relaxed:
+                    break
+                self._freed.wait()
+            self.raise_if_ended()
+            self._add(item, nbytes)
+
+    def get(self, timeout_s: float | None = None) -> T:
+        """Take the oldest item, waiting up to `timeout_s` seconds (None: without limit).
+
+        Raises:
+            LinkTimeout: Nothing came in time.
+            LinkError: All items were taken and the mailbox has ended, for the reason of `end`.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        with self._filled:
+            while not self._items:
+                self.raise_if_ended()
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    raise LinkTimeout(f"nothing arrived within {timeout_s:g} s")
+                self._filled.wait(left)
+            item, nbytes = self._items.popleft()
+            self._held -= nbytes
+            self._freed.notify_all()
+            return item
+
+    def end(self, reason: LinkError, *, discard: bool = False) -> None:
+        """Refuse further items; what is held can still be taken unless `discard`.
+
+        The first reason counts.
+        """
+        with self._filled:
+            self._reason = self._reason or reason
+            if discard:
+                self._items.clear()
+                self._held = 0
+            self._filled.notify_all()
+            self._freed.notify_all()
+
+    @contextmanager
+    def relaxed(self) -> Iterator[None]:
+        """Let `put` go beyond the bound for the length of the block."""
+        with self._freed:
+            self._relaxed += 1
+            self._freed.notify_all()
+        try:
+            yield
+        finally:
+            with self._freed:
+                self._relaxed -= 1
+
+    def _has_room(self, nbytes: int) -> bool:
+        return self._held == 0 or self._held + nbytes <= self._limit
+
+    def _add(self, item: T, nbytes: int) -> None:
+        self._items.append((item, nbytes))
+        self._held += nbytes
+        self._filled.notify()
