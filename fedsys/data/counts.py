@@ -62,7 +62,8 @@ def plot_class_counts(counts: Indices, classes: Sequence[str], path: Path) -> No
     else:
         cells.xaxis.set_major_locator(MaxNLocator(integer=True))
     if kinds <= _NAMED:
-        cells.set_yticks(np.arange(kinds), labels=list(classes))
+        # A folder may be called "$x$"; a class is named, never typeset.
+        cells.set_yticks(np.arange(kinds), labels=list(classes), parse_math=False)
     else:
         cells.yaxis.set_major_locator(MaxNLocator(integer=True))
     if clients <= _NUMBERED and kinds <= _NUMBERED:

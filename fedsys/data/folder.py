@@ -76,8 +76,12 @@ def read(spec: Spec) -> Found:
         DataError: A class is empty or missing in one part, or an image cannot be read.
     """
     form = _form(spec)
-    parts = _parts(_root(spec))
-    listed = {name: _list_classes(path) for name, path in parts.items()}
+    root = _root(spec)
+    try:
+        parts = _parts(root)
+        listed = {name: _list_classes(path) for name, path in parts.items()}
+    except OSError as error:
+        raise DataError(f"data.root={root}: cannot be listed: {error}") from error
     classes = tuple(listed["train"])
     for name, by_class in listed.items():
         if tuple(by_class) != classes:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import gzip
 import http.client
 import importlib.util
-import logging
 import socket
 import warnings
 from collections.abc import Callable, Iterator
@@ -28,8 +27,6 @@ from fedsys.data.loader import AUGMENTATIONS
 from fedsys.data.options import Spec, cache_folder, choice, fraction, shape, whole
 from fedsys.errors import ConfigError, DataError
 from fedsys.randomness import Address
-
-_log = logging.getLogger(__name__)
 
 _TEST_SEED = 0
 """Test parts that are set aside here do not depend on the seed of the run: runs with different
