@@ -46,9 +46,8 @@ def scalar_tag(column: str) -> str:
 class Scalars:
     """Writes scalars to a TensorBoard event file.
 
-    It writes the records itself instead of leaving them to torch's ``SummaryWriter``, whose
-    import takes three times as long (and imports TensorFlow where that is installed) and whose
-    thread hides a full disk.
+    It writes the records itself instead of leaving them to torch's ``SummaryWriter``, which
+    imports TensorFlow where that is installed, and whose thread hides a full disk.
     """
 
     def __init__(self, folder: Path, first_round: int = 1) -> None:
