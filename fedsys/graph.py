@@ -112,7 +112,7 @@ def trace(model: nn.Module) -> fx.GraphModule:
             f"{type(model).__name__}.forward takes ({', '.join(_inputs(model))}): "
             "it must take exactly one input without a default"
         )
-    source = _copy(model)
+    source = copy_modules(model)
     with _lock:
         evaluation = _record(source.eval())
         graph = _record(source.train())
@@ -129,10 +129,20 @@ def _inputs(model: nn.Module) -> dict[str, bool]:
     return {p.name: p.default is not p.empty for p in parameters if p.kind not in variable}
 
 
-def _copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """Copy modules but not tensors: the copy computes with the same parameters and buffers."""
+def copy_modules(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """Copy modules but not tensors: the copy computes with the same parameters and buffers.
+
+    Args:
+        model: What to copy.
+        memo: As for ``copy.deepcopy``: what is shared or replaced, by the id of the original. Given
+            to several calls, it keeps what the originals share shared between the copies.
+
+    Raises:
+        ModelError: A module holds something that cannot be copied.
+    """
     memo = {} if memo is None else memo
-    memo |= {id(t): t for t in (*model.parameters(), *model.buffers())}
+    for tensor in (*model.parameters(), *model.buffers()):
+        memo.setdefault(id(tensor), tensor)
     try:
         return copy.deepcopy(model, memo)
     except (RuntimeError, TypeError) as error:
@@ -232,8 +242,13 @@ class _Merge:
 
 def _module_of(node: fx.Node) -> str:
     """Return the path of the module whose forward made `node`; empty for the model itself."""
-    stack = node.meta.get("nn_module_stack") or {}
-    return str(next(reversed(stack))) if stack else ""
+    return next(_stack(node), "")
+
+
+def _stack(node: fx.Node) -> Iterator[str]:
+    """Yield the paths of the modules in whose forward `node` was made, the innermost first."""
+    for path, _ in reversed((node.meta.get("nn_module_stack") or {}).values()):
+        yield str(path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -255,7 +270,7 @@ def assemble(source: nn.Module, graph: fx.Graph, names: Iterable[str]) -> fx.Gra
     used: dict[str, Any] = {}
     for node in graph.nodes:
         if node.op == "call_module":
-            used[node.target] = _copy(source.get_submodule(node.target), memo)
+            used[node.target] = copy_modules(source.get_submodule(node.target), memo)
         elif node.op == "get_attr":
             used[node.target] = _tensor(source, node.target)
     built = fx.GraphModule(used, graph, class_name=type(source).__name__)
@@ -325,5 +340,4 @@ def module_paths(node: fx.Node) -> Iterator[str]:
     """Yield the path of the module that `node` calls, and of those in whose forward it stands."""
     if node.op == "call_module":
         yield str(node.target)
-    for path in reversed(node.meta.get("nn_module_stack") or {}):
-        yield str(path)
+    yield from _stack(node)

@@ -1,0 +1,446 @@
+"""A model as a chain of units, and halves of it that compute what the whole computes.
+
+Between two *units* exactly one tensor flows. They are found by liveness over the graph of the
+model: after which nodes is one value alone still needed? Of these places those are kept that are
+worth cutting at. What does no multiply-accumulates (normalisation, activation, pooling, dropout,
+reshaping) belongs to the unit before it, so a cut comes after the pooling, where the tensor is
+smallest, and never between a convolution and its BatchNorm.
+
+Cut ``c`` gives units ``[0, c)`` to the device and ``[c, L)`` to the edge::
+
+    model = layered(skeleton(...), (3, 32, 32))     # on meta: names, shapes, costs
+    device, edge = split(model, resolve_cut(model, 0.3))
+    fill(device, message)                           # the device never holds the edge's half
+
+Both halves keep the global names of parameters and buffers; `join` puts states together by name.
+For VGG-5 the useful cuts are the offloading points of FedAdapt (Wu et al., "FedAdapt: Adaptive
+Offloading for IoT Devices in Federated Learning", IEEE Internet of Things Journal, 2022), and
+`fractions` its workload per point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor, fx, nn
+
+from fedsys.chain import (
+    Link,
+    cuts_in_fc_block,
+    find_chain,
+    listed_chain,
+    name_units,
+    owners,
+)
+from fedsys.errors import ConfigError, ModelError, did_you_mean
+from fedsys.graph import assemble, copy_modules, module_paths, trace
+from fedsys.measure import Measured, measure
+from fedsys.randomness import Address
+
+_BATCH = 3  # of measurements; not 1, which is also the size of much that is not a batch
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One link of the chain.
+
+    Attributes:
+        name: Path of the module that it is, or of the first that computes in it.
+        nodes: Names of its nodes in the graph, in order.
+        output: Name of the node whose tensor leaves it.
+        names: Global names of its parameters and persistent buffers, in the model's order.
+        macs: Multiply-accumulates for one example, forward.
+        params: Number of trainable and frozen parameters (elements, without buffers).
+        bytes_out: Size of what leaves it for one example, in the dtype of the model.
+        out_shape: Shape of what leaves it, without the batch; empty if it is not one tensor.
+    """
+
+    name: str
+    nodes: tuple[str, ...]
+    output: str
+    names: tuple[str, ...]
+    macs: int
+    params: int
+    bytes_out: int
+    out_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class LayeredModel:
+    """A model seen as a chain of ``L = len(units)`` units.
+
+    Attributes:
+        graph: The whole model; shares its tensors with the module it was made from.
+        units: The chain.
+        cuts: Useful cuts, ascending, in 1 … L-1. Cuts 0 and L are possible besides.
+        names: All parameters and persistent buffers, in the model's order.
+        shared: Parameters and buffers that several units use, with the indices of these units.
+            No cut may separate them.
+    """
+
+    graph: fx.GraphModule
+    units: tuple[Unit, ...]
+    cuts: tuple[int, ...]
+    names: tuple[str, ...]
+    shared: Mapping[str, tuple[int, ...]]
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+
+def layered(
+    model: nn.Module,
+    example: Tensor | Sequence[int],
+    *,
+    units: Sequence[str | Sequence[str]] | None = None,
+    fc_as_one: bool = True,
+) -> LayeredModel:
+    """See `model` as a chain of units.
+
+    Args:
+        model: Any module that `fedsys.graph.trace` traces, or a chain of the modules in `units`.
+            May be on the ``meta`` device.
+        example: A batch of inputs, or the shape of one example without the batch.
+        units: For what cannot be traced: the units as lists of module names, called in this order
+            one after the other. ``"features.0:features.4"`` stands for these two siblings and all
+            between them. Compared with the model on the example if the model has values.
+        fc_as_one: Offer no cut inside the block of linear layers at the end, as in FedAdapt: there
+            is nearly no work left to move. Not applied to models of linear layers only.
+
+    Raises:
+        ModelError: The model cannot be traced, does not accept the example, or is not the chain
+            of `units`; the message says which.
+    """
+    if units is None:
+        graph = trace(model)
+        costs, batch = _measured(graph, example)
+        links = find_chain(graph, costs, batch)
+    else:
+        graph, links = listed_chain(model, units)
+        costs, batch = _measured(graph, example)
+        _check_same(model, graph, example)
+    owned, shared = owners(graph, links)
+    names = name_units(graph, links, costs)
+    chain = tuple(
+        _unit(graph, name, link, state, costs, batch)
+        for name, link, state in zip(names, links, owned, strict=True)
+    )
+    tied = {c for users in shared.values() for c in range(users[0] + 1, users[-1] + 1)}
+    closed = cuts_in_fc_block(graph, links, costs) if fc_as_one else range(0)
+    cuts = tuple(c for c in range(1, len(chain)) if c not in tied and c not in closed)
+    return LayeredModel(graph, chain, cuts, tuple(graph.state_dict()), shared)
+
+
+def _unit(
+    graph: fx.GraphModule,
+    name: str,
+    link: Link,
+    state: tuple[str, ...],
+    costs: Mapping[str, Measured],
+    batch: int,
+) -> Unit:
+    parameters = dict(graph.named_parameters(remove_duplicate=False))
+    sizes = {id(parameters[n]): parameters[n].numel() for n in state if n in parameters}
+    out = costs[link.output.name]
+    return Unit(
+        name=name,
+        nodes=tuple(node.name for node in link.nodes),
+        output=link.output.name,
+        names=state,
+        macs=sum(costs[node.name].macs for node in link.nodes) // batch,
+        params=sum(sizes.values()),
+        bytes_out=out.bytes // batch,
+        out_shape=out.shape[1:] if out.shape else (),
+    )
+
+
+def _measured(
+    graph: fx.GraphModule, example: Tensor | Sequence[int]
+) -> tuple[dict[str, Measured], int]:
+    """Return what the nodes make of a batch, and its size."""
+    real = _batch_like(graph, example)
+    shape = (_BATCH, *real.shape[1:])
+    try:
+        return measure(graph, torch.empty(shape, dtype=real.dtype, device="meta")), _BATCH
+    except ModelError:
+        # Forward may look at values, which only tensors with values have
+        if real.is_meta or any(p.is_meta for p in graph.parameters()):
+            raise
+        return measure(graph, real), real.shape[0]
+
+
+def _batch_like(model: nn.Module, example: Tensor | Sequence[int]) -> Tensor:
+    """Return `example`, or a batch of examples of that shape in the dtype of the model."""
+    if isinstance(example, Tensor):
+        return example
+    floats = [p for p in model.parameters() if p.is_floating_point()]
+    tensor = torch.randn(_BATCH, *example, generator=Address(0).torch("example"))
+    return tensor.to(floats[0].dtype) if floats else tensor
+
+
+def _check_same(model: nn.Module, chain: nn.Module, example: Tensor | Sequence[int]) -> None:
+    """Compare a chain listed by hand with the model, in evaluation, if they have values."""
+    x = _batch_like(model, example)
+    if x.is_meta or any(t.is_meta for t in (*model.parameters(), *model.buffers())):
+        return
+    with torch.no_grad():
+        expected = copy_modules(model).eval()(x)
+        got = copy_modules(chain).eval()(x)
+    if not isinstance(expected, Tensor) or not torch.equal(expected, got):
+        raise ModelError(
+            f"units: called one after the other they do not compute what {type(model).__name__} "
+            "computes; forward does something between them or calls them in another order: put "
+            "such steps (a flatten, an addition) into modules and list these too"
+        )
+
+
+def fractions(model: LayeredModel) -> list[float]:
+    """Return the share of the forward work that is done after each unit, ending with 1.
+
+    ``fractions(model)[c - 1]`` is the device's share of the multiply-accumulates at cut c,
+    FedAdapt's *u*. In a model without any, each unit counts the same.
+    """
+    work = list(accumulate(unit.macs for unit in model.units))
+    if work[-1] == 0:
+        work = list(range(1, len(work) + 1))
+    return [done / work[-1] for done in work]
+
+
+def describe(model: LayeredModel) -> str:
+    """Return the chain as a table for people; useful cuts (after a unit) have a star."""
+    rows = [("", "unit", "out", "bytes", "MACs", "params", "done", "cut")]
+    for index, (unit, share) in enumerate(zip(model.units, fractions(model), strict=True)):
+        shape = "x".join(map(str, unit.out_shape)) or "-"
+        numbers = (f"{unit.bytes_out:,}", f"{unit.macs:,}", f"{unit.params:,}", f"{share:.4f}")
+        star = "*" if index + 1 in model.cuts else ""
+        rows.append((str(index), unit.name, shape, *numbers, f"{index + 1}{star}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join(
+            cell.ljust(width) if column in (1, 7) else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+# --------------------------------------------------------------------------------------------------
+# Cuts
+
+
+def resolve_cut(model: LayeredModel, cut: int | float | str) -> int:
+    """Return the index of the cut that a person means.
+
+    Args:
+        model: The chain.
+        cut: An index in 0 … L; or a fraction of the work for the device, between 0 and 1: the
+            useful cut nearest to it, the later of two equally near ones; or the name of a unit or
+            module: the cut behind it. 0 and L are taken only if asked for by index.
+
+    Raises:
+        ConfigError: No such cut.
+        ModelError: The cut would separate units that share a parameter.
+    """
+    if isinstance(cut, str):
+        index = _behind(model, cut)
+    elif isinstance(cut, int) and not isinstance(cut, bool):
+        index = cut
+        if not 0 <= index <= len(model):
+            raise ConfigError.of(
+                "cut", cut, f"must be in 0 … {len(model)}, the number of units", "see describe()"
+            )
+    elif isinstance(cut, float) and 0.0 < cut < 1.0:
+        if not model.cuts:
+            raise ConfigError.of(
+                "cut",
+                cut,
+                f"must be 0 or {len(model)}: this model has no useful cut",
+                "between its units more than one tensor flows, or they share parameters",
+            )
+        done = fractions(model)
+        index = min(model.cuts, key=lambda c: (abs(done[c - 1] - cut), -c))
+    else:
+        raise ConfigError.of(
+            "cut", cut, "must be an index, the name of a unit, or a fraction between 0 and 1"
+        )
+    _refuse_shared(model, index)
+    return index
+
+
+def _behind(model: LayeredModel, name: str) -> int:
+    """Return the cut behind the unit or module `name`."""
+    units = [unit.name for unit in model.units]
+    if name in units:
+        index = units.index(name) + 1
+    else:
+        nodes = {node.name: node for node in model.graph.graph.nodes}
+        inside = [
+            any(
+                f"{path}.".startswith(f"{name}.")
+                for n in unit.nodes
+                for path in module_paths(nodes[n])
+            )
+            for unit in model.units
+        ]
+        if name == "" or True not in inside:
+            raise ConfigError.of(
+                "cut",
+                name,
+                "must be a unit or a module of the model",
+                f"{did_you_mean(name, units)}units: {', '.join(units)}",
+            )
+        index = len(inside) - inside[::-1].index(True)
+    if index == len(model):
+        raise ConfigError.of(
+            "cut", name, f"must leave units for the edge, and it ends the model; ask for {index}"
+        )
+    return index
+
+
+def _refuse_shared(model: LayeredModel, cut: int) -> None:
+    for name, users in model.shared.items():
+        if users[0] < cut <= users[-1]:
+            between = " and ".join(model.units[u].name for u in users)
+            raise ModelError(
+                f"cut {cut} separates units that share {name}: {between}; a parameter lives in one "
+                f"half, so the cut must be one of {', '.join(map(str, model.cuts)) or 'none'}"
+            )
+
+
+# --------------------------------------------------------------------------------------------------
+# Halves
+
+
+def stages(model: LayeredModel, cuts: Sequence[int]) -> tuple[nn.Module, ...]:
+    """Return the modules between the cuts: one more than there are cuts, in order.
+
+    Called one after the other they compute what the model computes, bit for bit, in training and
+    in evaluation. Their parameters and buffers have global names, are disjoint and complete (what
+    forward never uses is in the last stage), and share the tensors of the model; on ``meta``, they
+    are filled by `fill`. A stage of no units hands on what it is given.
+
+    Args:
+        model: The chain.
+        cuts: Indices in 0 … L, ascending; equal ones make a stage of no units.
+
+    Raises:
+        ModelError: The cuts are not ascending indices; one separates units that share a parameter;
+            or a stage on ``meta`` needs a tensor that no state dict has.
+    """
+    bounds = [0, *cuts, len(model)]
+    if any(before > after for before, after in pairwise(bounds)):
+        raise ModelError(f"cuts {list(cuts)} must be ascending and within 0 … {len(model)}")
+    for cut in cuts:
+        _refuse_shared(model, cut)
+    return tuple(_stage(model, start, stop) for start, stop in pairwise(bounds))
+
+
+def split(model: LayeredModel, cut: int) -> tuple[nn.Module, nn.Module]:
+    """Return the device half, units ``[0, cut)``, and the edge half, ``[cut, L)``; see `stages`."""
+    device, edge = stages(model, [cut])
+    return device, edge
+
+
+def _stage(model: LayeredModel, start: int, stop: int) -> nn.Module:
+    units = model.units[start:stop]
+    wanted = {name for unit in units for name in unit.nodes}
+    original = model.graph.graph
+    before = model.units[start - 1].output if start else None
+    nodes = {node.name: node for node in original.nodes}
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+
+    def copied(node: fx.Node) -> fx.Node:
+        if node not in copies:  # an attribute or constant: it goes to where it is used
+            copies[node] = graph.node_copy(node, copied)
+        return copies[node]
+
+    entry = next(node for node in original.nodes if node.op == "placeholder")
+    given = graph.placeholder("x" if before else str(entry.target))
+    copies[nodes[before] if before else entry] = given
+    for node in original.nodes:
+        if node.name in wanted:
+            copies[node] = graph.node_copy(node, copied)
+    if not units:
+        graph.output(given)
+    elif stop == len(model):
+        graph.node_copy(original.output_node(), copied)
+    else:
+        graph.output(copied(nodes[units[-1].output]))
+    built = assemble(model.graph, graph, [name for unit in units for name in unit.names])
+    hidden = dict(built.named_buffers()).keys() - built.state_dict().keys()
+    for name in sorted(hidden):
+        if built.get_buffer(name).is_meta:
+            raise ModelError(
+                f"{name} has no value and is in no state dict, so the half that needs it cannot be "
+                "filled; register the buffer with persistent=True"
+            )
+    return built
+
+
+def fill(half: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give `half` the tensors of `state`, without copying; it owns them from then on.
+
+    Parameters that were one tensor under several names are one again.
+
+    Args:
+        half: A stage, usually on ``meta``.
+        state: By global name, all of them and no others, in the shapes and dtypes of the half.
+
+    Raises:
+        ModelError: Names what is missing, unexpected or of another shape or dtype.
+    """
+    wanted = half.state_dict(keep_vars=True)
+    problems = [f"{name}: missing" for name in wanted if name not in state]
+    problems += [f"{name}: unexpected" for name in state if name not in wanted]
+    problems += [
+        f"{name}: {_kind(state[name])} instead of {_kind(tensor)}"
+        for name, tensor in wanted.items()
+        if name in state and _kind(state[name]) != _kind(tensor)
+    ]
+    if problems:
+        raise ModelError(f"the state does not fit the half: {'; '.join(problems)}")
+    first: dict[int, str] = {}
+    once = {name: state[first.setdefault(id(tensor), name)] for name, tensor in wanted.items()}
+    for name, tensor in once.items():
+        if tensor is not state[name] and not torch.equal(tensor, state[name]):
+            raise ModelError(f"{name} and {first[id(wanted[name])]} are one tensor with two values")
+    half.load_state_dict(once, assign=True)
+    for name, tensor in wanted.items():
+        if first[id(tensor)] != name and isinstance(tensor, nn.Parameter):
+            path, _, attribute = name.rpartition(".")
+            owner = half.get_submodule(path)
+            owner.register_parameter(attribute, half.get_parameter(first[id(tensor)]))
+
+
+def join(*states: Mapping[str, Tensor], names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """Put disjoint states together by name.
+
+    Args:
+        *states: States of halves, by global name.
+        names: The names that the result must have, in this order; any if None.
+
+    Raises:
+        ModelError: Lists the names that are in two states, missing or not expected.
+    """
+    joined: dict[str, Tensor] = {}
+    for state in states:
+        if twice := [name for name in state if name in joined]:
+            raise ModelError(f"in more than one half: {', '.join(twice)}")
+        joined.update(state)
+    if names is None:
+        return joined
+    expected = list(names)
+    if missing := [name for name in expected if name not in joined]:
+        raise ModelError(f"in no half: {', '.join(missing)}")
+    if foreign := joined.keys() - set(expected):
+        raise ModelError(f"not part of the model: {', '.join(sorted(foreign))}")
+    return {name: joined[name] for name in expected}
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
