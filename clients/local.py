@@ -6,11 +6,10 @@ import threading
 import time
 from collections.abc import Iterator
 
-import torch
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor, nn
 
-from fedsys import data, federation, records, training
+from fedsys import data, federation, optimizers, records, training
 from fedsys.config import Config
 from fedsys.randomness import Address
 
@@ -29,8 +28,7 @@ class LocalClient:
 
     def __init__(self, config: Config, partition: int) -> None:
         self.config, self.partition = config, partition
-        if torch.get_num_threads() != config.client.threads:
-            torch.set_num_threads(config.client.threads)  # bits depend on it
+        training.set_threads(config.client.threads)
 
     def train(self, content: RecordDict) -> RecordDict:
         """Train from the received arrays.
@@ -48,10 +46,10 @@ class LocalClient:
         round_ = int(str(settings["server-round"]))
         model = self._model()
         records.load_into(model, content.array_records["arrays"])
-        lr = training.learning_rate(client.lr, client.lr_schedule, round_, self.config.rounds)
-        optimizer = training.make_optimizer(model.parameters(), client, lr)
+        lr = optimizers.learning_rate(client.lr, client.lr_schedule, round_, self.config.rounds)
+        optimizer = optimizers.make_optimizer(model.parameters(), client, lr)
         if (kept := content.array_records.get("optimizer")) is not None:
-            training.unpack_optimizer(optimizer, model, records.from_record(kept))
+            optimizers.unpack_optimizer(optimizer, model, records.from_record(kept))
         address = Address(self.config.seed, self.partition, round_)
         score = training.train(
             model,
@@ -73,7 +71,7 @@ class LocalClient:
         )
         reply = RecordDict({"arrays": records.to_record(model.state_dict()), "metrics": metrics})
         if client.keep_optimizer:
-            state = training.pack_optimizer(optimizer, model)
+            state = optimizers.pack_optimizer(optimizer, model)
             reply["optimizer"] = records.to_record(state)
         return reply
 

@@ -81,7 +81,7 @@ class ClientConfig:
         keep_optimizer: Whether the optimizer's state lives on from round to round.
     """
 
-    epochs: int = 1
+    epochs: int = 2
     batch_size: int = 32
     lr: float = 0.05
     optimizer: str = "sgd"

@@ -70,17 +70,18 @@ class Address:
         return np.random.default_rng(self.seed_for(purpose, step))
 
 
-_fork_lock = threading.Lock()
+_fork_lock = threading.RLock()
 
 
 @contextmanager
 def seeded_default_generator(seed: int) -> Iterator[None]:
     """Seed torch's process-wide generator for a block and put its state back afterwards.
 
-    PyTorch's own initialisation of layers knows no other generator. One block at a time.
+    PyTorch's own initialisation of layers knows no other generator. One thread at a time; CUDA's
+    generators are left alone.
     """
     with _fork_lock, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         yield
 
 
@@ -98,6 +99,7 @@ class _Step:
     start: int = 0
     stop: int = 0
     masks: dict[str, Tensor] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
 
 
 _current = threading.local()
@@ -123,13 +125,15 @@ def drawing(address: Address, step: int, batch_size: int) -> Iterator[None]:
 @contextmanager
 def rows(start: int, stop: int) -> Iterator[None]:
     """Say that the model sees examples ``[start, stop)`` of the mini-batch in this block."""
-    now: _Step = _current.step
-    before = now.start, now.stop
-    now.start, now.stop = start, stop
+    now: _Step | None = getattr(_current, "step", None)
+    if now is None:
+        raise ModelError("fedsys.randomness.rows: must be used inside drawing(…)")
+    before = now.start, now.stop, now.calls
+    now.start, now.stop, now.calls = start, stop, {}
     try:
         yield
     finally:
-        now.start, now.stop = before
+        now.start, now.stop, now.calls = before
 
 
 class KeyedDropout(nn.Module):
@@ -169,13 +173,16 @@ class KeyedDropout(nn.Module):
                 f"{self.name}: got {x.shape[0]} rows where the step said {now.stop - now.start}; "
                 "announce micro-batches with fedsys.randomness.rows(start, stop)"
             )
-        mask = now.masks.get(self.name)
+        # A module that a forward calls several times draws anew each time.
+        call = now.calls[self.name] = now.calls.get(self.name, 0) + 1
+        key = self.name if call == 1 else f"{self.name}#{call}"
+        mask = now.masks.get(key)
         if mask is None:
-            mask = now.masks[self.name] = self._draw(now, x)
+            mask = now.masks[key] = self._draw(now, x, key)
         part = mask if self.spread == "batch" else mask[now.start : now.stop]
         return x * part.to(device=x.device, dtype=x.dtype)
 
-    def _draw(self, now: _Step, x: Tensor) -> Tensor:
+    def _draw(self, now: _Step, x: Tensor, key: str) -> Tensor:
         tail = tuple(x.shape[1:])
         shape = {
             "element": (now.batch_size, *tail),
@@ -185,7 +192,7 @@ class KeyedDropout(nn.Module):
         }[self.spread]
         if self.p == 1.0:
             return torch.zeros(shape)
-        generator = now.address.torch("dropout", now.step, self.name)
+        generator = now.address.torch("dropout", now.step, key)
         kept = torch.rand(shape, generator=generator) >= self.p
         return kept.float().div_(1.0 - self.p)
 
@@ -215,10 +222,12 @@ def key_modules(model: nn.Module) -> nn.Module:
 
     Parameters and buffers keep their names: the replaced modules have none.
     """
-    for name, module in list(model.named_modules()):
-        keyed = _keyed(name, module)
+    done: dict[nn.Module, KeyedDropout] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        keyed = done.get(module) or _keyed(name, module)
         if keyed is None:
             continue
+        done[module] = keyed
         keyed.train(module.training)
         if not name:
             return keyed
@@ -235,8 +244,8 @@ def check_keyed(model: nn.Module, example: Tensor) -> None:
     Raises:
         ModelError: Names the first module whose forward drew from the process-wide generator.
     """
-    culprit: list[str] = []
     names = {module: name for name, module in model.named_modules()}
+    culprit = [f"{names[m]} (RReLU)" for m in names if isinstance(m, nn.RReLU)]
 
     def before(module: nn.Module, _: object) -> None:
         stack.append(torch.random.get_rng_state())

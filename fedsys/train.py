@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,6 @@ def job(tree: Any) -> Mapping[str, Any]:
     configuration.parse(configuration.to_text(tree))  # bad values are said before a folder is made
     tree.run.dir = str(Path(tree.run.dir or default_path(Path("outputs"), "train")).absolute())
     config = configuration.parse(configuration.to_text(tree))
-    flower = logging.getLogger("flwr")
-    flower.propagate = False
-    flower.setLevel(logging.WARNING)
     from fedsys import runtime  # imports Flower, which is not needed to refuse a configuration
 
     runtime.run(config)

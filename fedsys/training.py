@@ -9,19 +9,17 @@ written per parameter, in the order of names.
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from fedsys.config import ClientConfig, LearningRate
-from fedsys.errors import ConfigError, ModelError, did_you_mean
+from fedsys import optimizers
+from fedsys.errors import ConfigError
 from fedsys.randomness import Address, drawing, rows
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -124,7 +122,7 @@ def train(
             anchor.add_to_gradients(named)
         if clip_norm is not None:
             clip_gradients(named, clip_norm, squared_norms(named))
-        optimizer.step()
+        optimizers.step(optimizer)
         examples += size
         steps += 1
     if not examples:
@@ -208,95 +206,10 @@ def clip_gradients(
     return total
 
 
-# --------------------------------------------------------------------------------------------------
-# Optimizers and learning rates
-
-
-def learning_rate(base: float, schedule: LearningRate, round_: int, rounds: int) -> float:
-    """Return the learning rate of a round.
-
-    Args:
-        base: ``client.lr``.
-        schedule: ``client.lr_schedule``.
-        round_: The round, from 1.
-        rounds: Rounds in all.
-    """
-    if round_ <= schedule.warmup:
-        return base * round_ / (schedule.warmup + 1)
-    if schedule.kind == "step":
-        return base * schedule.gamma ** sum(round_ > m for m in schedule.milestones)
-    if schedule.kind == "exponential":
-        return base * float(schedule.gamma ** (round_ - 1))
-    if schedule.kind == "cosine":
-        progress = (round_ - 1 - schedule.warmup) / max(1, rounds - 1 - schedule.warmup)
-        share = 0.5 * (1 + math.cos(math.pi * progress))
-        return base * (schedule.final + (1 - schedule.final) * share)
-    return base
-
-
-def make_optimizer(
-    parameters: Iterable[nn.Parameter], client: ClientConfig, lr: float
-) -> Optimizer:
-    """Return the optimizer that the configuration names.
-
-    ``client.momentum`` and ``client.weight_decay`` are passed on where the optimizer has them.
-
-    Raises:
-        ConfigError: No such optimizer, or one of its arguments does not fit.
-    """
-    known: dict[str, Callable[..., Optimizer]] = {
-        name.lower(): value
-        for name, value in vars(torch.optim).items()
-        if inspect.isclass(value) and issubclass(value, Optimizer) and value is not Optimizer
-    }
-    kind = known.get(client.optimizer.lower())
-    if kind is None or client.optimizer.lower() == "lbfgs":
-        hint = did_you_mean(client.optimizer, known)
-        raise ConfigError.of(
-            "client.optimizer",
-            client.optimizer,
-            "must name an optimizer of torch.optim that works on single parameters",
-            f"{hint}known are {', '.join(sorted(known.keys() - {'lbfgs'}))}",
-        )
-    accepted = inspect.signature(kind).parameters
-    common = {"lr": lr, "momentum": client.momentum, "weight_decay": client.weight_decay}
-    arguments: dict[str, Any] = {k: v for k, v in common.items() if k in accepted}
-    try:
-        return kind(list(parameters), **(arguments | client.optimizer_args))
-    except (TypeError, ValueError) as error:
-        raise ConfigError.of("client.optimizer_args", client.optimizer_args, str(error)) from error
-
-
-def pack_optimizer(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """Return the optimizer's state as tensors named ``parameter|key``.
-
-    Named by parameter, the state can be joined, split and moved with the layers it belongs to.
-    """
-    names = {id(p): name for name, p in model.named_parameters()}
-    packed: dict[str, Tensor] = {}
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items():
-            if value is None:
-                continue
-            tensor = value if isinstance(value, Tensor) else torch.tensor(value)
-            packed[f"{names[id(parameter)]}|{key}"] = tensor.detach().clone()
-    return packed
-
-
-def unpack_optimizer(optimizer: Optimizer, model: nn.Module, packed: Mapping[str, Tensor]) -> None:
-    """Give the optimizer the state that `pack_optimizer` returned for the same parameters.
-
-    Raises:
-        ModelError: The state belongs to a parameter that the model does not have.
-    """
-    named = dict(model.named_parameters())
-    for full_name, tensor in packed.items():
-        name, _, key = full_name.rpartition("|")
-        if name not in named:
-            raise ModelError(f"optimizer state {full_name}: the model has no parameter {name}")
-        parameter = named[name]
-        device = parameter.device if tensor.dim() else tensor.device
-        optimizer.state[parameter][key] = tensor.to(device).clone()
+def set_threads(threads: int) -> None:
+    """Set the intra-op threads of this thread's operations: 1 and 2 threads give different bits."""
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
 
 
 def device_of(model: nn.Module) -> torch.device:

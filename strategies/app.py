@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedsys.progress import Progress, choose
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 from torch import nn
@@ -17,6 +16,7 @@ from fedsys import data, federation, plots, records, training
 from fedsys.config import Config
 from fedsys.data import Images
 from fedsys.federation import Federation
+from fedsys.progress import Progress, choose
 from fedsys.run import RunFolder, default_path, state_sha256
 from strategies import Roster, build
 from strategies.rounds import RoundResult, play
@@ -43,6 +43,7 @@ def _train(config: Config, grid: Grid, folder: RunFolder, progress: Progress) ->
     fed = federation.federation(config)
     model = federation.build_model(config, fed.dataset)
     federation.check_model(model, fed.dataset)
+    training.set_threads(config.client.threads)
     device = training.pick_device(config.client.device)
     judge = Judge(model.to(device), fed)
     strategy = build(config, model, Roster())

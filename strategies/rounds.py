@@ -8,11 +8,11 @@ round to whoever wants to know.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 
 from fedsys import records
@@ -90,7 +90,8 @@ def play(
         replies = list(grid.send_and_receive(messages, timeout=timeout_s))
         watch.lap("train")
         bytes_up = sum(records.size_of(r.content) for r in replies if r.has_content())
-        examples = sum(_examples(r.content.metric_records) for r in replies if r.has_content())
+        examples = _total("num-examples", replies)
+        steps = _total("steps", replies)
         aggregate, metrics = strategy.aggregate_train(number, replies)
         arrays = arrays if aggregate is None else aggregate
         watch.lap("aggregate")
@@ -106,6 +107,7 @@ def play(
             **{f"clients_{name}": value for name, value in federated.items()},
             "clients": len(messages) - len(lost),
             "examples": examples,
+            "steps": steps,
             "seconds_round": watch.total(),
             "seconds_elapsed": time.perf_counter() - began,
             **watch.seconds,
@@ -130,5 +132,6 @@ def _plain(metrics: MetricRecord | None) -> dict[str, Any]:
     return {} if metrics is None else dict(metrics)
 
 
-def _examples(metric_records: Mapping[str, MetricRecord]) -> int:
-    return sum(int(str(m.get("num-examples", 0))) for m in metric_records.values())
+def _total(metric: str, replies: Iterable[Message]) -> int:
+    records_ = [m for r in replies if r.has_content() for m in r.content.metric_records.values()]
+    return sum(int(str(m.get(metric, 0))) for m in records_)

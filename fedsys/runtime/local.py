@@ -1,35 +1,29 @@
-"""Starts runs. The only module that knows how Flower is started, and its private parts.
+"""The runtime ``local``: everything in this process, clients are threads behind a grid.
 
-``local``       everything in this process; clients are threads behind an in-process grid
-
-The same ServerApp and ClientApp run in all of them. What is private in Flower and used here:
-`TaskIdentity` (a message cannot be built without one) and the id inside a message's metadata
-(Flower's own grids set it when a message is pushed). `tests/test_runtime.py` fails when either
-changes.
+What is private in Flower and used here: `TaskIdentity` (a message cannot be built without one) and
+the id inside a message's metadata (Flower's own grids set it when a message is pushed).
+`tests/test_local_runtime.py` fails when either changes.
 """
 
 from __future__ import annotations
 
-import importlib
 import os
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.app.user_config import UserConfig
-from flwr.clientapp import ClientApp
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.proto.node_pb2 import NodeInfo
-from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedsys import records
 from fedsys.config import Config
-from fedsys.errors import ConfigError
+from fedsys.runtime.apps import load_apps
 
 FIRST_NODE_ID = SUPERLINK_NODE_ID + 1
 
@@ -41,20 +35,6 @@ def identify_process(run_id: int = 1) -> None:
     TaskIdentity.run_id = run_id
     TaskIdentity.task_id = 1
     TaskIdentity.node_id = SUPERLINK_NODE_ID
-
-
-def quiet_flower() -> None:
-    """Keep Flower and Ray from calling home, from updating themselves, from installing anything.
-
-    Whoever sets one of these variables keeps his own choice.
-    """
-    for name, value in {
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }.items():
-        os.environ.setdefault(name, value)
 
 
 class LocalGrid(Grid):
@@ -243,25 +223,6 @@ class _Phase:
         return [reply for reply in self._replies if reply is not None]
 
 
-# --------------------------------------------------------------------------------------------------
-
-
-def run(config: Config) -> None:
-    """Carry a run out in the runtime that it asks for; its results are in its run folder.
-
-    Raises:
-        FedsysError: Whatever made the run fail.
-    """
-    quiet_flower()
-    starters: dict[str, Callable[[Config], None]] = {"local": run_local}
-    starter = starters.get(config.runtime.kind)
-    if starter is None:
-        raise ConfigError.of(
-            "runtime.kind", config.runtime.kind, f"must be one of {', '.join(starters)}"
-        )
-    starter(config)
-
-
 def run_local(config: Config) -> None:
     """Run the server app in this thread, and its clients in worker threads."""
     server_app, client_app = load_apps(config)
@@ -281,25 +242,3 @@ def run_local(config: Config) -> None:
             run_config=run_config,
         )
         server_app(grid, context)
-
-
-def load_apps(config: Config) -> tuple[ServerApp, ClientApp]:
-    """Import the two apps by the names in the configuration.
-
-    Raises:
-        ConfigError: A name does not lead to an app of its kind.
-    """
-    server = _load("apps.server", config.apps.server, ServerApp)
-    client = _load("apps.client", config.apps.client, ClientApp)
-    return server, client
-
-
-def _load(key: str, name: str, kind: type[Any]) -> Any:
-    module, _, attribute = name.partition(":")
-    try:
-        app = getattr(importlib.import_module(module), attribute or "app")
-    except (ImportError, AttributeError) as error:
-        raise ConfigError.of(key, name, f"cannot be imported ({error})") from error
-    if not isinstance(app, kind):
-        raise ConfigError.of(key, name, f"must name a Flower {kind.__name__}")
-    return app

@@ -1,0 +1,51 @@
+"""Starts runs. The only package that knows how Flower is started, and its private parts.
+
+==============  ====================================================================
+``local``       everything in this process; clients are threads behind a grid
+==============  ====================================================================
+
+The same ServerApp and ClientApp run in all of them and give the same model.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+
+from fedsys.config import Config
+from fedsys.errors import ConfigError
+
+RUNTIMES = {"local": "fedsys.runtime.local:run_local"}
+
+
+def run(config: Config) -> None:
+    """Carry a run out in the runtime that it asks for; its results are in its run folder.
+
+    Raises:
+        FedsysError: Whatever made the run fail.
+    """
+    quiet_flower()
+    name = RUNTIMES.get(config.runtime.kind)
+    if name is None:
+        known = ", ".join(RUNTIMES)
+        raise ConfigError.of("runtime.kind", config.runtime.kind, f"must be one of {known}")
+    module, _, function = name.partition(":")
+    getattr(importlib.import_module(module), function)(config)
+
+
+def quiet_flower() -> None:
+    """Keep Flower and Ray from calling home, from installing anything, and from much talk.
+
+    Whoever sets one of these variables keeps his own choice.
+    """
+    for name, value in {
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }.items():
+        os.environ.setdefault(name, value)
+    logger = logging.getLogger("flwr")
+    logger.propagate = False
+    logger.setLevel(logging.WARNING)
