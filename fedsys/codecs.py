@@ -144,4 +144,4 @@ def decode_activation(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) ->
     channels = 1 if dim == _WHOLE else x.shape[dim] if 0 <= dim < x.dim() else -1
     if len(scale) != channels or scale.dtype != torch.float32:
         raise FrameError(f"codec=int8: {len(scale)} scales do not fit {tuple(x.shape)}, dim {dim}")
-    return x.mul(_along(scale, x, dim)).to(dtype)
+    return x.float().mul_(_along(scale, x, dim)).to(dtype)

@@ -1,0 +1,1 @@
+"""Benchmarks: one file each, ours and the alternatives side by side in one run."""
