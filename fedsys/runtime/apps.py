@@ -18,9 +18,18 @@ def load_apps(config: Config) -> tuple[ServerApp, ClientApp]:
     Raises:
         ConfigError: A name does not lead to an app of its kind.
     """
-    server = _load("apps.server", config.apps.server, ServerApp)
-    client = _load("apps.client", config.apps.client, ClientApp)
-    return server, client
+    server: ServerApp = _load("apps.server", config.apps.server, ServerApp)
+    return server, load_client(config.apps.client)
+
+
+def load_client(name: str) -> ClientApp:
+    """Import the client app by its name, such as ``clients.app:app``.
+
+    Raises:
+        ConfigError: The name does not lead to a ClientApp.
+    """
+    app: ClientApp = _load("apps.client", name, ClientApp)
+    return app
 
 
 def _load(key: str, name: str, kind: type[Any]) -> Any:
