@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fedsys.errors import ConfigError, FedsysError, did_you_mean
 
@@ -59,6 +61,8 @@ COMMANDS: dict[str, Command] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)  # ends like Ctrl-C: the run folder says so
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
         return 0 if arguments else 2
@@ -81,6 +85,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     finally:
         logging.shutdown()
+
+
+def _interrupt(signum: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def entry() -> NoReturn:
+    """Run the command line of this process and end it.
+
+    A client that is still at a message, after Ctrl-C for instance, is left behind: Python would
+    tear its thread down in the middle of torch's code, which aborts the process.
+    """
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if any(t.daemon and t is not threading.current_thread() for t in threading.enumerate()):
+        os._exit(status)
+    sys.exit(status)
 
 
 def report(error: FedsysError) -> int:
@@ -220,4 +242,4 @@ def check_siblings() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

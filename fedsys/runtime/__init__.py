@@ -2,6 +2,8 @@
 
 ==============  ====================================================================
 ``local``       everything in this process; clients are threads behind a grid
+``simulation``  Flower's simulation engine; clients are processes under Ray
+``deployment``  Flower's SuperLink and SuperNodes, which exist or are launched here
 ==============  ====================================================================
 
 The same ServerApp and ClientApp run in all of them and give the same model.
@@ -16,7 +18,11 @@ import os
 from fedsys.config import Config
 from fedsys.errors import ConfigError
 
-RUNTIMES = {"local": "fedsys.runtime.local:run_local"}
+RUNTIMES = {
+    "local": "fedsys.runtime.local:run_local",
+    "simulation": "fedsys.runtime.simulation:run_simulation",
+    "deployment": "fedsys.runtime.deployment:run_deployment",
+}
 
 
 def run(config: Config) -> None:
@@ -46,6 +52,8 @@ def quiet_flower() -> None:
         "RAY_USAGE_STATS_ENABLED": "0",
     }.items():
         os.environ.setdefault(name, value)
+    import flwr.supercore  # noqa: F401 - sets the level of its logger when it is imported
+
     logger = logging.getLogger("flwr")
     logger.propagate = False
     logger.setLevel(logging.WARNING)

@@ -11,7 +11,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.app.user_config import UserConfig
@@ -26,6 +26,9 @@ from fedsys.config import Config
 from fedsys.runtime.apps import load_apps
 
 FIRST_NODE_ID = SUPERLINK_NODE_ID + 1
+
+CLOSE_S = 2.0
+"""How long a grid that is closed waits for messages in work, in seconds."""
 
 ClientFunction = Callable[[Message, Context], Message]
 
@@ -66,6 +69,7 @@ class LocalGrid(Grid):
         self._states: dict[int, RecordDict] = {}
         self._next_id = 0
         self._parked: dict[str, Message] = {}
+        self._phase: _Phase | None = None
         self._jobs: queue.SimpleQueue[_Phase | None] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=self._work, name=f"client-worker-{i}", daemon=True)
@@ -81,9 +85,14 @@ class LocalGrid(Grid):
         self.close()
 
     def close(self) -> None:
-        """End the worker threads once they have finished what they are at."""
+        """End the worker threads; those that are at a message get `CLOSE_S` seconds for it."""
+        if self._phase is not None:
+            self._phase.cancel()
         for _ in self._threads:
             self._jobs.put(None)
+        deadline = time.monotonic() + CLOSE_S
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     # --- what Flower asks of a grid ---------------------------------------------------------------
 
@@ -139,7 +148,7 @@ class LocalGrid(Grid):
         for message in batch:
             self._next_id += 1
             message.metadata.__dict__["_message_id"] = str(self._next_id)
-        phase = _Phase(batch)
+        phase = self._phase = _Phase(batch)
         for _ in self._threads[: len(batch)]:
             self._jobs.put(phase)
         return phase.wait(timeout)
@@ -181,7 +190,7 @@ class _Phase:
     def __init__(self, messages: Sequence[Message]) -> None:
         self._messages = messages
         self._replies: list[Message | None] = [None] * len(messages)
-        self._indices = iter(range(len(messages)))
+        self._indices: Iterator[int] = iter(range(len(messages)))
         self._left = len(messages)
         self._lock = threading.Lock()
         self._finished = threading.Event()
@@ -210,13 +219,16 @@ class _Phase:
             if not self._left:
                 self._finished.set()
 
+    def cancel(self) -> None:
+        """See to it that nobody begins what is left."""
+        with self._lock:
+            self._indices = iter(())
+
     def wait(self, timeout: float | None) -> list[Message]:
         deadline = None if timeout is None else time.monotonic() + timeout
         while not self._finished.wait(0.2):  # short waits, so that Ctrl-C is heard at once
             if deadline is not None and time.monotonic() > deadline:
-                with self._lock:
-                    for _ in self._indices:
-                        pass  # nobody begins what is left
+                self.cancel()
                 late = [i for i, reply in enumerate(self._replies) if reply is None]
                 for i in late:
                     self.done(i, _error_reply(self._messages[i], f"no reply within {timeout:g} s"))
