@@ -8,8 +8,8 @@ there is no generated code. Three threads serve one end::
 The reader takes messages off the stream whatever the callers do, so that two peers that both send
 first do not block each other; both queues are bounded (see `fedsys.link`).
 
-A frame is cut into messages of at most `PIECE_BYTES`: copying one piece overlaps with sending the
-one before, which a single large message does not allow.
+A frame is cut into messages of `PIECE_BYTES` to twice that: copying one piece overlaps with
+sending the one before, which a single large message does not allow.
 """
 
 from __future__ import annotations
@@ -55,12 +55,17 @@ _SERVER_OPTIONS: Final = [
 ]
 
 
-def pieces(parts: Iterable[Buffer], size: int = PIECE_BYTES) -> Iterator[bytes]:
-    """Copy buffers, put one after the other, into pieces of `size` bytes (the last: the rest)."""
+def pieces(parts: Sequence[Buffer], least: int = PIECE_BYTES) -> Iterator[bytes]:
+    """Copy buffers, put one after the other, into equal pieces of `least` to 2 · `least` bytes.
+
+    All that is shorter makes one piece.
+    """
+    total = sum(len(part) for part in parts)
+    size = -(-total // max(1, total // least))
     held: list[memoryview] = []
     count = 0
     for part in parts:
-        rest = memoryview(part).cast("B")
+        rest = memoryview(part)
         while count + len(rest) >= size:
             held.append(rest[: size - count])
             rest = rest[size - count :]

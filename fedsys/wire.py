@@ -7,8 +7,8 @@
     4       2      version of the format, 1
     6       2      flags, 0
     8       4      H, length of the header
-    12      4      CRC-32 of the first 24 bytes (these four as zero) and of the header
-    16      8      P, length of the payload
+    12      8      P, length of the payload
+    20      4      CRC-32 of the 20 bytes before and of the header
     24      H      header: JSON in UTF-8, padded with spaces so that 24 + H is a multiple of 64
     24 + H  P      payload: the tensors in the order of the header, each padded to 64 bytes
 
@@ -33,7 +33,7 @@ import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -48,7 +48,9 @@ VERSION: Final = 1
 ALIGNMENT: Final = 64
 CHANNELS_LAST: Final = (0, 2, 3, 1)
 
-_PREAMBLE: Final = struct.Struct("<4sHHIIQ")
+_PREAMBLE: Final = struct.Struct("<4sHHIQI")
+_CRC_AT: Final = _PREAMBLE.size - 4
+_JSON: Final = json.JSONEncoder(separators=(",", ":"))
 _KIND: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _BLOCK: Final = 4096  # bytes that are summed word by word into one; a page
 _MAX_ELEMENTS: Final = 1 << 60  # beyond it, strides would overflow 64 bits
@@ -134,6 +136,8 @@ def _dense_strides(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...
 def _order_of(x: Tensor) -> tuple[int, ...] | None:
     """Return the order of dimensions in memory, ``()`` if contiguous, None if not dense."""
     shape, strides = x.shape, x.stride()
+    if 1 not in shape and x.is_contiguous():
+        return ()
     natural = tuple(range(x.dim()))
     if strides == _dense_strides(shape, natural):
         return ()
@@ -152,7 +156,9 @@ def _laid_out(name: str, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     if x.layout != torch.strided or x.dtype not in _NAMES or x.is_meta:
         what = "meta" if x.is_meta else f"{x.layout}, {x.dtype}".replace("torch.", "")
         raise FrameError(f"tensor {name!r} ({what}): must be dense, of a plain type, with data")
-    x = x.detach().cpu().resolve_conj().resolve_neg()
+    x = x.detach().cpu()
+    if x.is_conj() or x.is_neg():
+        x = x.resolve_conj().resolve_neg()
     order = _order_of(x)
     if order is None:
         x = x.clone(memory_format=torch.preserve_format)
@@ -164,7 +170,7 @@ def _bytes_of(x: Tensor) -> memoryview:
     """View the memory of a dense tensor of the CPU as bytes, without a copy."""
     if x.numel() == 0:
         return memoryview(b"")
-    flat = x.as_strided((x.numel(),), (1,), x.storage_offset())
+    flat = x.view(-1) if x.is_contiguous() else x.as_strided((x.numel(),), (1,), x.storage_offset())
     data: memoryview = flat.view(torch.uint8).numpy().data
     return data
 
@@ -208,6 +214,7 @@ def encode_parts(frame: Frame, limits: Limits = DEFAULT_LIMITS) -> list[Buffer]:
     payload: list[Buffer] = []
     size = 0
     for name, x in frame.tensors.items():
+        _check_name(name)
         dense, order = _laid_out(name, x)
         data = _bytes_of(dense)
         shape = list(dense.shape)
@@ -221,23 +228,18 @@ def encode_parts(frame: Frame, limits: Limits = DEFAULT_LIMITS) -> list[Buffer]:
 
 
 def _head(frame: Frame, table: list[list[object]], size: int, limits: Limits) -> bytes:
-    if not all(isinstance(key, str) for key in (*frame.meta, *frame.tensors)):
-        raise FrameError(f"frame {frame.kind!r}: the keys of meta and tensors must be strings")
+    if not set(map(type, frame.meta)) <= {str}:
+        raise FrameError(f"frame {frame.kind!r}: the keys of meta must be strings")
     fields = {"kind": frame.kind, "meta": dict(frame.meta), "tensors": table}
     try:
-        header = json.dumps(fields, separators=(",", ":")).encode()
+        header = _JSON.encode(fields).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise FrameError(f"meta of frame {frame.kind!r} is not plain JSON: {error}") from error
     header += b" " * _padding(_PREAMBLE.size + len(header))
     if len(header) > limits.header_bytes:
         raise FrameError(_over("header of frame " + repr(frame.kind), len(header), "header_bytes"))
-    crc = _head_crc(len(header), size, header)
-    return _PREAMBLE.pack(MAGIC, VERSION, 0, len(header), crc, size) + header
-
-
-def _head_crc(header_bytes: int, payload_bytes: int, header: Buffer) -> int:
-    preamble = _PREAMBLE.pack(MAGIC, VERSION, 0, header_bytes, 0, payload_bytes)
-    return zlib.crc32(header, zlib.crc32(preamble))
+    stated = _PREAMBLE.pack(MAGIC, VERSION, 0, len(header), size, 0)[:_CRC_AT]
+    return stated + zlib.crc32(header, zlib.crc32(stated)).to_bytes(4, "little") + header
 
 
 def encode(frame: Frame, limits: Limits = DEFAULT_LIMITS) -> bytes:
@@ -260,9 +262,8 @@ def kind_of(encoded: Buffer) -> str:
 # Decoding
 
 
-@dataclass(frozen=True, slots=True)
-class _Declared:
-    """One checked entry of the table of tensors."""
+class _Declared(NamedTuple):
+    """One checked entry of the table of tensors; no strides if it is contiguous."""
 
     name: str
     dtype: torch.dtype
@@ -273,14 +274,23 @@ class _Declared:
 
     def read(self, payload: np.ndarray[Any, np.dtype[np.uint8]], start: int) -> Tensor:
         if self.nbytes == 0:
-            return torch.empty_strided(self.shape, self.strides, dtype=self.dtype)
+            strides = self.strides or _dense_strides(self.shape, range(len(self.shape)))
+            return torch.empty_strided(self.shape, strides, dtype=self.dtype)
         data = payload[start : start + self.nbytes]
         if checksum(data.data) != self.sum:
             raise FrameError(f"tensor {self.name!r}: the checksum of its data does not match")
         if self.dtype == torch.bool and data.max() > 1:
             raise FrameError(f"tensor {self.name!r}: a boolean must be 0 or 1")
-        flat = torch.frombuffer(data, dtype=torch.uint8).view(self.dtype)
-        return flat.as_strided(self.shape, self.strides)
+        flat = torch.frombuffer(data, dtype=self.dtype)
+        return flat.as_strided(self.shape, self.strides) if self.strides else flat.view(self.shape)
+
+
+class _Header(NamedTuple):
+    """A checked header."""
+
+    kind: str
+    meta: dict[str, Any]
+    tensors: list[_Declared]
 
 
 def _over(what: str, value: int, limit: str) -> str:
@@ -299,10 +309,15 @@ def _check_total(tensors: int, nbytes: int, limits: Limits) -> None:
         raise FrameError(_over("the payload", nbytes, "frame_bytes"))
 
 
+def _check_name(name: object) -> None:
+    if not isinstance(name, str) or not name.isprintable() or len(name) > 1024:
+        raise FrameError("a tensor has no printable name of at most 1024 characters")
+
+
 def _naturals(value: object) -> tuple[int, ...]:
     if not isinstance(value, list) or len(value) > _MAX_DIMENSIONS:
         raise FrameError(f"the header declares {str(value)[:80]} where a short list is expected")
-    if not all(type(n) is int and n >= 0 for n in value):
+    if not set(map(type, value)) <= {int} or min(value, default=0) < 0:
         raise FrameError(f"the header declares {str(value)[:80]} where sizes are expected")
     return tuple(value)
 
@@ -311,8 +326,7 @@ def _declared(entry: object, limits: Limits) -> _Declared:
     if not isinstance(entry, list) or len(entry) != 6:
         raise FrameError("the header has an entry for a tensor without its six fields")
     name, dtype_name, shape_list, order_list, nbytes, total = entry
-    if not isinstance(name, str) or not name.isprintable() or len(name) > 1024:
-        raise FrameError("the header has a tensor without a printable name")
+    _check_name(name)
     dtype = DTYPES.get(dtype_name) if isinstance(dtype_name, str) else None
     if dtype is None:
         raise FrameError(f"tensor {name!r}: dtype {str(dtype_name)[:40]!r} is unknown")
@@ -321,13 +335,16 @@ def _declared(entry: object, limits: Limits) -> _Declared:
     shape, order = _naturals(shape_list), _naturals(order_list)
     if order and sorted(order) != list(range(len(shape))):
         raise FrameError(f"tensor {name!r}: order {order} does not fit the shape {shape}")
-    if math.prod(max(n, 1) for n in shape) > _MAX_ELEMENTS:
+    if math.prod(n or 1 for n in shape) > _MAX_ELEMENTS:
         raise FrameError(f"tensor {name!r}: shape {shape} is too large to address")
     if nbytes != math.prod(shape) * dtype.itemsize:
         raise FrameError(f"tensor {name!r}: {nbytes} bytes do not fit {shape} of {dtype_name}")
     _check_size(name, nbytes, limits)
-    strides = _dense_strides(shape, order or range(len(shape)))
+    strides = _dense_strides(shape, order) if order else ()
     return _Declared(name, dtype, shape, strides, nbytes, total)
+
+
+_NOTHING: Final = np.empty(0, dtype=np.uint8)
 
 
 class Assembler:
@@ -339,24 +356,22 @@ class Assembler:
 
     def __init__(self, limits: Limits = DEFAULT_LIMITS) -> None:
         self._limits = limits
-        self._head = bytearray()
-        self._header_bytes = self._payload_bytes = -1
-        self._frame: Frame | None = None
-        self._table: list[_Declared] = []
-        self._payload = np.empty(0, dtype=np.uint8)
-        self._filled = 0
+        self._head = bytearray()  # only for a head that comes in more than one piece
+        self._payload_at = _PREAMBLE.size
+        self._payload_bytes = self._filled = 0
+        self._declared: _Header | None = None
+        self._payload = _NOTHING
 
     @property
     def expected_bytes(self) -> int:
         """Bytes of the whole frame; the length of the preamble as long as that is unknown."""
-        if self._header_bytes < 0:
-            return _PREAMBLE.size
-        return _PREAMBLE.size + self._header_bytes + self._payload_bytes
+        return self._payload_at + self._payload_bytes
 
     @property
     def received_bytes(self) -> int:
         """Bytes fed so far."""
-        return len(self._head) + self._filled
+        head = len(self._head) if self._declared is None else self._payload_at
+        return head + self._filled
 
     def feed(self, piece: Buffer) -> Frame | None:
         """Take the next bytes; return the frame if they complete it, else None.
@@ -364,81 +379,81 @@ class Assembler:
         Raises:
             FrameError: The bytes are not a valid frame, are over a limit, or go past its end.
         """
-        rest = memoryview(piece).cast("B")
-        if self._header_bytes < 0:
-            rest = self._take_head(rest, _PREAMBLE.size)
-            if len(self._head) < _PREAMBLE.size:
+        rest = memoryview(piece)
+        declared = self._declared
+        if declared is None:
+            had = len(self._head)
+            data: Buffer = piece
+            if had:
+                self._head += rest
+                data = self._head
+            if not self._read_head(data):
+                if not had:
+                    self._head += rest
                 return None
-            self._read_preamble()
-        if self._frame is None:
-            rest = self._take_head(rest, _PREAMBLE.size + self._header_bytes)
-            if len(self._head) < _PREAMBLE.size + self._header_bytes:
-                return None
-            self._frame = self._read_header()
+            declared = self._declared = self._read_header(data)
+            rest = rest[self._payload_at - had :]
             self._payload = _aligned(self._payload_bytes)
         end = self._filled + len(rest)
         if end > self._payload_bytes:
             raise FrameError(f"{end - self._payload_bytes} bytes follow the end of the frame")
         self._payload.data[self._filled : end] = rest
         self._filled = end
-        return self._finish(self._frame) if end == self._payload_bytes else None
+        return self._finish(declared) if end == self._payload_bytes else None
 
-    def _take_head(self, piece: memoryview, upto: int) -> memoryview:
-        missing = upto - len(self._head)
-        self._head += piece[:missing]
-        return piece[missing:]
+    def _read_head(self, data: Buffer) -> bool:
+        """Check the preamble if it is there; return whether the header is there too."""
+        if len(data) < _PREAMBLE.size:
+            return False
+        if self._payload_at == _PREAMBLE.size:
+            magic, version, flags, header, payload, _ = _PREAMBLE.unpack_from(data)
+            if magic != MAGIC:
+                raise FrameError(f"the bytes begin with {bytes(magic)!r}: not a frame of fedsys")
+            if version != VERSION or flags != 0:
+                raise FrameError(
+                    f"a frame of version {version} with flags {flags:#x}: this side speaks version "
+                    f"{VERSION}; install the same version of fedsys on both sides"
+                )
+            if header > self._limits.header_bytes:
+                raise FrameError(_over("the header", header, "header_bytes"))
+            _check_total(0, payload, self._limits)
+            self._payload_at, self._payload_bytes = _PREAMBLE.size + header, payload
+        return len(data) >= self._payload_at
 
-    def _read_preamble(self) -> None:
-        magic, version, flags, header, _, payload = _PREAMBLE.unpack(self._head)
-        if magic != MAGIC:
-            raise FrameError(f"the bytes begin with {bytes(magic)!r}: not a frame of fedsys")
-        if version != VERSION or flags != 0:
-            raise FrameError(
-                f"a frame of version {version} with flags {flags:#x}: this side speaks version "
-                f"{VERSION}; install the same version of fedsys on both sides"
-            )
-        if header > self._limits.header_bytes:
-            raise FrameError(_over("the header", header, "header_bytes"))
-        _check_total(0, payload, self._limits)
-        self._header_bytes, self._payload_bytes = header, payload
-
-    def _read_header(self) -> Frame:
-        raw = bytes(self._head[_PREAMBLE.size :])
-        if self._stated_crc() != _head_crc(self._header_bytes, self._payload_bytes, raw):
+    def _read_header(self, data: Buffer) -> _Header:
+        stated = int.from_bytes(data[_CRC_AT : _PREAMBLE.size], "little")
+        raw = bytes(data[_PREAMBLE.size : self._payload_at])
+        if stated != zlib.crc32(raw, zlib.crc32(data[:_CRC_AT])):
             raise FrameError("the checksum of the header does not match")
         try:
             header = json.loads(raw.decode())
+            kind, meta, table = header["kind"], header["meta"], header["tensors"]
         except (ValueError, RecursionError) as error:
             raise FrameError(f"the header is not JSON: {error}") from error
-        match header:
-            case {"kind": str(kind), "meta": dict(meta), "tensors": list(table)}:
-                pass
-            case _:
-                raise FrameError("the header lacks kind, meta or tensors")
-        if not _KIND.fullmatch(kind):
-            raise FrameError(f"kind={kind[:80]!r}: must be 1 to 64 of A-Z a-z 0-9 _ . -")
+        except (TypeError, KeyError) as error:
+            raise FrameError("the header lacks kind, meta or tensors") from error
+        if not isinstance(meta, dict) or not isinstance(table, list):
+            raise FrameError("the header lacks kind, meta or tensors")
+        if not isinstance(kind, str) or not _KIND.fullmatch(kind):
+            raise FrameError(f"kind={str(kind)[:80]!r}: must be 1 to 64 of A-Z a-z 0-9 _ . -")
         _check_total(len(table), self._payload_bytes, self._limits)
-        self._table = [_declared(entry, self._limits) for entry in table]
-        if len({entry.name for entry in self._table}) != len(table):
+        tensors = [_declared(entry, self._limits) for entry in table]
+        if len({entry.name for entry in tensors}) != len(table):
             raise FrameError("the header declares two tensors of one name")
-        declared = sum(entry.nbytes + _padding(entry.nbytes) for entry in self._table)
+        declared = sum(entry.nbytes + _padding(entry.nbytes) for entry in tensors)
         if declared != self._payload_bytes:
             raise FrameError(
                 f"the header declares tensors of {declared} bytes in a payload of "
                 f"{self._payload_bytes}"
             )
-        return Frame(kind, meta)
+        return _Header(kind, meta, tensors)
 
-    def _stated_crc(self) -> int:
-        crc: int = _PREAMBLE.unpack(self._head[: _PREAMBLE.size])[4]
-        return crc
-
-    def _finish(self, frame: Frame) -> Frame:
+    def _finish(self, declared: _Header) -> Frame:
         tensors, start = {}, 0
-        for entry in self._table:
+        for entry in declared.tensors:
             tensors[entry.name] = entry.read(self._payload, start)
             start += entry.nbytes + _padding(entry.nbytes)
-        return Frame(frame.kind, frame.meta, tensors, self.received_bytes)
+        return Frame(declared.kind, declared.meta, tensors, self.expected_bytes)
 
 
 def _aligned(nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -448,7 +463,7 @@ def _aligned(nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     sent costs nothing.
     """
     block = np.empty(nbytes + ALIGNMENT, dtype=np.uint8)
-    start = _padding(block.ctypes.data)
+    start = _padding(block.__array_interface__["data"][0])
     return block[start : start + nbytes]
 
 

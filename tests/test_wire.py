@@ -51,14 +51,10 @@ def with_header(header: object, payload: bytes = b"", /, **changes: object) -> b
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     fields = {"magic": b"FSYS", "version": 1, "flags": 0, "header": len(text), "crc": None}
     fields |= {"payload": len(payload)} | changes
-    zeroed = struct.pack(
-        "<4sHHIIQ",
-        *(fields[k] for k in ("magic", "version", "flags", "header")),
-        0,
-        fields["payload"],
-    )
-    crc = zlib.crc32(text, zlib.crc32(zeroed)) if fields["crc"] is None else fields["crc"]
-    return zeroed[:12] + struct.pack("<I", crc) + zeroed[16:] + text + payload
+    names = ("magic", "version", "flags", "header", "payload")
+    stated = struct.pack("<4sHHIQ", *(fields[name] for name in names))
+    crc = zlib.crc32(text, zlib.crc32(stated)) if fields["crc"] is None else fields["crc"]
+    return stated + struct.pack("<I", crc) + text + payload
 
 
 def with_entry(*entry: object, payload: bytes = b"") -> bytes:
@@ -172,6 +168,7 @@ def test_pieces_of_any_size_give_the_same_frame(data):
         (Frame(""), "kind="),
         (Frame("t", {"x": torch.ones(1)}), "plain JSON"),
         (Frame("t", {1: 2}), "must be strings"),  # type: ignore[dict-item]
+        (Frame("t", {}, {"a\n": torch.ones(1)}), "no printable name"),
         (Frame("t", {}, {"x": torch.eye(2).to_sparse()}), "must be dense"),
         (Frame("t", {}, {"x": torch.empty(2, device="meta")}), "must be dense"),
         (Frame("t", {"x": "y" * 300_000}), "Limits.header_bytes"),
@@ -227,8 +224,8 @@ def test_an_oversized_frame_is_refused_by_its_preamble_alone():
         (with_header({"kind": "a b", "meta": {}, "tensors": []}), "kind='a b'"),
         (with_header({"kind": "t", "meta": {}, "tensors": [1]}), "six fields"),
         (with_header({"kind": "t", "meta": {}, "tensors": []}, b"x"), "payload of 1"),
-        (with_entry(1, "int8", [1], [], 1, 0), "printable name"),
-        (with_entry("\ud800", "int8", [1], [], 1, 0), "printable name"),
+        (with_entry(1, "int8", [1], [], 1, 0), "no printable name"),
+        (with_entry("\ud800", "int8", [1], [], 1, 0), "no printable name"),
         (with_entry("x", "object", [1], [], 8, 0), "unknown"),
         (with_entry("x", ["int8"], [1], [], 1, 0), "unknown"),
         (with_entry("x", "int8", [-1], [], 1, 0), "sizes"),
