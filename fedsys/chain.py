@@ -22,8 +22,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fedsys.assemble import copy_modules, graph_module
 from fedsys.errors import ModelError, did_you_mean
-from fedsys.graph import assemble, copy_modules, module_paths, sourceless
+from fedsys.graph import module_paths, sourceless
 from fedsys.measure import Measured
 
 Costs = Mapping[str, Measured]
@@ -33,7 +34,7 @@ _OVERWRITING = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """The nodes of one unit in order, and the one whose tensor the next unit is given."""
+    """The nodes of one unit in order, and the one that makes what leaves it."""
 
     nodes: tuple[fx.Node, ...]
     output: fx.Node
@@ -80,7 +81,7 @@ def _segments(graph: fx.Graph, costs: Costs, batch: int) -> Iterator[Link]:
             yield Link(tuple(steps[start : i + 1]), value)
             crossed, start = value, i + 1
     if steps:
-        yield Link(tuple(steps[start:]), steps[-1])
+        yield Link(tuple(steps[start:]), graph.output_node())
 
 
 def _works(module: nn.Module, node: fx.Node, costs: Costs) -> bool:
@@ -236,7 +237,7 @@ def listed_chain(
             nodes.append(value)
         links.append(Link(tuple(nodes), value))
     graph.output(value)
-    built = assemble(copy_modules(model), graph, model.state_dict())
+    built = graph_module(copy_modules(model), graph, model.state_dict())
     found = {node.name: node for node in built.graph.nodes}
     return built, [Link(tuple(found[n.name] for n in k.nodes), found[k.output.name]) for k in links]
 

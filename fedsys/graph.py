@@ -1,4 +1,4 @@
-"""From a module to a graph: trace a model, rebuild modules from parts of it, measure its nodes.
+"""From a module to a graph: record what a model computes, without losing anything on the way.
 
 `torch.fx` records one forward pass of Python code as a graph. On its own it forgets three things
 that split training and pruning depend on, and `trace` keeps them:
@@ -15,18 +15,18 @@ that split training and pruning depend on, and `trace` keeps them:
 
 from __future__ import annotations
 
-import copy
 import inspect
 import linecache
 import threading
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import zip_longest
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
+from fedsys.assemble import copy_mode, copy_modules, graph_module
 from fedsys.errors import ModelError
 from fedsys.randomness import KeyedDropout
 
@@ -59,6 +59,7 @@ class _Tracer(fx.Tracer):  # torch.fx offers no other way to say which modules a
         super().__init__()
         self.path: list[str] = []
         self._thread = threading.get_ident()
+        self._contexts = _contexts()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         own = isinstance(m, KeyedDropout | ByMode)
@@ -83,10 +84,19 @@ class _Tracer(fx.Tracer):  # torch.fx offers no other way to say which modules a
         self.path.pop()
         return result
 
+    def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
+        if _contexts() != self._contexts:  # a graph has no with-blocks: it would run without them
+            raise ModelError("forward switches gradients or autocast for a part of itself")
+        return super().create_node(kind, *args, **kwargs)
+
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if threading.get_ident() != self._thread:
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+def _contexts() -> tuple[bool, bool]:
+    return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
 
 
 def trace(model: nn.Module) -> fx.GraphModule:
@@ -117,8 +127,8 @@ def trace(model: nn.Module) -> fx.GraphModule:
         evaluation = _record(source.eval())
         graph = _record(source.train())
     _merge_modes(source, graph, evaluation)
-    traced = assemble(source, graph, source.state_dict(keep_vars=True))
-    _copy_mode(model, traced)
+    traced = graph_module(source, graph, source.state_dict())
+    copy_mode(model, traced)
     return traced
 
 
@@ -127,29 +137,6 @@ def _inputs(model: nn.Module) -> dict[str, bool]:
     parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
     variable = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
     return {p.name: p.default is not p.empty for p in parameters if p.kind not in variable}
-
-
-def copy_modules(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """Copy modules but not tensors: the copy computes with the same parameters and buffers.
-
-    Args:
-        model: What to copy.
-        memo: As for ``copy.deepcopy``: what is shared or replaced, by the id of the original. Given
-            to several calls, it keeps what the originals share shared between the copies.
-
-    Raises:
-        ModelError: A module holds something that cannot be copied.
-    """
-    memo = {} if memo is None else memo
-    for tensor in (*model.parameters(), *model.buffers()):
-        memo.setdefault(id(tensor), tensor)
-    try:
-        return copy.deepcopy(model, memo)
-    except (RuntimeError, TypeError) as error:
-        raise ModelError(
-            f"{type(model).__name__} cannot be copied: {error}; modules may hold parameters, "
-            "buffers and plain values, but no results of a computation, locks or open files"
-        ) from error
 
 
 def _record(source: nn.Module) -> fx.Graph:
@@ -249,86 +236,6 @@ def _stack(node: fx.Node) -> Iterator[str]:
     """Yield the paths of the modules in whose forward `node` was made, the innermost first."""
     for path, _ in reversed((node.meta.get("nn_module_stack") or {}).values()):
         yield str(path)
-
-
-# --------------------------------------------------------------------------------------------------
-# Modules from graphs
-
-
-def assemble(source: nn.Module, graph: fx.Graph, names: Iterable[str]) -> fx.GraphModule:
-    """Build the module that computes `graph` with copies of the modules of `source`.
-
-    The copies share their tensors with `source` and own everything else.
-
-    Args:
-        source: Has every module, parameter and buffer that the graph names.
-        graph: What to compute.
-        names: Names of parameters and persistent buffers that the module must have even if the
-            graph does not use them, or knows them by another name.
-    """
-    memo: dict[int, Any] = {}
-    used: dict[str, Any] = {}
-    for node in graph.nodes:
-        if node.op == "call_module":
-            used[node.target] = copy_modules(source.get_submodule(node.target), memo)
-        elif node.op == "get_attr":
-            used[node.target] = _tensor(source, node.target)
-    built = fx.GraphModule(used, graph, class_name=type(source).__name__)
-    persistent = source.state_dict(keep_vars=True)
-    present: dict[str, Tensor] = dict(built.named_parameters(remove_duplicate=False))
-    present |= dict(built.named_buffers(remove_duplicate=False))
-    for name in names:
-        if name not in present:
-            _place(built, name, persistent[name], persistent=True)
-    for name, tensor in present.items():
-        if name not in persistent:
-            _place(built, name, tensor, persistent=False)
-    _order_like(source, built)
-    _copy_mode(source, built)
-    return built
-
-
-def _tensor(module: nn.Module, name: str) -> Tensor:
-    path, _, attribute = name.rpartition(".")
-    tensor: Tensor = getattr(module.get_submodule(path), attribute)
-    return tensor
-
-
-def _place(root: nn.Module, name: str, tensor: Tensor, *, persistent: bool) -> None:
-    """Register `tensor` under its global name, making empty modules on the way."""
-    *path, attribute = name.split(".")
-    module = root
-    for step in path:
-        if getattr(module, step, None) is None:
-            module.add_module(step, nn.Module())
-        module = module.get_submodule(step)
-    if isinstance(tensor, nn.Parameter):
-        module.register_parameter(attribute, tensor)
-        return
-    if hasattr(module, attribute):
-        delattr(module, attribute)
-    module.register_buffer(attribute, tensor, persistent=persistent)
-
-
-def _order_like(source: nn.Module, built: nn.Module) -> None:
-    """Give children, parameters and buffers the order of `source`: optimizers and norms see it."""
-    for path, original in source.named_modules():
-        try:
-            module = built.get_submodule(path)
-        except AttributeError:
-            continue
-        for kind in ("_modules", "_parameters", "_buffers"):
-            have: dict[str, Any] = getattr(module, kind)
-            first = {key: have.pop(key) for key in [*getattr(original, kind)] if key in have}
-            rest = dict(have)
-            have.clear()
-            have.update(first | rest)
-
-
-def _copy_mode(source: nn.Module, built: nn.Module) -> None:
-    modes = {name: module.training for name, module in source.named_modules()}
-    for name, module in built.named_modules():
-        module.training = modes.get(name, source.training)
 
 
 def sourceless(node: fx.Node) -> bool:

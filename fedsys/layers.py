@@ -20,13 +20,14 @@ Offloading for IoT Devices in Federated Learning", IEEE Internet of Things Journ
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, fx, nn
 
+from fedsys.assemble import copy_modules, stage
 from fedsys.chain import (
     Link,
     cuts_in_fc_block,
@@ -36,9 +37,23 @@ from fedsys.chain import (
     owners,
 )
 from fedsys.errors import ConfigError, ModelError, did_you_mean
-from fedsys.graph import assemble, copy_modules, module_paths, trace
+from fedsys.graph import module_paths, trace
 from fedsys.measure import Measured, measure
 from fedsys.randomness import Address
+from fedsys.states import fill, join
+
+__all__ = [
+    "LayeredModel",
+    "Unit",
+    "describe",
+    "fill",
+    "fractions",
+    "join",
+    "layered",
+    "resolve_cut",
+    "split",
+    "stages",
+]
 
 _BATCH = 3  # of measurements; not 1, which is also the size of much that is not a batch
 
@@ -122,6 +137,8 @@ def layered(
         graph, links = listed_chain(model, units)
         costs, batch = _measured(graph, example)
         _check_same(model, graph, example)
+    if not links:
+        raise ModelError(f"{type(model).__name__} computes nothing: its output is its input")
     owned, shared = owners(graph, links)
     names = name_units(graph, links, costs)
     chain = tuple(
@@ -371,7 +388,7 @@ def _stage(model: LayeredModel, start: int, stop: int) -> nn.Module:
         graph.node_copy(original.output_node(), copied)
     else:
         graph.output(copied(nodes[units[-1].output]))
-    built = assemble(model.graph, graph, [name for unit in units for name in unit.names])
+    built = stage(model.graph, graph, [name for unit in units for name in unit.names])
     hidden = dict(built.named_buffers()).keys() - built.state_dict().keys()
     for name in sorted(hidden):
         if built.get_buffer(name).is_meta:
@@ -380,67 +397,3 @@ def _stage(model: LayeredModel, start: int, stop: int) -> nn.Module:
                 "filled; register the buffer with persistent=True"
             )
     return built
-
-
-def fill(half: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Give `half` the tensors of `state`, without copying; it owns them from then on.
-
-    Parameters that were one tensor under several names are one again.
-
-    Args:
-        half: A stage, usually on ``meta``.
-        state: By global name, all of them and no others, in the shapes and dtypes of the half.
-
-    Raises:
-        ModelError: Names what is missing, unexpected or of another shape or dtype.
-    """
-    wanted = half.state_dict(keep_vars=True)
-    problems = [f"{name}: missing" for name in wanted if name not in state]
-    problems += [f"{name}: unexpected" for name in state if name not in wanted]
-    problems += [
-        f"{name}: {_kind(state[name])} instead of {_kind(tensor)}"
-        for name, tensor in wanted.items()
-        if name in state and _kind(state[name]) != _kind(tensor)
-    ]
-    if problems:
-        raise ModelError(f"the state does not fit the half: {'; '.join(problems)}")
-    first: dict[int, str] = {}
-    once = {name: state[first.setdefault(id(tensor), name)] for name, tensor in wanted.items()}
-    for name, tensor in once.items():
-        if tensor is not state[name] and not torch.equal(tensor, state[name]):
-            raise ModelError(f"{name} and {first[id(wanted[name])]} are one tensor with two values")
-    half.load_state_dict(once, assign=True)
-    for name, tensor in wanted.items():
-        if first[id(tensor)] != name and isinstance(tensor, nn.Parameter):
-            path, _, attribute = name.rpartition(".")
-            owner = half.get_submodule(path)
-            owner.register_parameter(attribute, half.get_parameter(first[id(tensor)]))
-
-
-def join(*states: Mapping[str, Tensor], names: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """Put disjoint states together by name.
-
-    Args:
-        *states: States of halves, by global name.
-        names: The names that the result must have, in this order; any if None.
-
-    Raises:
-        ModelError: Lists the names that are in two states, missing or not expected.
-    """
-    joined: dict[str, Tensor] = {}
-    for state in states:
-        if twice := [name for name in state if name in joined]:
-            raise ModelError(f"in more than one half: {', '.join(twice)}")
-        joined.update(state)
-    if names is None:
-        return joined
-    expected = list(names)
-    if missing := [name for name in expected if name not in joined]:
-        raise ModelError(f"in no half: {', '.join(missing)}")
-    if foreign := joined.keys() - set(expected):
-        raise ModelError(f"not part of the model: {', '.join(sorted(foreign))}")
-    return {name: joined[name] for name in expected}
-
-
-def _kind(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"

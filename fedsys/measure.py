@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from fedsys.assemble import copy_modules
 from fedsys.errors import ModelError
-from fedsys.graph import copy_modules
 from fedsys.randomness import KeyedDropout
 
 

@@ -60,6 +60,19 @@ class Random(nn.Module):
         return float(self.count)
 
 
+class PartlyWithoutGradient(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            scale = x.abs().mean()
+        return x / scale
+
+
+class PartlyInHalfPrecision(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return x @ x
+
+
 class TwoInputs(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return x + y
@@ -146,6 +159,8 @@ def test_a_traced_model_can_be_traced_again():
         (TwoPaths(), r"different things in training and in evaluation"),
         (nn.Sequential(nn.ReLU(), TwoPaths()), r"from 1 on"),
         (Random(), r"different constant tensor in every forward pass"),
+        (PartlyWithoutGradient(), r"`scale = x.abs\(\).mean\(\)`: forward switches gradients"),
+        (PartlyInHalfPrecision(), r"`return x @ x`: forward switches gradients or autocast"),
         (TwoInputs(), r"forward takes \(x, y\): it must take exactly one input"),
     ],
 )

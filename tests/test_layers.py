@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fedsys.errors import ConfigError, ModelError
 from fedsys.layers import describe, fill, fractions, join, layered, resolve_cut, split, stages
@@ -217,17 +218,23 @@ def test_the_ends_of_the_chain_leave_an_empty_half():
     )
 
 
+def head(inputs):
+    linear = nn.Linear(inputs, 8), nn.ReLU(inplace=True), nn.Dropout(), nn.Linear(8, 4)
+    return nn.Flatten(), *linear
+
+
 def families():
     from torchvision import models as zoo
+    from torchvision.models.convnext import CNBlockConfig, ConvNeXt
     from torchvision.models.swin_transformer import SwinTransformer
+    from torchvision.models.vgg import make_layers
     from torchvision.models.vision_transformer import VisionTransformer
 
     plain = {"aux_logits": False, "init_weights": False}
     return {
-        "alexnet": (lambda: zoo.alexnet(num_classes=4), 64),
-        "vgg11_bn": (lambda: zoo.vgg11_bn(num_classes=4), 32),
+        "alexnet": (lambda: nn.Sequential(zoo.AlexNet().features, *head(256)), 64),
+        "vgg": (lambda: nn.Sequential(make_layers([8, "M", 16, 16, "M"], True), *head(1024)), 32),
         "resnet18": (lambda: zoo.resnet18(num_classes=4), 32),
-        "resnext50": (lambda: zoo.resnext50_32x4d(num_classes=4), 32),
         "mobilenet_v2": (lambda: zoo.mobilenet_v2(num_classes=4, width_mult=0.25), 32),
         "mobilenet_v3": (lambda: zoo.mobilenet_v3_small(num_classes=4, width_mult=0.5), 32),
         "densenet": (lambda: zoo.DenseNet(8, (2, 2, 2, 2), 16, drop_rate=0.2), 32),
@@ -236,9 +243,8 @@ def families():
         "shufflenet": (lambda: zoo.shufflenet_v2_x0_5(num_classes=4), 32),
         "squeezenet": (lambda: zoo.squeezenet1_1(num_classes=4), 32),
         "mnasnet": (lambda: zoo.mnasnet0_5(num_classes=4), 32),
-        "convnext_tiny": (lambda: zoo.convnext_tiny(num_classes=4), 32),
+        "convnext": (lambda: ConvNeXt([CNBlockConfig(8, 16, 2), CNBlockConfig(16, None, 1)]), 32),
         "googlenet": (lambda: zoo.googlenet(num_classes=4, **plain), 32),
-        "inception_v3": (lambda: zoo.inception_v3(num_classes=4, **plain), 75),
         "swin": (lambda: SwinTransformer([4, 4], 12, [2, 2], [2, 2], [4, 4], dropout=0.1), 32),
         "vit": (lambda: VisionTransformer(32, 8, 2, 2, 16, 32, dropout=0.1), 32),
     }
@@ -386,6 +392,72 @@ def test_what_forward_never_uses_is_in_the_last_stage():
     first, last = split(layered(model, (4,)), 1)
     assert list(first.state_dict()) == ["0.weight", "0.bias"]
     assert list(last.state_dict())[2:] == ["2.unused.weight", "2.unused.bias"]
+
+
+def test_a_model_may_return_more_than_a_tensor():
+    class TwoHeads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2), nn.Linear(4, 3)
+
+        def forward(self, x):
+            x = torch.relu(self.body(x))
+            return {"a": self.a(x), "b": [self.b(x)]}
+
+    model = TwoHeads()
+    chain = layered(model, (4,))
+    assert [(u.out_shape, u.bytes_out) for u in chain.units] == [((4,), 16), ((), 20)]
+    body, heads = split(chain, 1)
+    x = noise(2, 4)
+    assert torch.equal(heads(body(x))["b"][0], model(x)["b"][0])
+
+
+def test_a_model_that_computes_nothing_is_refused():
+    with pytest.raises(ModelError, match="Sequential computes nothing"):
+        layered(nn.Sequential(), (4,))
+
+
+def test_splitting_again_shares_the_code_and_leaves_nothing_behind():
+    chain = layered(vgg5_on_meta(), IMAGE)
+    generated = fx.graph_module._loader.eval_cache
+    split(chain, 2)
+    before = len(generated)
+    again = layered(vgg5_on_meta(), IMAGE)
+    assert len(generated) == before + 1  # of the trace
+    device, _ = split(again, 2)
+    assert len(generated) == before + 1
+    fill(device, {n: vgg5().state_dict()[n] for n in device.state_dict()})
+    assert torch.equal(device(x := noise(2, *IMAGE)), split(layered(vgg5(), IMAGE), 2)[0](x))
+
+
+def test_equal_code_that_calls_other_functions_is_not_shared():
+    def scaled(factor):
+        def scale(x):
+            return x * factor
+
+        class Scaled(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layer = nn.Identity()
+
+            def forward(self, x):
+                return scale(self.layer(x))
+
+        return Scaled()
+
+    x = noise(2, 4)
+    for factor in (2.0, 3.0):
+        whole, _ = split(layered(scaled(factor), (4,)), 1)
+        assert torch.equal(whole(x), x * factor)
+
+
+def test_a_half_can_be_copied_and_shows_its_code():
+    device, _ = split(layered(vgg5(), IMAGE), 1)
+    twin = copy.deepcopy(device)
+    twin.conv1.conv.weight.data.zero_()
+    x = noise(2, *IMAGE)
+    assert not torch.equal(twin(x), device(x))
+    assert "self.conv1.conv(" in device.code and "conv2" not in device.code
 
 
 def test_cuts_must_ascend_within_the_chain():
