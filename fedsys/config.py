@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fedsys import faults
 from fedsys.errors import ConfigError, did_you_mean
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -125,6 +126,20 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    """How often the server keeps what a run can continue from; always after the last round."""
+
+    every: int = 1
+
+
+@dataclass(frozen=True)
+class FaultsConfig:
+    """What fails, and when."""
+
+    list: tuple[faults.Fault, ...] = ()
+
+
+@dataclass(frozen=True)
 class Apps:
     """The two Flower apps as ``module:attribute``; fedsys knows them by these names only."""
 
@@ -134,7 +149,10 @@ class Apps:
 
 @dataclass(frozen=True)
 class Config:
-    """One run, completely. `text` is the YAML that it was parsed from."""
+    """One run, completely. `text` is the YAML that it was parsed from.
+
+    `resume` is the folder of the run that this one continues.
+    """
 
     num_clients: int
     rounds: int
@@ -149,6 +167,9 @@ class Config:
     model: Spec
     strategy: Spec
     bench: Spec = field(default_factory=dict)
+    resume: str | None = None
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
     text: str = field(default="", repr=False, compare=False)
 
 
@@ -191,6 +212,7 @@ RULES: tuple[Rule, ...] = (
     ("client.lr_schedule.final", lambda v: 0 <= v <= 1, "must be in [0, 1]", ""),
     ("client.lr_schedule.warmup", lambda v: v >= 0, "must not be negative", ""),
     ("schedule.micro_batches", _at_least_one, "must be at least 1", ""),
+    ("checkpoint.every", _at_least_one, "must be at least 1", ""),
     ("runtime.workers", _optional(_at_least_one), "must be at least 1", "null lets fedsys choose"),
     ("runtime.timeout_s", _positive, "must be greater than 0", ""),
 )
@@ -232,7 +254,8 @@ def parse(text: str) -> Config:
     config = typing.cast(Config, _build(Config, tree, ""))
     config = dataclasses.replace(config, text=text)
     _check(config)
-    return config
+    planned = faults.check(config.faults.list, rounds=config.rounds, num_clients=config.num_clients)
+    return dataclasses.replace(config, faults=FaultsConfig(planned))
 
 
 def from_run_config(run_config: Mapping[str, Any]) -> Config:
@@ -270,7 +293,8 @@ def _build(kind: Any, value: Any, path: str) -> Any:
     origin = typing.get_origin(kind)
     if origin in (typing.Union, types.UnionType):
         options = [k for k in typing.get_args(kind) if k is not type(None)]
-        return None if value is None else _build(options[0], value, path)
+        fitting = [k for k in options if type(value) is k]
+        return None if value is None else _build((fitting or options)[0], value, path)
     if dataclasses.is_dataclass(kind):
         return _build_dataclass(kind, value, path)
     if origin is tuple:
