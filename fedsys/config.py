@@ -111,11 +111,21 @@ class RuntimeConfig:
         kind: ``local``, ``simulation`` or ``deployment``.
         workers: Clients that train at the same time; None for cores / threads.
         timeout_s: Longest time for one phase of a round, in seconds.
+        superlink: Address of the SuperLink as ``host:port``; ``deployment`` only.
+        root_certificates: File with the certificate of its authority; None for the system's.
+        insecure: Whether the SuperLink is spoken to without TLS.
+        launch: Whether SuperLink and SuperNodes are started here, for this run only.
+        wait_s: How long to wait until as many nodes are there as the run needs, in seconds.
     """
 
     kind: str = "local"
     workers: int | None = None
     timeout_s: float = 3600.0
+    superlink: str | None = None
+    root_certificates: str | None = None
+    insecure: bool = False
+    launch: bool = False
+    wait_s: float = 60.0
 
 
 @dataclass(frozen=True)
@@ -215,6 +225,7 @@ RULES: tuple[Rule, ...] = (
     ("checkpoint.every", _at_least_one, "must be at least 1", ""),
     ("runtime.workers", _optional(_at_least_one), "must be at least 1", "null lets fedsys choose"),
     ("runtime.timeout_s", _positive, "must be greater than 0", ""),
+    ("runtime.wait_s", _positive, "must be greater than 0", ""),
 )
 
 
