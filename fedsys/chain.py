@@ -4,9 +4,9 @@ A value is *alive* between two steps of a graph if it was made before and is nee
 tensor alone is alive (and it is a batch of examples), everything before and everything after are
 joined by that tensor only, so the graph falls into segments::
 
-    conv ─▶ bn ─▶ relu ─▶ conv ─▶ bn ─▶ (+) ─▶ pool ─▶ fc         a residual block is one segment:
-     │      │     │└──────────────────▲│      │      │           two tensors are alive inside
-     └──────┴─────┴───────────────────┴┴──────┴──────┘
+    conv ─┼─ bn ─┼─ relu ─┼─┬─ conv ── bn ─┬─ add ─┼─ pool ─┼─ fc      ┼  one tensor is alive
+                            └──────────────┘
+    units:  conv bn relu        conv bn add pool         fc
 
 Segments that multiply nothing join the unit before them (those at the very start the first unit),
 as does one that would overwrite in place the tensor that it is given.
