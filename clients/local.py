@@ -48,8 +48,9 @@ class LocalClient:
         records.load_into(model, content.array_records["arrays"])
         lr = optimizers.learning_rate(client.lr, client.lr_schedule, round_, self.config.rounds)
         optimizer = optimizers.make_optimizer(model.parameters(), client, lr)
+        named = dict(model.named_parameters())
         if (kept := content.array_records.get("optimizer")) is not None:
-            optimizers.unpack_optimizer(optimizer, model, records.from_record(kept))
+            optimizers.unpack_optimizer(optimizer, named, records.from_record(kept))
         address = Address(self.config.seed, self.partition, round_)
         score = training.train(
             model,
@@ -71,7 +72,7 @@ class LocalClient:
         )
         reply = RecordDict({"arrays": records.to_record(model.state_dict()), "metrics": metrics})
         if client.keep_optimizer:
-            state = optimizers.pack_optimizer(optimizer, model)
+            state = optimizers.pack_optimizer(optimizer, named)
             reply["optimizer"] = records.to_record(state)
         return reply
 

@@ -95,12 +95,12 @@ def make_optimizer(
         raise ConfigError.of("client.optimizer_args", client.optimizer_args, str(error)) from error
 
 
-def pack_optimizer(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
+def pack_optimizer(optimizer: Optimizer, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """Return the optimizer's state as tensors named ``parameter|key``.
 
     Named by parameter, the state can be joined, split and moved with the layers it belongs to.
     """
-    names = {id(p): name for name, p in model.named_parameters()}
+    names = {id(p): name for name, p in named.items()}
     packed: dict[str, Tensor] = {}
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
@@ -111,17 +111,23 @@ def pack_optimizer(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
     return packed
 
 
-def unpack_optimizer(optimizer: Optimizer, model: nn.Module, packed: Mapping[str, Tensor]) -> None:
+def unpack_optimizer(
+    optimizer: Optimizer, named: Mapping[str, nn.Parameter], packed: Mapping[str, Tensor]
+) -> None:
     """Give the optimizer the state that `pack_optimizer` returned for the same parameters.
 
+    Args:
+        optimizer: Receives the state.
+        named: Its parameters by global name.
+        packed: State by ``parameter|key``.
+
     Raises:
-        ModelError: The state belongs to a parameter that the model does not have.
+        ModelError: The state belongs to a parameter that is not there.
     """
-    named = dict(model.named_parameters())
     for full_name, tensor in packed.items():
         name, _, key = full_name.rpartition("|")
         if name not in named:
-            raise ModelError(f"optimizer state {full_name}: the model has no parameter {name}")
+            raise ModelError(f"optimizer state {full_name}: there is no parameter {name}")
         parameter = named[name]
         device = parameter.device if tensor.dim() else tensor.device
         optimizer.state[parameter][key] = tensor.to(device).clone()

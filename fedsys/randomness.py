@@ -106,16 +106,21 @@ _current = threading.local()
 
 
 @contextmanager
-def drawing(address: Address, step: int, batch_size: int) -> Iterator[None]:
+def drawing(
+    address: Address, step: int, batch_size: int, masks: dict[str, Tensor] | None = None
+) -> Iterator[None]:
     """Address the draws that models make in this thread until the block ends.
 
     Args:
         address: Seed, client and round.
         step: Index of the mini-batch within the round.
         batch_size: Number of examples in the whole mini-batch.
+        masks: Where masks are kept if the step is worked through in several blocks; it saves
+            drawing them again.
     """
     outer = getattr(_current, "step", None)
-    _current.step = _Step(address, step, batch_size, 0, batch_size)
+    masks = {} if masks is None else masks
+    _current.step = _Step(address, step, batch_size, 0, batch_size, masks)
     try:
         yield
     finally:
