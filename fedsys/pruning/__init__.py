@@ -1,0 +1,1 @@
+"""From one trained model to a portfolio of small dense variants (DNNShifter)."""

@@ -1,0 +1,286 @@
+"""Dense models as data: weights in safetensors, the graph in JSON, no code in either.
+
+A folder holds ``weights.safetensors`` and ``architecture.json``. The JSON names operations with
+their arguments, layers by class and constructor arguments, and the checksum of the weights. Only
+words of `fedsys.pruning.vocabulary` can be used, so a file from an untrusted source can at most
+describe a strange model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import keyword
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, fx, nn
+
+from fedsys.errors import ModelError
+from fedsys.pruning.vocabulary import DTYPES, FUNCTION_NAMES, FUNCTIONS, LAYERS, METHODS
+
+WEIGHTS = "weights.safetensors"
+ARCHITECTURE = "architecture.json"
+FORMAT = "fedsys-dense-model-1"
+
+
+def constructor_arguments(module: nn.Module) -> dict[str, Any]:
+    """Return the arguments that make a module of ``torch.nn`` like `module`, without its weights.
+
+    Modules of torch.nn keep their arguments in attributes of the same name, but for ``bias``, which
+    becomes the parameter itself.
+    """
+    result = {}
+    for name in inspect.signature(type(module).__init__).parameters:
+        if name in ("self", "device", "dtype") or not hasattr(module, name):
+            continue
+        value = getattr(module, name)
+        result[name] = value is not None if name == "bias" else value
+    return result
+
+
+# --------------------------------------------------------------------------------------------------
+# Saving
+
+
+def describe(model: fx.GraphModule) -> dict[str, Any]:
+    """Return the architecture of `model` as JSON data.
+
+    Raises:
+        ModelError: It has an operation or a layer that cannot be named.
+    """
+    layers: dict[str, Any] = {}
+    nodes = []
+    for node in model.graph.nodes:
+        nodes.append([
+            node.name, node.op, _name_of(node), _encode(node.args), _encode(dict(node.kwargs)),
+        ])  # fmt: skip
+        if node.op == "call_module":
+            layers[node.target] = _describe_layer(node.target, model.get_submodule(node.target))
+    constants = {
+        str(node.target): str(_lookup(model, str(node.target)).dtype)
+        for node in model.graph.nodes
+        if node.op == "get_attr"
+    }
+    return {"format": FORMAT, "layers": layers, "constants": sorted(constants), "nodes": nodes}
+
+
+def _lookup(model: nn.Module, path: str) -> Tensor:
+    parent, _, attribute = path.rpartition(".")
+    tensor: Tensor = getattr(model.get_submodule(parent), attribute)
+    return tensor
+
+
+def _name_of(node: fx.Node) -> str:
+    if node.op == "call_function":
+        name = FUNCTION_NAMES.get(node.target)  # type: ignore[arg-type]
+        if name is None or (name == "getattr" and node.args[1:] != ("shape",)):
+            raise ModelError(
+                f"{node.name} calls {node.target}, which cannot be saved as data; "
+                "express it by functions of torch and torch.nn.functional"
+            )
+        return name
+    if node.op == "call_method" and node.target not in METHODS:
+        raise ModelError(f"{node.name} calls .{node.target}(), which cannot be saved as data")
+    return str(node.target)
+
+
+def _describe_layer(path: str, module: nn.Module) -> list[Any]:
+    name = type(module).__name__
+    if LAYERS.get(name) is not type(module):
+        raise ModelError(f"{path} is a {name}, which cannot be saved as data: not of torch.nn")
+    return [name, _encode(constructor_arguments(module))]
+
+
+def _encode(value: Any) -> Any:
+    match value:
+        case None | bool() | int() | str():
+            return value
+        case float():
+            return value if math.isfinite(value) else {"float": str(value)}
+        case fx.Node():
+            return {"node": value.name}
+        case list():
+            return {"list": [_encode(v) for v in value]}
+        case tuple():
+            return {"tuple": [_encode(v) for v in value]}
+        case dict():
+            return {"dict": {str(k): _encode(v) for k, v in value.items()}}
+        case slice():
+            return {"slice": [_encode(v) for v in (value.start, value.stop, value.step)]}
+        case torch.dtype() if str(value).removeprefix("torch.") in DTYPES:
+            return {"dtype": str(value).removeprefix("torch.")}
+    raise ModelError(f"an argument of type {type(value).__name__} cannot be saved as data")
+
+
+def save(model: fx.GraphModule, folder: str | os.PathLike[str]) -> Path:
+    """Write `model` to `folder`, which is made if need be; return it.
+
+    Args:
+        model: A dense model, as `fedsys.pruning.shrink` returns it.
+        folder: Gets `ARCHITECTURE` and `WEIGHTS`.
+
+    Raises:
+        ModelError: The model has an operation or a layer that cannot be named.
+    """
+    folder = Path(folder)
+    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    weights = save_tensors(tensors)
+    body = describe(model) | {"weights_sha256": hashlib.sha256(weights).hexdigest()}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / WEIGHTS).write_bytes(weights)
+    text = json.dumps({"sha256": _digest(body), **body}, indent=1, allow_nan=False)
+    (folder / ARCHITECTURE).write_text(text + "\n", encoding="utf-8")
+    return folder
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------
+# Loading
+
+
+def load(folder: str | os.PathLike[str]) -> fx.GraphModule:
+    """Read the model that `save` wrote: same modules, same graph, the same bits.
+
+    Raises:
+        ModelError: A file is missing or damaged, or names something that is not allowed.
+    """
+    folder = Path(folder)
+    try:
+        text = (folder / ARCHITECTURE).read_text(encoding="utf-8")
+        weights = (folder / WEIGHTS).read_bytes()
+        body = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{folder} holds no dense model that can be read: {error}") from error
+    if not isinstance(body, dict) or body.get("format") != FORMAT:
+        raise ModelError(f"{folder / ARCHITECTURE} is not of the format {FORMAT}")
+    if body.pop("sha256", None) != _digest(body):
+        raise ModelError(f"{folder / ARCHITECTURE} is damaged: its checksum does not fit; "
+                         "copy or make the model again")  # fmt: skip
+    if body.get("weights_sha256") != hashlib.sha256(weights).hexdigest():
+        raise ModelError(f"{folder / WEIGHTS} is damaged: its checksum does not fit; "
+                         "copy or make the model again")  # fmt: skip
+    try:
+        return build(body, load_tensors(weights))
+    except (
+        SafetensorError,
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+    ) as error:
+        raise ModelError(f"{folder} does not describe a model: {error}") from error
+
+
+def build(body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> fx.GraphModule:
+    """Make the model that `body` describes, in evaluation mode, with the weights `tensors`.
+
+    Raises:
+        ModelError: `body` names something that is not allowed, or `tensors` do not fit.
+    """
+    parts: dict[str, Any] = {}
+    for path, (kind, arguments) in body["layers"].items():
+        parts[_checked_path(path)] = _make_layer(path, kind, _decode(arguments, {}))
+    for path in body["constants"]:
+        if path not in tensors:
+            raise ModelError(f"the weights lack the constant {path}")
+        parts[_checked_path(path)] = tensors[path]
+    graph = fx.Graph()
+    nodes: dict[str, fx.Node] = {}
+    for name, kind, target, args, kwargs in body["nodes"]:
+        arguments = _decode(args, nodes), _decode(kwargs, nodes)
+        for key in arguments[1]:
+            _checked_name(key)
+        nodes[name] = _make_node(graph, parts, _checked_name(name), kind, target, *arguments)
+    graph.lint()
+    model = fx.GraphModule(parts, graph, class_name="DenseModel")
+    model.load_state_dict(dict(tensors), strict=True, assign=True)
+    return model.eval()
+
+
+def _checked_name(name: object) -> str:
+    """Let identifiers pass: torch.fx turns names into source text."""
+    if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
+        raise ModelError(f"{name!r} is not a name")
+    return name
+
+
+def _checked_path(path: object) -> str:
+    steps = path.split(".") if isinstance(path, str) else []
+    plain = all(s.isascii() and s.replace("_", "0").isalnum() and s[:2] != "__" for s in steps)
+    if not steps or not plain:
+        raise ModelError(f"{path!r} is not the path of a module")
+    return ".".join(steps)
+
+
+def _make_layer(path: str, kind: object, arguments: object) -> nn.Module:
+    if not isinstance(kind, str) or kind not in LAYERS or not isinstance(arguments, dict):
+        raise ModelError(f"{path} asks for a layer {kind!r}, which is not allowed")
+    makes_tensors = "device" in inspect.signature(LAYERS[kind].__init__).parameters
+    extra = {"device": "meta"} if makes_tensors else {}
+    return LAYERS[kind](**arguments, **extra)
+
+
+def _make_node(
+    graph: fx.Graph,
+    parts: Mapping[str, Any],
+    name: str,
+    kind: str,
+    target: Any,
+    args: Any,
+    kwargs: Any,
+) -> fx.Node:
+    allowed: Any
+    if kind == "call_function":
+        allowed = FUNCTIONS.get(target)
+        if allowed is getattr and tuple(args[1:]) != ("shape",):
+            allowed = None
+    elif kind == "call_method":
+        allowed = target if target in METHODS else None
+    elif kind in ("call_module", "get_attr"):
+        allowed = target if target in parts else None
+    elif kind in ("placeholder", "output"):
+        allowed = _checked_name(target)
+    else:
+        allowed = None
+    if allowed is None:
+        raise ModelError(f"{name} asks for {kind} {target!r}, which is not allowed")
+    return graph.create_node(kind, allowed, args, kwargs, name=name)
+
+
+def _decode(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
+    if not isinstance(value, dict):
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        raise ModelError(f"an argument {value!r} is not allowed")
+    (kind, content), *rest = value.items()
+    if rest:
+        raise ModelError("an argument is described twice")
+    match kind:
+        case "node":
+            return nodes[content]
+        case "float":
+            return float(content)
+        case "list":
+            return [_decode(v, nodes) for v in content]
+        case "tuple":
+            return tuple(_decode(v, nodes) for v in content)
+        case "dict":
+            return {k: _decode(v, nodes) for k, v in content.items()}
+        case "slice":
+            return slice(*(_decode(v, nodes) for v in content))
+        case "dtype":
+            return DTYPES[content]
+    raise ModelError(f"an argument of kind {kind!r} is not allowed")

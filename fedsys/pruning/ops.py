@@ -1,0 +1,305 @@
+"""What each operation of a traced model does to channels.
+
+A *channel* is an index along dimension 1 of a tensor whose dimension 0 is the batch: a feature map
+of a convolution, a feature of a linear layer. The whole conversion of `fedsys.pruning.shrink`
+rests on a dozen kinds of operations:
+
+========  =========================================  ===============================================
+kind      examples                                   channel `j` of the output depends on
+========  =========================================  ===============================================
+INPUT     the model's input                          the input
+CONSTANT  a buffer of shape ``(1, C, …)``            nothing
+MIX       convolution (any groups), linear           the inputs whose weights on `j` are not 0
+SCALE     BatchNorm in evaluation, PReLU             `j`, with parameters of its own
+SAME      activation, pooling, dropout, scalar math  `j`
+NORM      GroupNorm                                  all channels of `j`'s group
+ADD MUL   sum, difference; product of two tensors    `j` of both operands
+CAT       concatenation of channels                  `j` of the operand that it came from
+FLATTEN   from maps to features                      the map that it came from
+SIZE      ``x.size(0)``: any size but of channels    nothing
+OPAQUE    everything else                            all channels of all inputs: none is touched
+========  =========================================  ===============================================
+
+What is not understood is OPAQUE, so an unknown operation costs savings, never correctness.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from fedsys.randomness import KeyedDropout
+
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+"""Convolutions that are understood; transposed ones are OPAQUE."""
+
+
+class Kind(Enum):
+    """How the channels of an operation's output depend on those of its inputs."""
+
+    INPUT = "input"
+    CONSTANT = "constant"
+    MIX = "mix"
+    SCALE = "scale"
+    SAME = "same"
+    NORM = "norm"
+    ADD = "add"
+    MUL = "mul"
+    CAT = "cat"
+    FLATTEN = "flatten"
+    SIZE = "size"
+    OPAQUE = "opaque"
+    OUTPUT = "output"
+
+
+ELEMENTWISE = (Kind.SCALE, Kind.SAME, Kind.ADD, Kind.MUL)
+"""Kinds whose inputs and output have the same channels."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Op:
+    """One node of the graph, understood.
+
+    Attributes:
+        kind: How channels depend on each other.
+        node: The node of the traced graph.
+        inputs: The nodes whose channels it reads, in order.
+        module: The module that it calls, if any.
+        shape: Shape of its output with the batch; empty if that is not one tensor.
+        connected: Where a MIX has weights other than 0, bool of ``(groups, out, in)`` per group;
+            None for other kinds.
+        zero_border: It reads zeros outside of its input, so that a constant map does not stay
+            uniform at the border.
+    """
+
+    kind: Kind
+    node: fx.Node
+    inputs: tuple[fx.Node, ...]
+    module: nn.Module | None
+    shape: tuple[int, ...]
+    zero_border: bool = False
+    connected: Tensor | None = None
+
+    @property
+    def name(self) -> str:
+        """Path of the module, or the name of the node where no module is called."""
+        return str(self.node.target) if self.module is not None else self.node.name
+
+    @property
+    def channels(self) -> int:
+        """Number of channels of the output; 0 if it has none."""
+        return self.shape[1] if len(self.shape) > 1 else 0
+
+    @property
+    def layer(self) -> Conv | nn.Linear:
+        """The layer that a MIX calls."""
+        assert isinstance(self.module, Conv | nn.Linear)
+        return self.module
+
+    @property
+    def groups(self) -> int:
+        """Number of groups of a convolution or GroupNorm; 1 for a linear layer."""
+        if isinstance(self.module, nn.GroupNorm):
+            return self.module.num_groups
+        return self.module.groups if isinstance(self.module, Conv) else 1
+
+
+_ACTIVATIONS = (
+    nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.SiLU, nn.Sigmoid, nn.Tanh,
+    nn.GELU, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.Softplus, nn.Softsign, nn.Mish,
+    nn.LogSigmoid, nn.Hardshrink, nn.Softshrink, nn.Tanhshrink, nn.Threshold,
+)  # fmt: skip
+_IDENTITIES = (
+    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
+    nn.FeatureAlphaDropout, KeyedDropout,
+)  # fmt: skip
+_POOLS = (
+    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
+    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
+    nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
+    nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, nn.ZeroPad1d, nn.ZeroPad2d,
+    nn.ZeroPad3d,
+)  # fmt: skip
+_SAME_FUNCTIONS = frozenset({
+    F.relu, F.relu6, F.hardtanh, F.hardswish, F.hardsigmoid, F.silu, F.sigmoid, F.tanh, F.gelu,
+    F.leaky_relu, F.elu, F.selu, F.celu, F.softplus, F.softsign, F.mish, F.logsigmoid,
+    torch.relu, torch.sigmoid, torch.tanh, torch.neg, torch.abs, torch.exp, torch.clamp,
+    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.max_pool1d, F.max_pool2d, F.max_pool3d,
+    F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d,
+    F.adaptive_avg_pool3d, F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.interpolate,
+    operator.neg,
+})  # fmt: skip
+_SAME_METHODS = frozenset({"relu", "sigmoid", "tanh", "contiguous", "clamp", "neg", "abs", "exp"})
+_ZERO_PADDED = frozenset({F.avg_pool1d, F.avg_pool2d, F.avg_pool3d})
+_ADDS = frozenset({operator.add, operator.iadd, operator.sub, operator.isub, torch.add, torch.sub})
+_MULS = frozenset({operator.mul, operator.imul, torch.mul})
+_SCALAR_MATH = _ADDS | _MULS | {operator.truediv, operator.itruediv, torch.div}
+_MEANS = frozenset({torch.mean, "mean"})
+
+
+def describe(
+    node: fx.Node,
+    module: nn.Module | None,
+    shapes: dict[fx.Node, tuple[int, ...]],
+    shared: bool,
+) -> Op:
+    """Say which kind of operation `node` is.
+
+    Args:
+        node: A node of the traced graph.
+        module: The module that it calls, or None.
+        shapes: Shapes of the tensors computed so far, and of `node` itself; a node that does not
+            compute one tensor is missing.
+        shared: Another node calls the same module.
+    """
+    shape = shapes.get(node, ())
+    inputs = tuple(n for n in node.all_input_nodes if n in shapes)
+    opaque = Op(Kind.OPAQUE, node, inputs, module, shape)
+    if node.op == "placeholder":
+        return Op(Kind.INPUT, node, (), None, shape)
+    if node.op == "output":
+        return Op(Kind.OUTPUT, node, inputs, None, ())
+    if node.op == "get_attr":
+        simple = len(shape) > 1 and shape[0] == 1
+        return Op(Kind.CONSTANT, node, (), None, shape) if simple else opaque
+    if _asks_for_size(node):
+        return Op(Kind.SIZE, node, inputs, None, ())
+    by_size = node.target in ("view", "reshape")  # their other inputs are sizes
+    if len(shape) < 2 or not inputs or (len(inputs) < len(node.all_input_nodes) and not by_size):
+        return opaque
+    if module is not None:
+        kind = _kind_of_module(module, shapes[inputs[0]], shape)
+        if shared and kind in (Kind.MIX, Kind.SCALE, Kind.NORM):
+            return opaque  # its weights serve two places, which may need different channels
+        connected = _connections(module) if kind is Kind.MIX else None
+        return Op(kind, node, inputs, module, shape, _reads_zeros(module), connected)
+    kind = _kind_of_function(node, inputs, shapes)
+    return Op(kind, node, inputs, None, shape, _function_reads_zeros(node))
+
+
+def _kind_of_module(module: nn.Module, given: tuple[int, ...], shape: tuple[int, ...]) -> Kind:
+    if isinstance(module, Conv):
+        return Kind.MIX if len(shape) == module.weight.dim() else Kind.OPAQUE
+    if isinstance(module, nn.Linear):
+        return Kind.MIX if len(shape) == 2 else Kind.OPAQUE
+    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
+        return Kind.SCALE if module.running_mean is not None else Kind.OPAQUE
+    if isinstance(module, nn.PReLU):
+        return Kind.SCALE
+    if isinstance(module, nn.GroupNorm):
+        return Kind.NORM
+    if isinstance(module, nn.Flatten):
+        return _flatten(given, shape) if module.start_dim == 1 else Kind.OPAQUE
+    known = isinstance(module, _ACTIVATIONS + _IDENTITIES + _POOLS)
+    if (known or type(module).__name__ == "StochasticDepth") and given[:2] == shape[:2]:
+        return Kind.SAME
+    return Kind.OPAQUE
+
+
+def _kind_of_function(
+    node: fx.Node, inputs: tuple[fx.Node, ...], shapes: dict[fx.Node, tuple[int, ...]]
+) -> Kind:
+    target: Any = node.target
+    given, shape = shapes[inputs[0]], shapes[node]
+    if len(inputs) == 1 and given[:2] == shape[:2]:
+        if target in _SAME_FUNCTIONS or target in _SAME_METHODS:
+            return Kind.SAME
+        if target in _SCALAR_MATH and node.args[0] is inputs[0] and _is_number(node.args[1]):
+            return Kind.SAME
+        if target in _MEANS and _over_space(node, len(given)):
+            return Kind.SAME
+    if len(inputs) == 2 and target in _ADDS | _MULS and not node.kwargs:
+        same = all(shapes[n][1] == shape[1] and len(shapes[n]) == len(shape) for n in inputs)
+        return (Kind.ADD if target in _ADDS else Kind.MUL) if same else Kind.OPAQUE
+    if target in (torch.cat, torch.concat) and _cat_dimension(node, len(shape)) == 1:
+        parts: Any = node.args[0]
+        whole = len(parts) == len(inputs) and sum(shapes[n][1] for n in parts) == shape[1]
+        return Kind.CAT if whole else Kind.OPAQUE
+    if target in (torch.flatten, "flatten"):
+        start = node.args[1] if len(node.args) > 1 else node.kwargs.get("start_dim", 0)
+        return _flatten(given, shape) if start == 1 else Kind.OPAQUE
+    if target in ("view", "reshape") and len(node.args) == 3 and node.args[2] == -1:
+        return _flatten(given, shape)
+    return Kind.OPAQUE
+
+
+def _flatten(given: tuple[int, ...], shape: tuple[int, ...]) -> Kind:
+    """From ``(B, C, …)`` to ``(B, C · …)``."""
+    whole = len(shape) == 2 and shape[0] == given[0] and shape[1] == math.prod(given[1:])
+    return Kind.FLATTEN if whole else Kind.OPAQUE
+
+
+def _asks_for_size(node: fx.Node) -> bool:
+    """Say whether `node` reads sizes of a tensor, and nobody asks for its number of channels."""
+    if node.target == "size" and len(node.args) == 2:
+        return bool(node.args[1] in (0, 2, 3))
+    whole = node.target == "size" or (node.target is getattr and node.args[1:] == ("shape",))
+    return whole and all(
+        user.target is operator.getitem and user.args[1] in (0, 2, 3) for user in node.users
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _over_space(node: fx.Node, dimensions: int) -> bool:
+    dims: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    dims = (dims,) if isinstance(dims, int) else dims
+    if not isinstance(dims, tuple | list) or not all(isinstance(d, int) for d in dims):
+        return False
+    return all(d % dimensions > 1 for d in dims)
+
+
+def _cat_dimension(node: fx.Node, dimensions: int) -> object:
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    return dim % dimensions if isinstance(dim, int) else None
+
+
+def _reads_zeros(module: nn.Module) -> bool:
+    if isinstance(module, Conv):
+        padded = module.padding == "same" or any(p for p in module.padding if isinstance(p, int))
+        return module.padding_mode == "zeros" and padded
+    if isinstance(module, nn.AvgPool1d | nn.AvgPool2d | nn.AvgPool3d):
+        padding = module.padding
+        padded = any(padding) if isinstance(padding, tuple) else padding != 0
+        odd = getattr(module, "divisor_override", None) is not None and module.ceil_mode
+        return (padded and module.count_include_pad) or odd
+    return isinstance(module, nn.ZeroPad1d | nn.ZeroPad2d | nn.ZeroPad3d)
+
+
+def _function_reads_zeros(node: fx.Node) -> bool:
+    if node.target not in _ZERO_PADDED:
+        return False
+    padding: Any = node.args[3] if len(node.args) > 3 else node.kwargs.get("padding", 0)
+    return bool(padding != 0) or len(node.args) > 4 or bool(node.kwargs)
+
+
+# --------------------------------------------------------------------------------------------------
+# Which weights of a MIX connect which channels
+
+
+def _connections(module: nn.Module) -> Tensor:
+    assert isinstance(module, Conv | nn.Linear)
+    values = module.weight.detach()
+    present = values.flatten(2).abs().amax(2) != 0 if values.dim() > 2 else values != 0
+    return present.view(module.groups if isinstance(module, Conv) else 1, -1, present.shape[1])
+
+
+def outputs_reading(op: Op, inputs: Tensor) -> Tensor:
+    """Return which outputs of a MIX have a weight on one of `inputs` (bool of ``(in,)``)."""
+    assert op.connected is not None
+    return (op.connected & inputs.view(op.groups, 1, -1)).any(2).flatten()
+
+
+def inputs_read_by(op: Op, outputs: Tensor) -> Tensor:
+    """Return which inputs of a MIX one of `outputs` (bool of ``(out,)``) has a weight on."""
+    assert op.connected is not None
+    return (op.connected & outputs.view(op.groups, -1, 1)).any(1).flatten()

@@ -1,0 +1,239 @@
+"""The plan of a conversion: what would go, and why, before anything is done."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fedsys.errors import ConfigError, ModelError
+from fedsys.graph import ByMode, trace
+from fedsys.pruning.channels import Coupling, Needs, keep, needs
+from fedsys.pruning.constants import Borders, Reading, read
+from fedsys.pruning.ops import Kind
+from fedsys.pruning.rebuild import rebuild
+from fedsys.randomness import Address
+
+
+@dataclass(frozen=True, slots=True)
+class LayerEdit:
+    """What a plan does to one convolution or linear layer.
+
+    Attributes:
+        name: Path of the layer.
+        before: Number of its outputs.
+        after: Number of its outputs that stay; 0 if the layer goes.
+        constant: Outputs that do not depend on the input, and go.
+        unread: Outputs that nothing depends on, and go.
+        held: Outputs that stay to give a constant.
+        tied: Outputs that stay only because of other layers in their group.
+    """
+
+    name: str
+    before: int
+    after: int
+    constant: int
+    unread: int
+    held: int
+    tied: int
+
+    def __str__(self) -> str:
+        went = f"{self.constant} constant and {self.unread} unread removed"
+        if not self.after:
+            return f"{self.name}: {self.before} -> 0, removed"
+        stay = [f"{n} {why}" for n, why in ((self.held, "held"), (self.tied, "tied")) if n]
+        extra = f"; {' and '.join(stay)} stay" if stay else ""
+        return f"{self.name}: {self.before} -> {self.after} ({went}{extra})"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """All edits of one conversion, before they are done.
+
+    Attributes:
+        reading: The model, understood, with its constants.
+        need: Live and held channels of every tensor.
+        kept: Channels that stay, bool of ``(C,)`` by name of the node; absent nodes go.
+        groups: Edits of the layers; layers of one group have equal channels.
+        blocks: Names of sums and products one operand of which becomes a constant.
+    """
+
+    reading: Reading
+    need: Needs
+    kept: Mapping[str, Tensor]
+    groups: tuple[tuple[LayerEdit, ...], ...]
+    blocks: tuple[str, ...]
+
+    @property
+    def edits(self) -> list[LayerEdit]:
+        """The edits of all layers, group by group."""
+        return [edit for group in self.groups for edit in group]
+
+    def __str__(self) -> str:
+        before, after = (sum(e.before for e in self.edits), sum(e.after for e in self.edits))
+        lines = [
+            f"{before - after} of {before} channels go, in {len(self.edits)} layers and "
+            f"{len(self.groups)} groups"
+        ]
+        for number, group in enumerate(self.groups, start=1):
+            lines += [f"{number:4}  {group[0]}", *(f"      {edit}" for edit in group[1:])]
+        lines += [f"      {name}: an operand is constant, its block goes" for name in self.blocks]
+        return "\n".join(lines)
+
+    def apply(self) -> fx.GraphModule:
+        """Return the dense model of this plan, in float64 and evaluation."""
+        return rebuild(self.reading, self.need, self.kept)
+
+
+def make_plan(
+    model: nn.Module,
+    inputs: Tensor,
+    *,
+    borders: Borders = Borders.CARRIER,
+    coupling: Coupling = Coupling.GROUP,
+    round_to: int = 1,
+) -> Plan:
+    """Find which channels of `model` can go, by the zeros of its parameters.
+
+    Args:
+        model: Any model that `fedsys.graph.trace` traces.
+        inputs: A batch of inputs, ``(rows, …)``.
+        borders: What to do where constants meet zero padding.
+        coupling: What to do where operands of sums have different channels.
+        round_to: Keep a multiple of this many channels, where a layer has that many.
+
+    Raises:
+        ModelError: The model does not trace or run on such inputs, or its output does not depend
+            on its input.
+        ConfigError: For a `round_to` below 1.
+    """
+    if round_to < 1:
+        raise ConfigError.of("pruning.round_to", round_to, "must be at least 1")
+    graph = evaluation_graph(model)
+    try:
+        reading = read(graph, inputs.double(), borders)
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(
+            f"the model does not run on an input of shape {tuple(inputs.shape[1:])}: {error}"
+        ) from error
+    if not isinstance(reading.output, Tensor):
+        raise ModelError(
+            f"the model returns a {type(reading.output).__name__}; it must return one tensor"
+        )
+    need = needs(reading, coupling)
+    kept = keep(reading, need, coupling, round_to)
+    blocks = tuple(sorted({op for op, _ in need.cut if op in kept}))
+    return Plan(reading, need, kept, _groups(reading, need, kept), blocks)
+
+
+def masked_copy(model: nn.Module, masks: Mapping[str, Tensor] | None) -> nn.Module:
+    """Return a copy of `model` on the CPU in evaluation, zero where a mask is zero.
+
+    Tensors that no mask changes are those of `model`.
+
+    Raises:
+        ConfigError: A mask is not of a parameter, or not of its shape.
+    """
+    tensors: dict[int, Any] = {id(t): t.cpu() for t in (*model.parameters(), *model.buffers())}
+    masked = copy.deepcopy(model, tensors).eval()
+    named = dict(masked.named_parameters())
+    zeroed: dict[int, Tensor] = {}
+    for name, mask in (masks or {}).items():
+        if name not in named:
+            raise ConfigError.of("masks", name, "must be the name of a parameter of the model")
+        if mask.shape != named[name].shape:
+            rule = f"must be {tuple(named[name].shape)}, the shape of the parameter"
+            raise ConfigError.of(f"masks[{name}].shape", tuple(mask.shape), rule)
+        zeroed[id(named[name])] = named[name].detach().masked_fill(mask.cpu() == 0, 0.0)
+    for module in masked.modules():  # every place of a parameter that several modules share
+        for name, parameter in module._parameters.items():
+            if id(parameter) in zeroed:
+                module._parameters[name] = nn.Parameter(zeroed[id(parameter)])
+    return masked
+
+
+def probes(example: Tensor | Sequence[int]) -> Tensor:
+    """Return inputs to compare models on: random, zero, and of extreme contrast.
+
+    Args:
+        example: A batch of inputs, or the shape of one input without the batch.
+    """
+    shape = tuple(example.shape[1:]) if isinstance(example, Tensor) else tuple(example)
+    draws = torch.randn((2, *shape), generator=Address(0).torch("probes"))
+    return torch.stack([draws[0], torch.zeros(shape), 8.0 * draws[1].sign()])
+
+
+def evaluation_graph(model: nn.Module) -> fx.GraphModule:
+    """Trace `model` and return the graph of its evaluation mode, in float64.
+
+    Raises:
+        ModelError: The model does not trace.
+    """
+    graph = trace(model)
+    for module in graph.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:  # a new one: tensors are still those of the model
+                module._parameters[name] = nn.Parameter(parameter.detach().double())
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                module._buffers[name] = buffer.double()
+    graph.eval()
+    for node in list(graph.graph.nodes):
+        called = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(called, ByMode):
+            for user in list(node.users):
+                user.args = _replaced(user.args, node, called())
+                user.kwargs = _replaced(user.kwargs, node, called())
+        elif type(called).__name__ == "StochasticDepth":
+            node.replace_all_uses_with(node.args[0])
+        else:
+            continue
+        graph.graph.erase_node(node)
+    graph.recompile()
+    return graph
+
+
+def _replaced(arguments: Any, node: fx.Node, value: Any) -> Any:
+    return fx.node.map_arg(arguments, lambda each: value if each is node else each)
+
+
+def _groups(
+    reading: Reading, need: Needs, kept: Mapping[str, Tensor]
+) -> tuple[tuple[LayerEdit, ...], ...]:
+    """Collect the layers whose outputs must have equal channels, in order of computation."""
+    group_of: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        while group_of.setdefault(name, name) != name:
+            name = group_of[name]
+        return name
+
+    for name, op in reading.ops.items():
+        tied = op.kind in (Kind.SCALE, Kind.SAME, Kind.NORM, Kind.ADD, Kind.MUL)
+        if tied or (op.kind is Kind.MIX and op.groups > 1):
+            for source in op.inputs:
+                if (name, source.name) not in need.cut and source.name in kept and name in kept:
+                    group_of[root(source.name)] = root(name)
+    groups: dict[str, list[LayerEdit]] = {}
+    for name, op in reading.ops.items():
+        if op.kind is Kind.MIX:
+            groups.setdefault(root(name), []).append(_edit(reading, need, kept, name))
+    return tuple(tuple(group) for group in groups.values())
+
+
+def _edit(reading: Reading, need: Needs, kept: Mapping[str, Tensor], name: str) -> LayerEdit:
+    op, where = reading.ops[name], reading.fixed[name].where
+    stays = kept.get(name, torch.zeros_like(where))
+    return LayerEdit(
+        name=op.name,
+        before=op.channels,
+        after=int(stays.sum()),
+        constant=int((where & ~stays).sum()),
+        unread=int((~where & ~stays).sum()),
+        held=int((need.held[name] & stays).sum()),
+        tied=int((stays & ~need.read(name)).sum()),
+    )

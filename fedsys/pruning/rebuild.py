@@ -1,0 +1,297 @@
+"""The dense model of a plan: smaller layers of the same types, in a graph of the same operations.
+
+With `K` the channels that stay and `c` the constants of the input, a layer ``y = W x + b`` becomes
+``y_K = W_KK x_K + (b + W c)_K``; columns of constant channels that stay for others become zero.
+Behind zero padding the constants act through the column of their carrier `k` instead,
+``W'_ok = sum over i of W_oi c_i / c_k``, which is exact at every pixel.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.func import functional_call
+
+from fedsys.pruning.architecture import constructor_arguments
+from fedsys.pruning.channels import Needs
+from fedsys.pruning.constants import Borders, Reading
+from fedsys.pruning.ops import Conv, Kind, Op
+
+
+def rebuild(reading: Reading, need: Needs, kept: Mapping[str, Tensor]) -> fx.GraphModule:
+    """Return the model that computes what ``reading.graph`` computes, on the channels `kept`.
+
+    Parameters are new, in float64; modules keep their names. The model is in evaluation mode.
+    """
+    builder = _Builder(reading, need, kept)
+    for name, op in reading.ops.items():
+        if op.kind is Kind.OUTPUT:
+            builder.graph.output(builder.arguments(op.node.args[0]))
+        elif name in kept or _is_used(op, builder):
+            builder.built[op.node] = builder.build(op)
+    for node in reversed(list(builder.graph.nodes)):
+        if not node.users and node.op not in ("placeholder", "output"):
+            builder.graph.erase_node(node)
+    used = {str(n.target) for n in builder.graph.nodes if n.op in ("call_module", "get_attr")}
+    parts = {name: part for name, part in builder.parts.items() if name in used}
+    model = fx.GraphModule(parts, builder.graph, class_name=type(reading.graph).__name__)
+    return model.eval()
+
+
+def _is_used(op: Op, builder: _Builder) -> bool:
+    """Say whether a node without channels can be computed: sizes and tuples."""
+    return not op.channels and all(n in builder.built for n in op.node.all_input_nodes)
+
+
+@dataclass(slots=True)
+class _Builder:
+    """The new graph while it grows: old nodes to new nodes, names to modules and tensors."""
+
+    reading: Reading
+    need: Needs
+    kept: Mapping[str, Tensor]
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    built: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    parts: dict[str, Any] = field(default_factory=dict)
+
+    def arguments(self, old: Any) -> Any:
+        return fx.node.map_arg(old, lambda node: self.built[node])
+
+    def build(self, op: Op) -> fx.Node:
+        match op.kind:
+            case Kind.INPUT:
+                return self.graph.placeholder(str(op.node.target))
+            case Kind.CONSTANT:
+                value = self.reading.graph.get_buffer(str(op.node.target))
+                return self.constant(value[:, self.kept[op.node.name]], str(op.node.target))
+            case Kind.MIX:
+                return self._mix(op)
+            case Kind.SCALE | Kind.NORM:
+                return self._call(op, _sliced(op, self.kept[op.node.name]))
+            case Kind.ADD | Kind.MUL:
+                return self._elementwise(op)
+            case Kind.CAT:
+                return self._concatenate(op)
+            case _ if op.module is not None:
+                return self._call(op, _copied(op.module))
+            case _:
+                return self._copy(op)
+
+    def constant(self, value: Tensor, name: str = "") -> fx.Node:
+        """Enter a buffer and return the node that reads it."""
+        name = name or f"constant_{sum(isinstance(p, Tensor) for p in self.parts.values())}"
+        self.parts[name] = value.detach().clone()
+        node = self.graph.create_node("get_attr", name)
+        return node
+
+    def _call(self, op: Op, module: nn.Module) -> fx.Node:
+        self.parts[op.name] = module
+        args, kwargs = self.arguments(op.node.args), self.arguments(op.node.kwargs)
+        return self.graph.call_module(op.name, args, kwargs)
+
+    def _copy(self, op: Op) -> fx.Node:
+        if op.node.op == "get_attr":
+            self.parts[str(op.node.target)] = _attribute(self.reading.graph, str(op.node.target))
+        node = self.graph.node_copy(op.node, lambda old: self.built[old])
+        if "inplace" in node.kwargs:
+            node.kwargs = {**node.kwargs, "inplace": False}
+        return node
+
+    # -------------------------------------------------------------------------------- layers
+
+    def _mix(self, op: Op) -> fx.Node:
+        source, name = op.inputs[0].name, op.node.name
+        rows, columns = self.kept[name], self.kept[source]
+        new_weight, bias, bend = self._folded(op)
+        new_weight = _cut_weight(op, new_weight, rows, columns)
+        arguments = constructor_arguments(op.layer)
+        if isinstance(op.layer, Conv):
+            arguments |= {"in_channels": int(columns.sum()), "out_channels": int(rows.sum())}
+            arguments["groups"] = int(columns.sum()) // new_weight.shape[1]
+        else:
+            arguments |= {"in_features": int(columns.sum()), "out_features": int(rows.sum())}
+        arguments["bias"] = op.layer.bias is not None or bool(bias[rows].any())
+        layer: Conv | nn.Linear = type(op.layer)(**arguments, device="meta")
+        layer.weight = nn.Parameter(new_weight.clone())
+        if arguments["bias"]:
+            layer.bias = nn.Parameter(bias[rows].clone())
+        node = self._call(op, layer)
+        if bend is None:
+            return node
+        return self.graph.call_function(torch.add, (node, self.constant(bend[:, rows])))
+
+    def _folded(self, op: Op) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return weight, bias and constant map of a layer, all channels still in place.
+
+        The rows of channels that are not live have no weights, and no bias unless they are held.
+        """
+        source, name = op.inputs[0].name, op.node.name
+        given, result = self.reading.fixed[source], self.reading.fixed[name]
+        live, held = self.need.live[name], self.need.held[name]
+        bias = torch.zeros(op.channels, dtype=torch.float64)
+        if op.layer.bias is not None:
+            bias = bias + op.layer.bias.detach()
+        new = op.layer.weight.detach()
+        if not bool(live.all()):
+            new = new * live.view(-1, *(1 for _ in new.shape[1:]))
+        if not bool(given.where.any()):
+            return new, torch.where(live | held, bias, 0.0), None
+        constant_part = _columns(op, new, given.where)
+        new = _columns(op, new, ~given.where)
+        carriers = self.need.carriers.get(name)
+        bend = None
+        if carriers is not None and max(carriers) >= 0:
+            new = new + _carried(op, constant_part, given.value, carriers)
+        elif carriers is None and self.reading.borders is Borders.MAP and given.value.dim() > 1:
+            tensors = {"weight": constant_part, "bias": torch.zeros_like(bias)}
+            bend = functional_call(op.layer, tensors, given.value.unsqueeze(0))
+            shift = bend.flatten(2)[0, :, 0]
+            bend = bend - shift.view(-1, *(1 for _ in bend.shape[2:]))
+            bias = bias + shift
+        elif carriers is None:
+            bias = bias + _uniform_part(op, constant_part, given.value.reshape(-1))
+        middle = result.value.reshape(op.channels, -1)
+        bias = torch.where(live, bias, 0.0)
+        bias = torch.where(held, middle[:, 0], bias)
+        if middle.shape[1] > 1:
+            rest = torch.where(held[:, None], middle - middle[:, :1], 0.0)
+            rest = rest.view(1, *result.value.shape)
+            bend = rest if bend is None else bend + rest
+        return new, bias, bend if bend is not None and bool(bend.any()) else None
+
+    # -------------------------------------------------------------------------------- operands
+
+    def _elementwise(self, op: Op) -> fx.Node:
+        """A sum or product, with constants in place of operands that were cut."""
+        name = op.node.name
+        operands = []
+        for old in op.inputs:
+            if (name, old.name) not in self.need.cut:
+                operands.append(self._aligned(op, old))
+                continue
+            value = self.reading.fixed[old.name].value[self.kept[name]].unsqueeze(0)
+            neutral = 0.0 if op.kind is Kind.ADD else 1.0
+            read = self.need.live[name][self.kept[name]]
+            second = old is op.inputs[1]
+            if bool((value[:, read] == neutral).all()) and (second or not _subtracts(op)):
+                return self._aligned(op, op.inputs[0 if second else 1])
+            operands.append(self.constant(value))
+        function = torch.mul if op.kind is Kind.MUL else torch.add
+        return self.graph.call_function(torch.sub if _subtracts(op) else function, tuple(operands))
+
+    def _aligned(self, op: Op, old: fx.Node) -> fx.Node:
+        """Return the operand `old` with the channels of `op`; constants not held are filled in."""
+        wanted, have, node = self.kept[op.node.name], self.kept[old.name], self.built[old]
+        unheld = self.reading.fixed[old.name].where & ~self.need.held[old.name]
+        if torch.equal(have, wanted) and not bool((self.need.read(op.node.name) & unheld).any()):
+            return node
+        layout, have = have, have & ~unheld
+        missing = int((wanted & ~have).sum())
+        position = torch.where(have, layout.cumsum(0) - 1, int(layout.sum()))[wanted]
+        fixed = self.reading.fixed[old.name]
+        spatial = fixed.value.dim() - 1
+        if missing:
+            padding = (0, 0) * spatial + (0, 1)
+            node = self.graph.call_function(F.pad, (node, padding))
+        node = self.graph.call_function(torch.index_select, (node, 1, self.constant(position)))
+        fill = fixed.value[wanted].clone()
+        fill[have[wanted]] = 0.0
+        if bool(fill.any()):
+            return self.graph.call_function(torch.add, (node, self.constant(fill.unsqueeze(0))))
+        return node
+
+    def _concatenate(self, op: Op) -> fx.Node:
+        parts = [self.built[n] for n in op.inputs if n.name in self.kept and n in self.built]
+        if len(parts) == 1:
+            return parts[0]
+        return self.graph.call_function(torch.cat, (parts, 1))
+
+
+def _attribute(root: nn.Module, path: str) -> Any:
+    parent, _, attribute = path.rpartition(".")
+    return getattr(root.get_submodule(parent), attribute)
+
+
+def _subtracts(op: Op) -> bool:
+    return "sub" in getattr(op.node.target, "__name__", "")
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    """Copy a module; never in place, because a cut may let two operations read one tensor."""
+    new = copy.deepcopy(module)
+    if getattr(new, "inplace", False):
+        new.inplace = False  # type: ignore[assignment]
+    return new
+
+
+def _sliced(op: Op, kept: Tensor) -> nn.Module:
+    """Return a normalisation or PReLU with the parameters of the channels `kept`."""
+    old = op.module
+    assert isinstance(old, nn.Module)
+    changes: dict[str, Any] = {}
+    if isinstance(old, nn.GroupNorm):
+        per_group = old.num_channels // old.num_groups
+        changes = {"num_channels": int(kept.sum()), "num_groups": int(kept.sum()) // per_group}
+    elif isinstance(old, nn.PReLU):
+        changes = {"num_parameters": 1 if old.num_parameters == 1 else int(kept.sum())}
+    else:
+        changes = {"num_features": int(kept.sum())}
+    new: nn.Module = type(old)(**(constructor_arguments(old) | changes), device="meta")
+    for key, tensor in (*old.named_parameters(), *old.named_buffers()):
+        sized = tensor.dim() == 1 and len(tensor) == len(kept)
+        part = tensor.detach()[kept] if sized else tensor.detach().clone()
+        if isinstance(tensor, nn.Parameter):
+            new.register_parameter(key, nn.Parameter(part))
+        else:
+            new.register_buffer(key, part)
+    return new
+
+
+# --------------------------------------------------------------------------------------------------
+# Weights of convolutions and linear layers, with groups: input `i` of group `g` is column
+# `i % (in / groups)` of the rows of `g`
+
+
+def _columns(op: Op, values: Tensor, inputs: Tensor) -> Tensor:
+    """Return the weight `values` with zeros in the columns of all but `inputs`."""
+    mask = inputs.view(op.groups, 1, -1, *(1 for _ in values.shape[2:]))
+    return (values.view(op.groups, -1, *values.shape[1:]) * mask).flatten(0, 1)
+
+
+def _uniform_part(op: Op, values: Tensor, constants: Tensor) -> Tensor:
+    """Return what uniform inputs `constants` add to each output, ``(out,)``."""
+    taps = values.flatten(2).sum(2) if values.dim() > 2 else values
+    grouped = taps.view(op.groups, -1, taps.shape[1]) @ constants.view(op.groups, -1, 1)
+    return grouped.flatten()
+
+
+def _carried(op: Op, values: Tensor, constants: Tensor, carriers: tuple[int, ...]) -> Tensor:
+    """Return a weight that has the effect of all constant inputs in the carriers' columns."""
+    grouped = values.view(op.groups, -1, *values.shape[1:])
+    result = torch.zeros_like(grouped)
+    heights = constants.reshape(op.groups, -1)
+    for group, carrier in enumerate(carriers):
+        if carrier >= 0:
+            column = carrier % heights.shape[1]
+            ratio = heights[group] / heights[group, column]
+            result[group, :, column] = torch.einsum("oi...,i->o...", grouped[group], ratio)
+    return result.flatten(0, 1)
+
+
+def _cut_weight(op: Op, values: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return the weight of the rows and columns that stay, shape ``(out, in / groups, …)``."""
+    if op.groups == 1:
+        return values if bool(rows.all() & columns.all()) else values[rows][:, columns]
+    grouped = values.view(op.groups, -1, *values.shape[1:])
+    by_row, by_column = rows.view(op.groups, -1), columns.view(op.groups, -1)
+    parts = [
+        grouped[group][by_row[group]][:, by_column[group]]
+        for group in by_row.any(1).nonzero().flatten().tolist()
+    ]
+    return torch.cat(parts)

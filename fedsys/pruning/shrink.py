@@ -1,0 +1,185 @@
+"""From a masked model to a small dense one that computes the same function.
+
+Unstructured pruning leaves a model with many zeros, which is no faster than before. DNNShifter
+(Eccles et al., "DNNShifter: An efficient DNN pruning system for edge computing", FGCS 152, 2024)
+removes filters that are all zero from it. What such a filter *outputs* is its bias, though, so its
+consumers lose a constant, and channels that end in sums, or that no consumer reads, stay. Here the
+conversion is exact and complete, on the traced graph of any model::
+
+    small = shrink(model, (3, 32, 32), masks=masks)
+    print(small.plan)           # what went, group by group
+    small.model(images)         # a plain torch.fx.GraphModule of dense torch.nn layers
+    save(small.model, folder)   # safetensors and JSON; load(folder) gives the same bits
+
+`fedsys.pruning.constants` finds constants, `fedsys.pruning.channels` what must stay,
+`fedsys.pruning.rebuild` makes the model, `fedsys.pruning.architecture` saves it. Nothing removable
+is left: with ``borders=Borders.MAP, coupling=Coupling.SCATTER`` exactly those channels stay that
+vary with the input and that an output depends on. The defaults trade a few of them for speed: one
+carrier channel in front of a padded convolution instead of a constant map, and equal channels in
+all operands of a sum instead of an index. Bounds of activations are not propagated: a ReLU that
+the signs of its inputs keep closed counts as one that varies.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from fedsys.errors import ModelError
+from fedsys.pruning.channels import Coupling
+from fedsys.pruning.constants import Borders
+from fedsys.pruning.ops import Kind
+from fedsys.pruning.plan import Plan, make_plan, masked_copy, probes
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
+"""Largest difference between outputs that passes, times max(1, largest output) of the example."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Figures of one conversion.
+
+    Attributes:
+        parameters_before: Parameters of the masked model, zeros included.
+        nonzero_before: Those of them that are not zero.
+        parameters: Parameters of the dense model, and constants of its graph.
+        macs_before: Multiply-accumulates per example of the masked model, in layers understood.
+        macs: Those of the dense model.
+        channels_before: Outputs of all convolutions and linear layers.
+        channels: Those that stay.
+        max_abs_diff: Largest difference of outputs in the model's own type, on the probes; NaN
+            if not verified.
+        max_abs_diff_float64: The same in float64.
+        max_abs_output: Largest output of the masked model on the probes.
+        seconds: Duration of the whole conversion, verification included.
+    """
+
+    parameters_before: int
+    nonzero_before: int
+    parameters: int
+    macs_before: int
+    macs: int
+    channels_before: int
+    channels: int
+    max_abs_diff: float
+    max_abs_diff_float64: float
+    max_abs_output: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shrunk:
+    """A dense model, how it was made, and what it saves."""
+
+    model: fx.GraphModule
+    plan: Plan
+    report: Report
+
+
+def shrink(
+    model: nn.Module,
+    example: Tensor | Sequence[int],
+    *,
+    masks: Mapping[str, Tensor] | None = None,
+    borders: Borders = Borders.CARRIER,
+    coupling: Coupling = Coupling.GROUP,
+    round_to: int = 1,
+    verify: bool = True,
+) -> Shrunk:
+    """Convert a masked model to a plain dense one with equal outputs in evaluation.
+
+    Args:
+        model: Any model that `fedsys.graph.trace` traces. It is left as it was.
+        example: A batch of inputs, or the shape of one input without the batch.
+        masks: Names of parameters to masks of their shapes; where a mask is zero, so is the
+            parameter. Without masks the zeros of the parameters count.
+        borders: What to do where constants meet zero padding.
+        coupling: What to do where operands of sums have different channels.
+        round_to: Keep a multiple of this many channels, where a layer has that many: some
+            processors are faster then. The channels added compute zero.
+        verify: Compare outputs of both models on random and extreme inputs.
+
+    Returns:
+        The model in evaluation mode on the CPU, with the type of the model given.
+
+    Raises:
+        ModelError: The model does not trace or run on such an input, its output does not depend on
+            its input any more, or verification fails.
+        ConfigError: For a mask that does not fit, or a `round_to` below 1.
+    """
+    start = time.perf_counter()
+    masked = masked_copy(model, masks)
+    dtype = next((p.dtype for p in masked.parameters()), torch.float32)
+    inputs = probes(example)
+    plan = make_plan(masked, inputs, borders=borders, coupling=coupling, round_to=round_to)
+    small = plan.apply()
+    exact = _run(small, inputs.double()) if verify else plan.reading.output
+    small.to(dtype)
+    difference = difference_float64 = float("nan")
+    if verify:
+        expected, got = _run(masked, inputs.to(dtype)), _run(small, inputs.to(dtype))
+        difference = _compare(expected, got, TOLERANCE.get(dtype, 1e-2))
+        difference_float64 = _compare(plan.reading.output, exact, TOLERANCE[torch.float64])
+    report = Report(
+        parameters_before=sum(p.numel() for p in masked.parameters()),
+        nonzero_before=sum(int(p.count_nonzero()) for p in masked.parameters()),
+        parameters=count_parameters(small),
+        macs_before=_macs(plan, plan.reading.graph),
+        macs=_macs(plan, small),
+        channels_before=sum(edit.before for edit in plan.edits),
+        channels=sum(edit.after for edit in plan.edits),
+        max_abs_diff=difference,
+        max_abs_diff_float64=difference_float64,
+        max_abs_output=float(plan.reading.output.abs().max()),
+        seconds=time.perf_counter() - start,
+    )
+    return Shrunk(small, plan, report)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Count the parameters of a model, and the constants of its graph where it has them."""
+    total = sum(p.numel() for p in model.parameters())
+    if isinstance(model, fx.GraphModule):
+        names = {str(n.target) for n in model.graph.nodes if n.op == "get_attr"}
+        total += sum(b.numel() for name, b in model.named_buffers() if name in names)
+    return total
+
+
+def _run(model: nn.Module, inputs: Tensor) -> Tensor:
+    with torch.no_grad():
+        output: Tensor = model(inputs)
+    return output
+
+
+def _compare(expected: Tensor, got: Tensor, tolerance: float) -> float:
+    """Return the largest difference.
+
+    Raises:
+        ModelError: It exceeds `tolerance` times max(1, largest output) for one of the examples.
+    """
+    if expected.shape != got.shape:
+        raise ModelError(f"verification: outputs of shape {tuple(got.shape)}, not {expected.shape}")
+    difference = (expected - got).abs().flatten(1).amax(1)
+    allowed = tolerance * expected.abs().flatten(1).amax(1).clamp(min=1.0)
+    if not bool((difference <= allowed).all()):
+        raise ModelError(
+            f"verification: the dense model differs from the masked one by {difference.max():.3g} "
+            f"in {expected.dtype}, more than {tolerance:g} x max(1, max|output|); "
+            "its numbers may be too large for this type, or this is a defect: please report it"
+        )
+    return float(difference.max())
+
+
+def _macs(plan: Plan, model: fx.GraphModule) -> int:
+    total = 0
+    present = {str(n.target) for n in model.graph.nodes if n.op == "call_module"}
+    for op in plan.reading.ops.values():
+        if op.kind is Kind.MIX and op.name in present:
+            weight = model.get_parameter(f"{op.name}.weight")
+            total += weight.numel() * math.prod(op.shape[2:])
+    return total
