@@ -1,0 +1,33 @@
+"""Fixtures that several modules share."""
+
+import os
+import shlex
+from collections.abc import Callable
+
+import pytest
+import torch
+
+# Bits depend on the number of threads; Flower and Ray must not call home. Flower's processes
+# inherit what is set before they are imported.
+torch.set_num_threads(1)
+os.environ |= {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+@pytest.fixture
+def configure() -> Callable:
+    """Compose the configuration of a run from overrides, as the command line does."""
+    from fedsys.config import compose_text, parse
+
+    return lambda *overrides: parse(compose_text(shlex.join(overrides)))
+
+
+@pytest.fixture
+def identity() -> None:
+    """Give this process the identity without which Flower builds no message."""
+    from fedsys.runtime.local import identify_process
+
+    identify_process()
