@@ -31,7 +31,7 @@ import math
 import re
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -40,13 +40,13 @@ import torch
 from torch import Tensor
 
 from fedsys.errors import FrameError
+from fedsys.layout import DTYPES, dense_bytes, dense_strides, dtype_name
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
 MAGIC: Final = b"FSYS"
 VERSION: Final = 1
 ALIGNMENT: Final = 64
-CHANNELS_LAST: Final = (0, 2, 3, 1)
 
 _PREAMBLE: Final = struct.Struct("<4sHHIQI")
 _CRC_AT: Final = _PREAMBLE.size - 4
@@ -55,32 +55,6 @@ _KIND: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _BLOCK: Final = 4096  # bytes that are summed word by word into one; a page
 _MAX_ELEMENTS: Final = 1 << 60  # beyond it, strides would overflow 64 bits
 _MAX_DIMENSIONS: Final = 16
-
-DTYPES: Final[Mapping[str, torch.dtype]] = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        torch.float64,
-        torch.float32,
-        torch.float16,
-        torch.bfloat16,
-        torch.float8_e4m3fn,
-        torch.float8_e4m3fnuz,
-        torch.float8_e5m2,
-        torch.float8_e5m2fnuz,
-        torch.complex64,
-        torch.complex128,
-        torch.bool,
-        torch.int8,
-        torch.int16,
-        torch.int32,
-        torch.int64,
-        torch.uint8,
-        torch.uint16,
-        torch.uint32,
-        torch.uint64,
-    )
-}
-_NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -119,60 +93,6 @@ class Limits:
 
 
 DEFAULT_LIMITS: Final = Limits()
-
-
-# --------------------------------------------------------------------------------------------------
-# Tensors as bytes
-
-
-def _dense_strides(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
-    strides, step = [0] * len(shape), 1
-    for dim in reversed(order):
-        strides[dim] = step
-        step *= max(shape[dim], 1)
-    return tuple(strides)
-
-
-def _order_of(x: Tensor) -> tuple[int, ...] | None:
-    """Return the order of dimensions in memory, ``()`` if contiguous, None if not dense."""
-    shape, strides = x.shape, x.stride()
-    if 1 not in shape and x.is_contiguous():
-        return ()
-    natural = tuple(range(x.dim()))
-    if strides == _dense_strides(shape, natural):
-        return ()
-    by_stride = tuple(sorted(natural, key=lambda dim: -strides[dim]))
-    # Dimensions of size 1 have no place of their own, so the common order is tried first.
-    candidates = [CHANNELS_LAST, by_stride] if x.dim() == 4 else [by_stride]
-    for order in candidates:
-        dense = _dense_strides(shape, order)
-        if all(a == b for a, b, n in zip(strides, dense, shape, strict=True) if n != 1):
-            return order if dense == strides or not x.is_contiguous() else ()
-    return None
-
-
-def _laid_out(name: str, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """Return `x` on the CPU, dense, and its order of dimensions."""
-    if x.layout != torch.strided or x.dtype not in _NAMES or x.is_meta:
-        what = "meta" if x.is_meta else f"{x.layout}, {x.dtype}".replace("torch.", "")
-        raise FrameError(f"tensor {name!r} ({what}): must be dense, of a plain type, with data")
-    x = x.detach().cpu()
-    if x.is_conj() or x.is_neg():
-        x = x.resolve_conj().resolve_neg()
-    order = _order_of(x)
-    if order is None:
-        x = x.clone(memory_format=torch.preserve_format)
-        order = _order_of(x)
-    return (x.contiguous(), ()) if order is None else (x, order)
-
-
-def _bytes_of(x: Tensor) -> memoryview:
-    """View the memory of a dense tensor of the CPU as bytes, without a copy."""
-    if x.numel() == 0:
-        return memoryview(b"")
-    flat = x.view(-1) if x.is_contiguous() else x.as_strided((x.numel(),), (1,), x.storage_offset())
-    data: memoryview = flat.view(torch.uint8).numpy().data
-    return data
 
 
 def checksum(data: Buffer) -> int:
@@ -215,16 +135,17 @@ def encode_parts(frame: Frame, limits: Limits = DEFAULT_LIMITS) -> list[Buffer]:
     size = 0
     for name, x in frame.tensors.items():
         _check_name(name)
-        dense, order = _laid_out(name, x)
-        data = _bytes_of(dense)
-        shape = list(dense.shape)
-        table.append([name, _NAMES[dense.dtype], shape, list(order), len(data), checksum(data)])
+        data, order = dense_bytes(name, x)
+        _check_size(name, len(data), limits)
+        table.append([name, dtype_name(x), [*x.shape], order, len(data), checksum(data)])
         padding = _padding(len(data))
         size += len(data) + padding
-        payload += [data, bytes(padding)]
-        _check_size(name, len(data), limits)
+        if len(data):
+            payload.append(data)
+        if padding:
+            payload.append(bytes(padding))
     _check_total(len(table), size, limits)
-    return [_head(frame, table, size, limits), *(part for part in payload if len(part))]
+    return [_head(frame, table, size, limits), *payload]
 
 
 def _head(frame: Frame, table: list[list[object]], size: int, limits: Limits) -> bytes:
@@ -274,7 +195,7 @@ class _Declared(NamedTuple):
 
     def read(self, payload: np.ndarray[Any, np.dtype[np.uint8]], start: int) -> Tensor:
         if self.nbytes == 0:
-            strides = self.strides or _dense_strides(self.shape, range(len(self.shape)))
+            strides = self.strides or dense_strides(self.shape, range(len(self.shape)))
             return torch.empty_strided(self.shape, strides, dtype=self.dtype)
         data = payload[start : start + self.nbytes]
         if checksum(data.data) != self.sum:
@@ -282,7 +203,9 @@ class _Declared(NamedTuple):
         if self.dtype == torch.bool and data.max() > 1:
             raise FrameError(f"tensor {self.name!r}: a boolean must be 0 or 1")
         flat = torch.frombuffer(data, dtype=self.dtype)
-        return flat.as_strided(self.shape, self.strides) if self.strides else flat.view(self.shape)
+        if self.strides:
+            return flat.as_strided(self.shape, self.strides)
+        return flat if len(self.shape) == 1 else flat.view(self.shape)
 
 
 class _Header(NamedTuple):
@@ -340,7 +263,7 @@ def _declared(entry: object, limits: Limits) -> _Declared:
     if nbytes != math.prod(shape) * dtype.itemsize:
         raise FrameError(f"tensor {name!r}: {nbytes} bytes do not fit {shape} of {dtype_name}")
     _check_size(name, nbytes, limits)
-    strides = _dense_strides(shape, order) if order else ()
+    strides = dense_strides(shape, order) if order else ()
     return _Declared(name, dtype, shape, strides, nbytes, total)
 
 
@@ -393,12 +316,15 @@ class Assembler:
                 return None
             declared = self._declared = self._read_header(data)
             rest = rest[self._payload_at - had :]
-            self._payload = _aligned(self._payload_bytes)
+            if self._payload_bytes:
+                self._payload = _aligned(self._payload_bytes)
         end = self._filled + len(rest)
         if end > self._payload_bytes:
             raise FrameError(f"{end - self._payload_bytes} bytes follow the end of the frame")
-        self._payload.data[self._filled : end] = rest
-        self._filled = end
+        if len(rest):
+            # NumPy lets other threads run while it copies; slices of a memoryview do not.
+            np.copyto(self._payload[self._filled : end], np.frombuffer(rest, dtype=np.uint8))
+            self._filled = end
         return self._finish(declared) if end == self._payload_bytes else None
 
     def _read_head(self, data: Buffer) -> bool:
