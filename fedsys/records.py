@@ -30,6 +30,9 @@ A = TypeVar("A", bound=Array)
 
 _NUMPY = "numpy.ndarray"
 
+_HOLDS = "buifc"
+"""NumPy's letters for kinds of numbers: each can hold those before it, if not every value."""
+
 
 @functools.lru_cache(maxsize=4096)
 def _header(dtype: str, shape: tuple[int, ...]) -> bytes:
@@ -48,8 +51,14 @@ def _make(kind: type[A], dtype: str, shape: tuple[int, ...], data: bytes) -> A:
 
 
 def encode(array: NDArray[Any]) -> Array:
-    """Encode a NumPy array with one copy; the bytes are those of `numpy.save`."""
+    """Encode a NumPy array with one copy; the bytes are those of `numpy.save`.
+
+    Raises:
+        ModelError: The array holds Python objects, whose bytes would be addresses.
+    """
     array = np.asarray(array, order="C")
+    if array.dtype.hasobject:
+        raise ModelError(f"array of type {array.dtype}: must hold numbers, not Python objects")
     head = _header(array.dtype.str, array.shape)
     body = array.reshape(-1).view(np.uint8).data if array.size else b""
     return _make(Array, str(array.dtype), array.shape, b"".join((head, body)))
@@ -59,17 +68,21 @@ def view(array: Array) -> NDArray[Any]:
     """Return the array over the received bytes: read-only, nothing is copied.
 
     Raises:
-        ModelError: The array was not serialised by NumPy.
+        ModelError: The array was not serialised by NumPy, or its bytes do not fit its shape.
     """
     if array.stype != _NUMPY:
         raise ModelError(f"array of serialisation type {array.stype!r}: must be {_NUMPY!r}")
-    head = _header(np.dtype(array.dtype).str, tuple(array.shape))
-    if not array.data.startswith(head):  # Fortran order, or a writer with another header
-        loaded: NDArray[Any] = np.load(io.BytesIO(array.data), allow_pickle=False)
-        loaded.flags.writeable = False
-        return loaded
-    flat: NDArray[Any] = np.frombuffer(array.data, dtype=array.dtype, offset=len(head))
-    return flat.reshape(array.shape)
+    try:
+        head = _header(np.dtype(array.dtype).str, tuple(array.shape))
+        if not array.data.startswith(head):  # Fortran order, or a writer with another header
+            loaded: NDArray[Any] = np.load(io.BytesIO(array.data), allow_pickle=False)
+            loaded.flags.writeable = False
+            return loaded
+        flat: NDArray[Any] = np.frombuffer(array.data, dtype=array.dtype, offset=len(head))
+        return flat.reshape(array.shape)
+    except (ValueError, TypeError, EOFError) as error:
+        kind = f"{array.dtype} of shape {list(array.shape)}"
+        raise ModelError(f"{kind}: {len(array.data)} bytes do not hold it ({error})") from error
 
 
 class SealedArray(Array):
@@ -142,8 +155,18 @@ def _record(arrays: dict[str, Any]) -> ArrayRecord:
 
 
 def arrays_of(record: ArrayRecord) -> dict[str, NDArray[Any]]:
-    """Return read-only arrays over the record's bytes."""
-    return {name: view(array) for name, array in record.items()}
+    """Return read-only arrays over the record's bytes.
+
+    Raises:
+        ModelError: Names an array whose bytes are not what it says.
+    """
+    arrays: dict[str, NDArray[Any]] = {}
+    for name, array in record.items():
+        try:
+            arrays[name] = view(array)
+        except ModelError as error:
+            raise ModelError(f"{name}: {error}") from error
+    return arrays
 
 
 def from_record(record: ArrayRecord) -> dict[str, Tensor]:
@@ -155,7 +178,8 @@ def load_into(model: nn.Module, record: ArrayRecord) -> None:
     """Copy a record into the parameters and buffers of `model`, by name.
 
     Raises:
-        ModelError: Names every tensor that is missing, unexpected, or of another shape.
+        ModelError: Names every tensor that is missing, unexpected, or of another shape, or one
+            whose type does not fit.
     """
     own = model.state_dict(keep_vars=True)
     arrays = arrays_of(record)
@@ -163,6 +187,11 @@ def load_into(model: nn.Module, record: ArrayRecord) -> None:
         {name: tuple(t.shape) for name, t in own.items()},
         {name: array.shape for name, array in arrays.items()},
     )
+    problems += [
+        f"{name} is {array.dtype}, which {own[name].dtype} cannot hold"
+        for name, array in sorted(arrays.items())
+        if name in own and _HOLDS.index(array.dtype.kind) > _HOLDS.index(_kind(own[name]))
+    ]
     if problems:
         raise ModelError("the received state does not fit the model: " + "; ".join(problems))
     with torch.no_grad():
@@ -171,6 +200,13 @@ def load_into(model: nn.Module, record: ArrayRecord) -> None:
                 np.copyto(tensor.detach().numpy(), arrays[name], casting="same_kind")
             else:
                 tensor.copy_(torch.from_numpy(arrays[name].copy()))
+
+
+def _kind(tensor: Tensor) -> str:
+    """Return NumPy's letter for the kind of number that `tensor` holds."""
+    if tensor.dtype == torch.bool:
+        return "b"
+    return "c" if tensor.is_complex() else "f" if tensor.is_floating_point() else "i"
 
 
 def differences(
@@ -204,12 +240,21 @@ def sealed(content: RecordDict) -> RecordDict:
 
 def own_copy(content: RecordDict) -> RecordDict:
     """Return records of the receiver's own over the sender's sealed arrays and plain values."""
-    return _content((name, record.copy()) for name, record in content.items())
+    own = _content((name, record.copy()) for name, record in content.items())
+    for record in (*own.config_records.values(), *own.metric_records.values()):
+        values = record.__dict__["_data"]  # lists are the only values that can be written into
+        values |= {key: list(value) for key, value in values.items() if isinstance(value, list)}
+    return own
 
 
 def readable(record: ArrayRecord) -> ArrayRecord:
     """Return a record whose `numpy` calls copy nothing, for code that only reads."""
     return _as(ViewArray, record)
+
+
+def writable(record: ArrayRecord) -> ArrayRecord:
+    """Return a record whose `numpy` calls give fresh arrays, for code that writes into them."""
+    return _as(SealedArray, record)
 
 
 def _content(
