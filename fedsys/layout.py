@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,9 +45,9 @@ DTYPES: Final[Mapping[str, torch.dtype]] = {
 which torch itself calls experimental."""
 
 _NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
-_WITHOUT_NUMPY: Final = frozenset(
-    dtype for name, dtype in DTYPES.items() if name.startswith(("bfloat16", "float8"))
-)
+_PLAIN_TO_PYTHON: Final = frozenset(
+    (torch.float64, torch.float32, torch.int64, torch.int32, torch.int8, torch.uint8)
+)  # types that a memoryview casts to bytes; others take the longer way
 
 
 def dtype_name(x: Tensor) -> str:
@@ -113,8 +112,9 @@ def _order_of(x: Tensor) -> tuple[int, ...] | None:
 def _memory(x: Tensor) -> memoryview:
     if x.numel() == 0:
         return memoryview(b"")
-    flat = x.view(-1) if x.is_contiguous() else x.as_strided((x.numel(),), (1,), x.storage_offset())
-    if x.dtype in _WITHOUT_NUMPY:
-        flat = flat.view(torch.uint8)
-    data: memoryview = flat.numpy().view(np.uint8).data
+    if x.dim() != 1:
+        x = x.as_strided((x.numel(),), (1,), x.storage_offset())
+    if x.dtype not in _PLAIN_TO_PYTHON:
+        x = x.view(torch.uint8)
+    data: memoryview = x.numpy().data.cast("B")
     return data

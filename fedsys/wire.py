@@ -53,6 +53,7 @@ _CRC_AT: Final = _PREAMBLE.size - 4
 _JSON: Final = json.JSONEncoder(separators=(",", ":"))
 _KIND: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _BLOCK: Final = 4096  # bytes that are summed word by word into one; a page
+_LARGE: Final = 1 << 16  # bytes; copying them takes longer than handing over to another thread
 _MAX_ELEMENTS: Final = 1 << 60  # beyond it, strides would overflow 64 bits
 _MAX_DIMENSIONS: Final = 16
 
@@ -321,10 +322,11 @@ class Assembler:
         end = self._filled + len(rest)
         if end > self._payload_bytes:
             raise FrameError(f"{end - self._payload_bytes} bytes follow the end of the frame")
-        if len(rest):
-            # NumPy lets other threads run while it copies; slices of a memoryview do not.
+        if len(rest) > _LARGE:  # NumPy lets other threads run while it copies
             np.copyto(self._payload[self._filled : end], np.frombuffer(rest, dtype=np.uint8))
-            self._filled = end
+        elif len(rest):
+            self._payload.data[self._filled : end] = rest
+        self._filled = end
         return self._finish(declared) if end == self._payload_bytes else None
 
     def _read_head(self, data: Buffer) -> bool:
