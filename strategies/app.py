@@ -18,6 +18,7 @@ from fedsys.data import Images
 from fedsys.federation import Federation
 from fedsys.progress import Progress, choose
 from fedsys.run import RunFolder, default_path, state_sha256
+from fedsys.runtime.relay import Relay
 from strategies import Roster, build
 from strategies.rounds import RoundResult, play
 
@@ -31,10 +32,16 @@ def main(grid: Grid, context: Context) -> None:
     """Train the model that the run config describes and fill the run folder."""
     config = configuration.from_run_config(context.run_config)
     path = Path(config.run.dir or default_path(Path("outputs"), "train"))
-    with RunFolder.create(path) as folder, choose(json=config.json) as progress:
+    with _display(config, context) as progress, RunFolder.create(path) as folder:
         folder.log_config(config.text)
         result = _train(config, grid, folder, progress)
         progress.finish(result)
+
+
+def _display(config: Config, context: Context) -> Progress:
+    """Return what shows the run to whoever asked for it."""
+    relayed = context.run_config.get("progress") == "relayed"
+    return Relay() if relayed else choose(json=config.json)
 
 
 def _train(config: Config, grid: Grid, folder: RunFolder, progress: Progress) -> dict[str, Any]:

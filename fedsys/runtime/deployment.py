@@ -1,0 +1,84 @@
+"""The runtime ``deployment``: Flower's SuperLink and SuperNodes, on one machine or on several.
+
+The run is submitted as ``flwr run`` does it and then followed: progress, result and errors come
+back with what the server app prints, so that the SuperLink may be on any machine. The run folder
+is on the machine of the server app.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from fedsys.config import Config
+from fedsys.errors import ConfigError, RuntimeFailure
+from fedsys.progress import Progress, choose
+from fedsys.runtime import bundle
+from fedsys.runtime.control import Address, Control
+from fedsys.runtime.launch import launched
+from fedsys.runtime.processes import terminable
+from fedsys.runtime.relay import Replay
+
+
+def run_deployment(config: Config) -> None:
+    """Submit the run to a SuperLink, which is started first if the run asks for that.
+
+    Raises:
+        ConfigError: The run does not say which SuperLink.
+        RuntimeFailure: The SuperLink, a node or a process failed.
+        FedsysError: Whatever made the run fail.
+    """
+    runtime = config.runtime
+    with choose(json=config.json) as progress, terminable():
+        if runtime.launch:
+            with launched(config, progress) as (address, check):
+                _carry_out(config, address, progress, check)
+        elif runtime.superlink is None:
+            raise ConfigError.of(
+                "runtime.superlink",
+                None,
+                "must name the SuperLink as host:port",
+                "or start one here with runtime.launch=true",
+            )
+        else:
+            address = Address.of(runtime.superlink, runtime.root_certificates, runtime.insecure)
+            _carry_out(config, address, progress, lambda: None)
+
+
+def _carry_out(
+    config: Config, address: Address, progress: Progress, check: Callable[[], None]
+) -> None:
+    """Submit the run, show how it goes, and raise what made it fail."""
+    content, sha256 = bundle.build()
+    replay = Replay(progress)
+    with Control(address) as control:
+        run_id = control.submit(
+            content, sha256, {"hydra-config": config.text, "progress": "relayed"}
+        )
+        progress.phase("starting the server app")
+        try:
+            ended, details = control.follow(
+                run_id,
+                replay.feed,
+                patience_s=config.runtime.wait_s,
+                outage=progress.note,
+                check=check,
+            )
+        except BaseException:
+            _stop(control, run_id)
+            raise
+    if replay.error is not None:
+        raise replay.error
+    if ended != "completed" or replay.result is None:
+        raise RuntimeFailure(
+            f"run {run_id} ended as {ended}: {details or 'the server app said nothing'}"
+        )
+    progress.finish(replay.result)
+
+
+def _stop(control: Control, run_id: int) -> None:
+    """Stop a run that nobody waits for any more; what stands in the way is said, not raised."""
+    try:
+        control.stop(run_id)
+    except RuntimeFailure as error:
+        print(f"warning: run {run_id} may still go on: {error}", file=sys.stderr)

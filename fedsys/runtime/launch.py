@@ -1,0 +1,233 @@
+"""A whole deployment on this machine for one run: SuperLink, SuperNodes and their executors.
+
+::
+
+    RUN/flower/
+    ├── superlink.db       the SuperLink's state: killed and started again, it goes on with its run
+    ├── superlink.log  superlink-executor.log  node-0.log  node-0-executor.log  …
+    ├── secrets/           certificates, node keys, the executors' secret; gone after the run
+    └── home/              Flower's own folder (FLWR_HOME); gone after the run
+
+Everything speaks TLS with certificates made for this run, listens on 127.0.0.1 only, and each
+node is known to the SuperLink by its key. Apps run in processes of executors beside SuperLink and
+SuperNodes (process isolation), so that the server app outlives its SuperLink.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import ssl
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from fedsys.config import Config
+from fedsys.errors import ConfigError, RuntimeFailure
+from fedsys.progress import Progress
+from fedsys.runtime.control import Address, Control
+from fedsys.runtime.processes import Processes, free_ports, is_free
+from fedsys.security import Authority
+
+HOST = "127.0.0.1"
+START_S = 120.0
+"""Longest time for the SuperLink to answer after its start, in seconds."""
+
+POLL_S = "0.1"
+"""Seconds between two looks of an executor for work; Flower's default is 1."""
+
+Check = Callable[[], None]
+
+
+@contextmanager
+def launched(config: Config, progress: Progress) -> Iterator[tuple[Address, Check]]:
+    """Start everything, yield the SuperLink's address and a check, and stop everything again.
+
+    The check raises if a process has ended that should not have.
+
+    Raises:
+        ConfigError: The port that the configuration names is in use.
+        RuntimeFailure: A process did not start.
+    """
+    assert config.run.dir is not None
+    folder = Path(config.run.dir) / "flower"
+    port = _port(config.runtime.superlink)
+    deployment = Deployment.prepare(folder, port, config.num_clients)
+    try:
+        progress.phase("starting a SuperLink")
+        with Processes(folder, _environment(folder / "home")) as processes:
+            deployment.start_superlink(processes)
+            deployment.wait(processes)
+            nodes = f"{config.num_clients} SuperNode{'' if config.num_clients == 1 else 's'}"
+            progress.phase(f"starting {nodes}")
+            deployment.start_executor(processes)
+            deployment.start_nodes(processes)
+            yield deployment.address, processes.check
+    finally:
+        shutil.rmtree(folder / "secrets", ignore_errors=True)
+        shutil.rmtree(folder / "home", ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """The commands of a deployment on this machine.
+
+    Attributes:
+        folder: Logs, database and secrets.
+        address: Where the SuperLink will listen.
+        node_keys: Public key of each node in PEM, by partition id.
+        node_ports: Port of each node's own interface for its executor.
+    """
+
+    folder: Path
+    address: Address
+    node_keys: tuple[bytes, ...]
+    node_ports: tuple[int, ...]
+
+    @classmethod
+    def prepare(cls, folder: Path, port: int, num_nodes: int) -> Deployment:
+        """Make the folder, certificates, keys and secrets."""
+        private = folder / "secrets"
+        private.mkdir(parents=True, mode=0o700)
+        authority = Authority.create("fedsys run", days=30)
+        authority.issue("superlink", ["localhost", HOST], role="server", days=30).save(private)
+        (private / "executors").write_text(secrets.token_hex(32))
+        keys = tuple(write_node_key(private / f"node-{i}") for i in range(num_nodes))
+        address = Address(f"{HOST}:{port}", authority.certificate)
+        return cls(folder, address, keys, tuple(free_ports(num_nodes)))
+
+    def start_superlink(self, processes: Processes) -> None:
+        """Start the SuperLink; also again, with the state that it had."""
+        port = self.address.host_port.rpartition(":")[2]
+        processes.start(
+            "superlink",
+            [
+                "flower-superlink", "--host", HOST, "--port", port, *self._server_tls(),
+                "--enable-supernode-auth", "--isolation", "process",
+                "--superexec-auth-secret-file", str(self._secret("executors")),
+                "--database", str(self.folder / "superlink.db"),
+            ],
+        )  # fmt: skip
+
+    def wait(self, processes: Processes) -> None:
+        """Wait until the SuperLink answers.
+
+        Raises:
+            RuntimeFailure: It ended, or took too long.
+        """
+        assert self.address.root_certificates is not None
+        trust = ssl.create_default_context(cadata=self.address.root_certificates.decode("ascii"))
+        deadline = time.monotonic() + START_S
+        with httpx.Client(verify=trust) as client:
+            while True:
+                processes.check()
+                try:
+                    client.get(f"https://{self.address.host_port}/health").raise_for_status()
+                    return
+                except httpx.HTTPError as error:
+                    if time.monotonic() > deadline:
+                        raise RuntimeFailure(
+                            f"superlink: no answer within {START_S:g} s ({error}); "
+                            f"see {self.folder / 'superlink.log'}"
+                        ) from error
+                time.sleep(0.05)
+
+    def start_executor(self, processes: Processes) -> None:
+        """Start what runs the server app."""
+        processes.start("superlink-executor", self._executor(self.address.host_port))
+
+    def start_nodes(self, processes: Processes) -> None:
+        """Make the nodes known to the SuperLink and start them."""
+        with Control(self.address) as control:
+            for partition, key in enumerate(self.node_keys):
+                control.register(key, f"partition-{partition}")
+        for partition in range(len(self.node_keys)):
+            self.start_node(processes, partition)
+
+    def start_node(self, processes: Processes, partition: int) -> None:
+        """Start the SuperNode of a partition, and what runs its client app."""
+        port, name = self.node_ports[partition], f"node-{partition}"
+        processes.start(
+            name,
+            [
+                "flower-supernode", "--superlink", self.address.host_port,
+                "--root-certificates", str(self._secret("ca.pem")),
+                "--auth-supernode-private-key", str(self._secret(name)),
+                "--host", HOST, "--port", str(port), *self._server_tls(),
+                "--isolation", "process",
+                "--superexec-auth-secret-file", str(self._secret("executors")),
+                "--node-config", f"partition-id={partition} num-partitions={len(self.node_keys)}",
+            ],
+        )  # fmt: skip
+        processes.start(f"{name}-executor", self._executor(f"{HOST}:{port}"))
+
+    def _executor(self, address: str) -> list[str]:
+        return [
+            "fedsys.runtime.executor", "--runtime-api-address", address,
+            "--root-certificates", str(self._secret("ca.pem")),
+            "--superexec-auth-secret-file", str(self._secret("executors")),
+        ]  # fmt: skip
+
+    def _server_tls(self) -> list[str]:
+        return [
+            "--ssl-ca-certfile", str(self._secret("ca.pem")),
+            "--ssl-certfile", str(self._secret("cert.pem")),
+            "--ssl-keyfile", str(self._secret("key.pem")),
+        ]  # fmt: skip
+
+    def _secret(self, name: str) -> Path:
+        return self.folder / "secrets" / name
+
+
+def write_node_key(file: Path) -> bytes:
+    """Write a new private key for a SuperNode and return its public key in PEM.
+
+    Flower reads keys in OpenSSH's format and knows the curves of NIST.
+    """
+    key = ec.generate_private_key(ec.SECP384R1())
+    private = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.OpenSSH,
+        serialization.NoEncryption(),
+    )
+    with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
+        stream.write(private)
+    return key.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+
+
+def _port(superlink: str | None) -> int:
+    """Return the port that the configuration names, or a free one."""
+    if superlink is None:
+        return free_ports(1)[0]
+    host, _, port = superlink.rpartition(":")
+    if host not in (HOST, "localhost") or not port.isdecimal():
+        raise ConfigError.of(
+            "runtime.superlink",
+            superlink,
+            f"must be {HOST}:port with runtime.launch=true",
+            "null takes a free port",
+        )
+    if not is_free(HOST, int(port)):
+        raise ConfigError.of(
+            "runtime.superlink", superlink, "must not be in use", "null takes a free port"
+        )
+    return int(port)
+
+
+def _environment(home: Path) -> Mapping[str, str]:
+    home.mkdir(parents=True)
+    return {
+        **os.environ,
+        "FLWR_HOME": str(home),
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": POLL_S,
+        "PYTHONUNBUFFERED": "1",
+    }

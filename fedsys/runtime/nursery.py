@@ -1,0 +1,57 @@
+"""``python -m fedsys.runtime.nursery``: starts Flower's programs as forks, for `Processes`.
+
+Reads one JSON object per line from standard input and answers each with one line::
+
+    {"start": ["flower-superlink", …], "log": "…/superlink.log"}     {"pid": 4711}
+    {"poll": true}                                                   {"ended": {"4711": 0}}
+
+Ends, with everything that it started, when standard input ends: also when whoever holds the other
+end was killed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from fedsys.runtime import forks
+
+MODULES = (
+    "flwr.supercore.cli.flower_superexec",
+    "flwr.superlink.cli.flower_superlink",
+    "flwr.superlink.main",
+    "flwr.supernode.cli.flower_supernode",
+    "flwr.supernode.main",
+    *forks.LIBRARIES,
+)
+
+
+def main() -> None:
+    """Serve requests until standard input ends."""
+    # Ctrl-C is for the process that asks; it decides what ends when.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    forks.preload(MODULES)
+    children: dict[int, int | None] = {}
+    print(json.dumps({"ready": True}), flush=True)
+    while line := sys.stdin.readline():
+        print(json.dumps(_answer(json.loads(line), children)), flush=True)
+    for pid, status in children.items():
+        if status is None:
+            os.killpg(pid, signal.SIGKILL)
+
+
+def _answer(request: dict[str, Any], children: dict[int, int | None]) -> dict[str, Any]:
+    if "start" in request:
+        pid = forks.fork(request["start"], Path(request["log"]), leader=True)
+        children[pid] = None
+        return {"pid": pid}
+    children.update(forks.reap())
+    return {"ended": {str(pid): status for pid, status in children.items() if status is not None}}
+
+
+if __name__ == "__main__":
+    main()
