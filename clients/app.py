@@ -6,7 +6,9 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from clients.local import LocalClient
+from clients.offload import OffloadClient
 from fedsys import config as configuration
+from fedsys.link import dial
 
 app = ClientApp()
 
@@ -14,6 +16,8 @@ app = ClientApp()
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train on the client's own examples; reply with the model and what was seen."""
+    if "assignment" in message.content:
+        return Message(_offloaded(message, context).train(), reply_to=message)
     client = _client(context)
     return Message(client.train(message.content), reply_to=message)
 
@@ -21,6 +25,8 @@ def train(message: Message, context: Context) -> Message:
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Score the received model on the client's own examples."""
+    if "assignment" in message.content:
+        return Message(_offloaded(message, context).evaluate(), reply_to=message)
     client = _client(context)
     return Message(client.evaluate(message.content), reply_to=message)
 
@@ -34,6 +40,11 @@ def identify(message: Message, context: Context) -> Message:
 
 def _client(context: Context) -> LocalClient:
     return LocalClient(configuration.from_run_config(context.run_config), _partition(context))
+
+
+def _offloaded(message: Message, context: Context) -> OffloadClient:
+    config = configuration.from_run_config(context.run_config)
+    return OffloadClient(config, _partition(context), message.content, dial)
 
 
 def _partition(context: Context) -> int:

@@ -55,21 +55,13 @@ class LocalClient:
         score = training.train(
             model,
             optimizer,
-            self._batches(address),
+            own_batches(self.config, self.partition, address),
             address,
             micro_batches=self.config.schedule.micro_batches,
             clip_norm=client.clip_norm,
             anchor=_anchor(model, settings),
         )
-        metrics = MetricRecord(
-            {
-                "num-examples": score.examples // client.epochs,
-                "train_loss": score.loss,
-                "train_accuracy": score.accuracy,
-                "steps": score.steps,
-                "client_seconds": time.perf_counter() - began,
-            }
-        )
+        metrics = train_metrics(score, client.epochs, time.perf_counter() - began)
         reply = RecordDict({"arrays": records.to_record(model.state_dict()), "metrics": metrics})
         if client.keep_optimizer:
             state = optimizers.pack_optimizer(optimizer, named)
@@ -92,23 +84,6 @@ class LocalClient:
         )
         return RecordDict({"metrics": metrics})
 
-    def _batches(self, address: Address) -> Iterator[tuple[Tensor, Tensor]]:
-        fed = federation.federation(self.config)
-        indices = fed.parts[self.partition]
-        step = 0
-        for epoch in range(self.config.client.epochs):
-            for batch in data.train_batches(
-                fed.dataset.train,
-                indices,
-                fed.dataset,
-                self.config.client.batch_size,
-                address,
-                epoch,
-                step,
-            ):
-                yield batch
-                step += 1
-
     def _model(self) -> nn.Module:
         """Return this thread's model; its state is overwritten by every message."""
         key = (self.config.text, threading.get_ident())
@@ -124,3 +99,40 @@ class LocalClient:
 def _anchor(model: nn.Module, settings: ConfigRecord) -> training.Proximal | None:
     mu = float(str(settings.get("proximal-mu", 0.0)))
     return training.Proximal.at(model, mu) if mu else None
+
+
+def own_batches(
+    config: Config, partition: int, address: Address
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the mini-batches of a client's round, epoch after epoch.
+
+    Yields:
+        Inputs ``(batch, C, H, W)``, normalised and augmented, and labels ``(batch,)``.
+    """
+    fed = federation.federation(config)
+    step = 0
+    for epoch in range(config.client.epochs):
+        for batch in data.train_batches(
+            fed.dataset.train,
+            fed.parts[partition],
+            fed.dataset,
+            config.client.batch_size,
+            address,
+            epoch,
+            step,
+        ):
+            yield batch
+            step += 1
+
+
+def train_metrics(score: training.Score, epochs: int, seconds: float) -> MetricRecord:
+    """Return what a client tells about its training; the same keys from every kind of client."""
+    return MetricRecord(
+        {
+            "num-examples": score.examples // epochs,
+            "train_loss": score.loss,
+            "train_accuracy": score.accuracy,
+            "steps": score.steps,
+            "client_seconds": seconds,
+        }
+    )

@@ -9,6 +9,7 @@
     ├── RunError                a run folder that cannot be written, read or resumed
     ├── RuntimeFailure          Flower, a node or a process of the run failed
     ├── SecurityError           a certificate, token or peer that is not accepted
+    ├── SessionError            a session that does not exist, or an operation out of its turn
     └── LinkError               the connection between a device and an edge server
         ├── FrameError          bytes that are not a valid frame
         ├── LinkTimeout         nothing arrived within the time limit
@@ -67,6 +68,10 @@ class RuntimeFailure(FedsysError):
 
 class SecurityError(FedsysError):
     """A certificate, a token or a peer is not accepted."""
+
+
+class SessionError(FedsysError):
+    """A session does not exist, or an operation is not the one that is due."""
 
 
 class LinkError(FedsysError):

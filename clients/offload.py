@@ -1,0 +1,324 @@
+"""A client that trains the first units of the model and leaves the others to an edge server.
+
+What it does to its parameters is what `LocalClient` does, in the same order and with the same
+draws; between forward and backward stands a session with an edge. With a label-private cut the
+last units stay here too, and with them the labels.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from torch import Tensor, nn
+
+from clients.local import own_batches, train_metrics
+from fedsys import data, federation, records, training
+from fedsys.codecs import decode_activation, encode_activation
+from fedsys.config import Config
+from fedsys.halves import Part, filled_stages, safe_input
+from fedsys.link import Link
+from fedsys.randomness import Address, drawing, rows
+from fedsys.remote import EdgesLost, Moved, Remote, Traffic
+from fedsys.schedule import operations
+from fedsys.session import layered_model
+from fedsys.training import Score, pieces
+from fedsys.wire import Frame
+
+EVALUATION_BATCH = 500
+
+Connect = Callable[[str], Link]
+
+
+@dataclass
+class _Sums:
+    """What was seen so far in the round."""
+
+    loss: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    hits: int = 0
+    examples: int = 0
+
+    def copy(self) -> _Sums:
+        return _Sums(self.loss.clone(), self.hits, self.examples)
+
+
+@dataclass(frozen=True)
+class _Point:
+    """The device's half between two steps, to which it can return."""
+
+    state: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    sums: _Sums
+
+
+class OffloadClient:
+    """One client's part of a round, together with an edge server.
+
+    Args:
+        config: The run.
+        partition: The client's partition id: its data and its random draws.
+        content: The message: the device's half, settings, and the assignment.
+        connect: Dials an edge server.
+    """
+
+    def __init__(
+        self, config: Config, partition: int, content: RecordDict, connect: Connect
+    ) -> None:
+        training.set_threads(config.client.threads)
+        self._config, self._partition, self._content = config, partition, content
+        self._plan = content.config_records["assignment"]
+        self._fed = federation.federation(config)
+        shape, classes = self._fed.dataset.input_shape, self._fed.dataset.num_classes
+        self._layers = layered_model(config, shape, classes)
+        self._cuts = [int(str(self._plan["cut"])), int(str(self._plan["tail"]))]
+        self._private = self._cuts[1] < len(self._layers)
+        self._device = training.pick_device(config.client.device)
+        settings = content.config_records["config"]
+        self._round = int(str(settings["server-round"]))
+        self._mu = float(str(settings.get("proximal-mu", 0.0)))
+        self._address = Address(config.seed, partition, self._round)
+        edges = self._plan["edges"]
+        self._remote = Remote(
+            [str(e) for e in edges] if isinstance(edges, list) else [],
+            str(self._plan["session"]),
+            str(self._plan["token"]),
+            connect,
+            private=self._private,
+        )
+        self._repeated = 0
+
+    def train(self) -> RecordDict:
+        """Train together with the edge.
+
+        Returns:
+            The records of `LocalClient.train` with the device's half only, and ``observation``.
+        """
+        began = time.perf_counter()
+        try:
+            part, sums, steps = self._train()
+        except EdgesLost as error:
+            return self._stranded(str(error), time.perf_counter() - began)
+        finally:
+            self._remote.close()
+        score = Score(
+            float(sums.loss) / sums.examples if sums.examples else float("nan"),
+            sums.hits / sums.examples if sums.examples else float("nan"),
+            sums.examples,
+            steps,
+        )
+        seconds = time.perf_counter() - began
+        reply = RecordDict(
+            {
+                "arrays": records.to_record(part.state()),
+                "metrics": train_metrics(score, self._config.client.epochs, seconds),
+                "observation": self._observation(steps, seconds),
+            }
+        )
+        if self._config.client.keep_optimizer:
+            reply["optimizer"] = records.to_record(part.optimizer_state())
+        return reply
+
+    def evaluate(self) -> RecordDict:
+        """Score the model on the client's own examples: forward here, there, and here again."""
+        began = time.perf_counter()
+        front, back = self._stages(records.from_record(self._content.array_records["arrays"]))
+        front.eval()
+        back.eval()
+        own = self._fed.dataset.train.take(self._fed.parts[self._partition])
+        loss, hits, examples = 0.0, 0, 0
+        with torch.inference_mode():
+            self._remote.open()
+            for index, (x, y) in enumerate(
+                data.eval_batches(own, self._fed.dataset, EVALUATION_BATCH)
+            ):
+                x, y = x.to(self._device), y.to(self._device)
+                tensors, meta = encode_activation(front(x), str(self._plan["codec-up"]))
+                self._remote.send("evaluate", 0, index, meta, tensors)
+                answer = self._remote.receive("evaluate", 0, index)
+                outputs = back(self._decoded(answer))
+                loss += float(nn.functional.cross_entropy(outputs, y, reduction="sum"))
+                hits += int((outputs.argmax(1) == y).sum())
+                examples += len(y)
+        self._remote.close()
+        metrics = MetricRecord(
+            {
+                "num-examples": examples,
+                "eval_loss": loss / examples,
+                "eval_accuracy": hits / examples,
+            }
+        )
+        observation = self._observation(0, time.perf_counter() - began)
+        return RecordDict({"metrics": metrics, "observation": observation})
+
+    # --- rounds, steps, micro-batches ---------------------------------------------------------------
+
+    def _train(self) -> tuple[Part, _Sums, int]:
+        kept = self._content.array_records.get("optimizer", ArrayRecord())
+        points = {
+            0: _Point(
+                records.from_record(self._content.array_records["arrays"]),
+                records.from_record(kept),
+                _Sums(),
+            )
+        }
+        step = self._remote.open()
+        while True:
+            part = self._restore(points[step])
+            sums = points[step].sums.copy()
+            try:
+                steps = self._from(step, part, sums, points)
+                self._remote.send("done", steps, 0, {}, {})
+                self._remote.receive("done", steps, 0)
+                return part, sums, steps
+            except Moved as moved:
+                # A replica may be newer than the device's last point only if the device never saw
+                # the answers to those steps; then it has none of them, and the round begins anew.
+                step = moved.step if moved.step in points else 0
+                if step != moved.step:
+                    raise EdgesLost(
+                        "the session stands at a step that this device never saw"
+                    ) from (moved)
+
+    def _from(self, first: int, part: Part, sums: _Sums, points: dict[int, _Point]) -> int:
+        """Train from a step to the end of the round; return the number of steps."""
+        every = self._config.fleet.replicate_every
+        step = 0
+        for x, y in own_batches(self._config, self._partition, self._address):
+            if step >= first:
+                try:
+                    self._step(step, part, x.to(self._device), y.to(self._device), sums)
+                except Moved as moved:
+                    self._count_repeated(step, moved.step)
+                    raise
+                if every and (step + 1) % every == 0:
+                    self._keep_point(points, step + 1, part, sums)
+            step += 1
+        return step
+
+    def _step(self, step: int, part: Part, x: Tensor, y: Tensor, sums: _Sums) -> None:
+        part.zero_grad()
+        size = len(y)
+        bounds = list(pieces(size, self._config.schedule.micro_batches))
+        front, back = part.modules
+        sent: dict[int, Tensor] = {}
+        returned: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        schedule = self._config.schedule
+        plan = operations(schedule.kind, len(bounds), schedule.depth, tail=self._private)
+        with drawing(self._address, step, size):
+            for operation, piece in plan:
+                start, stop = bounds[piece]
+                part_of_x, labels = (x, y) if len(bounds) == 1 else (x[start:stop], y[start:stop])
+                with rows(start, stop):
+                    if operation == "forward":
+                        sent[piece] = front(part_of_x)
+                        self._send_activation(step, piece, size, sent[piece], labels)
+                    elif operation == "tail":
+                        weight = (stop - start) / size
+                        returned[piece] = self._tail(step, piece, back, labels, weight)
+                    else:
+                        loss, hits = self._backward(step, piece, sent.pop(piece), returned)
+                        sums.loss += loss * size
+                        sums.hits += hits
+        self._finish(step, part)
+        sums.examples += size
+
+    def _send_activation(self, step: int, piece: int, size: int, z: Tensor, labels: Tensor) -> None:
+        tensors, codec = encode_activation(z, str(self._plan["codec-up"]))
+        if not self._private:
+            tensors = {**tensors, "labels": labels}
+        meta = {**codec, "batch": size, "needs_gradient": z.requires_grad}
+        self._remote.send("activation", step, piece, meta, tensors)
+
+    def _tail(
+        self, step: int, piece: int, back: nn.Module, labels: Tensor, weight: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute the last units, the loss, and the gradient that goes back to the edge."""
+        answer = self._remote.receive("activation", step, piece)
+        z = self._decoded(answer).requires_grad_()
+        outputs = back(safe_input(back, z))
+        loss = training.loss_of(outputs, labels, weight)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch has no type for it
+        gradient = z.grad if z.grad is not None else torch.zeros_like(z)
+        tensors, codec = encode_activation(gradient, str(self._plan["codec-up"]))
+        self._remote.send("gradient", step, piece, codec, tensors)
+        hits = (outputs.detach().argmax(1) == labels).sum()
+        return loss.detach(), hits, z
+
+    def _backward(
+        self,
+        step: int,
+        piece: int,
+        z: Tensor,
+        returned: dict[int, tuple[Tensor, Tensor, Tensor]],
+    ) -> tuple[Tensor, int]:
+        """Compute with the gradient of an activation; return loss and hits of the piece."""
+        answer = self._remote.receive("gradient" if self._private else "activation", step, piece)
+        if z.requires_grad:
+            z.backward(self._decoded(answer))  # type: ignore[no-untyped-call]  # no type in torch
+        if self._private:
+            loss, hits, _ = returned.pop(piece)
+            return loss.cpu(), int(hits)
+        return answer.tensors["loss"], int(answer.tensors["hits"])
+
+    def _finish(self, step: int, part: Part) -> None:
+        norms = part.norms()
+        if part.clips:
+            self._remote.send("norms", step, 0, {"norms": norms}, {})
+            theirs = self._remote.receive("norms", step, 0).meta["norms"]
+            norms = {**norms, **theirs}
+        part.step(norms)
+
+    # --- the device's half ------------------------------------------------------------------------
+
+    def _stages(self, state: dict[str, Tensor]) -> list[nn.Module]:
+        """Return the device's stages on its device; the edge's are never built."""
+        return filled_stages(self._layers, self._cuts, [0, 2], state, self._device)
+
+    def _restore(self, point: _Point) -> Part:
+        state = {name: tensor.clone() for name, tensor in point.state.items()}
+        return Part(
+            self._stages(state),
+            self._config,
+            self._round,
+            proximal_mu=self._mu,
+            optimizer_state=point.optimizer,
+        )
+
+    def _keep_point(self, points: dict[int, _Point], step: int, part: Part, sums: _Sums) -> None:
+        """Keep the newest points; the edge's newest replica may be one older."""
+        every = self._config.fleet.replicate_every
+        state = {name: tensor.cpu().clone() for name, tensor in part.state().items()}
+        points[step] = _Point(state, part.optimizer_state(), sums.copy())
+        for old in [s for s in points if 0 < s < step - 2 * every]:
+            del points[old]
+
+    def _decoded(self, answer: Frame) -> Tensor:
+        return decode_activation(answer.tensors, answer.meta).to(self._device)
+
+    # --- what is told -----------------------------------------------------------------------------
+
+    def _count_repeated(self, step: int, to: int) -> None:
+        self._repeated += step - to
+        if self._remote.traffic.recoveries:
+            self._remote.traffic.recoveries[-1]["repeated_steps"] = step - to
+
+    def _stranded(self, reason: str, seconds: float) -> RecordDict:
+        return RecordDict({"observation": self._observation(0, seconds, reason)})
+
+    def _observation(self, steps: int, seconds: float, stranded: str = "") -> ConfigRecord:
+        traffic: Traffic = self._remote.traffic
+        return ConfigRecord(
+            {
+                "steps": steps,
+                "seconds": seconds,
+                "waited-s": traffic.waited_s,
+                "bytes-up": traffic.bytes_up,
+                "bytes-down": traffic.bytes_down,
+                "recoveries": json.dumps(traffic.recoveries),
+                "stranded": stranded,
+            }
+        )

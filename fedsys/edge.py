@@ -1,0 +1,287 @@
+"""The edge server: holds the sessions of many devices; a process, or threads of the run.
+
+Two kinds of peers connect. A **server app** controls: it opens sessions, collects their state at
+the end of a round and releases them. A **device** presents the token of its session and then
+speaks with it alone. Every link has a thread of its own, so sessions work side by side; what fails
+on one link (a broken frame, a wrong token, an operation out of turn) ends that link with a reason,
+is counted, and touches no other session.
+
+Over TLS the controller is known by the name in its certificate; on loopback and in memory by a
+token that was given to both sides when the edge was started.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fedsys.errors import (
+    FedsysError,
+    FrameError,
+    LinkClosed,
+    LinkError,
+    SecurityError,
+    SessionError,
+)
+from fedsys.link import Link, Server, serve
+from fedsys.security import Credentials, same_token
+from fedsys.session import Session, SessionSpec, Snapshot
+from fedsys.wire import DEFAULT_LIMITS, Frame, Limits
+
+CONTROLLER = "server"
+"""Name in the certificate of a server app, unless the edge is told another."""
+
+_HELLO_S = 30.0  # for the first frame of a link
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EdgeLimits:
+    """What an edge server takes upon itself.
+
+    Attributes:
+        sessions: Sessions at one time.
+        session_bytes: Weights and optimizer state of all sessions together, in bytes.
+        links: Links at one time.
+        frames: Limits of a frame.
+    """
+
+    sessions: int = 256
+    session_bytes: int = 16 << 30
+    links: int = 1024
+    frames: Limits = DEFAULT_LIMITS
+
+
+class EdgeServer:
+    """Serves sessions at an address until it is stopped.
+
+    Args:
+        name: Name of the edge in logs and assignments.
+        address: ``grpc://host:port`` or ``memory://name``.
+        credentials: For mutual TLS; needed over gRPC unless the address is on loopback.
+        control_token: What a controller without a certificate must present.
+        controller: Name in the certificate of the server app.
+        device: Where sessions compute.
+        limits: What it takes upon itself.
+        plain: Accept unprotected gRPC links from other hosts, for networks that are trusted.
+
+    Attributes:
+        counters: Events by name since the start: ``opened``, ``released``, ``steps`` …, and
+            ``refused_*`` by reason.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        address: str,
+        *,
+        credentials: Credentials | None = None,
+        control_token: str = "",
+        controller: str = CONTROLLER,
+        device: torch.device | None = None,
+        limits: EdgeLimits | None = None,
+        plain: bool = False,
+    ) -> None:
+        self.name, self.counters = name, Counter[str]()
+        self._control_token, self._controller = control_token, controller
+        self._device = device or torch.device("cpu")
+        self._limits = limits or EdgeLimits()
+        self._sessions: dict[str, Session] = {}
+        self._devices: dict[str, Link] = {}  # the link of each session's device
+        self._controllers: dict[str, Link] = {}  # by session: who opened it
+        self._lock = threading.RLock()
+        self._server: Server = serve(
+            address,
+            self._serve,
+            credentials=credentials,
+            limits=self._limits.frames,
+            max_links=self._limits.links,
+            plain=plain,
+        )
+
+    @property
+    def address(self) -> str:
+        """Address to dial, with the port that was chosen."""
+        return self._server.address
+
+    @property
+    def sessions(self) -> list[str]:
+        """Names of the sessions that are open."""
+        with self._lock:
+            return list(self._sessions)
+
+    def stop(self, grace_s: float = 5.0) -> None:
+        """Hand every session that stands between two steps to its controller, then stop."""
+        with self._lock:
+            held = dict(self._sessions)
+        for name, session in held.items():
+            try:
+                self._replicate(session.spec, session.snapshot())
+            except FedsysError as error:
+                _log.warning("session %s is not handed back: %s", name, error)
+        self._server.stop(grace_s)
+
+    def kill(self) -> None:
+        """Drop every session and link without a word, as a crash would."""
+        with self._lock:
+            self._sessions.clear()
+            self._controllers.clear()
+        self._server.stop(0.0)
+
+    # --- links ------------------------------------------------------------------------------------
+
+    def _serve(self, link: Link) -> None:
+        try:
+            first = link.recv(_HELLO_S)
+            if first.kind == "hello":
+                self._serve_device(link, first)
+            elif first.kind == "control":
+                self._serve_controller(link, first)
+            else:
+                raise SessionError(f"{first.kind}: a link begins with hello or control")
+        except LinkClosed:
+            pass
+        except FedsysError as error:
+            self._count(f"refused_{type(error).__name__}")
+            _log.warning("%s refused %s: %s", self.name, link.peer or "a peer", error)
+            raise
+
+    def _count(self, event: str, by: int = 1) -> None:
+        with self._lock:
+            self.counters[event] += by
+
+    # --- devices ----------------------------------------------------------------------------------
+
+    def _serve_device(self, link: Link, hello: Frame) -> None:
+        session = self._admit(link, hello)
+        if session is None:
+            link.send(Frame("unknown"))
+            return
+        position = {"step": session.steps, "incarnation": session.incarnation}
+        link.send(Frame("welcome", position))
+        while True:
+            frame = link.recv()
+            self._count("bytes_in", frame.encoded_bytes)
+            if frame.kind == "done":
+                link.send(Frame("done", {"step": session.steps}))
+                continue
+            before = session.steps
+            lost: LinkError | None = None
+            for reply in session.handle(frame):
+                try:
+                    if lost is None:
+                        link.send(reply)
+                except LinkError as error:  # the operation goes on; its reply is kept
+                    lost = error
+            self._count("steps", session.steps - before)
+            if lost is not None:
+                raise lost
+
+    def _admit(self, link: Link, hello: Frame) -> Session | None:
+        """Return the session that a device may speak with; None if there is none of that name."""
+        name, token = str(hello.meta.get("session", "")), str(hello.meta.get("token", ""))
+        with self._lock:
+            session = self._sessions.get(name)
+            if session is None:
+                self._count("refused_unknown_session")
+                return None
+            if not same_token(token, session.spec.token):
+                raise SecurityError(f"session {name}: the token is not that of this session")
+            if session.spec.holder and link.peer != session.spec.holder:
+                raise SecurityError(
+                    f"session {name}: belongs to {session.spec.holder}, not to {link.peer or '?'}"
+                )
+            former, self._devices[name] = self._devices.get(name), link
+        if former is not None:
+            former.close()  # a device that comes back has lost its link, and may not know it yet
+        return session
+
+    # --- controllers ------------------------------------------------------------------------------
+
+    def _serve_controller(self, link: Link, first: Frame) -> None:
+        trusted = link.peer == self._controller or (
+            self._control_token
+            and same_token(str(first.meta.get("token", "")), self._control_token)
+        )
+        if not trusted:
+            raise SecurityError(f"{link.peer or 'a peer without certificate'} may not control")
+        link.send(Frame("ready", {"name": self.name, "request": first.meta.get("request")}))
+        while True:
+            frame = link.recv()
+            request = frame.meta.get("request")
+            try:
+                reply = self._control(link, frame)
+            except FedsysError as error:
+                self._count(f"refused_{type(error).__name__}")
+                reply = Frame("refused", {"reason": f"{type(error).__name__}: {error}"})
+            link.send(Frame(reply.kind, {**reply.meta, "request": request}, reply.tensors))
+
+    def _control(self, link: Link, frame: Frame) -> Frame:
+        if frame.kind == "open":
+            return self._open(link, frame)
+        if frame.kind == "ping":
+            return Frame("pong", {"sessions": self.sessions, "counters": dict(self.counters)})
+        name = str(frame.meta.get("session", ""))
+        with self._lock:
+            session = self._sessions.get(name)
+        if session is None:
+            raise SessionError(f"{frame.kind}: {self.name} has no session {name!r}")
+        if frame.kind == "collect":
+            snapshot = session.snapshot()
+            return Frame("state", {"step": snapshot.step}, snapshot.tensors())
+        if frame.kind == "release":
+            self._release(name)
+            return Frame("released")
+        raise SessionError(f"{frame.kind}: not a request of a controller")
+
+    def _open(self, link: Link, frame: Frame) -> Frame:
+        spec = SessionSpec.from_meta(_mapping(frame, "spec"))
+        session = Session(spec, Snapshot.from_frame(frame), self._device, self._replicate)
+        with self._lock:
+            if spec.id in self._sessions:
+                raise SessionError(f"session {spec.id} is open already")
+            if len(self._sessions) >= self._limits.sessions:
+                raise SessionError(f"{self.name} is full: {self._limits.sessions} sessions")
+            held = sum(s.nbytes() for s in self._sessions.values()) + session.nbytes()
+            if held > self._limits.session_bytes:
+                raise SessionError(
+                    f"{self.name} is full: {held} bytes of {self._limits.session_bytes}"
+                )
+            self._sessions[spec.id] = session
+            self._controllers[spec.id] = link
+        self._count("opened")
+        return Frame("opened")
+
+    def _release(self, name: str) -> None:
+        with self._lock:
+            self._sessions.pop(name, None)
+            self._controllers.pop(name, None)
+            link = self._devices.pop(name, None)
+        if link is not None:
+            link.close()
+        self._count("released")
+
+    def _replicate(self, spec: SessionSpec, snapshot: Snapshot) -> None:
+        with self._lock:
+            link = self._controllers.get(spec.id)
+        if link is None:
+            return
+        try:
+            meta = {"session": spec.id, "step": snapshot.step}
+            link.send(Frame("replica", meta, snapshot.tensors()))
+        except LinkError as error:  # training goes on; only the newest replica is missing
+            _log.warning("session %s: its replica was not sent: %s", spec.id, error)
+
+
+def _mapping(frame: Frame, name: str) -> Mapping[str, Any]:
+    value = frame.meta.get(name)
+    if not isinstance(value, dict):
+        raise FrameError(f"{frame.kind}: {name} is missing")
+    return value

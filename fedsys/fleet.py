@@ -1,0 +1,358 @@
+"""The server app's handle on all edge servers, which also watches and acts during a round.
+
+Flower's server waits for replies while clients train. The fleet does not wait: it keeps a link to
+every edge server, notices when one is gone, and opens the sessions that were there again on
+another one, from the newest state that it has of them (the start of the round, or a replica). The
+devices find them by asking at the edges that their assignment names.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass, field
+
+from fedsys.errors import FedsysError, LinkClosed, LinkError, LinkTimeout, SessionError
+from fedsys.link import Link, dial
+from fedsys.security import Credentials
+from fedsys.session import SessionSpec, Snapshot, State
+from fedsys.wire import Frame
+
+REQUEST_S = 120.0
+"""How long a healthy edge server may take for a request: a state of some GB over a slow link."""
+
+REDIAL_S = (0.0, 0.2, 0.5)
+"""Waits before the attempts to reach an edge again whose link was lost."""
+
+_log = logging.getLogger("fedsys.fleet")
+
+
+@dataclass(frozen=True)
+class EdgeAddress:
+    """Where an edge server is.
+
+    Attributes:
+        name: Its name.
+        address: As the server app reaches it.
+        device_address: As the devices reach it; the same if empty.
+    """
+
+    name: str
+    address: str
+    device_address: str = ""
+
+    @property
+    def for_devices(self) -> str:
+        """Return the address to give to devices."""
+        return self.device_address or self.address
+
+
+@dataclass
+class _Held:
+    """A session that is open somewhere."""
+
+    spec: SessionSpec
+    newest: Snapshot
+    edge: str
+    moved: list[tuple[str, str, int]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What the fleet did about a loss.
+
+    Attributes:
+        session: Which session.
+        client: Its client.
+        source: Edge that was lost.
+        target: Edge that has it now; empty if there was none.
+        step: Step from which it goes on.
+        seconds: From the loss until it was open again.
+    """
+
+    session: str
+    client: int
+    source: str
+    target: str
+    step: int
+    seconds: float
+
+
+class Fleet:
+    """All edge servers of a run. Methods may be called from any thread.
+
+    Args:
+        edges: Where they are.
+        credentials: For mutual TLS.
+        control_token: For edges that were started with one.
+        plain: Accept unprotected links to other hosts.
+
+    Raises:
+        LinkError: An edge does not answer; the message names it.
+    """
+
+    def __init__(
+        self,
+        edges: Sequence[EdgeAddress],
+        *,
+        credentials: Credentials | None = None,
+        control_token: str = "",
+        plain: bool = False,
+    ) -> None:
+        self._addresses = {edge.name: edge for edge in edges}
+        self._credentials, self._plain = credentials, plain
+        self._token = control_token
+        self._held: dict[str, _Held] = {}
+        self._lock = threading.RLock()
+        self._recoveries: list[Recovery] = []
+        self._closing = False
+        self._edges: dict[str, _Edge] = {}
+        try:
+            for edge in edges:
+                self._edges[edge.name] = self._reach(edge)
+        except FedsysError:
+            self.close()
+            raise
+
+    def __enter__(self) -> Fleet:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release what is open and end the links."""
+        for name in list(self._held):
+            self.release(name)
+        self._closing = True
+        for edge in self._edges.values():
+            edge.close()
+
+    @property
+    def edges(self) -> list[EdgeAddress]:
+        """All edges of the run, whether they can be reached or not."""
+        return list(self._addresses.values())
+
+    @property
+    def alive(self) -> list[str]:
+        """Names of the edges that can be reached."""
+        with self._lock:
+            return [name for name, edge in self._edges.items() if not edge.lost]
+
+    def device_addresses(self, first: str) -> list[str]:
+        """Return where a device asks, beginning with the edge that has its session."""
+        names = [first, *(name for name in self._addresses if name != first)]
+        return [self._addresses[name].for_devices for name in names]
+
+    def open(self, spec: SessionSpec, start: Snapshot, edge: str) -> str:
+        """Open a session and return the name of its edge: `edge`, or another if that is gone.
+
+        Raises:
+            SessionError: No edge can take it; with what the last one said.
+        """
+        problem = "no edge server is left"
+        for name in self._candidates(edge):
+            try:
+                self._request(name, "open", {"spec": spec.to_meta(), "step": start.step}, start)
+            except (LinkError, SessionError) as error:
+                problem = str(error)
+                continue
+            with self._lock:
+                self._held[spec.id] = _Held(spec, start, name)
+            return name
+        raise SessionError(f"session of client {spec.client}: {problem}")
+
+    def collect(self, session: str) -> Snapshot:
+        """Return the state of a session as it stands.
+
+        Raises:
+            SessionError: There is no such session, or its edge is gone.
+        """
+        with self._lock:
+            held = self._held.get(session)
+        if held is None:
+            raise SessionError(f"session {session} is not open")
+        frame = self._request(held.edge, "collect", {"session": session})
+        return Snapshot.from_frame(frame)
+
+    def release(self, session: str) -> None:
+        """Close a session; nothing happens if it is not open."""
+        with self._lock:
+            held = self._held.pop(session, None)
+        if held is None:
+            return
+        try:
+            self._request(held.edge, "release", {"session": session})
+        except (LinkError, SessionError) as error:  # an edge that is gone has released it
+            _log.debug("session %s: %s", session, error)
+
+    def recoveries(self) -> list[Recovery]:
+        """Return what was done about losses since the last call."""
+        with self._lock:
+            done, self._recoveries = self._recoveries, []
+        return done
+
+    # --- edges ------------------------------------------------------------------------------------
+
+    def _reach(self, edge: EdgeAddress) -> _Edge:
+        try:
+            link = dial(edge.address, credentials=self._credentials, plain=self._plain)
+        except LinkError as error:
+            raise type(error)(f"edge server {edge.name}: {error}") from error
+        return _Edge(edge.name, link, self._token, self._on_replica, self._on_lost)
+
+    def _candidates(self, first: str) -> list[str]:
+        with self._lock:
+            load = {name: 0 for name in self._edges}
+            for held in self._held.values():
+                load[held.edge] += 1
+            others = sorted((n for n in self.alive if n != first), key=lambda n: load[n])
+            return [n for n in (first, *others) if n in self.alive]
+
+    def _request(
+        self,
+        edge: str,
+        kind: str,
+        meta: Mapping[str, object],
+        snapshot: Snapshot | None = None,
+    ) -> Frame:
+        tensors = snapshot.tensors() if snapshot is not None else {}
+        return self._edges[edge].request(kind, meta, tensors)
+
+    def _on_replica(self, frame: Frame) -> None:
+        snapshot = Snapshot.from_frame(frame)
+        with self._lock:
+            held = self._held.get(str(frame.meta.get("session")))
+            if held is not None and snapshot.step > held.newest.step:
+                held.newest = snapshot
+
+    def _on_lost(self, name: str) -> None:
+        """Reach the edge again, or open its sessions elsewhere. Runs in a thread of its own."""
+        if self._closing:
+            return
+        began = time.perf_counter()
+        if self._still_there(name):
+            return
+        with self._lock:
+            orphans = [held for held in self._held.values() if held.edge == name]
+        _log.warning("edge server %s is lost, with %d sessions", name, len(orphans))
+        for held in orphans:
+            target = ""
+            for other in self._candidates(name):
+                if other == name:
+                    continue
+                meta = {"spec": held.spec.to_meta(), "step": held.newest.step}
+                try:
+                    self._request(other, "open", meta, held.newest)
+                except (LinkError, SessionError) as error:
+                    _log.warning("edge server %s: %s", other, error)
+                    continue
+                target = other
+                break
+            seconds = time.perf_counter() - began
+            with self._lock:
+                held.edge = target or name
+                self._recoveries.append(
+                    Recovery(
+                        held.spec.id, held.spec.client, name, target, held.newest.step, seconds
+                    )
+                )
+
+    def _still_there(self, name: str) -> bool:
+        for wait in REDIAL_S:
+            time.sleep(wait)
+            if self._closing:
+                return True
+            try:
+                edge = self._reach(self._addresses[name])
+                there = edge.request("ping", {}, {}).meta.get("sessions")
+            except FedsysError:
+                continue
+            with self._lock:
+                mine = {s for s, held in self._held.items() if held.edge == name}
+                self._edges[name] = edge
+            return isinstance(there, list) and mine <= set(there)
+        return False
+
+
+class _Edge:
+    """The link to one edge server: requests and replies, and a thread that listens."""
+
+    def __init__(
+        self,
+        name: str,
+        link: Link,
+        token: str,
+        on_replica: Callable[[Frame], None],
+        on_lost: Callable[[str], None],
+    ) -> None:
+        self.name, self.lost = name, False
+        self._link, self._on_replica, self._on_lost = link, on_replica, on_lost
+        self._pending: dict[int, Future[Frame]] = {}
+        self._next = 0
+        self._lock = threading.Lock()
+        self._closed = False
+        threading.Thread(target=self._listen, name=f"fleet-{name}", daemon=True).start()
+        try:
+            self.request("control", {"token": token}, {})
+        except FedsysError:
+            self.close()
+            raise
+
+    def request(self, kind: str, meta: Mapping[str, object], tensors: State) -> Frame:
+        """Send a request and return its reply.
+
+        Raises:
+            SessionError: The edge refused.
+            LinkError: The link was lost, or there was no reply in time.
+        """
+        future: Future[Frame] = Future()
+        with self._lock:
+            if self.lost:
+                raise LinkClosed(f"edge server {self.name} is gone")
+            self._next += 1
+            number = self._next
+            self._pending[number] = future
+        self._link.send(Frame(kind, {**meta, "request": number}, tensors))
+        try:
+            reply = future.result(REQUEST_S)
+        except FutureTimeout as error:
+            raise LinkTimeout(f"edge server {self.name}: no reply to {kind}") from error
+        finally:
+            with self._lock:
+                self._pending.pop(number, None)
+        if reply.kind == "refused":
+            raise SessionError(f"edge server {self.name}: {reply.meta.get('reason')}")
+        return reply
+
+    def close(self) -> None:
+        """End the link on purpose."""
+        self._closed = True
+        self._link.close()
+
+    def _listen(self) -> None:
+        try:
+            while True:
+                frame = self._link.recv()
+                if frame.kind == "replica":
+                    self._on_replica(frame)
+                    continue
+                number = frame.meta.get("request")
+                with self._lock:
+                    future = self._pending.get(number) if isinstance(number, int) else None
+                if future is not None:
+                    future.set_result(frame)
+        except LinkError as error:
+            with self._lock:
+                self.lost = True
+                pending = list(self._pending.values())
+            for future in pending:
+                future.set_exception(type(error)(f"edge server {self.name}: {error}"))
+        if not self._closed:
+            threading.Thread(
+                target=self._on_lost, args=(self.name,), name=f"recover-{self.name}", daemon=True
+            ).start()

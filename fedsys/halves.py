@@ -1,0 +1,140 @@
+"""A part of a model in training: what a device and an edge server both do with theirs.
+
+The plain loop (`fedsys.training.train`) does to the whole model, per parameter and in the order of
+names, what `Part` does to the parameters of one machine. Only clipping needs to know of the other
+parts, and only one number per parameter: its squared norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fedsys import optimizers, training
+from fedsys.config import Config
+from fedsys.layers import LayeredModel, fill, stages
+from fedsys.training import Proximal
+
+
+class Part:
+    """Modules of one machine that are trained together.
+
+    Args:
+        modules: Stages of a model, filled; they have global names.
+        config: The run, whose ``client`` says how to train.
+        round_: The round, which decides the learning rate.
+        proximal_mu: Weight of FedProx's term; 0 for none.
+        optimizer_state: State by global name, of these parameters; None to begin anew.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        config: Config,
+        round_: int,
+        *,
+        proximal_mu: float = 0.0,
+        optimizer_state: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.modules = tuple(modules)
+        self._clip_norm = config.client.clip_norm
+        self.named = {n: p for m in self.modules for n, p in m.named_parameters()}
+        self._anchor = (
+            Proximal(proximal_mu, {n: p.detach().clone() for n, p in self.named.items()})
+            if proximal_mu
+            else None
+        )
+        client = config.client
+        lr = optimizers.learning_rate(client.lr, client.lr_schedule, round_, config.rounds)
+        self.optimizer: Optimizer | None = None
+        if self.named:  # a stage of pooling or flattening alone has nothing to train
+            self.optimizer = optimizers.make_optimizer(self.named.values(), client, lr)
+            optimizers.unpack_optimizer(self.optimizer, self.named, optimizer_state or {})
+        for module in self.modules:
+            module.train()
+
+    @property
+    def clips(self) -> bool:
+        """Whether a step needs the norms of the other parts."""
+        return self._clip_norm is not None
+
+    def zero_grad(self) -> None:
+        """Forget the gradients of the step before."""
+        for parameter in self.named.values():
+            parameter.grad = None
+
+    def norms(self) -> dict[str, float]:
+        """Return the squared norms of the gradients, with the proximal term in them.
+
+        To be called once per step, after the last backward.
+        """
+        if self._anchor is not None:
+            self._anchor.add_to_gradients(self.named)
+        return training.squared_norms(self.named) if self.clips else {}
+
+    def step(self, norms: Mapping[str, float]) -> None:
+        """Clip by the joint norm and step.
+
+        Args:
+            norms: Squared norms of all parts of the model.
+        """
+        if self._clip_norm is not None:
+            training.clip_gradients(self.named, self._clip_norm, norms)
+        if self.optimizer is not None:
+            optimizers.step(self.optimizer)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return parameters and buffers by global name; not copied."""
+        return {n: t.detach() for m in self.modules for n, t in m.state_dict().items()}
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Return the optimizer's state by global name; copied."""
+        return (
+            {} if self.optimizer is None else optimizers.pack_optimizer(self.optimizer, self.named)
+        )
+
+
+def filled_stages(
+    model: LayeredModel,
+    cuts: Sequence[int],
+    which: Sequence[int],
+    state: Mapping[str, Tensor],
+    device: torch.device,
+) -> list[nn.Module]:
+    """Return some of the stages between cuts, with the tensors of `state`.
+
+    Args:
+        model: The whole model on ``meta``; it takes no memory.
+        cuts: Ascending indices.
+        which: Indices of the wanted stages.
+        state: The tensors of the wanted stages by global name, no others; owned by the stages
+            afterwards.
+        device: Where the stages are to be.
+
+    Raises:
+        ModelError: The state does not fit.
+    """
+    all_stages = stages(model, cuts)
+    chosen = [all_stages[i] for i in which]
+    wanted = {name for stage in chosen for name in stage.state_dict()}
+    if unexpected := sorted(state.keys() - wanted):
+        raise ModelError(f"the state is not that of the stages: {', '.join(unexpected[:5])}")
+    for stage in chosen:
+        fill(stage, {name: state[name] for name in stage.state_dict() if name in state})
+        stage.to(device)
+    return chosen
+
+
+def names_between(model: LayeredModel, cuts: Sequence[int]) -> list[set[str]]:
+    """Return for each stage between cuts the names of its parameters and persistent buffers."""
+    return [set(stage.state_dict()) for stage in stages(model, cuts)]
+
+
+def safe_input(module: nn.Module, x: Tensor) -> Tensor:
+    """Return `x`, or a copy if `module` works in place and might begin with that."""
+    if x.requires_grad and any(getattr(m, "inplace", False) for m in module.modules()):
+        return x.clone()
+    return x

@@ -1,0 +1,277 @@
+"""The device's end of a session: operations that survive the loss of a link, and of an edge.
+
+What was sent and not answered is kept. When the link is lost it is sent again over a new one: the
+edge answers what it has done already from memory, so nothing is computed twice. When the session
+itself is gone, the device asks at the edges of its assignment until one of them has it again, at
+an earlier step; `Moved` then tells the trainer to which step to return. When no edge has it,
+`EdgesLost` says so.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from fedsys.errors import LinkClosed, LinkError, LinkTimeout, RemoteError, SessionError
+from fedsys.link import Link
+from fedsys.wire import Frame, encode_parts
+
+FIRST_S = 120.0
+"""How long the first operation may take: before it, nothing is known of edge and link."""
+
+PATIENCE = 20.0
+"""How many times the longest round trip so far an answer may take."""
+
+LEAST_S = 5.0
+"""Shortest time limit, in seconds: a machine can be busy for a moment."""
+
+ASKING_S = 20.0
+"""How long a device asks for a session that is gone, unless steps take longer than that."""
+
+FRUITLESS = 5
+"""Recoveries in a row after which not one answer came, until the device gives up."""
+
+_REPLY = {
+    ("activation", False): "gradient",
+    ("activation", True): "activation",
+    ("gradient", True): "gradient",
+    ("norms", False): "norms",
+    ("norms", True): "norms",
+    ("evaluate", False): "outputs",
+    ("done", False): "done",
+}
+
+
+class Moved(Exception):
+    """The session continues on another edge, from `step`: both halves return there."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"the session goes on from step {step}")
+        self.step = step
+
+
+class EdgesLost(LinkError):
+    """No edge has the session any more."""
+
+
+@dataclass
+class Traffic:
+    """What went over the links of a session.
+
+    Attributes:
+        bytes_up: Sent by the device, in bytes of frames, repetitions included.
+        bytes_down: Received.
+        waited_s: Seconds in which the device waited for answers.
+        recoveries: One entry for each loss: what, from, to, seconds.
+    """
+
+    bytes_up: int = 0
+    bytes_down: int = 0
+    waited_s: float = 0.0
+    recoveries: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Remote:
+    """A session as its device sees it. For one thread.
+
+    Args:
+        edges: Addresses at which to ask, the one with the session first.
+        session: Name of the session.
+        token: Token of the session.
+        connect: Dials an address; raises LinkError.
+        private: Whether the edge's outputs come back (label-private cut).
+        clock: Seconds, for time limits; replaced in tests.
+    """
+
+    def __init__(
+        self,
+        edges: Sequence[str],
+        session: str,
+        token: str,
+        connect: Callable[[str], Link],
+        *,
+        private: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.traffic = Traffic()
+        self._edges, self._session, self._token = list(edges), session, token
+        self._connect, self._private, self._clock = connect, private, clock
+        self._link: Link | None = None
+        self._edge = self._edges[0]
+        self._incarnation = ""
+        self._unanswered: dict[tuple[str, int, int], tuple[float, list[Any]]] = {}
+        self._arrived: dict[tuple[str, int, int], Frame] = {}
+        self._longest = 0.0
+        self._fruitless = 0
+
+    def open(self) -> int:
+        """Connect; return the step at which the session stands.
+
+        Raises:
+            EdgesLost: No edge has the session.
+            RemoteError: The edge refuses the device.
+        """
+        return self._ask()
+
+    def close(self) -> None:
+        """End the link. The session stays for the server app to collect."""
+        if self._link is not None:
+            self._link.close()
+
+    def send(
+        self,
+        kind: str,
+        step: int,
+        piece: int,
+        meta: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+    ) -> None:
+        """Send an operation; its answer is fetched by `receive`.
+
+        Raises:
+            Moved: The session goes on elsewhere, from an earlier step.
+            EdgesLost: No edge has it.
+        """
+        name = "index" if kind == "evaluate" else "piece"
+        frame = Frame(kind, {"step": step, name: piece, **meta}, tensors)
+        # Encoded once and kept as bytes: tensors may change before it has to be sent again.
+        parts: list[Any] = [b"".join(encode_parts(frame))]
+        self._unanswered[kind, step, piece] = (self._clock(), parts)
+        self._transmit(parts)
+
+    def receive(self, kind: str, step: int, piece: int) -> Frame:
+        """Return the answer to the operation `kind` at a position.
+
+        Raises:
+            Moved: The session goes on elsewhere, from an earlier step.
+            EdgesLost: No edge has it.
+            RemoteError: The edge refused the operation.
+        """
+        answer = _REPLY[kind, self._private and kind in ("activation", "gradient", "norms")]
+        began = self._clock()
+        while (answer, step, piece) not in self._arrived:
+            try:
+                self._take(self._live().recv(self._limit()))
+            except LinkError as error:  # lost, late or broken: the same way out for all
+                self._recover(error)
+        now = self._clock()
+        self.traffic.waited_s += now - began
+        sent, _ = self._unanswered.pop((kind, step, piece), (now, []))
+        self._longest = max(self._longest, now - sent)
+        return self._arrived.pop((answer, step, piece))
+
+    def forget(self) -> None:
+        """Forget what was sent and not answered: the trainer begins a step anew."""
+        self._unanswered.clear()
+        self._arrived.clear()
+
+    # --- links ------------------------------------------------------------------------------------
+
+    def _live(self) -> Link:
+        if self._link is None:
+            raise LinkClosed("not connected")
+        return self._link
+
+    def _limit(self) -> float:
+        if not self._longest:
+            return FIRST_S
+        return max(LEAST_S, PATIENCE * self._longest)
+
+    def _transmit(self, parts: list[Any]) -> None:
+        try:
+            self._live().send_encoded(parts)
+        except LinkError as error:
+            self._recover(error)
+            return
+        self.traffic.bytes_up += sum(len(part) for part in parts)
+
+    def _take(self, frame: Frame) -> None:
+        self.traffic.bytes_down += frame.encoded_bytes
+        self._fruitless = 0
+        index = frame.meta.get("index" if frame.kind == "outputs" else "piece", 0)
+        step = frame.meta.get("step", 0)
+        self._arrived[frame.kind, int(step), int(index)] = frame
+
+    def _recover(self, error: LinkError) -> None:
+        """Reach the session again and repeat what was not answered.
+
+        Raises:
+            Moved: The session that was found is not the one that was lost.
+            EdgesLost: None was found.
+        """
+        self._fruitless += 1
+        if _refusal(error) or self._fruitless > FRUITLESS:
+            raise error
+        began, former, known = self._clock(), self._edge, self._incarnation
+        self.close()
+        step = self._ask()
+        same = self._incarnation == known
+        self.traffic.recoveries.append(
+            {
+                "what": "link" if same else "edge",
+                "why": f"{type(error).__name__}: {error}",
+                "from": former,
+                "to": self._edge,
+                "repeated_steps": 0,
+                "seconds": self._clock() - began,
+            }
+        )
+        if not same:
+            self.forget()
+            raise Moved(step)
+        for _, parts in list(self._unanswered.values()):
+            self._transmit(parts)
+
+    def _ask(self) -> int:
+        """Ask edge after edge, the last known one first, until one welcomes the device."""
+        order = [self._edge, *(edge for edge in self._edges if edge != self._edge)]
+        deadline = self._clock() + max(ASKING_S, self._limit() if self._longest else 0.0)
+        wait = 0.05
+        while True:
+            silent = 0
+            for edge in order:
+                try:
+                    step = self._greet(edge)
+                except RemoteError as error:
+                    raise SessionError(
+                        f"edge {edge} refuses session {self._session}: {error}"
+                    ) from (error)
+                except LinkError:
+                    silent += 1
+                    continue
+                if step is not None:
+                    return step
+            if self._clock() > deadline or (silent == len(order) and wait > 1.0):
+                raise EdgesLost(
+                    f"session {self._session} is at none of {len(order)} edge servers, of which "
+                    f"{silent} do not answer"
+                )
+            time.sleep(wait)
+            wait *= 2
+
+    def _greet(self, edge: str) -> int | None:
+        """Present the token; return the session's step, or None if the edge does not know it."""
+        link = self._connect(edge)
+        try:
+            link.send(Frame("hello", {"session": self._session, "token": self._token}))
+            answer = link.recv(max(LEAST_S, self._limit() if self._longest else LEAST_S))
+        except LinkError:
+            link.close()
+            raise
+        if answer.kind != "welcome":
+            link.close()
+            if answer.kind == "unknown":
+                return None
+            raise LinkTimeout(f"edge {edge}: {answer.kind} instead of a welcome")
+        self._link, self._edge = link, edge
+        self._incarnation = str(answer.meta.get("incarnation"))
+        return int(answer.meta.get("step", 0))
+
+
+def _refusal(error: LinkError) -> bool:
+    """Say whether the edge will not do it next time either; a damaged frame may come well then."""
+    return isinstance(error, RemoteError) and not str(error).startswith("FrameError")

@@ -1,0 +1,413 @@
+"""A session: one device's part of the model on an edge server, and the turns of their dialogue.
+
+A session holds units ``[first, last)`` of a layered model with their optimizer. The device sends
+frames; each is one operation at a position (step, micro-batch), and has one reply::
+
+    activation  {step, piece, batch}   x, labels   ─▶  gradient {step, piece}  x, loss, hits
+    norms       {step, norms}                      ─▶  norms    {step, norms}   only when clipping
+    evaluate    {index}                x           ─▶  outputs  {index}        x
+
+If the last units are on the device too (label-private), the edge never sees labels or a loss, and
+forward and backward are two operations::
+
+    activation  {step, piece, batch}   x           ─▶  activation {step, piece} x
+    gradient    {step, piece}          x           ─▶  gradient   {step, piece} x
+
+Gradients of the micro-batches add up in the order of the pieces, whatever the order of the frames;
+after the last one the session steps. Replies of the present step and of the one before are kept:
+an operation that comes again, because a link was lost, is answered again and not done again. An
+operation for any other position is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedsys import config as configuration
+from fedsys import models, training
+from fedsys.codecs import decode_activation, encode_activation
+from fedsys.config import Config
+from fedsys.errors import FrameError, SessionError
+from fedsys.halves import Part, filled_stages, safe_input
+from fedsys.layers import LayeredModel, layered
+from fedsys.randomness import Address, drawing, rows
+from fedsys.security import new_token
+from fedsys.training import pieces
+from fedsys.wire import Frame
+
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class SessionSpec:
+    """What a server app tells an edge server about a session.
+
+    Attributes:
+        id: Name of the session; unique in its run.
+        token: What the device must present.
+        client: Partition id of the device.
+        round: The round, from 1.
+        first: First unit on the edge.
+        last: End of the units on the edge; less than all for a label-private cut.
+        config: The run's configuration as YAML: the model and how to train it.
+        input_shape: ``(C, H, W)`` of one example.
+        num_classes: Number of classes.
+        micro_batches: Pieces of a mini-batch.
+        proximal_mu: Weight of FedProx's term.
+        codec_up: How the device writes activations.
+        codec_down: How the edge writes what it returns.
+        holder: Name in the certificate of the device; empty for any that has the token.
+        replicate_every: Steps between two replicas of the session; 0 for none.
+    """
+
+    id: str
+    token: str
+    client: int
+    round: int
+    first: int
+    last: int
+    config: str
+    input_shape: tuple[int, int, int]
+    num_classes: int
+    micro_batches: int = 1
+    proximal_mu: float = 0.0
+    codec_up: str = "fp32"
+    codec_down: str = "fp32"
+    holder: str = ""
+    replicate_every: int = 0
+
+    def to_meta(self) -> dict[str, Any]:
+        """Return plain values for the header of a frame."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, Any]) -> SessionSpec:
+        """Return the specification that a frame carries.
+
+        Raises:
+            FrameError: A value is missing or has another type.
+        """
+        values: dict[str, Any] = {}
+        for spec in dataclasses.fields(cls):
+            value = meta.get(spec.name)
+            expected = {"str": str, "int": int, "float": (int, float)}.get(str(spec.type), list)
+            if not isinstance(value, expected) or isinstance(value, bool):
+                raise FrameError(f"open: {spec.name}={str(value)[:40]!r} is not a {spec.type}")
+            values[spec.name] = tuple(value) if isinstance(value, list) else value
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A frozen session.
+
+    Attributes:
+        step: Steps that are done.
+        state: Parameters and buffers of the edge's units, by global name.
+        optimizer: State of their optimizer, by global name.
+    """
+
+    step: int
+    state: State
+    optimizer: State
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all tensors for a frame."""
+        named = {f"state/{name}": tensor for name, tensor in self.state.items()}
+        return named | {f"optimizer/{name}": tensor for name, tensor in self.optimizer.items()}
+
+    @classmethod
+    def from_frame(cls, frame: Frame) -> Snapshot:
+        """Return the snapshot that a frame carries."""
+        step = natural(frame, "step")
+        return cls(step, _part(frame.tensors, "state/"), _part(frame.tensors, "optimizer/"))
+
+
+def _part(tensors: State, prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def layered_model(
+    config: Config, input_shape: tuple[int, int, int], num_classes: int
+) -> LayeredModel:
+    """Return the run's model on ``meta`` as a chain of units; kept per process."""
+    return _layered(config.text, tuple(input_shape), num_classes)
+
+
+@functools.lru_cache(maxsize=16)
+def _layered(text: str, input_shape: tuple[int, int, int], num_classes: int) -> LayeredModel:
+    spec = {**configuration.parse(text).model, "init": None}
+    skeleton = models.skeleton(spec, input_shape=input_shape, num_classes=num_classes)
+    return layered(skeleton, input_shape)
+
+
+class Session:
+    """The edge's part in training, behind the dialogue described above.
+
+    Args:
+        spec: What the server app said.
+        start: Where to begin: the state at a step.
+        device: Where to compute.
+        replicate: Called with a snapshot after every ``replicate_every`` steps.
+
+    Attributes:
+        steps: Steps done in this round, those before `start` included.
+        incarnation: Differs between a session and one that replaced it.
+    """
+
+    def __init__(
+        self,
+        spec: SessionSpec,
+        start: Snapshot,
+        device: torch.device,
+        replicate: Callable[[SessionSpec, Snapshot], None] = lambda spec, snapshot: None,
+    ) -> None:
+        self.spec, self.steps = spec, start.step
+        self.incarnation = new_token()
+        self._config = configuration.parse(spec.config)
+        self._device, self._replicate = device, replicate
+        model = layered_model(self._config, spec.input_shape, spec.num_classes)
+        if not 0 <= spec.first <= spec.last <= len(model):
+            raise FrameError(f"open: units {spec.first} to {spec.last} of {len(model)}")
+        cuts = [spec.first, spec.last]
+        (self._stage,) = filled_stages(model, cuts, [1], start.state, device)
+        self._private = spec.last < len(model)
+        self._part = Part(
+            [self._stage],
+            self._config,
+            spec.round,
+            proximal_mu=spec.proximal_mu,
+            optimizer_state=start.optimizer,
+        )
+        self._address = Address(self._config.seed, spec.client, spec.round)
+        self._masks: dict[str, Tensor] = {}
+        self._batch = 0
+        self._forward = self._backward = 0  # pieces of the present step that are done
+        self._open: dict[int, tuple[Tensor, Tensor]] = {}  # label-private: input and output
+        self._early: dict[tuple[str, int], Frame] = {}
+        self._replies: dict[tuple[str, int, int], Frame] = {}
+        self._lock = threading.RLock()
+
+    def handle(self, frame: Frame) -> Iterator[Frame]:
+        """Do the operation of a frame and yield the replies that are due, in order.
+
+        The iterator must be exhausted, whatever becomes of the replies.
+
+        Raises:
+            SessionError: The operation is not for the position at which the session is.
+            FrameError: The frame lacks something, or a tensor has another shape or type.
+        """
+        with self._lock:
+            training.set_threads(self._config.client.threads)
+            if frame.kind == "evaluate":
+                yield self._evaluate(frame)
+                return
+            if frame.kind not in ("activation", "gradient", "norms"):
+                raise SessionError(f"{frame.kind}: not an operation of a session")
+            step = natural(frame, "step")
+            piece = natural(frame, "piece") if frame.kind != "norms" else 0
+            known = self._replies.get((frame.kind, step, piece))
+            if known is not None:
+                yield known
+                return
+            if step != self.steps:
+                raise SessionError(
+                    f"{frame.kind} for step {step} of session {self.spec.id}, where step "
+                    f"{self.steps} is due"
+                )
+            yield from self._in_turn(frame, piece)
+
+    def snapshot(self) -> Snapshot:
+        """Freeze the session between two steps.
+
+        Raises:
+            SessionError: A step is begun and not finished.
+        """
+        with self._lock:
+            if self._forward or self._early:
+                raise SessionError(f"session {self.spec.id} is in the middle of step {self.steps}")
+            state = {n: t.cpu().clone() for n, t in self._part.state().items()}
+            return Snapshot(self.steps, state, self._part.optimizer_state())
+
+    def nbytes(self) -> int:
+        """Return the bytes of weights and optimizer state."""
+        with self._lock:
+            tensors = [*self._part.state().values(), *self._part.optimizer_state().values()]
+            return sum(t.nbytes for t in tensors)
+
+    # --- one step ---------------------------------------------------------------------------------
+
+    def _in_turn(self, frame: Frame, piece: int) -> Iterator[Frame]:
+        if frame.kind == "norms":
+            yield self._finish_with(frame)
+            return
+        if piece >= self.spec.micro_batches:
+            raise SessionError(f"piece {piece} of {self.spec.micro_batches}")
+        self._early[frame.kind, piece] = frame
+        while True:
+            due = {"activation": self._forward, "gradient": self._backward}
+            ready = [(kind, p) for kind, p in due.items() if (kind, p) in self._early]
+            if not ready:
+                return
+            kind, index = ready[0]
+            now = self._early.pop((kind, index))
+            reply = self._activate(now, index) if kind == "activation" else self._return(now, index)
+            # Kept before it is sent: the link may be lost with it.
+            self._replies[kind, self.steps, index] = reply
+            yield reply
+            if self._backward == self._pieces() and self._backward and not self._part.clips:
+                self._apply(self._part.norms())
+
+    def _pieces(self) -> int:
+        return min(self._batch, self.spec.micro_batches)
+
+    def _activate(self, frame: Frame, piece: int) -> Frame:
+        if piece == 0:
+            self._begin(natural(frame, "batch"))
+        x, (start, stop) = self._input(frame, piece)
+        needs_gradient = bool(frame.meta.get("needs_gradient", True))
+        x.requires_grad_(needs_gradient)
+        labels = None if self._private else self._labels(frame, stop - start)
+        with (
+            torch.enable_grad(),
+            drawing(self._address, self.steps, self._batch, self._masks),
+            rows(start, stop),
+        ):
+            out = self._stage(safe_input(self._stage, x))
+        self._forward += 1
+        meta: dict[str, Any] = {"step": self.steps, "piece": piece}
+        if labels is None:
+            self._open[piece] = (x, out)
+            return self._encoded("activation", out, meta)
+        loss = training.loss_of(out, labels, (stop - start) / self._batch)
+        if loss.requires_grad:
+            loss.backward()  # type: ignore[no-untyped-call]  # torch has no type for it
+        self._backward += 1
+        hits = (out.detach().argmax(1) == labels).sum()
+        more = {"loss": loss.detach(), "hits": hits}
+        return self._encoded("gradient", x.grad if needs_gradient else None, meta, more)
+
+    def _return(self, frame: Frame, piece: int) -> Frame:
+        """Take the gradient of what was sent for a piece; reply with that of its input."""
+        if not self._private or piece not in self._open:
+            raise SessionError(f"gradient of piece {piece}, whose activation was not sent")
+        x, out = self._open.pop(piece)
+        gradient = self._decoded(frame, tuple(out.shape))
+        if out.requires_grad:
+            out.backward(gradient)  # type: ignore[no-untyped-call]  # torch has no type for it
+        self._backward += 1
+        return self._encoded("gradient", x.grad, {"step": self.steps, "piece": piece})
+
+    def _begin(self, batch: int) -> None:
+        if batch < 1:
+            raise FrameError(f"batch={batch}: must be at least 1")
+        self._batch = batch
+        self._masks = {}
+        self._part.zero_grad()
+        self._replies = {k: v for k, v in self._replies.items() if k[1] == self.steps - 1}
+
+    def _finish_with(self, frame: Frame) -> Frame:
+        """Clip by the joint norm of both sides and step; reply with the norms of this side."""
+        theirs = frame.meta.get("norms")
+        floats = isinstance(theirs, dict) and all(isinstance(v, float) for v in theirs.values())
+        if not floats or not isinstance(theirs, dict):
+            raise FrameError("norms: must map names of parameters to squared norms")
+        if not self._part.clips or self._backward < max(1, self._pieces()):
+            raise SessionError(f"norms of step {self.steps}, whose pieces are not all done")
+        step = self.steps
+        mine = self._part.norms()
+        self._apply({**theirs, **mine})
+        reply = Frame("norms", {"step": step, "norms": mine})
+        self._replies["norms", step, 0] = reply
+        return reply
+
+    def _apply(self, norms: Mapping[str, float]) -> None:
+        self._part.step(norms)
+        self._forward = self._backward = 0
+        self.steps += 1
+        every = self.spec.replicate_every
+        if every and self.steps % every == 0:
+            self._replicate(self.spec, self.snapshot())
+
+    def _evaluate(self, frame: Frame) -> Frame:
+        """Forward only; neither draws nor statistics change."""
+        tensor = decode_activation(frame.tensors, frame.meta).to(self._device)
+        self._check_shape(tensor, None)
+        self._stage.eval()
+        try:
+            with torch.inference_mode():
+                out = self._stage(tensor)
+        finally:
+            self._stage.train()
+        meta = {"index": natural(frame, "index")}
+        return Frame("outputs", {**meta, "codec": "fp32"}, {"x": out.clone()})
+
+    # --- tensors ----------------------------------------------------------------------------------
+
+    def _input(self, frame: Frame, piece: int) -> tuple[Tensor, tuple[int, int]]:
+        bounds = list(pieces(self._batch, self.spec.micro_batches))
+        if piece >= len(bounds):
+            raise SessionError(f"piece {piece} of a mini-batch with {self._batch} examples")
+        start, stop = bounds[piece]
+        tensor = decode_activation(frame.tensors, frame.meta).to(self._device)
+        self._check_shape(tensor, stop - start)
+        return tensor, (start, stop)
+
+    def _check_shape(self, tensor: Tensor, examples: int | None) -> None:
+        model = layered_model(self._config, self.spec.input_shape, self.spec.num_classes)
+        first = self.spec.first
+        one = model.units[first - 1].out_shape if first else self.spec.input_shape
+        count = tensor.shape[0] if tensor.dim() else 0
+        if tuple(tensor.shape[1:]) != tuple(one) or not 1 <= count <= (examples or count):
+            expected = (examples or "n", *one)
+            raise FrameError(f"activation of shape {tuple(tensor.shape)} instead of {expected}")
+        if examples is not None and count != examples:
+            raise FrameError(f"activation of {count} examples instead of {examples}")
+        if not tensor.is_floating_point():
+            raise FrameError(f"activation of type {tensor.dtype}: must be floating point")
+
+    def _labels(self, frame: Frame, examples: int) -> Tensor:
+        labels = frame.tensors.get("labels")
+        if labels is None or labels.dtype != torch.int64 or tuple(labels.shape) != (examples,):
+            raise FrameError(f"labels: must be {examples} integers")
+        if int(labels.min()) < 0 or int(labels.max()) >= self.spec.num_classes:
+            raise FrameError(f"labels: must be in 0 to {self.spec.num_classes - 1}")
+        return labels.to(self._device)
+
+    def _decoded(self, frame: Frame, shape: tuple[int, ...]) -> Tensor:
+        tensor = decode_activation(frame.tensors, frame.meta).to(self._device)
+        if tuple(tensor.shape) != shape:
+            raise FrameError(f"gradient of shape {tuple(tensor.shape)} instead of {shape}")
+        return tensor
+
+    def _encoded(
+        self,
+        kind: str,
+        tensor: Tensor | None,
+        meta: Mapping[str, Any],
+        more: Mapping[str, Tensor] | None = None,
+    ) -> Frame:
+        if tensor is None:
+            return Frame(kind, meta, dict(more or {}))
+        tensors, codec = encode_activation(tensor, self.spec.codec_down)
+        return Frame(kind, {**meta, **codec}, {**tensors, **(more or {})})
+
+
+def natural(frame: Frame, name: str) -> int:
+    """Return a whole number of at least 0 from the header of a frame.
+
+    Raises:
+        FrameError: It is missing or something else.
+    """
+    value = frame.meta.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
+        raise FrameError(f"{frame.kind}: {name}={str(value)[:40]!r} is not a whole number")
+    return value

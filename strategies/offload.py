@@ -1,0 +1,386 @@
+"""Split training as a Flower strategy that wraps any other: the inner one sees whole models only.
+
+On the way out, `Offload` gives each device the units before its cut and opens a session with the
+others on an edge server; on the way back it joins the two halves by name. What else belongs to a
+client (optimizer state, FedProx's weight) is divided and joined with them.
+
+If a device lost its edge and no other one took the session over, its round is repeated, with the
+same draws: on an edge that is left, else on the device alone. If it is too small for the whole
+model it is left out of the round, and that is said.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from fedsys import records
+from fedsys.config import Config
+from fedsys.errors import ConfigError, FedsysError, ModelError, SessionError
+from fedsys.fleet import Fleet
+from fedsys.halves import names_between
+from fedsys.layers import LayeredModel, fractions
+from fedsys.security import new_token
+from fedsys.session import SessionSpec, Snapshot, layered_model
+from strategies.policies import Assignment, Observation, OffloadPolicy
+from strategies.roster import Roster
+
+ARRAYS, OPTIMIZER, ASSIGNMENT, OBSERVATION = "arrays", "optimizer", "assignment", "observation"
+
+_log = logging.getLogger("fedsys.offload")
+
+
+@dataclass
+class _Sent:
+    """A device that trains with an edge in this round."""
+
+    whole: RecordDict
+    spec: SessionSpec
+
+
+@dataclass
+class Totals:
+    """What offloading did in a run so far.
+
+    Attributes:
+        cuts: The last cut of each client: index, unit before it, device's share of the work.
+        edge_steps: Optimizer steps on edge servers.
+        bytes_up: Bytes that devices sent to edges.
+        bytes_down: Bytes that they received.
+        recoveries: What was done about losses.
+    """
+
+    cuts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    edge_steps: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    recoveries: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Offload(Strategy):
+    """Wraps a strategy so that its clients train together with edge servers.
+
+    Args:
+        inner: Sees whole models, whole optimizer states, and the true numbers of examples.
+        fleet: The edge servers.
+        policy: Decides on cuts and edges.
+        config: The run.
+        roster: Who is there.
+        input_shape: ``(C, H, W)`` of one example.
+        num_classes: Number of classes.
+
+    Attributes:
+        totals: For the result of the run.
+        lost: Clients left out of the last round, with the reason.
+    """
+
+    STATE = ("totals",)
+
+    def __init__(
+        self,
+        inner: Strategy,
+        fleet: Fleet,
+        policy: OffloadPolicy,
+        *,
+        config: Config,
+        roster: Roster,
+        input_shape: tuple[int, int, int],
+        num_classes: int,
+    ) -> None:
+        self.inner, self.fleet, self.policy, self.roster = inner, fleet, policy, roster
+        self.totals, self.lost = Totals(), dict[int, str]()
+        self._config, self._shape, self._classes = config, input_shape, num_classes
+        self._layers: LayeredModel = layered_model(config, input_shape, num_classes)
+        self._policy_state = policy.init(self._layers, range(config.num_clients))
+        self._seen: dict[int, Observation] = {}
+        self._sent: dict[int, _Sent] = {}
+        self._wholes: dict[int, tuple[RecordDict, Assignment]] = {}
+        self._grid: Grid | None = None
+        self._names: dict[tuple[int, ...], list[set[str]]] = {}
+
+    def summary(self) -> None:
+        """Log the settings of the inner strategy."""
+        self.inner.summary()
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Open a session for each device with a cut and send it its half.
+
+        Raises:
+            FedsysError: A session could not be opened anywhere.
+        """
+        self._grid, self._sent, self._wholes, self.lost = grid, {}, {}, {}
+        messages = list(self.inner.configure_train(server_round, arrays, config, grid))
+        clients = [self.roster.partition_of(m.metadata.dst_node_id) for m in messages]
+        seen = {client: self._seen.get(client, Observation()) for client in clients}
+        self._policy_state, plan = self.policy.plan(self._policy_state, seen)
+        for client, message in zip(clients, messages, strict=True):
+            assignment = plan[client]
+            self._note_cut(client, assignment.cut)
+            if assignment.cut < len(self._layers):
+                self._offload(message, client, assignment, server_round, attempt=0)
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Join what devices and edges have, repeat what failed, and have the whole aggregated."""
+        done: dict[int, Message] = {}
+        again: list[int] = []
+        for reply in replies:
+            client = self.roster.partition_of(reply.metadata.src_node_id)
+            if client not in self._sent:
+                done[client] = reply
+            elif self._joined(client, reply):
+                done[client] = reply
+            else:
+                again.append(client)
+        for client, reply in self._repeat(again, server_round):
+            done[client] = reply
+        for sent in self._sent.values():  # of clients that never answered
+            self.fleet.release(sent.spec.id)
+        self._note_recoveries(server_round)
+        ordered = [done[client] for client in sorted(done)]
+        return self.inner.aggregate_train(server_round, ordered)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Open sessions for forward passes only."""
+        self._grid, self._sent = grid, {}
+        messages = list(self.inner.configure_evaluate(server_round, arrays, config, grid))
+        clients = [self.roster.partition_of(m.metadata.dst_node_id) for m in messages]
+        seen = {client: self._seen.get(client, Observation()) for client in clients}
+        _, plan = self.policy.plan(self._policy_state, seen)
+        for client, message in zip(clients, messages, strict=True):
+            if plan[client].cut < len(self._layers):
+                self._offload(message, client, plan[client], server_round, attempt=0)
+        return messages
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Release the sessions and pass the scores on."""
+        valid = []
+        for reply in replies:
+            if OBSERVATION in reply.content:
+                del reply.content[OBSERVATION]
+            if reply.content.metric_records:
+                valid.append(reply)
+        for sent in self._sent.values():
+            self.fleet.release(sent.spec.id)
+        return self.inner.aggregate_evaluate(server_round, valid)
+
+    # --- the way out ------------------------------------------------------------------------------
+
+    def _offload(
+        self, message: Message, client: int, assignment: Assignment, round_: int, *, attempt: int
+    ) -> None:
+        """Open a session with the edge's part and leave the device's part in the message."""
+        whole = message.content
+        tail = self._tail_for(assignment.cut)
+        settings = whole.config_records.get("config", ConfigRecord())
+        spec = SessionSpec(
+            id=f"r{round_}-c{client}-{attempt}-{new_token()[:8]}",
+            token=new_token(),
+            client=client,
+            round=round_,
+            first=assignment.cut,
+            last=tail,
+            config=self._config.text,
+            input_shape=self._shape,
+            num_classes=self._classes,
+            micro_batches=self._config.schedule.micro_batches,
+            proximal_mu=float(str(settings.get("proximal-mu", 0.0))),
+            codec_up=assignment.codec_up,
+            codec_down=assignment.codec_down,
+            replicate_every=self._config.fleet.replicate_every,
+        )
+        mine = self._edge_names(assignment.cut, tail)
+        start = Snapshot(
+            0,
+            records.from_record(_of(whole, ARRAYS, mine)),
+            records.from_record(_of(whole, OPTIMIZER, mine)),
+        )
+        edges = [edge.name for edge in self.fleet.edges]
+        name = self.fleet.open(spec, start, edges[assignment.edge % len(edges)])
+        content = records.own_copy(whole)
+        for key in (ARRAYS, OPTIMIZER):
+            if key in whole.array_records:
+                content[key] = _without(whole, key, mine)
+        content[ASSIGNMENT] = ConfigRecord(
+            {
+                "cut": assignment.cut,
+                "tail": tail,
+                "session": spec.id,
+                "token": spec.token,
+                "edges": self.fleet.device_addresses(name),
+                "codec-up": assignment.codec_up,
+                "codec-down": assignment.codec_down,
+            }
+        )
+        message.content = content
+        self._sent[client] = _Sent(whole, spec)
+        self._wholes[client] = (whole, assignment)
+
+    def _tail_for(self, cut: int) -> int:
+        """Return the end of the edge's units.
+
+        Raises:
+            ConfigError: A label-private cut would leave no unit for the edge.
+        """
+        if not self._config.client.label_private:
+            return len(self._layers)
+        tail = len(self._layers) - 1  # the classifier stays on the device
+        if cut >= tail:
+            raise ConfigError.of(
+                "policy.cut", cut, f"must be below {tail} with client.label_private=true",
+                "the last unit stays on the device, and the edge would have none",
+            )  # fmt: skip
+        return tail
+
+    def _edge_names(self, first: int, last: int) -> set[str]:
+        cuts = (first, last)
+        if cuts not in self._names:
+            self._names[cuts] = names_between(self._layers, cuts)
+        return self._names[cuts][1]
+
+    # --- the way back -----------------------------------------------------------------------------
+
+    def _joined(self, client: int, reply: Message) -> bool:
+        """Join the halves of a client in its reply; return whether there are both."""
+        sent = self._sent.pop(client)
+        seen = reply.content.config_records[OBSERVATION]
+        del reply.content[OBSERVATION]
+        self._observe(client, seen)
+        try:
+            if seen["stranded"]:
+                _log.warning("client %d: %s", client, seen["stranded"])
+                return False
+            snapshot = self.fleet.collect(sent.spec.id)
+            if snapshot.step != seen["steps"]:
+                raise SessionError(
+                    f"{snapshot.step} steps on the edge, {seen['steps']} on the device"
+                )
+        except FedsysError as error:
+            _log.warning("client %d, round %d: %s", client, sent.spec.round, error)
+            return False
+        finally:
+            self.fleet.release(sent.spec.id)
+        self.totals.edge_steps += snapshot.step
+        order = list(sent.whole.array_records[ARRAYS])
+        reply.content[ARRAYS] = _join(reply.content.array_records[ARRAYS], snapshot.state, order)
+        if (own := reply.content.array_records.get(OPTIMIZER)) is not None:
+            reply.content[OPTIMIZER] = _join(own, snapshot.optimizer, None)
+        return True
+
+    def _observe(self, client: int, seen: ConfigRecord) -> None:
+        self._seen[client] = Observation(
+            steps=int(str(seen["steps"])),
+            seconds=float(str(seen["seconds"])),
+            waited_s=float(str(seen["waited-s"])),
+            bytes_up=int(str(seen["bytes-up"])),
+            bytes_down=int(str(seen["bytes-down"])),
+        )
+        self.totals.bytes_up += self._seen[client].bytes_up
+        self.totals.bytes_down += self._seen[client].bytes_down
+        for entry in json.loads(str(seen["recoveries"])):
+            self.totals.recoveries.append({"client": client, **entry})
+
+    def _repeat(self, clients: list[int], round_: int) -> list[tuple[int, Message]]:
+        """Have clients do their round again, together with an edge if one is left, else alone."""
+        if not clients or self._grid is None:
+            return []
+        node_of = self.roster.refresh(self._grid)
+        wholes = {client: self._wholes[client] for client in clients}
+        messages: list[Message] = []
+        for client, (whole, assignment) in wholes.items():
+            if client not in node_of:
+                self.lost[client] = "it is not connected any more"
+                continue
+            message = Message(records.own_copy(whole), node_of[client], "train")
+            where = self._again_with_edge(message, client, assignment, round_)
+            if where or self._fits(client, whole):
+                messages.append(message)
+                entry = {"what": "repeat", "from": "edge", "to": where or "device"}
+                self.totals.recoveries.append({"client": client, **entry})
+                _log.warning("client %d repeats round %d on %s", client, round_, entry["to"])
+        replies = self._grid.send_and_receive(messages, timeout=self._config.runtime.timeout_s)
+        finished: list[tuple[int, Message]] = []
+        for reply in replies:
+            if reply.has_error():
+                continue
+            client = self.roster.partition_of(reply.metadata.src_node_id)
+            if client not in self._sent or self._joined(client, reply):
+                finished.append((client, reply))
+        for client in set(clients) - {c for c, _ in finished} - set(self.lost):
+            self.lost[client] = "its edge was lost twice"
+        return finished
+
+    def _again_with_edge(
+        self, message: Message, client: int, assignment: Assignment, round_: int
+    ) -> str:
+        if not self.fleet.alive:
+            return ""
+        try:
+            self._offload(message, client, assignment, round_, attempt=1)
+        except FedsysError as error:
+            _log.warning("client %d: %s", client, error)
+            return ""
+        return "edge"
+
+    def _fits(self, client: int, whole: RecordDict) -> bool:
+        limit = self._config.client.max_model_bytes
+        size = sum(len(a.data) for a in whole.array_records[ARRAYS].values())
+        if limit is not None and size > limit:
+            self.lost[client] = (
+                f"no edge server is left, and the model ({size} bytes) is larger than "
+                f"client.max_model_bytes={limit}"
+            )
+            return False
+        return True
+
+    # --- what is told -----------------------------------------------------------------------------
+
+    def _note_cut(self, client: int, cut: int) -> None:
+        self.totals.cuts[str(client)] = {
+            "index": cut,
+            "unit": self._layers.units[cut - 1].name if cut else "",
+            "device_share": fractions(self._layers)[cut - 1] if cut else 0.0,
+        }
+
+    def _note_recoveries(self, round_: int) -> None:
+        for recovery in self.fleet.recoveries():
+            _log.warning(
+                "round %d: session of client %d moved from %s to %s, from step %d",
+                round_, recovery.client, recovery.source, recovery.target or "nowhere",
+                recovery.step,
+            )  # fmt: skip
+
+
+def _of(content: RecordDict, key: str, names: set[str]) -> ArrayRecord:
+    record = content.array_records.get(key, ArrayRecord())
+    return ArrayRecord({n: a for n, a in record.items() if n.partition("|")[0] in names})
+
+
+def _without(content: RecordDict, key: str, names: set[str]) -> ArrayRecord:
+    record = content.array_records[key]
+    return ArrayRecord({n: a for n, a in record.items() if n.partition("|")[0] not in names})
+
+
+def _join(own: ArrayRecord, edge: Mapping[str, Any], order: list[str] | None) -> ArrayRecord:
+    """Return both halves in one record, in the given order of names, or sorted."""
+    other = records.to_record(edge)
+    both = set(own) & set(other)
+    if both:
+        raise ModelError(f"in both halves: {', '.join(sorted(both)[:5])}")
+    names = order if order is not None else sorted({*own, *other})
+    return ArrayRecord({name: own[name] if name in own else other[name] for name in names})

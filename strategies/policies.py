@@ -1,0 +1,160 @@
+"""Offloading policies: who decides at which cut, on which edge, each device trains in a round.
+
+A policy is two pure functions over small records: `init` gives a state, `plan` takes it with what
+was seen in the last round and gives the next state and one assignment for each device. Measuring
+and sending happen in `strategies.offload`. A complete policy::
+
+    class HalfAndHalf:
+        def init(self, layers, nodes):
+            return None
+
+        def plan(self, state, seen):
+            return state, {node: Assignment(cut=3, edge=0) for node in seen}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from fedsys.codecs import CODECS
+from fedsys.config import Spec
+from fedsys.errors import ConfigError, did_you_mean
+from fedsys.layers import LayeredModel, resolve_cut
+
+PolicyState = Any
+"""Whatever a policy wants to remember; not looked at by anybody else."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What one device does in a round.
+
+    Attributes:
+        cut: Units ``[0, cut)`` are on the device; all of them: classic federated learning.
+        edge: Index of the edge server that has the others.
+        codec_up: How activations are written, a name in `fedsys.codecs.CODECS`.
+        codec_down: How activation gradients are written.
+    """
+
+    cut: int
+    edge: int
+    codec_up: str = "fp32"
+    codec_down: str = "fp32"
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What was seen of a device in its last round.
+
+    Attributes:
+        steps: Optimizer steps; 0 before the first round.
+        seconds: Seconds that the device trained.
+        waited_s: Of these, seconds in which it waited for its edge.
+        bytes_up: Bytes sent to the edge.
+        bytes_down: Bytes received from it.
+    """
+
+    steps: int = 0
+    seconds: float = 0.0
+    waited_s: float = 0.0
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+
+class OffloadPolicy(Protocol):
+    """State in, state out."""
+
+    def init(self, layers: LayeredModel, nodes: Sequence[int]) -> PolicyState:
+        """Return the state before the first round.
+
+        Args:
+            layers: The model, on ``meta``.
+            nodes: Partition ids of all devices.
+        """
+        ...
+
+    def plan(
+        self, state: PolicyState, seen: Mapping[int, Observation]
+    ) -> tuple[PolicyState, Mapping[int, Assignment]]:
+        """Return the next state, and an assignment for each device in `seen`.
+
+        Args:
+            state: What `init` or the last `plan` returned.
+            seen: The devices of this round, with what was last seen of each.
+        """
+        ...
+
+
+class Fixed:
+    """The cut that the user names, the same in every round.
+
+    Args:
+        cut: An index, the name of a unit, or a fraction of the work (see
+            `fedsys.layers.resolve_cut`); or a list with one of these for each device, which is
+            repeated if there are more devices.
+        codec: Name of a codec, or ``{up: …, down: …}``.
+        num_edges: Number of edge servers; device i is at edge ``i mod num_edges``.
+    """
+
+    def __init__(self, cut: Any, codec: Any, num_edges: int) -> None:
+        self._cuts = list(cut) if isinstance(cut, list | tuple) else [cut]
+        if not self._cuts or any(c is None for c in self._cuts):
+            raise ConfigError.of(
+                "policy.cut", cut, "must be an index, the name of a unit or a fraction",
+                "for instance policy.cut=0.3",
+            )  # fmt: skip
+        self._codecs = codecs_of(codec)
+        self._num_edges = num_edges
+
+    def init(self, layers: LayeredModel, nodes: Sequence[int]) -> PolicyState:
+        """Return the resolved cuts."""
+        try:
+            return tuple(resolve_cut(layers, cut) for cut in self._cuts)
+        except ConfigError as error:
+            raise ConfigError(f"policy.{error}") from error
+
+    def plan(
+        self, state: PolicyState, seen: Mapping[int, Observation]
+    ) -> tuple[PolicyState, Mapping[int, Assignment]]:
+        """Return the same assignments every time."""
+        up, down = self._codecs
+        return state, {
+            node: Assignment(state[node % len(state)], node % self._num_edges, up, down)
+            for node in seen
+        }
+
+
+def codecs_of(codec: Any) -> tuple[str, str]:
+    """Return the codecs for up and down that ``policy.codec`` names.
+
+    >>> codecs_of("fp16")
+    ('fp16', 'fp16')
+
+    Raises:
+        ConfigError: There is no such codec.
+    """
+    pair = codec if isinstance(codec, Mapping) else {"up": codec, "down": codec}
+    for direction in ("up", "down"):
+        name = pair.get(direction)
+        if name not in CODECS:
+            hint = did_you_mean(str(name), CODECS)
+            raise ConfigError.of(
+                "policy.codec", name, f"must be one of {', '.join(CODECS)}", hint.strip()
+            )
+    return str(pair["up"]), str(pair["down"])
+
+
+def build_policy(spec: Spec, num_edges: int) -> OffloadPolicy | None:
+    """Return the policy of the ``policy`` group; None where everything stays on the devices.
+
+    Raises:
+        ConfigError: There is no such policy, or an argument is not usable.
+    """
+    kind = spec.get("kind", "none")
+    if kind == "none":
+        return None
+    if kind == "fixed":
+        return Fixed(spec.get("cut"), spec.get("codec", "fp32"), num_edges)
+    raise ConfigError.of("policy.kind", kind, "must be one of none, fixed")
