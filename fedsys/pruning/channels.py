@@ -176,13 +176,13 @@ def keep(
         Bool of ``(C,)`` by name, for the nodes that the output needs; others are absent.
     """
     kept = {name: need.read(name) for name in need.live}
-    used = _settle(reading, need.cut, coupling, kept)
+    used = settle(reading, need.cut, coupling, kept)
     while round_to > 1 and _round(reading, used, kept, round_to):
-        used = _settle(reading, need.cut, coupling, kept)
+        used = settle(reading, need.cut, coupling, kept)
     return {name: kept[name] for name in used if name in kept}
 
 
-def _settle(
+def settle(
     reading: Reading, cut: set[tuple[str, str]], coupling: Coupling, kept: dict[str, Tensor]
 ) -> list[str]:
     """Let `kept` grow until everything fits; return the nodes in use, in order."""

@@ -148,7 +148,7 @@ def masked_copy(model: nn.Module, masks: Mapping[str, Tensor] | None) -> nn.Modu
         if mask.shape != named[name].shape:
             rule = f"must be {tuple(named[name].shape)}, the shape of the parameter"
             raise ConfigError.of(f"masks[{name}].shape", tuple(mask.shape), rule)
-        zeroed[id(named[name])] = named[name].detach().masked_fill(mask.cpu() == 0, 0.0)
+        zeroed[id(named[name])] = named[name].detach().masked_fill(mask.cpu().logical_not(), 0.0)
     for module in masked.modules():  # every place of a parameter that several modules share
         for name, parameter in module._parameters.items():
             if id(parameter) in zeroed:

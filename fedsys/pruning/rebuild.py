@@ -106,64 +106,62 @@ class _Builder:
     # -------------------------------------------------------------------------------- layers
 
     def _mix(self, op: Op) -> fx.Node:
-        source, name = op.inputs[0].name, op.node.name
-        rows, columns = self.kept[name], self.kept[source]
-        new_weight, bias, bend = self._folded(op)
+        rows, columns = self.kept[op.node.name], self.kept[op.inputs[0].name]
+        # the rest needs only the rows that stay, but groups are cut when they are complete
+        first = rows if op.groups == 1 else torch.ones_like(rows)
+        new_weight, bias, bend = self._folded(op, first)
         new_weight = _cut_weight(op, new_weight, rows, columns)
+        bias = bias[rows[first]]
         arguments = constructor_arguments(op.layer)
         if isinstance(op.layer, Conv):
             arguments |= {"in_channels": int(columns.sum()), "out_channels": int(rows.sum())}
             arguments["groups"] = int(columns.sum()) // new_weight.shape[1]
         else:
             arguments |= {"in_features": int(columns.sum()), "out_features": int(rows.sum())}
-        arguments["bias"] = op.layer.bias is not None or bool(bias[rows].any())
+        arguments["bias"] = op.layer.bias is not None or bool(bias.any())
         layer: Conv | nn.Linear = type(op.layer)(**arguments, device="meta")
         layer.weight = nn.Parameter(new_weight.clone())
         if arguments["bias"]:
-            layer.bias = nn.Parameter(bias[rows].clone())
+            layer.bias = nn.Parameter(bias)
         node = self._call(op, layer)
         if bend is None:
             return node
-        return self.graph.call_function(torch.add, (node, self.constant(bend[:, rows])))
+        return self.graph.call_function(torch.add, (node, self.constant(bend[:, rows[first]])))
 
-    def _folded(self, op: Op) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return weight, bias and constant map of a layer, all channels still in place.
+    def _folded(self, op: Op, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return weight, bias and constant map of the outputs `rows` of a layer, on all inputs.
 
-        The rows of channels that are not live have no weights, and no bias unless they are held.
+        Outputs that are not live have no weights, and no bias unless they are held.
         """
-        source, name = op.inputs[0].name, op.node.name
-        given, result = self.reading.fixed[source], self.reading.fixed[name]
-        live, held = self.need.live[name], self.need.held[name]
-        bias = torch.zeros(op.channels, dtype=torch.float64)
-        if op.layer.bias is not None:
-            bias = bias + op.layer.bias.detach()
+        given = self.reading.fixed[op.inputs[0].name]
+        live = self.need.live[op.node.name][rows]
         new = op.layer.weight.detach()
+        new = new if bool(rows.all()) else new[rows]
         if not bool(live.all()):
             new = new * live.view(-1, *(1 for _ in new.shape[1:]))
-        if not bool(given.where.any()):
-            return new, torch.where(live | held, bias, 0.0), None
-        constant_part = _columns(op, new, given.where)
-        new = _columns(op, new, ~given.where)
-        carriers = self.need.carriers.get(name)
+        bias = torch.zeros(len(live), dtype=torch.float64)
+        if op.layer.bias is not None:
+            bias = torch.where(live, op.layer.bias.detach()[rows], bias)
         bend = None
-        if carriers is not None and max(carriers) >= 0:
-            new = new + _carried(op, constant_part, given.value, carriers)
-        elif carriers is None and self.reading.borders is Borders.MAP and given.value.dim() > 1:
-            tensors = {"weight": constant_part, "bias": torch.zeros_like(bias)}
-            bend = functional_call(op.layer, tensors, given.value.unsqueeze(0))
-            shift = bend.flatten(2)[0, :, 0]
-            bend = bend - shift.view(-1, *(1 for _ in bend.shape[2:]))
-            bias = bias + shift
-        elif carriers is None:
-            bias = bias + _uniform_part(op, constant_part, given.value.reshape(-1))
-        middle = result.value.reshape(op.channels, -1)
-        bias = torch.where(live, bias, 0.0)
-        bias = torch.where(held, middle[:, 0], bias)
-        if middle.shape[1] > 1:
-            rest = torch.where(held[:, None], middle - middle[:, :1], 0.0)
-            rest = rest.view(1, *result.value.shape)
-            bend = rest if bend is None else bend + rest
-        return new, bias, bend if bend is not None and bool(bend.any()) else None
+        if bool(given.where.any()):
+            fixed_part = _columns(op, new, given.where)
+            new = _columns(op, new, ~given.where)
+            carriers = self.need.carriers.get(op.node.name)
+            if carriers is not None:
+                new = new + _carried(op, fixed_part, given.value, carriers)
+            elif self.reading.borders is Borders.MAP and given.value.dim() > 1:
+                tensors = {"weight": fixed_part, "bias": torch.zeros_like(bias)}
+                bend = functional_call(op.layer, tensors, given.value.unsqueeze(0))
+            else:
+                bias = bias + _uniform_part(op, fixed_part, given.value.reshape(-1))
+        held = self.need.held[op.node.name][rows]
+        value = self.reading.fixed[op.node.name].value[rows]
+        if bend is None:
+            bend = torch.zeros_like(value).unsqueeze(0)
+        bend = bend + value * held.view(-1, *(1 for _ in value.shape[1:]))
+        level = bend.reshape(len(bias), -1)[:, 0]  # what is uniform of a map belongs to the bias
+        bend = bend - level.view(1, -1, *(1 for _ in value.shape[1:]))
+        return new, bias + level, bend if bool(bend.any()) else None
 
     # -------------------------------------------------------------------------------- operands
 
@@ -285,9 +283,12 @@ def _carried(op: Op, values: Tensor, constants: Tensor, carriers: tuple[int, ...
 
 
 def _cut_weight(op: Op, values: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Return the weight of the rows and columns that stay, shape ``(out, in / groups, …)``."""
+    """Return the weight of the rows and columns that stay, shape ``(out, in / groups, …)``.
+
+    Without groups `values` has only these rows already.
+    """
     if op.groups == 1:
-        return values if bool(rows.all() & columns.all()) else values[rows][:, columns]
+        return values if bool(columns.all()) else values[:, columns]
     grouped = values.view(op.groups, -1, *values.shape[1:])
     by_row, by_column = rows.view(op.groups, -1), columns.view(op.groups, -1)
     parts = [

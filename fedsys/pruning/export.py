@@ -1,0 +1,90 @@
+"""Dense models for other runtimes: ONNX, checked by ONNX Runtime before it is trusted."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedsys.errors import ModelError
+from fedsys.pruning.plan import probes
+
+TOLERANCE = 1e-5
+"""Largest difference to ONNX Runtime's outputs that passes, times max(1, largest output)."""
+
+
+def export_onnx(
+    model: nn.Module, example: Tensor | Sequence[int], path: str | os.PathLike[str]
+) -> float:
+    """Write `model` as an ONNX file with weights, for any batch size, and compare its outputs.
+
+    Args:
+        model: A model in evaluation mode, with one float32 tensor in and one out.
+        example: A batch of inputs, or the shape of one input without the batch.
+        path: The file to write.
+
+    Returns:
+        The largest difference between the outputs of `model` and those of ONNX Runtime.
+
+    Raises:
+        ModelError: The extra `export` is not installed, an operation has no counterpart in ONNX,
+            or outputs differ by more than `TOLERANCE`; then no file is left.
+    """
+    runtime = _import("onnxruntime")
+    _import("onnxscript")
+    path = Path(path)
+    inputs = probes(example)
+    program = _translate(model, inputs)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    program.save(str(path), external_data=False)
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    with torch.no_grad():
+        expected = model(inputs)
+    answers = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
+    difference = (expected - torch.from_numpy(answers[0])).abs().flatten(1).amax(1)
+    allowed = TOLERANCE * expected.abs().flatten(1).amax(1).clamp(min=1.0)
+    if not bool((difference <= allowed).all()):
+        path.unlink()
+        raise ModelError(
+            f"ONNX Runtime differs from the model by {difference.max():.3g}, more than "
+            f"{TOLERANCE:g} x max(1, max|output|)"
+        )
+    return float(difference.max())
+
+
+def _translate(model: nn.Module, inputs: Tensor) -> Any:
+    # the exporter reports its progress on standard output and warns about its own parts
+    quiet = logging.getLogger("torch.onnx"), logging.getLogger("onnxscript")
+    levels = [logger.level for logger in quiet]
+    try:
+        for logger in quiet:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            batch = {0: torch.export.Dim.DYNAMIC}
+            return torch.onnx.export(
+                model, (inputs,), dynamo=True, dynamic_shapes=(batch,), verbose=False
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise ModelError(f"the model cannot be written as ONNX: {error}") from error
+    finally:
+        for logger, level in zip(quiet, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _import(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ModelError(
+            f"ONNX needs the package {name}: install it by pip install 'fedsys[export]'"
+        ) from error
