@@ -154,7 +154,7 @@ class OffloadClient:
         observation = self._observation(0, time.perf_counter() - began)
         return RecordDict({"metrics": metrics, "observation": observation})
 
-    # --- rounds, steps, micro-batches ---------------------------------------------------------------
+    # --- rounds, steps, micro-batches -------------------------------------------------------------
 
     def _train(self) -> tuple[Part, _Sums, int]:
         kept = self._content.array_records.get("optimizer", ArrayRecord())

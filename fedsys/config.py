@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import math
 import re
 import shlex
 import types
@@ -80,6 +81,10 @@ class ClientConfig:
         threads: Intra-op threads of one client; bits depend on it.
         device: ``auto``, ``cpu`` or ``cuda``.
         keep_optimizer: Whether the optimizer's state lives on from round to round.
+        label_private: Whether the last unit stays on the device in split training, so that labels
+            never leave it.
+        max_model_bytes: Largest model that the device holds alone if its edges are lost, in
+            bytes; None for any.
     """
 
     epochs: int = 2
@@ -94,13 +99,23 @@ class ClientConfig:
     threads: int = 1
     device: str = "auto"
     keep_optimizer: bool = False
+    label_private: bool = False
+    max_model_bytes: int | None = None
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """How a mini-batch is worked through; `micro_batches` pieces whose gradients add up."""
+    """How a mini-batch is worked through.
 
+    Attributes:
+        kind: Order of the pieces in split training: ``sequential``, ``pipelined`` or ``bounded``.
+        micro_batches: Pieces of a mini-batch, whose gradients add up.
+        depth: ``bounded``: pieces in flight at most.
+    """
+
+    kind: str = "sequential"
     micro_batches: int = 1
+    depth: int = 2
 
 
 @dataclass(frozen=True)
@@ -126,6 +141,53 @@ class RuntimeConfig:
     insecure: bool = False
     launch: bool = False
     wait_s: float = 60.0
+
+
+@dataclass(frozen=True)
+class LinkConfig:
+    """How devices and edge servers are connected.
+
+    Attributes:
+        kind: ``memory``, ``grpc``, or ``auto``: memory where both are in one process.
+        credentials: Folder with ``ca.pem``, ``cert.pem`` and ``key.pem`` for mutual TLS.
+    """
+
+    kind: str = "auto"
+    credentials: str | None = None
+
+
+@dataclass(frozen=True)
+class EdgeAddressConfig:
+    """Where an edge server is: as the server app reaches it, and as the devices do."""
+
+    name: str
+    address: str
+    device_address: str = ""
+
+
+@dataclass(frozen=True)
+class FleetConfig:
+    """The edge servers of a run.
+
+    Attributes:
+        edges: Those that exist already; if empty, ``num_edges`` are started for the run.
+        replicate_every: Steps between replicas of a session, from which it continues if its edge
+            is lost; 0: it continues from the start of the round.
+    """
+
+    edges: tuple[EdgeAddressConfig, ...] = ()
+    replicate_every: int = 0
+
+
+@dataclass(frozen=True)
+class EdgeConfig:
+    """One edge server.
+
+    Attributes:
+        device: Where sessions compute: ``auto``, ``cpu`` or ``cuda``.
+    """
+
+    device: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -165,17 +227,22 @@ class Config:
     """
 
     num_clients: int
+    num_edges: int
     rounds: int
     seed: int
     json: bool
     client: ClientConfig
     schedule: ScheduleConfig
+    link: LinkConfig
+    fleet: FleetConfig
+    edge: EdgeConfig
     runtime: RuntimeConfig
     run: RunConfig
     apps: Apps
     data: Spec
     model: Spec
     strategy: Spec
+    policy: Spec
     bench: Spec = field(default_factory=dict)
     resume: str | None = None
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -221,6 +288,13 @@ RULES: tuple[Rule, ...] = (
     ("client.lr_schedule.gamma", _positive, "must be greater than 0", ""),
     ("client.lr_schedule.final", lambda v: 0 <= v <= 1, "must be in [0, 1]", ""),
     ("client.lr_schedule.warmup", lambda v: v >= 0, "must not be negative", ""),
+    ("num_edges", _at_least_one, "must be at least 1", "policy=none trains without edge servers"),
+    ("client.max_model_bytes", _optional(_positive), "must be above 0", "null for no bound"),
+    ("schedule.kind", *_one_of("sequential", "pipelined", "bounded"), ""),
+    ("schedule.depth", _at_least_one, "must be at least 1", ""),
+    ("link.kind", *_one_of("auto", "memory", "grpc"), ""),
+    ("fleet.replicate_every", lambda v: v >= 0, "must not be negative", "0 turns it off"),
+    ("edge.device", *_one_of("auto", "cpu", "cuda"), ""),
     ("schedule.micro_batches", _at_least_one, "must be at least 1", ""),
     ("checkpoint.every", _at_least_one, "must be at least 1", ""),
     ("runtime.workers", _optional(_at_least_one), "must be at least 1", "null lets fedsys choose"),
@@ -316,7 +390,9 @@ def _build(kind: Any, value: Any, path: str) -> Any:
         if not isinstance(value, Mapping):
             raise ConfigError.of(path, value, "must be a group of keys")
         return {str(k): v for k, v in value.items()}
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise ConfigError.of(path, value, "must be a finite number")
         return float(value)
     if kind is str and value is not None and not isinstance(value, dict | list):
         return str(value)
@@ -359,10 +435,11 @@ def call_target(spec: Spec, group: str, **given: Any) -> Any:
     Args:
         spec: A group; nested groups with a ``_target_`` of their own are built first.
         group: Name of the group, for error messages.
-        **given: Further keywords, which the group cannot set.
+        **given: Further keywords, passed where the target has them; the group cannot set them.
 
     Raises:
-        ConfigError: The target does not exist, or a keyword is not one of its parameters.
+        ConfigError: The target does not exist, a keyword is not one of its parameters or not of
+            its type, or the target refuses its arguments.
     """
     target = locate(str(spec.get("_target_", "")), group)
     keywords = {
@@ -370,8 +447,19 @@ def call_target(spec: Spec, group: str, **given: Any) -> Any:
         for k, v in spec.items()
         if k != "_target_"
     }
+    for key in keywords.keys() & given:
+        raise ConfigError.of(f"{group}.{key}", keywords[key], "must not be set: fedsys sets it")
+    parameters = _parameters(target)
+    if parameters is not None and not _takes_any(parameters):
+        given = {key: value for key, value in given.items() if key in parameters}
     check_keywords(target, {**keywords, **given}, group)
-    return target(**keywords, **given)
+    types_ = _simple_types(target)
+    for key in keywords.keys() & types_:
+        keywords[key] = _build(types_[key], keywords[key], f"{group}.{key}")
+    try:
+        return target(**keywords, **given)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{group}: {_name_of(target)} refuses its arguments: {error}") from error
 
 
 def locate(path: str, group: str) -> Callable[..., Any]:
@@ -396,11 +484,10 @@ def locate(path: str, group: str) -> Callable[..., Any]:
 
 def check_keywords(target: Callable[..., Any], keywords: Spec, group: str) -> None:
     """Refuse keywords that `target` does not take, and missing ones, by name."""
-    try:
-        parameters = inspect.signature(target).parameters
-    except (TypeError, ValueError):  # some extension types have no signature; calling them decides
+    parameters = _parameters(target)
+    if parameters is None:
         return
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+    if not _takes_any(parameters):
         for key in keywords:
             if key not in parameters:
                 hint = did_you_mean(key, parameters)
@@ -414,6 +501,29 @@ def check_keywords(target: Callable[..., Any], keywords: Spec, group: str) -> No
         )  # fmt: skip
         if needed and name not in keywords:
             raise ConfigError(f"{group}.{name}: {_name_of(target)} needs a value for it")
+
+
+def _parameters(target: Callable[..., Any]) -> Mapping[str, inspect.Parameter] | None:
+    try:
+        return inspect.signature(target).parameters
+    except (TypeError, ValueError):  # some extension types have no signature; calling them decides
+        return None
+
+
+def _takes_any(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    return any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _simple_types(target: Callable[..., Any]) -> dict[str, Any]:
+    """Return the parameters that are annotated as a plain number, text or truth value."""
+    constructor: Any = target
+    try:
+        hints = typing.get_type_hints(
+            constructor.__init__ if inspect.isclass(target) else constructor
+        )
+    except (NameError, TypeError, AttributeError):  # written for a type checker only
+        return {}
+    return {name: kind for name, kind in hints.items() if kind in (bool, int, float, str)}
 
 
 def _name_of(target: Callable[..., Any]) -> str:

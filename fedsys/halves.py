@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from fedsys import optimizers, training
 from fedsys.config import Config
+from fedsys.errors import ModelError
 from fedsys.layers import LayeredModel, fill, stages
 from fedsys.training import Proximal
 

@@ -2,10 +2,11 @@
 
 `build` is the one place that stacks the wrappers, because their order is a correctness rule::
 
-    Sampled(            who takes part, by partition id; replies in that order
-      KeptState(        optimizer state of the clients, from round to round
-        TypedBuffers(   buffers keep their type and are never "stepped"
-          FedAvg | FedProx | FedAdam | …
+    Sampled(              who takes part, by partition id; replies in that order
+      Offload(            halves out, whole models back
+        KeptState(        optimizer state of the clients, from round to round
+          TypedBuffers(   buffers keep their type and are never "stepped"
+            FedAvg | FedProx | FedAdam | …
 """
 
 from __future__ import annotations
@@ -16,22 +17,35 @@ from flwr.serverapp.strategy import Strategy
 from torch import nn
 
 from fedsys.config import Config, call_target
+from fedsys.data import Dataset
 from fedsys.errors import ConfigError
+from fedsys.fleet import Fleet
 from strategies.buffers import TypedBuffers
 from strategies.kept import KeptState
+from strategies.offload import Offload
+from strategies.policies import build_policy
 from strategies.roster import Roster
 from strategies.sampling import Sampled, Sampling
 
-__all__ = ["KeptState", "Roster", "Sampled", "Sampling", "TypedBuffers", "build"]
+__all__ = ["KeptState", "Offload", "Roster", "Sampled", "Sampling", "TypedBuffers", "build"]
 
 
-def build(config: Config, model: nn.Module, roster: Roster) -> Sampled:
+def build(
+    config: Config,
+    model: nn.Module,
+    roster: Roster,
+    *,
+    fleet: Fleet | None = None,
+    dataset: Dataset | None = None,
+) -> Sampled:
     """Return the strategy of a run, with all its wrappers.
 
     Args:
         config: The run; ``strategy`` names Flower's or the user's own strategy.
         model: The model, which tells parameters from buffers.
         roster: Who is there.
+        fleet: The edge servers; None trains on the devices alone.
+        dataset: Tells the shape of the inputs and the number of classes; needed with a fleet.
 
     Raises:
         ConfigError: The strategy does not exist, or an argument is not one of its own.
@@ -54,7 +68,19 @@ def build(config: Config, model: nn.Module, roster: Roster) -> Sampled:
         raise ConfigError.of(
             "strategy._target_", spec.get("_target_"), "must build a flwr.serverapp Strategy"
         )
-    parameters = frozenset(name for name, _ in model.named_parameters())
+    parameters = frozenset(name for name, _ in model.named_parameters(remove_duplicate=False))
     typed = TypedBuffers(inner, parameters, step_buffers=buffers == "aggregate")
-    kept = KeptState(typed, roster) if config.client.keep_optimizer else typed
-    return Sampled(kept, roster, sampling, seed=config.seed)
+    inner = KeptState(typed, roster) if config.client.keep_optimizer else typed
+    policy = build_policy(config.policy, config.num_edges)
+    if policy is None or fleet is None or dataset is None:
+        return Sampled(inner, roster, sampling, seed=config.seed)
+    offload = Offload(
+        inner,
+        fleet,
+        policy,
+        config=config,
+        roster=roster,
+        input_shape=dataset.input_shape,
+        num_classes=dataset.num_classes,
+    )
+    return Sampled(offload, roster, sampling, seed=config.seed)

@@ -15,11 +15,15 @@ from fedsys import config as configuration
 from fedsys import data, federation, plots, records, training
 from fedsys.config import Config
 from fedsys.data import Images
+from fedsys.edges import open_fleet
 from fedsys.federation import Federation
+from fedsys.fleet import Fleet
 from fedsys.progress import Progress, choose
 from fedsys.run import RunFolder, default_path, state_sha256
+from fedsys.runtime.grids import attentive
 from fedsys.runtime.relay import Relay
 from strategies import Roster, build
+from strategies.offload import figures
 from strategies.rounds import RoundResult, play
 
 EVALUATION_BATCH = 500
@@ -32,9 +36,13 @@ def main(grid: Grid, context: Context) -> None:
     """Train the model that the run config describes and fill the run folder."""
     config = configuration.from_run_config(context.run_config)
     path = Path(config.run.dir or default_path(Path("outputs"), "train"))
-    with _display(config, context) as progress, RunFolder.create(path) as folder:
+    with (
+        _display(config, context) as progress,
+        RunFolder.create(path) as folder,
+        open_fleet(config) as fleet,
+    ):
         folder.log_config(config.text)
-        result = _train(config, grid, folder, progress)
+        result = _train(config, attentive(grid), folder, progress, fleet)
         progress.finish(result)
 
 
@@ -44,7 +52,9 @@ def _display(config: Config, context: Context) -> Progress:
     return Relay() if relayed else choose(json=config.json)
 
 
-def _train(config: Config, grid: Grid, folder: RunFolder, progress: Progress) -> dict[str, Any]:
+def _train(
+    config: Config, grid: Grid, folder: RunFolder, progress: Progress, fleet: Fleet | None
+) -> dict[str, Any]:
     started = time.perf_counter()
     progress.phase(f"loading {config.data.get('source', 'data')}")
     fed = federation.federation(config)
@@ -53,7 +63,7 @@ def _train(config: Config, grid: Grid, folder: RunFolder, progress: Progress) ->
     training.set_threads(config.client.threads)
     device = training.pick_device(config.client.device)
     judge = Judge(model.to(device), fed)
-    strategy = build(config, model, Roster())
+    strategy = build(config, model, Roster(), fleet=fleet, dataset=fed.dataset)
     progress.start(config.rounds, _title(config, model))
 
     def done(result: RoundResult) -> None:
@@ -74,7 +84,8 @@ def _train(config: Config, grid: Grid, folder: RunFolder, progress: Progress) ->
         done=done,
     )
     progress.phase("scoring the test part, drawing plots")
-    return _conclude(config, fed, folder, arrays, judge, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return _conclude(config, fed, folder, arrays, judge, figures(strategy), seconds)
 
 
 def _conclude(
@@ -83,6 +94,7 @@ def _conclude(
     folder: RunFolder,
     arrays: ArrayRecord,
     judge: Judge,
+    more: Mapping[str, Any],
     seconds: float,
 ) -> dict[str, Any]:
     """Score the last model once on the test part and write what a run leaves behind."""
@@ -99,6 +111,7 @@ def _conclude(
         "seconds": seconds,
         "run_dir": str(folder.path),
         "model_sha256": state_sha256(state),
+        **more,
     }
     folder.save_model(state, {"config": config.text, "classes": "\n".join(fed.dataset.classes)})
     plots.draw_all(folder)

@@ -13,7 +13,17 @@ from typing import Any, cast
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
+from flwr.serverapp.strategy import (
+    FedAdagrad,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedMedian,
+    FedProx,
+    FedTrimmedAvg,
+    FedYogi,
+    Strategy,
+)
 from numpy.typing import NDArray
 
 from fedsys import records
@@ -21,6 +31,10 @@ from fedsys import records
 ARRAYS = "arrays"
 METRICS = "metrics"
 WEIGHT = "num-examples"
+
+
+READERS = (FedAvg, FedAvgM, FedProx, FedAdam, FedYogi, FedAdagrad, FedMedian, FedTrimmedAvg)
+"""Strategies known to write into no array that they are given; others get copies to write into."""
 
 
 class TypedBuffers(Strategy):
@@ -34,11 +48,14 @@ class TypedBuffers(Strategy):
             Integer buffers are always averaged, and rounded to the nearest (half to even).
     """
 
+    STATE = ()  # nothing outlives a round
+
     def __init__(
         self, inner: Strategy, parameters: frozenset[str], *, step_buffers: bool = True
     ) -> None:
         self.inner, self.parameters, self.step_buffers = inner, parameters, step_buffers
         self._sent: ArrayRecord = ArrayRecord()
+        self._show = records.readable if type(inner) in READERS else records.writable
 
     def summary(self) -> None:
         """Log the settings of the inner strategy."""
@@ -49,7 +66,7 @@ class TypedBuffers(Strategy):
     ) -> Iterable[Message]:
         """Have the inner strategy work on its arrays; the messages carry all of them."""
         self._sent = arrays
-        shown, _ = self._divide(records.readable(arrays))
+        shown, _ = self._divide(self._show(arrays))
         messages = list(self.inner.configure_train(server_round, shown, config, grid))
         for message in messages:
             message.content[ARRAYS] = arrays
@@ -63,7 +80,7 @@ class TypedBuffers(Strategy):
         others: list[ArrayRecord] = []
         weights: list[float] = []
         for reply in replies:
-            arrays = records.readable(reply.content.array_records[ARRAYS])
+            arrays = self._show(reply.content.array_records[ARRAYS])
             shown, rest = self._divide(arrays)
             reply.content[ARRAYS] = shown
             others.append(rest)

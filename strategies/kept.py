@@ -26,6 +26,8 @@ class KeptState(Strategy):
         states: The record of each client by partition id.
     """
 
+    STATE = ("states",)
+
     def __init__(self, inner: Strategy, roster: Roster) -> None:
         self.inner, self.roster = inner, roster
         self.states: dict[int, ArrayRecord] = {}

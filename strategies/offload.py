@@ -11,6 +11,7 @@ model it is left out of the round, and that is said.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Iterable, Mapping
@@ -137,9 +138,7 @@ class Offload(Strategy):
         again: list[int] = []
         for reply in replies:
             client = self.roster.partition_of(reply.metadata.src_node_id)
-            if client not in self._sent:
-                done[client] = reply
-            elif self._joined(client, reply):
+            if client not in self._sent or self._joined(client, reply):
                 done[client] = reply
             else:
                 again.append(client)
@@ -263,13 +262,12 @@ class Offload(Strategy):
         self._observe(client, seen)
         try:
             if seen["stranded"]:
-                _log.warning("client %d: %s", client, seen["stranded"])
+                _log.warning("client %d: %s", client, str(seen["stranded"]))
                 return False
             snapshot = self.fleet.collect(sent.spec.id)
-            if snapshot.step != seen["steps"]:
-                raise SessionError(
-                    f"{snapshot.step} steps on the edge, {seen['steps']} on the device"
-                )
+            steps = self._seen[client].steps
+            if snapshot.step != steps:
+                raise SessionError(f"{snapshot.step} steps on the edge, {steps} on the device")
         except FedsysError as error:
             _log.warning("client %d, round %d: %s", client, sent.spec.round, error)
             return False
@@ -364,6 +362,14 @@ class Offload(Strategy):
                 round_, recovery.client, recovery.source, recovery.target or "nowhere",
                 recovery.step,
             )  # fmt: skip
+
+
+def figures(strategy: Strategy) -> dict[str, Any]:
+    """Return what offloading did in a run, for its result; empty if nothing was offloaded."""
+    inner: object = strategy
+    while inner is not None and not isinstance(inner, Offload):
+        inner = getattr(inner, "inner", None)
+    return {} if inner is None else dataclasses.asdict(inner.totals)
 
 
 def _of(content: RecordDict, key: str, names: set[str]) -> ArrayRecord:

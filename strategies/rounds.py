@@ -14,8 +14,10 @@ from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
 
 from fedsys import records
+from fedsys.errors import ConfigError
 from fedsys.training import Score
 from strategies.sampling import Sampled
 
@@ -80,6 +82,9 @@ def play(
         timeout_s: Longest time for one phase, in seconds.
         judge: Scores a model on the validation part.
         done: Called after each round.
+
+    Raises:
+        ConfigError: The strategy makes no model although every client answered.
     """
     began = time.perf_counter()
     for number in range(first, last + 1):
@@ -93,9 +98,16 @@ def play(
         examples = _total("num-examples", replies)
         steps = _total("steps", replies)
         aggregate, metrics = strategy.aggregate_train(number, replies)
+        lost = dict(strategy.lost)
+        if aggregate is None and not lost:  # and so it would be in every round
+            raise ConfigError.of(
+                "strategy",
+                type(innermost(strategy)).__name__,
+                f"needs more than the {len(replies)} replies of round {number} to make a model",
+                "raise strategy.fraction_train or num_clients",
+            )
         arrays = arrays if aggregate is None else aggregate
         watch.lap("aggregate")
-        lost = dict(strategy.lost)
         score = judge(arrays)
         federated = _federated_evaluation(strategy, grid, number, arrays, timeout_s)
         watch.lap("evaluate")
@@ -130,6 +142,13 @@ def _federated_evaluation(
 
 def _plain(metrics: MetricRecord | None) -> dict[str, Any]:
     return {} if metrics is None else dict(metrics)
+
+
+def innermost(strategy: Strategy) -> Strategy:
+    """Return the strategy inside all wrappers."""
+    while isinstance(inner := getattr(strategy, "inner", None), Strategy):
+        strategy = inner
+    return strategy
 
 
 def _total(metric: str, replies: Iterable[Message]) -> int:

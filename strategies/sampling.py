@@ -19,7 +19,7 @@ from flwr.serverapp.strategy import Strategy
 from flwr.supercore.run import Run
 
 from fedsys.errors import ConfigError, RuntimeFailure
-from fedsys.randomness import Address
+from fedsys.randomness import SERVER, Address
 from strategies.roster import Roster
 
 
@@ -91,10 +91,12 @@ class Sampled(Strategy):
         lost: After `aggregate_train`: why each client that was asked did not contribute.
     """
 
+    STATE = ()  # nothing outlives a round
+
     def __init__(self, inner: Strategy, roster: Roster, sampling: Sampling, *, seed: int) -> None:
         self.inner, self.roster, self.sampling, self.seed = inner, roster, sampling, seed
         self.lost: dict[int, str] = {}
-        self._asked: dict[int, int] = {}
+        self._asked: dict[int, Message] = {}
 
     def summary(self) -> None:
         """Log the settings of the inner strategy."""
@@ -105,8 +107,7 @@ class Sampled(Strategy):
     ) -> Iterable[Message]:
         """Return a message for each client chosen for this round."""
         chosen = self._choose(server_round, grid, train=True)
-        messages = self.inner.configure_train(server_round, arrays, config, chosen)
-        return self._in_order(messages)
+        return self._asking(self.inner.configure_train(server_round, arrays, config, chosen))
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -116,7 +117,10 @@ class Sampled(Strategy):
         Raises:
             RuntimeFailure: Not one client succeeded; with what the first of them said.
         """
-        return self.inner.aggregate_train(server_round, self._valid(replies, "train"))
+        result = self.inner.aggregate_train(server_round, self._valid(replies, "train"))
+        # Split training can lose a client after it answered: with the edge that has its other half.
+        self.lost.update(getattr(self.inner, "lost", {}))
+        return result
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -125,8 +129,7 @@ class Sampled(Strategy):
         if self.sampling.fraction_evaluate == 0:
             return []
         chosen = self._choose(server_round, grid, train=False)
-        messages = self.inner.configure_evaluate(server_round, arrays, config, chosen)
-        return self._in_order(messages)
+        return self._asking(self.inner.configure_evaluate(server_round, arrays, config, chosen))
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
@@ -141,29 +144,30 @@ class Sampled(Strategy):
         count = self.sampling.count(len(present), train=train)
         purpose = "sample-train" if train else "sample-evaluate"
         chosen = choose(list(present), count, Address(self.seed, round=server_round), purpose)
-        self._asked = {partition: present[partition] for partition in chosen}
-        return ChosenNodes(grid, list(self._asked.values()))
+        return ChosenNodes(grid, [present[partition] for partition in chosen])
 
-    def _in_order(self, messages: Iterable[Message]) -> list[Message]:
-        return sorted(messages, key=lambda m: self.roster.partition_of(m.metadata.dst_node_id))
+    def _asking(self, messages: Iterable[Message]) -> list[Message]:
+        """Return the messages in the order of partition ids, and remember whom they ask."""
+        asked = {self.roster.partition_of(m.metadata.dst_node_id): m for m in messages}
+        self._asked = dict(sorted(asked.items()))
+        return list(self._asked.values())
 
     def _valid(self, replies: Iterable[Message], phase: str) -> list[Message]:
+        # An error reply may carry the id of the SuperLink instead of the node's, so who failed
+        # follows from the message that is answered; the grid gave it its id when it was sent.
+        asked = {m.metadata.message_id: partition for partition, m in self._asked.items()}
         valid: dict[int, Message] = {}
-        reasons: list[str] = []
+        reasons: dict[int, str] = {}
         for reply in replies:
             if reply.has_error():
-                reasons.append(reply.error.reason or f"error {reply.error.code}")
+                partition = asked.get(reply.metadata.reply_to_message_id, SERVER)
+                reasons[partition] = reply.error.reason or f"error {reply.error.code}"
             else:
                 valid[self.roster.partition_of(reply.metadata.src_node_id)] = reply
-        missing = [partition for partition in self._asked if partition not in valid]
-        # An error reply may carry the id of the SuperLink instead of the node's, so who is missing
-        # follows from who answered.
-        self.lost = {
-            partition: reasons[i] if i < len(reasons) else "no reply"
-            for i, partition in enumerate(missing)
-        }
+        unnamed = reasons.get(SERVER, "no reply")
+        self.lost = {p: reasons.get(p, unnamed) for p in self._asked if p not in valid}
         if not valid:
-            first = reasons[0] if reasons else "no reply at all"
+            first = reasons[min(reasons)] if reasons else "no reply at all"
             raise _failure(f"{phase}: none of {len(self._asked)} clients succeeded; {first}", first)
         return [valid[partition] for partition in sorted(valid)]
 

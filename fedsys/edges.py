@@ -1,0 +1,72 @@
+"""The edge servers of a run: started as threads for it, or already there and connected to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from fedsys import training
+from fedsys.config import Config
+from fedsys.edge import EdgeServer
+from fedsys.errors import ConfigError
+from fedsys.fleet import EdgeAddress, Fleet
+from fedsys.security import Credentials, new_token
+
+
+@contextmanager
+def open_fleet(config: Config) -> Iterator[Fleet | None]:
+    """Return a handle on the edge servers that a run needs, for the length of a block.
+
+    Yields:
+        The fleet; None where everything stays on the devices.
+
+    Raises:
+        ConfigError: The kind of link does not fit the runtime.
+        LinkError: An edge server does not answer.
+    """
+    if config.policy.get("kind", "none") == "none":
+        yield None
+        return
+    credentials = None
+    if config.link.credentials is not None:
+        credentials = Credentials.load(Path(config.link.credentials))
+    if config.fleet.edges:
+        edges = [EdgeAddress(e.name, e.address, e.device_address) for e in config.fleet.edges]
+        with Fleet(edges, credentials=credentials) as fleet:
+            yield fleet
+        return
+    token, kind = new_token(), link_kind(config)
+    with ExitStack() as stack:
+        servers = [_start(config, kind, i, token, credentials) for i in range(config.num_edges)]
+        for server in servers:
+            stack.callback(server.stop, 0.0)
+        here = [EdgeAddress(server.name, server.address) for server in servers]
+        yield stack.enter_context(Fleet(here, credentials=credentials, control_token=token))
+
+
+def _start(
+    config: Config, kind: str, index: int, token: str, credentials: Credentials | None
+) -> EdgeServer:
+    name = f"edge-{index}"
+    # In memory, names are those of the process: a second run beside this one has its own.
+    address = f"memory://{name}-{token[:8]}" if kind == "memory" else "grpc://127.0.0.1:0"
+    device = training.pick_device(config.edge.device)
+    return EdgeServer(name, address, control_token=token, device=device, credentials=credentials)
+
+
+def link_kind(config: Config) -> str:
+    """Return ``memory`` or ``grpc``.
+
+    Raises:
+        ConfigError: Memory was asked for, and devices are in other processes.
+    """
+    local = config.runtime.kind == "local"
+    if config.link.kind == "auto":
+        return "memory" if local else "grpc"
+    if config.link.kind == "memory" and not local:
+        raise ConfigError.of(
+            "link.kind", "memory", f"cannot reach the processes of runtime={config.runtime.kind}",
+            "use link=grpc",
+        )  # fmt: skip
+    return config.link.kind
