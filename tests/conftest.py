@@ -28,6 +28,8 @@ def configure() -> Callable:
 @pytest.fixture
 def identity() -> None:
     """Give this process the identity without which Flower builds no message."""
+    from fedsys.runtime import quiet_flower
     from fedsys.runtime.local import identify_process
 
+    quiet_flower()
     identify_process()
