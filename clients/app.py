@@ -5,12 +5,13 @@ from __future__ import annotations
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from clients import mods
 from clients.local import LocalClient
 from clients.offload import OffloadClient
 from fedsys import config as configuration
 from fedsys.link import dial
 
-app = ClientApp()
+app = ClientApp(mods=[mods.explain_errors, mods.unpack_arrays])
 
 
 @app.train()

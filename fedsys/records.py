@@ -85,6 +85,21 @@ def view(array: Array) -> NDArray[Any]:
         raise ModelError(f"{kind}: {len(array.data)} bytes do not hold it ({error})") from error
 
 
+def array_of(file: bytes) -> Array:
+    """Return an array over the bytes of a ``.npy`` file, which say its type and shape.
+
+    Raises:
+        ModelError: The bytes are not such a file.
+    """
+    try:
+        stream = io.BytesIO(file)
+        np.lib.format.read_magic(stream)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    except ValueError as error:
+        raise ModelError(f"an array cannot be read: {error}") from error
+    return _make(Array, str(dtype), shape, file)
+
+
 class SealedArray(Array):
     """A Flower array that cannot be changed, so that clients of one process can share it.
 

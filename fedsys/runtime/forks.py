@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
@@ -41,12 +41,19 @@ def preload(modules: Sequence[str] = LIBRARIES) -> None:
             importlib.import_module(name)
 
 
-def fork(command: Sequence[str], log: Path | None = None, *, leader: bool = False) -> int:
+def fork(
+    command: Sequence[str],
+    log: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    *,
+    leader: bool = False,
+) -> int:
     """Run a program in a fork of this process and return its process id.
 
     Args:
         command: Name of a console script, or of a module with a `main`, and its arguments.
         log: File that gets what it prints, behind what is there; by default this process's output.
+        env: Variables to set in its environment.
         leader: Whether it gets a process group of its own.
     """
     sys.stdout.flush()
@@ -54,7 +61,7 @@ def fork(command: Sequence[str], log: Path | None = None, *, leader: bool = Fals
     pid = os.fork()
     if pid:
         return pid
-    _become(command, log, leader)
+    _become(command, log, env or {}, leader)
 
 
 def reap() -> dict[int, int]:
@@ -66,7 +73,9 @@ def reap() -> dict[int, int]:
     return ended
 
 
-def _become(command: Sequence[str], log: Path | None, leader: bool) -> NoReturn:
+def _become(
+    command: Sequence[str], log: Path | None, env: Mapping[str, str], leader: bool
+) -> NoReturn:
     """Turn this fork into a program; never returns."""
     status = 1
     try:
@@ -78,6 +87,7 @@ def _become(command: Sequence[str], log: Path | None, leader: bool) -> NoReturn:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.environ.update(env)
         _redirect(log)
         for name in [n for n in sys.modules if n.partition(".")[0] in _OWN]:
             del sys.modules[name]

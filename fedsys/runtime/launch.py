@@ -166,7 +166,9 @@ class Deployment:
                 "--node-config", f"partition-id={partition} num-partitions={len(self.node_keys)}",
             ],
         )  # fmt: skip
-        processes.start(f"{name}-executor", self._executor(f"{HOST}:{port}"))
+        # A home for each: two processes that unpack one bundle at one place disturb each other.
+        home = {"FLWR_HOME": str(self.folder / "home" / name)}
+        processes.start(f"{name}-executor", self._executor(f"{HOST}:{port}"), home)
 
     def _executor(self, address: str) -> list[str]:
         return [

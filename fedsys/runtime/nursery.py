@@ -2,7 +2,7 @@
 
 Reads one JSON object per line from standard input and answers each with one line::
 
-    {"start": ["flower-superlink", …], "log": "…/superlink.log"}     {"pid": 4711}
+    {"start": ["flower-superlink", …], "log": "FILE", "env": {}}     {"pid": 4711}
     {"poll": true}                                                   {"ended": {"4711": 0}}
 
 Ends, with everything that it started, when standard input ends: also when whoever holds the other
@@ -46,7 +46,7 @@ def main() -> None:
 
 def _answer(request: dict[str, Any], children: dict[int, int | None]) -> dict[str, Any]:
     if "start" in request:
-        pid = forks.fork(request["start"], Path(request["log"]), leader=True)
+        pid = forks.fork(request["start"], Path(request["log"]), request["env"], leader=True)
         children[pid] = None
         return {"pid": pid}
     children.update(forks.reap())

@@ -80,10 +80,23 @@ class Processes:
                 self._nursery.wait()
             self._nursery.stdout.close()
 
-    def start(self, name: str, command: Sequence[str]) -> None:
-        """Start a program; what it prints goes to ``<name>.log``, behind what is there."""
-        log = str(self._logs / f"{name}.log")
-        self._pids[name] = self._ask({"start": list(command), "log": log})["pid"]
+    def start(
+        self, name: str, command: Sequence[str], env: Mapping[str, str] | None = None
+    ) -> None:
+        """Start a program.
+
+        Args:
+            name: What it is called here; what it prints goes to ``<name>.log``, behind what is
+                there.
+            command: As for `fedsys.runtime.forks.fork`.
+            env: Variables to set in its environment.
+        """
+        request = {
+            "start": list(command),
+            "log": str(self._logs / f"{name}.log"),
+            "env": dict(env or {}),
+        }
+        self._pids[name] = self._ask(request)["pid"]
 
     def pid(self, name: str) -> int:
         """Return the process id of a program, which is that of its group, too."""

@@ -1,0 +1,114 @@
+"""Flower's grids as a server app wants them: prompt, and clear about who failed.
+
+`attentive` wraps the grid of a deployment; those of the other runtimes need no wrapping.
+
+What is private in Flower and used here: a message's metadata can be changed only from inside.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from flwr.app import Message, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+
+from fedsys import packing
+
+POLL_S = 0.2
+"""Seconds between two looks for replies; Flower's own grid takes 3."""
+
+
+def attentive(grid: Grid) -> Grid:
+    """Return a grid that asks for replies often, if `grid` is that of a deployment."""
+    from flwr.superlink.grid import HttpGrid
+
+    return AttentiveGrid(grid) if isinstance(grid, HttpGrid) else grid
+
+
+class AttentiveGrid(Grid):
+    """Looks for replies every `POLL_S` seconds, and names the node that an error is about.
+
+    Contents travel packed (`fedsys.packing`); the client app unpacks them and packs its reply.
+
+    When a node is lost, the SuperLink answers in its place and under its own id; here such a reply
+    carries the id of the node that was asked.
+
+    Args:
+        inner: The grid that it wraps.
+    """
+
+    def __init__(self, inner: Grid) -> None:
+        self._inner = inner
+
+    def set_run(self, run: Run) -> None:
+        """Pass on."""
+        self._inner.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        """Return the run."""
+        return self._inner.run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Return a new message to a node."""
+        return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the nodes that are online."""
+        return self._inner.get_node_ids()
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        """Return what the SuperLink knows of the nodes that are online."""
+        return self._inner.get_nodes()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send messages packed; afterwards they are as before, with the id that they were given."""
+        batch = list(messages)
+        contents = [message.content for message in batch]
+        packed = {id(content): packing.pack(content) for content in contents}
+        try:
+            for message, content in zip(batch, contents, strict=True):
+                message.content = packed[id(content)]
+            return list(self._inner.push_messages(batch))
+        finally:
+            for message, content in zip(batch, contents, strict=True):
+                message.content = content
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the replies that are there, unpacked."""
+        replies = list(self._inner.pull_messages(message_ids))
+        for reply in replies:
+            if packing.is_packed(reply):
+                reply.content = packing.unpack(reply.content)
+        return replies
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Return the replies that arrive within `timeout` seconds; all, without one."""
+        batch = list(messages)
+        self.push_messages(batch)
+        asked = {m.metadata.message_id: m.metadata.dst_node_id for m in batch}
+        deadline = None if timeout is None else time.monotonic() + timeout
+        replies: list[Message] = []
+        while asked:
+            for reply in self.pull_messages(list(asked)):
+                node = asked.pop(reply.metadata.reply_to_message_id)
+                if reply.has_error():
+                    reply.metadata.__dict__["_src_node_id"] = node
+                replies.append(reply)
+            if deadline is not None and time.monotonic() > deadline:
+                break
+            if asked:
+                time.sleep(POLL_S)
+        return replies
