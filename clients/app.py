@@ -9,6 +9,7 @@ from clients import mods
 from clients.local import LocalClient
 from clients.offload import OffloadClient
 from fedsys import config as configuration
+from fedsys.faults import Doom
 from fedsys.link import dial
 
 app = ClientApp(mods=[mods.explain_errors, mods.unpack_arrays])
@@ -17,10 +18,14 @@ app = ClientApp(mods=[mods.explain_errors, mods.unpack_arrays])
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train on the client's own examples; reply with the model and what was seen."""
+    doom = Doom.of(message.content.config_records.get("faults"))
+    doom.reach("before")
     if "assignment" in message.content:
-        return Message(_offloaded(message, context).train(), reply_to=message)
-    client = _client(context)
-    return Message(client.train(message.content), reply_to=message)
+        reply = _offloaded(message, context).train()
+    else:
+        reply = _client(context).train(message.content)
+    doom.reach("after")
+    return Message(reply, reply_to=message)
 
 
 @app.evaluate()

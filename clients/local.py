@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fedsys import data, federation, optimizers, records, training
 from fedsys.config import Config
+from fedsys.faults import SPARED, Doom
 from fedsys.randomness import Address
 
 EVALUATION_BATCH = 500
@@ -52,10 +53,11 @@ class LocalClient:
         if (kept := content.array_records.get("optimizer")) is not None:
             optimizers.unpack_optimizer(optimizer, named, records.from_record(kept))
         address = Address(self.config.seed, self.partition, round_)
+        doom = Doom.of(content.config_records.get("faults"))
         score = training.train(
             model,
             optimizer,
-            own_batches(self.config, self.partition, address),
+            own_batches(self.config, self.partition, address, doom),
             address,
             micro_batches=self.config.schedule.micro_batches,
             clip_norm=client.clip_norm,
@@ -102,9 +104,15 @@ def _anchor(model: nn.Module, settings: ConfigRecord) -> training.Proximal | Non
 
 
 def own_batches(
-    config: Config, partition: int, address: Address
+    config: Config, partition: int, address: Address, doom: Doom = SPARED
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the mini-batches of a client's round, epoch after epoch.
+
+    Args:
+        config: The run.
+        partition: The client.
+        address: Seed, client and round.
+        doom: What strikes the client before or after one of its steps.
 
     Yields:
         Inputs ``(batch, C, H, W)``, normalised and augmented, and labels ``(batch,)``.
@@ -121,7 +129,9 @@ def own_batches(
             epoch,
             step,
         ):
+            doom.reach("before", step)
             yield batch
+            doom.reach("after", step)
             step += 1
 
 

@@ -368,9 +368,29 @@ def compose_text(overrides: str) -> str:
 
 
 def to_text(tree: Any) -> str:
-    """Return the resolved YAML of a composed configuration."""
+    """Return the resolved YAML of a composed configuration, or of plain dicts and lists."""
     with translated_errors():
-        return OmegaConf.to_yaml(tree, resolve=True)
+        return OmegaConf.to_yaml(OmegaConf.create(tree), resolve=True)
+
+
+def plain(tree: Any) -> dict[str, Any]:
+    """Return a composed configuration as resolved plain dicts and lists."""
+    with translated_errors():
+        return typing.cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True))
+
+
+def with_values(text: str, **values: Any) -> str:
+    """Return the YAML of a run with other values for some of its top-level keys."""
+    return to_text(OmegaConf.merge(OmegaConf.create(text), OmegaConf.create(values)))
+
+
+def given_keys() -> list[str]:
+    """Return the keys and groups that the command line of this job names, with dots."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parsed = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
+    return [override.key_or_group.replace("/", ".") for override in parsed]
 
 
 def _build(kind: Any, value: Any, path: str) -> Any:

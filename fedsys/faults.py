@@ -304,3 +304,7 @@ class Doom:
                 if self.server == process_name():
                     raise DeviceKilled(describe(fault))
                 os.kill(os.getpid(), signal.SIGKILL)
+
+
+SPARED: Final = Doom()
+"""Nothing strikes."""

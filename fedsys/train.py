@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fedsys import config as configuration
+from fedsys import resume
+from fedsys.config import Config
 from fedsys.run import RunFolder, default_path
 
 
 def job(tree: Any) -> Mapping[str, Any]:
     """Run what the composed configuration describes and return the result in ``run.json``.
+
+    With ``resume=`` the run in that folder is continued; one that is finished is left as it is.
 
     Args:
         tree: The composed configuration (a DictConfig).
@@ -19,11 +24,33 @@ def job(tree: Any) -> Mapping[str, Any]:
     Raises:
         FedsysError: The configuration is not usable, or the run failed.
     """
-    configuration.parse(configuration.to_text(tree))  # bad values are said before a folder is made
-    tree.run.dir = str(Path(tree.run.dir or default_path(Path("outputs"), "train")).absolute())
-    config = configuration.parse(configuration.to_text(tree))
+    config = _continued(tree) if tree.resume else _new(tree)
+    path = Path(str(config.run.dir))
+    if config.resume:
+        info = RunFolder.open(path).info
+        if info["status"] == "finished" and info["result"]["rounds"] == config.rounds:
+            print(f"{path} is finished; rounds= above {config.rounds} goes on", file=sys.stderr)
+            return _result(path)
     from fedsys import runtime  # imports Flower, which is not needed to refuse a configuration
 
     runtime.run(config)
-    result: Mapping[str, Any] = RunFolder.open(Path(tree.run.dir)).info["result"]
+    return _result(path)
+
+
+def _new(tree: Any) -> Config:
+    configuration.parse(configuration.to_text(tree))  # bad values are said before a folder is made
+    tree.run.dir = str(Path(tree.run.dir or default_path(Path("outputs"), "train")).absolute())
+    return configuration.parse(configuration.to_text(tree))
+
+
+def _continued(tree: Any) -> Config:
+    path = Path(str(tree.resume)).absolute()
+    resume.check_folder(path)
+    asked, given = configuration.plain(tree), configuration.given_keys()
+    merged = resume.merged(resume.stored(path), asked, given, path)
+    return configuration.parse(configuration.to_text(merged))
+
+
+def _result(path: Path) -> Mapping[str, Any]:
+    result: Mapping[str, Any] = RunFolder.open(path).info["result"]
     return result

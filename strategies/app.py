@@ -19,10 +19,11 @@ from fedsys.edges import open_fleet
 from fedsys.federation import Federation
 from fedsys.fleet import Fleet
 from fedsys.progress import Progress, choose
-from fedsys.run import RunFolder, default_path, state_sha256
+from fedsys.run import default_path, state_sha256
 from fedsys.runtime.grids import attentive
 from fedsys.runtime.relay import Relay
 from strategies import Roster, build
+from strategies.keeper import Keeper, opened
 from strategies.offload import figures
 from strategies.rounds import RoundResult, play
 
@@ -38,11 +39,10 @@ def main(grid: Grid, context: Context) -> None:
     path = Path(config.run.dir or default_path(Path("outputs"), "train"))
     with (
         _display(config, context) as progress,
-        RunFolder.create(path) as folder,
+        opened(config, path, progress) as keeper,
         open_fleet(config) as fleet,
     ):
-        folder.log_config(config.text)
-        result = _train(config, attentive(grid), folder, progress, fleet)
+        result = _train(config, attentive(grid), keeper, progress, fleet)
         progress.finish(result)
 
 
@@ -53,8 +53,9 @@ def _display(config: Config, context: Context) -> Progress:
 
 
 def _train(
-    config: Config, grid: Grid, folder: RunFolder, progress: Progress, fleet: Fleet | None
+    config: Config, grid: Grid, keeper: Keeper, progress: Progress, fleet: Fleet | None
 ) -> dict[str, Any]:
+    folder = keeper.folder
     started = time.perf_counter()
     progress.phase(f"loading {config.data.get('source', 'data')}")
     fed = federation.federation(config)
@@ -64,7 +65,8 @@ def _train(
     device = training.pick_device(config.client.device)
     judge = Judge(model.to(device), fed)
     strategy = build(config, model, Roster(), fleet=fleet, dataset=fed.dataset)
-    progress.start(config.rounds, _title(config, model))
+    initial = keeper.watch(strategy, records.to_record(model.state_dict()))
+    progress.start(config.rounds, _title(config, model), keeper.done)
 
     def done(result: RoundResult) -> None:
         folder.add_round(result.row)
@@ -72,32 +74,36 @@ def _train(
         for client, reason in result.lost.items():
             folder.event("client_lost", client=client, round=result.number, reason=reason)
             progress.note(f"round {result.number}: client {client} was lost: {reason}")
+        keeper.keep(result)
 
     arrays = play(
         strategy,
         grid,
-        records.to_record(model.state_dict()),
-        first=1,
+        initial,
+        first=keeper.done + 1,
         last=config.rounds,
+        elapsed_s=keeper.seconds,
         timeout_s=config.runtime.timeout_s,
         judge=judge.validation,
         done=done,
+        faults=keeper.faults,
     )
     progress.phase("scoring the test part, drawing plots")
-    seconds = time.perf_counter() - started
-    return _conclude(config, fed, folder, arrays, judge, figures(strategy), seconds)
+    seconds = keeper.seconds + time.perf_counter() - started
+    return _conclude(config, fed, keeper, arrays, judge, figures(strategy), seconds)
 
 
 def _conclude(
     config: Config,
     fed: Federation,
-    folder: RunFolder,
+    keeper: Keeper,
     arrays: ArrayRecord,
     judge: Judge,
     more: Mapping[str, Any],
     seconds: float,
 ) -> dict[str, Any]:
     """Score the last model once on the test part and write what a run leaves behind."""
+    folder = keeper.folder
     state = records.from_record(arrays)
     last: Mapping[str, Any] = folder.rounds()[-1]
     test = judge.test(arrays)
@@ -111,13 +117,16 @@ def _conclude(
         "seconds": seconds,
         "run_dir": str(folder.path),
         "model_sha256": state_sha256(state),
+        "faults": keeper.faults.report(),
         **more,
     }
-    folder.save_model(state, {"config": config.text, "classes": "\n".join(fed.dataset.classes)})
+    text = configuration.with_values(config.text, resume=None)
+    folder.save_model(state, {"config": text, "classes": "\n".join(fed.dataset.classes)})
     plots.draw_all(folder)
     classes = fed.dataset.classes
     counts = data.class_counts(fed.dataset.train.labels.numpy(), fed.parts, len(classes))
     data.plot_class_counts(counts, classes, folder.path / "plots" / "class_counts.png")
+    keeper.faults.check_all_fired()
     folder.finish(result)
     return result
 

@@ -18,10 +18,15 @@ from flwr.serverapp.strategy import Strategy
 
 from fedsys import records
 from fedsys.errors import ConfigError
+from fedsys.faults import Fault, Faults, encode
 from fedsys.training import Score
+from strategies.roster import Roster
 from strategies.sampling import Sampled
 
 Row = dict[str, Any]
+
+FAULTS = "faults"
+"""Name of the record that tells a device what strikes it."""
 
 
 @dataclass
@@ -70,6 +75,8 @@ def play(
     timeout_s: float,
     judge: Callable[[ArrayRecord], Score],
     done: Callable[[RoundResult], None],
+    elapsed_s: float = 0.0,
+    faults: Faults | None = None,
 ) -> ArrayRecord:
     """Play rounds `first` to `last` and return the global model after them.
 
@@ -82,18 +89,25 @@ def play(
         timeout_s: Longest time for one phase, in seconds.
         judge: Scores a model on the validation part.
         done: Called after each round.
+        elapsed_s: Seconds that the rounds before `first` took.
+        faults: What is to strike; None for nothing.
 
     Raises:
         ConfigError: The strategy makes no model although every client answered.
     """
-    began = time.perf_counter()
+    faults = faults or Faults()
+    began = time.perf_counter() - elapsed_s
     for number in range(first, last + 1):
         watch = Stopwatch()
+        faults.kill_server(number, "before_train")
         messages = list(strategy.configure_train(number, arrays, ConfigRecord(), grid))
+        doomed = faults.of_round("device", number)
+        arm(messages, doomed, strategy.roster)
         watch.lap("configure")
         bytes_down = sum(records.size_of(m.content) for m in messages)
         replies = list(grid.send_and_receive(messages, timeout=timeout_s))
         watch.lap("train")
+        faults.kill_server(number, "after_train")
         bytes_up = sum(records.size_of(r.content) for r in replies if r.has_content())
         examples = _total("num-examples", replies)
         steps = _total("steps", replies)
@@ -106,6 +120,9 @@ def play(
                 f"needs more than the {len(replies)} replies of round {number} to make a model",
                 "raise strategy.fraction_train or num_clients",
             )
+        for fault in doomed:
+            if fault.who in lost:
+                faults.fire(fault)
         arrays = arrays if aggregate is None else aggregate
         watch.lap("aggregate")
         score = judge(arrays)
@@ -128,6 +145,18 @@ def play(
         }
         done(RoundResult(number, arrays, row, lost))
     return arrays
+
+
+def arm(messages: Iterable[Message], doomed: Iterable[Fault], roster: Roster) -> None:
+    """Add to the message of each device what strikes it; the other messages stay as they are."""
+    by_client: dict[object, list[Fault]] = {}
+    for fault in doomed:
+        by_client.setdefault(fault.who, []).append(fault)
+    for message in messages if by_client else ():
+        own = by_client.get(roster.partition_of(message.metadata.dst_node_id))
+        if own:
+            message.content = records.own_copy(message.content)
+            message.content[FAULTS] = ConfigRecord(dict(encode(own)))
 
 
 def _federated_evaluation(

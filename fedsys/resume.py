@@ -1,0 +1,143 @@
+"""``fedsys train resume=RUN``: the configuration of the run that is continued.
+
+A run continues with its own configuration, the ``config.yaml`` in its folder, so that it ends with
+the model that it would have had without the interruption. What is given beside ``resume=`` must
+agree with it, except for what the model does not depend on (`HARMLESS`), and ``rounds``, which may
+be raised to train longer.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from fedsys.config import Config
+from fedsys.errors import ConfigError, RunError
+
+HARMLESS: Final = frozenset({"json", "resume", "runtime", "faults", "checkpoint", "bench", "hydra"})
+"""Groups that the model does not depend on."""
+
+_FIXED: Final = ("runtime.kind",)  # where a run is deployed, devices may have data of their own
+_NOT_IN_DIGEST: Final = HARMLESS | {"rounds", "run", "text"}
+
+Plain = Mapping[str, Any]
+
+
+def digest(config: Config) -> str:
+    """Return the SHA-256 of everything that the model after a given round depends on."""
+    values = {k: v for k, v in dataclasses.asdict(config).items() if k not in _NOT_IN_DIGEST}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def check_folder(path: Path) -> None:
+    """Refuse what is not the folder of a run that has begun.
+
+    Raises:
+        ConfigError: There is no such folder, or no run in it.
+    """
+    rule = "must be the folder of a run"
+    if not path.is_dir():
+        raise ConfigError.of("resume", path, rule, "there is no such folder")
+    if not (path / "run.json").is_file():
+        raise ConfigError.of("resume", path, rule, "this one holds no run.json")
+
+
+def stored(path: Path) -> dict[str, Any]:
+    """Return the configuration of the run in a folder.
+
+    Raises:
+        RunError: It is missing or damaged.
+    """
+    import yaml
+
+    file = path / "config.yaml"
+    way_out = "run again into another folder"
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0]
+        raise RunError(f"cannot continue {path}: {reason}; {way_out}") from error
+    if not isinstance(tree, dict):
+        raise RunError(f"cannot continue {path}: {file} is damaged; {way_out}")
+    return tree
+
+
+def merged(own: Plain, asked: Plain, given: Sequence[str], path: Path) -> dict[str, Any]:
+    """Return the configuration with which a run continues.
+
+    Args:
+        own: That of the run.
+        asked: That of the command line, complete.
+        given: Keys of `asked` that the command line names, such as ``client.lr`` or ``model``.
+        path: Folder of the run.
+
+    Raises:
+        ConfigError: Names a key whose value differs from that of the run.
+    """
+    result = copy.deepcopy(dict(own))
+    for key in given:
+        group = key.partition(".")[0]
+        here, there = _lookup(asked, key), _lookup(own, key)
+        if key == "run.dir":
+            here = str(Path(str(here)).absolute())
+        for leaf, value, kept in _differences(key, here, there):
+            if leaf in _FIXED or (group not in HARMLESS and leaf != "rounds"):
+                raise ConfigError.of(
+                    leaf,
+                    value,
+                    f"must be {kept} as in the run that is continued",
+                    f"leave it out, or start a new run instead of resume={path}",
+                )
+        if group in HARMLESS or key == "rounds":
+            _put(result, key, here)
+    if result.get("rounds") != own.get("rounds"):
+        _check_rounds(own, result["rounds"])
+    # Whether this call wants JSON does not depend on what the former one wanted.
+    return result | {"json": asked["json"], "resume": str(path), "run": {"dir": str(path)}}
+
+
+def _check_rounds(own: Plain, rounds: object) -> None:
+    kind = _lookup(own, "client.lr_schedule.kind")
+    if kind == "cosine":
+        rule = f"must stay {own.get('rounds')}: the learning rates of the rounds that are done"
+        raise ConfigError.of("rounds", rounds, f"{rule} depend on it (client.lr_schedule=cosine)")
+
+
+def _lookup(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        if isinstance(tree, list) and part.isdigit() and int(part) < len(tree):
+            tree = tree[int(part)]
+        elif isinstance(tree, Mapping):
+            tree = tree.get(part)
+        else:
+            return None
+    return tree
+
+
+def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+    *folders, name = key.split(".")
+    for position, part in enumerate(folders):
+        inner = tree.setdefault(part, {})
+        if not isinstance(inner, dict):  # a place in a list: the command line has all of the list
+            raise ConfigError(
+                f"{key}: write {'.'.join(folders[: position + 1])}=[…] as a whole with resume="
+            )
+        tree = inner
+    tree[name] = copy.deepcopy(value)
+
+
+def _differences(key: str, here: Any, there: Any) -> list[tuple[str, Any, Any]]:
+    """Return the leaves in which two values differ: name, first value, second value."""
+    if not isinstance(here, Mapping) or not isinstance(there, Mapping):
+        return [] if here == there else [(key, here, there)]
+    names = [*here, *(name for name in there if name not in here)]
+    return [
+        found
+        for name in names
+        for found in _differences(f"{key}.{name}", here.get(name), there.get(name))
+    ]
