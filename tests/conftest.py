@@ -3,9 +3,13 @@
 import os
 import shlex
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from fedsys.config import Config
 
 # Bits depend on the number of threads; Flower and Ray must not call home. Flower's processes
 # inherit what is set before they are imported.
@@ -16,13 +20,20 @@ os.environ |= {
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 
+_composed: dict[tuple[str, ...], str] = {}
+
 
 @pytest.fixture
-def configure() -> Callable:
+def configure() -> "Callable[..., Config]":
     """Compose the configuration of a run from overrides, as the command line does."""
     from fedsys.config import compose_text, parse
 
-    return lambda *overrides: parse(compose_text(shlex.join(overrides)))
+    def compose(*overrides: str) -> "Config":
+        if overrides not in _composed:
+            _composed[overrides] = compose_text(shlex.join(overrides))
+        return parse(_composed[overrides])
+
+    return compose
 
 
 @pytest.fixture
