@@ -12,7 +12,7 @@ The JSON file is written last and makes the checkpoint; both files are replaced 
 crash at any moment leaves the last good checkpoint, and a file that the disk has damaged is
 noticed and passed over. Equal arrays are stored once.
 
-The state of a strategy is taken out of its attributes by name (`state_of`), because Flower's
+The state of a strategy is taken out of its attributes by name (`StrategyState`), because Flower's
 server optimizers keep theirs there and offer no other way.
 """
 
@@ -29,128 +29,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
 
-import numpy as np
-import torch
 from flwr.app import ArrayRecord
-from numpy.typing import NDArray
 
-from fedsys import records
 from fedsys.errors import RunError
 from fedsys.files import replacing, write_atomic, writing
+from fedsys.trees import Arrays, NotKeepable, Tree, array_sha256, decode, encode, keepable
 
 logger = logging.getLogger("fedsys")
 
 FORMAT: Final = 1
 KEPT: Final = 2
 """Checkpoints that stay: the newest, and one to fall back to."""
-
-Tree = Any
-"""None, bool, int, float, str, bytes, arrays, tensors, records, and lists, tuples and dicts of
-them."""
-
-Arrays = dict[str, NDArray[Any]]
-
-
-class NotKeepable(TypeError):
-    """A value has no form in a checkpoint; the message says which and of what type."""
-
-
-# --------------------------------------------------------------------------------------------------
-# Values as JSON and arrays
-
-
-def encode(value: Tree, arrays: Arrays, where: str = "value") -> Any:
-    """Return `value` as plain JSON in which arrays are references.
-
-    Args:
-        value: The tree.
-        arrays: Receives the arrays by the hash that refers to them.
-        where: Name of the value in messages.
-
-    Raises:
-        NotKeepable: Names the part that has no form in a checkpoint.
-    """
-    if value is None or type(value) in (bool, int, str):
-        return value
-    if type(value) is float:
-        return {"float": value.hex()}
-    if isinstance(value, np.ndarray):
-        return {"array": _keep(value, arrays, where)}
-    if isinstance(value, np.generic):  # not a float: it decides the type of sums
-        return {"scalar": _keep(np.asarray(value), arrays, where)}
-    if isinstance(value, torch.Tensor):
-        return {"tensor": _keep(_numpy_of(value, where), arrays, where)}
-    if isinstance(value, bytes):
-        return {"bytes": _keep(np.frombuffer(value, np.uint8), arrays, where)}
-    if isinstance(value, ArrayRecord):
-        return {"record": [[k, _keep(records.view(a), arrays, where)] for k, a in value.items()]}
-    if type(value) in (list, tuple):
-        parts = [encode(part, arrays, f"{where}[{i}]") for i, part in enumerate(value)]
-        return {type(value).__name__: parts}
-    if type(value) is dict:
-        items = [
-            [_key(k, where), encode(part, arrays, f"{where}[{k!r}]")] for k, part in value.items()
-        ]
-        return {"dict": items}
-    raise NotKeepable(f"{where} is of type {type(value).__name__}")
-
-
-def _key(key: object, where: str) -> object:
-    if type(key) in (str, int):
-        return key
-    raise NotKeepable(f"{where} has a key of type {type(key).__name__}")
-
-
-def _numpy_of(tensor: torch.Tensor, where: str) -> NDArray[Any]:
-    try:
-        array: NDArray[Any] = tensor.detach().cpu().numpy()
-    except TypeError as error:
-        raise NotKeepable(f"{where} is a tensor of {tensor.dtype}") from error
-    return array
-
-
-def _keep(array: NDArray[Any], arrays: Arrays, where: str) -> str:
-    if array.dtype.kind not in "biuf" or not array.dtype.isnative:
-        raise NotKeepable(f"{where} is an array of {array.dtype}")
-    array = np.asarray(array, order="C")
-    name = array_sha256(array)
-    arrays[name] = array
-    return name
-
-
-def array_sha256(array: NDArray[Any]) -> str:
-    """Return the SHA-256 of an array's type, shape and row-major bytes."""
-    digest = hashlib.sha256(f"{array.dtype.str}{array.shape}".encode())
-    if array.size:
-        digest.update(np.asarray(array, order="C").reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
-
-
-def decode(value: Any, arrays: Mapping[str, NDArray[Any]]) -> Tree:
-    """Return what `encode` was given; every array has memory of its own and can be written to."""
-    if not isinstance(value, dict):
-        return value
-    ((kind, content),) = value.items()
-    match kind:
-        case "float":
-            return float.fromhex(content)
-        case "array":
-            return arrays[content].copy()
-        case "scalar":
-            return arrays[content][()]
-        case "tensor":
-            return torch.from_numpy(arrays[content].copy())
-        case "bytes":
-            return arrays[content].tobytes()
-        case "record":
-            return records.record_of({k: arrays[name] for k, name in content})
-        case "list":
-            return [decode(part, arrays) for part in content]
-        case "tuple":
-            return tuple(decode(part, arrays) for part in content)
-        case "dict":
-            return {k: decode(part, arrays) for k, part in content}
-    raise ValueError(f"a value of the unknown kind {kind!r}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -186,7 +75,7 @@ class StrategyState:
             (path, name): value
             for path, layer in self._layers.items()
             for name, value in _attributes(layer).items()
-            if not _keepable(value)
+            if not keepable(value)
         }
 
     def take(self) -> dict[str, dict[str, Tree]]:
@@ -202,7 +91,7 @@ class StrategyState:
                 if dataclasses.is_dataclass(value) and hasattr(layer, "STATE"):
                     fields = dataclasses.fields(value)
                     taken[path][name] = {f.name: getattr(value, f.name) for f in fields}
-                elif _keepable(value):
+                elif keepable(value):
                     taken[path][name] = value
                 elif self._fixed.get((path, name)) is not value:
                     raise RunError(
@@ -238,18 +127,6 @@ def _attributes(layer: object) -> dict[str, Any]:
     if named is not None:
         return {name: values[name] for name in named}
     return {name: value for name, value in values.items() if name not in ("inner", "strategy")}
-
-
-def _keepable(value: Tree) -> bool:
-    """Tell whether `encode` takes a value, without reading what its arrays hold."""
-    if isinstance(value, np.ndarray | np.generic):
-        return value.dtype.kind in "biuf" and value.dtype.isnative
-    if type(value) is dict:
-        return all(type(k) in (str, int) and _keepable(v) for k, v in value.items())
-    if type(value) in (list, tuple):
-        return all(map(_keepable, value))
-    plain = (type(None), bool, int, float, str, bytes)
-    return type(value) in plain or isinstance(value, ArrayRecord | torch.Tensor)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -336,13 +213,12 @@ class Checkpoints:
                 f"{error}, which checkpoints cannot hold; keep numbers, arrays, or lists and dicts "
                 "of them in attributes of a strategy"
             ) from error
-        text = json.dumps({"format": FORMAT, "checkpoint": tree}, separators=(",", ":"))
+        text = json.dumps({"format": FORMAT, "checkpoint": tree}, separators=(",", ":")).encode()
         stem = self._stem(checkpoint.round)
         with replacing(stem.with_suffix(".safetensors")) as part:
             save_file(arrays, part)
         halfway()
-        lines = f"{text}\n{hashlib.sha256(text.encode()).hexdigest()}\n"
-        write_atomic(stem.with_suffix(".json"), lines.encode())
+        write_atomic(stem.with_suffix(".json"), text + b"\n" + _hash_line(text))
         self._damaged.discard(checkpoint.round)
         good = [number for number in self.rounds() if number not in self._damaged]
         for number in (*self._damaged, *good[:-KEPT]):
@@ -382,8 +258,8 @@ class Checkpoints:
         """
         file = self._stem(number).with_suffix(".json")
         try:
-            text, told = file.read_text(encoding="utf-8").splitlines()
-            if hashlib.sha256(text.encode()).hexdigest() != told:
+            text, _, told = file.read_bytes().partition(b"\n")
+            if told != _hash_line(text):
                 raise ValueError("its hash does not fit")
             content = json.loads(text)
             if content["format"] != FORMAT:
@@ -403,6 +279,10 @@ class Checkpoints:
         for suffix in (".json", ".safetensors"):  # the tree first: it makes the checkpoint
             with suppress(OSError):  # what cannot be removed does no harm
                 self._stem(number).with_suffix(suffix).unlink()
+
+
+def _hash_line(text: bytes) -> bytes:
+    return hashlib.sha256(text).hexdigest().encode() + b"\n"
 
 
 def _read_arrays(file: Path) -> Arrays:
