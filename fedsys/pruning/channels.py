@@ -239,14 +239,17 @@ def _fit(op: Op, kept: dict[str, Tensor], name: str, inputs: list[str], coupling
 
 def _balance(op: Op, kept: dict[str, Tensor], name: str, source: str) -> None:
     """Give all groups that stay the same number of inputs and the same number of outputs."""
-    inputs, outputs = (kept[each].view(op.groups, -1).clone() for each in (source, name))
+    inputs, outputs = (kept[each].view(op.groups, -1) for each in (source, name))
     stays = inputs.any(1) | outputs.any(1)
-    for side in (inputs, outputs):
-        most = max(1, int(side.sum(1).max()))
-        for group in stays.nonzero().flatten().tolist():
-            missing = most - int(side[group].sum())
-            side[group, (~side[group]).nonzero().flatten()[:missing]] = True
-    kept[source], kept[name] = inputs.flatten(), outputs.flatten()
+    kept[source], kept[name] = _filled(inputs, stays), _filled(outputs, stays)
+
+
+def _filled(side: Tensor, stays: Tensor) -> Tensor:
+    """Add the first channels missing, ``(groups, per group)``, to as many as the most have."""
+    count = side.sum(1)
+    missing = torch.where(stays, count.max().clamp(min=1) - count, 0)
+    rank = (~side).cumsum(1)  # the first channel that is not there has rank 1
+    return (side | (~side & (rank <= missing[:, None]))).flatten()
 
 
 def _round(reading: Reading, used: list[str], kept: dict[str, Tensor], round_to: int) -> bool:

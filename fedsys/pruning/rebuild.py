@@ -9,6 +9,7 @@ Behind zero padding the constants act through the column of their carrier `k` in
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,10 +86,16 @@ class _Builder:
 
     def constant(self, value: Tensor, name: str = "") -> fx.Node:
         """Enter a buffer and return the node that reads it."""
-        name = name or f"constant_{sum(isinstance(p, Tensor) for p in self.parts.values())}"
+        if not name:  # a model that was converted before has such names already
+            numbers = (f"constant_{number}" for number in itertools.count())
+            name = next(n for n in numbers if n not in self.parts and n not in self.taken)
         self.parts[name] = value.detach().clone()
-        node = self.graph.create_node("get_attr", name)
-        return node
+        return self.graph.create_node("get_attr", name)
+
+    @property
+    def taken(self) -> set[str]:
+        """Names of attributes that the old graph reads."""
+        return {str(n.target) for n in self.reading.graph.graph.nodes if n.op == "get_attr"}
 
     def _call(self, op: Op, module: nn.Module) -> fx.Node:
         self.parts[op.name] = module
@@ -120,7 +127,8 @@ class _Builder:
             arguments |= {"in_features": int(columns.sum()), "out_features": int(rows.sum())}
         arguments["bias"] = op.layer.bias is not None or bool(bias.any())
         layer: Conv | nn.Linear = type(op.layer)(**arguments, device="meta")
-        layer.weight = nn.Parameter(new_weight.clone())
+        shared = new_weight.data_ptr() == op.layer.weight.data_ptr()
+        layer.weight = nn.Parameter(new_weight.clone() if shared else new_weight)
         if arguments["bias"]:
             layer.bias = nn.Parameter(bias)
         node = self._call(op, layer)
@@ -160,8 +168,9 @@ class _Builder:
             bend = torch.zeros_like(value).unsqueeze(0)
         bend = bend + value * held.view(-1, *(1 for _ in value.shape[1:]))
         level = bend.reshape(len(bias), -1)[:, 0]  # what is uniform of a map belongs to the bias
-        bend = bend - level.view(1, -1, *(1 for _ in value.shape[1:]))
-        return new, bias + level, bend if bool(bend.any()) else None
+        rest = bend - level.view(1, -1, *(1 for _ in value.shape[1:]))
+        rounding = 1e-13 * bend.abs().amax()  # a uniform map, summed in float64 in another order
+        return new, bias + level, rest if bool((rest.abs() > rounding).any()) else None
 
     # -------------------------------------------------------------------------------- operands
 
@@ -175,7 +184,7 @@ class _Builder:
                 continue
             value = self.reading.fixed[old.name].value[self.kept[name]].unsqueeze(0)
             neutral = 0.0 if op.kind is Kind.ADD else 1.0
-            read = self.need.live[name][self.kept[name]]
+            read = self.need.read(name)[self.kept[name]]
             second = old is op.inputs[1]
             if bool((value[:, read] == neutral).all()) and (second or not _subtracts(op)):
                 return self._aligned(op, op.inputs[0 if second else 1])

@@ -142,11 +142,12 @@ def shrink(
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Count the parameters of a model, and the constants of its graph where it has them."""
+    """Count the parameters of a model, and the numbers in the constants of its graph."""
     total = sum(p.numel() for p in model.parameters())
     if isinstance(model, fx.GraphModule):
-        names = {str(n.target) for n in model.graph.nodes if n.op == "get_attr"}
-        total += sum(b.numel() for name, b in model.named_buffers() if name in names)
+        read = {str(n.target) for n in model.graph.nodes if n.op == "get_attr"}
+        buffers = [b for name, b in model.named_buffers() if name in read]
+        total += sum(b.numel() for b in buffers if b.is_floating_point())
     return total
 
 
