@@ -9,6 +9,9 @@ from clients import mods
 from clients.local import LocalClient
 from clients.offload import OffloadClient
 from fedsys import config as configuration
+from fedsys import federation
+from fedsys.config import Config
+from fedsys.errors import ConfigError
 from fedsys.faults import Doom
 from fedsys.link import dial
 
@@ -23,7 +26,7 @@ def train(message: Message, context: Context) -> Message:
     if "assignment" in message.content:
         reply = _offloaded(message, context).train()
     else:
-        reply = _client(context).train(message.content)
+        reply = _client(message, context).train(message.content)
     doom.reach("after")
     return Message(reply, reply_to=message)
 
@@ -33,25 +36,45 @@ def evaluate(message: Message, context: Context) -> Message:
     """Score the received model on the client's own examples."""
     if "assignment" in message.content:
         return Message(_offloaded(message, context).evaluate(), reply_to=message)
-    client = _client(context)
+    client = _client(message, context)
     return Message(client.evaluate(message.content), reply_to=message)
 
 
 @app.query("identify")
 def identify(message: Message, context: Context) -> Message:
-    """Say which partition this node holds."""
+    """Say which partition this node holds, and of which classes its own data are."""
     identity = ConfigRecord({"partition-id": _partition(context)})
+    if root := context.node_config.get("data-root"):
+        classes = federation.federation(_config(message, context)).dataset.classes
+        identity.update({"data-root": str(root), "classes": list(classes)})
     return Message(RecordDict({"identity": identity}), reply_to=message)
 
 
-def _client(context: Context) -> LocalClient:
-    return LocalClient(configuration.from_run_config(context.run_config), _partition(context))
+def _client(message: Message, context: Context) -> LocalClient:
+    return LocalClient(_config(message, context), _partition(context))
 
 
 def _offloaded(message: Message, context: Context) -> OffloadClient:
+    return OffloadClient(_config(message, context), _partition(context), message.content, dial)
+
+
+def _config(message: Message, context: Context) -> Config:
+    """Return the configuration of the run as it is for this node."""
     config = configuration.from_run_config(context.run_config)
-    return OffloadClient(config, _partition(context), message.content, dial)
+    if (told := message.content.config_records.get("federation")) is not None:
+        config = configuration.divided(config, int(str(told["num-clients"])))
+    if root := context.node_config.get("data-root"):
+        config = federation.own_data(config, str(root), _partition(context))
+    return config
 
 
 def _partition(context: Context) -> int:
-    return int(context.node_config["partition-id"])
+    partition = context.node_config.get("partition-id")
+    if not isinstance(partition, int) or partition < 0:
+        raise ConfigError.of(
+            "partition-id",
+            partition,
+            "must be a whole number of at least 0",
+            "give each node its own: --node-config 'partition-id=0'",
+        )
+    return partition

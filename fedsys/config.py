@@ -384,6 +384,16 @@ def with_values(text: str, **values: Any) -> str:
     return to_text(OmegaConf.merge(OmegaConf.create(text), OmegaConf.create(values)))
 
 
+def divided(config: Config, num_clients: int) -> Config:
+    """Return the configuration of the same run among another number of clients."""
+    return parse(_divided_text(config.text, num_clients))
+
+
+@functools.lru_cache(maxsize=8)
+def _divided_text(text: str, num_clients: int) -> str:
+    return with_values(text, num_clients=num_clients)
+
+
 def given_keys() -> list[str]:
     """Return the keys and groups that the command line of this job names, with dots."""
     from hydra.core.hydra_config import HydraConfig

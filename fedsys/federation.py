@@ -6,6 +6,7 @@ and all its clients.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from dataclasses import dataclass
@@ -19,7 +20,11 @@ from torch import nn
 from fedsys import data, models
 from fedsys.config import Config, Spec
 from fedsys.data import Dataset
+from fedsys.errors import ConfigError
 from fedsys.randomness import Address, check_keyed
+
+OWN = "own"
+"""Kind of the partition in which one client has everything that there is."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,36 @@ def _dataset(spec: str, seed: int) -> Dataset:
 def _federation(spec: str, num_clients: int, seed: int) -> Federation:
     dataset = _dataset(spec, seed)
     group = json.loads(spec)["partition"]
+    if group["kind"] == OWN:
+        nothing = np.empty(0, dtype=np.int64)
+        everything = np.arange(len(dataset.train.labels), dtype=np.int64)
+        return Federation(dataset, (nothing,) * group["client"] + (everything,))
     parts = data.partition(dataset.train.labels.numpy(), num_clients, group, seed=seed)
     return Federation(dataset, tuple(parts))
+
+
+def own_data(config: Config, root: str, client: int) -> Config:
+    """Return the configuration of a client whose examples are in a folder of its own.
+
+    Args:
+        config: The run; its data must be a folder of images, too.
+        root: The client's folder; all examples of its training part are the client's.
+        client: Its partition id.
+
+    Raises:
+        ConfigError: The run's data are of another source.
+    """
+    source = config.data.get("source")
+    if source != "image_folder":
+        raise ConfigError.of(
+            "data.source",
+            source,
+            f"must be image_folder for a node with its own data (data-root={root})",
+            "start the run with data=image_folder",
+        )
+    data = {**config.data, "root": root, "partition": {"kind": OWN, "client": client}}
+    text = f"{config.text}\n# data-root: {root}, client: {client}\n"  # names the model's cache
+    return dataclasses.replace(config, data=data, text=text)
 
 
 def build_model(config: Config, dataset: Dataset, *, initial: bool = True) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ from fedsys.run import default_path, state_sha256
 from fedsys.runtime.grids import attentive
 from fedsys.runtime.relay import Relay
 from strategies import Roster, build
+from strategies.gathering import gather
 from strategies.keeper import Keeper, opened
 from strategies.offload import figures
 from strategies.rounds import RoundResult, play
@@ -35,15 +37,26 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Train the model that the run config describes and fill the run folder."""
-    config = configuration.from_run_config(context.run_config)
-    path = Path(config.run.dir or default_path(Path("outputs"), "train"))
-    with (
-        _display(config, context) as progress,
-        opened(config, path, progress) as keeper,
-        open_fleet(config) as fleet,
-    ):
-        result = _train(config, attentive(grid), keeper, progress, fleet)
-        progress.finish(result)
+    asked = configuration.from_run_config(context.run_config)
+    with _display(asked, context) as progress:
+        config, grid, roster = gather(asked, attentive(grid), context.run_config, progress.note)
+        path = Path(config.run.dir or default_path(outputs(), "train"))
+        with opened(config, path, progress) as keeper, open_fleet(config) as fleet:
+            result = _train(config, grid, roster, keeper, progress, fleet)
+            progress.finish(result)
+
+
+def outputs() -> Path:
+    """Return the folder for run folders, where the run does not name its own.
+
+    It is ``outputs`` in the working directory of this process, which for a bare ``flwr run`` is
+    that of the SuperLink. A SuperLink that runs as a service may not write there: then it is in
+    Flower's own folder.
+    """
+    here = Path.cwd()
+    if os.access(here, os.W_OK) and here != Path("/"):
+        return here / "outputs"
+    return Path(os.environ.get("FLWR_HOME", Path.home() / ".flwr")) / "outputs"
 
 
 def _display(config: Config, context: Context) -> Progress:
@@ -53,7 +66,12 @@ def _display(config: Config, context: Context) -> Progress:
 
 
 def _train(
-    config: Config, grid: Grid, keeper: Keeper, progress: Progress, fleet: Fleet | None
+    config: Config,
+    grid: Grid,
+    roster: Roster,
+    keeper: Keeper,
+    progress: Progress,
+    fleet: Fleet | None,
 ) -> dict[str, Any]:
     folder = keeper.folder
     started = time.perf_counter()
@@ -64,7 +82,7 @@ def _train(
     training.set_threads(config.client.threads)
     device = training.pick_device(config.client.device)
     judge = Judge(model.to(device), fed)
-    strategy = build(config, model, Roster(), fleet=fleet, dataset=fed.dataset)
+    strategy = build(config, model, roster, fleet=fleet, dataset=fed.dataset)
     initial = keeper.watch(strategy, records.to_record(model.state_dict()))
     progress.start(config.rounds, _title(config, model), keeper.done)
 

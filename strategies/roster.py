@@ -2,12 +2,16 @@
 
 Flower's node ids are random and change with each run. Everything in fedsys that concerns a client
 (its data, its draws, its place in a sum) goes by the partition id that the client tells when it
-is asked.
+is asked. Nodes come and go: a roster is asked anew in each round, and waits where Flower's own
+strategies would wait for ever, for a limited time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
@@ -20,46 +24,197 @@ IDENTIFY = "query.identify"
 IDENTITY = "identity"
 """Name of the record with the answer."""
 
+POLL_S = 0.5
+"""Seconds between two looks at who is connected, while nodes are missing."""
+
+
+@runtime_checkable
+class KnowsPartitions(Protocol):
+    """A grid that knows its nodes' partition ids, so that no node has to be asked."""
+
+    def partition_ids(self) -> Mapping[int, int]:
+        """Return the partition id of each node."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """What a node told about itself.
+
+    Attributes:
+        partition: Its partition id.
+        data_root: Where its own data are; empty if it uses its part of the configured data.
+        classes: The classes of its own data.
+    """
+
+    partition: int
+    data_root: str = ""
+    classes: tuple[str, ...] = ()
+
 
 class Roster:
-    """Maps partition ids to node ids, asking only nodes that have not been seen before."""
+    """Maps partition ids to node ids, asking only nodes that have not been seen before.
 
-    def __init__(self) -> None:
-        self._partition_of: dict[int, int] = {}
+    Args:
+        num_clients: Parts that the configured data are divided into; None for any number. A node
+            with a partition id beyond them takes part only with data of its own.
+        classes: Returns the classes of the run, which a node's own data must have.
+        wait_s: How long to wait where nodes are missing, in seconds.
+        say: Told what a person should know about nodes that do not take part.
+    """
+
+    def __init__(
+        self,
+        num_clients: int | None = None,
+        classes: Callable[[], Sequence[str]] | None = None,
+        *,
+        wait_s: float = 0.0,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.num_clients, self.wait_s = num_clients, wait_s
+        self._classes, self._say = classes, say
+        self._nodes: dict[int, Node] = {}
+        self._refused: dict[int, str] = {}
+        self._spare: dict[int, str] = {}
+        self._silent: dict[int, str] = {}
 
     def refresh(self, grid: Grid, timeout_s: float = 60.0) -> dict[int, int]:
         """Return the node id of every partition that is connected now, in order of partition id.
 
-        Raises:
-            RuntimeFailure: Two nodes claim the same partition.
+        Of two nodes with one partition, that was seen last counts: the other is the same device
+        before it was restarted, of which Flower does not know yet that it is gone. Where nobody is
+        connected, waits until somebody is.
         """
-        connected = list(grid.get_node_ids())
-        unknown = [node for node in connected if node not in self._partition_of]
-        questions = [Message(RecordDict(), node, IDENTIFY) for node in unknown]
-        if questions:
-            for reply in grid.send_and_receive(questions, timeout=timeout_s):
-                if not reply.has_error():
-                    answer = reply.content[IDENTITY]
-                    assert isinstance(answer, ConfigRecord)
-                    node = reply.metadata.src_node_id
-                    self._partition_of[node] = int(str(answer["partition-id"]))
-        present: dict[int, int] = {}
-        for node in connected:
-            partition = self._partition_of.get(node)
-            if partition is None:
-                continue
-            if partition in present:
+        deadline = time.monotonic() + self.wait_s
+        while True:
+            present = self._look(grid, timeout_s)
+            if present or time.monotonic() > deadline:
+                return {partition: nodes[-1] for partition, nodes in present.items()}
+            time.sleep(POLL_S)
+
+    def count(self, grid: Grid) -> int:
+        """Return the number of partitions that are connected; at least one, after a wait.
+
+        Raises:
+            RuntimeFailure: Nobody is connected, or two nodes have one partition id.
+        """
+        self.refresh(grid)
+        present = self._look(grid, self.wait_s)
+        self._check_distinct(present)
+        if not present:
+            raise RuntimeFailure(
+                f"no node is connected after {self.wait_s:g} s{self._reasons()}; "
+                "start at least one SuperNode"
+            )
+        return len(present)
+
+    def assemble(self, grid: Grid) -> dict[int, int]:
+        """Wait until the first `num_clients` nodes are there and return all, as `refresh` does.
+
+        Raises:
+            RuntimeFailure: Too few nodes in time, two nodes with one partition id, or a node whose
+                own data have other classes.
+        """
+        wanted = self.num_clients or 1
+        deadline = time.monotonic() + self.wait_s
+        while True:
+            present = self._look(grid, max(deadline - time.monotonic(), 1.0))
+            self._check_distinct(present)
+            if self._refused:
+                raise RuntimeFailure(next(iter(self._refused.values())))
+            if len(present) >= wanted:
+                return {partition: nodes[-1] for partition, nodes in present.items()}
+            if time.monotonic() > deadline:
                 raise RuntimeFailure(
-                    f"nodes {present[partition]} and {node} both have partition-id {partition}; "
-                    "give each node its own in --node-config"
+                    f"num_clients={wanted}: must be there as nodes, but after {self.wait_s:g} s "
+                    f"there are {len(present)} (partition ids {_listed(present)})"
+                    f"{self._reasons()}; start the others, lower num_clients, or raise "
+                    "runtime.wait_s"
                 )
-            present[partition] = node
-        return dict(sorted(present.items()))
+            time.sleep(POLL_S)
 
     def partition_of(self, node_id: int) -> int:
         """Return the partition id of a node that has answered before."""
-        return self._partition_of[node_id]
+        return self._nodes[node_id].partition
 
-    def names(self, present: Mapping[int, int]) -> str:
-        """Return partition ids for a message to a person."""
-        return ", ".join(str(partition) for partition in present) or "none"
+    def _look(self, grid: Grid, timeout_s: float) -> dict[int, list[int]]:
+        """Return the nodes of every partition, those seen first in front."""
+        connected = set(grid.get_node_ids())
+        self._learn(grid, connected, timeout_s)
+        present: dict[int, list[int]] = {}
+        for node_id, node in self._nodes.items():
+            if node_id in connected and node_id not in self._refused | self._spare:
+                present.setdefault(node.partition, []).append(node_id)
+        return dict(sorted(present.items()))
+
+    def _learn(self, grid: Grid, connected: Iterable[int], timeout_s: float) -> None:
+        if isinstance(grid, KnowsPartitions):
+            for node_id, partition in grid.partition_ids().items():
+                self._nodes.setdefault(node_id, Node(partition))
+            return
+        unknown = [node for node in sorted(connected) if node not in self._nodes]
+        questions = [Message(RecordDict(), node, IDENTIFY) for node in unknown]
+        if not questions:
+            return
+        replies = list(grid.send_and_receive(questions, timeout=timeout_s))
+        for reply in replies:
+            node_id = reply.metadata.src_node_id
+            if reply.has_error():
+                self._silent[node_id] = reply.error.reason or f"error {reply.error.code}"
+                continue
+            self._silent.pop(node_id, None)
+            node = _node(reply.content.config_records[IDENTITY])
+            self._nodes[node_id] = node
+            who = f"node {node_id} (partition-id {node.partition})"
+            if reason := self._not_needed(node):
+                self._spare[node_id] = f"{who} {reason}"
+                self._say(self._spare[node_id])
+            elif reason := self._other_classes(node):
+                self._refused[node_id] = f"{who}: {reason}"
+                self._say(self._refused[node_id])
+
+    def _not_needed(self, node: Node) -> str:
+        if node.data_root or self.num_clients is None or node.partition < self.num_clients:
+            return ""
+        return (
+            f"does not take part: the data are divided among num_clients={self.num_clients}, "
+            f"partition ids 0 to {self.num_clients - 1}"
+        )
+
+    def _other_classes(self, node: Node) -> str:
+        if not node.data_root or self._classes is None:
+            return ""
+        expected = tuple(self._classes())
+        if node.classes == expected:
+            return ""
+        different = sorted(set(node.classes) ^ set(expected))
+        return (
+            f"its own data in {node.data_root} must have the classes of the run; "
+            f"in one of the two only: {', '.join(different)}"
+        )
+
+    def _check_distinct(self, present: Mapping[int, Sequence[int]]) -> None:
+        for partition, nodes in present.items():
+            if len(nodes) > 1:
+                raise RuntimeFailure(
+                    f"partition-id={partition}: must belong to one node, but nodes "
+                    f"{' and '.join(map(str, nodes))} have it; give each node its own in "
+                    "--node-config, or wait a minute if one of them was just restarted"
+                )
+
+    def _reasons(self) -> str:
+        said = [f"node {node_id} says: {reason}" for node_id, reason in self._silent.items()]
+        return "".join(f"; {reason}" for reason in [*said, *self._spare.values()])
+
+
+def _node(answer: ConfigRecord) -> Node:
+    classes = answer.get("classes", [])
+    assert isinstance(classes, list)
+    return Node(
+        int(str(answer["partition-id"])),
+        str(answer.get("data-root", "")),
+        tuple(str(name) for name in classes),
+    )
+
+
+def _listed(partitions: Iterable[int]) -> str:
+    return ", ".join(map(str, partitions)) or "none"

@@ -482,8 +482,8 @@ def test_only_nodes_that_are_new_are_asked_who_they_are():
 def test_two_nodes_with_one_partition_are_refused():
     grid = Nodes(client, 2)
     grid.partition_of = dict.fromkeys(grid.partition_of, 1)
-    with pytest.raises(RuntimeFailure, match=r"nodes \d+ and \d+ both have partition-id 1; give"):
-        Roster().refresh(grid)
+    with pytest.raises(RuntimeFailure, match=r"partition-id=1: .*nodes \d+ and \d+ have it; give"):
+        Roster().assemble(grid)
 
 
 def test_nobody_there_says_so(make):

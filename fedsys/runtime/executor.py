@@ -60,8 +60,10 @@ def main() -> None:
     from flwr.supercore.cli import flower_superexec
     from flwr.supercore.superexec import run_superexec
 
-    make = run_superexec.get_executor
-    run_superexec.get_executor = lambda *args, **kwargs: ForkExecutor(make(*args, **kwargs))
+    make = vars(run_superexec)["get_executor"]  # imported there, from where it is called
+    vars(run_superexec)["get_executor"] = lambda *args, **kwargs: ForkExecutor(
+        make(*args, **kwargs)
+    )
     forks.preload()
     flower_superexec()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
-from flwr.app import Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
@@ -112,3 +112,64 @@ class AttentiveGrid(Grid):
             if asked:
                 time.sleep(POLL_S)
         return replies
+
+
+class AnnotatedGrid(Grid):
+    """Adds one record to every message, for what all clients must know beside the run config.
+
+    Args:
+        inner: The grid that it wraps.
+        name: Name of the record.
+        record: The record.
+    """
+
+    def __init__(self, inner: Grid, name: str, record: ConfigRecord) -> None:
+        self._inner, self._name, self._record = inner, name, record
+
+    def set_run(self, run: Run) -> None:
+        """Pass on."""
+        self._inner.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        """Return the run."""
+        return self._inner.run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Return a new message to a node."""
+        return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Pass on."""
+        return self._inner.get_node_ids()
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        """Pass on."""
+        return self._inner.get_nodes()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send messages with the record."""
+        return self._inner.push_messages(self._annotated(messages))
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Pass on."""
+        return self._inner.pull_messages(message_ids)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Send messages with the record and return the replies."""
+        return self._inner.send_and_receive(self._annotated(messages), timeout=timeout)
+
+    def _annotated(self, messages: Iterable[Message]) -> list[Message]:
+        batch = list(messages)
+        for message in batch:
+            message.content[self._name] = self._record
+        return batch

@@ -1,0 +1,62 @@
+"""Before the first round: who takes part, and among how many the data are divided.
+
+`fedsys train` says how many clients there are, and the run waits for as many nodes. Users of
+Flower expect the opposite of ``flwr run``: there are as many clients as nodes, and every node is
+used. Then the number follows from the nodes, and the clients are told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from flwr.app import ConfigRecord
+from flwr.serverapp import Grid
+
+from fedsys import config as configuration
+from fedsys import federation
+from fedsys.config import Config
+from fedsys.runtime.grids import AnnotatedGrid
+from strategies.roster import Roster
+
+FEDERATION = "federation"
+"""Name of the record that tells clients how many they are."""
+
+NUM_CLIENTS = "num-clients"
+
+
+def gather(
+    config: Config, grid: Grid, run_config: Mapping[str, Any], say: Callable[[str], None]
+) -> tuple[Config, Grid, Roster]:
+    """Wait for the nodes that the run needs and settle how many clients there are.
+
+    Args:
+        config: The run as it was asked for.
+        grid: Reaches the nodes.
+        run_config: Says whether the run was submitted by fedsys or by a bare ``flwr run``.
+        say: Told what a person should know.
+
+    Returns:
+        The run as it takes place, the grid for it, and who is there.
+
+    Raises:
+        RuntimeFailure: As `Roster.assemble`.
+    """
+    wait_s = config.runtime.wait_s
+    if not run_config.get("hydra-config") and config.runtime.kind != "deployment":
+        count = Roster(wait_s=wait_s, say=say).count(grid)
+        if count != config.num_clients:
+            say(
+                f"num_clients={config.num_clients} in the configuration, but {count} "
+                f"{'node is' if count == 1 else 'nodes are'} connected: the data are divided among "
+                f"{count}"
+            )
+            config = configuration.divided(config, count)
+        grid = AnnotatedGrid(grid, FEDERATION, ConfigRecord({NUM_CLIENTS: count}))
+
+    def classes() -> Sequence[str]:
+        return federation.federation(config).dataset.classes
+
+    roster = Roster(config.num_clients, classes, wait_s=wait_s, say=say)
+    roster.assemble(grid)
+    return config, grid, roster
