@@ -12,14 +12,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from traceback import walk_tb
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from fedsys import optimizers
-from fedsys.errors import ConfigError
+from fedsys.errors import ConfigError, ModelError
 from fedsys.randomness import Address, drawing, rows
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -72,6 +74,29 @@ def loss_of(outputs: Tensor, labels: Tensor, weight: float) -> Tensor:
     return loss if weight == 1.0 else loss * weight
 
 
+def forward(model: nn.Module, x: Tensor) -> Tensor:
+    """Return ``model(x)``.
+
+    Raises:
+        ModelError: Names the BatchNorm that would have to take the variance of one value.
+    """
+    try:
+        outputs: Tensor = model(x)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        names = {module: name for name, module in model.named_modules()}
+        callers = (frame.f_locals.get("self") for frame, _ in walk_tb(error.__traceback__))
+        norm = next((m for m in callers if isinstance(m, _BatchNorm) and m in names), model)
+        raise ModelError(
+            f"{names[norm] or 'the model'} ({type(norm).__name__}): gets one value per channel, "
+            f"which has no variance, from a micro-batch of {len(x)} example; raise "
+            "client.batch_size or data.partition.min_examples, lower schedule.micro_batches, or "
+            "choose model.norm=group"
+        ) from error
+    return outputs
+
+
 def train(
     model: nn.Module,
     optimizer: Optimizer,
@@ -97,6 +122,9 @@ def train(
 
     Returns:
         The score over all examples, as seen in training (before each step).
+
+    Raises:
+        ModelError: Names the BatchNorm that would have to take the variance of one value.
     """
     device = device_of(model)
     model.train()
@@ -112,7 +140,7 @@ def train(
             for start, stop in pieces(size, micro_batches):
                 with rows(start, stop):
                     whole = stop - start == size
-                    outputs = model(x if whole else x[start:stop])
+                    outputs = forward(model, x if whole else x[start:stop])
                     labels = y if whole else y[start:stop]
                     loss = loss_of(outputs, labels, (stop - start) / size)
                     loss.backward()  # type: ignore[no-untyped-call]  # torch has no type for it

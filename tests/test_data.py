@@ -328,7 +328,11 @@ def test_an_epoch_sees_every_example_once(images, indices, batch_size, epoch):
     plain = dataclasses.replace(images, augmentation="none", mean=(0.0,) * 3, std=(1 / 255,) * 3)
     seen = batches(plain, indices, batch_size, epoch=epoch)
     sizes = [len(y) for _, y in seen]
-    assert sizes == [min(batch_size, len(indices) - k) for k in range(0, len(indices), batch_size)]
+    full, rest = divmod(len(indices), batch_size)
+    if rest == 1 and full and batch_size > 1:
+        assert sizes == [batch_size] * (full - 1) + [batch_size + 1]
+    else:
+        assert sizes == [batch_size] * full + [rest] * (rest > 0)
     got = sorted(bytes(x.round().byte().numpy()) for xs, _ in seen for x in xs)
     assert got == sorted(bytes(x.numpy()) for x in images.train.pixels[indices])
     labels = sorted(int(y) for _, ys in seen for y in ys)

@@ -103,7 +103,9 @@ def train_batches(
         images: The part that `indices` point into.
         indices: Examples of the client, shape ``(n,)``.
         dataset: Gives normalisation and augmentation.
-        batch_size: Examples per mini-batch B; the last one has the remainder.
+        batch_size: Examples per mini-batch B; the last one has the remainder. A remainder of one
+            example joins the mini-batch before it, because BatchNorm can take no variance of a
+            single value; so the last mini-batch may have B + 1.
         address: Seed, client and round of the draws.
         epoch: Which of the client's epochs in this round; decides the order.
         first_step: Step of the first mini-batch in the round; with the position of a mini-batch
@@ -116,7 +118,10 @@ def train_batches(
     height, width = images.pixels.shape[2:]
     mine = torch.as_tensor(indices, dtype=torch.int64)
     order = mine[torch.randperm(len(mine), generator=address.torch("shuffle", step=epoch))]
-    for position, (start, stop) in enumerate(_spans(len(mine), batch_size)):
+    spans = list(_spans(len(mine), batch_size))
+    if batch_size > 1 and len(spans) > 1 and len(mine) % batch_size == 1:
+        spans[-2:] = [(spans[-2][0], len(mine))]
+    for position, (start, stop) in enumerate(spans):
         rows = order[start:stop]
         pixels = images.pixels.index_select(0, rows)
         if dataset.augmentation != "none":
