@@ -173,8 +173,10 @@ class LocalGrid(Grid):
         message.content = records.own_copy(content)
         try:
             reply = self._app(message, context)
-        except Exception as error:  # what a client raises ends its part of the round, not the run
+        except (Exception, SystemExit) as error:  # ends its part of the round, not the run
             return _error_reply(message, f"{type(error).__name__}: {error}")
+        if not isinstance(reply, Message):
+            return _error_reply(message, f"TypeError: the client app returned {reply!r}")
         if context.state:
             self._states[node_id] = context.state
         return reply
