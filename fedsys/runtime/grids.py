@@ -7,6 +7,7 @@ What is private in Flower and used here: a message's metadata can be changed onl
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable
 
@@ -23,6 +24,8 @@ POLL_S = 0.2
 
 def attentive(grid: Grid) -> Grid:
     """Return a grid that asks for replies often, if `grid` is that of a deployment."""
+    if "flwr.superlink.grid" not in sys.modules:  # it takes seconds to import, and is not in use
+        return grid
     from flwr.superlink.grid import HttpGrid
 
     return AttentiveGrid(grid) if isinstance(grid, HttpGrid) else grid
