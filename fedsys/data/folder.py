@@ -147,9 +147,8 @@ def _parts(root: Path) -> dict[str, Path]:
         return parts
     nested = [entry for entry in folders.values() if (entry / "train").is_dir()]
     if len(folders) == 1 and nested:
-        raise ConfigError.of(
-            "data.root", root, "must hold train/ or class folders", f"set data.root={nested[0]}"
-        )
+        _log.info("data.root=%s: its only folder, %s, is taken", root, nested[0].name)
+        return _parts(nested[0])  # an archive that was unpacked into a folder of its own
     if len(folders) < 2 or "test" in folders:
         raise ConfigError.of(
             "data.root",
