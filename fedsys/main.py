@@ -53,6 +53,7 @@ COMMANDS: dict[str, Command] = {
             "training": "a client's training against the barest PyTorch loop",
             "simulation": "the in-process grid against a bare loop",
             "memory": "memory over rounds with many virtual clients",
+            "link": "links against bare gRPC, and the share of a shaped rate in use",
         },
     ),
 }
@@ -159,11 +160,11 @@ class Invocation:
         return 0
 
     def _named(self, arguments: list[str]) -> list[str]:
-        """Turn the name behind a verb (``bench training``) into an override."""
+        """Turn the name behind a verb (``bench training``) into the choice of a group's file."""
         names = self.command.names
-        if not names or {"-h", "--help"} & set(arguments):
-            return arguments
         given = [a for a in arguments if "=" not in a and not a.startswith("-")]
+        if not names or (not given and {"-h", "--help"} & set(arguments)):
+            return arguments
         if len(given) != 1 or given[0] not in names:
             hint = did_you_mean(given[0], names) if given else ""
             listed = ", ".join(names)
@@ -171,7 +172,7 @@ class Invocation:
                 f"{' '.join([self.verb, *given])}: must be followed by one of {listed}; {hint}"
                 f"for instance fedsys {self.verb} {next(iter(names))}"
             )
-        return [a for a in arguments if a != given[0]] + [f"+{self.verb}.name={given[0]}"]
+        return [a for a in arguments if a != given[0]] + [f"+{self.verb}={given[0]}"]
 
     def _hydra(self, arguments: list[str]) -> None:
         import hydra

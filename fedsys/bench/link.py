@@ -28,6 +28,8 @@ from typing import Any, Final
 
 import torch
 
+from fedsys.bench import Chart
+from fedsys.config import Config
 from fedsys.errors import RuntimeFailure
 from fedsys.link import Link, dial, serve
 from fedsys.shaping import Network, Shaped
@@ -45,11 +47,11 @@ _UNLIMITED: Final = [("grpc.max_receive_message_length", -1), ("grpc.max_send_me
 _ECHO, _SINK, _ANSWER = b"e", b"s", b"a"
 
 
-def run(config: Mapping[str, Any]) -> dict[str, Any]:
+def run(_: Config | None, options: Mapping[str, Any]) -> dict[str, Any]:
     """Measure and return the figures.
 
     Args:
-        config: Replaces entries of `DEFAULTS`.
+        options: Replaces entries of `DEFAULTS`.
 
     Returns:
         ``cases``: per size the throughput in MB/s (10^6 bytes) of a stream and the microseconds of
@@ -59,7 +61,7 @@ def run(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         RuntimeFailure: The server process does not start.
     """
-    settings = {**DEFAULTS, **config}
+    settings = {**DEFAULTS, **options}
     with _server_process([]) as (ours, bare):
         cases = [_case(size, ours, bare, settings) for size in settings["bytes"]]
         shaped = [
@@ -286,6 +288,23 @@ def _shaped_namespace(mbit_s: float) -> Iterator[tuple[list[str], str]]:
         yield ["ip", "netns", "exec", name], there
 
 
+def chart(figures: Mapping[str, Any]) -> Chart:
+    """Return the throughput of both by the size of a tensor."""
+    cases = figures["cases"]
+    return Chart(
+        "Throughput of a link",
+        "bytes of a tensor",
+        "MB/s",
+        [f"{case['bytes']:,}" for case in cases],
+        {
+            "fedsys": [case["ours_mb_s"] for case in cases],
+            "bare gRPC": [case["grpc_mb_s"] for case in cases],
+        },
+        lines=True,
+        log=True,
+    )
+
+
 def main() -> None:
     """Print the figures as JSON, or serve the other process of the benchmark."""
     parser = argparse.ArgumentParser(description=run.__doc__.splitlines()[0] if run.__doc__ else "")
@@ -295,7 +314,7 @@ def main() -> None:
         _serve(host)
     else:
         torch.set_num_threads(1)
-        print(json.dumps(run({}), indent=2))
+        print(json.dumps(run(None, {}), indent=2))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.app.user_config import UserConfig
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.proto.node_pb2 import NodeInfo
-from flwr.serverapp import Grid
+from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -239,7 +239,11 @@ class _Phase:
 
 def run_local(config: Config) -> None:
     """Run the server app in this thread, and its clients in worker threads."""
-    server_app, client_app = load_apps(config)
+    play_local(config, *load_apps(config))
+
+
+def play_local(config: Config, server_app: ServerApp, client_app: ClientFunction) -> None:
+    """Do the same with the two apps given."""
     run_config: UserConfig = {"hydra-config": config.text}
     workers = config.runtime.workers or max(1, (os.cpu_count() or 1) // config.client.threads)
     with LocalGrid(
