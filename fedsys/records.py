@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Container, Iterable, Mapping
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ from fedsys.errors import ModelError
 State = Mapping[str, Tensor]
 """Tensors by their global name in the model: parameters and buffers."""
 
+Record = ArrayRecord | MetricRecord | ConfigRecord
+
 A = TypeVar("A", bound=Array)
 
 _NUMPY = "numpy.ndarray"
@@ -35,12 +37,17 @@ _HOLDS = "buifc"
 
 
 @functools.lru_cache(maxsize=4096)
-def _header(dtype: str, shape: tuple[int, ...]) -> bytes:
+def _header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
     """Return the ``.npy`` header of a C-contiguous array."""
     buffer = io.BytesIO()
-    description = {"descr": dtype, "fortran_order": False, "shape": shape}
+    description = {"descr": dtype.str, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(buffer, description)
     return buffer.getvalue()
+
+
+# NumPy composes the name of a type, and looks a name up, in several microseconds each.
+_name = functools.lru_cache(maxsize=256)(str)
+_dtype: Callable[[str], np.dtype[Any]] = functools.lru_cache(maxsize=256)(np.dtype)
 
 
 def _make(kind: type[A], dtype: str, shape: tuple[int, ...], data: bytes) -> A:
@@ -59,9 +66,9 @@ def encode(array: NDArray[Any]) -> Array:
     array = np.asarray(array, order="C")
     if array.dtype.hasobject:
         raise ModelError(f"array of type {array.dtype}: must hold numbers, not Python objects")
-    head = _header(array.dtype.str, array.shape)
+    head = _header(array.dtype, array.shape)
     body = array.reshape(-1).view(np.uint8).data if array.size else b""
-    return _make(Array, str(array.dtype), array.shape, b"".join((head, body)))
+    return _make(Array, _name(array.dtype), array.shape, b"".join((head, body)))
 
 
 def view(array: Array) -> NDArray[Any]:
@@ -73,12 +80,13 @@ def view(array: Array) -> NDArray[Any]:
     if array.stype != _NUMPY:
         raise ModelError(f"array of serialisation type {array.stype!r}: must be {_NUMPY!r}")
     try:
-        head = _header(np.dtype(array.dtype).str, tuple(array.shape))
+        dtype = _dtype(array.dtype)
+        head = _header(dtype, tuple(array.shape))
         if not array.data.startswith(head):  # Fortran order, or a writer with another header
             loaded: NDArray[Any] = np.load(io.BytesIO(array.data), allow_pickle=False)
             loaded.flags.writeable = False
             return loaded
-        flat: NDArray[Any] = np.frombuffer(array.data, dtype=array.dtype, offset=len(head))
+        flat: NDArray[Any] = np.frombuffer(array.data, dtype, offset=len(head))
         return flat.reshape(array.shape)
     except (ValueError, TypeError, EOFError) as error:
         kind = f"{array.dtype} of shape {list(array.shape)}"
@@ -149,7 +157,7 @@ def to_record(state: State) -> ArrayRecord:
 
 def _to_numpy(name: str, tensor: Tensor) -> NDArray[Any]:
     try:
-        array: NDArray[Any] = tensor.detach().cpu().numpy()
+        array: NDArray[Any] = tensor.numpy(force=True)
     except TypeError as error:
         raise ModelError(
             f"{name}: {tensor.dtype} cannot be sent in a Flower record; convert it to float32"
@@ -160,6 +168,15 @@ def _to_numpy(name: str, tensor: Tensor) -> NDArray[Any]:
 def record_of(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
     """Encode NumPy arrays by name."""
     return _record({name: encode(array) for name, array in arrays.items()})
+
+
+def select(record: ArrayRecord, names: Container[str]) -> tuple[ArrayRecord, ArrayRecord]:
+    """Return two records over the same arrays: those in `names`, and the others."""
+    chosen: dict[str, Array] = {}
+    others: dict[str, Array] = {}
+    for name, array in record.items():
+        (chosen if name in names else others)[name] = array
+    return _record(chosen), _record(others)
 
 
 def _record(arrays: dict[str, Any]) -> ArrayRecord:
@@ -196,8 +213,25 @@ def load_into(model: nn.Module, record: ArrayRecord) -> None:
         ModelError: Names every tensor that is missing, unexpected, or of another shape, or one
             whose type does not fit.
     """
-    own = model.state_dict(keep_vars=True)
+    own = model.state_dict()  # detached, over the memory of the model
     arrays = arrays_of(record)
+    if not all(name in arrays and fits(arrays[name], tensor) for name, tensor in own.items()) or (
+        len(arrays) > len(own)
+    ):
+        _refuse(own, arrays)
+    for name, tensor in own.items():
+        if tensor.device.type == "cpu" and tensor.is_contiguous():
+            np.copyto(tensor.numpy(), arrays[name], casting="same_kind")
+        else:
+            tensor.copy_(torch.from_numpy(arrays[name].copy()))
+
+
+def fits(array: NDArray[Any], tensor: Tensor) -> bool:
+    """Return whether an array can be copied into a tensor: same shape, and a type that holds it."""
+    return array.shape == tensor.shape and array.dtype.kind in _HOLDS[: _rank(tensor.dtype) + 1]
+
+
+def _refuse(own: State, arrays: Mapping[str, NDArray[Any]]) -> NoReturn:
     problems = differences(
         {name: tuple(t.shape) for name, t in own.items()},
         {name: array.shape for name, array in arrays.items()},
@@ -205,23 +239,18 @@ def load_into(model: nn.Module, record: ArrayRecord) -> None:
     problems += [
         f"{name} is {array.dtype}, which {own[name].dtype} cannot hold"
         for name, array in sorted(arrays.items())
-        if name in own and _HOLDS.index(array.dtype.kind) > _HOLDS.index(_kind(own[name]))
+        if name in own and array.dtype.kind not in _HOLDS[: _rank(own[name].dtype) + 1]
     ]
-    if problems:
-        raise ModelError("the received state does not fit the model: " + "; ".join(problems))
-    with torch.no_grad():
-        for name, tensor in own.items():
-            if tensor.device.type == "cpu" and tensor.is_contiguous():
-                np.copyto(tensor.detach().numpy(), arrays[name], casting="same_kind")
-            else:
-                tensor.copy_(torch.from_numpy(arrays[name].copy()))
+    raise ModelError("the received state does not fit the model: " + "; ".join(problems))
 
 
-def _kind(tensor: Tensor) -> str:
-    """Return NumPy's letter for the kind of number that `tensor` holds."""
-    if tensor.dtype == torch.bool:
-        return "b"
-    return "c" if tensor.is_complex() else "f" if tensor.is_floating_point() else "i"
+@functools.lru_cache(maxsize=64)
+def _rank(dtype: torch.dtype) -> int:
+    """Return the place in `_HOLDS` of the kind of number that a tensor of `dtype` holds."""
+    if dtype == torch.bool:
+        return _HOLDS.index("b")
+    kind = "c" if dtype.is_complex else "f" if dtype.is_floating_point else "i"
+    return _HOLDS.index(kind)
 
 
 def differences(
@@ -255,10 +284,16 @@ def sealed(content: RecordDict) -> RecordDict:
 
 def own_copy(content: RecordDict) -> RecordDict:
     """Return records of the receiver's own over the sender's sealed arrays and plain values."""
-    own = _content((name, record.copy()) for name, record in content.items())
-    for record in (*own.config_records.values(), *own.metric_records.values()):
-        values = record.__dict__["_data"]  # lists are the only values that can be written into
-        values |= {key: list(value) for key, value in values.items() if isinstance(value, list)}
+    return _content((name, _own(record)) for name, record in content.items())
+
+
+def _own(record: Record) -> Record:
+    own = record.copy()
+    if not isinstance(own, ArrayRecord):
+        values = own.__dict__["_data"]
+        for key, value in values.items():
+            if isinstance(value, list):  # the only values that can be written into
+                values[key] = list(value)
     return own
 
 
@@ -273,7 +308,7 @@ def writable(record: ArrayRecord) -> ArrayRecord:
 
 
 def _content(
-    records: Iterable[tuple[str, ArrayRecord | MetricRecord | ConfigRecord]],
+    records: Iterable[tuple[str, Record]],
 ) -> RecordDict:
     content = RecordDict()
     content.__dict__["_data"] = dict(records)

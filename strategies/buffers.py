@@ -7,6 +7,7 @@ zero. `TypedBuffers` shows the inner strategy what it may work on and averages t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -80,11 +81,11 @@ class TypedBuffers(Strategy):
         others: list[ArrayRecord] = []
         weights: list[float] = []
         for reply in replies:
-            arrays = self._show(reply.content.array_records[ARRAYS])
-            shown, rest = self._divide(arrays)
-            reply.content[ARRAYS] = shown
+            received = cast(ArrayRecord, reply.content[ARRAYS])
+            reply.content[ARRAYS], rest = self._divide(self._show(received))
             others.append(rest)
-            weights.append(float(cast(float, reply.content.metric_records[METRICS][WEIGHT])))
+            metrics_ = cast(MetricRecord, reply.content[METRICS])
+            weights.append(float(cast(float, metrics_[WEIGHT])))
         aggregate, metrics = self.inner.aggregate_train(server_round, replies)
         if aggregate is None:
             return None, metrics
@@ -108,12 +109,17 @@ class TypedBuffers(Strategy):
         return self.inner.aggregate_evaluate(server_round, replies)
 
     def _divide(self, arrays: ArrayRecord) -> tuple[ArrayRecord, ArrayRecord]:
-        shown, rest = ArrayRecord(), ArrayRecord()
-        for name, array in arrays.items():
-            floating = np.issubdtype(np.dtype(array.dtype), np.floating)
-            mine = name in self.parameters or (floating and self.step_buffers)
-            (shown if mine else rest)[name] = array
-        return shown, rest
+        shown = {
+            name
+            for name, array in arrays.items()
+            if name in self.parameters or (self.step_buffers and _is_floating(array.dtype))
+        }
+        return records.select(arrays, shown)
+
+
+@functools.lru_cache(maxsize=256)
+def _is_floating(dtype: str) -> bool:
+    return np.issubdtype(np.dtype(dtype), np.floating)
 
 
 def average(states: list[ArrayRecord], weights: list[float]) -> dict[str, NDArray[Any]]:
