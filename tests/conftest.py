@@ -3,7 +3,9 @@
 import os
 import shlex
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from contextlib import ExitStack
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -44,3 +46,52 @@ def identity() -> None:
 
     quiet_flower()
     identify_process()
+
+
+@pytest.fixture
+def carry_out(identity: None) -> "Callable[..., SimpleNamespace]":
+    """Play the rounds of a configuration in this process, without a folder, scores or plots."""
+    from fedsys import federation, records, training
+    from fedsys.edges import open_fleet
+    from fedsys.identity import state_sha256
+    from fedsys.runtime.apps import load_client
+    from fedsys.runtime.local import LocalGrid
+    from strategies import Roster, build
+    from strategies.offload import figures
+    from strategies.rounds import play
+
+    unscored = training.Score(0.0, 0.0, 1)
+
+    def carried_out(config: "Config", fleet: Any = None) -> SimpleNamespace:
+        fed = federation.federation(config)
+        model = federation.build_model(config, fed.dataset)
+        rounds: list[Any] = []
+        with ExitStack() as stack:
+            fleet = fleet or stack.enter_context(open_fleet(config))
+            run_config: Any = {"hydra-config": config.text}
+            client = load_client(config.apps.client)
+            grid = LocalGrid(client, config.num_clients, run_config=run_config)
+            stack.enter_context(grid)
+            strategy = build(
+                config, model, Roster(config.num_clients), fleet=fleet, dataset=fed.dataset
+            )
+            arrays = play(
+                strategy,
+                grid,
+                records.to_record(model.state_dict()),
+                first=1,
+                last=config.rounds,
+                timeout_s=60.0,
+                judge=lambda _: unscored,
+                done=rounds.append,
+            )
+        state = records.from_record(arrays)
+        return SimpleNamespace(
+            sha256=state_sha256(state),
+            state=state,
+            rows=[result.row for result in rounds],
+            lost=[dict(result.lost) for result in rounds],
+            figures=figures(strategy),
+        )
+
+    return carried_out

@@ -1,0 +1,262 @@
+"""The promise of the product: how a model is trained changes time and never the model.
+
+Every row of the table trains the same configuration twice: unsplit on the devices, and split over
+devices and edge servers. Both must give the same bits. Any two values of any two columns meet in
+some row.
+"""
+
+import itertools
+
+import pytest
+
+from fedsys import edges, fleet
+from fedsys.config import parse, with_values
+from fedsys.faulty import Faulty, LinkFault
+from fedsys.link import dial
+
+COMMON = {
+    "num_clients": 3,
+    "rounds": 2,
+    "client": {"epochs": 1, "batch_size": 10, "lr": 0.1, "momentum": 0.0},
+    # 28, 17 and 9 examples: the last mini-batches have 8, 7 and 9
+    "data": {
+        "examples": 60,
+        "test_examples": 10,
+        "partition": {"kind": "fractions", "fractions": [0.52, 0.31]},
+    },
+}
+SHAPES = {"cnn": [1, 8, 8], "vgg5": [3, 16, 16], "resnet18": [3, 8, 8], "mobilenet_v2": [3, 8, 8]}
+MODELS = {
+    "cnn-batch": ("cnn", {"width": 4, "hidden": 16}),  # with dropout
+    "cnn-group": ("cnn", {"width": 4, "hidden": 16, "norm": "group"}),
+    "vgg5-batch": ("vgg5", {"dropout": 0.2}),
+    "resnet18": ("resnet18", {"width": 4}),
+    "mobilenet_v2": ("mobilenet_v2", {"width": 0.25}),
+}
+FEATURES = {
+    "plain": {},
+    "momentum, decay, cosine": {
+        "client": {
+            "momentum": 0.9,
+            "weight_decay": 0.01,
+            "lr_schedule": {"kind": "cosine"},
+            "optimizer_args": {"nesterov": True},
+        }
+    },
+    "kept adam, crops": {
+        "client": {"optimizer": "adam", "lr": 0.003, "keep_optimizer": True},
+        "data": {"augmentation": "crop_flip"},
+    },
+    "proximal, clipped, two epochs": {
+        "strategy": "fedprox",
+        "client": {"epochs": 2, "clip_norm": 0.5},
+    },
+    "fedadam, kept momentum": {
+        "strategy": "fedadam",
+        "client": {"momentum": 0.9, "keep_optimizer": True},
+    },
+}
+
+COLUMNS = {
+    "model and cut": [
+        ("cnn-batch", 1),
+        ("cnn-batch", 2),
+        ("cnn-group", 1),
+        ("cnn-group", [2, 3, 4]),  # device 2 has the whole model
+        ("vgg5-batch", 1),
+        ("vgg5-batch", 2),
+        ("vgg5-batch", 3),
+    ],
+    "feature": list(FEATURES),
+    "micro-batches and schedule": [
+        (1, "sequential"),
+        (3, "sequential"),
+        (2, "pipelined"),
+        (4, "bounded"),
+    ],
+    "interrupted": ["never", "link", "edge"],
+    "private": [False, True],
+    "link": ["memory", "grpc"],
+}
+
+
+def all_pairs(columns):
+    """Yield rows, chosen greedily, until any two values of two columns have met in one."""
+    names = list(columns)
+    open_pairs = {
+        (a, i, b, j)
+        for a, b in itertools.combinations(range(len(names)), 2)
+        for i in range(len(columns[names[a]]))
+        for j in range(len(columns[names[b]]))
+    }
+    candidates = list(itertools.product(*(range(len(values)) for values in columns.values())))
+    while open_pairs:
+        # one pair that is still open, completed by the row that closes the most others
+        a, i, b, j = min(open_pairs)
+        row = max(
+            (row for row in candidates if row[a] == i and row[b] == j),
+            key=lambda row: len(open_pairs & pairs_of(row)),
+        )
+        open_pairs -= pairs_of(row)
+        yield tuple(columns[name][k] for name, k in zip(names, row, strict=True))
+
+
+def pairs_of(row):
+    return {(a, row[a], b, row[b]) for a, b in itertools.combinations(range(len(row)), 2)}
+
+
+TABLE = [
+    *all_pairs(COLUMNS),
+    (("resnet18", 0.5), "momentum, decay, cosine", (2, "pipelined"), "never", False, "memory"),
+    (("mobilenet_v2", 0.5), "plain", (1, "sequential"), "never", True, "memory"),
+]
+
+
+def merged(a, b):
+    both = dict(a)
+    for key, value in b.items():
+        nested = isinstance(value, dict) and isinstance(both.get(key), dict)
+        both[key] = merged(both[key], value) if nested else value
+    return both
+
+
+@pytest.fixture
+def settings(configure):
+    """Return a function from a model, a feature and further values to a configuration."""
+
+    def made(model, feature, **more):
+        name, arguments = MODELS[model]
+        values = dict(FEATURES[feature])
+        strategy = values.pop("strategy", "fedavg")
+        base = configure("data=synthetic", f"model={name}", f"strategy={strategy}")
+        data = {"data": {"shape": SHAPES[name]}}
+        for part in ({"model": arguments}, data, values, more):
+            data = merged(data, part)
+        return parse(with_values(base.text, **merged(COMMON, data)))
+
+    return made
+
+
+_references: dict[str, object] = {}
+
+
+@pytest.fixture
+def unsplit(settings, carry_out):
+    """Return a function that trains without edge servers, once per configuration."""
+
+    def reference(model, feature, pieces):
+        config = settings(model, feature, schedule={"micro_batches": pieces})
+        if config.text not in _references:
+            _references[config.text] = carry_out(config)
+        return _references[config.text]
+
+    return reference
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Return a function that lets a fault strike every device, or an edge, in the second step."""
+    monkeypatch.setattr(fleet, "REDIAL_S", (0.0,))
+    servers = []
+    start = edges._start
+
+    def started(*arguments):
+        servers.append(start(*arguments))
+        return servers[-1]
+
+    def arm(what):
+        struck: list[LinkFault] = []
+        if what == "never":
+            return struck
+        seen: set[str] = set()
+
+        def connect(address):
+            link = dial(address)
+            if what == "link":
+                fault = LinkFault("cut", 3, of_kind="", direction="recv", when="before")
+                return Spy(Faulty(link, [fault], sleep=lambda _: None), struck, [fault])
+            fault = LinkFault("cut", 2, of_kind="activation")
+            if "first" in seen:
+                return link
+            seen.add("first")
+            return Killing(link, servers, struck, fault)
+
+        monkeypatch.setattr("clients.app.dial", connect)
+        return struck
+
+    monkeypatch.setattr(edges, "_start", started)
+    return arm
+
+
+class Spy:
+    """A faulty link that notes in a list shared by all what has fired."""
+
+    def __init__(self, link, struck, faults):
+        self._link, self._struck, self._faults = link, struck, faults
+
+    def __getattr__(self, name):
+        if self._faults and self._link.fired:
+            self._struck.append(self._faults.pop())
+        return getattr(self._link, name)
+
+
+class Killing:
+    """A link whose edge server is killed when a certain activation is to be sent."""
+
+    def __init__(self, link, servers, struck, fault):
+        self._link, self._servers, self._struck, self._fault = link, servers, struck, fault
+        self._left = fault.frame
+
+    def send_encoded(self, parts):
+        if self._left == 0:
+            self._struck.append(self._fault)
+            self._servers[0].kill()
+        self._left -= 1
+        self._link.send_encoded(parts)
+
+    def __getattr__(self, name):
+        return getattr(self._link, name)
+
+
+def identify(row):
+    (model, cut), feature, (pieces, schedule), interrupted, private, link = row
+    private = "private" if private else "public"
+    return f"{model}@{cut}-{feature}-{pieces} {schedule}-{private}-{link}-interrupted {interrupted}"
+
+
+@pytest.mark.parametrize("row", TABLE, ids=identify)
+def test_split_training_gives_the_bits_of_plain_training(
+    row, settings, unsplit, carry_out, interrupt
+):
+    (model, cut), feature, (pieces, schedule), interrupted, private, link = row
+    expected = unsplit(model, feature, pieces)
+    if private and model.startswith("cnn") and isinstance(cut, list):
+        cut = [2, 1, 4]  # 3 would leave nothing for the edge
+    config = settings(
+        model,
+        feature,
+        schedule={"kind": schedule, "micro_batches": pieces},
+        policy={"kind": "fixed", "cut": cut, "codec": "fp32"},
+        client=merged(FEATURES[feature].get("client", {}), {"label_private": private}),
+        link={"kind": link},
+        num_edges=2,
+    )
+    struck = interrupt(interrupted)
+    got = carry_out(config)
+    assert got.sha256 == expected.sha256
+    assert bool(struck) == bool(got.figures["recoveries"]) == (interrupted != "never")
+    assert not any(got.lost)
+    for name in ("train_loss", "train_accuracy", "steps", "examples"):
+        assert [row[name] for row in got.rows] == [row[name] for row in expected.rows]
+
+
+def test_any_two_values_of_two_columns_meet_in_some_row():
+    met = {
+        (a, str(row[a]), b, str(row[b]))
+        for row in TABLE
+        for a, b in itertools.combinations(range(len(COLUMNS)), 2)
+    }
+    values = list(COLUMNS.values())
+    for a, b in itertools.combinations(range(len(values)), 2):
+        for pair in itertools.product(values[a], values[b]):
+            assert (a, str(pair[0]), b, str(pair[1])) in met
