@@ -134,9 +134,10 @@ class RandomNet(nn.Module):
         self.steps.append((kind, source, other))
         widths.append(out)
         if kind not in ("pool", "average", "add", "cat"):
-            activations = [nn.Tanh(), nn.LeakyReLU(0.1)]
+            # piecewise ones may happen to be constant on all inputs, analytic ones never are
+            activations = [nn.Tanh(), nn.SiLU()]
             if not self._smooth:
-                activations += [nn.ReLU(), nn.Hardswish(), nn.ReLU6()]
+                activations += [nn.ReLU(), nn.LeakyReLU(0.1), nn.Hardswish(), nn.ReLU6()]
             self.layers.append(activations[pick(len(activations))])
             self.steps.append(("act", len(widths) - 1, 0))
             widths.append(out)
@@ -347,6 +348,19 @@ def test_constants_behind_zero_padding_share_one_carrier_at_every_size() -> None
     small = shrink(net, (3, 6, 6))
     assert small.model.get_parameter("0.weight").shape[0] == 3
     for size in (3, 6, 11):
+        images = torch.randn(2, 3, size, size, generator=generator(size))
+        torch.testing.assert_close(outputs(small.model, images), outputs(net, images))
+
+
+def test_a_constant_that_only_the_middle_of_a_kernel_reads_needs_no_carrier() -> None:
+    net = randomise(nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1)), 1)
+    with torch.no_grad():
+        net.get_parameter("0.weight")[2:] = 0
+        net.get_parameter("0.bias")[2:] = 0.7
+        net.get_parameter("2.weight")[:, 2:, [0, 0, 0, 1, 1, 2, 2, 2], [0, 1, 2, 0, 2, 0, 1, 2]] = 0
+    small = shrink(net, (3, 6, 6))
+    assert small.model.get_parameter("0.weight").shape[0] == 2
+    for size in (1, 4, 7):
         images = torch.randn(2, 3, size, size, generator=generator(size))
         torch.testing.assert_close(outputs(small.model, images), outputs(net, images))
 

@@ -120,7 +120,8 @@ def _ask_mix(reading: Reading, need: Needs, name: str, op: Op) -> None:
     need.live[source] |= read & ~fixed.where
     if reading.borders is Borders.MAP or not op.zero_border:
         return
-    disturbing = (read & fixed.nonzero()).view(op.groups, -1).any(1)
+    bent = inputs_read_by(op, need.live[name], border=True)
+    disturbing = (bent & fixed.nonzero()).view(op.groups, -1).any(1)
     height = fixed.value.reshape(len(read), -1).abs().amax(1).view(op.groups, -1)
     best = height.argmax(1) + torch.arange(op.groups) * height.shape[1]
     carriers = torch.where(disturbing, best, -1)

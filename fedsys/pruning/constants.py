@@ -163,7 +163,7 @@ def constant_channels(op: Op, constant: list[Tensor], zero: list[Tensor]) -> Ten
 def _bent_at_border(op: Op, given: Fixed) -> Tensor:
     """Return which outputs read a constant other than zero together with padded zeros."""
     if op.kind is Kind.MIX:
-        return outputs_reading(op, given.nonzero())
+        return outputs_reading(op, given.nonzero(), border=True)
     return given.nonzero()
 
 

@@ -75,6 +75,7 @@ class Op:
         shape: Shape of its output with the batch; empty if that is not one tensor.
         connected: Where a MIX has weights other than 0, bool of ``(groups, out, in)`` per group;
             None for other kinds.
+        at_border: The same for the weights that can meet padded zeros; None if none can.
         zero_border: It reads zeros outside of its input, so that a constant map does not stay
             uniform at the border.
     """
@@ -86,6 +87,7 @@ class Op:
     shape: tuple[int, ...]
     zero_border: bool = False
     connected: Tensor | None = None
+    at_border: Tensor | None = None
 
     @property
     def name(self) -> str:
@@ -178,8 +180,9 @@ def describe(
         kind = _kind_of_module(module, shapes[inputs[0]], shape)
         if shared and kind in (Kind.MIX, Kind.SCALE, Kind.NORM):
             return opaque  # its weights serve two places, which may need different channels
-        connected = _connections(module) if kind is Kind.MIX else None
-        return Op(kind, node, inputs, module, shape, _reads_zeros(module), connected)
+        if kind is not Kind.MIX:
+            return Op(kind, node, inputs, module, shape, _reads_zeros(module))
+        return _describe_layer(node, inputs, module, shape)
     kind = _kind_of_function(node, inputs, shapes)
     return Op(kind, node, inputs, None, shape, _function_reads_zeros(node))
 
@@ -211,7 +214,7 @@ def _kind_of_function(
     if len(inputs) == 1 and given[:2] == shape[:2]:
         if target in _SAME_FUNCTIONS or target in _SAME_METHODS:
             return Kind.SAME
-        if target in _SCALAR_MATH and node.args[0] is inputs[0] and _is_number(node.args[1]):
+        if target in _SCALAR_MATH and any(_is_number(each) for each in node.args):
             return Kind.SAME
         if target in _MEANS and _over_space(node, len(given)):
             return Kind.SAME
@@ -286,20 +289,56 @@ def _function_reads_zeros(node: fx.Node) -> bool:
 # Which weights of a MIX connect which channels
 
 
-def _connections(module: nn.Module) -> Tensor:
-    assert isinstance(module, Conv | nn.Linear)
-    values = module.weight.detach()
-    present = values.flatten(2).any(2) if values.dim() > 2 else values != 0
-    return present.view(module.groups if isinstance(module, Conv) else 1, -1, present.shape[1])
+def _describe_layer(
+    node: fx.Node, inputs: tuple[fx.Node, ...], layer: nn.Module, shape: tuple[int, ...]
+) -> Op:
+    assert isinstance(layer, Conv | nn.Linear)
+    groups = layer.groups if isinstance(layer, Conv) else 1
+    values = layer.weight.detach()
+    taps = values.flatten(2) if values.dim() > 2 else values[..., None]
+    inner = _inner_tap(layer) if isinstance(layer, Conv) and _reads_zeros(layer) else -1
+    split = max(inner, 0)
+    middle = taps[..., split : split + 1].any(2)
+    outer = taps[..., :split].any(2) | taps[..., split + 1 :].any(2)
+    connected = (middle | outer).view(groups, -1, middle.shape[1])
+    at_border = None
+    if isinstance(layer, Conv) and _reads_zeros(layer):
+        at_border = connected if inner < 0 else outer.view_as(connected)
+    border = at_border is not None and bool(at_border.any())
+    return Op(Kind.MIX, node, inputs, layer, shape, border, connected, at_border)
 
 
-def outputs_reading(op: Op, inputs: Tensor) -> Tensor:
-    """Return which outputs of a MIX have a weight on one of `inputs` (bool of ``(in,)``)."""
-    assert op.connected is not None
-    return (op.connected & inputs.view(op.groups, 1, -1)).any(2).flatten()
+def _inner_tap(layer: Conv) -> int:
+    """Return which position of a kernel never meets the padding, counted row by row.
+
+    It is the one over the output's own pixel, provided that the map does not grow; -1 if there is
+    none.
+    """
+    position = 0
+    for axis, size in enumerate(layer.kernel_size):
+        reach = int(layer.dilation[axis]) * (size - 1)
+        padding: Any = layer.padding  # a word, or a number per axis
+        before = reach // 2 if isinstance(padding, str) else int(padding[axis])
+        tap, rest = divmod(before, int(layer.dilation[axis]))
+        if rest or 2 * before > reach:
+            return -1
+        position = position * size + tap
+    return position
 
 
-def inputs_read_by(op: Op, outputs: Tensor) -> Tensor:
+def outputs_reading(op: Op, inputs: Tensor, border: bool = False) -> Tensor:
+    """Return which outputs of a MIX have a weight on one of `inputs` (bool of ``(in,)``).
+
+    With `border` only weights that can meet padded zeros count.
+    """
+    present = op.at_border if border else op.connected
+    if present is None:
+        return torch.zeros(op.channels, dtype=torch.bool)
+    return (present & inputs.view(op.groups, 1, -1)).any(2).flatten()
+
+
+def inputs_read_by(op: Op, outputs: Tensor, border: bool = False) -> Tensor:
     """Return which inputs of a MIX one of `outputs` (bool of ``(out,)``) has a weight on."""
-    assert op.connected is not None
-    return (op.connected & outputs.view(op.groups, -1, 1)).any(1).flatten()
+    present = op.at_border if border else op.connected
+    assert present is not None
+    return (present & outputs.view(op.groups, -1, 1)).any(1).flatten()

@@ -154,14 +154,13 @@ class _Builder:
         if bool(given.where.any()):
             fixed_part = _columns(op, new, given.where)
             new = _columns(op, new, ~given.where)
-            carriers = self.need.carriers.get(op.node.name)
-            if carriers is not None:
-                new = new + _carried(op, fixed_part, given.value, carriers)
-            elif self.reading.borders is Borders.MAP and given.value.dim() > 1:
+            carriers = self.need.carriers.get(op.node.name, (-1,) * op.groups)
+            if self.reading.borders is Borders.MAP and given.value.dim() > 1:
                 tensors = {"weight": fixed_part, "bias": torch.zeros_like(bias)}
                 bend = functional_call(op.layer, tensors, given.value.unsqueeze(0))
             else:
-                bias = bias + _uniform_part(op, fixed_part, given.value.reshape(-1))
+                new = new + _carried(op, fixed_part, given.value, carriers)
+                bias = bias + _uniform_part(op, fixed_part, given.value.reshape(-1), carriers)
         held = self.need.held[op.node.name][rows]
         value = self.reading.fixed[op.node.name].value[rows]
         if bend is None:
@@ -271,11 +270,11 @@ def _columns(op: Op, values: Tensor, inputs: Tensor) -> Tensor:
     return (values.view(op.groups, -1, *values.shape[1:]) * mask).flatten(0, 1)
 
 
-def _uniform_part(op: Op, values: Tensor, constants: Tensor) -> Tensor:
-    """Return what uniform inputs `constants` add to each output, ``(out,)``."""
+def _uniform_part(op: Op, values: Tensor, constants: Tensor, carriers: tuple[int, ...]) -> Tensor:
+    """Return what uniform inputs `constants` add to each output of groups without a carrier."""
     taps = values.flatten(2).sum(2) if values.dim() > 2 else values
-    grouped = taps.view(op.groups, -1, taps.shape[1]) @ constants.view(op.groups, -1, 1)
-    return grouped.flatten()
+    added = taps.view(op.groups, -1, taps.shape[1]) @ constants.view(op.groups, -1, 1)
+    return (added[..., 0] * (torch.tensor(carriers) < 0)[:, None]).flatten()
 
 
 def _carried(op: Op, values: Tensor, constants: Tensor, carriers: tuple[int, ...]) -> Tensor:
@@ -284,7 +283,7 @@ def _carried(op: Op, values: Tensor, constants: Tensor, carriers: tuple[int, ...
     result = torch.zeros_like(grouped)
     heights = constants.reshape(op.groups, -1)
     for group, carrier in enumerate(carriers):
-        if carrier >= 0:
+        if carrier >= 0:  # it takes over what all constants do, at the border and inside
             column = carrier % heights.shape[1]
             ratio = heights[group] / heights[group, column]
             result[group, :, column] = torch.einsum("oi...,i->o...", grouped[group], ratio)
