@@ -29,6 +29,8 @@ class Part:
         round_: The round, which decides the learning rate.
         proximal_mu: Weight of FedProx's term; 0 for none.
         optimizer_state: State by global name, of these parameters; None to begin anew.
+        anchor: Parameters by global name towards which FedProx's term pulls; None: those that the
+            modules have now, at the start of the round.
     """
 
     def __init__(
@@ -39,12 +41,17 @@ class Part:
         *,
         proximal_mu: float = 0.0,
         optimizer_state: Mapping[str, Tensor] | None = None,
+        anchor: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.modules = tuple(modules)
         self._clip_norm = config.client.clip_norm
         self.named = {n: p for m in self.modules for n, p in m.named_parameters()}
+        start = anchor or self.named
         self._anchor = (
-            Proximal(proximal_mu, {n: p.detach().clone() for n, p in self.named.items()})
+            Proximal(
+                proximal_mu,
+                {n: start[n].detach().to(p.device, copy=True) for n, p in self.named.items()},
+            )
             if proximal_mu
             else None
         )
@@ -90,6 +97,16 @@ class Part:
     def state(self) -> dict[str, Tensor]:
         """Return parameters and buffers by global name; not copied."""
         return {n: t.detach() for m in self.modules for n, t in m.state_dict().items()}
+
+    def anchor(self) -> dict[str, Tensor]:
+        """Return the parameters at the start of the round, where FedProx's term needs them."""
+        return {} if self._anchor is None else {n: t.cpu() for n, t in self._anchor.start.items()}
+
+    def nbytes(self) -> int:
+        """Return the bytes of parameters, buffers and optimizer state."""
+        states = self.optimizer.state.values() if self.optimizer is not None else ()
+        kept = [t for state in states for t in state.values() if isinstance(t, Tensor)]
+        return sum(t.nbytes for t in (*self.state().values(), *kept))
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """Return the optimizer's state by global name; copied."""

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from torch import Tensor
 
 from fedsys import config as configuration
 from fedsys import models, training
-from fedsys.codecs import decode_activation, encode_activation
+from fedsys.codecs import CODECS, decode_activation, encode_activation
 from fedsys.config import Config
 from fedsys.errors import FrameError, SessionError
 from fedsys.halves import Part, filled_stages, safe_input
@@ -44,6 +45,8 @@ from fedsys.training import pieces
 from fedsys.wire import Frame
 
 State = Mapping[str, Tensor]
+
+_KINDS: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float)}
 
 
 @dataclass(frozen=True)
@@ -98,11 +101,17 @@ class SessionSpec:
         values: dict[str, Any] = {}
         for spec in dataclasses.fields(cls):
             value = meta.get(spec.name)
-            expected = {"str": str, "int": int, "float": (int, float)}.get(str(spec.type), list)
+            expected = _KINDS.get(str(spec.type), (list,))
             if not isinstance(value, expected) or isinstance(value, bool):
                 raise FrameError(f"open: {spec.name}={str(value)[:40]!r} is not a {spec.type}")
             values[spec.name] = tuple(value) if isinstance(value, list) else value
-        return cls(**values)
+        made = cls(**values)
+        sizes = (*made.input_shape, made.num_classes, made.micro_batches)
+        if len(made.input_shape) != 3 or not all(type(n) is int and n > 0 for n in sizes):
+            raise FrameError(f"open: {sizes}: must be C, H, W, classes and pieces, each above 0")
+        if made.codec_up not in CODECS or made.codec_down not in CODECS:
+            raise FrameError(f"open: codecs {made.codec_up!r:.40} and {made.codec_down!r:.40}")
+        return made
 
 
 @dataclass(frozen=True)
@@ -113,22 +122,28 @@ class Snapshot:
         step: Steps that are done.
         state: Parameters and buffers of the edge's units, by global name.
         optimizer: State of their optimizer, by global name.
+        anchor: Parameters at the start of the round, by global name, if FedProx's term pulls
+            towards them and they are no longer those in `state`.
     """
 
     step: int
     state: State
     optimizer: State
+    anchor: State = dataclasses.field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors for a frame."""
-        named = {f"state/{name}": tensor for name, tensor in self.state.items()}
-        return named | {f"optimizer/{name}": tensor for name, tensor in self.optimizer.items()}
+        parts = {"state": self.state, "optimizer": self.optimizer, "anchor": self.anchor}
+        return {f"{part}/{name}": t for part, named in parts.items() for name, t in named.items()}
 
     @classmethod
     def from_frame(cls, frame: Frame) -> Snapshot:
         """Return the snapshot that a frame carries."""
         step = natural(frame, "step")
-        return cls(step, _part(frame.tensors, "state/"), _part(frame.tensors, "optimizer/"))
+        named = frame.tensors
+        return cls(
+            step, _part(named, "state/"), _part(named, "optimizer/"), _part(named, "anchor/")
+        )
 
 
 def _part(tensors: State, prefix: str) -> dict[str, Tensor]:
@@ -138,15 +153,22 @@ def _part(tensors: State, prefix: str) -> dict[str, Tensor]:
 def layered_model(
     config: Config, input_shape: tuple[int, int, int], num_classes: int
 ) -> LayeredModel:
-    """Return the run's model on ``meta`` as a chain of units; kept per process."""
-    return _layered(config.text, tuple(input_shape), num_classes)
+    """Return the run's model on ``meta`` as a chain of units; kept per process and model."""
+    spec = json.dumps({**config.model, "init": None}, sort_keys=True)
+    return _layered(spec, tuple(input_shape), num_classes)
 
 
 @functools.lru_cache(maxsize=16)
-def _layered(text: str, input_shape: tuple[int, int, int], num_classes: int) -> LayeredModel:
-    spec = {**configuration.parse(text).model, "init": None}
-    skeleton = models.skeleton(spec, input_shape=input_shape, num_classes=num_classes)
+def _layered(spec: str, input_shape: tuple[int, int, int], num_classes: int) -> LayeredModel:
+    model = json.loads(spec)
+    skeleton = models.skeleton(model, input_shape=input_shape, num_classes=num_classes)
     return layered(skeleton, input_shape)
+
+
+def _dtype_of(model: LayeredModel) -> torch.dtype:
+    """Return the type in which a model computes: that of its first floating-point parameter."""
+    floats = (p.dtype for p in model.graph.parameters() if p.is_floating_point())
+    return next(floats, torch.float32)
 
 
 class Session:
@@ -177,16 +199,20 @@ class Session:
         model = layered_model(self._config, spec.input_shape, spec.num_classes)
         if not 0 <= spec.first <= spec.last <= len(model):
             raise FrameError(f"open: units {spec.first} to {spec.last} of {len(model)}")
+        self._enters = model.units[spec.first - 1].out_shape if spec.first else spec.input_shape
         cuts = [spec.first, spec.last]
         (self._stage,) = filled_stages(model, cuts, [1], start.state, device)
         self._private = spec.last < len(model)
+        self._dtype = _dtype_of(model)
         self._part = Part(
             [self._stage],
             self._config,
             spec.round,
             proximal_mu=spec.proximal_mu,
             optimizer_state=start.optimizer,
+            anchor=start.anchor or None,
         )
+        self._nbytes = self._part.nbytes()
         self._address = Address(self._config.seed, spec.client, spec.round)
         self._masks: dict[str, Tensor] = {}
         self._batch = 0
@@ -235,13 +261,11 @@ class Session:
             if self._forward or self._early:
                 raise SessionError(f"session {self.spec.id} is in the middle of step {self.steps}")
             state = {n: t.cpu().clone() for n, t in self._part.state().items()}
-            return Snapshot(self.steps, state, self._part.optimizer_state())
+            return Snapshot(self.steps, state, self._part.optimizer_state(), self._part.anchor())
 
     def nbytes(self) -> int:
-        """Return the bytes of weights and optimizer state."""
-        with self._lock:
-            tensors = [*self._part.state().values(), *self._part.optimizer_state().values()]
-            return sum(t.nbytes for t in tensors)
+        """Return the bytes of weights and optimizer state, without waiting for an operation."""
+        return self._nbytes
 
     # --- one step ---------------------------------------------------------------------------------
 
@@ -249,8 +273,10 @@ class Session:
         if frame.kind == "norms":
             yield self._finish_with(frame)
             return
-        if piece >= self.spec.micro_batches:
+        if piece >= (self._pieces() if self._forward else self.spec.micro_batches):
             raise SessionError(f"piece {piece} of {self.spec.micro_batches}")
+        if frame.kind == "gradient" and piece not in self._open:
+            raise SessionError(f"gradient of piece {piece}, whose activation was not sent")
         self._early[frame.kind, piece] = frame
         while True:
             due = {"activation": self._forward, "gradient": self._backward}
@@ -270,18 +296,21 @@ class Session:
         return min(self._batch, self.spec.micro_batches)
 
     def _activate(self, frame: Frame, piece: int) -> Frame:
-        if piece == 0:
-            self._begin(natural(frame, "batch"))
-        x, (start, stop) = self._input(frame, piece)
+        batch = natural(frame, "batch")
+        if batch < 1 or (piece and batch != self._batch):
+            raise FrameError(f"batch={batch}: must be at least 1, and the same for all pieces")
+        x, (start, stop) = self._input(frame, piece, batch)
+        labels = None if self._private else self._labels(frame, stop - start)
+        if piece == 0:  # what is refused above has changed nothing
+            self._begin(batch)
         needs_gradient = bool(frame.meta.get("needs_gradient", True))
         x.requires_grad_(needs_gradient)
-        labels = None if self._private else self._labels(frame, stop - start)
         with (
             torch.enable_grad(),
             drawing(self._address, self.steps, self._batch, self._masks),
             rows(start, stop),
         ):
-            out = self._stage(safe_input(self._stage, x))
+            out = training.forward(self._stage, safe_input(self._stage, x))
         self._forward += 1
         meta: dict[str, Any] = {"step": self.steps, "piece": piece}
         if labels is None:
@@ -297,18 +326,15 @@ class Session:
 
     def _return(self, frame: Frame, piece: int) -> Frame:
         """Take the gradient of what was sent for a piece; reply with that of its input."""
-        if not self._private or piece not in self._open:
-            raise SessionError(f"gradient of piece {piece}, whose activation was not sent")
-        x, out = self._open.pop(piece)
-        gradient = self._decoded(frame, tuple(out.shape))
+        x, out = self._open[piece]
+        gradient = self._decoded(frame, out)
+        del self._open[piece]
         if out.requires_grad:
             out.backward(gradient)  # type: ignore[no-untyped-call]  # torch has no type for it
         self._backward += 1
         return self._encoded("gradient", x.grad, {"step": self.steps, "piece": piece})
 
     def _begin(self, batch: int) -> None:
-        if batch < 1:
-            raise FrameError(f"batch={batch}: must be at least 1")
         self._batch = batch
         self._masks = {}
         self._part.zero_grad()
@@ -331,7 +357,9 @@ class Session:
 
     def _apply(self, norms: Mapping[str, float]) -> None:
         self._part.step(norms)
+        self._nbytes = self._part.nbytes()  # optimizers take memory in their first step
         self._forward = self._backward = 0
+        self._early.clear()
         self.steps += 1
         every = self.spec.replicate_every
         if every and self.steps % every == 0:
@@ -352,27 +380,24 @@ class Session:
 
     # --- tensors ----------------------------------------------------------------------------------
 
-    def _input(self, frame: Frame, piece: int) -> tuple[Tensor, tuple[int, int]]:
-        bounds = list(pieces(self._batch, self.spec.micro_batches))
+    def _input(self, frame: Frame, piece: int, batch: int) -> tuple[Tensor, tuple[int, int]]:
+        bounds = list(pieces(batch, self.spec.micro_batches))
         if piece >= len(bounds):
-            raise SessionError(f"piece {piece} of a mini-batch with {self._batch} examples")
+            raise SessionError(f"piece {piece} of a mini-batch with {batch} examples")
         start, stop = bounds[piece]
         tensor = decode_activation(frame.tensors, frame.meta).to(self._device)
         self._check_shape(tensor, stop - start)
         return tensor, (start, stop)
 
     def _check_shape(self, tensor: Tensor, examples: int | None) -> None:
-        model = layered_model(self._config, self.spec.input_shape, self.spec.num_classes)
-        first = self.spec.first
-        one = model.units[first - 1].out_shape if first else self.spec.input_shape
+        """Check what comes in; `examples` is None for any number of at least one."""
         count = tensor.shape[0] if tensor.dim() else 0
-        if tuple(tensor.shape[1:]) != tuple(one) or not 1 <= count <= (examples or count):
-            expected = (examples or "n", *one)
+        fits = count == examples if examples else count > 0
+        if tuple(tensor.shape[1:]) != tuple(self._enters) or not fits:
+            expected = (examples or "n", *self._enters)
             raise FrameError(f"activation of shape {tuple(tensor.shape)} instead of {expected}")
-        if examples is not None and count != examples:
-            raise FrameError(f"activation of {count} examples instead of {examples}")
-        if not tensor.is_floating_point():
-            raise FrameError(f"activation of type {tensor.dtype}: must be floating point")
+        if tensor.dtype != self._dtype:
+            raise FrameError(f"activation of type {tensor.dtype} instead of {self._dtype}")
 
     def _labels(self, frame: Frame, examples: int) -> Tensor:
         labels = frame.tensors.get("labels")
@@ -382,10 +407,11 @@ class Session:
             raise FrameError(f"labels: must be in 0 to {self.spec.num_classes - 1}")
         return labels.to(self._device)
 
-    def _decoded(self, frame: Frame, shape: tuple[int, ...]) -> Tensor:
+    def _decoded(self, frame: Frame, out: Tensor) -> Tensor:
         tensor = decode_activation(frame.tensors, frame.meta).to(self._device)
-        if tuple(tensor.shape) != shape:
-            raise FrameError(f"gradient of shape {tuple(tensor.shape)} instead of {shape}")
+        if tensor.shape != out.shape or tensor.dtype != out.dtype:
+            got, expected = (f"{tuple(t.shape)} {t.dtype}" for t in (tensor, out))
+            raise FrameError(f"gradient of {got} instead of {expected}")
         return tensor
 
     def _encoded(
