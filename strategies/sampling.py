@@ -11,16 +11,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
-from flwr.supercore.run import Run
 
 from fedsys.errors import ConfigError, RuntimeFailure
 from fedsys.randomness import SERVER, Address
 from strategies.roster import Roster
+
+if TYPE_CHECKING:
+    from flwr.supercore.run import Run
 
 
 @dataclass(frozen=True)

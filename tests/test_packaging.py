@@ -1,0 +1,303 @@
+import ast
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections import Counter
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import fedsys
+from fedsys.runtime import bundle
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("fedsys", "strategies", "clients", "conf")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PRIVATE = {"supercore", "superlink", "supernode", "simulation", "server", "proto", "cli", "compat"}
+"""Parts of Flower that its documentation does not show, or shows as legacy."""
+
+GIT_PATTERNS = pytest.mark.filterwarnings(
+    "ignore:GitWildMatchPattern:DeprecationWarning"  # Flower asks pathspec by the old name
+)
+EXTRAS = {"ray": "flwr"}
+"""What comes with an extra of another distribution: `flwr[simulation]` brings Ray."""
+
+
+def sources(*packages):
+    return [path for package in packages for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+def wanted(*suffixes):
+    """Return the files of the four packages as they are in the checkout."""
+    return {
+        path.relative_to(ROOT).as_posix()
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*")
+        if path.suffix in suffixes and "__pycache__" not in path.parts
+    }
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy of what is packed, and of what is not: other tests write into the real one."""
+    copy = tmp_path_factory.mktemp("checkout") / "fedsys"
+    for name in (*PACKAGES, "tests", "docs"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE", ".gitignore"):
+        shutil.copy(ROOT / name, copy / name)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(checkout, tmp_path_factory):
+    out = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(out)]
+    subprocess.run(command, cwd=checkout, check=True, capture_output=True, timeout=120)
+    (file,) = out.glob("*.whl")
+    return file
+
+
+@pytest.fixture(scope="module")
+def unpacked(wheel, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unpacked")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def command(home, *arguments):
+    """Run the command from `home` alone, with nothing of the checkout in sight."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(home)!r}); sys.argv[0] = 'fedsys'\n"
+        "import fedsys.main; assert fedsys.main.__file__.startswith(sys.path[0])\n"
+        "raise SystemExit(fedsys.main.main())"
+    )
+    return subprocess.run(
+        [sys.executable, "-I", "-c", code, *arguments],
+        cwd=home,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# The wheel and the bundle
+
+
+def test_the_wheel_holds_the_four_packages_and_nothing_else(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = {n for n in archive.namelist() if ".dist-info/" not in n}
+        assert len({n.split("/")[0] for n in archive.namelist()} - set(PACKAGES)) == 1
+    assert names == wanted(".py", ".yaml", ".typed")
+    assert {f"conf/{p.name}" for p in (ROOT / "conf").glob("*.yaml")} <= names
+
+
+def test_the_wheel_names_version_licence_and_command(unpacked):
+    (info,) = unpacked.glob("*.dist-info")
+    about = metadata.PathDistribution(info)
+    assert about.metadata["Name"] == "fedsys"
+    assert about.version == PROJECT["project"]["version"]
+    assert about.metadata["License-Expression"] == "Apache-2.0"
+    assert (info / "licenses" / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+    (script,) = about.entry_points
+    assert (script.name, script.value) == ("fedsys", "fedsys.main:entry")
+
+
+def test_an_unpacked_wheel_finds_its_own_configuration(unpacked):
+    shown = command(unpacked, "--help")
+    assert shown.returncode == 0
+    assert "usage: fedsys COMMAND" in shown.stdout
+    composed = command(unpacked, "train", "model=vgg5", "rounds=3", "--cfg", "job")
+    assert composed.returncode == 0, composed.stderr
+    assert "_target_: fedsys.models.vgg.vgg5" in composed.stdout
+    assert "rounds: 3" in composed.stdout
+
+
+def test_another_package_of_the_same_name_is_refused(unpacked, tmp_path):
+    home = tmp_path / "home"
+    shutil.copytree(unpacked, home)
+    shutil.rmtree(home / "strategies")
+    result = command(home, "train")
+    assert result.returncode == 2
+    assert "package strategies: comes from" in result.stderr
+
+
+@GIT_PATTERNS
+def test_the_bundle_that_flower_builds_holds_the_four_packages_and_nothing_else(checkout):
+    from flwr.cli.build import build_fab_from_disk
+
+    with zipfile.ZipFile(io.BytesIO(build_fab_from_disk(checkout))) as archive:
+        names = set(archive.namelist())
+        project = tomllib.loads(archive.read("pyproject.toml").decode())
+    own = {n for n in names if "/" in n and not n.startswith(".info")}
+    assert own == wanted(".py", ".yaml")
+    assert {n.split("/")[0] for n in names} - set(PACKAGES) <= {
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        ".info",
+    }
+    assert project["tool"]["flwr"]["app"]["components"] == {
+        "serverapp": "strategies.app:app",
+        "clientapp": "clients.app:app",
+    }
+
+
+@GIT_PATTERNS
+def test_the_bundle_that_fedsys_sends_has_the_same_files():
+    content, digest = bundle.build()
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        names = {n for n in archive.namelist() if "/" in n and not n.startswith(".info")}
+    assert names == wanted(".py", ".yaml")
+    assert bundle.build()[1] == digest
+
+
+# --------------------------------------------------------------------------------------------------
+# Who may import whom
+
+
+def imports(path, *, for_types=True):
+    """Yield the dotted name of everything that a file imports, inside functions too."""
+    tree = ast.parse(path.read_text())
+    skipped = set()
+    if not for_types:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+                skipped |= {id(inner) for inner in ast.walk(node)}
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def importing(packages, names, **how):
+    """Return the files of `packages` that import one of `names` or something inside of it."""
+    return {
+        path.relative_to(ROOT).as_posix()
+        for path in sources(*packages)
+        for name in imports(path, **how)
+        if any(name == n or name.startswith(f"{n}.") for n in names)
+    }
+
+
+def test_the_machine_knows_no_strategy_no_client_and_no_choice():
+    assert importing(["fedsys"], ["strategies", "clients", "conf"]) == set()
+
+
+def test_strategies_and_clients_do_not_know_each_other():
+    assert importing(["strategies"], ["clients", "conf"]) == set()
+    assert importing(["clients"], ["strategies", "conf"]) == set()
+
+
+def test_choices_hold_no_logic():
+    assert [path.name for path in sources("conf")] == ["__init__.py"]
+    body = ast.parse((ROOT / "conf" / "__init__.py").read_text()).body
+    assert all(isinstance(node, ast.Expr) for node in body)  # a docstring at most
+
+
+def test_one_module_knows_hydra_and_the_command_starts_it():
+    known = importing(PACKAGES, ["hydra", "omegaconf"])
+    assert known <= {"fedsys/config.py", "fedsys/main.py"}
+
+
+def test_only_the_runtime_knows_private_parts_of_flower():
+    files = importing(PACKAGES, [f"flwr.{part}" for part in PRIVATE], for_types=False)
+    assert {f for f in files if not f.startswith("fedsys/runtime/")} == set()
+
+
+def test_nothing_unpickles_or_evaluates():
+    forbidden = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
+    assert importing(PACKAGES, forbidden) == set()
+    calls = Counter(
+        ast.unparse(node.func)
+        for path in sources(*PACKAGES)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+    )
+    assert not calls.keys() & {"eval", "exec", "torch.load", "torch.save"}
+
+
+# --------------------------------------------------------------------------------------------------
+# What the project says of itself
+
+
+def test_the_version_is_the_same_everywhere(capsys):
+    from fedsys.main import main
+
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fedsys {PROJECT['project']['version']}\n"
+    assert metadata.version("fedsys") == PROJECT["project"]["version"]
+    assert Path(fedsys.__file__).parent == ROOT / "fedsys"
+
+
+def readme_commands():
+    """Return the shell blocks of the README that set something up: install, then one command."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    return [block.strip() for block in blocks]
+
+
+def test_the_readme_begins_with_one_sentence_and_two_commands():
+    text = (ROOT / "README.md").read_text()
+    assert re.match(r"# fedsys\n\n\*\*[^*\n]+\.\*\*\n\n", text)
+    run, check = readme_commands()[:2]
+    assert run.endswith("pip install -e . && fedsys train")
+    assert check.endswith("pip install -e '.[dev]' && pytest")
+
+
+def test_continuous_integration_runs_the_second_command_of_the_readme():
+    script = (ROOT / ".ci" / "run").read_text()
+    assert script.count(readme_commands()[1]) == 1
+
+
+def test_every_command_of_the_readme_is_one_that_fedsys_has():
+    from fedsys.main import COMMANDS
+
+    text = "\n".join(readme_commands())
+    verbs = set(re.findall(r"^(?:.*&& )?fedsys ([a-z]+)", text, re.MULTILINE))
+    assert "train" in verbs
+    assert verbs <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("page", sorted(p.name for p in (ROOT / "docs").glob("*.md")))
+def test_links_and_folders_of_the_pages_exist(page):
+    text = (ROOT / "docs" / page).read_text()
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+        if "://" not in target:
+            assert (ROOT / "docs" / target).exists(), target
+    for path in re.findall(r"`((?:fedsys|strategies|clients|conf|tests)/[\w./]+)`", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_every_package_that_is_imported_is_a_dependency():
+    distributions = metadata.packages_distributions()
+    declared = {
+        re.split(r"[\[<>=~ ;]", entry)[0].lower().replace("_", "-")
+        for entry in (
+            *PROJECT["project"]["dependencies"],
+            *(e for extra in PROJECT["project"]["optional-dependencies"].values() for e in extra),
+        )
+    }
+    missing = {}
+    for path in sources("fedsys", "strategies", "clients"):
+        for name in imports(path):
+            top = name.partition(".")[0]
+            if top in sys.stdlib_module_names or top in PACKAGES:
+                continue
+            names = distributions.get(EXTRAS.get(top, top), [top])
+            found = {name.lower().replace("_", "-") for name in names}
+            if not found & declared:
+                missing.setdefault(top, path.relative_to(ROOT).as_posix())
+    assert json.dumps(missing) == "{}"
