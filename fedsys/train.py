@@ -25,20 +25,23 @@ def job(tree: Any) -> Mapping[str, Any]:
         FedsysError: The configuration is not usable, or the run failed.
     """
     config = _continued(tree) if tree.resume else _new(tree)
-    path = Path(str(config.run.dir))
     if config.resume:
+        path = Path(str(config.run.dir))
         info = RunFolder.open(path).info
         if info["status"] == "finished" and info["result"]["rounds"] == config.rounds:
             print(f"{path} is finished; rounds= above {config.rounds} goes on", file=sys.stderr)
             return _result(path)
     from fedsys import runtime  # imports Flower, which is not needed to refuse a configuration
 
-    runtime.run(config)
-    return _result(path)
+    result = runtime.run(config)
+    return _result(Path(str(config.run.dir))) if result is None else result
 
 
 def _new(tree: Any) -> Config:
-    configuration.parse(configuration.to_text(tree))  # bad values are said before a folder is made
+    # Bad values are said before a folder is made.
+    config = configuration.parse(configuration.to_text(tree))
+    if config.runtime.kind == "deployment" and not config.runtime.launch:
+        return config  # the run folder is on the machine of the server app, which chooses it
     tree.run.dir = str(Path(tree.run.dir or default_path(Path("outputs"), "train")).absolute())
     return configuration.parse(configuration.to_text(tree))
 

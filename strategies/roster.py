@@ -27,6 +27,9 @@ IDENTITY = "identity"
 POLL_S = 0.5
 """Seconds between two looks at who is connected, while nodes are missing."""
 
+ANSWER_S = 120.0
+"""Seconds that a connected node has to say who it is: a weak device imports torch for that."""
+
 
 @runtime_checkable
 class KnowsPartitions(Protocol):
@@ -76,20 +79,21 @@ class Roster:
         self._refused: dict[int, str] = {}
         self._spare: dict[int, str] = {}
         self._silent: dict[int, str] = {}
+        self._asked: dict[str, tuple[int, float]] = {}
 
-    def refresh(self, grid: Grid, timeout_s: float = 60.0) -> dict[int, int]:
+    def refresh(self, grid: Grid) -> dict[int, int]:
         """Return the node id of every partition that is connected now, in order of partition id.
 
         Of two nodes with one partition, that was seen last counts: the other is the same device
         before it was restarted, of which Flower does not know yet that it is gone. Where nobody is
-        connected, waits until somebody is.
+        connected, waits until somebody is. A node that has just joined is asked who it is and not
+        waited for: it takes part once it has answered.
         """
+        self._silent.clear()  # whoever could not say who it is is asked again, once per round
         deadline = time.monotonic() + self.wait_s
-        while True:
-            present = self._look(grid, timeout_s)
-            if present or time.monotonic() > deadline:
-                return {partition: nodes[-1] for partition, nodes in present.items()}
+        while not (present := self._look(grid)) and time.monotonic() < deadline:
             time.sleep(POLL_S)
+        return {partition: nodes[-1] for partition, nodes in present.items()}
 
     def count(self, grid: Grid) -> int:
         """Return the number of partitions that are connected; at least one, after a wait.
@@ -97,8 +101,11 @@ class Roster:
         Raises:
             RuntimeFailure: Nobody is connected, or two nodes have one partition id.
         """
-        self.refresh(grid)
-        present = self._look(grid, self.wait_s)
+        deadline = time.monotonic() + self.wait_s
+        while not (present := self._look(grid)) or self._asked:
+            if self._is_over(deadline):
+                break
+            time.sleep(POLL_S)
         self._check_distinct(present)
         if not present:
             raise RuntimeFailure(
@@ -117,13 +124,13 @@ class Roster:
         wanted = self.num_clients or 1
         deadline = time.monotonic() + self.wait_s
         while True:
-            present = self._look(grid, max(deadline - time.monotonic(), 1.0))
+            present = self._look(grid)
             self._check_distinct(present)
             if self._refused:
                 raise RuntimeFailure(next(iter(self._refused.values())))
             if len(present) >= wanted:
                 return {partition: nodes[-1] for partition, nodes in present.items()}
-            if time.monotonic() > deadline:
+            if self._is_over(deadline):
                 raise RuntimeFailure(
                     f"num_clients={wanted}: must be there as nodes, but after {self.wait_s:g} s "
                     f"there are {len(present)} (partition ids {_listed(present)})"
@@ -136,32 +143,37 @@ class Roster:
         """Return the partition id of a node that has answered before."""
         return self._nodes[node_id].partition
 
-    def _look(self, grid: Grid, timeout_s: float) -> dict[int, list[int]]:
+    def _is_over(self, deadline: float) -> bool:
+        now = time.monotonic()
+        return now >= deadline and all(now >= since + ANSWER_S for _, since in self._asked.values())
+
+    def _look(self, grid: Grid) -> dict[int, list[int]]:
         """Return the nodes of every partition, those seen first in front."""
         connected = set(grid.get_node_ids())
-        self._learn(grid, connected, timeout_s)
+        self._learn(grid, connected)
         present: dict[int, list[int]] = {}
         for node_id, node in self._nodes.items():
             if node_id in connected and node_id not in self._refused | self._spare:
                 present.setdefault(node.partition, []).append(node_id)
         return dict(sorted(present.items()))
 
-    def _learn(self, grid: Grid, connected: Iterable[int], timeout_s: float) -> None:
+    def _learn(self, grid: Grid, connected: set[int]) -> None:
         if isinstance(grid, KnowsPartitions):
             for node_id, partition in grid.partition_ids().items():
                 self._nodes.setdefault(node_id, Node(partition))
             return
-        unknown = [node for node in sorted(connected) if node not in self._nodes]
+        being_asked = {node for node, _ in self._asked.values()}
+        unknown = sorted(connected - self._nodes.keys() - self._silent.keys() - being_asked)
         questions = [Message(RecordDict(), node, IDENTIFY) for node in unknown]
-        if not questions:
-            return
-        replies = list(grid.send_and_receive(questions, timeout=timeout_s))
-        for reply in replies:
-            node_id = reply.metadata.src_node_id
+        if questions:
+            ids = grid.push_messages(questions)
+            now = time.monotonic()
+            self._asked |= {i: (node, now) for i, node in zip(ids, unknown, strict=True)}
+        for reply in grid.pull_messages(list(self._asked)) if self._asked else ():
+            node_id, _ = self._asked.pop(reply.metadata.reply_to_message_id)
             if reply.has_error():
                 self._silent[node_id] = reply.error.reason or f"error {reply.error.code}"
                 continue
-            self._silent.pop(node_id, None)
             node = _node(reply.content.config_records[IDENTITY])
             self._nodes[node_id] = node
             who = f"node {node_id} (partition-id {node.partition})"

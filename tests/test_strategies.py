@@ -58,12 +58,21 @@ class Nodes(Grid):
         messages = list(messages)
         for number, message in enumerate(messages):
             message.metadata.__dict__["_message_id"] = f"{id(messages)}-{number}"
-        if all(m.metadata.message_type == IDENTIFY for m in messages):
-            return [self._identity(m) for m in messages]
         self.asked.append([self.partition_of[m.metadata.dst_node_id] for m in messages])
         replies = [self._reply(m) for m in messages]
         self.random.shuffle(replies)
         return [r for r in replies if r is not None]
+
+    def push_messages(self, messages):
+        self.answers: dict[str, Message] = {}
+        for number, message in enumerate(messages):
+            assert message.metadata.message_type == IDENTIFY
+            message.metadata.__dict__["_message_id"] = f"question-{number}"
+            self.answers[message.metadata.message_id] = self._identity(message)
+        return list(self.answers)
+
+    def pull_messages(self, message_ids):
+        return [self.answers.pop(i) for i in message_ids]
 
     def _identity(self, message):
         k = self.partition_of[message.metadata.dst_node_id]
@@ -84,7 +93,7 @@ class Nodes(Grid):
     def create_message(self, *args, **kwargs):
         raise AssertionError("not used")
 
-    set_run = run = push_messages = pull_messages = create_message
+    set_run = run = create_message
 
 
 def network():

@@ -14,6 +14,8 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from fedsys.config import Config
 from fedsys.errors import ConfigError
@@ -25,8 +27,11 @@ RUNTIMES = {
 }
 
 
-def run(config: Config) -> None:
+def run(config: Config) -> Mapping[str, Any] | None:
     """Carry a run out in the runtime that it asks for; its results are in its run folder.
+
+    Returns:
+        The result, if the run took place in another process, whose folder may be far away.
 
     Raises:
         FedsysError: Whatever made the run fail.
@@ -37,7 +42,9 @@ def run(config: Config) -> None:
         known = ", ".join(RUNTIMES)
         raise ConfigError.of("runtime.kind", config.runtime.kind, f"must be one of {known}")
     module, _, function = name.partition(":")
-    getattr(importlib.import_module(module), function)(config)
+    carry_out: Callable[[Config], Mapping[str, Any] | None]
+    carry_out = getattr(importlib.import_module(module), function)
+    return carry_out(config)
 
 
 def quiet_flower() -> None:

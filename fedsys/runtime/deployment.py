@@ -8,7 +8,8 @@ is on the machine of the server app.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from fedsys.config import Config
 from fedsys.errors import ConfigError, RuntimeFailure
@@ -20,8 +21,11 @@ from fedsys.runtime.processes import terminable
 from fedsys.runtime.relay import Replay
 
 
-def run_deployment(config: Config) -> None:
+def run_deployment(config: Config) -> Mapping[str, Any]:
     """Submit the run to a SuperLink, which is started first if the run asks for that.
+
+    Returns:
+        The result, in which ``run_dir`` is a folder of the machine of the server app.
 
     Raises:
         ConfigError: The run does not say which SuperLink.
@@ -32,23 +36,22 @@ def run_deployment(config: Config) -> None:
     with choose(json=config.json) as progress, terminable():
         if runtime.launch:
             with launched(config, progress) as (address, check):
-                _carry_out(config, address, progress, check)
-        elif runtime.superlink is None:
+                return _carry_out(config, address, progress, check)
+        if runtime.superlink is None:
             raise ConfigError.of(
                 "runtime.superlink",
                 None,
                 "must name the SuperLink as host:port",
                 "or start one here with runtime.launch=true",
             )
-        else:
-            address = Address.of(runtime.superlink, runtime.root_certificates, runtime.insecure)
-            _carry_out(config, address, progress, lambda: None)
+        address = Address.of(runtime.superlink, runtime.root_certificates, runtime.insecure)
+        return _carry_out(config, address, progress, lambda: None)
 
 
 def _carry_out(
     config: Config, address: Address, progress: Progress, check: Callable[[], None]
-) -> None:
-    """Submit the run, show how it goes, and raise what made it fail."""
+) -> Mapping[str, Any]:
+    """Submit the run, show how it goes, and return its result or raise what made it fail."""
     content, sha256 = bundle.build()
     replay = Replay(progress)
     with Control(address) as control:
@@ -74,6 +77,7 @@ def _carry_out(
             f"run {run_id} ended as {ended}: {details or 'the server app said nothing'}"
         )
     progress.finish(replay.result)
+    return replay.result
 
 
 def _stop(control: Control, run_id: int) -> None:

@@ -62,7 +62,7 @@ def launched(config: Config, progress: Progress) -> Iterator[tuple[Address, Chec
     deployment = Deployment.prepare(folder, port, config.num_clients)
     try:
         progress.phase("starting a SuperLink")
-        with Processes(folder, _environment(folder / "home")) as processes:
+        with Processes(folder, environment(folder / "home")) as processes:
             deployment.start_superlink(processes)
             deployment.wait(processes)
             nodes = f"{config.num_clients} SuperNode{'' if config.num_clients == 1 else 's'}"
@@ -225,7 +225,8 @@ def _port(superlink: str | None) -> int:
     return int(port)
 
 
-def _environment(home: Path) -> Mapping[str, str]:
+def environment(home: Path) -> Mapping[str, str]:
+    """Return the environment of the programs, with their own folder made at `home`."""
     home.mkdir(parents=True)
     return {
         **os.environ,
