@@ -11,9 +11,9 @@ from clients.offload import OffloadClient
 from fedsys import config as configuration
 from fedsys import federation
 from fedsys.config import Config
+from fedsys.dialling import Dialler
 from fedsys.errors import ConfigError
-from fedsys.faults import Doom
-from fedsys.link import dial
+from fedsys.faults import Doom, to_json
 
 app = ClientApp(mods=[mods.explain_errors, mods.unpack_arrays])
 
@@ -24,7 +24,10 @@ def train(message: Message, context: Context) -> Message:
     doom = Doom.of(message.content.config_records.get("faults"))
     doom.reach("before")
     if "assignment" in message.content:
-        reply = _offloaded(message, context).train()
+        dialler = Dialler(faults=doom.faults)
+        reply = _offloaded(message, context, dialler).train(doom)
+        if dialler.struck:
+            reply["faults"] = ConfigRecord({"struck": to_json(dialler.struck)})
     else:
         reply = _client(message, context).train(message.content)
     doom.reach("after")
@@ -35,7 +38,8 @@ def train(message: Message, context: Context) -> Message:
 def evaluate(message: Message, context: Context) -> Message:
     """Score the received model on the client's own examples."""
     if "assignment" in message.content:
-        return Message(_offloaded(message, context).evaluate(), reply_to=message)
+        reply = _offloaded(message, context, Dialler()).evaluate()
+        return Message(reply, reply_to=message)
     client = _client(message, context)
     return Message(client.evaluate(message.content), reply_to=message)
 
@@ -54,8 +58,9 @@ def _client(message: Message, context: Context) -> LocalClient:
     return LocalClient(_config(message, context), _partition(context))
 
 
-def _offloaded(message: Message, context: Context) -> OffloadClient:
-    return OffloadClient(_config(message, context), _partition(context), message.content, dial)
+def _offloaded(message: Message, context: Context, dialler: Dialler) -> OffloadClient:
+    config = _config(message, context)
+    return OffloadClient(config, _partition(context), message.content, dialler)
 
 
 def _config(message: Message, context: Context) -> Config:

@@ -20,6 +20,7 @@ from clients.local import own_batches, train_metrics
 from fedsys import data, federation, records, training
 from fedsys.codecs import decode_activation, encode_activation
 from fedsys.config import Config
+from fedsys.faults import SPARED, Doom
 from fedsys.halves import Part, filled_stages, safe_input
 from fedsys.link import Link
 from fedsys.randomness import Address, drawing, rows
@@ -89,17 +90,20 @@ class OffloadClient:
             connect,
             private=self._private,
         )
-        self._repeated = 0
+        self._reached = 0  # the step in work
 
-    def train(self) -> RecordDict:
+    def train(self, doom: Doom = SPARED) -> RecordDict:
         """Train together with the edge.
+
+        Args:
+            doom: What strikes the device before or after one of its steps.
 
         Returns:
             The records of `LocalClient.train` with the device's half only, and ``observation``.
         """
         began = time.perf_counter()
         try:
-            part, sums, steps = self._train()
+            part, sums, steps = self._train(doom)
         except EdgesLost as error:
             return self._stranded(str(error), time.perf_counter() - began)
         finally:
@@ -156,7 +160,7 @@ class OffloadClient:
 
     # --- rounds, steps, micro-batches -------------------------------------------------------------
 
-    def _train(self) -> tuple[Part, _Sums, int]:
+    def _train(self, doom: Doom) -> tuple[Part, _Sums, int]:
         kept = self._content.array_records.get("optimizer", ArrayRecord())
         points = {
             0: _Point(
@@ -170,7 +174,7 @@ class OffloadClient:
             part = self._restore(points[step])
             sums = points[step].sums.copy()
             try:
-                steps = self._from(step, part, sums, points)
+                steps = self._from(step, part, sums, points, doom)
                 self._remote.send("done", steps, 0, {}, {})
                 self._remote.receive("done", steps, 0)
                 return part, sums, steps
@@ -183,12 +187,15 @@ class OffloadClient:
                         "the session stands at a step that this device never saw"
                     ) from (moved)
 
-    def _from(self, first: int, part: Part, sums: _Sums, points: dict[int, _Point]) -> int:
+    def _from(
+        self, first: int, part: Part, sums: _Sums, points: dict[int, _Point], doom: Doom
+    ) -> int:
         """Train from a step to the end of the round; return the number of steps."""
         every = self._config.fleet.replicate_every
         step = 0
-        for x, y in own_batches(self._config, self._partition, self._address):
+        for x, y in own_batches(self._config, self._partition, self._address, doom):
             if step >= first:
+                self._reached = step
                 try:
                     self._step(step, part, x.to(self._device), y.to(self._device), sums)
                 except Moved as moved:
@@ -302,12 +309,11 @@ class OffloadClient:
     # --- what is told -----------------------------------------------------------------------------
 
     def _count_repeated(self, step: int, to: int) -> None:
-        self._repeated += step - to
         if self._remote.traffic.recoveries:
             self._remote.traffic.recoveries[-1]["repeated_steps"] = step - to
 
     def _stranded(self, reason: str, seconds: float) -> RecordDict:
-        return RecordDict({"observation": self._observation(0, seconds, reason)})
+        return RecordDict({"observation": self._observation(self._reached, seconds, reason)})
 
     def _observation(self, steps: int, seconds: float, stranded: str = "") -> ConfigRecord:
         traffic: Traffic = self._remote.traffic

@@ -339,8 +339,20 @@ def parse(text: str) -> Config:
     config = typing.cast(Config, _build(Config, tree, ""))
     config = dataclasses.replace(config, text=text)
     _check(config)
-    planned = faults.check(config.faults.list, rounds=config.rounds, num_clients=config.num_clients)
+    planned = faults.check(
+        config.faults.list,
+        rounds=config.rounds,
+        num_clients=config.num_clients,
+        edges=edge_names(config),
+    )
     return dataclasses.replace(config, faults=FaultsConfig(planned))
+
+
+def edge_names(config: Config) -> list[str]:
+    """Return the names of the edge servers of a run; none if it needs none."""
+    if config.policy.get("kind", "none") == "none":
+        return []
+    return [e.name for e in config.fleet.edges] or [f"edge-{i}" for i in range(config.num_edges)]
 
 
 def from_run_config(run_config: Mapping[str, Any]) -> Config:
@@ -582,9 +594,10 @@ def _explain(error: BaseException) -> str:
         known = options_of(group)
         if not known:
             return f"{group}={name}: there is no group '{group}'; see --help for all of them"
+        others = _torchvision_names() if group == "model" else set()
         return (
-            f"{group}={name}: no such choice; {did_you_mean(name, known)}"
-            f"known are {', '.join(known)}"
+            f"{group}={name}: no such choice; {did_you_mean(name, [*known, *sorted(others)])}"
+            f"known are {', '.join(known)}{' and the classifiers of torchvision' if others else ''}"
         )
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match[1]
@@ -603,6 +616,12 @@ def first_line(error: BaseException) -> str:
 def options_of(group: str) -> list[str]:
     """Return the names that can be chosen in a group."""
     return sorted(p.stem for p in (CONF / group).glob("*.yaml"))
+
+
+def _torchvision_names() -> set[str]:
+    from fedsys.models.catalog import torchvision_names  # imports torchvision
+
+    return set(torchvision_names())
 
 
 def _top_level_keys() -> list[str]:
@@ -643,7 +662,7 @@ def known_models(overrides: Sequence[str]) -> Iterator[None]:
         if re.fullmatch(r"\w+", name) and not (CONF / "model" / f"{name}.yaml").exists()
     ]
     store = ConfigStore.instance()
-    for name in names:
+    for name in _torchvision_names().intersection(names) if names else ():
         node = {
             "_target_": "fedsys.models.torchvision_classifier",
             "name": name,

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ from fedsys.errors import (
     SecurityError,
     SessionError,
 )
+from fedsys.faults import Fault, from_json, to_json
 from fedsys.link import Link, Server, serve
 from fedsys.security import Credentials, same_token
 from fedsys.session import Session, SessionSpec, Snapshot
@@ -38,6 +39,7 @@ CONTROLLER = "server"
 """Name in the certificate of a server app, unless the edge is told another."""
 
 _HELLO_S = 30.0  # for the first frame of a link
+_NOTED_S = 10.0  # for the controller to take note of a fault
 
 _log = logging.getLogger(__name__)
 
@@ -71,6 +73,8 @@ class EdgeServer:
         device: Where sessions compute.
         limits: What it takes upon itself.
         plain: Accept unprotected gRPC links from other hosts, for networks that are trusted.
+        crash: What the fault ``edge_killed`` does to this server; None refuses sessions that come
+            with faults.
 
     Attributes:
         counters: Events by name since the start: ``opened``, ``released``, ``steps`` …, and
@@ -88,8 +92,12 @@ class EdgeServer:
         device: torch.device | None = None,
         limits: EdgeLimits | None = None,
         plain: bool = False,
+        crash: Callable[[EdgeServer], None] | None = None,
     ) -> None:
         self.name, self.counters = name, Counter[str]()
+        self._crash, self._killed = crash, False
+        self._faults: dict[str, list[Fault]] = {}  # by session: what is to strike it
+        self._noted: dict[str, threading.Event] = {}  # by fault: the controller knows of it
         self._control_token, self._controller = control_token, controller
         self._device = device or torch.device("cpu")
         self._limits = limits or EdgeLimits()
@@ -131,6 +139,9 @@ class EdgeServer:
     def kill(self) -> None:
         """Drop every session and link without a word, as a crash would."""
         with self._lock:
+            if self._killed:  # by another session; waiting for each other helps nobody
+                return
+            self._killed = True
             self._sessions.clear()
             self._controllers.clear()
         self._server.stop(0.0)
@@ -174,13 +185,17 @@ class EdgeServer:
                 continue
             before = session.steps
             lost: LinkError | None = None
+            self._strike("before_compute", session, link, frame)
             for reply in session.handle(frame):
                 try:
                     if lost is None:
+                        self._strike("after_compute", session, link, frame)
                         link.send(reply)
                 except LinkError as error:  # the operation goes on; its reply is kept
                     lost = error
             self._count("steps", session.steps - before)
+            if session.steps > before:
+                self._strike("after_step", session, link, frame)
             if lost is not None:
                 raise lost
 
@@ -203,6 +218,33 @@ class EdgeServer:
             former.close()  # a device that comes back has lost its link, and may not know it yet
         return session
 
+    def _strike(self, position: str, session: Session, link: Link, frame: Frame) -> None:
+        """Do what a fault of the run does at a position, once its controller knows of it.
+
+        Raises:
+            LinkClosed: A fault struck.
+        """
+        name = session.spec.id
+        for fault in self._faults.get(name, ()):
+            due = (fault.position, fault.step) == (position, frame.meta.get("step"))
+            if not due or frame.kind == "evaluate":
+                continue
+            self._faults[name].remove(fault)
+            self._tell(name, fault)
+            if fault.kind == "edge_killed" and self._crash is not None:
+                self._crash(self)
+            link.close()
+            raise LinkClosed(f"{fault.kind} (a fault of the run)")
+
+    def _tell(self, session: str, fault: Fault) -> None:
+        with self._lock:
+            link = self._controllers.get(session)
+            text = to_json([fault])
+            noted = self._noted[text] = threading.Event()
+        if link is not None:
+            link.send(Frame("struck", {"faults": text}))
+            noted.wait(_NOTED_S)
+
     # --- controllers ------------------------------------------------------------------------------
 
     def _serve_controller(self, link: Link, first: Frame) -> None:
@@ -215,6 +257,12 @@ class EdgeServer:
         link.send(Frame("ready", {"name": self.name, "request": first.meta.get("request")}))
         while True:
             frame = link.recv()
+            if frame.kind == "noted":
+                with self._lock:
+                    noted = self._noted.pop(str(frame.meta.get("faults")), None)
+                if noted is not None:
+                    noted.set()
+                continue
             request = frame.meta.get("request")
             try:
                 reply = self._control(link, frame)
@@ -243,6 +291,9 @@ class EdgeServer:
 
     def _open(self, link: Link, frame: Frame) -> Frame:
         spec = SessionSpec.from_meta(_mapping(frame, "spec"))
+        planned = _planned(frame)
+        if planned and self._crash is None:
+            raise SessionError(f"{self.name} was not started to be struck by faults")
         session = Session(spec, Snapshot.from_frame(frame), self._device, self._replicate)
         with self._lock:
             if spec.id in self._sessions:
@@ -256,6 +307,7 @@ class EdgeServer:
                 )
             self._sessions[spec.id] = session
             self._controllers[spec.id] = link
+            self._faults[spec.id] = planned
         self._count("opened")
         return Frame("opened")
 
@@ -263,6 +315,7 @@ class EdgeServer:
         with self._lock:
             self._sessions.pop(name, None)
             self._controllers.pop(name, None)
+            self._faults.pop(name, None)
             link = self._devices.pop(name, None)
         if link is not None:
             link.close()
@@ -278,6 +331,13 @@ class EdgeServer:
             link.send(Frame("replica", meta, snapshot.tensors()))
         except LinkError as error:  # training goes on; only the newest replica is missing
             _log.warning("session %s: its replica was not sent: %s", spec.id, error)
+
+
+def _planned(frame: Frame) -> list[Fault]:
+    try:
+        return list(from_json(str(frame.meta.get("faults", "[]"))))
+    except (ValueError, TypeError) as error:
+        raise FrameError(f"{frame.kind}: faults={frame.meta['faults']!r:.40}") from error
 
 
 def _mapping(frame: Frame, name: str) -> Mapping[str, Any]:

@@ -7,16 +7,21 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from fedsys import training
-from fedsys.config import Config
+from fedsys.config import Config, edge_names
 from fedsys.edge import EdgeServer
 from fedsys.errors import ConfigError
+from fedsys.faults import Faults
 from fedsys.fleet import EdgeAddress, Fleet
 from fedsys.security import Credentials, new_token
 
 
 @contextmanager
-def open_fleet(config: Config) -> Iterator[Fleet | None]:
+def open_fleet(config: Config, faults: Faults | None = None) -> Iterator[Fleet | None]:
     """Return a handle on the edge servers that a run needs, for the length of a block.
+
+    Args:
+        config: The run.
+        faults: What is to strike its edges and links.
 
     Yields:
         The fleet; None where everything stays on the devices.
@@ -33,26 +38,33 @@ def open_fleet(config: Config) -> Iterator[Fleet | None]:
         credentials = Credentials.load(Path(config.link.credentials))
     if config.fleet.edges:
         edges = [EdgeAddress(e.name, e.address, e.device_address) for e in config.fleet.edges]
-        with Fleet(edges, credentials=credentials) as fleet:
+        with Fleet(edges, credentials=credentials, faults=faults) as fleet:
             yield fleet
         return
     token, kind = new_token(), link_kind(config)
     with ExitStack() as stack:
-        servers = [_start(config, kind, i, token, credentials) for i in range(config.num_edges)]
+        servers = [_start(config, kind, n, token, credentials) for n in edge_names(config)]
         for server in servers:
             stack.callback(server.stop, 0.0)
         here = [EdgeAddress(server.name, server.address) for server in servers]
-        yield stack.enter_context(Fleet(here, credentials=credentials, control_token=token))
+        fleet = Fleet(here, credentials=credentials, control_token=token, faults=faults)
+        yield stack.enter_context(fleet)
 
 
 def _start(
-    config: Config, kind: str, index: int, token: str, credentials: Credentials | None
+    config: Config, kind: str, name: str, token: str, credentials: Credentials | None
 ) -> EdgeServer:
-    name = f"edge-{index}"
     # In memory, names are those of the process: a second run beside this one has its own.
     address = f"memory://{name}-{token[:8]}" if kind == "memory" else "grpc://127.0.0.1:0"
     device = training.pick_device(config.edge.device)
-    return EdgeServer(name, address, control_token=token, device=device, credentials=credentials)
+    return EdgeServer(
+        name,
+        address,
+        control_token=token,
+        device=device,
+        credentials=credentials,
+        crash=EdgeServer.kill,
+    )
 
 
 def link_kind(config: Config) -> str:

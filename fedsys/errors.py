@@ -14,6 +14,7 @@
         ├── FrameError          bytes that are not a valid frame
         ├── LinkTimeout         nothing arrived within the time limit
         ├── LinkClosed          the peer is gone
+        │   └── LinkRefused     nobody accepts links at the address
         └── RemoteError         the peer answered with an error of its own
 
 A message names the argument, its value, the rule that it breaks, and the way out.
@@ -88,6 +89,10 @@ class LinkTimeout(LinkError):
 
 class LinkClosed(LinkError):
     """The peer closed the connection, or it was lost."""
+
+
+class LinkRefused(LinkClosed):
+    """The address can be reached, and nobody accepts links there."""
 
 
 class RemoteError(LinkError):

@@ -34,9 +34,11 @@ class Fault:
     Attributes:
         kind: What fails, a name in `KINDS`.
         round: Round in which it does, from 1.
-        who: Whom it strikes: the partition id of a device; None where there is only one.
+        who: Whom it strikes: the partition id of a device, the index or name of an edge server;
+            None where there is only one.
         step: Mini-batch of the round, from 0; None for the round's work as a whole.
         position: Where exactly, one of the positions of the kind; empty for the first of them.
+        seconds: How long it lasts, for kinds that last; None for their usual time.
     """
 
     kind: str
@@ -44,6 +46,7 @@ class Fault:
     who: Who = None
     step: int | None = None
     position: str = ""
+    seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +54,16 @@ class Kind:
     """What is to be known of a kind of fault before it strikes.
 
     Attributes:
-        target: What it strikes: ``server`` or ``device``.
+        target: What it strikes: ``server``, ``device``, ``edge`` or the ``link`` of a device.
         positions: Where it can strike; the first is meant when a fault names none.
         has_steps: Whether it can strike at one step of a round.
+        seconds: How long it lasts unless the fault says so; None if it does not last.
     """
 
     target: str
     positions: tuple[str, ...]
     has_steps: bool
+    seconds: float | None = None
 
 
 SERVER_POSITIONS: Final = (
@@ -69,14 +74,43 @@ SERVER_POSITIONS: Final = (
     "after_checkpoint",
 )
 
+AT_EDGE: Final = (
+    "before_compute",  # the step's first activation has arrived
+    "after_compute",  # its reply is there and not sent
+    "after_step",  # the edge has stepped; the device may have or not
+)
+
+AT_DEVICE: Final = (
+    "before_send",  # the step's first activation is ready
+    "after_send",  # it is sent
+    "before_receive",  # what is answered to it gets lost
+    "after_receive",  # it has arrived
+)
+
+WAYS: Final = ("send", "receive")
+
 KINDS: Final[dict[str, Kind]] = {
     "server_killed": Kind("server", SERVER_POSITIONS, has_steps=False),
     "device_killed": Kind("device", ("before", "after"), has_steps=True),
+    "edge_killed": Kind("edge", AT_EDGE, has_steps=True),
+    "link_cut": Kind("link", AT_DEVICE + AT_EDGE, has_steps=True, seconds=0.0),
+    "link_slow": Kind("link", WAYS, has_steps=True, seconds=0.2),
+    "link_reordered": Kind("link", WAYS, has_steps=True),
+    "link_duplicated": Kind("link", WAYS, has_steps=True),
+    "link_corrupted": Kind("link", WAYS, has_steps=True),
 }
 
 
-def check(faults: Sequence[Fault], *, rounds: int, num_clients: int) -> tuple[Fault, ...]:
-    """Return the faults with their positions filled in.
+def check(
+    faults: Sequence[Fault], *, rounds: int, num_clients: int, edges: Sequence[str] = ()
+) -> tuple[Fault, ...]:
+    """Return the faults with what they leave open filled in.
+
+    Args:
+        faults: As the configuration has them.
+        rounds: Rounds of the run.
+        num_clients: Its devices.
+        edges: Names of its edge servers; none without split training.
 
     Raises:
         ConfigError: A fault names what does not exist, or could never strike.
@@ -89,8 +123,11 @@ def check(faults: Sequence[Fault], *, rounds: int, num_clients: int) -> tuple[Fa
             raise ConfigError.of(
                 f"{name}.round", fault.round, f"must not exceed rounds={rounds}: it never strikes"
             )
-        if KINDS[fault.kind].target == "device":
+        target = KINDS[fault.kind].target
+        if target in ("device", "link"):
             _check_device(fault, name, num_clients)
+        if target in ("edge", "link"):
+            fault = _checked_in_split(fault, name, edges)
         if fault in checked:
             raise ConfigError.of(name, dataclasses.asdict(fault), "must not stand there twice")
         checked.append(fault)
@@ -113,7 +150,27 @@ def _checked(fault: Fault, name: str) -> Fault:
     if position not in kind.positions:
         known = ", ".join(kind.positions)
         raise ConfigError.of(f"{name}.position", position, f"must be one of {known}")
-    return dataclasses.replace(fault, position=position)
+    if fault.seconds is not None and kind.seconds is None:
+        raise ConfigError.of(f"{name}.seconds", fault.seconds, f"must be null for {fault.kind}")
+    seconds = kind.seconds if fault.seconds is None else fault.seconds
+    if seconds is not None and seconds < 0:
+        raise ConfigError.of(f"{name}.seconds", seconds, "must not be negative")
+    return dataclasses.replace(fault, position=position, seconds=seconds)
+
+
+def _checked_in_split(fault: Fault, name: str, edges: Sequence[str]) -> Fault:
+    """Return a fault of split training with the name of its edge server and its step."""
+    if not edges:
+        rule = "must not stand there without edge servers: it never strikes"
+        raise ConfigError.of(f"{name}.kind", fault.kind, rule, "train with policy=fixed")
+    who = fault.who
+    if KINDS[fault.kind].target == "edge":
+        if isinstance(who, int) and 0 <= who < len(edges):
+            who = edges[who]
+        if who not in edges:
+            rule = f"must be an edge server: its name or its index, 0 to {len(edges) - 1}"
+            raise ConfigError.of(f"{name}.who", who, rule)
+    return dataclasses.replace(fault, who=who, step=fault.step or 0)
 
 
 def _check_device(fault: Fault, name: str, num_clients: int) -> None:

@@ -9,9 +9,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from fedsys.errors import ConfigError, FrameError, LinkClosed
+from fedsys.errors import ConfigError, FrameError, LinkClosed, LinkTimeout
 from fedsys.link import Link
 from fedsys.wire import Buffer, Frame, decode, encode, encode_parts, kind_of
+
+OVERTAKING_S = 0.1
+"""How long a received frame waits for one that overtakes it."""
 
 FaultKind = Literal["cut", "delay", "duplicate", "reorder", "corrupt", "drop"]
 
@@ -127,7 +130,7 @@ class Faulty:
                     case "drop":
                         pass
                     case "reorder":
-                        self._ready.extend((self._link.recv(timeout_s), frame))
+                        self._ready.extend((*self._next_soon(timeout_s), frame))
                     case "corrupt":
                         self._refuse(frame)
                     case "duplicate":
@@ -158,6 +161,13 @@ class Faulty:
                 self.fired.append(fault)
                 return fault
         return None
+
+    def _next_soon(self, timeout_s: float | None) -> list[Frame]:
+        """Return the frame that overtakes another, or nothing if none is under way."""
+        try:
+            return [self._link.recv(min(OVERTAKING_S, timeout_s or OVERTAKING_S))]
+        except LinkTimeout:
+            return []
 
     def _release(self) -> None:
         while self._held:

@@ -14,9 +14,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
-from fedsys.errors import FedsysError, LinkClosed, LinkError, LinkTimeout, SessionError
+from fedsys.errors import (
+    FedsysError,
+    LinkClosed,
+    LinkError,
+    LinkRefused,
+    LinkTimeout,
+    SessionError,
+)
+from fedsys.faults import AT_EDGE, Faults, from_json, to_json
 from fedsys.link import Link, dial
 from fedsys.security import Credentials
 from fedsys.session import SessionSpec, Snapshot, State
@@ -26,7 +36,10 @@ REQUEST_S = 120.0
 """How long a healthy edge server may take for a request: a state of some GB over a slow link."""
 
 REDIAL_S = (0.0, 0.2, 0.5)
-"""Waits before the attempts to reach an edge again whose link was lost."""
+"""Waits before the attempts to reach an edge again whose link was lost and that does not refuse."""
+
+ANSWER_S = 2.0
+"""How long an edge may take to accept a link in one of these attempts."""
 
 _log = logging.getLogger("fedsys.fleet")
 
@@ -90,6 +103,7 @@ class Fleet:
         credentials: For mutual TLS.
         control_token: For edges that were started with one.
         plain: Accept unprotected links to other hosts.
+        faults: What is to strike edges and links; sessions are opened with theirs.
 
     Raises:
         LinkError: An edge does not answer; the message names it.
@@ -102,12 +116,15 @@ class Fleet:
         credentials: Credentials | None = None,
         control_token: str = "",
         plain: bool = False,
+        faults: Faults | None = None,
     ) -> None:
+        self._faults = faults or Faults()
         self._addresses = {edge.name: edge for edge in edges}
         self._credentials, self._plain = credentials, plain
         self._token = control_token
         self._held: dict[str, _Held] = {}
         self._lock = threading.RLock()
+        self._recovering = threading.Lock()  # an edge that flaps is dealt with once at a time
         self._recoveries: list[Recovery] = []
         self._closing = False
         self._edges: dict[str, _Edge] = {}
@@ -148,6 +165,12 @@ class Fleet:
         names = [first, *(name for name in self._addresses if name != first)]
         return [self._addresses[name].for_devices for name in names]
 
+    def revive(self) -> None:
+        """Reach the edges again that were lost: they may have been started anew."""
+        for name in set(self._addresses) - set(self.alive):
+            with self._recovering, suppress(FedsysError):
+                self._edges[name] = self._reach(self._addresses[name], again=True)
+
     def open(self, spec: SessionSpec, start: Snapshot, edge: str) -> str:
         """Open a session and return the name of its edge: `edge`, or another if that is gone.
 
@@ -157,7 +180,7 @@ class Fleet:
         problem = "no edge server is left"
         for name in self._candidates(edge):
             try:
-                self._request(name, "open", {"spec": spec.to_meta(), "step": start.step}, start)
+                self._open_at(name, spec, start)
             except (LinkError, SessionError) as error:
                 problem = str(error)
                 continue
@@ -198,12 +221,13 @@ class Fleet:
 
     # --- edges ------------------------------------------------------------------------------------
 
-    def _reach(self, edge: EdgeAddress) -> _Edge:
+    def _reach(self, edge: EdgeAddress, *, again: bool = False) -> _Edge:
+        more: dict[str, Any] = {"retry": False, "timeout_s": ANSWER_S} if again else {}
         try:
-            link = dial(edge.address, credentials=self._credentials, plain=self._plain)
+            link = dial(edge.address, credentials=self._credentials, plain=self._plain, **more)
         except LinkError as error:
             raise type(error)(f"edge server {edge.name}: {error}") from error
-        return _Edge(edge.name, link, self._token, self._on_replica, self._on_lost)
+        return _Edge(edge.name, link, self._token, self._on_replica, self._on_lost, self._on_struck)
 
     def _candidates(self, first: str) -> list[str]:
         with self._lock:
@@ -212,6 +236,22 @@ class Fleet:
                 load[held.edge] += 1
             others = sorted((n for n in self.alive if n != first), key=lambda n: load[n])
             return [n for n in (first, *others) if n in self.alive]
+
+    def _open_at(self, edge: str, spec: SessionSpec, start: Snapshot) -> None:
+        coming = [
+            *(f for f in self._faults.of_round("edge", spec.round) if f.who == edge),
+            *(
+                f
+                for f in self._faults.of_round("link", spec.round)
+                if f.who == spec.client and f.position in AT_EDGE
+            ),
+        ]
+        meta = {"spec": spec.to_meta(), "step": start.step, "faults": to_json(coming)}
+        self._request(edge, "open", meta, start)
+
+    def _on_struck(self, frame: Frame) -> None:
+        for fault in from_json(str(frame.meta.get("faults", "[]"))):
+            self._faults.fire(fault)
 
     def _request(
         self,
@@ -232,11 +272,12 @@ class Fleet:
 
     def _on_lost(self, name: str) -> None:
         """Reach the edge again, or open its sessions elsewhere. Runs in a thread of its own."""
-        if self._closing:
-            return
         began = time.perf_counter()
-        if self._still_there(name):
-            return
+        with self._recovering:
+            if not self._closing and not self._still_there(name):
+                self._move_sessions(name, began)
+
+    def _move_sessions(self, name: str, began: float) -> None:
         with self._lock:
             orphans = [held for held in self._held.values() if held.edge == name]
         _log.warning("edge server %s is lost, with %d sessions", name, len(orphans))
@@ -245,9 +286,8 @@ class Fleet:
             for other in self._candidates(name):
                 if other == name:
                     continue
-                meta = {"spec": held.spec.to_meta(), "step": held.newest.step}
                 try:
-                    self._request(other, "open", meta, held.newest)
+                    self._open_at(other, held.spec, held.newest)
                 except (LinkError, SessionError) as error:
                     _log.warning("edge server %s: %s", other, error)
                     continue
@@ -268,8 +308,10 @@ class Fleet:
             if self._closing:
                 return True
             try:
-                edge = self._reach(self._addresses[name])
+                edge = self._reach(self._addresses[name], again=True)
                 there = edge.request("ping", {}, {}).meta.get("sessions")
+            except LinkRefused:  # its process is gone, and its sessions with it
+                return False
             except FedsysError:
                 continue
             with self._lock:
@@ -289,7 +331,9 @@ class _Edge:
         token: str,
         on_replica: Callable[[Frame], None],
         on_lost: Callable[[str], None],
+        on_struck: Callable[[Frame], None],
     ) -> None:
+        self._on_struck = on_struck
         self.name, self.lost = name, False
         self._link, self._on_replica, self._on_lost = link, on_replica, on_lost
         self._pending: dict[int, Future[Frame]] = {}
@@ -340,6 +384,10 @@ class _Edge:
                 frame = self._link.recv()
                 if frame.kind == "replica":
                     self._on_replica(frame)
+                    continue
+                if frame.kind == "struck":
+                    self._on_struck(frame)
+                    self._link.send(Frame("noted", frame.meta))
                     continue
                 number = frame.meta.get("request")
                 with self._lock:

@@ -22,7 +22,14 @@ from typing import Any, Final
 
 import grpc
 
-from fedsys.errors import ConfigError, LinkClosed, LinkError, RemoteError, SecurityError
+from fedsys.errors import (
+    ConfigError,
+    LinkClosed,
+    LinkError,
+    LinkRefused,
+    RemoteError,
+    SecurityError,
+)
 from fedsys.link import Handler, HandlerThreads, Link, Server
 from fedsys.mailbox import Mailbox
 from fedsys.security import Credentials, check
@@ -198,6 +205,8 @@ def _reason(where: str, error: Any) -> LinkError:
             return LinkClosed(f"{where} is full or refuses the message: {details[0]}")
         case grpc.StatusCode.UNIMPLEMENTED:
             return LinkClosed(f"{where} serves gRPC, but not the links of fedsys")
+        case _ if "connection refused" in details[0].lower():
+            return LinkRefused(f"{where}: nobody listens there")
         case _:
             return LinkClosed(f"the link to {where} was lost: {details[0] or code.name}")
 
@@ -211,6 +220,7 @@ def dial(
     limits: Limits,
     queue_bytes: int,
     timeout_s: float,
+    retry: bool = True,
 ) -> Link:
     """Connect to ``host:port``; see `fedsys.link.dial`."""
     if credentials is not None:
@@ -231,7 +241,7 @@ def dial(
                     f"{text}; both sides need certificates of one authority"
                 ) from None
             final = isinstance(error, RemoteError) or " is full" in text or " serves gRPC" in text
-            if final or time.monotonic() + _RETRY_S > deadline:
+            if final or not retry or time.monotonic() + _RETRY_S > deadline:
                 raise
         time.sleep(_RETRY_S)
 

@@ -34,6 +34,7 @@ from fedsys.errors import (
     FrameError,
     LinkClosed,
     LinkError,
+    LinkRefused,
     RemoteError,
     SecurityError,
 )
@@ -130,6 +131,7 @@ def dial(
     queue_bytes: int = QUEUE_BYTES,
     timeout_s: float = 10.0,
     plain: bool = False,
+    retry: bool = True,
 ) -> Link:
     """Connect to a server.
 
@@ -140,11 +142,14 @@ def dial(
         queue_bytes: Bytes that each direction holds before `send` waits.
         timeout_s: How long to wait for a gRPC server that does not answer yet.
         plain: Accept an unprotected gRPC link to another host, for networks that are trusted.
+        retry: Whether a gRPC server may come into being within `timeout_s`; else it is over when
+            the first attempt fails.
 
     Raises:
         ConfigError: The address has another form.
         SecurityError: TLS is required, or one end does not accept the other's certificate.
-        LinkClosed: Nobody serves the address, or its server is full.
+        LinkRefused: Nobody serves the address.
+        LinkClosed: It cannot be reached, or its server is full.
     """
     kind, place = _split(address)
     if kind == "memory":
@@ -152,7 +157,7 @@ def dial(
     from fedsys import grpc_link  # importing grpc takes longer than all else here
 
     _require_tls(address, place, credentials, plain)
-    return grpc_link.dial(place, credentials, limits, queue_bytes, timeout_s)
+    return grpc_link.dial(place, credentials, limits, queue_bytes, timeout_s, retry)
 
 
 def serve(
@@ -373,5 +378,5 @@ def _dial_memory(name: str, limits: Limits, queue_bytes: int) -> Link:
     with _servers_lock:
         server = _servers.get(name)
     if server is None:
-        raise LinkClosed(f"memory://{name}: nobody serves this name in this process")
+        raise LinkRefused(f"memory://{name}: nobody serves this name in this process")
     return server.connect(limits, queue_bytes)

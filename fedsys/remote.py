@@ -16,7 +16,14 @@ from typing import Any
 
 from torch import Tensor
 
-from fedsys.errors import LinkClosed, LinkError, LinkTimeout, RemoteError, SessionError
+from fedsys.errors import (
+    LinkClosed,
+    LinkError,
+    LinkRefused,
+    LinkTimeout,
+    RemoteError,
+    SessionError,
+)
 from fedsys.link import Link
 from fedsys.wire import Frame, encode_parts
 
@@ -31,6 +38,12 @@ LEAST_S = 5.0
 
 ASKING_S = 20.0
 """How long a device asks for a session that is gone, unless steps take longer than that."""
+
+REFUSED_S = 1.5
+"""How long it asks where every edge server refuses: their processes are gone, not the network."""
+
+ASK_AGAIN_S = (0.02, 0.25)
+"""Shortest and longest pause between two rounds of asking."""
 
 FRUITLESS = 5
 """Recoveries in a row after which not one answer came, until the device gives up."""
@@ -229,10 +242,10 @@ class Remote:
     def _ask(self) -> int:
         """Ask edge after edge, the last known one first, until one welcomes the device."""
         order = [self._edge, *(edge for edge in self._edges if edge != self._edge)]
-        deadline = self._clock() + max(ASKING_S, self._limit() if self._longest else 0.0)
-        wait = 0.05
+        began, longest = self._clock(), max(ASKING_S, self._limit() if self._longest else 0.0)
+        wait, at_most = ASK_AGAIN_S
         while True:
-            silent = 0
+            refused = silent = 0
             for edge in order:
                 try:
                     step = self._greet(edge)
@@ -240,18 +253,22 @@ class Remote:
                     raise SessionError(
                         f"edge {edge} refuses session {self._session}: {error}"
                     ) from (error)
+                except LinkRefused:
+                    refused += 1
+                    continue
                 except LinkError:
                     silent += 1
                     continue
                 if step is not None:
                     return step
-            if self._clock() > deadline or (silent == len(order) and wait > 1.0):
+            asked = self._clock() - began
+            if asked > (REFUSED_S if refused == len(order) else longest):
                 raise EdgesLost(
                     f"session {self._session} is at none of {len(order)} edge servers, of which "
-                    f"{silent} do not answer"
+                    f"{refused} are gone and {silent} do not answer"
                 )
             time.sleep(wait)
-            wait *= 2
+            wait = min(2 * wait, at_most)
 
     def _greet(self, edge: str) -> int | None:
         """Present the token; return the session's step, or None if the edge does not know it."""

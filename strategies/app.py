@@ -26,7 +26,7 @@ from fedsys.runtime.relay import Relay
 from strategies import Roster, build
 from strategies.gathering import gather
 from strategies.keeper import Keeper, opened
-from strategies.offload import figures
+from strategies.offload import figures, in_words, recoveries
 from strategies.rounds import RoundResult, play
 
 EVALUATION_BATCH = 500
@@ -41,7 +41,7 @@ def main(grid: Grid, context: Context) -> None:
     with _display(asked, context) as progress:
         config, grid, roster = gather(asked, attentive(grid), context.run_config, progress.note)
         path = Path(config.run.dir or default_path(outputs(), "train"))
-        with opened(config, path, progress) as keeper, open_fleet(config) as fleet:
+        with opened(config, path, progress) as keeper, open_fleet(config, keeper.faults) as fleet:
             result = _train(config, grid, roster, keeper, progress, fleet)
             progress.finish(result)
 
@@ -86,12 +86,19 @@ def _train(
     initial = keeper.watch(strategy, records.to_record(model.state_dict()))
     progress.start(config.rounds, _title(config, model), keeper.done)
 
+    told = len(recoveries(strategy))
+
     def done(result: RoundResult) -> None:
+        nonlocal told
         folder.add_round(result.row)
         progress.round_done(result.row)
         for client, reason in result.lost.items():
             folder.event("client_lost", client=client, round=result.number, reason=reason)
             progress.note(f"round {result.number}: client {client} was lost: {reason}")
+        for entry in recoveries(strategy)[told:]:
+            folder.event("recovery", **entry)
+            progress.note(in_words(entry))
+        told = len(recoveries(strategy))
         keeper.keep(result)
 
     arrays = play(

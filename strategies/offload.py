@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +25,7 @@ from flwr.serverapp.strategy import Strategy
 
 from fedsys import records
 from fedsys.config import Config
-from fedsys.errors import ConfigError, FedsysError, ModelError, SessionError
+from fedsys.errors import ConfigError, FedsysError, ModelError, RuntimeFailure, SessionError
 from fedsys.fleet import Fleet
 from fedsys.halves import names_between
 from fedsys.layers import LayeredModel, fractions
@@ -105,6 +106,7 @@ class Offload(Strategy):
         self._wholes: dict[int, tuple[RecordDict, Assignment]] = {}
         self._grid: Grid | None = None
         self._names: dict[tuple[int, ...], list[set[str]]] = {}
+        self._edge_at = {edge.for_devices: edge.name for edge in fleet.edges}
 
     def summary(self) -> None:
         """Log the settings of the inner strategy."""
@@ -115,10 +117,14 @@ class Offload(Strategy):
     ) -> Iterable[Message]:
         """Open a session for each device with a cut and send it its half.
 
+        Where no edge server is left, devices train alone, and those that are too small are left
+        out.
+
         Raises:
-            FedsysError: A session could not be opened anywhere.
+            FedsysError: No edge server takes a session, or no device is left.
         """
         self._grid, self._sent, self._wholes, self.lost = grid, {}, {}, {}
+        self.fleet.revive()
         messages = list(self.inner.configure_train(server_round, arrays, config, grid))
         clients = [self.roster.partition_of(m.metadata.dst_node_id) for m in messages]
         seen = {client: self._seen.get(client, Observation()) for client in clients}
@@ -126,9 +132,16 @@ class Offload(Strategy):
         for client, message in zip(clients, messages, strict=True):
             assignment = plan[client]
             self._note_cut(client, assignment.cut)
-            if assignment.cut < len(self._layers):
+            if assignment.cut == len(self._layers):
+                continue
+            if self.fleet.alive:
                 self._offload(message, client, assignment, server_round, attempt=0)
-        return messages
+            elif self._fits(client, message.content):
+                entry = {"what": "alone", "from": "edge", "to": "device", "repeated_steps": 0}
+                self._note(server_round, client, {**entry, "seconds": 0.0})
+        if messages and len(self.lost) == len(messages):
+            raise RuntimeFailure(f"client {min(self.lost)}: {self.lost[min(self.lost)]}")
+        return [m for c, m in zip(clients, messages, strict=True) if c not in self.lost]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -159,10 +172,14 @@ class Offload(Strategy):
         clients = [self.roster.partition_of(m.metadata.dst_node_id) for m in messages]
         seen = {client: self._seen.get(client, Observation()) for client in clients}
         _, plan = self.policy.plan(self._policy_state, seen)
+        small = set()
         for client, message in zip(clients, messages, strict=True):
             if plan[client].cut < len(self._layers):
-                self._offload(message, client, plan[client], server_round, attempt=0)
-        return messages
+                if self.fleet.alive:
+                    self._offload(message, client, plan[client], server_round, attempt=0)
+                elif self._too_small(message.content):
+                    small.add(client)
+        return [m for c, m in zip(clients, messages, strict=True) if c not in small]
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
@@ -209,8 +226,7 @@ class Offload(Strategy):
             records.from_record(_of(whole, ARRAYS, mine)),
             records.from_record(_of(whole, OPTIMIZER, mine)),
         )
-        edges = [edge.name for edge in self.fleet.edges]
-        name = self.fleet.open(spec, start, edges[assignment.edge % len(edges)])
+        name = self.fleet.open(spec, start, self._first_edge(assignment))
         content = records.own_copy(whole)
         for key in (ARRAYS, OPTIMIZER):
             if key in whole.array_records:
@@ -259,7 +275,7 @@ class Offload(Strategy):
         sent = self._sent.pop(client)
         seen = reply.content.config_records[OBSERVATION]
         del reply.content[OBSERVATION]
-        self._observe(client, seen)
+        self._observe(client, seen, sent.spec.round)
         try:
             if seen["stranded"]:
                 _log.warning("client %d: %s", client, str(seen["stranded"]))
@@ -280,7 +296,7 @@ class Offload(Strategy):
             reply.content[OPTIMIZER] = _join(own, snapshot.optimizer, None)
         return True
 
-    def _observe(self, client: int, seen: ConfigRecord) -> None:
+    def _observe(self, client: int, seen: ConfigRecord, round_: int) -> None:
         self._seen[client] = Observation(
             steps=int(str(seen["steps"])),
             seconds=float(str(seen["seconds"])),
@@ -291,7 +307,9 @@ class Offload(Strategy):
         self.totals.bytes_up += self._seen[client].bytes_up
         self.totals.bytes_down += self._seen[client].bytes_down
         for entry in json.loads(str(seen["recoveries"])):
-            self.totals.recoveries.append({"client": client, **entry})
+            for end in ("from", "to"):
+                entry[end] = self._edge_at.get(str(entry[end]), entry[end])
+            self._note(round_, client, entry)
 
     def _repeat(self, clients: list[int], round_: int) -> list[tuple[int, Message]]:
         """Have clients do their round again, together with an edge if one is left, else alone."""
@@ -300,6 +318,7 @@ class Offload(Strategy):
         node_of = self.roster.refresh(self._grid)
         wholes = {client: self._wholes[client] for client in clients}
         messages: list[Message] = []
+        began, entries = time.perf_counter(), dict[int, dict[str, Any]]()
         for client, (whole, assignment) in wholes.items():
             if client not in node_of:
                 self.lost[client] = "it is not connected any more"
@@ -308,9 +327,13 @@ class Offload(Strategy):
             where = self._again_with_edge(message, client, assignment, round_)
             if where or self._fits(client, whole):
                 messages.append(message)
-                entry = {"what": "repeat", "from": "edge", "to": where or "device"}
-                self.totals.recoveries.append({"client": client, **entry})
-                _log.warning("client %d repeats round %d on %s", client, round_, entry["to"])
+                entries[client] = {
+                    "what": "repeat",
+                    "from": self._first_edge(assignment),
+                    "to": where or "device",
+                    "repeated_steps": self._seen[client].steps,
+                }
+                _log.warning("client %d repeats round %d on the %s", client, round_, where)
         replies = self._grid.send_and_receive(messages, timeout=self._config.runtime.timeout_s)
         finished: list[tuple[int, Message]] = []
         for reply in replies:
@@ -319,6 +342,8 @@ class Offload(Strategy):
             client = self.roster.partition_of(reply.metadata.src_node_id)
             if client not in self._sent or self._joined(client, reply):
                 finished.append((client, reply))
+                seconds = time.perf_counter() - began
+                self._note(round_, client, {**entries[client], "seconds": seconds})
         for client in set(clients) - {c for c, _ in finished} - set(self.lost):
             self.lost[client] = "its edge was lost twice"
         return finished
@@ -336,17 +361,27 @@ class Offload(Strategy):
         return "edge"
 
     def _fits(self, client: int, whole: RecordDict) -> bool:
+        if not self._too_small(whole):
+            return True
+        self.lost[client] = (
+            "no edge server is left, and the model is larger than "
+            f"client.max_model_bytes={self._config.client.max_model_bytes}"
+        )
+        return False
+
+    def _too_small(self, whole: RecordDict) -> bool:
         limit = self._config.client.max_model_bytes
         size = sum(len(a.data) for a in whole.array_records[ARRAYS].values())
-        if limit is not None and size > limit:
-            self.lost[client] = (
-                f"no edge server is left, and the model ({size} bytes) is larger than "
-                f"client.max_model_bytes={limit}"
-            )
-            return False
-        return True
+        return limit is not None and size > limit
 
     # --- what is told -----------------------------------------------------------------------------
+
+    def _note(self, round_: int, client: int, entry: Mapping[str, Any]) -> None:
+        self.totals.recoveries.append({"client": client, "round": round_, **entry})
+
+    def _first_edge(self, assignment: Assignment) -> str:
+        edges = self.fleet.edges
+        return edges[assignment.edge % len(edges)].name
 
     def _note_cut(self, client: int, cut: int) -> None:
         self.totals.cuts[str(client)] = {
@@ -366,10 +401,36 @@ class Offload(Strategy):
 
 def figures(strategy: Strategy) -> dict[str, Any]:
     """Return what offloading did in a run, for its result; empty if nothing was offloaded."""
+    offload = _offload_in(strategy)
+    return {} if offload is None else dataclasses.asdict(offload.totals)
+
+
+def recoveries(strategy: Strategy) -> list[dict[str, Any]]:
+    """Return what was done about losses so far in a run."""
+    offload = _offload_in(strategy)
+    return [] if offload is None else offload.totals.recoveries
+
+
+def in_words(entry: Mapping[str, Any]) -> str:
+    """Return an entry of `recoveries` as a line for people."""
+    begin = f"round {entry['round']}: client {entry['client']}"
+    after = f"after {entry['seconds']:.2f} s, {entry['repeated_steps']} steps repeated"
+    match entry["what"]:
+        case "link":
+            return f"{begin} lost its link to {entry['from']} and went on {after}"
+        case "edge":
+            return f"{begin} lost {entry['from']} and went on at {entry['to']} {after}"
+        case "repeat":
+            return f"{begin} lost {entry['from']} and did its round again on the {entry['to']}"
+        case _:
+            return f"{begin} trained alone: no edge server is left"
+
+
+def _offload_in(strategy: Strategy) -> Offload | None:
     inner: object = strategy
     while inner is not None and not isinstance(inner, Offload):
         inner = getattr(inner, "inner", None)
-    return {} if inner is None else dataclasses.asdict(inner.totals)
+    return inner
 
 
 def _of(content: RecordDict, key: str, names: set[str]) -> ArrayRecord:

@@ -18,7 +18,7 @@ from flwr.serverapp.strategy import Strategy
 
 from fedsys import records
 from fedsys.errors import ConfigError
-from fedsys.faults import Fault, Faults, encode
+from fedsys.faults import Fault, Faults, encode, from_json
 from fedsys.training import Score
 from strategies.roster import Roster
 from strategies.sampling import Sampled
@@ -102,11 +102,12 @@ def play(
         faults.kill_server(number, "before_train")
         messages = list(strategy.configure_train(number, arrays, ConfigRecord(), grid))
         doomed = faults.of_round("device", number)
-        arm(messages, doomed, strategy.roster)
+        arm(messages, doomed + faults.of_round("link", number), strategy.roster)
         watch.lap("configure")
         bytes_down = sum(records.size_of(m.content) for m in messages)
         replies = list(grid.send_and_receive(messages, timeout=timeout_s))
         watch.lap("train")
+        note_struck(replies, faults)
         faults.kill_server(number, "after_train")
         bytes_up = sum(records.size_of(r.content) for r in replies if r.has_content())
         examples = _total("num-examples", replies)
@@ -134,7 +135,7 @@ def play(
             "val_loss": score.loss,
             **_plain(metrics),
             **{f"clients_{name}": value for name, value in federated.items()},
-            "clients": len(messages) - len(lost),
+            "clients": len(_clients(messages, strategy.roster) - set(lost)),
             "examples": examples,
             "steps": steps,
             "seconds_round": watch.total(),
@@ -159,6 +160,16 @@ def arm(messages: Iterable[Message], doomed: Iterable[Fault], roster: Roster) ->
             message.content[FAULTS] = ConfigRecord(dict(encode(own)))
 
 
+def note_struck(replies: Iterable[Message], faults: Faults) -> None:
+    """Take what has struck out of the replies of devices that survived it."""
+    for reply in replies:
+        if reply.has_content() and FAULTS in reply.content:
+            struck = from_json(str(reply.content.config_records[FAULTS]["struck"]))
+            del reply.content[FAULTS]
+            for fault in struck:
+                faults.fire(fault)
+
+
 def _federated_evaluation(
     strategy: Sampled, grid: Grid, number: int, arrays: ArrayRecord, timeout_s: float
 ) -> Mapping[str, Any]:
@@ -178,6 +189,10 @@ def innermost(strategy: Strategy) -> Strategy:
     while isinstance(inner := getattr(strategy, "inner", None), Strategy):
         strategy = inner
     return strategy
+
+
+def _clients(messages: Iterable[Message], roster: Roster) -> set[int]:
+    return {roster.partition_of(message.metadata.dst_node_id) for message in messages}
 
 
 def _total(metric: str, replies: Iterable[Message]) -> int:

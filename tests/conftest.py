@@ -53,6 +53,7 @@ def carry_out(identity: None) -> "Callable[..., SimpleNamespace]":
     """Play the rounds of a configuration in this process, without a folder, scores or plots."""
     from fedsys import federation, records, training
     from fedsys.edges import open_fleet
+    from fedsys.faults import Faults
     from fedsys.identity import state_sha256
     from fedsys.runtime.apps import load_client
     from fedsys.runtime.local import LocalGrid
@@ -66,8 +67,9 @@ def carry_out(identity: None) -> "Callable[..., SimpleNamespace]":
         fed = federation.federation(config)
         model = federation.build_model(config, fed.dataset)
         rounds: list[Any] = []
+        faults = Faults(config.faults.list)
         with ExitStack() as stack:
-            fleet = fleet or stack.enter_context(open_fleet(config))
+            fleet = fleet or stack.enter_context(open_fleet(config, faults))
             run_config: Any = {"hydra-config": config.text}
             client = load_client(config.apps.client)
             grid = LocalGrid(client, config.num_clients, run_config=run_config)
@@ -84,6 +86,7 @@ def carry_out(identity: None) -> "Callable[..., SimpleNamespace]":
                 timeout_s=60.0,
                 judge=lambda _: unscored,
                 done=rounds.append,
+                faults=faults,
             )
         state = records.from_record(arrays)
         return SimpleNamespace(
@@ -92,6 +95,7 @@ def carry_out(identity: None) -> "Callable[..., SimpleNamespace]":
             rows=[result.row for result in rounds],
             lost=[dict(result.lost) for result in rounds],
             figures=figures(strategy),
+            faults=faults.report(),
         )
 
     return carried_out

@@ -170,8 +170,8 @@ def interrupt(monkeypatch):
             return struck
         seen: set[str] = set()
 
-        def connect(address):
-            link = dial(address)
+        def connect(address, **options):
+            link = dial(address, **options)
             if what == "link":
                 fault = LinkFault("cut", 3, of_kind="", direction="recv", when="before")
                 return Spy(Faulty(link, [fault], sleep=lambda _: None), struck, [fault])
@@ -181,7 +181,7 @@ def interrupt(monkeypatch):
             seen.add("first")
             return Killing(link, servers, struck, fault)
 
-        monkeypatch.setattr("clients.app.dial", connect)
+        monkeypatch.setattr("fedsys.dialling.dial", connect)
         return struck
 
     monkeypatch.setattr(edges, "_start", started)

@@ -87,7 +87,7 @@ def test_a_fault_strikes_once_and_is_recorded_before_it_does():
 def test_a_report_holds_kind_who_round_step_and_fired():
     (entry,) = Faults([DEVICE], fired=[DEVICE]).report()
     keys = {"kind": "device_killed", "who": 1, "round": 2, "step": 4, "fired": True}
-    assert entry == keys | {"position": "after"}
+    assert entry == keys | {"position": "after", "seconds": None}
 
 
 def test_a_run_fails_when_a_fault_did_not_strike():

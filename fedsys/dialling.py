@@ -1,0 +1,141 @@
+"""How a device reaches edge servers: with which certificate, and with which faults on its link.
+
+A fault of the run finds its frame by what the frame says of itself: the first piece of the
+activation of a step. So it strikes the same frame in every run, however often the device had to
+connect before.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+from fedsys.errors import LinkClosed
+from fedsys.faults import AT_EDGE, Fault
+from fedsys.faulty import Faulty, LinkFault
+from fedsys.link import Link, dial
+from fedsys.security import Credentials
+from fedsys.wire import Buffer, Frame, decode, encode_parts
+
+CONNECT_S = 10.0
+"""How long an edge server that is silent, and does not refuse, may take to accept a link."""
+
+_LINK_FAULTS: dict[tuple[str, str], LinkFault] = {
+    ("link_cut", "before_send"): LinkFault("cut", when="before"),
+    ("link_cut", "after_send"): LinkFault("cut", when="after"),
+    ("link_cut", "before_receive"): LinkFault("cut", direction="recv", when="before"),
+    ("link_cut", "after_receive"): LinkFault("cut", direction="recv", when="after"),
+    ("link_reordered", "send"): LinkFault("reorder"),
+    ("link_reordered", "receive"): LinkFault("reorder", direction="recv"),
+    ("link_duplicated", "send"): LinkFault("duplicate"),
+    ("link_duplicated", "receive"): LinkFault("duplicate", direction="recv"),
+    ("link_corrupted", "send"): LinkFault("corrupt"),
+    ("link_corrupted", "receive"): LinkFault("corrupt", direction="recv"),
+}
+
+
+def link_fault(fault: Fault) -> LinkFault:
+    """Return what a fault of a run does to the next frame of its direction."""
+    if fault.kind == "link_slow":
+        if fault.position == "send":
+            return LinkFault("delay", delay_s=fault.seconds or 0.0)
+        return LinkFault("delay", direction="recv", delay_s=fault.seconds or 0.0)
+    return _LINK_FAULTS[fault.kind, fault.position]
+
+
+class Dialler:
+    """Connects one device to edge servers in one round. For one thread.
+
+    Args:
+        credentials: Of the device, for mutual TLS.
+        faults: What strikes the device; those of its links are done here.
+        connect: Makes the bare link; replaced in tests.
+        clock: Seconds, for links that stay cut; replaced in tests.
+
+    Attributes:
+        struck: The faults that did strike, in order.
+    """
+
+    def __init__(
+        self,
+        credentials: Credentials | None = None,
+        faults: Iterable[Fault] = (),
+        *,
+        connect: Callable[[str, Credentials | None], Link] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.struck: list[Fault] = []
+        self._credentials, self._connect, self._clock = credentials, connect or _dial, clock
+        self._waiting = [
+            f for f in faults if f.kind.startswith("link_") and f.position not in AT_EDGE
+        ]
+        self._cut_until = 0.0
+
+    def __call__(self, address: str) -> Link:
+        """Connect to an edge server.
+
+        Raises:
+            LinkError: It cannot be reached, or the link is cut by a fault.
+            SecurityError: One end does not accept the other.
+        """
+        if self._clock() < self._cut_until:
+            raise LinkClosed(f"{address}: the device has no connection (a fault of the run)")
+        link = self._connect(address, self._credentials)
+        return _Struck(link, self) if self._waiting else link
+
+    def due(self, frame: Frame) -> list[Fault]:
+        """Return what strikes with a frame that the device sends, each fault once."""
+        if frame.kind != "activation" or frame.meta.get("piece") != 0:
+            return []
+        due = [fault for fault in self._waiting if fault.step == frame.meta.get("step")]
+        self._waiting = [fault for fault in self._waiting if fault not in due]
+        return due
+
+    def strikes(self, fault: Fault) -> None:
+        """Take note that a fault strikes right now."""
+        self.struck.append(fault)
+        if fault.kind == "link_cut":
+            self._cut_until = self._clock() + (fault.seconds or 0.0)
+
+
+def _dial(address: str, credentials: Credentials | None) -> Link:
+    return dial(address, credentials=credentials, timeout_s=CONNECT_S, retry=False)
+
+
+class _Struck:
+    """A link of a device that is yet to be struck: `Faulty` from the frame on that is meant."""
+
+    def __init__(self, link: Link, dialler: Dialler) -> None:
+        self._link, self._dialler = link, dialler
+        self._armed: list[tuple[Faulty, Fault]] = []
+
+    @property
+    def peer(self) -> str:
+        return self._link.peer
+
+    def send(self, frame: Frame) -> None:
+        self.send_encoded(encode_parts(frame))
+
+    def send_encoded(self, parts: Sequence[Buffer]) -> None:
+        for fault in self._dialler.due(decode(b"".join(parts))):
+            self._link = faulty = Faulty(self._link, [link_fault(fault)])
+            self._armed.append((faulty, fault))
+        try:
+            self._link.send_encoded(parts)
+        finally:
+            self._report()
+
+    def recv(self, timeout_s: float | None = None) -> Frame:
+        try:
+            return self._link.recv(timeout_s)
+        finally:
+            self._report()
+
+    def close(self) -> None:
+        self._link.close()
+
+    def _report(self) -> None:
+        for faulty, fault in list(self._armed):
+            if faulty.fired:
+                self._armed.remove((faulty, fault))
+                self._dialler.strikes(fault)
