@@ -1,0 +1,191 @@
+import copy
+import csv
+import json
+import math
+
+import pytest
+import torch
+
+from fedsys import bench, federation, records
+from fedsys.bench import link, memory, simulation, training
+from fedsys.config import CONF, locate
+from fedsys.errors import ConfigError
+from fedsys.main import COMMANDS, main
+from fedsys.runtime.local import LocalGrid
+
+NAMES = COMMANDS["bench"].names
+SMALL = {
+    "training": ["bench.turns=1", "bench.batches=1", "data.examples=40", "client.batch_size=10"],
+    "simulation": [
+        "num_clients=3",
+        "bench.bytes=[800]",
+        "bench.arrays=2",
+        "bench.turns=1",
+        "bench.full_turns=1",
+    ],
+    "memory": [
+        "num_clients=12",
+        "rounds=3",
+        "data.examples=120",
+        "strategy.fraction_train=0.25",
+        "bench.from_round=1",
+        "bench.to_round=2",
+    ],
+}
+
+
+def job(name, capsys, folder, *more):
+    """Run a small benchmark by the command and return its figures."""
+    call = ["bench", name, *SMALL[name], *more, "json=true", f"run.dir={folder}"]
+    assert main(call) == 0
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def table(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# --------------------------------------------------------------------------------------------------
+# All of them
+
+
+def test_every_benchmark_has_a_file_of_choices_and_a_line_of_help():
+    assert {path.stem for path in (CONF / "bench").glob("*.yaml")} == set(NAMES)
+
+
+def test_the_options_of_a_benchmark_are_shown_by_its_help(capsys):
+    assert main(["bench", "training", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "bench:\n  name: training\n  batches: 4" in shown
+    assert all(f"  {name}: {text}" in shown for name, text in NAMES.items())
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (["bench"], "must be followed by one of"),
+        (["bench", "trainign"], "did you mean 'training'?"),
+        (["bench", "training", "simulation"], "must be followed by one of"),
+        (["bench", "training", "bench.truns=3"], "bench.truns"),
+    ],
+)
+def test_a_misspelt_benchmark_or_option_is_one_error(call, told, capsys):
+    assert main(call) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_benchmark_leaves_json_tables_and_a_picture_in_a_folder_of_its_own(tmp_path, capsys):
+    figures = job("simulation", capsys, tmp_path / "run")
+    info = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert info["status"] == "finished"
+    assert info["result"] == figures
+    assert figures["run_dir"] == str(tmp_path / "run")
+    (row,) = table(tmp_path / "run" / "cases.csv")
+    assert {k: float(v) for k, v in row.items()} == pytest.approx(figures["cases"][0])
+    (single,) = table(tmp_path / "run" / "figures.csv")
+    assert single["num_clients"] == "3"
+    picture = (tmp_path / "run" / "plots" / "simulation.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+
+
+def test_figures_are_shown_to_a_person_on_standard_error(tmp_path, capsys):
+    assert main(["bench", "simulation", *SMALL["simulation"], f"run.dir={tmp_path / 'run'}"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "full_local_ms" in shown.err
+    assert "num_clients  3" in shown.err
+
+
+def test_a_failed_benchmark_says_so_in_its_folder(tmp_path, capsys):
+    call = ["bench", "simulation", *SMALL["simulation"], "bench.bytes=[7]"]
+    assert main([*call, f"run.dir={tmp_path / 'run'}"]) == 2
+    assert "bench.bytes=7: must be a multiple of 4 x bench.arrays=2" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+
+
+def test_single_figures_are_a_table_of_one_row():
+    figures = {"cases": [{"a": 1, "b": 2}, {"a": 3, "c": 4}], "total": 5, "name": "x"}
+    tables = bench.tables_of(figures)
+    assert tables == {"cases": figures["cases"], "figures": [{"total": 5, "name": "x"}]}
+    assert bench.columns_of(tables["cases"]) == ["a", "b", "c"]
+
+
+# --------------------------------------------------------------------------------------------------
+# Each
+
+
+def test_training_gives_examples_per_second_of_both_and_their_ratio(tmp_path, capsys):
+    figures = job("training", capsys, tmp_path / "run", "model=lenet")
+    assert min(figures["fedsys_per_s"], figures["plain_per_s"]) > 0
+    assert figures["ratio"] == pytest.approx(figures["fedsys_per_s"] / figures["plain_per_s"])
+    assert figures["turns"] == 1
+
+
+def test_both_loops_of_the_training_benchmark_make_the_same_model_to_the_bit(configure):
+    config = configure("+bench=training", "model=lenet", "data.examples=40", "client.batch_size=10")
+    fed = federation.federation(config)
+    model = federation.build_model(config, fed.dataset)
+    ours = training._Ours(config, fed, copy.deepcopy(model), 2)
+    plain = training._Plain(config, fed, model, 2)
+    ours.turn()
+    plain.turn()
+    for name, tensor in ours._model.state_dict().items():
+        assert torch.equal(tensor, plain._model.state_dict()[name]), name
+
+
+def test_training_refuses_fewer_examples_than_a_batch(configure):
+    config = configure("+bench=training", "data.examples=40")
+    with pytest.raises(ConfigError, match="must be at most the 36 examples"):
+        training.run(config, config.bench)
+
+
+def test_simulation_gives_the_times_of_each_size(tmp_path, capsys):
+    figures = job("simulation", capsys, tmp_path / "run", "bench.bytes=[800,1600]")
+    assert [(case["bytes"], case["arrays"]) for case in figures["cases"]] == [(800, 2), (1600, 2)]
+    for case in figures["cases"]:
+        times = [value for key, value in case.items() if key.endswith("_ms")]
+        assert len(times) == 5
+        assert all(math.isfinite(value) and value > 0 for value in times)
+
+
+def test_the_bare_loops_of_the_simulation_benchmark_do_what_the_round_does(configure, identity):
+    config = configure("+bench=simulation", "num_clients=3")
+    model = simulation.make_model(800, 2)
+    roster = locate(config.bench["roster"], "bench")()
+    strategy = locate(config.bench["strategy"], "bench")(config, model, roster)
+    arrays = records.to_record(model.state_dict())
+    with LocalGrid(simulation._loading_app(model), 3) as grid:
+        whole = simulation._round(strategy, grid, arrays, 1)
+    bare = simulation._bare_round(model, arrays, 3)
+    bytes_ = simulation._bare_bytes(model, arrays, 3)
+    for name, data in zip(whole, bytes_, strict=True):
+        assert records.view(bare[name]).tobytes() == data
+        assert records.view(whole[name]) == pytest.approx(records.view(bare[name]), rel=1e-6)
+
+
+def test_memory_gives_the_size_after_each_round(tmp_path, capsys):
+    figures = job("memory", capsys, tmp_path / "run")
+    assert [row["round"] for row in figures["sizes"]] == [0, 1, 2]
+    sizes = [row["resident_mb"] for row in figures["sizes"]]
+    assert figures["growth"] == pytest.approx(sizes[2] / sizes[1] - 1)
+    inner = json.loads((tmp_path / "run" / "run" / "run.json").read_text())
+    assert inner["status"] == "finished"
+    assert inner["result"]["rounds"] == 3
+
+
+def test_memory_refuses_rounds_that_the_run_does_not_have(configure):
+    config = configure("+bench=memory", "rounds=20")
+    with pytest.raises(ConfigError, match=r"rounds=20: must be above bench\.to_round=20"):
+        memory.run(config, config.bench)
+
+
+def test_the_link_benchmark_takes_its_defaults_from_the_file_of_choices(configure):
+    options = {k: v for k, v in configure("+bench=link").bench.items() if k != "name"}
+    assert options == dict(link.DEFAULTS)
+
+
+def test_the_throughput_of_links_is_drawn(tmp_path):
+    figures = {"cases": [{"bytes": 1024, "ours_mb_s": 90.0, "grpc_mb_s": 100.0}]}
+    file = bench.draw(link.chart(figures), tmp_path / "link.png")
+    assert file.read_bytes().startswith(b"\x89PNG")
