@@ -11,7 +11,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.app.user_config import UserConfig
@@ -122,6 +122,10 @@ class LocalGrid(Grid):
     def get_nodes(self) -> Iterable[NodeInfo]:
         """Return all nodes."""
         return [NodeInfo(node_id=node_id) for node_id in self._nodes]
+
+    def partition_ids(self) -> Mapping[int, int]:
+        """Return the partition id of each node, so that nobody has to be asked for it."""
+        return {node_id: node_id - FIRST_NODE_ID for node_id in self._nodes}
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Have the messages worked on; the replies wait until they are pulled."""
