@@ -91,6 +91,10 @@ class Dialler:
         self._waiting = [fault for fault in self._waiting if fault not in due]
         return due
 
+    def waits(self, faults: Iterable[Fault]) -> None:
+        """Take back what found no frame to strike: the link was lost before."""
+        self._waiting.extend(faults)
+
     def strikes(self, fault: Fault) -> None:
         """Take note that a fault strikes right now."""
         self.struck.append(fault)
@@ -133,6 +137,8 @@ class _Struck:
 
     def close(self) -> None:
         self._link.close()
+        self._dialler.waits([fault for _, fault in self._armed])
+        self._armed = []
 
     def _report(self) -> None:
         for faulty, fault in list(self._armed):
