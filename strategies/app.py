@@ -150,6 +150,7 @@ def _conclude(
     plots.draw_all(folder)
     classes = fed.dataset.classes
     counts = data.class_counts(fed.dataset.train.labels.numpy(), fed.parts, len(classes))
+    data.write_class_counts(counts, classes, folder.path / "class_counts.csv")
     data.plot_class_counts(counts, classes, folder.path / "plots" / "class_counts.png")
     keeper.faults.check_all_fired()
     folder.finish(result)

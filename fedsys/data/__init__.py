@@ -6,7 +6,7 @@ augmented mini-batches. Everything drawn is a function of the seed and an addres
 (`fedsys.randomness`), so a partition or an epoch repeats bit for bit wherever it is asked for.
 """
 
-from fedsys.data.counts import class_counts, plot_class_counts
+from fedsys.data.counts import class_counts, plot_class_counts, write_class_counts
 from fedsys.data.dataset import Dataset, Images
 from fedsys.data.loader import eval_batches, train_batches
 from fedsys.data.partitioners import partition
@@ -21,4 +21,5 @@ __all__ = [
     "partition",
     "plot_class_counts",
     "train_batches",
+    "write_class_counts",
 ]

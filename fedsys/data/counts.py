@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from fedsys.data.dataset import Indices
+from fedsys.files import write_atomic
 
 _NUMBERED = 12  # up to this many clients and classes a cell has room for its number
 _NAMED = 30  # up to this many clients or classes every one is named at its axis
@@ -27,6 +30,25 @@ def class_counts(labels: Indices, parts: Sequence[Indices], num_classes: int) ->
     labels = np.asarray(labels)
     rows = [np.bincount(labels[part], minlength=num_classes) for part in parts]
     return np.array(rows, dtype=np.int64).reshape(len(parts), num_classes)
+
+
+def write_class_counts(counts: Indices, classes: Sequence[str], path: Path) -> None:
+    """Write class counts as CSV: a line for each client, a column for each class.
+
+    Args:
+        counts: Shape ``(clients, classes)``, as `class_counts` returns.
+        classes: Names of the classes.
+        path: CSV file to write.
+
+    Raises:
+        RunError: The file cannot be written.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    # A name on several lines would make lines that are no rows.
+    writer.writerow(["client", *(" ".join(name.split()) for name in classes)])
+    writer.writerows([client, *row] for client, row in enumerate(counts.tolist()))
+    write_atomic(path, text.getvalue().encode())
 
 
 def plot_class_counts(counts: Indices, classes: Sequence[str], path: Path) -> None:
