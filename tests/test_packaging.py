@@ -2,6 +2,7 @@ import ast
 import io
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from fedsys.runtime import bundle
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("fedsys", "strategies", "clients", "conf")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PAGES = list((ROOT / "docs").glob("*.md"))
 PRIVATE = {"supercore", "superlink", "supernode", "simulation", "server", "proto", "cli", "compat"}
 """Parts of Flower that its documentation does not show, or shows as legacy."""
 
@@ -271,14 +273,49 @@ def test_every_command_of_the_readme_is_one_that_fedsys_has():
     assert verbs <= set(COMMANDS)
 
 
-@pytest.mark.parametrize("page", sorted(p.name for p in (ROOT / "docs").glob("*.md")))
-def test_links_and_folders_of_the_pages_exist(page):
-    text = (ROOT / "docs" / page).read_text()
+def test_the_readme_names_every_choice_of_the_groups_it_lists():
+    text = (ROOT / "README.md").read_text()
+    for group, listed in re.findall(r"^\| `(\w+)=` \| (.*) \|$", text, re.MULTILINE):
+        names = {p.stem for p in (ROOT / "conf" / group).glob("*.yaml")} - {"torchvision"}
+        assert set(re.findall(r"`(\w+)`", listed)) == names, group
+
+
+@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{p.name}" for p in PAGES)])
+def test_what_a_page_links_to_or_names_exists(page):
+    file = ROOT / page
+    text = file.read_text()
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
-        if "://" not in target:
-            assert (ROOT / "docs" / target).exists(), target
+        assert "://" in target or (file.parent / target).exists(), target
     for path in re.findall(r"`((?:fedsys|strategies|clients|conf|tests)/[\w./]+)`", text):
         assert (ROOT / path).exists(), path
+
+
+def test_the_page_on_extending_works_as_written(tmp_path, monkeypatch, capsys):
+    from PIL import Image
+
+    from fedsys.main import main
+
+    text = (ROOT / "docs" / "extending.md").read_text()
+    for name, content in re.findall(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", text, re.DOTALL):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    for part, count in (("train", 20), ("test", 5)):
+        for kind, color in (("cat", "red"), ("dog", "blue")):
+            folder = tmp_path / "pictures" / part / kind
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (32, 32), color).save(folder / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)  # what PYTHONPATH=. does for a process
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        arguments = shlex.split(block.removeprefix("PYTHONPATH=. "))
+        assert arguments[0] == "fedsys"
+        assert main([*arguments[1:], "json=true"]) == 0
+        result = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert 0.0 <= result["accuracy"] <= 1.0
 
 
 def test_every_package_that_is_imported_is_a_dependency():
