@@ -35,12 +35,14 @@ class Command:
         function: Name of the job in that module.
         help: One line for the list of commands.
         names: What may stand behind the verb, for instance the benchmarks; empty for nothing.
+        paths: Word for the folders that stand behind the verb instead; empty for none.
     """
 
     module: str
     function: str
     help: str
     names: Mapping[str, str] = field(default_factory=dict)
+    paths: str = ""
 
 
 COMMANDS: dict[str, Command] = {
@@ -55,6 +57,12 @@ COMMANDS: dict[str, Command] = {
             "memory": "memory over rounds with many virtual clients",
             "link": "links against bare gRPC, and the share of a shaped rate in use",
         },
+    ),
+    "report": Command(
+        "fedsys.report",
+        "job",
+        "write an HTML page about a run, or about several compared",
+        paths="RUN",
     ),
 }
 
@@ -161,6 +169,8 @@ class Invocation:
 
     def _named(self, arguments: list[str]) -> list[str]:
         """Turn the name behind a verb (``bench training``) into the choice of a group's file."""
+        if self.command.paths:
+            return self._with_paths(arguments)
         names = self.command.names
         given = [a for a in arguments if "=" not in a and not a.startswith("-")]
         if not names or (not given and {"-h", "--help"} & set(arguments)):
@@ -174,6 +184,15 @@ class Invocation:
             )
         return [a for a in arguments if a != given[0]] + [f"+{self.verb}={given[0]}"]
 
+    def _with_paths(self, arguments: list[str]) -> list[str]:
+        """Turn the folders behind a verb (``report RUN RUN``) into a list of its group."""
+        words = [a for a in arguments if not a.startswith("-")]
+        folders = [w for w in words if "=" not in w or Path(w).exists()]
+        others = [a for a in arguments if a not in folders]
+        quoted = ",".join("'" + folder.replace("'", "\\'") + "'" for folder in folders)
+        given = [f"{self.verb}.runs=[{quoted}]"] if folders else []
+        return [f"+{self.verb}=page", *given, *others]
+
     def _hydra(self, arguments: list[str]) -> None:
         import hydra
 
@@ -182,7 +201,10 @@ class Invocation:
         # Hydra prints errors and exits by itself unless it is asked for the exceptions.
         os.environ["HYDRA_FULL_ERROR"] = "1"
         outer = sys.argv
-        sys.argv = [f"fedsys {self.verb}", *arguments, f"hydra.help.header={self._header()}"]
+        header = (
+            [f"hydra.help.header={self._header()}"] if {"-h", "--help"} & set(arguments) else []
+        )
+        sys.argv = [f"fedsys {self.verb}", *arguments, *header]
         application = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
         try:
             with translated_errors(), known_models(arguments):
@@ -195,7 +217,8 @@ class Invocation:
 
     def _header(self) -> str:
         names = "".join(f"\\n  {name}: {text}" for name, text in self.command.names.items())
-        named = " NAME" if self.command.names else ""
+        named = f" {self.command.paths}…" if self.command.paths else ""
+        named = " NAME" if self.command.names else named
         text = f"usage: fedsys {self.verb}{named} [key=value …]\\n\\n{self.command.help}{names}"
         return '"' + text.replace("\\n", "\n") + '"'
 
