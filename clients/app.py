@@ -11,9 +11,9 @@ from clients.offload import OffloadClient
 from fedsys import config as configuration
 from fedsys import federation
 from fedsys.config import Config
-from fedsys.dialling import Dialler
+from fedsys.dialling import Dialler, dialler_of
 from fedsys.errors import ConfigError
-from fedsys.faults import Doom, to_json
+from fedsys.faults import SPARED, Doom, to_json
 
 app = ClientApp(mods=[mods.explain_errors, mods.unpack_arrays])
 
@@ -24,7 +24,7 @@ def train(message: Message, context: Context) -> Message:
     doom = Doom.of(message.content.config_records.get("faults"))
     doom.reach("before")
     if "assignment" in message.content:
-        dialler = Dialler(faults=doom.faults)
+        dialler = _dialler(message, context, doom)
         reply = _offloaded(message, context, dialler).train(doom)
         if dialler.struck:
             reply["faults"] = ConfigRecord({"struck": to_json(dialler.struck)})
@@ -38,8 +38,8 @@ def train(message: Message, context: Context) -> Message:
 def evaluate(message: Message, context: Context) -> Message:
     """Score the received model on the client's own examples."""
     if "assignment" in message.content:
-        reply = _offloaded(message, context, Dialler()).evaluate()
-        return Message(reply, reply_to=message)
+        offloaded = _offloaded(message, context, _dialler(message, context))
+        return Message(offloaded.evaluate(), reply_to=message)
     client = _client(message, context)
     return Message(client.evaluate(message.content), reply_to=message)
 
@@ -61,6 +61,10 @@ def _client(message: Message, context: Context) -> LocalClient:
 def _offloaded(message: Message, context: Context, dialler: Dialler) -> OffloadClient:
     config = _config(message, context)
     return OffloadClient(config, _partition(context), message.content, dialler)
+
+
+def _dialler(message: Message, context: Context, doom: Doom = SPARED) -> Dialler:
+    return dialler_of(_config(message, context), context.node_config, doom.faults)
 
 
 def _config(message: Message, context: Context) -> Config:

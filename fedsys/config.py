@@ -149,11 +149,41 @@ class LinkConfig:
 
     Attributes:
         kind: ``memory``, ``grpc``, or ``auto``: memory where both are in one process.
-        credentials: Folder with ``ca.pem``, ``cert.pem`` and ``key.pem`` for mutual TLS.
+        credentials: Folder with ``ca.pem``, ``cert.pem`` and ``key.pem`` for mutual TLS; a node's
+            own configuration may name another.
+        holder: Name in the certificate of the device of a session, with ``{client}`` for its
+            partition id; None admits every certificate of the authority that has the token.
     """
 
     kind: str = "auto"
     credentials: str | None = None
+    holder: str | None = None
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """The network between devices and edge servers.
+
+    Attributes:
+        name: What it is called.
+        source: Where its rates come from, or the word "nominal".
+        up_mbit_s: From the device, in Mbit/s; None: no limit.
+        down_mbit_s: To the device, in Mbit/s; None: no limit.
+        latency_ms: One way, in milliseconds.
+        trace: ``[second, up, down]``, ascending; rates in Mbit/s from then on.
+        period_s: Seconds after which the trace repeats; None: its last rates stay.
+        emulate: Whether the links of this run are made as slow as this network, in real time. The
+            trace begins anew with each message to a device.
+    """
+
+    name: str = "none"
+    source: str = ""
+    up_mbit_s: float | None = None
+    down_mbit_s: float | None = None
+    latency_ms: float = 0.0
+    trace: tuple[tuple[float, ...], ...] = ()
+    period_s: float | None = None
+    emulate: bool = False
 
 
 @dataclass(frozen=True)
@@ -173,21 +203,48 @@ class FleetConfig:
         edges: Those that exist already; if empty, ``num_edges`` are started for the run.
         replicate_every: Steps between replicas of a session, from which it continues if its edge
             is lost; 0: it continues from the start of the round.
+        credentials: Folder with the server app's certificate for mutual TLS; None: that of `link`.
+        control_token: What edge servers that exist already want to hear instead of one.
     """
 
     edges: tuple[EdgeAddressConfig, ...] = ()
     replicate_every: int = 0
+    credentials: str | None = None
+    control_token: str = ""
 
 
 @dataclass(frozen=True)
 class EdgeConfig:
-    """One edge server.
+    """One edge server. All but `device` is of ``fedsys edge`` alone.
 
     Attributes:
         device: Where sessions compute: ``auto``, ``cpu`` or ``cuda``.
+        name: Name of the edge server.
+        address: Where it listens, as ``grpc://host:port``; port 0: any that is free.
+        http: ``host:port`` of ``/health`` and ``/metrics``; None for neither.
+        credentials: Folder with ``ca.pem``, ``cert.pem`` and ``key.pem`` for mutual TLS.
+        controller: Name in the certificate of a server app.
+        control_token: What a server app without a certificate must present; on loopback only.
+        max_sessions: Sessions at one time.
+        max_session_bytes: Weights and optimizer state of all sessions, in bytes.
+        max_frame_bytes: Largest frame, in bytes.
+        state_dir: Folder for sessions that no server app takes back when it stops, and from which
+            it takes them up again; None loses them.
+        faults: Whether a run may kill it by ``faults=edge_killed``.
     """
 
     device: str = "auto"
+    name: str = "edge-0"
+    address: str = "grpc://0.0.0.0:9443"
+    http: str | None = "127.0.0.1:9464"
+    credentials: str | None = None
+    controller: str = "server"
+    control_token: str = ""
+    max_sessions: int = 256
+    max_session_bytes: int = 16 << 30
+    max_frame_bytes: int = 1 << 30
+    state_dir: str | None = None
+    faults: bool = False
 
 
 @dataclass(frozen=True)
@@ -243,6 +300,7 @@ class Config:
     model: Spec
     strategy: Spec
     policy: Spec
+    network: NetworkConfig = field(default_factory=NetworkConfig)
     bench: Spec = field(default_factory=dict)
     resume: str | None = None
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -266,6 +324,10 @@ def _at_least_one(value: Any) -> bool:
 
 def _optional(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or test(value)
+
+
+def _names_one(value: Any) -> bool:
+    return bool(value) and str(value).replace("{client}", "", 1).isprintable()
 
 
 def _one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
@@ -295,6 +357,20 @@ RULES: tuple[Rule, ...] = (
     ("link.kind", *_one_of("auto", "memory", "grpc"), ""),
     ("fleet.replicate_every", lambda v: v >= 0, "must not be negative", "0 turns it off"),
     ("edge.device", *_one_of("auto", "cpu", "cuda"), ""),
+    ("network.up_mbit_s", _optional(_positive), "must be above 0", "null for no limit"),
+    ("network.down_mbit_s", _optional(_positive), "must be above 0", "null for no limit"),
+    ("network.latency_ms", lambda v: v >= 0, "must not be negative", ""),
+    (
+        "network.trace",
+        lambda v: all(len(row) == 3 for row in v),
+        "must be a list of [second, up, down]",
+        "rates are in Mbit/s",
+    ),
+    ("edge.name", bool, "must not be empty", ""),
+    ("edge.max_sessions", _at_least_one, "must be at least 1", ""),
+    ("edge.max_session_bytes", _positive, "must be above 0", ""),
+    ("edge.max_frame_bytes", _positive, "must be above 0", ""),
+    ("link.holder", _optional(_names_one), "must be a name, with {client} at most once", ""),
     ("schedule.micro_batches", _at_least_one, "must be at least 1", ""),
     ("checkpoint.every", _at_least_one, "must be at least 1", ""),
     ("runtime.workers", _optional(_at_least_one), "must be at least 1", "null lets fedsys choose"),

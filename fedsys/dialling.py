@@ -1,4 +1,4 @@
-"""How a device reaches edge servers: with which certificate, and with which faults on its link.
+"""How a device reaches edge servers: its certificate, its network, the faults on its link.
 
 A fault of the run finds its frame by what the frame says of itself: the first piece of the
 activation of a step. So it strikes the same frame in every run, however often the device had to
@@ -7,14 +7,19 @@ connect before.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+from fedsys.config import Config, NetworkConfig
 from fedsys.errors import LinkClosed
 from fedsys.faults import AT_EDGE, Fault
 from fedsys.faulty import Faulty, LinkFault
 from fedsys.link import Link, dial
 from fedsys.security import Credentials
+from fedsys.shaping import Network, RealClock, Shaped
 from fedsys.wire import Buffer, Frame, decode, encode_parts
 
 CONNECT_S = 10.0
@@ -43,12 +48,45 @@ def link_fault(fault: Fault) -> LinkFault:
     return _LINK_FAULTS[fault.kind, fault.position]
 
 
+def network_of(config: NetworkConfig) -> Network:
+    """Return the network of a run in bits and seconds.
+
+    Raises:
+        ConfigError: The trace is not usable.
+    """
+    trace = tuple((at, up * 1e6, down * 1e6) for at, up, down in config.trace)
+    rates = [math.inf if r is None else r * 1e6 for r in (config.up_mbit_s, config.down_mbit_s)]
+    return Network(rates[0], rates[1], config.latency_ms / 1e3, trace, config.period_s)
+
+
+def dialler_of(
+    config: Config, node_config: Mapping[str, Any], faults: Iterable[Fault] = ()
+) -> Dialler:
+    """Return what connects a node, as its own configuration and that of the run say.
+
+    Args:
+        config: The run.
+        node_config: Of the node; its ``credentials`` come before those of the run.
+        faults: What strikes the device in this round.
+
+    Raises:
+        SecurityError: The credentials are missing or not valid.
+    """
+    folder = node_config.get("credentials") or config.link.credentials
+    return Dialler(
+        Credentials.load(Path(str(folder))) if folder else None,
+        faults,
+        network_of(config.network) if config.network.emulate else None,
+    )
+
+
 class Dialler:
     """Connects one device to edge servers in one round. For one thread.
 
     Args:
         credentials: Of the device, for mutual TLS.
         faults: What strikes the device; those of its links are done here.
+        network: How slow its links are made; None leaves them as they are.
         connect: Makes the bare link; replaced in tests.
         clock: Seconds, for links that stay cut; replaced in tests.
 
@@ -60,6 +98,7 @@ class Dialler:
         self,
         credentials: Credentials | None = None,
         faults: Iterable[Fault] = (),
+        network: Network | None = None,
         *,
         connect: Callable[[str, Credentials | None], Link] | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -70,6 +109,7 @@ class Dialler:
             f for f in faults if f.kind.startswith("link_") and f.position not in AT_EDGE
         ]
         self._cut_until = 0.0
+        self._network, self._time = network, RealClock()
 
     def __call__(self, address: str) -> Link:
         """Connect to an edge server.
@@ -81,6 +121,8 @@ class Dialler:
         if self._clock() < self._cut_until:
             raise LinkClosed(f"{address}: the device has no connection (a fault of the run)")
         link = self._connect(address, self._credentials)
+        if self._network is not None:
+            link = Shaped(link, self._network, clock=self._time)
         return _Struck(link, self) if self._waiting else link
 
     def due(self, frame: Frame) -> list[Fault]:

@@ -33,12 +33,16 @@ def open_fleet(config: Config, faults: Faults | None = None) -> Iterator[Fleet |
     if config.policy.get("kind", "none") == "none":
         yield None
         return
-    credentials = None
-    if config.link.credentials is not None:
-        credentials = Credentials.load(Path(config.link.credentials))
+    folder = config.fleet.credentials or config.link.credentials
+    credentials = Credentials.load(Path(folder)) if folder else None
     if config.fleet.edges:
         edges = [EdgeAddress(e.name, e.address, e.device_address) for e in config.fleet.edges]
-        with Fleet(edges, credentials=credentials, faults=faults) as fleet:
+        with Fleet(
+            edges,
+            credentials=credentials,
+            control_token=config.fleet.control_token,
+            faults=faults,
+        ) as fleet:
             yield fleet
         return
     token, kind = new_token(), link_kind(config)

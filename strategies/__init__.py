@@ -16,7 +16,7 @@ from typing import Any
 from flwr.serverapp.strategy import Strategy
 from torch import nn
 
-from fedsys.config import Config, call_target
+from fedsys.config import Config, call_target, edge_names
 from fedsys.data import Dataset
 from fedsys.errors import ConfigError
 from fedsys.fleet import Fleet
@@ -71,7 +71,7 @@ def build(
     parameters = frozenset(name for name, _ in model.named_parameters(remove_duplicate=False))
     typed = TypedBuffers(inner, parameters, step_buffers=buffers == "aggregate")
     inner = KeptState(typed, roster) if config.client.keep_optimizer else typed
-    policy = build_policy(config.policy, config.num_edges)
+    policy = build_policy(config.policy, max(1, len(edge_names(config))))
     if policy is None or fleet is None or dataset is None:
         return Sampled(inner, roster, sampling, seed=config.seed)
     offload = Offload(

@@ -151,3 +151,9 @@ def test_a_fault_of_split_training_is_refused_without_split_training(configure):
 def test_an_edge_that_does_not_exist_cannot_be_killed(configure):
     with pytest.raises(ConfigError, match="its name or its index, 0 to 1"):
         configure(*SPLIT, fault("edge_killed", "after_step", who=2))
+
+
+def test_an_emulated_network_does_not_change_the_model(train, undisturbed):
+    fast = ("network=ethernet", "network.emulate=true")
+    run = train(*SPLIT, *fast, fault("link_cut", "after_compute"))
+    assert run.sha256 == undisturbed()
