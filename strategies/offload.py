@@ -218,6 +218,7 @@ class Offload(Strategy):
             proximal_mu=float(str(settings.get("proximal-mu", 0.0))),
             codec_up=assignment.codec_up,
             codec_down=assignment.codec_down,
+            holder=(self._config.link.holder or "").replace("{client}", str(client)),
             replicate_every=self._config.fleet.replicate_every,
         )
         mine = self._edge_names(assignment.cut, tail)
