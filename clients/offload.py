@@ -32,6 +32,8 @@ from fedsys.wire import Frame
 
 EVALUATION_BATCH = 500
 
+NOTHING = Score(float("nan"), float("nan"), 0)
+
 Connect = Callable[[str], Link]
 
 
@@ -127,36 +129,54 @@ class OffloadClient:
         return reply
 
     def evaluate(self) -> RecordDict:
-        """Score the model on the client's own examples: forward here, there, and here again."""
+        """Score the model on the client's own examples: forward here, there, and here again.
+
+        Returns:
+            The records of `LocalClient.evaluate`, without metrics if no edge is left, and
+            ``observation``.
+        """
         began = time.perf_counter()
+        try:
+            metrics = self._evaluate()
+        except EdgesLost as error:
+            return self._stranded(str(error), time.perf_counter() - began)
+        finally:
+            self._remote.close()
+        observation = self._observation(0, time.perf_counter() - began)
+        return RecordDict({"metrics": metrics, "observation": observation})
+
+    @torch.inference_mode()
+    def _evaluate(self) -> MetricRecord:
         front, back = self._stages(records.from_record(self._content.array_records["arrays"]))
         front.eval()
         back.eval()
         own = self._fed.dataset.train.take(self._fed.parts[self._partition])
         loss, hits, examples = 0.0, 0, 0
-        with torch.inference_mode():
-            self._remote.open()
-            for index, (x, y) in enumerate(
-                data.eval_batches(own, self._fed.dataset, EVALUATION_BATCH)
-            ):
-                x, y = x.to(self._device), y.to(self._device)
-                tensors, meta = encode_activation(front(x), str(self._plan["codec-up"]))
-                self._remote.send("evaluate", 0, index, meta, tensors)
-                answer = self._remote.receive("evaluate", 0, index)
-                outputs = back(self._decoded(answer))
-                loss += float(nn.functional.cross_entropy(outputs, y, reduction="sum"))
-                hits += int((outputs.argmax(1) == y).sum())
-                examples += len(y)
-        self._remote.close()
-        metrics = MetricRecord(
+        self._remote.open()
+        for index, (x, y) in enumerate(data.eval_batches(own, self._fed.dataset, EVALUATION_BATCH)):
+            x, y = x.to(self._device), y.to(self._device)
+            outputs = back(self._through_edge(index, front(x)))
+            loss += float(nn.functional.cross_entropy(outputs, y, reduction="sum"))
+            hits += int((outputs.argmax(1) == y).sum())
+            examples += len(y)
+        score = Score(loss / examples, hits / examples, examples) if examples else NOTHING
+        return MetricRecord(
             {
-                "num-examples": examples,
-                "eval_loss": loss / examples,
-                "eval_accuracy": hits / examples,
+                "num-examples": score.examples,
+                "eval_loss": score.loss,
+                "eval_accuracy": score.accuracy,
             }
         )
-        observation = self._observation(0, time.perf_counter() - began)
-        return RecordDict({"metrics": metrics, "observation": observation})
+
+    def _through_edge(self, index: int, z: Tensor) -> Tensor:
+        """Return what the edge's units make of `z`, wherever the session is."""
+        tensors, meta = encode_activation(z, str(self._plan["codec-up"]))
+        while True:
+            try:
+                self._remote.send("evaluate", 0, index, meta, tensors)
+                return self._decoded(self._remote.receive("evaluate", 0, index))
+            except Moved:  # to a session with the same parameters: nothing was trained
+                continue
 
     # --- rounds, steps, micro-batches -------------------------------------------------------------
 
@@ -170,8 +190,10 @@ class OffloadClient:
             )
         }
         step = self._remote.open()
+        if step not in points:  # it was begun by a device that is no more
+            raise EdgesLost(f"the session stands at step {step}, where this device never was")
         while True:
-            part = self._restore(points[step])
+            part = self._restore(points[step], points[0])
             sums = points[step].sums.copy()
             try:
                 steps = self._from(step, part, sums, points, doom)
@@ -285,7 +307,7 @@ class OffloadClient:
         """Return the device's stages on its device; the edge's are never built."""
         return filled_stages(self._layers, self._cuts, [0, 2], state, self._device)
 
-    def _restore(self, point: _Point) -> Part:
+    def _restore(self, point: _Point, first: _Point) -> Part:
         state = {name: tensor.clone() for name, tensor in point.state.items()}
         return Part(
             self._stages(state),
@@ -293,6 +315,7 @@ class OffloadClient:
             self._round,
             proximal_mu=self._mu,
             optimizer_state=point.optimizer,
+            anchor=first.state,
         )
 
     def _keep_point(self, points: dict[int, _Point], step: int, part: Part, sums: _Sums) -> None:

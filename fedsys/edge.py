@@ -248,7 +248,7 @@ class EdgeServer:
     # --- controllers ------------------------------------------------------------------------------
 
     def _serve_controller(self, link: Link, first: Frame) -> None:
-        trusted = link.peer == self._controller or (
+        trusted = (bool(self._controller) and link.peer == self._controller) or (
             self._control_token
             and same_token(str(first.meta.get("token", "")), self._control_token)
         )
@@ -275,6 +275,7 @@ class EdgeServer:
         if frame.kind == "open":
             return self._open(link, frame)
         if frame.kind == "ping":
+            self._adopt(link, frame)
             return Frame("pong", {"sessions": self.sessions, "counters": dict(self.counters)})
         name = str(frame.meta.get("session", ""))
         with self._lock:
@@ -289,27 +290,40 @@ class EdgeServer:
             return Frame("released")
         raise SessionError(f"{frame.kind}: not a request of a controller")
 
+    def _adopt(self, link: Link, frame: Frame) -> None:
+        """Send to `link` what concerns the sessions that it names: their controller is back."""
+        named = frame.meta.get("sessions")
+        with self._lock:
+            for name in named if isinstance(named, list) else ():
+                if isinstance(name, str) and name in self._sessions:
+                    self._controllers[name] = link
+
     def _open(self, link: Link, frame: Frame) -> Frame:
         spec = SessionSpec.from_meta(_mapping(frame, "spec"))
+        with self._lock:  # before anything is built, and again when there is something to hold
+            self._check_room(spec, 0)
         planned = _planned(frame)
         if planned and self._crash is None:
             raise SessionError(f"{self.name} was not started to be struck by faults")
         session = Session(spec, Snapshot.from_frame(frame), self._device, self._replicate)
         with self._lock:
-            if spec.id in self._sessions:
-                raise SessionError(f"session {spec.id} is open already")
-            if len(self._sessions) >= self._limits.sessions:
-                raise SessionError(f"{self.name} is full: {self._limits.sessions} sessions")
-            held = sum(s.nbytes() for s in self._sessions.values()) + session.nbytes()
-            if held > self._limits.session_bytes:
-                raise SessionError(
-                    f"{self.name} is full: {held} bytes of {self._limits.session_bytes}"
-                )
+            self._check_room(spec, session.nbytes())
             self._sessions[spec.id] = session
             self._controllers[spec.id] = link
             self._faults[spec.id] = planned
         self._count("opened")
         return Frame("opened")
+
+    def _check_room(self, spec: SessionSpec, nbytes: int) -> None:
+        if self._killed:
+            raise SessionError(f"{self.name} has stopped")
+        if spec.id in self._sessions:
+            raise SessionError(f"session {spec.id} is open already")
+        if len(self._sessions) >= self._limits.sessions:
+            raise SessionError(f"{self.name} is full: {self._limits.sessions} sessions")
+        held = sum(s.nbytes() for s in self._sessions.values()) + nbytes
+        if held > self._limits.session_bytes:
+            raise SessionError(f"{self.name} is full: {held} bytes of {self._limits.session_bytes}")
 
     def _release(self, name: str) -> None:
         with self._lock:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from fedsys.errors import (
@@ -69,9 +69,9 @@ class _Held:
     """A session that is open somewhere."""
 
     spec: SessionSpec
-    newest: Snapshot
+    newest: Snapshot  # at a step to which the device can return too
     edge: str
-    moved: list[tuple[str, str, int]] = field(default_factory=list)
+    returned: Snapshot | None = None  # what the edge sent last, at whatever step
 
 
 @dataclass(frozen=True)
@@ -143,9 +143,9 @@ class Fleet:
 
     def close(self) -> None:
         """Release what is open and end the links."""
+        self._closing = True
         for name in list(self._held):
             self.release(name)
-        self._closing = True
         for edge in self._edges.values():
             edge.close()
 
@@ -185,12 +185,15 @@ class Fleet:
                 problem = str(error)
                 continue
             with self._lock:
-                self._held[spec.id] = _Held(spec, start, name)
-            return name
+                held = self._held[spec.id] = _Held(spec, start, name)
+                lost = self._edges[name].lost
+            if lost:  # since it answered: whoever took note of that may not have seen the session
+                self._on_lost(name)
+            return held.edge
         raise SessionError(f"session of client {spec.client}: {problem}")
 
     def collect(self, session: str) -> Snapshot:
-        """Return the state of a session as it stands.
+        """Return the state of a session as it stands, or stood when its edge handed it back.
 
         Raises:
             SessionError: There is no such session, or its edge is gone.
@@ -199,7 +202,12 @@ class Fleet:
             held = self._held.get(session)
         if held is None:
             raise SessionError(f"session {session} is not open")
-        frame = self._request(held.edge, "collect", {"session": session})
+        try:
+            frame = self._request(held.edge, "collect", {"session": session})
+        except (LinkError, SessionError):
+            if held.returned is None:
+                raise
+            return held.returned  # an edge that stops hands its sessions back
         return Snapshot.from_frame(frame)
 
     def release(self, session: str) -> None:
@@ -267,58 +275,80 @@ class Fleet:
         snapshot = Snapshot.from_frame(frame)
         with self._lock:
             held = self._held.get(str(frame.meta.get("session")))
-            if held is not None and snapshot.step > held.newest.step:
+            if held is None:
+                return
+            held.returned = snapshot
+            every = held.spec.replicate_every  # only then the device keeps its half too
+            if every and snapshot.step % every == 0 and snapshot.step > held.newest.step:
                 held.newest = snapshot
 
     def _on_lost(self, name: str) -> None:
         """Reach the edge again, or open its sessions elsewhere. Runs in a thread of its own."""
         began = time.perf_counter()
         with self._recovering:
-            if not self._closing and not self._still_there(name):
-                self._move_sessions(name, began)
+            if not self._closing:
+                self._move_sessions(name, self._still_there(name), began)
 
-    def _move_sessions(self, name: str, began: float) -> None:
+    def _move_sessions(self, name: str, kept: set[str], began: float) -> None:
+        """Open the sessions of an edge elsewhere, or there if it was started anew.
+
+        Args:
+            name: The edge.
+            kept: Sessions that it still has.
+            began: When it was lost, by `time.perf_counter`.
+        """
         with self._lock:
-            orphans = [held for held in self._held.values() if held.edge == name]
+            orphans = [h for h in self._held.values() if h.edge == name and h.spec.id not in kept]
+        if not orphans and name in self.alive:
+            return
         _log.warning("edge server %s is lost, with %d sessions", name, len(orphans))
         for held in orphans:
-            target = ""
-            for other in self._candidates(name):
-                if other == name:
-                    continue
-                try:
-                    self._open_at(other, held.spec, held.newest)
-                except (LinkError, SessionError) as error:
-                    _log.warning("edge server %s: %s", other, error)
-                    continue
-                target = other
-                break
+            start = held.newest
+            target = self._open_anywhere(held.spec, start, name)
             seconds = time.perf_counter() - began
             with self._lock:
+                wanted = self._held.get(held.spec.id) is held
                 held.edge = target or name
                 self._recoveries.append(
-                    Recovery(
-                        held.spec.id, held.spec.client, name, target, held.newest.step, seconds
-                    )
+                    Recovery(held.spec.id, held.spec.client, name, target, start.step, seconds)
                 )
+            if target and not wanted:  # it was released in the meantime
+                with suppress(FedsysError):
+                    self._request(target, "release", {"session": held.spec.id})
 
-    def _still_there(self, name: str) -> bool:
+    def _open_anywhere(self, spec: SessionSpec, start: Snapshot, first: str) -> str:
+        """Open a session at the first edge that takes it; return its name, or nothing."""
+        for name in self._candidates(first):
+            try:
+                self._open_at(name, spec, start)
+            except (LinkError, SessionError) as error:
+                _log.warning("edge server %s: %s", name, error)
+                continue
+            return name
+        return ""
+
+    def _still_there(self, name: str) -> set[str]:
+        """Reach an edge again; return its sessions of this run, none if it is gone."""
         for wait in REDIAL_S:
             time.sleep(wait)
             if self._closing:
-                return True
+                return set()
+            with self._lock:
+                mine = [s for s, held in self._held.items() if held.edge == name]
+            edge: _Edge | None = None
             try:
                 edge = self._reach(self._addresses[name], again=True)
-                there = edge.request("ping", {}, {}).meta.get("sessions")
+                there = edge.request("ping", {"sessions": mine}, {}).meta.get("sessions")
             except LinkRefused:  # its process is gone, and its sessions with it
-                return False
+                return set()
             except FedsysError:
+                if edge is not None:
+                    edge.close()
                 continue
             with self._lock:
-                mine = {s for s, held in self._held.items() if held.edge == name}
                 self._edges[name] = edge
-            return isinstance(there, list) and mine <= set(there)
-        return False
+            return set(mine) & set(there if isinstance(there, list) else [])
+        return set()
 
 
 class _Edge:
@@ -361,8 +391,8 @@ class _Edge:
             self._next += 1
             number = self._next
             self._pending[number] = future
-        self._link.send(Frame(kind, {**meta, "request": number}, tensors))
         try:
+            self._link.send(Frame(kind, {**meta, "request": number}, tensors))
             reply = future.result(REQUEST_S)
         except FutureTimeout as error:
             raise LinkTimeout(f"edge server {self.name}: no reply to {kind}") from error
@@ -379,27 +409,35 @@ class _Edge:
         self._link.close()
 
     def _listen(self) -> None:
+        reason: LinkError = LinkClosed(f"edge server {self.name}: what it sent could not be read")
         try:
             while True:
-                frame = self._link.recv()
-                if frame.kind == "replica":
-                    self._on_replica(frame)
-                    continue
-                if frame.kind == "struck":
-                    self._on_struck(frame)
-                    self._link.send(Frame("noted", frame.meta))
-                    continue
-                number = frame.meta.get("request")
-                with self._lock:
-                    future = self._pending.get(number) if isinstance(number, int) else None
-                if future is not None:
-                    future.set_result(frame)
+                self._take(self._link.recv())
         except LinkError as error:
-            with self._lock:
-                self.lost = True
-                pending = list(self._pending.values())
-            for future in pending:
-                future.set_exception(type(error)(f"edge server {self.name}: {error}"))
+            reason = type(error)(f"edge server {self.name}: {error}")
+        finally:  # whatever ends this thread, nobody waits for it in vain
+            self._end(reason)
+
+    def _take(self, frame: Frame) -> None:
+        if frame.kind == "replica":
+            self._on_replica(frame)
+        elif frame.kind == "struck":
+            self._on_struck(frame)
+            self._link.send(Frame("noted", frame.meta))
+        else:
+            number = frame.meta.get("request")
+            with self._lock:  # taken out, because a future can be answered once only
+                future = self._pending.pop(number, None) if isinstance(number, int) else None
+            if future is not None:
+                future.set_result(frame)
+
+    def _end(self, reason: LinkError) -> None:
+        with self._lock:
+            self.lost = True
+            pending = list(self._pending.values())
+            self._pending.clear()
+        for future in pending:
+            future.set_exception(reason)
         if not self._closed:
             threading.Thread(
                 target=self._on_lost, args=(self.name,), name=f"recover-{self.name}", daemon=True

@@ -25,6 +25,7 @@ from fedsys.errors import (
     SessionError,
 )
 from fedsys.link import Link
+from fedsys.session import natural
 from fedsys.wire import Frame, encode_parts
 
 FIRST_S = 120.0
@@ -98,6 +99,7 @@ class Remote:
         connect: Dials an address; raises LinkError.
         private: Whether the edge's outputs come back (label-private cut).
         clock: Seconds, for time limits; replaced in tests.
+        sleep: How to wait between two rounds of asking; replaced in tests.
     """
 
     def __init__(
@@ -109,7 +111,9 @@ class Remote:
         *,
         private: bool = False,
         clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
+        self._sleep = sleep
         self.traffic = Traffic()
         self._edges, self._session, self._token = list(edges), session, token
         self._connect, self._private, self._clock = connect, private, clock
@@ -205,9 +209,14 @@ class Remote:
     def _take(self, frame: Frame) -> None:
         self.traffic.bytes_down += frame.encoded_bytes
         self._fruitless = 0
-        index = frame.meta.get("index" if frame.kind == "outputs" else "piece", 0)
-        step = frame.meta.get("step", 0)
-        self._arrived[frame.kind, int(step), int(index)] = frame
+        if frame.kind == "outputs":
+            step, index = 0, natural(frame, "index")
+        else:
+            step = natural(frame, "step")
+            index = natural(frame, "piece") if "piece" in frame.meta else 0
+        asked = {"gradient": "gradient" if self._private else "activation", "outputs": "evaluate"}
+        if (asked.get(frame.kind, frame.kind), step, index) in self._unanswered:
+            self._arrived[frame.kind, step, index] = frame  # others came twice: forget them
 
     def _recover(self, error: LinkError) -> None:
         """Reach the session again and repeat what was not answered.
@@ -217,8 +226,12 @@ class Remote:
             EdgesLost: None was found.
         """
         self._fruitless += 1
-        if _refusal(error) or self._fruitless > FRUITLESS:
+        if _refusal(error):
             raise error
+        if self._fruitless > FRUITLESS:
+            raise EdgesLost(
+                f"session {self._session}: {FRUITLESS} links in a row without an answer"
+            )
         began, former, known = self._clock(), self._edge, self._incarnation
         self.close()
         step = self._ask()
@@ -250,9 +263,12 @@ class Remote:
                 try:
                     step = self._greet(edge)
                 except RemoteError as error:
+                    if not _refusal(error):  # the greeting was damaged on its way
+                        silent += 1
+                        continue
                     raise SessionError(
                         f"edge {edge} refuses session {self._session}: {error}"
-                    ) from (error)
+                    ) from error
                 except LinkRefused:
                     refused += 1
                     continue
@@ -267,7 +283,7 @@ class Remote:
                     f"session {self._session} is at none of {len(order)} edge servers, of which "
                     f"{refused} are gone and {silent} do not answer"
                 )
-            time.sleep(wait)
+            self._sleep(wait)
             wait = min(2 * wait, at_most)
 
     def _greet(self, edge: str) -> int | None:
