@@ -23,7 +23,10 @@ from fedsys.errors import ConfigError, FedsysError, did_you_mean
 INTERRUPTED = 130
 
 Job = Callable[[Any], Mapping[str, Any]]
-"""Takes the composed configuration (a DictConfig), does the work, returns its figures."""
+"""Takes the composed configuration (a DictConfig), does the work, returns its figures.
+
+A figure ``ok`` that is false makes the exit status 1.
+"""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,9 @@ COMMANDS: dict[str, Command] = {
         "job",
         "write an HTML page about a run, or about several compared",
         paths="RUN",
+    ),
+    "doctor": Command(
+        "fedsys.doctor", "job", "check whether the run can go, and say what to expect"
     ),
 }
 
@@ -165,7 +171,7 @@ class Invocation:
             for error in self._errors[:-1]:
                 report(error)
             raise self._errors[-1]
-        return 0
+        return 1 if any(result.get("ok") is False for result in self._results) else 0
 
     def _named(self, arguments: list[str]) -> list[str]:
         """Turn the name behind a verb (``bench training``) into the choice of a group's file."""

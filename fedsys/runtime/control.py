@@ -96,14 +96,21 @@ class Control:
     def __exit__(self, *_: object) -> None:
         self._client.close()
 
-    def ping(self) -> None:
+    def ping(self, padding: int = 0) -> None:
         """Ask for something small.
+
+        Args:
+            padding: Bytes to send along, which the SuperLink reads and ignores.
 
         Raises:
             FedsysError: The SuperLink is not there, or not the one that is trusted.
         """
+        request = ListRunsRequest(limit=1)
+        if padding:
+            # A field that no version of Flower knows: protobuf carries it, and nobody looks at it.
+            request.MergeFromString(_field(number=1000, size=padding))
         with self._explained():
-            self._client.ListRuns(ListRunsRequest(limit=1))
+            self._client.ListRuns(request)
 
     def register(self, public_key: bytes, name: str) -> int:
         """Register a node by its public key (PEM) and return its id."""
@@ -244,6 +251,19 @@ class _Stream:
         while (piece := self.next(STATUS_S)) not in (None, _END):
             assert piece is not None
             heard(piece[0])
+
+
+def _field(number: int, size: int) -> bytes:
+    """Return a length-delimited protobuf field of zeros."""
+
+    def varint(value: int) -> bytes:
+        digits = bytearray()
+        while value > 0x7F:
+            digits.append(value & 0x7F | 0x80)
+            value >>= 7
+        return bytes([*digits, value])
+
+    return varint(number << 3 | 2) + varint(size) + bytes(size)
 
 
 def explain(error: httpx.HTTPError, address: Address) -> FedsysError:

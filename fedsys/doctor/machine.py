@@ -1,0 +1,147 @@
+"""The installation and the machine: versions, processor, memory, disk."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from importlib import metadata
+from pathlib import Path
+
+from fedsys.config import Config
+from fedsys.doctor.checks import Check
+
+MB = 2**20
+LEAST_MEMORY, GOOD_MEMORY = 512 * MB, 2048 * MB
+LEAST_DISK, GOOD_DISK = 50 * MB, 1024 * MB
+
+
+def installation() -> Iterator[Check]:
+    """Check Python and every package that fedsys requires, and that torch's parts fit together."""
+    yield Check("python", "ok", f"{platform.python_version()} on {platform.platform()}")
+    try:
+        required = metadata.requires("fedsys") or []
+    except metadata.PackageNotFoundError:
+        yield Check(
+            "packages", "warn", "fedsys is not installed, only lies here", "pip install -e ."
+        )
+        required = []
+    yield from packages(required)
+    yield from (_imports(name) for name in ("torch", "torchvision", "flwr"))
+
+
+def packages(required: Iterable[str]) -> Iterator[Check]:
+    """Compare installed versions with requirements such as ``flwr<2,>=1.41``."""
+    from packaging.requirements import Requirement
+
+    found: list[str] = []
+    for text in required:
+        need = Requirement(text)
+        if need.marker is not None and not need.marker.evaluate({"extra": ""}):
+            continue
+        way_out = f'pip install "{need.name}{need.specifier}"'
+        try:
+            version = metadata.version(need.name)
+        except metadata.PackageNotFoundError:
+            yield Check("package", "fail", f"{need.name} is not installed", way_out)
+            continue
+        if not need.specifier.contains(version, prereleases=True):
+            rule = f"{need.name} {version} is installed, {need.specifier} is needed"
+            yield Check("package", "fail", rule, way_out)
+        elif need.name in ("flwr", "torch", "torchvision", "hydra-core"):
+            found.append(f"{need.name} {version}")
+    if found:
+        yield Check("packages", "ok", ", ".join(found))
+
+
+def _imports(name: str) -> Check:
+    try:
+        importlib.import_module(name)
+    except Exception as error:  # a broken binary raises whatever it likes; here it is the finding
+        reason = (
+            f"{name} cannot be imported: {str(error).splitlines()[0] if str(error) else error!r}"
+        )
+        way_out = "install torch and torchvision together, from one index, without pins"
+        if name == "flwr":
+            way_out = 'pip install "flwr[simulation]"'
+        return Check(f"import {name}", "fail", reason, way_out)
+    return Check(f"import {name}", "ok", "it works")
+
+
+def processor(config: Config) -> Iterator[Check]:
+    """Check instruction set, cores and threads."""
+    import torch
+
+    kind = torch.backends.cpu.get_cpu_capability()
+    told = f"{kind}; machines that are to agree to the bit must all have it"
+    if kind == "DEFAULT":
+        way_out = "unset ATEN_CPU_CAPABILITY, or use a processor with AVX2"
+        yield Check(
+            "instruction set", "warn", "plain instructions only, several times slower", way_out
+        )
+    else:
+        yield Check("instruction set", "ok", told)
+    cores = usable_cores()
+    wanted = config.runtime.workers or max(1, cores // config.client.threads)
+    wanted = min(wanted, config.num_clients) * config.client.threads
+    each = config.client.threads
+    told = f"{wanted} threads train on {cores} cores; bits depend on client.threads={each}"
+    if wanted > cores:
+        way_out = f"runtime.workers={max(1, cores // each)}"
+        yield Check("threads", "warn", told, way_out)
+    else:
+        yield Check("threads", "ok", told)
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def memory() -> Check:
+    """Check the memory that is left, for this container where there is a limit."""
+    import psutil
+
+    left = int(psutil.virtual_memory().available)
+    limit = _cgroup("memory.max")
+    if limit is not None:
+        left = min(left, limit - (_cgroup("memory.current") or 0))
+    told = f"{left / 2**30:.1f} GiB are free"
+    if left < LEAST_MEMORY:
+        return Check("memory", "fail", told, "end other processes; runtime.workers=1 needs least")
+    if left < GOOD_MEMORY:
+        return Check("memory", "warn", told, "runtime.workers=1 needs least")
+    return Check("memory", "ok", told)
+
+
+def _cgroup(name: str) -> int | None:
+    try:
+        text = Path("/sys/fs/cgroup", name).read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def disk(folder: Path) -> Check:
+    """Check that results can be written to `folder`, which need not exist, and how much fits."""
+    home = folder
+    while not home.exists():
+        home = home.parent
+    try:
+        with tempfile.TemporaryFile(dir=home):
+            pass
+    except OSError as error:
+        told = f"{home} cannot be written to: {error.strerror}"
+        return Check("results", "fail", told, "choose another folder with run.dir=")
+    left = shutil.disk_usage(home).free
+    told = f"{left / 2**30:.1f} GiB are free for {folder}"
+    if left < GOOD_DISK:
+        status = "fail" if left < LEAST_DISK else "warn"
+        way_out = "free some space, or choose another folder with run.dir="
+        return Check("results", "fail" if status == "fail" else "warn", told, way_out)
+    return Check("results", "ok", told)
