@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from fedsys.errors import FedsysError
+
 Status = Literal["ok", "warn", "fail"]
 
 
@@ -23,3 +25,15 @@ class Check:
     status: Status
     detail: str
     way_out: str = ""
+
+    @classmethod
+    def failed(cls, name: str, error: FedsysError, otherwise: str) -> Check:
+        """Return what an error means: its message holds the way out behind the semicolon.
+
+        Args:
+            name: What was looked at.
+            error: What it raised.
+            otherwise: The way out if the message has none.
+        """
+        detail, _, way_out = str(error).partition("; ")
+        return cls(name, "fail", detail, way_out or otherwise)

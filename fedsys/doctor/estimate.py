@@ -29,8 +29,8 @@ def data_and_model(config: Config) -> Iterator[Check]:
         model = federation.build_model(config, fed.dataset)
         federation.check_model(model, fed.dataset)
     except FedsysError as error:
-        text, _, way_out = str(error).partition("; ")
-        yield Check("data and model", "fail", text, way_out or "choose other data or another model")
+        otherwise = "choose other data or another model"
+        yield Check.failed("data and model", error, otherwise)
         return
     parameters = sum(p.numel() for p in model.parameters())
     yield Check("model", "ok", f"{parameters:,} parameters")

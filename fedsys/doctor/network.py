@@ -53,7 +53,7 @@ def certificates(config: Config) -> Iterator[Check]:
         try:
             Credentials.load(Path(folder), role="client")
         except FedsysError as error:
-            yield Check(key, "fail", str(error), "issue new ones")
+            yield Check.failed(key, error, "issue new ones")
         else:
             yield certificate(Path(folder) / "cert.pem", key)
 
@@ -101,7 +101,7 @@ def superlink(config: Config) -> Check | None:
             trips = [_timed(control.ping) for _ in range(TRIES)]
             padded = [_timed(lambda: control.ping(PADDING)) for _ in range(3)]
     except FedsysError as error:
-        return Check("superlink", "fail", str(error), "see docs/deploy.md")
+        return Check.failed("superlink", error, "check runtime.superlink and its certificate")
     trip = statistics.median(trips)
     rate = PADDING / max(statistics.median(padded) - trip, 1e-6) / 1e6
     return Check(
