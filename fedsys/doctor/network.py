@@ -14,7 +14,13 @@ from fedsys.config import Config
 from fedsys.doctor.checks import Check
 from fedsys.errors import FedsysError
 
-PORTS = {8000: "serve", 9091: "SuperLink", 9092: "SuperLink", 9093: "SuperLink", 9094: "SuperNode"}
+PORTS = {
+    8000: "SuperLink or serve",
+    9091: "SuperLink",
+    9092: "SuperLink",
+    9093: "SuperLink",
+    9094: "SuperNode",
+}
 """Default ports and who listens there."""
 
 SWITCH = "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"
