@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Any, cast
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import (
     FedAdagrad,
@@ -89,12 +89,16 @@ class TypedBuffers(Strategy):
         aggregate, metrics = self.inner.aggregate_train(server_round, replies)
         if aggregate is None:
             return None, metrics
-        result = records.arrays_of(aggregate) | average(others, weights)
-        typed = {
-            name: with_type(result[name], records.view(array).dtype)
-            for name, array in self._sent.items()
-        }
-        return records.record_of(typed), metrics
+        averages = average(others, weights)
+        typed = ArrayRecord()
+        for name, sent in self._sent.items():
+            array = aggregate.get(name)
+            if type(array) is Array and array.dtype == sent.dtype:
+                typed[name] = array  # encoded already
+            else:
+                value = averages[name] if array is None else records.view(array)
+                typed[name] = records.encode(with_type(value, np.dtype(sent.dtype)))
+        return typed, metrics
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
