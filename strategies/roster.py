@@ -78,6 +78,7 @@ class Roster:
         self._nodes: dict[int, Node] = {}
         self._refused: dict[int, str] = {}
         self._spare: dict[int, str] = {}
+        self._told: set[int] = set()
         self._silent: dict[int, str] = {}
         self._asked: dict[str, tuple[int, float]] = {}
 
@@ -93,6 +94,9 @@ class Roster:
         deadline = time.monotonic() + self.wait_s
         while not (present := self._look(grid)) and time.monotonic() < deadline:
             time.sleep(POLL_S)
+        for node_id in self._refused.keys() - self._told:
+            self._told.add(node_id)
+            self._say(self._refused[node_id])
         return {partition: nodes[-1] for partition, nodes in present.items()}
 
     def count(self, grid: Grid) -> int:
@@ -182,7 +186,6 @@ class Roster:
                 self._say(self._spare[node_id])
             elif reason := self._other_classes(node):
                 self._refused[node_id] = f"{who}: {reason}"
-                self._say(self._refused[node_id])
 
     def _not_needed(self, node: Node) -> str:
         if node.data_root or self.num_clients is None or node.partition < self.num_clients:

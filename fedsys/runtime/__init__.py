@@ -19,6 +19,7 @@ from typing import Any
 
 from fedsys.config import Config
 from fedsys.errors import ConfigError
+from fedsys.runtime.processes import terminable
 
 RUNTIMES = {
     "local": "fedsys.runtime.local:run_local",
@@ -44,7 +45,8 @@ def run(config: Config) -> Mapping[str, Any] | None:
     module, _, function = name.partition(":")
     carry_out: Callable[[Config], Mapping[str, Any] | None]
     carry_out = getattr(importlib.import_module(module), function)
-    return carry_out(config)
+    with terminable():
+        return carry_out(config)
 
 
 def quiet_flower() -> None:

@@ -17,7 +17,6 @@ from fedsys.progress import Progress, choose
 from fedsys.runtime import bundle
 from fedsys.runtime.control import Address, Control
 from fedsys.runtime.launch import launched
-from fedsys.runtime.processes import terminable
 from fedsys.runtime.relay import Replay
 
 
@@ -33,7 +32,7 @@ def run_deployment(config: Config) -> Mapping[str, Any]:
         FedsysError: Whatever made the run fail.
     """
     runtime = config.runtime
-    with choose(json=config.json) as progress, terminable():
+    with choose(json=config.json) as progress:
         if runtime.launch:
             with launched(config, progress) as (address, check):
                 return _carry_out(config, address, progress, check)

@@ -5,8 +5,8 @@ thread, where Ctrl-C is heard and the data are loaded while Ray starts; a thread
 the nodes' contexts hold the run config, which `flwr.simulation.run_simulation` cannot give them.
 
 What is private in Flower and used here: `run_api` and `_register_nodes` of the engine, the stores
-of the nodes' contexts, the in-memory link state and its grid. `tests/test_simulation.py` fails
-when one of them changes.
+of the nodes' contexts, the pool of its backend, the in-memory link state and its grid.
+`tests/test_simulation.py` fails when one of them changes.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ import logging
 import os
 import secrets
 import shutil
+import signal
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from flwr.app import Context, Message, RecordDict
 from flwr.app.user_config import UserConfig
@@ -35,6 +38,9 @@ from fedsys.config import Config
 from fedsys.errors import RuntimeFailure
 from fedsys.runtime.apps import load_apps, load_client
 from fedsys.runtime.local import identify_process
+
+if TYPE_CHECKING:
+    from flwr.server.superlink.fleet.vce.backend.raybackend import RayBackend
 
 POLL_S = 0.02
 """Seconds between two looks for replies; Flower's own in-memory grid takes 0.1."""
@@ -68,8 +74,6 @@ def workers(config: Config) -> int:
 
 class Engine:
     """Flower's simulation engine with its nodes, started and stopped as a context manager.
-
-    Entering returns at once with the grid; Ray starts in the meantime.
 
     Args:
         config: The run.
@@ -109,40 +113,47 @@ class Engine:
         inner.set_run(run)
         self._stop = threading.Event()
         self._failure: BaseException | None = None
+        self._backend: RayBackend | None = None
         # Ray keeps its sockets and logs there; the path of a socket must be short.
         self._folder = tempfile.mkdtemp(prefix="fedsys-ray-")
         self._thread = threading.Thread(target=self._run, name="simulation-engine", daemon=True)
         self._grid = EngineGrid(inner, self._nodes, self._check)
 
     def __enter__(self) -> EngineGrid:
+        try:
+            _start_ray(workers(self._config), self._folder)
+        except Exception as error:  # Ray raises errors of many kinds
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise RuntimeFailure(f"Ray does not start: {error}; try runtime=local") from error
         self._thread.start()
         return self._grid
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        import ray
-
         self._stop.set()
-        if error is not None and ray.is_initialized():
-            ray.shutdown()  # the engine would let every client finish what it is at
+        if error is not None:
+            self._kill_busy()
         self._thread.join()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _kill_busy(self) -> None:
+        """End the processes that are at a message; the engine would let them finish it."""
+        import ray
+
+        pool = None if self._backend is None else self._backend.pool
+        for actor in [] if pool is None else list(pool._future_to_actor.values()):
+            ray.kill(cast(Any, actor))
 
     def _run(self) -> None:
         from flwr.server.superlink.fleet.vce import vce_api
         from flwr.server.superlink.fleet.vce.backend.raybackend import RayBackend
         from flwr.server.superlink.fleet.vce.metrics import VceMetrics
 
-        backend: dict[str, Any] = {
-            "init_args": {
-                "num_cpus": workers(self._config),
-                "logging_level": logging.CRITICAL,
-                "log_to_driver": False,
-                "_temp_dir": self._folder,
-            },
-            "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
-        }
+        def start() -> RayBackend:  # takes the Ray that runs
+            self._backend = RayBackend({"client_resources": {"num_cpus": 1, "num_gpus": 0.0}})
+            return self._backend
+
         # The engine logs each error with its traceback, also those that reach the server app as
         # an error reply or this class as an exception.
         flower = logging.getLogger("flwr")
@@ -152,7 +163,7 @@ class Engine:
             vce_api.run_api(
                 # Ray's processes get this function by its name instead of the pickled app.
                 functools.partial(load_client, self._config.apps.client),
-                lambda: RayBackend(backend),
+                start,
                 self._nodes,
                 self._states,
                 self._stores,
@@ -172,6 +183,30 @@ class Engine:
                 f"Flower's simulation engine failed: {cause}; "
                 f"try runtime.workers=1, or runtime=local"
             ) from self._failure
+
+
+def _start_ray(num_cpus: int, folder: str) -> None:
+    """Start Ray, unless it runs, without letting it take over signals.
+
+    Its own handlers print a stack for SIGTERM and end the process, past every clean-up here.
+    """
+    import ray
+
+    if ray.is_initialized():
+        return
+    home = str(Path(__file__).resolve().parents[2])
+    os.environ["PYTHONPATH"] = os.pathsep.join([home, *sys.path])  # for Ray's processes
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    ray.init(
+        num_cpus=num_cpus,
+        include_dashboard=False,
+        logging_level=logging.CRITICAL,
+        log_to_driver=False,
+        _temp_dir=folder,
+    )
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 class EngineGrid(Grid):
