@@ -1,0 +1,314 @@
+"""Scores: how much each weight matters. Pure functions of a model, and of examples where needed.
+
+========================  =====================================================================
+`random`                  a keyed draw: the baseline of all baselines
+`magnitude`               |w|: Frankle & Carbin, "The Lottery Ticket Hypothesis", ICLR 2019
+`channel_norm`            norms of filters, or of coupled filters: Li et al., "Pruning Filters for
+                          Efficient ConvNets", ICLR 2017
+`magnitude_channel`       a mixture of both, which leaves whole channels dead
+`snip`                    |w g|: Lee et al., "SNIP", ICLR 2019
+`grasp`                   w H g: Wang et al., "Picking Winning Tickets … by Preserving Gradient
+                          Flow", ICLR 2020
+`synflow`                 |w dR/dw|: Tanaka et al., "Pruning neural networks without any data by
+                          iteratively conserving synaptic flow", NeurIPS 2020
+========================  =====================================================================
+
+Each returns, for every weight that can be pruned, a tensor of its shape; what is small goes first.
+The model is left as it was, to the running averages of its BatchNorm. Weights that are pruned
+already must be zero in it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules import activation, batchnorm, instancenorm
+
+from fedsys.errors import ConfigError, ModelError
+from fedsys.pruning.masks import prunable
+from fedsys.pruning.plan import make_plan, masked_copy, probes
+from fedsys.randomness import Address, drawing
+from fedsys.training import Batches, device_of, forward
+
+Scores = dict[str, Tensor]
+Groups = Sequence[Sequence[str]]
+"""Names of layers whose outputs of equal index are one channel."""
+
+
+# --------------------------------------------------------------------------------------------------
+# Of the weights alone
+
+
+def random(model: nn.Module, address: Address) -> Scores:
+    """Return draws from [0, 1), each weight's a function of the address and its name."""
+    return {
+        name: torch.rand(w.shape, generator=address.torch("pruning", name=name))
+        for name, w in prunable(model).items()
+    }
+
+
+def magnitude(model: nn.Module) -> Scores:
+    """Return |w|."""
+    return {name: w.detach().abs() for name, w in prunable(model).items()}
+
+
+def channel_norm(model: nn.Module, *, order: int = 1, groups: Groups = ()) -> Scores:
+    """Return for each weight the mean norm of the channel that it computes.
+
+    Li et al. (2017) rank the filters of one layer by the sum of |w|. Here it is the mean, over the
+    number of weights, so that filters of different layers can be compared.
+
+    Args:
+        model: The model.
+        order: 1 for the mean of |w|, 2 for the root of the mean of w².
+        groups: Layers that share their channels, such as the operands of residual sums, from
+            `coupled_layers`: a channel is then as large as its filters in all of them.
+
+    Raises:
+        ConfigError: For an `order` other than 1 and 2.
+    """
+    if order not in (1, 2):
+        raise ConfigError.of("pruning.order", order, "must be 1 or 2")
+    powers = {n: w.detach().abs().flatten(1) ** order for n, w in prunable(model).items()}
+    sums = {name: power.sum(1) for name, power in powers.items()}
+    counts = {name: power.shape[1] for name, power in powers.items()}
+    for group in groups:
+        names = [n for layer in group if (n := f"{layer}.weight") in powers]
+        if len({len(sums[name]) for name in names}) == 1:
+            total = torch.stack([sums[name] for name in names]).sum(0)
+            count = sum(counts[name] for name in names)
+            sums |= dict.fromkeys(names, total)
+            counts |= dict.fromkeys(names, count)
+    norms = {name: (sums[name] / counts[name]) ** (1 / order) for name in powers}
+    return {
+        name: norms[name].reshape(-1, *(1 for _ in w.shape[1:])).expand(w.shape)
+        for name, w in prunable(model).items()
+    }
+
+
+def magnitude_channel(
+    model: nn.Module, *, mix: float = 0.8, order: int = 1, groups: Groups = ()
+) -> Scores:
+    """Return (1 - mix) |w| + mix × the norm of the channel.
+
+    Magnitudes alone leave few channels without any weight before 95 % sparsity, so that little of
+    the model can be removed. With a larger `mix`, weights of weak channels go before weak weights
+    of strong channels; with 1, whole channels go.
+
+    Args:
+        model: The model.
+        mix: From 0 (`magnitude`) to 1 (`channel_norm`).
+        order: As for `channel_norm`.
+        groups: As for `channel_norm`.
+
+    Raises:
+        ConfigError: For a `mix` outside [0, 1] or a wrong `order`.
+    """
+    if not 0.0 <= mix <= 1.0:
+        raise ConfigError.of("pruning.mix", mix, "must be in [0, 1]")
+    norms = channel_norm(model, order=order, groups=groups)
+    return {name: (1 - mix) * size + mix * norms[name] for name, size in magnitude(model).items()}
+
+
+def coupled_layers(
+    model: nn.Module, example: Tensor | Sequence[int]
+) -> tuple[tuple[str, ...], ...]:
+    """Return the layers whose outputs only go together: by sums, or by depthwise convolution.
+
+    Args:
+        model: Any model that `fedsys.graph.trace` traces.
+        example: A batch of inputs, or the shape of one input without the batch.
+
+    Raises:
+        ModelError: The model does not trace or run on such an input.
+    """
+    plan = make_plan(masked_copy(model, None), probes(example))
+    found = []
+    for group in plan.groups:
+        widths = dict.fromkeys(edit.before for edit in group)
+        found += [tuple(e.name for e in group if e.before == width) for width in widths]
+    return tuple(names for names in found if len(names) > 1)
+
+
+# --------------------------------------------------------------------------------------------------
+# Of gradients on examples
+
+
+def snip(model: nn.Module, batches: Batches, address: Address) -> Scores:
+    """Return |w g|, g the gradient of the mean loss: how much the loss depends on each weight.
+
+    Lee et al. (2019), equation 5, before they divide by the sum, which changes no order. BatchNorm
+    and dropout work as in training.
+
+    Args:
+        model: The model, usually at initialisation.
+        batches: Pairs of inputs and labels.
+        address: For the draws of dropout.
+
+    Raises:
+        ConfigError: There are no examples.
+    """
+    trial, weights = _trial(model)
+    gradient = _gradient(trial, weights, _listed(trial, batches), address, 1.0)
+    return {n: (w * g).abs().detach() for (n, w), g in zip(weights.items(), gradient, strict=True)}
+
+
+def grasp(
+    model: nn.Module, batches: Batches, address: Address, *, temperature: float = 200.0
+) -> Scores:
+    """Return w (H g): what the squared norm of the gradient loses, to first order, without w.
+
+    Wang et al. (2020), equation 8, with the opposite sign: they remove the *largest* -w (H g). H
+    and g are of the mean loss over all examples, in all weights that can be pruned.
+
+    Args:
+        model: The model, usually at initialisation.
+        batches: Pairs of inputs and labels.
+        address: For the draws of dropout.
+        temperature: Outputs are divided by it, so that the softmax is not saturated; 200 in the
+            paper.
+
+    Raises:
+        ConfigError: There are no examples, or `temperature` is not above 0.
+    """
+    if not temperature > 0:
+        raise ConfigError.of("pruning.temperature", temperature, "must be above 0")
+    trial, weights = _trial(model)
+    listed = _listed(trial, batches)
+    gradient = _gradient(trial, weights, listed, address, temperature)
+    product = [torch.zeros_like(w) for w in weights.values()]
+    for loss in _losses(trial, listed, address, temperature):
+        parts = _grad(loss, weights, create_graph=True)
+        along = torch.stack([(p * g).sum() for p, g in zip(parts, gradient, strict=True)]).sum()
+        for total, part in zip(product, _grad(along, weights), strict=True):
+            total += part
+    return {n: (w * h).detach() for (n, w), h in zip(weights.items(), product, strict=True)}
+
+
+def _trial(model: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    """Return a copy in training mode, to be differentiated by its weights alone, and these."""
+    trial = copy.deepcopy(model).train().requires_grad_(False)
+    weights = prunable(trial)
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    return trial, weights
+
+
+def _listed(model: nn.Module, batches: Batches) -> list[tuple[Tensor, Tensor]]:
+    device = device_of(model)
+    listed = [(x.to(device), y.to(device)) for x, y in batches]
+    if not listed:
+        raise ConfigError.of("pruning.batches", 0, "must be at least 1 mini-batch to score with")
+    return listed
+
+
+def _losses(
+    model: nn.Module, batches: list[tuple[Tensor, Tensor]], address: Address, temperature: float
+) -> Iterator[Tensor]:
+    """Yield the share of each mini-batch in the mean loss over all examples."""
+    examples = sum(len(y) for _, y in batches)
+    for step, (x, y) in enumerate(batches):
+        with drawing(address, step, len(y)):
+            outputs = forward(model, x) / temperature
+        yield F.cross_entropy(outputs, y, reduction="sum") / examples
+
+
+def _gradient(
+    model: nn.Module,
+    weights: dict[str, nn.Parameter],
+    batches: list[tuple[Tensor, Tensor]],
+    address: Address,
+    temperature: float,
+) -> list[Tensor]:
+    totals = [torch.zeros_like(w) for w in weights.values()]
+    for loss in _losses(model, batches, address, temperature):
+        for total, part in zip(totals, _grad(loss, weights), strict=True):
+            total += part
+    return totals
+
+
+def _grad(
+    value: Tensor, weights: dict[str, nn.Parameter], create_graph: bool = False
+) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(
+        value, list(weights.values()), create_graph=create_graph, materialize_grads=True
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Of the flow through the network
+
+
+def synflow(model: nn.Module, input_shape: Sequence[int]) -> Scores:
+    """Return |w dR/dw| for R the flow of ones through the network of |w|.
+
+    Tanaka et al. (2020), equation 3; meant to be repeated while pruning, see
+    `fedsys.pruning.sparsify.synflow_masks`.
+
+    Args:
+        model: The model; only its weights count.
+        input_shape: Of one input without the batch.
+
+    Raises:
+        ModelError: The flow is too large for float64.
+    """
+    return flow(linear_copy(model), input_shape)
+
+
+def linear_copy(model: nn.Module) -> nn.Module:
+    """Return the network whose outputs on ones are sums, over paths, of products of |w|.
+
+    In float64, with |w| for w. Biases are zero, normalisation and activations are the identity:
+    they would spoil what the score rests on, that each layer of a chain has the same total.
+    (BatchNorm divides the flow away, ReLU6 cuts it off.) Activations that a model calls as
+    functions stay; on a flow, which is never negative, ReLU is the identity anyway.
+    """
+    linear = copy.deepcopy(model).double().eval()
+    for name, module in list(linear.named_modules(remove_duplicate=False)):
+        if name and isinstance(module, _PASSED):
+            parent, _, child = name.rpartition(".")
+            setattr(linear.get_submodule(parent), child, nn.Identity())
+    with torch.no_grad():
+        for parameter in linear.parameters():
+            parameter.abs_()
+        for module in linear.modules():
+            bias = getattr(module, "bias", None)
+            if isinstance(bias, Tensor):
+                bias.zero_()
+    return linear.requires_grad_(False)
+
+
+def flow(linear: nn.Module, input_shape: Sequence[int]) -> Scores:
+    """Return |w dR/dw| for a network that `linear_copy` returned.
+
+    Raises:
+        ModelError: The flow is too large for float64.
+    """
+    weights = prunable(linear)
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    ones = torch.ones((1, *input_shape), dtype=torch.float64, device=device_of(linear))
+    gradients = _grad(linear(ones).sum(), weights)
+    scores = {
+        n: (w * g).abs().detach() for (n, w), g in zip(weights.items(), gradients, strict=True)
+    }
+    for name, score in scores.items():
+        if not bool(score.isfinite().all()):
+            raise ModelError(f"{name}: the synaptic flow exceeds float64; scale the weights down")
+    return scores
+
+
+_NOT_PASSED = ("GLU", "MultiheadAttention")  # these do more than to bend each element
+_PASSED: tuple[type[nn.Module], ...] = (
+    *(getattr(nn, name) for name in activation.__all__ if name not in _NOT_PASSED),
+    batchnorm._BatchNorm,
+    instancenorm._InstanceNorm,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.LocalResponseNorm,
+)
