@@ -57,7 +57,7 @@ def test_every_benchmark_has_a_file_of_choices_and_a_line_of_help():
 def test_the_options_of_a_benchmark_are_shown_by_its_help(capsys):
     assert main(["bench", "training", "--help"]) == 0
     shown = capsys.readouterr().out
-    assert "bench:\n  name: training\n  batches: 4" in shown
+    assert "bench:\n  name: training\n  batches: 2" in shown
     assert all(f"  {name}: {text}" in shown for name, text in NAMES.items())
 
 
