@@ -125,8 +125,8 @@ class Offload(Strategy):
         """
         self._grid, self._sent, self._wholes, self.lost = grid, {}, {}, {}
         self.fleet.revive()
-        messages = list(self.inner.configure_train(server_round, arrays, config, grid))
-        clients = [self.roster.partition_of(m.metadata.dst_node_id) for m in messages]
+        messages = self._ordered(self.inner.configure_train(server_round, arrays, config, grid))
+        clients = [self._client(message) for message in messages]
         seen = {client: self._seen.get(client, Observation()) for client in clients}
         self._policy_state, plan = self.policy.plan(self._policy_state, seen)
         for client, message in zip(clients, messages, strict=True):
@@ -134,9 +134,9 @@ class Offload(Strategy):
             self._note_cut(client, assignment.cut)
             if assignment.cut == len(self._layers):
                 continue
-            if self.fleet.alive:
-                self._offload(message, client, assignment, server_round, attempt=0)
-            elif self._fits(client, message.content):
+            if self._with_edge(message, client, assignment, server_round):
+                continue
+            if self._fits(client, message.content):
                 entry = {"what": "alone", "from": "edge", "to": "device", "repeated_steps": 0}
                 self._note(server_round, client, {**entry, "seconds": 0.0})
         if messages and len(self.lost) == len(messages):
@@ -168,17 +168,18 @@ class Offload(Strategy):
     ) -> Iterable[Message]:
         """Open sessions for forward passes only."""
         self._grid, self._sent = grid, {}
-        messages = list(self.inner.configure_evaluate(server_round, arrays, config, grid))
-        clients = [self.roster.partition_of(m.metadata.dst_node_id) for m in messages]
+        messages = self._ordered(self.inner.configure_evaluate(server_round, arrays, config, grid))
+        clients = [self._client(message) for message in messages]
         seen = {client: self._seen.get(client, Observation()) for client in clients}
         _, plan = self.policy.plan(self._policy_state, seen)
         small = set()
         for client, message in zip(clients, messages, strict=True):
-            if plan[client].cut < len(self._layers):
-                if self.fleet.alive:
-                    self._offload(message, client, plan[client], server_round, attempt=0)
-                elif self._too_small(message.content):
-                    small.add(client)
+            if (
+                plan[client].cut < len(self._layers)
+                and not self._with_edge(message, client, plan[client], server_round)
+                and self._too_small(message.content)
+            ):
+                small.add(client)
         return [m for c, m in zip(clients, messages, strict=True) if c not in small]
 
     def aggregate_evaluate(
@@ -195,7 +196,30 @@ class Offload(Strategy):
             self.fleet.release(sent.spec.id)
         return self.inner.aggregate_evaluate(server_round, valid)
 
+    def _client(self, message: Message) -> int:
+        return self.roster.partition_of(message.metadata.dst_node_id)
+
+    def _ordered(self, messages: Iterable[Message]) -> list[Message]:
+        """Return messages by partition id: strategies shuffle, and edges fill up in this order."""
+        return sorted(messages, key=self._client)
+
     # --- the way out ------------------------------------------------------------------------------
+
+    def _with_edge(
+        self, message: Message, client: int, assignment: Assignment, round_: int
+    ) -> bool:
+        """Offload if an edge is left, and say whether that was done.
+
+        Raises:
+            SessionError: There are edges, and none takes the session.
+        """
+        try:
+            self._offload(message, client, assignment, round_, attempt=0)
+        except SessionError:
+            if self.fleet.alive:
+                raise
+            return False  # the last of them may have gone just now
+        return True
 
     def _offload(
         self, message: Message, client: int, assignment: Assignment, round_: int, *, attempt: int

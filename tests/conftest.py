@@ -99,3 +99,35 @@ def carry_out(identity: None) -> "Callable[..., SimpleNamespace]":
         )
 
     return carried_out
+
+
+@pytest.fixture
+def last_layer(configure: "Callable[..., Config]") -> SimpleNamespace:
+    """Describe sessions with the last linear layer of a small CNN: inputs are made by hand."""
+    from fedsys import models
+    from fedsys.config import parse, with_values
+    from fedsys.session import SessionSpec, Snapshot
+    from fedsys.wire import Frame
+
+    base = configure("data=synthetic", "model=cnn")
+    config = parse(with_values(base.text, model={"width": 4, "hidden": 16}))
+    model = models.build(dict(config.model), input_shape=(1, 8, 8), num_classes=10, seed=1)
+    state = {n: t for n, t in model.state_dict().items() if n.startswith("fc2.")}
+
+    def spec(name: str = "s", **more: Any) -> SessionSpec:
+        given = {"client": 0, "round": 1, "first": 3, "last": 4, **more}
+        return SessionSpec(
+            name, f"token of {name}", config=config.text, input_shape=(1, 8, 8), num_classes=10,
+            **given,
+        )  # fmt: skip
+
+    def activation(step: int, size: int = 3) -> Frame:
+        x = torch.full((size, 16), 0.1) * torch.arange(1, 17) + step
+        labels = torch.arange(size)
+        meta = {"step": step, "piece": 0, "batch": size, "codec": "fp32"}
+        return Frame("activation", meta, {"x": x, "labels": labels})
+
+    def start() -> Snapshot:
+        return Snapshot(0, {name: tensor.clone() for name, tensor in state.items()}, {})
+
+    return SimpleNamespace(config=config, spec=spec, start=start, activation=activation)

@@ -1,0 +1,118 @@
+"""What every offloading policy promises, whatever it decides by."""
+
+import copy
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedsys import models
+from fedsys.codecs import CODECS
+from fedsys.errors import ConfigError, ModelError
+from fedsys.layers import layered
+from strategies.policies import Assignment, Fixed, Observation, build_policy, codecs_of
+
+EDGES = 3
+LAYERS = layered(
+    models.skeleton(
+        {"_target_": "fedsys.models.small.cnn", "width": 4, "hidden": 8, "init": None},
+        input_shape=(1, 8, 8),
+        num_classes=10,
+    ),
+    (1, 8, 8),
+)
+POLICIES = {
+    "fraction": {"kind": "fixed", "cut": 0.3, "codec": "fp32"},
+    "index": {"kind": "fixed", "cut": 0, "codec": "fp16"},
+    "unit": {"kind": "fixed", "cut": "conv2", "codec": {"up": "int8", "down": "bf16"}},
+    "list": {"kind": "fixed", "cut": [1, 0.9, "conv1", 4], "codec": "fp32"},
+}
+
+observations = st.builds(
+    Observation,
+    steps=st.integers(0, 10**6),
+    seconds=st.floats(0, 1e6),
+    waited_s=st.floats(0, 1e6),
+    bytes_up=st.integers(0, 10**12),
+    bytes_down=st.integers(0, 10**12),
+)
+rounds = st.lists(
+    st.dictionaries(st.integers(0, 20), observations, min_size=1), min_size=1, max_size=4
+)
+
+
+@pytest.fixture(params=POLICIES.values(), ids=POLICIES.keys(), scope="module")
+def policy(request):
+    return build_policy(request.param, EDGES)
+
+
+@given(seen=rounds)
+@settings(max_examples=40, deadline=None)
+def test_every_device_of_the_round_has_a_valid_assignment(policy, seen):
+    state = policy.init(LAYERS, range(21))
+    for devices in seen:
+        state, plan = policy.plan(state, devices)
+        assert set(plan) == set(devices)
+        for assignment in plan.values():
+            assert 0 <= assignment.cut <= len(LAYERS)
+            assert 0 <= assignment.edge < EDGES
+            assert {assignment.codec_up, assignment.codec_down} <= set(CODECS)
+
+
+@given(seen=rounds)
+@settings(max_examples=40, deadline=None)
+def test_the_same_state_and_observations_give_the_same_plan_and_change_nothing(policy, seen):
+    state = policy.init(LAYERS, range(21))
+    for devices in seen:
+        state_before, devices_before = copy.deepcopy(state), copy.deepcopy(devices)
+        first_state, first = policy.plan(state, devices)
+        again_state, again = policy.plan(state, devices)
+        assert first == again and first_state == again_state
+        assert state == state_before and devices == devices_before
+        state = first_state
+
+
+def test_two_policies_of_one_specification_agree(policy, request):
+    spec = request.node.callspec.params["policy"]
+    other = build_policy(spec, EDGES)
+    seen = {node: Observation() for node in range(6)}
+    assert other.plan(other.init(LAYERS, range(6)), seen)[1] == (
+        policy.plan(policy.init(LAYERS, range(6)), seen)[1]
+    )
+
+
+def test_a_list_of_cuts_goes_round_the_devices_and_edges_too():
+    policy = build_policy(POLICIES["list"], 2)
+    _, plan = policy.plan(policy.init(LAYERS, range(5)), {n: Observation() for n in range(5)})
+    assert [plan[n].cut for n in range(5)] == [1, 2, 1, 4, 1]
+    assert [plan[n].edge for n in range(5)] == [0, 1, 0, 1, 0]
+
+
+def test_codecs_are_given_by_direction():
+    policy = build_policy(POLICIES["unit"], 1)
+    _, plan = policy.plan(policy.init(LAYERS, [0]), {0: Observation()})
+    assert plan == {0: Assignment(cut=2, edge=0, codec_up="int8", codec_down="bf16")}
+
+
+@pytest.mark.parametrize("cut", [None, [], [1, None]])
+def test_a_cut_that_is_not_named_is_refused(cut):
+    with pytest.raises(ConfigError, match=r"policy\.cut=.*policy\.cut=0\.3"):
+        Fixed(cut, "fp32", 1)
+
+
+@pytest.mark.parametrize("cut", [5, -1, 1.5, "conv9", True, 0.0])
+def test_an_impossible_cut_is_refused_by_its_key(cut):
+    with pytest.raises((ConfigError, ModelError), match=r"policy\.cut="):
+        Fixed(cut, "fp32", 1).init(LAYERS, [0])
+
+
+@pytest.mark.parametrize("codec", ["gzip", None, {"up": "fp32"}, {"up": "fp32", "down": "f16"}])
+def test_an_unknown_codec_is_refused_by_its_key(codec):
+    with pytest.raises(ConfigError, match=r"policy\.codec="):
+        codecs_of(codec)
+
+
+def test_none_is_no_policy_and_an_unknown_one_is_refused():
+    assert build_policy({"kind": "none"}, 1) is None
+    with pytest.raises(ConfigError, match=r"policy\.kind=clever"):
+        build_policy({"kind": "clever"}, 1)
