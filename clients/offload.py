@@ -197,8 +197,7 @@ class OffloadClient:
             sums = points[step].sums.copy()
             try:
                 steps = self._from(step, part, sums, points, doom)
-                self._remote.send("done", steps, 0, {}, {})
-                self._remote.receive("done", steps, 0)
+                self._say_done(steps)
                 return part, sums, steps
             except Moved as moved:
                 # A replica may be newer than the device's last point only if the device never saw
@@ -209,6 +208,16 @@ class OffloadClient:
                         "the session stands at a step that this device never saw"
                     ) from (moved)
 
+    def _say_done(self, steps: int) -> None:
+        while True:
+            try:
+                self._remote.send("done", steps, 0, {}, {})
+                self._remote.receive("done", steps, 0)
+                return
+            except Moved as moved:
+                if moved.step != steps:
+                    raise
+
     def _from(
         self, first: int, part: Part, sums: _Sums, points: dict[int, _Point], doom: Doom
     ) -> int:
@@ -218,15 +227,32 @@ class OffloadClient:
         for x, y in own_batches(self._config, self._partition, self._address, doom):
             if step >= first:
                 self._reached = step
-                try:
-                    self._step(step, part, x.to(self._device), y.to(self._device), sums)
-                except Moved as moved:
-                    self._count_repeated(step, moved.step)
-                    raise
+                self._step_anywhere(step, part, x.to(self._device), y.to(self._device), sums)
                 if every and (step + 1) % every == 0:
                     self._keep_point(points, step + 1, part, sums)
             step += 1
         return step
+
+    def _step_anywhere(self, step: int, part: Part, x: Tensor, y: Tensor, sums: _Sums) -> None:
+        """Do a step, once more if the session moved to another edge as it stands.
+
+        Raises:
+            Moved: The session goes on from an earlier step.
+        """
+        seen = sums.copy()
+        buffers = [(b, b.clone()) for module in part.modules for b in module.buffers()]
+        while True:
+            try:
+                return self._step(step, part, x, y, sums)
+            except Moved as moved:
+                self._count_repeated(step, moved.step)
+                if moved.step != step:
+                    raise
+            # all that a step changes before its end
+            sums.loss, sums.hits, sums.examples = seen.loss.clone(), seen.hits, seen.examples
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
 
     def _step(self, step: int, part: Part, x: Tensor, y: Tensor, sums: _Sums) -> None:
         part.zero_grad()

@@ -32,7 +32,7 @@ from typing import IO, Any, Final
 from flwr.app import ArrayRecord
 
 from fedsys.errors import RunError
-from fedsys.files import replacing, write_atomic, writing
+from fedsys.files import ELSEWHERE, replacing, write_atomic, writing
 from fedsys.trees import Arrays, NotKeepable, Tree, array_sha256, decode, encode, keepable
 
 logger = logging.getLogger("fedsys")
@@ -203,6 +203,7 @@ class Checkpoints:
             RunError: The files cannot be written, for instance on a full disk; the former
                 checkpoints are as they were.
         """
+        from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
         arrays: Arrays = {}
@@ -215,8 +216,13 @@ class Checkpoints:
             ) from error
         text = json.dumps({"format": FORMAT, "checkpoint": tree}, separators=(",", ":")).encode()
         stem = self._stem(checkpoint.round)
-        with replacing(stem.with_suffix(".safetensors")) as part:
-            save_file(arrays, part)
+        with replacing(file := stem.with_suffix(".safetensors")) as part:
+            try:
+                save_file(arrays, part)
+            except SafetensorError as error:
+                raise RunError(
+                    f"cannot write {file}: {error}; free some space, or {ELSEWHERE}"
+                ) from error
         halfway()
         write_atomic(stem.with_suffix(".json"), text + b"\n" + _hash_line(text))
         self._damaged.discard(checkpoint.round)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -37,6 +38,9 @@ from fedsys.wire import DEFAULT_LIMITS, Frame, Limits
 
 CONTROLLER = "server"
 """Name in the certificate of a server app, unless the edge is told another."""
+
+ORPHAN_S = 900.0
+"""How long a session outlives the link of its controller, in seconds."""
 
 _HELLO_S = 30.0  # for the first frame of a link
 _NOTED_S = 10.0  # for the controller to take note of a fault
@@ -95,7 +99,8 @@ class EdgeServer:
         crash: Callable[[EdgeServer], None] | None = None,
     ) -> None:
         self.name, self.counters = name, Counter[str]()
-        self._crash, self._killed = crash, False
+        self._crash, self._stopped = crash, False
+        self._orphaned: dict[str, float] = {}  # by session: since when it has no controller
         self._faults: dict[str, list[Fault]] = {}  # by session: what is to strike it
         self._noted: dict[str, threading.Event] = {}  # by fault: the controller knows of it
         self._control_token, self._controller = control_token, controller
@@ -125,23 +130,57 @@ class EdgeServer:
         with self._lock:
             return list(self._sessions)
 
-    def stop(self, grace_s: float = 5.0) -> None:
-        """Hand every session that stands between two steps to its controller, then stop."""
+    @property
+    def session_bytes(self) -> int:
+        """Weights and optimizer state of all sessions, in bytes."""
         with self._lock:
-            held = dict(self._sessions)
-        for name, session in held.items():
-            try:
-                self._replicate(session.spec, session.snapshot())
-            except FedsysError as error:
-                _log.warning("session %s is not handed back: %s", name, error)
-        self._server.stop(grace_s)
+            return sum(session.nbytes() for session in self._sessions.values())
+
+    def stop(self, grace_s: float = 5.0) -> list[tuple[SessionSpec, Snapshot]]:
+        """Freeze every session at the end of its step, hand it to its controller, and stop.
+
+        A session that does not get to the end of its step in time goes on elsewhere from what its
+        controller has of it.
+
+        Args:
+            grace_s: How long to wait for steps that are begun.
+
+        Returns:
+            The sessions that no controller took.
+        """
+        deadline = time.monotonic() + grace_s
+        with self._lock:
+            held = list(self._sessions.values())
+            self._stopped = True
+        left = []
+        for session in held:
+            snapshot = _frozen(session, deadline)
+            if snapshot is None:
+                continue
+            with self._lock:
+                self._sessions.pop(session.spec.id, None)
+            if not self._send("handover", session.spec, snapshot):
+                left.append((session.spec, snapshot))
+        self._server.stop(0.0)
+        return left
+
+    def adopt(self, spec: SessionSpec, start: Snapshot) -> None:
+        """Hold a session whose controller is not there; it may come and claim it.
+
+        Raises:
+            SessionError: It is open already, or this server is full.
+            FrameError: It does not fit its own specification.
+        """
+        self._hold(Session(spec, start, self._device, self._replicate))
+        with self._lock:
+            self._orphaned[spec.id] = time.monotonic()
 
     def kill(self) -> None:
         """Drop every session and link without a word, as a crash would."""
         with self._lock:
-            if self._killed:  # by another session; waiting for each other helps nobody
+            if self._stopped:  # by another session; waiting for each other helps nobody
                 return
-            self._killed = True
+            self._stopped = True
             self._sessions.clear()
             self._controllers.clear()
         self._server.stop(0.0)
@@ -186,13 +225,17 @@ class EdgeServer:
             before = session.steps
             lost: LinkError | None = None
             self._strike("before_compute", session, link, frame)
-            for reply in session.handle(frame):
-                try:
-                    if lost is None:
-                        self._strike("after_compute", session, link, frame)
-                        link.send(reply)
-                except LinkError as error:  # the operation goes on; its reply is kept
-                    lost = error
+            try:
+                for reply in session.handle(frame):
+                    try:
+                        if lost is None:
+                            self._strike("after_compute", session, link, frame)
+                            link.send(reply)
+                    except LinkError as error:  # the operation goes on; its reply is kept
+                        lost = error
+            except LinkClosed:  # it was frozen; the device finds it elsewhere
+                link.close()
+                raise
             self._count("steps", session.steps - before)
             if session.steps > before:
                 self._strike("after_step", session, link, frame)
@@ -255,6 +298,12 @@ class EdgeServer:
         if not trusted:
             raise SecurityError(f"{link.peer or 'a peer without certificate'} may not control")
         link.send(Frame("ready", {"name": self.name, "request": first.meta.get("request")}))
+        try:
+            self._obey(link)
+        finally:
+            self._orphan(link)
+
+    def _obey(self, link: Link) -> None:
         while True:
             frame = link.recv()
             if frame.kind == "noted":
@@ -275,7 +324,7 @@ class EdgeServer:
         if frame.kind == "open":
             return self._open(link, frame)
         if frame.kind == "ping":
-            self._adopt(link, frame)
+            self._claim(link, frame)
             return Frame("pong", {"sessions": self.sessions, "counters": dict(self.counters)})
         name = str(frame.meta.get("session", ""))
         with self._lock:
@@ -290,38 +339,61 @@ class EdgeServer:
             return Frame("released")
         raise SessionError(f"{frame.kind}: not a request of a controller")
 
-    def _adopt(self, link: Link, frame: Frame) -> None:
+    def _claim(self, link: Link, frame: Frame) -> None:
         """Send to `link` what concerns the sessions that it names: their controller is back."""
         named = frame.meta.get("sessions")
         with self._lock:
             for name in named if isinstance(named, list) else ():
                 if isinstance(name, str) and name in self._sessions:
                     self._controllers[name] = link
+                    self._orphaned.pop(name, None)
+
+    def _orphan(self, link: Link) -> None:
+        """Remember since when the sessions of a controller are without one."""
+        with self._lock:
+            for name in [n for n, one in self._controllers.items() if one is link]:
+                del self._controllers[name]
+                self._orphaned[name] = time.monotonic()
+
+    def _forget_orphans(self) -> None:
+        """Release sessions whose controller went away and did not come back."""
+        since = time.monotonic() - ORPHAN_S
+        with self._lock:
+            old = [name for name, moment in self._orphaned.items() if moment < since]
+        for name in old:
+            self._release(name)
 
     def _open(self, link: Link, frame: Frame) -> Frame:
         spec = SessionSpec.from_meta(_mapping(frame, "spec"))
+        self._forget_orphans()
         with self._lock:  # before anything is built, and again when there is something to hold
             self._check_room(spec, 0)
         planned = _planned(frame)
         if planned and self._crash is None:
-            raise SessionError(f"{self.name} was not started to be struck by faults")
+            raise SessionError(
+                f"{self.name} was not started to be struck by faults; edge.faults=true lets it be"
+            )
         session = Session(spec, Snapshot.from_frame(frame), self._device, self._replicate)
         with self._lock:
-            self._check_room(spec, session.nbytes())
-            self._sessions[spec.id] = session
+            self._hold(session)
             self._controllers[spec.id] = link
             self._faults[spec.id] = planned
         self._count("opened")
         return Frame("opened")
 
+    def _hold(self, session: Session) -> None:
+        with self._lock:
+            self._check_room(session.spec, session.nbytes())
+            self._sessions[session.spec.id] = session
+
     def _check_room(self, spec: SessionSpec, nbytes: int) -> None:
-        if self._killed:
+        if self._stopped:
             raise SessionError(f"{self.name} has stopped")
         if spec.id in self._sessions:
             raise SessionError(f"session {spec.id} is open already")
         if len(self._sessions) >= self._limits.sessions:
             raise SessionError(f"{self.name} is full: {self._limits.sessions} sessions")
-        held = sum(s.nbytes() for s in self._sessions.values()) + nbytes
+        held = self.session_bytes + nbytes
         if held > self._limits.session_bytes:
             raise SessionError(f"{self.name} is full: {held} bytes of {self._limits.session_bytes}")
 
@@ -330,21 +402,40 @@ class EdgeServer:
             self._sessions.pop(name, None)
             self._controllers.pop(name, None)
             self._faults.pop(name, None)
+            self._orphaned.pop(name, None)
             link = self._devices.pop(name, None)
         if link is not None:
             link.close()
         self._count("released")
 
     def _replicate(self, spec: SessionSpec, snapshot: Snapshot) -> None:
+        self._send("replica", spec, snapshot)  # without one training goes on all the same
+
+    def _send(self, kind: str, spec: SessionSpec, snapshot: Snapshot) -> bool:
+        """Send a snapshot to the controller of its session; return whether that could be done."""
         with self._lock:
             link = self._controllers.get(spec.id)
         if link is None:
-            return
+            return False
         try:
             meta = {"session": spec.id, "step": snapshot.step}
-            link.send(Frame("replica", meta, snapshot.tensors()))
-        except LinkError as error:  # training goes on; only the newest replica is missing
-            _log.warning("session %s: its replica was not sent: %s", spec.id, error)
+            link.send(Frame(kind, meta, snapshot.tensors()))
+        except LinkError as error:
+            _log.warning("session %s: its %s was not sent: %s", spec.id, kind, error)
+            return False
+        return True
+
+
+def _frozen(session: Session, deadline: float) -> Snapshot | None:
+    """Freeze a session at the end of its step; return None if that does not come in time."""
+    while True:
+        try:
+            return session.freeze()
+        except SessionError as error:  # pieces of the step are on their way
+            if time.monotonic() > deadline:
+                _log.warning("%s", error)
+                return None
+        time.sleep(0.005)
 
 
 def _planned(frame: Frame) -> list[Fault]:

@@ -278,6 +278,9 @@ class Fleet:
             if held is None:
                 return
             held.returned = snapshot
+            if frame.kind == "handover":  # between two steps, as its device is
+                held.newest = snapshot
+                return
             every = held.spec.replicate_every  # only then the device keeps its half too
             if every and snapshot.step % every == 0 and snapshot.step > held.newest.step:
                 held.newest = snapshot
@@ -419,7 +422,7 @@ class _Edge:
             self._end(reason)
 
     def _take(self, frame: Frame) -> None:
-        if frame.kind == "replica":
+        if frame.kind in ("replica", "handover"):
             self._on_replica(frame)
         elif frame.kind == "struck":
             self._on_struck(frame)

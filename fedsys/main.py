@@ -50,6 +50,7 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "train": Command("fedsys.train", "job", "train a model by federated learning"),
+    "edge": Command("fedsys.edge_app", "job", "hold sessions of split training for many devices"),
     "bench": Command(
         "fedsys.bench",
         "job",
@@ -210,7 +211,7 @@ class Invocation:
         header = (
             [f"hydra.help.header={self._header()}"] if {"-h", "--help"} & set(arguments) else []
         )
-        sys.argv = [f"fedsys {self.verb}", *arguments, *header]
+        sys.argv = [f"fedsys {self.verb}", *header, *arguments]
         application = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
         try:
             with translated_errors(), known_models(arguments):

@@ -19,7 +19,12 @@ from typing import Any, Final
 from fedsys.config import Config
 from fedsys.errors import ConfigError, RunError
 
-HARMLESS: Final = frozenset({"json", "resume", "runtime", "faults", "checkpoint", "bench", "hydra"})
+HARMLESS: Final = frozenset(
+    {
+        *("json", "resume", "runtime", "faults", "checkpoint", "bench", "hydra"),
+        *("num_edges", "fleet", "edge", "link", "network"),
+    }
+)
 """Groups that the model does not depend on."""
 
 _FIXED: Final = ("runtime.kind",)  # where a run is deployed, devices may have data of their own

@@ -36,7 +36,7 @@ from fedsys import config as configuration
 from fedsys import models, training
 from fedsys.codecs import CODECS, decode_activation, encode_activation
 from fedsys.config import Config
-from fedsys.errors import FrameError, SessionError
+from fedsys.errors import FrameError, LinkClosed, SessionError
 from fedsys.halves import Part, filled_stages, safe_input
 from fedsys.layers import LayeredModel, layered
 from fedsys.randomness import Address, drawing, rows
@@ -220,6 +220,7 @@ class Session:
         self._open: dict[int, tuple[Tensor, Tensor]] = {}  # label-private: input and output
         self._early: dict[tuple[str, int], Frame] = {}
         self._replies: dict[tuple[str, int, int], Frame] = {}
+        self._frozen = False
         self._lock = threading.RLock()
 
     def handle(self, frame: Frame) -> Iterator[Frame]:
@@ -230,8 +231,11 @@ class Session:
         Raises:
             SessionError: The operation is not for the position at which the session is.
             FrameError: The frame lacks something, or a tensor has another shape or type.
+            LinkClosed: The session was frozen.
         """
         with self._lock:
+            if self._frozen:
+                raise LinkClosed(f"session {self.spec.id} is no longer here")
             training.set_threads(self._config.client.threads)
             if frame.kind == "evaluate":
                 yield self._evaluate(frame)
@@ -252,7 +256,7 @@ class Session:
             yield from self._in_turn(frame, piece)
 
     def snapshot(self) -> Snapshot:
-        """Freeze the session between two steps.
+        """Return the state between two steps.
 
         Raises:
             SessionError: A step is begun and not finished.
@@ -262,6 +266,17 @@ class Session:
                 raise SessionError(f"session {self.spec.id} is in the middle of step {self.steps}")
             state = {n: t.cpu().clone() for n, t in self._part.state().items()}
             return Snapshot(self.steps, state, self._part.optimizer_state(), self._part.anchor())
+
+    def freeze(self) -> Snapshot:
+        """Return the state between two steps, and do nothing more from here on.
+
+        Raises:
+            SessionError: A step is begun and not finished.
+        """
+        with self._lock:
+            snapshot = self.snapshot()
+            self._frozen = True
+            return snapshot
 
     def nbytes(self) -> int:
         """Return the bytes of weights and optimizer state, without waiting for an operation."""

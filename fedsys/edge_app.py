@@ -1,0 +1,154 @@
+"""``fedsys edge``: an edge server as a process of its own, until SIGTERM or Ctrl-C.
+
+When it stops it hands its sessions back to the server apps that opened them. Those that nobody
+takes are written to ``edge.state_dir`` and taken up again at the next start.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from fedsys import config as configuration
+from fedsys import edge_store, training
+from fedsys.config import EdgeConfig
+from fedsys.edge import EdgeLimits, EdgeServer
+from fedsys.edge_metrics import Endpoint
+from fedsys.errors import ConfigError, FedsysError
+from fedsys.security import Credentials
+from fedsys.wire import Limits
+
+
+def job(tree: Any) -> Mapping[str, Any]:
+    """Serve sessions until the process is told to stop.
+
+    Once it is ready, it prints its address; with ``json=true`` as an object ``{"ready": …}`` on a
+    line of its own.
+
+    Args:
+        tree: The composed configuration (a DictConfig), of which ``edge`` counts.
+
+    Returns:
+        What it did: ``steps``, ``opened``, ``handed_back``, ``saved``, ``refused``.
+
+    Raises:
+        ConfigError: An address cannot be listened on, or is not protected.
+        SecurityError: The credentials are missing or not valid.
+    """
+    config = configuration.parse(configuration.to_text(tree))
+    folder = edge_store.checked_folder(config.edge.state_dir)
+    edge = _server(config.edge)
+    endpoint: Endpoint | None = None
+    try:
+        if config.edge.http is not None:
+            endpoint = Endpoint(edge, config.edge.http)
+        if folder is not None:
+            _take_up(edge, folder)
+        _say(edge, endpoint, as_json=config.json)
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            print("handing sessions back", file=sys.stderr)
+        return _wind_up(edge, folder)
+    except BaseException:
+        edge.kill()
+        raise
+    finally:
+        if endpoint is not None:
+            endpoint.close()
+
+
+def _server(config: EdgeConfig) -> EdgeServer:
+    credentials = None
+    if config.credentials is not None:
+        credentials = Credentials.load(Path(config.credentials), role="server")
+    else:
+        _check_unprotected(config)
+    frames = Limits(frame_bytes=config.max_frame_bytes, tensor_bytes=config.max_frame_bytes)
+    try:
+        return EdgeServer(
+            config.name,
+            config.address,
+            credentials=credentials,
+            control_token=config.control_token,
+            controller=config.controller if credentials else "",
+            device=training.pick_device(config.device),
+            limits=EdgeLimits(config.max_sessions, config.max_session_bytes, frames=frames),
+            crash=_crash if config.faults else None,
+        )
+    except ConfigError as error:
+        raise ConfigError(f"edge.{error}") from error
+
+
+def _check_unprotected(config: EdgeConfig) -> None:
+    """Refuse what would let anybody control the server.
+
+    Raises:
+        ConfigError: It would listen beyond loopback, or has no token.
+    """
+    host = urlsplit(config.address).hostname or ""
+    try:
+        loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = host == "localhost"
+    if config.address.startswith("grpc://") and not loopback:
+        raise ConfigError.of(
+            "edge.credentials", None,
+            f"must name a folder with ca.pem, cert.pem and key.pem, as edge.address="
+            f"{config.address} can be reached from other machines",
+            "docs/trust.md says how to make them; edge.address=grpc://127.0.0.1:9443 needs none",
+        )  # fmt: skip
+    if not config.control_token:
+        raise ConfigError.of(
+            "edge.control_token", "''", "must be set where there are no certificates",
+            "give the same to the run as fleet.control_token",
+        )  # fmt: skip
+
+
+def _crash(edge: EdgeServer) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _take_up(edge: EdgeServer, folder: Path) -> None:
+    for spec, snapshot in edge_store.take(folder):
+        try:
+            edge.adopt(spec, snapshot)
+        except FedsysError as error:
+            print(f"session {spec.id} is not taken up: {error}", file=sys.stderr)
+
+
+def _say(edge: EdgeServer, endpoint: Endpoint | None, *, as_json: bool) -> None:
+    http = endpoint.address if endpoint else None
+    if as_json:
+        ready = {"name": edge.name, "address": edge.address, "http": http, "pid": os.getpid()}
+        print(json.dumps({"ready": ready}), flush=True)
+        return
+    print(f"edge server {edge.name} listens at {edge.address}", flush=True)
+    if http:
+        print(f"{http}/health and {http}/metrics tell how it is", flush=True)
+
+
+def _wind_up(edge: EdgeServer, folder: Path | None) -> Mapping[str, Any]:
+    held = len(edge.sessions)
+    left = edge.stop()
+    if folder is not None:
+        for spec, snapshot in left:
+            edge_store.keep(folder, spec, snapshot)
+    elif left:
+        print(f"{len(left)} sessions are lost; edge.state_dir would keep them", file=sys.stderr)
+    counters = edge.counters
+    return {
+        "steps": counters["steps"],
+        "opened": counters["opened"],
+        "handed_back": held - len(left),
+        "saved": len(left) if folder is not None else 0,
+        "refused": sum(n for name, n in counters.items() if name.startswith("refused")),
+    }
