@@ -19,7 +19,7 @@ from fedsys.runtime import run
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.slow,
-    # Ray leaves a socket of its start to the garbage collector.
+    # Ray drops the handles of its own processes while they run, which Popen objects to.
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
