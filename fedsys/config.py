@@ -89,7 +89,7 @@ class ClientConfig:
 
     epochs: int = 2
     batch_size: int = 32
-    lr: float = 0.05
+    lr: float = 0.02
     optimizer: str = "sgd"
     momentum: float = 0.9
     weight_decay: float = 0.0
@@ -340,7 +340,7 @@ RULES: tuple[Rule, ...] = (
     ("seed", lambda v: 0 <= v < 2**63, "must be between 0 and 2^63 - 1", ""),
     ("client.epochs", _at_least_one, "must be at least 1", ""),
     ("client.batch_size", _at_least_one, "must be at least 1", ""),
-    ("client.lr", _positive, "must be greater than 0", "try client.lr=0.05"),
+    ("client.lr", _positive, "must be greater than 0", "try client.lr=0.02"),
     ("client.momentum", lambda v: 0 <= v < 1, "must be in [0, 1)", "0 turns it off"),
     ("client.weight_decay", lambda v: v >= 0, "must not be negative", "0 turns it off"),
     ("client.clip_norm", _optional(_positive), "must be greater than 0", "null turns it off"),

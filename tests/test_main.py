@@ -153,7 +153,7 @@ def test_the_composed_configuration_can_be_printed_without_a_run(fedsys, tmp_pat
         ("model=lennet", "model=lennet: no such choice; did you mean 'lenet'? known are cnn, len"),
         ("model=resnet19", "model=resnet19: no such choice; did you mean 'resnet18'? known are "),
         ("model=torchvision model.name=resnet19", "model.name=resnet19: must be a classifier of"),
-        ("client.lr=-0.1", "client.lr=-0.1: must be greater than 0; try client.lr=0.05"),
+        ("client.lr=-0.1", "client.lr=-0.1: must be greater than 0; try client.lr=0.02"),
         ("client.lr=nan", "client.lr=nan: must be a finite number"),
         ("client.lr=fast", "client.lr=fast: must be of type float"),
         ("rounds=2.5", "rounds=2.5: must be of type int"),
