@@ -298,7 +298,10 @@ def flow(linear: nn.Module, input_shape: Sequence[int]) -> Scores:
     }
     for name, score in scores.items():
         if not bool(score.isfinite().all()):
-            raise ModelError(f"{name}: the synaptic flow exceeds float64; scale the weights down")
+            raise ModelError(
+                f"{name}: the synaptic flow exceeds float64, as where gates multiply flows "
+                "(squeeze-and-excitation); choose another pruning.method, or smaller weights"
+            )
     return scores
 
 
