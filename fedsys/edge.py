@@ -214,7 +214,7 @@ class EdgeServer:
         if session is None:
             link.send(Frame("unknown"))
             return
-        position = {"step": session.steps, "incarnation": session.incarnation}
+        position = {"step": session.position(), "incarnation": session.incarnation}
         link.send(Frame("welcome", position))
         while True:
             frame = link.recv()

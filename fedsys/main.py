@@ -208,10 +208,11 @@ class Invocation:
         # Hydra prints errors and exits by itself unless it is asked for the exceptions.
         os.environ["HYDRA_FULL_ERROR"] = "1"
         outer = sys.argv
-        header = (
-            [f"hydra.help.header={self._header()}"] if {"-h", "--help"} & set(arguments) else []
-        )
-        sys.argv = [f"fedsys {self.verb}", *header, *arguments]
+        # argparse takes overrides in one run only, so the request for help stands behind them.
+        asked = [a for a in arguments if a in ("-h", "--help")]
+        header = [f"hydra.help.header={self._header()}"] if asked else []
+        others = [a for a in arguments if a not in asked]
+        sys.argv = [f"fedsys {self.verb}", *others, *header, *asked]
         application = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
         try:
             with translated_errors(), known_models(arguments):

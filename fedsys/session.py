@@ -278,6 +278,11 @@ class Session:
             self._frozen = True
             return snapshot
 
+    def position(self) -> int:
+        """Return the steps that are done, once the operation in work is: a step follows its reply."""
+        with self._lock:
+            return self.steps
+
     def nbytes(self) -> int:
         """Return the bytes of weights and optimizer state, without waiting for an operation."""
         return self._nbytes
