@@ -1,0 +1,1 @@
+"""The machine: everything of fedsys but the choice of strategies and clients."""

@@ -279,7 +279,7 @@ class Session:
             return snapshot
 
     def position(self) -> int:
-        """Return the steps that are done, once the operation in work is: a step follows its reply."""
+        """Return the steps done, once the operation in work is: a step follows its reply."""
         with self._lock:
             return self.steps
 
