@@ -76,8 +76,9 @@ def test_two_policies_of_one_specification_agree(policy, request):
     spec = request.node.callspec.params["policy"]
     other = build_policy(spec, EDGES)
     seen = {node: Observation() for node in range(6)}
-    assert other.plan(other.init(LAYERS, range(6)), seen)[1] == (
-        policy.plan(policy.init(LAYERS, range(6)), seen)[1]
+    assert (
+        other.plan(other.init(LAYERS, range(6)), seen)[1]
+        == (policy.plan(policy.init(LAYERS, range(6)), seen)[1])
     )
 
 
