@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -407,7 +408,8 @@ def parse(text: str) -> Config:
     """
     try:
         tree = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
-    except OmegaConfBaseException as error:
+    # OmegaConf asserts that a text is a mapping or a list.
+    except (OmegaConfBaseException, yaml.YAMLError, AssertionError) as error:
         raise ConfigError(f"configuration: {first_line(error)}") from error
     if not isinstance(tree, dict):
         raise ConfigError("configuration: must be a mapping of keys to values")
@@ -503,7 +505,8 @@ def _build(kind: Any, value: Any, path: str) -> Any:
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise ConfigError.of(path, value, "must be a list", f"write {path}=[…]")
-        return tuple(_build(typing.get_args(kind)[0], v, f"{path}[{i}]") for i, v in _each(value))
+        each: Any = typing.get_args(kind)[0]
+        return tuple(_build(each, v, f"{path}[{i}]") for i, v in enumerate(value))
     if isinstance(origin or kind, type) and issubclass(origin or kind, Mapping):
         if not isinstance(value, Mapping):
             raise ConfigError.of(path, value, "must be a group of keys")
@@ -517,10 +520,6 @@ def _build(kind: Any, value: Any, path: str) -> Any:
     if type(value) is not kind:
         raise ConfigError.of(path, value, f"must be of type {kind.__name__}")
     return value
-
-
-def _each(values: Sequence[Any]) -> Iterator[tuple[int, Any]]:
-    return iter(enumerate(values))
 
 
 def _build_dataclass(kind: Any, value: Any, path: str) -> Any:
@@ -678,7 +677,7 @@ def _explain(error: BaseException) -> str:
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match[1]
         groups = [p.name for p in CONF.iterdir() if p.is_dir() and not p.name.startswith("_")]
-        known = [*_top_level_keys(), *groups]
+        known = [name for name in (*_top_level_keys(), *groups) if name != key]
         return f"{key}: no such option; {did_you_mean(key, known)}see --help for all of them"
     return first_line(error)
 
