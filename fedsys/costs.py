@@ -1,0 +1,230 @@
+"""What computing and sending cost: seconds per unit of a model, bytes at each cut, CPU of messages.
+
+Costs of a machine come from measurement, or from the nominal rates of its class::
+
+    pi = MachineClass("pi3", macs_per_s=1e9).costs(layers)
+    pi.forward_s[0]                                  # seconds for one example, first unit
+    frame_bytes(crossings(layers)[2], 25, "int8")    # a micro-batch of 25 at cut 2
+
+Time on a link is that of `fedsys.shaping.finish_time`, and a link is a `fedsys.shaping.Network`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Final
+
+from fedsys.codecs import CODECS, LEAST_PER_SCALE
+from fedsys.errors import ConfigError, did_you_mean
+from fedsys.layers import LayeredModel
+
+FRAME_BYTES: Final = 384
+"""Bytes of a frame of a session beside its tensors: prefix, header and checksums."""
+
+LABEL_BYTES: Final = 8
+"""A label is an int64."""
+
+
+def _check(name: str, value: float) -> None:
+    if not 0 <= value < math.inf:
+        raise ConfigError.of(name, value, "must be 0 or more, and finite")
+
+
+@dataclass(frozen=True, slots=True)
+class Messaging:
+    """CPU time that a machine spends on a message that it sends or receives.
+
+    Attributes:
+        message_s: Seconds for each message.
+        byte_s: Seconds for each encoded byte, by codec; 0 for a codec that is not listed.
+    """
+
+    message_s: float = 0.0
+    byte_s: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check("message_s", self.message_s)
+        for codec, value in self.byte_s.items():
+            if codec not in CODECS:
+                raise ConfigError.of("byte_s", codec, f"must be one of {', '.join(CODECS)}")
+            _check(f"byte_s.{codec}", value)
+
+    def seconds(self, nbytes: float, codec: str) -> float:
+        """Return the CPU seconds for one message of `nbytes`."""
+        return self.message_s + nbytes * self.byte_s.get(codec, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class MachineCosts:
+    """What one machine takes for one model of ``L`` units.
+
+    Attributes:
+        name: Name of the machine or its class.
+        forward_s: Seconds for one example, forward, of each unit; length L.
+        backward_s: Seconds for one example, backward, of each unit.
+        update_s: Seconds of the optimizer for each unit, once per mini-batch.
+        operation_s: Fixed seconds of each forward and each backward of a micro-batch.
+        load_s: Seconds to load one example; of devices only.
+        messaging: CPU time of messages.
+        workers: Sessions that an edge server computes at the same time.
+
+    Raises:
+        ConfigError: A time is negative or not finite, or the lengths differ.
+    """
+
+    name: str
+    forward_s: tuple[float, ...]
+    backward_s: tuple[float, ...]
+    update_s: tuple[float, ...]
+    operation_s: float = 0.0
+    load_s: float = 0.0
+    messaging: Messaging = Messaging()
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("forward_s", "backward_s", "update_s"):
+            values = getattr(self, name)
+            if len(values) != len(self.forward_s) or not values:
+                raise ConfigError.of(
+                    f"{self.name}.{name}", values, "must have a value for each unit of the model",
+                    "profile the model that is trained",
+                )  # fmt: skip
+            for value in values:
+                _check(f"{self.name}.{name}", value)
+        _check(f"{self.name}.operation_s", self.operation_s)
+        _check(f"{self.name}.load_s", self.load_s)
+        if self.workers < 1:
+            raise ConfigError.of(f"{self.name}.workers", self.workers, "must be at least 1")
+
+    def __len__(self) -> int:
+        return len(self.forward_s)
+
+
+@dataclass(frozen=True, slots=True)
+class MachineClass:
+    """Nominal rates of a kind of machine.
+
+    Attributes:
+        name: Name of the class.
+        macs_per_s: Multiply-accumulates per second, forward.
+        backward_ratio: Backward seconds for one second of forward; 2 by the count of operations.
+        params_per_s: Parameters per second that the optimizer updates.
+        operation_s: As in `MachineCosts`; likewise the others.
+        load_s: Seconds to load one example.
+        messaging: CPU time of messages.
+        workers: Sessions computed at the same time.
+        source: Where the rates come from.
+
+    Raises:
+        ConfigError: A rate is not above 0, or a time is negative.
+    """
+
+    name: str
+    macs_per_s: float
+    backward_ratio: float = 2.0
+    params_per_s: float = math.inf
+    operation_s: float = 0.0
+    load_s: float = 0.0
+    messaging: Messaging = Messaging()
+    workers: int = 1
+    source: str = "nominal"
+
+    def __post_init__(self) -> None:
+        for name in ("macs_per_s", "params_per_s"):
+            value = getattr(self, name)
+            if not value > 0:
+                raise ConfigError.of(
+                    f"{self.name}.{name}", value, "must be more than 0", "leave the machine out"
+                )
+        _check(f"{self.name}.backward_ratio", self.backward_ratio)
+
+    @classmethod
+    def of(cls, name: str, values: Mapping[str, Any]) -> MachineClass:
+        """Return the class that a fleet file describes.
+
+        Args:
+            name: Its name, for messages.
+            values: The attributes; ``message_s`` and ``byte_s`` stand beside the others.
+
+        Raises:
+            ConfigError: A key is unknown, ``macs_per_s`` is missing, or a value is not usable.
+        """
+        known = {f.name for f in fields(cls)} - {"name", "messaging"} | {"message_s", "byte_s"}
+        for key in values:
+            if key not in known:
+                hint = did_you_mean(key, known)
+                raise ConfigError.of(f"{name}.{key}", values[key], "must be a known key", hint)
+        if "macs_per_s" not in values:
+            raise ConfigError.of(
+                f"{name}.macs_per_s", None, "must be given", "its multiply-accumulates per second"
+            )
+        for key, value in values.items():
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if key not in ("source", "byte_s") and not number:
+                raise ConfigError.of(f"{name}.{key}", value, "must be a number")
+        rest = {k: v for k, v in values.items() if k not in ("message_s", "byte_s")}
+        messaging = Messaging(values.get("message_s", 0.0), dict(values.get("byte_s", {})))
+        return cls(name, messaging=messaging, **rest)
+
+    def costs(self, layers: LayeredModel) -> MachineCosts:
+        """Return what this kind of machine takes for a model."""
+        forward = tuple(unit.macs / self.macs_per_s for unit in layers.units)
+        return MachineCosts(
+            self.name,
+            forward,
+            tuple(seconds * self.backward_ratio for seconds in forward),
+            tuple(unit.params / self.params_per_s for unit in layers.units),
+            self.operation_s,
+            self.load_s,
+            self.messaging,
+            self.workers,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Crossing:
+    """The tensor that crosses one cut, for one example.
+
+    Attributes:
+        elements: Elements.
+        channels: Size of its first dimension.
+        itemsize: Bytes of an element in the type of the model.
+    """
+
+    elements: int
+    channels: int
+    itemsize: int = 4
+
+
+def crossings(layers: LayeredModel) -> tuple[Crossing, ...]:
+    """Return what leaves each unit: the tensor at cut ``c`` is at index ``c - 1``; length L."""
+    made = []
+    for unit in layers.units:
+        elements = math.prod(unit.out_shape)
+        made.append(Crossing(elements, (unit.out_shape or (1,))[0], unit.bytes_out // elements))
+    return tuple(made)
+
+
+def tensor_bytes(crossing: Crossing, rows: int, codec: str) -> int:
+    """Return the bytes that `fedsys.codecs.encode_activation` makes of `rows` examples."""
+    elements = crossing.elements * rows
+    if codec == "fp32":
+        return elements * crossing.itemsize
+    if codec in ("fp16", "bf16"):
+        return elements * 2
+    if codec != "int8":
+        raise ConfigError.of("policy.codec", codec, f"must be one of {', '.join(CODECS)}")
+    whole = elements < LEAST_PER_SCALE * crossing.channels
+    return elements + 4 * (1 if whole else crossing.channels)
+
+
+def frame_bytes(crossing: Crossing, rows: int, codec: str, *, labels: bool = False) -> int:
+    """Return the bytes of the frame with that tensor, with labels if they go along."""
+    return tensor_bytes(crossing, rows, codec) + FRAME_BYTES + (rows * LABEL_BYTES if labels else 0)
+
+
+def state_bytes(layers: LayeredModel) -> tuple[int, ...]:
+    """Return the bytes of the parameters of each unit, of 4 bytes each."""
+    return tuple(4 * unit.params for unit in layers.units)

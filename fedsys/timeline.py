@@ -1,0 +1,443 @@
+"""A round as events on resources: device compute, uplink, edge compute, downlink.
+
+A device works through its turns in the order of a schedule (`fedsys.schedule`). What it sends takes
+its place in the queue of its uplink, then waits for a worker of its edge server, in order of
+arrival; the answer takes its place in the queue of the downlink. Links are those of
+`fedsys.shaping`: a lane with one server, the rate of the moment, then the latency.
+
+For one device and constant rates `fedsys.recurrences.iteration_s` gives the same times.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from fedsys.errors import ConfigError
+from fedsys.shaping import Network, Rate, finish_time
+
+NO_LIMIT: Final = Network()
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """What a device sends after a turn, and what comes back.
+
+    Attributes:
+        up_bytes: Bytes sent.
+        edge_s: Seconds that the edge works on it.
+        down_bytes: Bytes of the answer.
+    """
+
+    up_bytes: float
+    edge_s: float
+    down_bytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One operation of a device; it begins once the answer for its piece is there, if one is due.
+
+    Attributes:
+        name: Operation of the schedule.
+        piece: Index of the micro-batch.
+        device_s: Seconds on the device, CPU time of its messages included.
+        exchange: What is sent afterwards; None for nothing.
+    """
+
+    name: str
+    piece: int
+    device_s: float
+    exchange: Exchange | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What one device does in a round.
+
+    Attributes:
+        name: Name of the device.
+        turns: One iteration, in the order of the device.
+        network: Its connection.
+        edge: Index of its edge server.
+        device_update_s: Seconds of the optimizer step on the device.
+        edge_update_s: On the edge, after the answer to the last piece.
+        load_s: Seconds to load the next mini-batch: done while answers are awaited, the rest after.
+        iterations: Number of mini-batches.
+        start_s: When it begins, in seconds of the trace of the network.
+        fetch_bytes: Bytes of the model that the device receives first.
+        return_bytes: Bytes of the model that it sends at the end.
+    """
+
+    name: str
+    turns: tuple[Turn, ...]
+    network: Network = NO_LIMIT
+    edge: int = 0
+    device_update_s: float = 0.0
+    edge_update_s: float = 0.0
+    load_s: float = 0.0
+    iterations: int = 1
+    start_s: float = 0.0
+    fetch_bytes: float = 0.0
+    return_bytes: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One stay on a resource.
+
+    Attributes:
+        resource: ``device:NAME``, ``up:NAME``, ``down:NAME`` or ``edge:INDEX``.
+        name: What is done.
+        job: Index of the device.
+        iteration: Index of the mini-batch.
+        piece: Index of the micro-batch; -1 for what belongs to none.
+        start_s: When it begins.
+        end_s: When it ends; on a link before the latency.
+        cause: Index of the event whose end decided when this one begins; None for the first.
+    """
+
+    resource: str
+    name: str
+    job: int
+    iteration: int
+    piece: int
+    start_s: float
+    end_s: float
+    cause: int | None
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The events of a round, and when each device has finished.
+
+    Attributes:
+        events: In the order in which they were decided.
+        ends_s: For each job, when its device and its session have both finished.
+        start_s: When the first job began.
+    """
+
+    events: tuple[Event, ...]
+    ends_s: tuple[float, ...]
+    start_s: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Time from the first start to the last end."""
+        return max(self.ends_s, default=self.start_s) - self.start_s
+
+    def busy(self) -> dict[str, float]:
+        """Return the busy seconds of each resource; of an edge, added over its workers."""
+        sums: dict[str, float] = {}
+        for event in self.events:
+            sums[event.resource] = sums.get(event.resource, 0.0) + event.end_s - event.start_s
+        return sums
+
+    def idle(self, workers: Sequence[int] = ()) -> dict[str, float]:
+        """Return the share of the round, 0 to 1, in which each resource does nothing.
+
+        Args:
+            workers: Workers of each edge; 1 where not given.
+        """
+        shares = {}
+        for resource, busy in self.busy().items():
+            kind, _, name = resource.partition(":")
+            count = workers[int(name)] if kind == "edge" and int(name) < len(workers) else 1
+            whole = self.seconds * count
+            shares[resource] = max(0.0, 1.0 - busy / whole) if whole else 0.0
+        return shares
+
+    def critical_path(self) -> tuple[Event, ...]:
+        """Return the chain of events that decided the end, first one first.
+
+        Between an event on a link and the next one may lie the latency.
+        """
+        if not self.events:
+            return ()
+        at: int | None = max(range(len(self.events)), key=lambda i: (self.events[i].end_s, i))
+        path = []
+        while at is not None:
+            path.append(self.events[at])
+            at = self.events[at].cause
+        return tuple(reversed(path))
+
+    def trace(self) -> dict[str, Any]:
+        """Return the trace as Perfetto and ``chrome://tracing`` read it, one lane per resource.
+
+        Workers of one edge overlap in its lane only if it has several.
+        """
+        lanes = {name: i for i, name in enumerate(dict.fromkeys(e.resource for e in self.events))}
+        critical = set(map(id, self.critical_path()))
+        names = [
+            {"name": "thread_name", "ph": "M", "pid": 0, "tid": tid, "args": {"name": name}}
+            for name, tid in lanes.items()
+        ]
+        spans = [
+            {
+                "name": event.name if event.piece < 0 else f"{event.name} {event.piece}",
+                "cat": event.resource.partition(":")[0],
+                "ph": "X",
+                "pid": 0,
+                "tid": lanes[event.resource],
+                "ts": 1e6 * event.start_s,
+                "dur": 1e6 * (event.end_s - event.start_s),
+                "args": {
+                    "job": event.job,
+                    "iteration": event.iteration,
+                    "critical": id(event) in critical,
+                },
+            }
+            for event in self.events
+        ]
+        return {"traceEvents": names + spans, "displayTimeUnit": "ms"}
+
+
+# --------------------------------------------------------------------------------------------------
+# The simulator
+
+
+def play(jobs: Sequence[Job], workers: Sequence[int] = ()) -> Timeline:
+    """Play the round of some devices.
+
+    Ties are decided by the index of the job, so the same jobs always give the same events.
+
+    Args:
+        jobs: The devices.
+        workers: Sessions that each edge computes at the same time; 1 where not given.
+
+    Raises:
+        ConfigError: A name occurs twice, or a job has no iteration or an edge below 0.
+    """
+    if len({job.name for job in jobs}) != len(jobs):
+        raise ConfigError.of("jobs", [job.name for job in jobs], "must have different names")
+    for job in jobs:
+        if job.iterations < 1 or job.edge < 0 or not 0 <= job.start_s < math.inf:
+            raise ConfigError.of(
+                f"jobs.{job.name}", (job.iterations, job.edge, job.start_s),
+                "must have an iteration, an edge, and a start, none negative",
+            )  # fmt: skip
+    return _Simulation(jobs, workers).run()
+
+
+@dataclass
+class _Lane:
+    """One direction of a network: free from a moment on, because of an event."""
+
+    resource: str
+    rate: Rate
+    free_s: float
+    cause: int | None = None
+
+
+@dataclass
+class _Run:
+    """How far a device has come."""
+
+    job: Job
+    index: int
+    up: _Lane
+    down: _Lane
+    last_turn: int  # the last one that sends something; -1 for none
+    free_s: float
+    cause: int | None = None
+    turn: int = 0
+    iteration: int = 0
+    load_left_s: float = 0.0
+    due: set[int] = field(default_factory=set)
+    answers: dict[int, tuple[float, int]] = field(default_factory=dict)
+    session_cause: int | None = None
+    session_busy: bool = False
+    end_s: float = 0.0
+
+
+@dataclass
+class _Edge:
+    """Workers that are free, and what waits, in order of arrival."""
+
+    free: list[int | None]
+    waiting: list[tuple[float, int, int, int, int]] = field(default_factory=list)
+
+
+class _Simulation:
+    def __init__(self, jobs: Sequence[Job], workers: Sequence[int]) -> None:
+        self._events: list[Event] = []
+        self._heap: list[tuple[float, int, int, int, tuple[int, ...]]] = []
+        self._sequence = 0
+        self._runs = [_started(job, index) for index, job in enumerate(jobs)]
+        self._edges: Mapping[int, _Edge] = {
+            e: _Edge([None] * (workers[e] if e < len(workers) else 1))
+            for e in {job.edge for job in jobs}
+        }
+
+    def run(self) -> Timeline:
+        for run in self._runs:
+            if run.job.fetch_bytes:
+                lane = run.down
+                event = self._transfer(run, lane, "fetch", -1, run.free_s, None, True)
+                run.free_s, run.cause = lane.free_s + run.job.network.latency_s, event
+            self._advance(run)
+        while self._heap:
+            now, kind, job, _, data = heapq.heappop(self._heap)
+            run = self._runs[job]
+            edge = self._edges[run.job.edge]
+            if kind == 0:
+                self._served(run, edge, now, *data)
+            else:
+                edge.waiting.append((now, job, *data))  # type: ignore[arg-type]  # turn, iteration, cause
+            self._dispatch(edge, now)
+        start = min((run.job.start_s for run in self._runs), default=0.0)
+        return Timeline(tuple(self._events), tuple(run.end_s for run in self._runs), start)
+
+    def _add(self, run: _Run, resource: str, name: str, iteration: int, piece: int,
+             start_s: float, end_s: float, cause: int | None) -> int:  # fmt: skip
+        self._events.append(
+            Event(resource, name, run.index, iteration, piece, start_s, end_s, cause)
+        )
+        run.end_s = max(run.end_s, end_s)
+        return len(self._events) - 1
+
+    def _push(self, at: float, kind: int, job: int, data: tuple[int, ...]) -> None:
+        self._sequence += 1
+        heapq.heappush(self._heap, (at, kind, job, self._sequence, data))
+
+    def _transfer(self, run: _Run, lane: _Lane, name: str, piece: int, ready_s: float,
+                  cause: int | None, model: bool = False, iteration: int = 0,
+                  nbytes: float = 0.0) -> int:  # fmt: skip
+        if model:
+            nbytes = run.job.fetch_bytes if name == "fetch" else run.job.return_bytes
+        start = max(ready_s, lane.free_s)
+        why = lane.cause if lane.free_s > ready_s else cause
+        lane.free_s = finish_time(start, nbytes, lane.rate)
+        lane.cause = self._add(run, lane.resource, name, iteration, piece, start, lane.free_s, why)
+        return lane.cause
+
+    # --- the device -------------------------------------------------------------------------------
+
+    def _advance(self, run: _Run) -> None:
+        """Let the device do all turns that do not wait for an answer that is not yet known."""
+        device = f"device:{run.job.name}"
+        while run.iteration < run.job.iterations:
+            if run.turn == len(run.job.turns):
+                self._finish_iteration(run, device)
+                continue
+            turn = run.job.turns[run.turn]
+            start, cause = run.free_s, run.cause
+            if turn.piece in run.due:
+                if turn.piece not in run.answers:
+                    return
+                run.due.discard(turn.piece)
+                arrived, event = run.answers.pop(turn.piece)
+                self._load(run, device, arrived)
+                if arrived > start:
+                    start, cause = arrived, event
+            end = start + turn.device_s
+            run.cause = self._add(
+                run, device, turn.name, run.iteration, turn.piece, start, end, cause
+            )
+            run.free_s = end
+            if turn.exchange is not None:
+                sent = self._transfer(
+                    run, run.up, "up", turn.piece, end, run.cause,
+                    iteration=run.iteration, nbytes=turn.exchange.up_bytes,
+                )  # fmt: skip
+                run.due.add(turn.piece)
+                arrival = run.up.free_s + run.job.network.latency_s
+                self._push(arrival, 1, run.index, (run.turn, run.iteration, sent))
+            run.turn += 1
+        if run.turn == 0 and run.job.return_bytes and run.iteration == run.job.iterations:
+            self._transfer(run, run.up, "return", -1, run.free_s, run.cause, True, run.iteration)
+            run.end_s = max(run.end_s, run.up.free_s + run.job.network.latency_s)
+            run.iteration += 1
+
+    def _load(self, run: _Run, device: str, until_s: float) -> None:
+        """Load while an answer is awaited."""
+        seconds = min(run.load_left_s, until_s - run.free_s)
+        if seconds > 0:
+            run.load_left_s -= seconds
+            end = run.free_s + seconds
+            self._add(run, device, "load", run.iteration, -1, run.free_s, end, run.cause)
+
+    def _finish_iteration(self, run: _Run, device: str) -> None:
+        for name, seconds in (("load", run.load_left_s), ("update", run.job.device_update_s)):
+            if seconds > 0:
+                end = run.free_s + seconds
+                run.cause = self._add(
+                    run, device, name, run.iteration, -1, run.free_s, end, run.cause
+                )
+                run.free_s = end
+        run.iteration += 1
+        run.turn, run.load_left_s = 0, run.job.load_s
+
+    # --- the edge ---------------------------------------------------------------------------------
+
+    def _dispatch(self, edge: _Edge, now: float) -> None:
+        """Start what arrived first among that whose session is not in work."""
+        position = 0
+        while edge.free and position < len(edge.waiting):
+            arrived, job, turn_index, iteration, sent = edge.waiting[position]
+            run = self._runs[job]
+            if run.session_busy:
+                position += 1
+                continue
+            del edge.waiting[position]
+            worker = edge.free.pop(0)
+            cause: int | None = sent
+            if now > arrived:  # it waited: for its session or for a worker, whichever came last
+                ends = [c for c in (run.session_cause, worker) if c is not None]
+                cause = max(ends, key=lambda c: self._events[c].end_s, default=sent)
+            turn = run.job.turns[turn_index]
+            assert turn.exchange is not None
+            end = now + turn.exchange.edge_s
+            event = self._add(
+                run, f"edge:{run.job.edge}", turn.name, iteration, turn.piece, now, end, cause
+            )
+            run.session_busy = True
+            self._push(end, 0, job, (turn_index, iteration, event))
+
+    def _served(
+        self, run: _Run, edge: _Edge, now: float, turn_index: int, iteration: int, event: int
+    ) -> None:
+        """Send the answer; after the last one of a mini-batch the session steps."""
+        if turn_index >= 0:
+            turn = run.job.turns[turn_index]
+            assert turn.exchange is not None
+            down = self._transfer(
+                run, run.down, "down", turn.piece, now, event,
+                iteration=iteration, nbytes=turn.exchange.down_bytes,
+            )  # fmt: skip
+            run.answers[turn.piece] = (run.down.free_s + run.job.network.latency_s, down)
+            self._advance(run)
+            if turn_index == run.last_turn and run.job.edge_update_s > 0:
+                end = now + run.job.edge_update_s
+                update = self._add(
+                    run, f"edge:{run.job.edge}", "update", iteration, -1, now, end, event
+                )
+                self._push(end, 0, run.index, (-1, iteration, update))
+                return
+        run.session_busy, run.session_cause = False, event
+        edge.free.append(event)
+
+
+def _started(job: Job, index: int) -> _Run:
+    sending = [i for i, turn in enumerate(job.turns) if turn.exchange is not None]
+    return _Run(
+        job,
+        index,
+        _Lane(f"up:{job.name}", job.network.up, job.start_s),
+        _Lane(f"down:{job.name}", job.network.down, job.start_s),
+        max(sending, default=-1),
+        free_s=job.start_s,
+        load_left_s=job.load_s,
+        end_s=job.start_s,
+    )
+
+
+def lanes(events: Iterable[Event]) -> dict[str, list[Event]]:
+    """Return the events of each resource in order of time, for pictures and checks."""
+    found: dict[str, list[Event]] = {}
+    for event in sorted(events, key=lambda e: (e.start_s, e.end_s)):
+        found.setdefault(event.resource, []).append(event)
+    return found
