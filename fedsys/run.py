@@ -13,8 +13,9 @@
     └── model.safetensors   the trained state, with its configuration
 
 A folder always says how far its run came: ``run.json`` claims the folder with the status
-``running`` and ends as ``finished`` or ``failed``. Files are replaced as a whole or appended by
-whole lines, so that neither a full disk nor a killed process leaves half a result behind.
+``running`` and ends as ``finished``, ``failed`` or ``interrupted``. Files are replaced as a whole
+or appended by whole lines, so that neither a full disk nor a killed process leaves half a result
+behind.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "RunFolder",
+    "check_free",
     "default_path",
     "environment",
     "json_text",
@@ -97,11 +99,26 @@ def _unusable(path: Path, error: OSError) -> ConfigError | RunError:
     return ConfigError.of("run.dir", path, rule, ELSEWHERE)
 
 
+def check_free(path: Path) -> None:
+    """Refuse a folder that holds a run, before much is started for another one.
+
+    Raises:
+        ConfigError: Says how to go on.
+    """
+    if (path / "run.json").exists():
+        raise _taken(path)
+
+
+def _taken(path: Path) -> ConfigError:
+    way_out = f"continue that run with resume={path}, or {ELSEWHERE}"
+    return ConfigError.of("run.dir", path, "must not hold another run", way_out)
+
+
 class RunFolder:
     """The folder of one run, written as the run goes. Methods may be called from any thread.
 
-    Use it as a context manager: an exception that leaves the block marks the run as failed, and
-    the files are closed::
+    Use it as a context manager: an exception that leaves the block marks the run as failed or
+    interrupted, and the files are closed::
 
         with RunFolder.create(path) as run:
             run.log_config(text)
@@ -139,9 +156,7 @@ class RunFolder:
                 raise _unusable(
                     path, NotADirectoryError(errno.ENOTDIR, "Not a directory")
                 ) from error
-            rule = "must not hold another run"
-            way_out = f"continue that run with resume={path}, or {ELSEWHERE}"
-            raise ConfigError.of("run.dir", path, rule, way_out) from error
+            raise _taken(path) from error
         except OSError as error:
             raise _unusable(path, error) from error
         run = cls(path, info)
@@ -288,13 +303,22 @@ class RunFolder:
     def fail(self, error: BaseException) -> None:
         """Write ``run.json`` with the status ``failed`` and the error.
 
+        After Ctrl-C, or a request to end that Flower turned into `SystemExit`, the status is
+        ``interrupted``.
+
         Where not even that can be written, ``run.json`` keeps the status ``running``; that is
         logged and not raised, so that `error` stays the one that is reported.
         """
         told = {"type": type(error).__name__, "message": str(error)}
-        logger.error("the run failed: %s: %s", told["type"], told["message"])
+        asked = isinstance(error, KeyboardInterrupt) or (
+            isinstance(error, SystemExit) and not error.code
+        )
+        status = "interrupted" if asked else "failed"
+        if self._log is not None:
+            text = f"the run ends as {status}: {told['type']}: {told['message']}"
+            logger.log(logging.INFO if asked else logging.ERROR, text)
         try:
-            self._end({"status": "failed", "error": told})
+            self._end({"status": status, "error": told})
         except RunError as second:
             logger.error("%s", second)
 

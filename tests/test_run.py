@@ -342,6 +342,22 @@ def test_an_exception_marks_the_run_as_failed(tmp_path: Path) -> None:
     assert "by zero" in (tmp_path / "run.log").read_text()
 
 
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (KeyboardInterrupt(), "interrupted"),
+        (SystemExit(0), "interrupted"),  # Flower's answer to SIGTERM
+        (SystemExit("no more"), "failed"),
+    ],
+)
+def test_what_somebody_asked_to_end_is_interrupted(
+    tmp_path: Path, error: BaseException, status: str
+) -> None:
+    with pytest.raises(type(error)), RunFolder.create(tmp_path):
+        raise error
+    assert RunFolder.open(tmp_path).info["status"] == status
+
+
 def test_a_result_that_cannot_be_written_is_no_result(tmp_path: Path) -> None:
     with pytest.raises(TypeError), RunFolder.create(tmp_path) as run:
         run.finish({"x": {1, 2}})

@@ -95,4 +95,4 @@ def test_an_interrupted_run_leaves_no_process_behind(tmp_path):
         assert child.wait(60) == 130
     _, alive = psutil.wait_procs(started, 10)
     assert not alive
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "interrupted"

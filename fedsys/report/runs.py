@@ -92,6 +92,8 @@ def load(path: Path) -> Run:
         error = str(problem)
     if status == "running" and not _at_work(path):
         status, error = "interrupted", f"its process is gone; fedsys train resume={path} continues"
+    if status == "interrupted":
+        error = error or f"fedsys train resume={path} continues"
     if status == "failed" and isinstance(info.get("error"), Mapping):
         error = f"{info['error'].get('type')}: {info['error'].get('message')}"
     if "config" not in info:

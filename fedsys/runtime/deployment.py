@@ -8,12 +8,16 @@ is on the machine of the server app.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
+from fedsys.checkpoint import Checkpoints
 from fedsys.config import Config
-from fedsys.errors import ConfigError, RuntimeFailure
+from fedsys.errors import ConfigError, RunError, RuntimeFailure
 from fedsys.progress import Progress, choose
+from fedsys.run import RunFolder, check_free
 from fedsys.runtime import bundle
 from fedsys.runtime.control import Address, Control
 from fedsys.runtime.launch import launched
@@ -34,7 +38,7 @@ def run_deployment(config: Config) -> Mapping[str, Any]:
     runtime = config.runtime
     with choose(json=config.json) as progress:
         if runtime.launch:
-            with launched(config, progress) as (address, check):
+            with _settled(config), launched(config, progress) as (address, check):
                 return _carry_out(config, address, progress, check)
         if runtime.superlink is None:
             raise ConfigError.of(
@@ -45,6 +49,29 @@ def run_deployment(config: Config) -> Mapping[str, Any]:
             )
         address = Address.of(runtime.superlink, runtime.root_certificates, runtime.insecure)
         return _carry_out(config, address, progress, lambda: None)
+
+
+@contextmanager
+def _settled(config: Config) -> Iterator[None]:
+    """See to it that the folder of a launched run says how the run ended.
+
+    Its server app is a process, which may end without a word.
+
+    Raises:
+        ConfigError: The folder is another run's.
+    """
+    path = Path(str(config.run.dir))
+    if config.resume is None:
+        check_free(path)
+    try:
+        yield
+    except BaseException as error:
+        with suppress(RunError):  # no run, or one that another process is at work on
+            folder = RunFolder.open(path)
+            if folder.info["status"] == "running":
+                with Checkpoints(path):
+                    folder.fail(error)
+        raise
 
 
 def _carry_out(
