@@ -8,7 +8,7 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,8 @@ def export_onnx(
         ModelError: The extra `export` is not installed, an operation has no counterpart in ONNX,
             or outputs differ by more than `TOLERANCE`; then no file is left.
     """
-    runtime = _import("onnxruntime")
-    _import("onnxscript")
+    runtime = import_extra("onnxruntime")
+    import_extra("onnxscript")
     path = Path(path)
     inputs = probes(example)
     program = _translate(model, inputs)
@@ -63,25 +63,38 @@ def export_onnx(
 
 def _translate(model: nn.Module, inputs: Tensor) -> Any:
     # the exporter reports its progress on standard output and warns about its own parts
-    quiet = logging.getLogger("torch.onnx"), logging.getLogger("onnxscript")
-    levels = [logger.level for logger in quiet]
     try:
-        for logger in quiet:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
+        with quiet("torch.onnx", "onnxscript"), contextlib.redirect_stdout(io.StringIO()):
             batch = {0: torch.export.Dim.DYNAMIC}
             return torch.onnx.export(
                 model, (inputs,), dynamo=True, dynamic_shapes=(batch,), verbose=False
             )
     except torch.onnx.errors.OnnxExporterError as error:
         raise ModelError(f"the model cannot be written as ONNX: {error}") from error
+
+
+@contextlib.contextmanager
+def quiet(*names: str | None) -> Iterator[None]:
+    """Let the loggers of these names, None for the root, report errors only, and hide warnings."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
-        for logger, level in zip(quiet, levels, strict=True):
+        for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 
 
-def _import(name: str) -> Any:
+def import_extra(name: str) -> Any:
+    """Import a package of the extra ``export``.
+
+    Raises:
+        ModelError: It is not installed.
+    """
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -62,7 +62,8 @@ FUNCTION_NAMES = {function: name for name, function in FUNCTIONS.items()}
 METHODS = frozenset({
     "add", "sub", "mul", "relu", "sigmoid", "tanh", "neg", "abs", "exp", "clamp", "contiguous",
     "view", "reshape", "flatten", "size", "mean", "permute", "transpose", "chunk", "split",
-    "squeeze", "unsqueeze", "expand",
+    "squeeze", "unsqueeze", "expand", "to",
 })  # fmt: skip
 
-DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float16, torch.float32, torch.float64)}
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DTYPES = {str(t).removeprefix("torch."): t for t in _FLOATS}

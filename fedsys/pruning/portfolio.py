@@ -1,0 +1,401 @@
+"""A portfolio: variants of one trained model with what each costs, in a folder, as data.
+
+::
+
+    manifest.json     what all have in common, and every variant's figures and checksums
+    variants/NAME/    weights.safetensors and architecture.json (`fedsys.pruning.architecture`),
+                      or model.onnx for a variant of int8
+
+`Portfolio.load` checks every file against the manifest before anything is used, so a damaged one
+is refused by its name. The manifest is written last: a folder without it is no portfolio. Nothing
+in it is code.
+
+DNNShifter (Eccles et al., FGCS 152, 2024) speaks of such a portfolio; its public code has none.
+`fedsys.pruning.measuring` finds the figures and decides which variants stay.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor, fx, nn
+
+from fedsys.errors import ConfigError, ModelError, did_you_mean
+from fedsys.files import json_text, write_atomic, writing
+from fedsys.pruning import architecture
+
+FORMAT = "fedsys-portfolio-1"
+MANIFEST = "manifest.json"
+VARIANTS = "variants"
+ONNX = "model.onnx"
+PARENT = "parent"
+"""Name of the variant that is the unpruned model."""
+
+PRECISIONS = ("float32", "bfloat16", "float16", "int8")
+"""In what a variant computes; its inputs and outputs are float32 in any case."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_REMAKE = "copy or make the portfolio again"
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """How long one batch takes on the machine that made the portfolio.
+
+    Attributes:
+        batch: Examples in the batch.
+        threads: Intra-op threads.
+        p50_ms: Median over the runs, in milliseconds.
+        p95_ms: 95th percentile.
+        runs: Number of timed runs.
+    """
+
+    batch: int
+    threads: int
+    p50_ms: float
+    p95_ms: float
+    runs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One model of a portfolio, with its figures.
+
+    Attributes:
+        name: Its name, and that of its folder.
+        accuracy: Share of the validation part that it gets right, in [0, 1].
+        params: Parameters, and constants of its graph.
+        macs: Multiply-accumulates for one example.
+        bytes: Size of its files.
+        peak_bytes: Memory that loading it and answering a batch took at its peak, beyond that of
+            a process that has loaded the libraries only; 0 if it was not measured.
+        latencies: By batch size and threads; the first is the one that variants are ordered by
+            in pictures and reports.
+        precision: One of `PRECISIONS`.
+        sparsity: Share of the prunable weights that was pruned, in [0, 1).
+        made: How it was made, in words.
+        test_accuracy: Share of the test part; scored once, when all choices had been made. None
+            if there is no test part.
+        max_abs_diff: Largest difference of its outputs to those of the masked model that it was
+            converted from, in the type of that model, on the probes of the conversion.
+        max_abs_output: Largest output of that masked model there.
+        channels: Outputs of each convolution and linear layer: name, before, after.
+        files: SHA-256 of each of its files, by name.
+    """
+
+    name: str
+    accuracy: float
+    params: int
+    macs: int
+    bytes: int
+    peak_bytes: int
+    latencies: tuple[Latency, ...]
+    precision: str = "float32"
+    sparsity: float = 0.0
+    made: str = ""
+    test_accuracy: float | None = None
+    max_abs_diff: float = 0.0
+    max_abs_output: float = 0.0
+    channels: tuple[tuple[str, int, int], ...] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def p50_ms(self) -> float:
+        """Median latency at the first batch size and thread count."""
+        return self.latencies[0].p50_ms
+
+    @property
+    def p95_ms(self) -> float:
+        """95th percentile of the latency at the first batch size and thread count."""
+        return self.latencies[0].p95_ms
+
+    def latency(self, batch: int, threads: int) -> Latency | None:
+        """Return what was measured with so many examples and threads, or None."""
+        fitting = (e for e in self.latencies if (e.batch, e.threads) == (batch, threads))
+        return next(fitting, None)
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What all variants of a portfolio have in common.
+
+    Attributes:
+        model: The `model` group of the configuration that the parent was built from.
+        classes: Name of each class, in the order of the outputs.
+        input_shape: Channels, height and width of an image.
+        mean: Per channel, of pixels in [0, 1]; a model takes ``(pixels - mean) / std``.
+        std: Per channel, above 0.
+        machine: What latencies and memory were measured on, in words.
+        source: Where the parent came from, in words.
+    """
+
+    model: Mapping[str, Any]
+    classes: tuple[str, ...]
+    input_shape: tuple[int, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    machine: str = ""
+    source: str = ""
+
+
+Content = fx.GraphModule | bytes
+"""What a variant consists of: a dense model, or the bytes of an ONNX file."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Portfolio:
+    """The variants of one model, loaded from a folder. Get one by `load` or `write`.
+
+    Attributes:
+        folder: Where it is.
+        about: What the variants have in common.
+        variants: All of them, the most accurate first; of equals, the faster one first.
+        digest: SHA-256 of the manifest: equal for equal portfolios.
+    """
+
+    folder: Path
+    about: About
+    variants: tuple[Variant, ...]
+    digest: str
+
+    @property
+    def parent(self) -> Variant:
+        """The unpruned model."""
+        return self.variant(PARENT)
+
+    def variant(self, name: str) -> Variant:
+        """Return the variant of a name.
+
+        Raises:
+            ConfigError: There is none.
+        """
+        names = [variant.name for variant in self.variants]
+        if name not in names:
+            rule = f"must be one of {', '.join(names)}"
+            raise ConfigError.of("variant", name, rule, did_you_mean(name, names))
+        return self.variants[names.index(name)]
+
+    def module(self, name: str) -> nn.Module:
+        """Read a variant: a module in evaluation mode from float32 images to float32 outputs.
+
+        Raises:
+            ConfigError: There is no such variant.
+            ModelError: A file is missing or damaged, or the variant needs a package that is not
+                installed.
+        """
+        variant = self.variant(name)
+        folder = self.folder / VARIANTS / variant.name
+        if ONNX in variant.files:
+            from fedsys.pruning.precision import OnnxModule  # needs a package of an extra
+
+            return OnnxModule(checked(folder / ONNX, variant.files[ONNX]))
+        return architecture.load(folder)
+
+    @classmethod
+    def load(cls, folder: Path) -> Portfolio:
+        """Read the manifest in `folder` and check all files against it.
+
+        Raises:
+            ModelError: The folder holds no portfolio, or a file is missing, damaged or of another
+                format; names the file.
+        """
+        path = folder / MANIFEST
+        try:
+            body = json.loads(path.read_bytes())
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise ModelError(
+                f"{folder} holds no portfolio: cannot read {path}: {reason}; "
+                "make one by fedsys prune run=RUN"
+            ) from error
+        except (ValueError, RecursionError) as error:
+            raise ModelError(f"{path} is damaged: {error}; {_REMAKE}") from error
+        if not isinstance(body, dict) or body.get("format") != FORMAT:
+            raise ModelError(f"{path} is not of the format {FORMAT}")
+        digest = body.pop("sha256", None)
+        if digest != _digest(body):
+            raise ModelError(f"{path} is damaged: its checksum does not fit; {_REMAKE}")
+        try:
+            about, variants = _about(body["about"]), [_variant(v) for v in body["variants"]]
+            names = [variant.name for variant in variants]
+            if names.count(PARENT) != 1 or len(set(names)) < len(names):
+                raise ValueError(f"its variants are {names}")
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelError(f"{path} does not describe a portfolio: {error!r}") from error
+        for variant in variants:
+            for name, expected in variant.files.items():
+                checked(folder / VARIANTS / variant.name / name, expected)
+        return cls(folder, about, ordered(variants), str(digest))
+
+    @classmethod
+    def write(
+        cls, folder: Path, about: About, variants: Sequence[tuple[Variant, Content]]
+    ) -> Portfolio:
+        """Write variants and then the manifest; return the portfolio as `load` does.
+
+        Args:
+            folder: Made if need be; must hold no portfolio.
+            about: What the variants have in common.
+            variants: Each with what it consists of; `Variant.bytes` and `Variant.files` are filled
+                in here. One of them is named `PARENT`.
+
+        Raises:
+            ConfigError: The folder holds a portfolio, or a name cannot be that of a folder.
+            ModelError: A model cannot be saved as data.
+            RunError: A file cannot be written.
+        """
+        if (folder / MANIFEST).exists():
+            way_out = "choose another folder"
+            raise ConfigError.of("portfolio", folder, "must not hold a portfolio yet", way_out)
+        stored = [_stored(folder / VARIANTS, variant, content) for variant, content in variants]
+        body = {
+            "format": FORMAT,
+            "about": dataclasses.asdict(about),
+            "variants": [dataclasses.asdict(variant) for variant in ordered(stored)],
+        }
+        plain = json.loads(json_text(body))
+        text = json_text({"sha256": _digest(plain), **plain}, indent=1)
+        write_atomic(folder / MANIFEST, (text + "\n").encode())
+        return cls.load(folder)
+
+
+def ordered(variants: Sequence[Variant]) -> tuple[Variant, ...]:
+    """Return the most accurate first; of equals the faster, then the smaller, then by name."""
+
+    def key(variant: Variant) -> tuple[float, float, int, str]:
+        fastest = variant.p50_ms if variant.latencies else 0.0
+        return -variant.accuracy, fastest, variant.bytes, variant.name
+
+    return tuple(sorted(variants, key=key))
+
+
+def checked(path: Path, expected: str) -> bytes:
+    """Return the content of a file whose SHA-256 is `expected`.
+
+    Raises:
+        ModelError: It is missing or damaged.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ModelError(f"cannot read {path}: {reason}; {_REMAKE}") from error
+    if hashlib.sha256(content).hexdigest() != expected:
+        raise ModelError(f"{path} is damaged: its checksum does not fit; {_REMAKE}")
+    return content
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _stored(folder: Path, variant: Variant, content: Content) -> Variant:
+    """Write the files of one variant and return it with their sizes and checksums."""
+    if not _NAME.fullmatch(variant.name):
+        raise ConfigError.of("variant", variant.name, "must be of letters, digits, '.', '_', '-'")
+    place = folder / variant.name
+    with writing(place):
+        place.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, bytes):
+            (place / ONNX).write_bytes(content)
+            names = [ONNX]
+        else:
+            architecture.save(content, place)
+            names = [architecture.WEIGHTS, architecture.ARCHITECTURE]
+        contents = {name: (place / name).read_bytes() for name in names}
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+    size = sum(len(data) for data in contents.values())
+    return dataclasses.replace(variant, bytes=size, files=digests)
+
+
+# --------------------------------------------------------------------------------------------------
+# From JSON
+
+
+def _number(value: object) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{value!r} is not a number")
+    return float(value)
+
+
+def _count(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise TypeError(f"{value!r} is not a count")
+    return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not a text")
+    return value
+
+
+def _each(values: object, of: Callable[[Any], Any]) -> tuple[Any, ...]:
+    if not isinstance(values, list):
+        raise TypeError(f"{values!r} is not a list")
+    return tuple(of(value) for value in values)
+
+
+def _about(given: Mapping[str, Any]) -> About:
+    return About(
+        model=dict(given["model"]),
+        classes=_each(given["classes"], _text),
+        input_shape=_each(given["input_shape"], _count),
+        mean=_each(given["mean"], _number),
+        std=_each(given["std"], _number),
+        machine=_text(given["machine"]),
+        source=_text(given["source"]),
+    )
+
+
+def _variant(given: Mapping[str, Any]) -> Variant:
+    name, precision, test = _text(given["name"]), given["precision"], given["test_accuracy"]
+    files = {_text(key): _text(value) for key, value in given["files"].items()}
+    of_onnx, of_ours = {ONNX}, {architecture.WEIGHTS, architecture.ARCHITECTURE}
+    if not _NAME.fullmatch(name) or precision not in PRECISIONS or set(files) not in (
+        of_onnx, of_ours,
+    ):  # fmt: skip
+        raise ValueError(f"variant {name!r} of {precision!r} in {sorted(files)}")
+    return Variant(
+        name=name,
+        accuracy=_number(given["accuracy"]),
+        params=_count(given["params"]),
+        macs=_count(given["macs"]),
+        bytes=_count(given["bytes"]),
+        peak_bytes=_count(given["peak_bytes"]),
+        latencies=_each(given["latencies"], _latency),
+        precision=precision,
+        sparsity=_number(given["sparsity"]),
+        made=_text(given["made"]),
+        test_accuracy=None if test is None else _number(test),
+        max_abs_diff=_number(given["max_abs_diff"]),
+        max_abs_output=_number(given["max_abs_output"]),
+        channels=_each(given["channels"], lambda c: (_text(c[0]), _count(c[1]), _count(c[2]))),
+        files=files,
+    )
+
+
+def _latency(given: Mapping[str, Any]) -> Latency:
+    return Latency(
+        batch=_count(given["batch"]),
+        threads=_count(given["threads"]),
+        p50_ms=_number(given["p50_ms"]),
+        p95_ms=_number(given["p95_ms"]),
+        runs=_count(given["runs"]),
+    )
+
+
+def run(module: nn.Module, images: Tensor) -> Tensor:
+    """Return the outputs ``(batch, classes)`` of a variant, without gradients."""
+    with torch.inference_mode():
+        output: Tensor = module(images)
+    return output
