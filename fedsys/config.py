@@ -250,9 +250,15 @@ class EdgeConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where results go: `dir`, or a new folder in ``outputs/`` when it is None."""
+    """What a run leaves behind.
+
+    Attributes:
+        dir: Where results go; None for a new folder in ``outputs/``.
+        plots: Whether pictures are drawn at the end, which takes a few seconds.
+    """
 
     dir: str | None = None
+    plots: bool = True
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,8 @@ HARMLESS: Final = frozenset(
 )
 """Groups that the model does not depend on."""
 
+_OPEN: Final = ("rounds", "run.plots")  # keys of other groups that may change
+
 _FIXED: Final = ("runtime.kind",)  # where a run is deployed, devices may have data of their own
 _NOT_IN_DIGEST: Final = HARMLESS | {"rounds", "run", "text"}
 
@@ -91,19 +93,20 @@ def merged(own: Plain, asked: Plain, given: Sequence[str], path: Path) -> dict[s
         if key == "run.dir":
             here = str(Path(str(here)).absolute())
         for leaf, value, kept in _differences(key, here, there):
-            if leaf in _FIXED or (group not in HARMLESS and leaf != "rounds"):
+            if leaf in _FIXED or (group not in HARMLESS and leaf not in _OPEN):
                 raise ConfigError.of(
                     leaf,
                     value,
                     f"must be {kept} as in the run that is continued",
                     f"leave it out, or start a new run instead of resume={path}",
                 )
-        if group in HARMLESS or key == "rounds":
+        if group in HARMLESS or key in _OPEN:
             _put(result, key, here)
     if result.get("rounds") != own.get("rounds"):
         _check_rounds(own, result["rounds"])
     # Whether this call wants JSON does not depend on what the former one wanted.
-    return result | {"json": asked["json"], "resume": str(path), "run": {"dir": str(path)}}
+    run = {**result.get("run", {}), "dir": str(path)}
+    return result | {"json": asked["json"], "resume": str(path), "run": run}
 
 
 def _check_rounds(own: Plain, rounds: object) -> None:

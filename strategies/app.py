@@ -113,7 +113,8 @@ def _train(
         done=done,
         faults=keeper.faults,
     )
-    progress.phase("scoring the test part, drawing plots")
+    drawing = ", drawing plots" if config.run.plots else ""
+    progress.phase(f"scoring the test part{drawing}")
     seconds = keeper.seconds + time.perf_counter() - started
     return _conclude(config, fed, keeper, arrays, judge, figures(strategy), seconds)
 
@@ -147,11 +148,12 @@ def _conclude(
     }
     text = configuration.with_values(config.text, resume=None)
     folder.save_model(state, {"config": text, "classes": "\n".join(fed.dataset.classes)})
-    plots.draw_all(folder)
     classes = fed.dataset.classes
     counts = data.class_counts(fed.dataset.train.labels.numpy(), fed.parts, len(classes))
     data.write_class_counts(counts, classes, folder.path / "class_counts.csv")
-    data.plot_class_counts(counts, classes, folder.path / "plots" / "class_counts.png")
+    if config.run.plots:
+        plots.draw_all(folder)
+        data.plot_class_counts(counts, classes, folder.path / "plots" / "class_counts.png")
     keeper.faults.check_all_fired()
     folder.finish(result)
     return result

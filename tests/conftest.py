@@ -27,10 +27,15 @@ _composed: dict[tuple[str, ...], str] = {}
 
 @pytest.fixture
 def configure() -> "Callable[..., Config]":
-    """Compose the configuration of a run from overrides, as the command line does."""
+    """Compose the configuration of a run from overrides, as the command line does.
+
+    A run with a folder draws no pictures: they take most of its time.
+    """
     from fedsys.config import compose_text, parse
 
     def compose(*overrides: str) -> "Config":
+        if any(override.startswith("run.dir=") for override in overrides):
+            overrides = ("run.plots=false", *overrides)
         if overrides not in _composed:
             _composed[overrides] = compose_text(shlex.join(overrides))
         return parse(_composed[overrides])
