@@ -59,7 +59,7 @@ class LocalClient:
             optimizer,
             own_batches(self.config, self.partition, address, doom),
             address,
-            micro_batches=self.config.schedule.micro_batches,
+            micro_batches=micro_batches(self.config, settings),
             clip_norm=client.clip_norm,
             anchor=_anchor(model, settings),
         )
@@ -101,6 +101,11 @@ class LocalClient:
 def _anchor(model: nn.Module, settings: ConfigRecord) -> training.Proximal | None:
     mu = float(str(settings.get("proximal-mu", 0.0)))
     return training.Proximal.at(model, mu) if mu else None
+
+
+def micro_batches(config: Config, settings: ConfigRecord) -> int:
+    """Return the pieces of a mini-batch: those of this client, else those of the schedule."""
+    return int(str(settings.get("micro-batches", config.schedule.micro_batches)))
 
 
 def own_batches(

@@ -16,7 +16,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor, nn
 
-from clients.local import own_batches, train_metrics
+from clients.local import micro_batches, own_batches, train_metrics
 from fedsys import data, federation, records, training
 from fedsys.codecs import decode_activation, encode_activation
 from fedsys.config import Config
@@ -82,6 +82,7 @@ class OffloadClient:
         self._device = training.pick_device(config.client.device)
         settings = content.config_records["config"]
         self._round = int(str(settings["server-round"]))
+        self._pieces = micro_batches(config, settings)
         self._mu = float(str(settings.get("proximal-mu", 0.0)))
         self._address = Address(config.seed, partition, self._round)
         edges = self._plan["edges"]
@@ -257,7 +258,7 @@ class OffloadClient:
     def _step(self, step: int, part: Part, x: Tensor, y: Tensor, sums: _Sums) -> None:
         part.zero_grad()
         size = len(y)
-        bounds = list(pieces(size, self._config.schedule.micro_batches))
+        bounds = list(pieces(size, self._pieces))
         front, back = part.modules
         sent: dict[int, Tensor] = {}
         returned: dict[int, tuple[Tensor, Tensor, Tensor]] = {}

@@ -35,6 +35,7 @@ from strategies.policies import Assignment, Observation, OffloadPolicy
 from strategies.roster import Roster
 
 ARRAYS, OPTIMIZER, ASSIGNMENT, OBSERVATION = "arrays", "optimizer", "assignment", "observation"
+MICRO_BATCHES = "micro-batches"
 
 _log = logging.getLogger("fedsys.offload")
 
@@ -132,6 +133,7 @@ class Offload(Strategy):
         for client, message in zip(clients, messages, strict=True):
             assignment = plan[client]
             self._note_cut(client, assignment.cut)
+            message.content = self._with_pieces(message.content, assignment)
             if assignment.cut == len(self._layers):
                 continue
             if self._with_edge(message, client, assignment, server_round):
@@ -205,6 +207,25 @@ class Offload(Strategy):
 
     # --- the way out ------------------------------------------------------------------------------
 
+    def _with_pieces(self, content: RecordDict, assignment: Assignment) -> RecordDict:
+        """Return the content with the pieces of a mini-batch, if they are the device's own.
+
+        Raises:
+            ConfigError: There are more pieces than examples in a mini-batch.
+        """
+        pieces = assignment.micro_batches
+        if pieces is None:
+            return content
+        if not 1 <= pieces <= self._config.client.batch_size:
+            raise ConfigError.of(
+                "policy.micro_batches", pieces,
+                f"must be from 1 to client.batch_size={self._config.client.batch_size}",
+            )  # fmt: skip
+        own = records.own_copy(content)
+        settings = dict(content.config_records.get("config", ConfigRecord()))
+        own["config"] = ConfigRecord({**settings, MICRO_BATCHES: pieces})
+        return own
+
     def _with_edge(
         self, message: Message, client: int, assignment: Assignment, round_: int
     ) -> bool:
@@ -238,7 +259,7 @@ class Offload(Strategy):
             config=self._config.text,
             input_shape=self._shape,
             num_classes=self._classes,
-            micro_batches=self._config.schedule.micro_batches,
+            micro_batches=assignment.micro_batches or self._config.schedule.micro_batches,
             proximal_mu=float(str(settings.get("proximal-mu", 0.0))),
             codec_up=assignment.codec_up,
             codec_down=assignment.codec_down,
@@ -328,6 +349,11 @@ class Offload(Strategy):
             waited_s=float(str(seen["waited-s"])),
             bytes_up=int(str(seen["bytes-up"])),
             bytes_down=int(str(seen["bytes-down"])),
+            compute_s=float(str(seen.get("compute-s", 0.0))),
+            up_bit_s=float(str(seen.get("up-bit-s", 0.0))),
+            down_bit_s=float(str(seen.get("down-bit-s", 0.0))),
+            edge_s=float(str(seen.get("edge-s", 0.0))),
+            iteration_s=float(str(seen.get("iteration-s", 0.0))),
         )
         self.totals.bytes_up += self._seen[client].bytes_up
         self.totals.bytes_down += self._seen[client].bytes_down

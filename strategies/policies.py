@@ -36,12 +36,15 @@ class Assignment:
         edge: Index of the edge server that has the others.
         codec_up: How activations are written, a name in `fedsys.codecs.CODECS`.
         codec_down: How activation gradients are written.
+        micro_batches: Pieces of a mini-batch; None: ``schedule.micro_batches``. It holds for whole
+            models too, because BatchNorm sees each piece by itself.
     """
 
     cut: int
     edge: int
     codec_up: str = "fp32"
     codec_down: str = "fp32"
+    micro_batches: int | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,11 @@ class Observation:
         waited_s: Of these, seconds in which it waited for its edge.
         bytes_up: Bytes sent to the edge.
         bytes_down: Bytes received from it.
+        compute_s: Seconds of a mini-batch in which the device computed; 0 here and below: unknown.
+        up_bit_s: Seconds that a bit took to the edge.
+        down_bit_s: Seconds that a bit took from it.
+        edge_s: Seconds of a mini-batch in which the edge computed for this device.
+        iteration_s: Seconds from one mini-batch to the next; the median.
     """
 
     steps: int = 0
@@ -61,6 +69,11 @@ class Observation:
     waited_s: float = 0.0
     bytes_up: int = 0
     bytes_down: int = 0
+    compute_s: float = 0.0
+    up_bit_s: float = 0.0
+    down_bit_s: float = 0.0
+    edge_s: float = 0.0
+    iteration_s: float = 0.0
 
 
 class OffloadPolicy(Protocol):
@@ -96,9 +109,11 @@ class Fixed:
             repeated if there are more devices.
         codec: Name of a codec, or ``{up: …, down: …}``.
         num_edges: Number of edge servers; device i is at edge ``i mod num_edges``.
+        micro_batches: Pieces of a mini-batch, or a list like that of `cut`; None: those of the
+            schedule.
     """
 
-    def __init__(self, cut: Any, codec: Any, num_edges: int) -> None:
+    def __init__(self, cut: Any, codec: Any, num_edges: int, micro_batches: Any = None) -> None:
         self._cuts = list(cut) if isinstance(cut, list | tuple) else [cut]
         if not self._cuts or any(c is None for c in self._cuts):
             raise ConfigError.of(
@@ -107,6 +122,13 @@ class Fixed:
             )  # fmt: skip
         self._codecs = codecs_of(codec)
         self._num_edges = num_edges
+        pieces = micro_batches if isinstance(micro_batches, list | tuple) else [micro_batches]
+        if not pieces or not all(n is None or (type(n) is int and n > 0) for n in pieces):
+            raise ConfigError.of(
+                "policy.micro_batches", micro_batches, "must be a whole number of at least 1",
+                "or a list with one for each device; null takes schedule.micro_batches",
+            )  # fmt: skip
+        self._pieces: list[int | None] = list(pieces)
 
     def init(self, layers: LayeredModel, nodes: Sequence[int]) -> PolicyState:
         """Return the resolved cuts."""
@@ -121,7 +143,13 @@ class Fixed:
         """Return the same assignments every time."""
         up, down = self._codecs
         return state, {
-            node: Assignment(state[node % len(state)], node % self._num_edges, up, down)
+            node: Assignment(
+                state[node % len(state)],
+                node % self._num_edges,
+                up,
+                down,
+                self._pieces[node % len(self._pieces)],
+            )
             for node in seen
         }
 
@@ -156,5 +184,6 @@ def build_policy(spec: Spec, num_edges: int) -> OffloadPolicy | None:
     if kind == "none":
         return None
     if kind == "fixed":
-        return Fixed(spec.get("cut"), spec.get("codec", "fp32"), num_edges)
+        pieces = spec.get("micro_batches")
+        return Fixed(spec.get("cut"), spec.get("codec", "fp32"), num_edges, pieces)
     raise ConfigError.of("policy.kind", kind, "must be one of none, fixed")

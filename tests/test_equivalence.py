@@ -26,6 +26,7 @@ COMMON = {
     },
 }
 SHAPES = {"cnn": [1, 8, 8], "vgg5": [3, 16, 16], "resnet18": [3, 8, 8], "mobilenet_v2": [3, 8, 8]}
+UNITS = {"cnn": 4, "vgg5": 5}
 MODELS = {
     "cnn-batch": ("cnn", {"width": 4, "hidden": 16}),  # with dropout
     "cnn-group": ("cnn", {"width": 4, "hidden": 16, "norm": "group"}),
@@ -73,6 +74,7 @@ COLUMNS = {
         (3, "sequential"),
         (2, "pipelined"),
         (4, "bounded"),
+        ([1, 4, 3], "pipelined"),
     ],
     "interrupted": ["never", "link", "edge"],
     "private": [False, True],
@@ -137,6 +139,16 @@ def settings(configure):
     return made
 
 
+def split_in(pieces, cut):
+    """Return the values for a number of pieces, or for a number for each device.
+
+    The latter are a policy's to give, also to devices that have the whole model.
+    """
+    if isinstance(pieces, int):
+        return {"schedule": {"micro_batches": pieces}}
+    return {"policy": {"kind": "fixed", "cut": cut, "codec": "fp32", "micro_batches": pieces}}
+
+
 _references: dict[str, object] = {}
 
 
@@ -145,7 +157,7 @@ def unsplit(settings, carry_out):
     """Return a function that trains without edge servers, once per configuration."""
 
     def reference(model, feature, pieces):
-        config = settings(model, feature, schedule={"micro_batches": pieces})
+        config = settings(model, feature, **split_in(pieces, UNITS.get(MODELS[model][0])))
         if config.text not in _references:
             _references[config.text] = carry_out(config)
         return _references[config.text]
@@ -179,7 +191,7 @@ def interrupt(monkeypatch):
             if "first" in seen:
                 return link
             seen.add("first")
-            return Killing(link, servers, struck, fault)
+            return Killing(link, {s.address: s for s in servers}[address], struck, fault)
 
         monkeypatch.setattr("fedsys.dialling.dial", connect)
         return struck
@@ -203,14 +215,14 @@ class Spy:
 class Killing:
     """A link whose edge server is killed when a certain activation is to be sent."""
 
-    def __init__(self, link, servers, struck, fault):
-        self._link, self._servers, self._struck, self._fault = link, servers, struck, fault
+    def __init__(self, link, server, struck, fault):
+        self._link, self._server, self._struck, self._fault = link, server, struck, fault
         self._left = fault.frame
 
     def send_encoded(self, parts):
         if self._left == 0:
             self._struck.append(self._fault)
-            self._servers[0].kill()
+            self._server.kill()
         self._left -= 1
         self._link.send_encoded(parts)
 
@@ -235,8 +247,13 @@ def test_split_training_gives_the_bits_of_plain_training(
     config = settings(
         model,
         feature,
-        schedule={"kind": schedule, "micro_batches": pieces},
-        policy={"kind": "fixed", "cut": cut, "codec": "fp32"},
+        **merged(
+            split_in(pieces, cut),
+            {
+                "schedule": {"kind": schedule},
+                "policy": {"kind": "fixed", "cut": cut, "codec": "fp32"},
+            },
+        ),
         client=merged(FEATURES[feature].get("client", {}), {"label_private": private}),
         link={"kind": link},
         num_edges=2,
