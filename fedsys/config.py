@@ -22,6 +22,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -276,6 +277,73 @@ class FaultsConfig:
 
 
 @dataclass(frozen=True)
+class PruningConfig:
+    """Which weights go.
+
+    Attributes:
+        method: ``none``, or one of `fedsys.pruning.sparsify.METHODS`.
+        sparsity: Share of the weights that goes, in [0, 1), or several in ascending order: then
+            ``fedsys prune`` makes a variant of each.
+        leave: Layers to leave alone: names or patterns. None leaves the last one, whose outputs
+            are the classes.
+        scope: ``global`` or ``layer``.
+        keep_channels: In each layer, the best weight of so many channels stays in any case.
+        mix: ``magnitude_channel``: weight of the channel's norm in the score.
+        iterations: ``synflow``: steps.
+        examples: ``snip`` and ``grasp``: training images that the gradient is taken on.
+    """
+
+    method: str = "none"
+    sparsity: float | tuple[float, ...] = 0.9
+    leave: tuple[str, ...] | None = None
+    scope: str = "global"
+    keep_channels: int = 0
+    mix: float = 0.8
+    iterations: int = 100
+    examples: int = 512
+
+    @property
+    def sparsities(self) -> tuple[float, ...]:
+        """The shares in ascending order, also if there is only one."""
+        return self.sparsity if isinstance(self.sparsity, tuple) else (self.sparsity,)
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """What ``fedsys prune`` makes of the model. Sizes of groups of weights are of `PruningConfig`.
+
+    Attributes:
+        run: Folder of the run whose model is pruned; None: an untrained model.
+        round_to: Multiple that numbers of channels are rounded up to.
+        borders: ``carrier`` or ``map``: see `fedsys.pruning.constants.Borders`.
+        coupling: ``group`` or ``scatter``: see `fedsys.pruning.channels.Coupling`.
+        precisions: Types of further variants: bfloat16, float16, int8.
+        recalibrate: Training images on which BatchNorm takes its statistics anew; 0 for none.
+        fine_tune: Epochs of training under the mask.
+        batch_sizes: Examples in the batches that are measured.
+        threads: Intra-op threads that are measured.
+        runs: Timed runs of each variant with each batch size and thread count.
+        margin: Share by which a variant must be faster than one that is more accurate.
+        max_drop: Largest loss of validation accuracy against the parent, in [0, 1]; None: any.
+        memory: Whether peak memory is measured.
+    """
+
+    run: str | None = None
+    round_to: int = 1
+    borders: str = "carrier"
+    coupling: str = "group"
+    precisions: tuple[str, ...] = ()
+    recalibrate: int = 0
+    fine_tune: int = 0
+    batch_sizes: tuple[int, ...] = (1, 16)
+    threads: tuple[int, ...] = (1, 2)
+    runs: int = 30
+    margin: float = 0.02
+    max_drop: float | None = None
+    memory: bool = True
+
+
+@dataclass(frozen=True)
 class Apps:
     """The two Flower apps as ``module:attribute``; fedsys knows them by these names only."""
 
@@ -309,6 +377,8 @@ class Config:
     policy: Spec
     network: NetworkConfig = field(default_factory=NetworkConfig)
     bench: Spec = field(default_factory=dict)
+    pruning: PruningConfig = field(default_factory=PruningConfig)
+    prune: PruneConfig = field(default_factory=PruneConfig)
     resume: str | None = None
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     faults: FaultsConfig = field(default_factory=FaultsConfig)
@@ -331,6 +401,10 @@ def _at_least_one(value: Any) -> bool:
 
 def _optional(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or test(value)
+
+
+def _counts(values: Any) -> bool:
+    return bool(values) and all(value >= 1 for value in values)
 
 
 def _names_one(value: Any) -> bool:
@@ -380,6 +454,33 @@ RULES: tuple[Rule, ...] = (
     ("link.holder", _optional(_names_one), "must be a name, with {client} at most once", ""),
     ("schedule.micro_batches", _at_least_one, "must be at least 1", ""),
     ("checkpoint.every", _at_least_one, "must be at least 1", ""),
+    (
+        "pruning.sparsities",
+        lambda v: bool(v) and all(0 <= a < b for a, b in pairwise((*v, 1.0))),
+        "must be in [0, 1), or several of them in ascending order",
+        "",
+    ),
+    ("pruning.scope", *_one_of("global", "layer"), ""),
+    ("pruning.keep_channels", lambda v: v >= 0, "must not be negative", ""),
+    ("pruning.mix", lambda v: 0 <= v <= 1, "must be in [0, 1]", ""),
+    ("pruning.iterations", _at_least_one, "must be at least 1", ""),
+    ("pruning.examples", _at_least_one, "must be at least 1", ""),
+    ("prune.round_to", _at_least_one, "must be at least 1", "1 rounds nothing"),
+    ("prune.borders", *_one_of("carrier", "map"), ""),
+    ("prune.coupling", *_one_of("group", "scatter"), ""),
+    (
+        "prune.precisions",
+        lambda v: set(v) <= {"bfloat16", "float16", "int8"},
+        "must be a list of bfloat16, float16, int8",
+        "",
+    ),
+    ("prune.recalibrate", lambda v: v >= 0, "must not be negative", "0 turns it off"),
+    ("prune.fine_tune", lambda v: v >= 0, "must not be negative", "0 turns it off"),
+    ("prune.batch_sizes", _counts, "must be a list of numbers of at least 1", ""),
+    ("prune.threads", _counts, "must be a list of numbers of at least 1", ""),
+    ("prune.runs", lambda v: v >= 30, "must be at least 30", "fewer say little about the tail"),
+    ("prune.margin", lambda v: 0 <= v < 1, "must be in [0, 1)", ""),
+    ("prune.max_drop", _optional(lambda v: 0 <= v <= 1), "must be in [0, 1]", "null for any"),
     ("runtime.workers", _optional(_at_least_one), "must be at least 1", "null lets fedsys choose"),
     ("runtime.timeout_s", _positive, "must be greater than 0", ""),
     ("runtime.wait_s", _positive, "must be greater than 0", ""),

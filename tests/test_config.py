@@ -98,7 +98,7 @@ def test_hydras_own_settings_do_not_reach_the_run(tree):
     assert parsed(values) == parsed(tree())
 
 
-OF_OTHER_COMMANDS = {"bench", "report", "__pycache__"}
+OF_OTHER_COMMANDS = {"bench", "prune", "report", "__pycache__"}
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,15 @@ def prunable(model: nn.Module, leave: Sequence[str] = ()) -> dict[str, nn.Parame
     return kept
 
 
+def last_layer(model: nn.Module) -> tuple[str, ...]:
+    """Return what to leave alone so that the last layer stays whole: its outputs are the classes.
+
+    Nothing is left alone in a model of one layer.
+    """
+    names = list(prunable(model))
+    return (names[-1],) if len(names) > 1 else ()
+
+
 def _fits(name: str, pattern: str) -> bool:
     layer = name.rpartition(".")[0]
     return name.startswith(f"{pattern}.") or any(fnmatchcase(n, pattern) for n in (name, layer))
