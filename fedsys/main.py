@@ -57,7 +57,7 @@ COMMANDS: dict[str, Command] = {
         "measure fedsys and its alternatives side by side",
         {
             "training": "a client's training against the barest PyTorch loop",
-            "simulation": "the in-process grid against a bare loop",
+            "simulation": "the in-process grid against Flower's engine and a bare loop",
             "memory": "memory over rounds with many virtual clients",
             "link": "links against bare gRPC, and the share of a shaped rate in use",
         },

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from fedsys.assemble import copy_modules
 from fedsys.errors import ModelError
@@ -72,13 +71,17 @@ class _Counter(TorchDispatchMode):  # the one way to see the operations that mod
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch declares no types here
+        # It brings Triton, which most runs that import this module have no use for.
+        from torch.utils.flop_counter import flop_registry
+
+        self._formulas = flop_registry
         self.macs = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func.overloadpacket)
+        formula = self._formulas.get(func.overloadpacket)
         if formula is not None:
             self.macs += formula(*args, **(kwargs or {}), out_val=out) // 2
         return out

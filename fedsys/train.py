@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsys import config as configuration
-from fedsys import resume
+from fedsys import resume, stages
 from fedsys.config import Config
 from fedsys.run import RunFolder, default_path
 
@@ -24,7 +24,9 @@ def job(tree: Any) -> Mapping[str, Any]:
     Raises:
         FedsysError: The configuration is not usable, or the run failed.
     """
+    clock = stages.begin()
     config = _continued(tree) if tree.resume else _new(tree)
+    clock.reached("command and configuration")
     if config.resume:
         path = Path(str(config.run.dir))
         info = RunFolder.open(path).info

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 from torch import nn
 
 from fedsys import config as configuration
-from fedsys import data, federation, plots, records, training
+from fedsys import data, federation, plots, records, stages, training
 from fedsys.config import Config
 from fedsys.data import Images
 from fedsys.edges import open_fleet
@@ -40,6 +40,7 @@ def main(grid: Grid, context: Context) -> None:
     asked = configuration.from_run_config(context.run_config)
     with _display(asked, context) as progress:
         config, grid, roster = gather(asked, attentive(grid), context.run_config, progress.note)
+        stages.current().reached("nodes")
         path = Path(config.run.dir or default_path(outputs(), "train"))
         with opened(config, path, progress) as keeper, open_fleet(config, keeper.faults) as fleet:
             result = _train(config, grid, roster, keeper, progress, fleet)
@@ -84,6 +85,9 @@ def _train(
     judge = Judge(model.to(device), fed)
     strategy = build(config, model, roster, fleet=fleet, dataset=fed.dataset)
     initial = keeper.watch(strategy, records.to_record(model.state_dict()))
+    clock = stages.current()
+    clock.reached("data and model")
+    clock.rounds_begin()
     progress.start(config.rounds, _title(config, model), keeper.done)
 
     told = len(recoveries(strategy))
@@ -100,6 +104,7 @@ def _train(
             progress.note(in_words(entry))
         told = len(recoveries(strategy))
         keeper.keep(result)
+        clock.round_ended()
 
     arrays = play(
         strategy,
@@ -155,6 +160,7 @@ def _conclude(
         plots.draw_all(folder)
         data.plot_class_counts(counts, classes, folder.path / "plots" / "class_counts.png")
     keeper.faults.check_all_fired()
+    result |= stages.current().figures()
     folder.finish(result)
     return result
 

@@ -22,6 +22,7 @@ SMALL = {
         "bench.arrays=2",
         "bench.turns=1",
         "bench.full_turns=1",
+        "bench.flower_turns=0",
     ],
     "memory": [
         "num_clients=12",
@@ -155,7 +156,7 @@ def test_the_bare_loops_of_the_simulation_benchmark_do_what_the_round_does(confi
     roster = locate(config.bench["roster"], "bench")()
     strategy = locate(config.bench["strategy"], "bench")(config, model, roster)
     arrays = records.to_record(model.state_dict())
-    with LocalGrid(simulation._loading_app(model), 3) as grid:
+    with LocalGrid(simulation.app, 3) as grid:
         whole = simulation._round(strategy, grid, arrays, 1)
     bare = simulation._bare_round(model, arrays, 3)
     bytes_ = simulation._bare_bytes(model, arrays, 3)

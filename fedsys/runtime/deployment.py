@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from fedsys import stages
 from fedsys.checkpoint import Checkpoints
 from fedsys.config import Config
 from fedsys.errors import ConfigError, RunError, RuntimeFailure
@@ -39,7 +40,10 @@ def run_deployment(config: Config) -> Mapping[str, Any]:
     with choose(json=config.json) as progress:
         if runtime.launch:
             with _settled(config), launched(config, progress) as (address, check):
-                return _carry_out(config, address, progress, check)
+                told = _carry_out(config, address, progress, check)
+            result = {**told, **stages.current().figures()}
+            RunFolder.open(Path(str(config.run.dir))).finish(result)  # with the time of the command
+            return result
         if runtime.superlink is None:
             raise ConfigError.of(
                 "runtime.superlink",
@@ -48,7 +52,8 @@ def run_deployment(config: Config) -> Mapping[str, Any]:
                 "or start one here with runtime.launch=true",
             )
         address = Address.of(runtime.superlink, runtime.root_certificates, runtime.insecure)
-        return _carry_out(config, address, progress, lambda: None)
+        told = _carry_out(config, address, progress, lambda: None)
+        return {**told, **stages.current().figures()}
 
 
 @contextmanager

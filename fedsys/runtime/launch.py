@@ -29,6 +29,7 @@ import httpx
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from fedsys import stages
 from fedsys.config import Config
 from fedsys.errors import ConfigError, RuntimeFailure
 from fedsys.progress import Progress
@@ -63,12 +64,15 @@ def launched(config: Config, progress: Progress) -> Iterator[tuple[Address, Chec
     try:
         progress.phase("starting a SuperLink")
         with Processes(folder, environment(folder / "home")) as processes:
+            stages.current().reached("imports")
             deployment.start_superlink(processes)
             deployment.wait(processes)
+            stages.current().reached("superlink")
             nodes = f"{config.num_clients} SuperNode{'' if config.num_clients == 1 else 's'}"
             progress.phase(f"starting {nodes}")
             deployment.start_executor(processes)
             deployment.start_nodes(processes)
+            stages.current().reached("nodes")
             yield deployment.address, processes.check
     finally:
         shutil.rmtree(folder / "secrets", ignore_errors=True)

@@ -21,7 +21,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedsys import records
+from fedsys import records, stages
 from fedsys.config import Config
 from fedsys.runtime.apps import load_apps
 
@@ -243,7 +243,9 @@ class _Phase:
 
 def run_local(config: Config) -> None:
     """Run the server app in this thread, and its clients in worker threads."""
-    play_local(config, *load_apps(config))
+    apps = load_apps(config)
+    stages.current().reached("imports")
+    play_local(config, *apps)
 
 
 def play_local(config: Config, server_app: ServerApp, client_app: ClientFunction) -> None:

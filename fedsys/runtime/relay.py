@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self, TextIO
 
-from fedsys import errors
+from fedsys import errors, stages
 from fedsys.errors import FedsysError, RuntimeFailure
 from fedsys.progress import Progress, Row
 
@@ -104,7 +104,18 @@ class Replay:
         elif call == "error":
             self.error = error_of(str(arguments["kind"]), str(arguments["message"]))
         elif call in ("start", "round_done", "phase", "note"):
+            _note_time(call)
             getattr(self._progress, call)(**arguments)
+
+
+def _note_time(call: str) -> None:
+    """Keep the time of the command that follows a run, as the server app does for its process."""
+    clock = stages.current()
+    if call == "start":
+        clock.reached("server app, nodes, data and model")
+        clock.rounds_begin()
+    elif call == "round_done":
+        clock.round_ended()
 
 
 def error_of(kind: str, message: str) -> FedsysError:

@@ -34,6 +34,7 @@ from flwr.proto.task_pb2 import Task
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
+from fedsys import stages
 from fedsys.config import Config
 from fedsys.errors import RuntimeFailure
 from fedsys.runtime.apps import load_apps, load_client
@@ -54,8 +55,10 @@ def run_simulation(config: Config) -> None:
         FedsysError: Whatever made the run fail.
     """
     server_app, _ = load_apps(config)  # a wrong name is said before Ray starts
+    stages.current().reached("imports")
     run_config: UserConfig = {"hydra-config": config.text}
     with Engine(config, run_config) as grid:
+        stages.current().reached("engine")
         context = Context(
             run_id=grid.run.run_id,
             node_id=SUPERLINK_NODE_ID,
