@@ -58,6 +58,8 @@ COMMANDS: dict[str, Command] = {
         {
             "training": "a client's training against the barest PyTorch loop",
             "simulation": "the in-process grid against Flower's engine and a bare loop",
+            "scale": "rounds per second and memory by the number of virtual clients",
+            "start": "from the command to the first round, and from the last to the end",
             "memory": "memory over rounds with many virtual clients",
             "link": "links against bare gRPC, and the share of a shaped rate in use",
         },
@@ -179,7 +181,7 @@ class Invocation:
         if self.command.paths:
             return self._with_paths(arguments)
         names = self.command.names
-        given = [a for a in arguments if "=" not in a and not a.startswith("-")]
+        given = [a for a in arguments if "=" not in a and not a.startswith(("-", "~"))]
         if not names or (not given and {"-h", "--help"} & set(arguments)):
             return arguments
         if len(given) != 1 or given[0] not in names:
@@ -193,7 +195,7 @@ class Invocation:
 
     def _with_paths(self, arguments: list[str]) -> list[str]:
         """Turn the folders behind a verb (``report RUN RUN``) into a list of its group."""
-        words = [a for a in arguments if not a.startswith("-")]
+        words = [a for a in arguments if not a.startswith(("-", "~"))]
         folders = [w for w in words if "=" not in w or Path(w).exists()]
         others = [a for a in arguments if a not in folders]
         quoted = ",".join("'" + folder.replace("'", "\\'") + "'" for folder in folders)

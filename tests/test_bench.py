@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedsys import bench, federation, records
-from fedsys.bench import link, memory, simulation, training
+from fedsys.bench import link, memory, scale, simulation, training
 from fedsys.config import CONF, locate
 from fedsys.errors import ConfigError
 from fedsys.main import COMMANDS, main
@@ -23,6 +23,17 @@ SMALL = {
         "bench.turns=1",
         "bench.full_turns=1",
         "bench.flower_turns=0",
+    ],
+    "scale": [
+        "rounds=2",
+        "bench.clients.local=[2]",
+        "bench.clients.simulation=[]",
+    ],
+    "start": [
+        "num_clients=2",
+        "bench.cases.local='runtime=local data=synthetic'",
+        "~bench.cases.simulation",
+        "~bench.cases.deployment",
     ],
     "memory": [
         "num_clients=12",
@@ -163,6 +174,32 @@ def test_the_bare_loops_of_the_simulation_benchmark_do_what_the_round_does(confi
     for name, data in zip(whole, bytes_, strict=True):
         assert records.view(bare[name]).tobytes() == data
         assert records.view(whole[name]) == pytest.approx(records.view(bare[name]), rel=1e-6)
+
+
+def test_scale_gives_rate_and_memory_of_each_number_of_clients(tmp_path, capsys):
+    figures = job("scale", capsys, tmp_path / "run")
+    (case,) = figures["cases"]
+    assert (case["runtime"], case["clients"], case["processes"]) == ("local", 2, 1)
+    assert case["rounds_per_s"] > 0
+    assert 50 < case["pss_mb"] <= case["rss_mb"]
+
+
+def test_scale_needs_a_round_that_counts(configure):
+    config = configure("+bench=scale", "rounds=1")
+    with pytest.raises(ConfigError, match="rounds=1: must be at least 2"):
+        scale.run(config, config.bench)
+
+
+def test_start_divides_the_time_of_a_command(tmp_path, capsys):
+    figures = job("start", capsys, tmp_path / "run")
+    (case,) = figures["cases"]
+    assert case["command_s"] == pytest.approx(
+        case["to_first_round_s"] + case["rounds_s"] + case["after_last_round_s"]
+    )
+    assert case["after_last_round_s"] > 0
+    stages = {row["stage"]: row["seconds"] for row in figures["stages"]}
+    assert list(stages) == ["command and configuration", "imports", "nodes", "data and model"]
+    assert sum(stages.values()) == pytest.approx(case["to_first_round_s"], abs=0.05)
 
 
 def test_memory_gives_the_size_after_each_round(tmp_path, capsys):
