@@ -14,16 +14,21 @@ from pathlib import Path
 from typing import Any
 
 from fedsys.config import Config, NetworkConfig
-from fedsys.errors import LinkClosed
+from fedsys.errors import LinkClosed, LinkRefused
 from fedsys.faults import AT_EDGE, Fault
 from fedsys.faulty import Faulty, LinkFault
 from fedsys.link import Link, dial
+from fedsys.patience import Patience
 from fedsys.security import Credentials
 from fedsys.shaping import Network, RealClock, Shaped
 from fedsys.wire import Buffer, Frame, decode, encode_parts
 
 CONNECT_S = 10.0
-"""How long an edge server that is silent, and does not refuse, may take to accept a link."""
+"""How long the first edge server may take to accept a link: before it, nothing is known of the
+network. Later ones may take what `fedsys.patience` makes of those before."""
+
+LEAST_CONNECT_S = 1.0
+"""Shortest time limit for a link: certificates are checked on machines that are busy."""
 
 _LINK_FAULTS: dict[tuple[str, str], LinkFault] = {
     ("link_cut", "before_send"): LinkFault("cut", when="before"),
@@ -104,7 +109,9 @@ class Dialler:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.struck: list[Fault] = []
-        self._credentials, self._connect, self._clock = credentials, connect or _dial, clock
+        self._credentials, self._clock = credentials, clock
+        self._connect = connect or self._dial
+        self._patience = Patience(CONNECT_S, LEAST_CONNECT_S)
         self._waiting = [
             f for f in faults if f.kind.startswith("link_") and f.position not in AT_EDGE
         ]
@@ -125,6 +132,18 @@ class Dialler:
             link = Shaped(link, self._network, clock=self._time)
         return _Struck(link, self) if self._waiting else link
 
+    def _dial(self, address: str, credentials: Credentials | None) -> Link:
+        began, limit = self._clock(), self._patience.limit_s
+        try:
+            link = dial(address, credentials=credentials, timeout_s=limit, retry=False)
+        except LinkRefused:
+            raise
+        except LinkClosed:
+            self._patience.missed()
+            raise
+        self._patience.saw(self._clock() - began)
+        return link
+
     def due(self, frame: Frame) -> list[Fault]:
         """Return what strikes with a frame that the device sends, each fault once."""
         if frame.kind != "activation" or frame.meta.get("piece") != 0:
@@ -142,10 +161,6 @@ class Dialler:
         self.struck.append(fault)
         if fault.kind == "link_cut":
             self._cut_until = self._clock() + (fault.seconds or 0.0)
-
-
-def _dial(address: str, credentials: Credentials | None) -> Link:
-    return dial(address, credentials=credentials, timeout_s=CONNECT_S, retry=False)
 
 
 class _Struck:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from fedsys.edge_faults import EdgeFaults
 from fedsys.errors import (
     FedsysError,
     FrameError,
@@ -30,7 +31,6 @@ from fedsys.errors import (
     SecurityError,
     SessionError,
 )
-from fedsys.faults import Fault, from_json, to_json
 from fedsys.link import Link, Server, serve
 from fedsys.security import Credentials, same_token
 from fedsys.session import Session, SessionSpec, Snapshot
@@ -43,7 +43,6 @@ ORPHAN_S = 900.0
 """How long a session outlives the link of its controller, in seconds."""
 
 _HELLO_S = 30.0  # for the first frame of a link
-_NOTED_S = 10.0  # for the controller to take note of a fault
 
 _log = logging.getLogger(__name__)
 
@@ -99,10 +98,10 @@ class EdgeServer:
         crash: Callable[[EdgeServer], None] | None = None,
     ) -> None:
         self.name, self.counters = name, Counter[str]()
-        self._crash, self._stopped = crash, False
+        strikes = None if crash is None else lambda: crash(self)
+        self._faults = EdgeFaults(name, strikes, self._tell)
+        self._stopped = False
         self._orphaned: dict[str, float] = {}  # by session: since when it has no controller
-        self._faults: dict[str, list[Fault]] = {}  # by session: what is to strike it
-        self._noted: dict[str, threading.Event] = {}  # by fault: the controller knows of it
         self._control_token, self._controller = control_token, controller
         self._device = device or torch.device("cpu")
         self._limits = limits or EdgeLimits()
@@ -192,10 +191,12 @@ class EdgeServer:
             first = link.recv(_HELLO_S)
             if first.kind == "hello":
                 self._serve_device(link, first)
+            elif first.kind == "probe":
+                self._say_whether_here(link, first)
             elif first.kind == "control":
                 self._serve_controller(link, first)
             else:
-                raise SessionError(f"{first.kind}: a link begins with hello or control")
+                raise SessionError(f"{first.kind}: a link begins with hello, probe or control")
         except LinkClosed:
             pass
         except FedsysError as error:
@@ -214,6 +215,9 @@ class EdgeServer:
         if session is None:
             link.send(Frame("unknown"))
             return
+        if session.at_work():  # the device lost its link meanwhile; it is not to think us gone
+            link.send(Frame("wait"))
+        name = session.spec.id
         position = {"step": session.position(), "incarnation": session.incarnation}
         link.send(Frame("welcome", position))
         while True:
@@ -224,12 +228,12 @@ class EdgeServer:
                 continue
             before = session.steps
             lost: LinkError | None = None
-            self._strike("before_compute", session, link, frame)
+            self._faults.strike("before_compute", name, link, frame)
             try:
                 for reply in session.handle(frame):
                     try:
                         if lost is None:
-                            self._strike("after_compute", session, link, frame)
+                            self._faults.strike("after_compute", name, link, frame)
                             link.send(reply)
                     except LinkError as error:  # the operation goes on; its reply is kept
                         lost = error
@@ -238,55 +242,47 @@ class EdgeServer:
                 raise
             self._count("steps", session.steps - before)
             if session.steps > before:
-                self._strike("after_step", session, link, frame)
+                self._faults.strike("after_step", name, link, frame)
             if lost is not None:
                 raise lost
 
+    def _say_whether_here(self, link: Link, probe: Frame) -> None:
+        """Answer a device whose own link is silent; that link stays as it is."""
+        session = self._known(link, probe)
+        here = Frame("here", {"incarnation": session.incarnation}) if session else None
+        link.send(here or Frame("unknown"))
+
     def _admit(self, link: Link, hello: Frame) -> Session | None:
-        """Return the session that a device may speak with; None if there is none of that name."""
-        name, token = str(hello.meta.get("session", "")), str(hello.meta.get("token", ""))
+        """Return the session that a device may speak with from now on; None if there is none."""
+        session = self._known(link, hello)
+        if session is None:
+            return None
+        name = session.spec.id
         with self._lock:
-            session = self._sessions.get(name)
-            if session is None:
-                self._count("refused_unknown_session")
-                return None
-            if not same_token(token, session.spec.token):
-                raise SecurityError(f"session {name}: the token is not that of this session")
-            if session.spec.holder and link.peer != session.spec.holder:
-                raise SecurityError(
-                    f"session {name}: belongs to {session.spec.holder}, not to {link.peer or '?'}"
-                )
             former, self._devices[name] = self._devices.get(name), link
         if former is not None:
             former.close()  # a device that comes back has lost its link, and may not know it yet
         return session
 
-    def _strike(self, position: str, session: Session, link: Link, frame: Frame) -> None:
-        """Do what a fault of the run does at a position, once its controller knows of it.
+    def _known(self, link: Link, frame: Frame) -> Session | None:
+        """Return the session that a frame names, if its sender may speak with it; None for none.
 
         Raises:
-            LinkClosed: A fault struck.
+            SecurityError: It may not.
         """
-        name = session.spec.id
-        for fault in self._faults.get(name, ()):
-            due = (fault.position, fault.step) == (position, frame.meta.get("step"))
-            if not due or frame.kind == "evaluate":
-                continue
-            self._faults[name].remove(fault)
-            self._tell(name, fault)
-            if fault.kind == "edge_killed" and self._crash is not None:
-                self._crash(self)
-            link.close()
-            raise LinkClosed(f"{fault.kind} (a fault of the run)")
-
-    def _tell(self, session: str, fault: Fault) -> None:
+        name, token = str(frame.meta.get("session", "")), str(frame.meta.get("token", ""))
         with self._lock:
-            link = self._controllers.get(session)
-            text = to_json([fault])
-            noted = self._noted[text] = threading.Event()
-        if link is not None:
-            link.send(Frame("struck", {"faults": text}))
-            noted.wait(_NOTED_S)
+            session = self._sessions.get(name)
+        if session is None:
+            self._count("refused_unknown_session")
+            return None
+        if not same_token(token, session.spec.token):
+            raise SecurityError(f"session {name}: the token is not that of this session")
+        if session.spec.holder and link.peer != session.spec.holder:
+            raise SecurityError(
+                f"session {name}: belongs to {session.spec.holder}, not to {link.peer or '?'}"
+            )
+        return session
 
     # --- controllers ------------------------------------------------------------------------------
 
@@ -307,10 +303,7 @@ class EdgeServer:
         while True:
             frame = link.recv()
             if frame.kind == "noted":
-                with self._lock:
-                    noted = self._noted.pop(str(frame.meta.get("faults")), None)
-                if noted is not None:
-                    noted.set()
+                self._faults.noted(frame)
                 continue
             request = frame.meta.get("request")
             try:
@@ -368,16 +361,12 @@ class EdgeServer:
         self._forget_orphans()
         with self._lock:  # before anything is built, and again when there is something to hold
             self._check_room(spec, 0)
-        planned = _planned(frame)
-        if planned and self._crash is None:
-            raise SessionError(
-                f"{self.name} was not started to be struck by faults; edge.faults=true lets it be"
-            )
+        planned = self._faults.coming_with(frame)
         session = Session(spec, Snapshot.from_frame(frame), self._device, self._replicate)
         with self._lock:
             self._hold(session)
             self._controllers[spec.id] = link
-            self._faults[spec.id] = planned
+            self._faults.plan(spec.id, planned)
         self._count("opened")
         return Frame("opened")
 
@@ -401,7 +390,7 @@ class EdgeServer:
         with self._lock:
             self._sessions.pop(name, None)
             self._controllers.pop(name, None)
-            self._faults.pop(name, None)
+            self._faults.forget(name)
             self._orphaned.pop(name, None)
             link = self._devices.pop(name, None)
         if link is not None:
@@ -413,15 +402,19 @@ class EdgeServer:
 
     def _send(self, kind: str, spec: SessionSpec, snapshot: Snapshot) -> bool:
         """Send a snapshot to the controller of its session; return whether that could be done."""
+        meta = {"session": spec.id, "step": snapshot.step}
+        return self._tell(spec.id, Frame(kind, meta, snapshot.tensors()))
+
+    def _tell(self, session: str, frame: Frame) -> bool:
+        """Send a frame to the controller of a session; return whether that could be done."""
         with self._lock:
-            link = self._controllers.get(spec.id)
+            link = self._controllers.get(session)
         if link is None:
             return False
         try:
-            meta = {"session": spec.id, "step": snapshot.step}
-            link.send(Frame(kind, meta, snapshot.tensors()))
+            link.send(frame)
         except LinkError as error:
-            _log.warning("session %s: its %s was not sent: %s", spec.id, kind, error)
+            _log.warning("session %s: its %s was not sent: %s", session, frame.kind, error)
             return False
         return True
 
@@ -436,13 +429,6 @@ def _frozen(session: Session, deadline: float) -> Snapshot | None:
                 _log.warning("%s", error)
                 return None
         time.sleep(0.005)
-
-
-def _planned(frame: Frame) -> list[Fault]:
-    try:
-        return list(from_json(str(frame.meta.get("faults", "[]"))))
-    except (ValueError, TypeError) as error:
-        raise FrameError(f"{frame.kind}: faults={frame.meta['faults']!r:.40}") from error
 
 
 def _mapping(frame: Frame, name: str) -> Mapping[str, Any]:

@@ -261,11 +261,11 @@ class HandlerThreads:
         """Wait `grace_s` seconds for handlers to finish, then end their links and wait again."""
         with self._lock:
             running = dict(self._running)
-        running.pop(threading.current_thread(), None)
-        _join(running, grace_s)
+        others = running.keys() - {threading.current_thread()}
+        _join(others, grace_s)
         for link in running.values():
             link.close()
-        _join(running, _AFTER_CLOSE_S)
+        _join(others, _AFTER_CLOSE_S)
 
     def _run(self, link: FailingLink) -> None:
         try:

@@ -5,6 +5,10 @@ edge answers what it has done already from memory, so nothing is computed twice.
 itself is gone, the device asks at the edges of its assignment until one of them has it again, at
 an earlier step; `Moved` then tells the trainer to which step to return. When no edge has it,
 `EdgesLost` says so.
+
+An answer that is late (`fedsys.patience`) may be on its way over a slow link, or its edge may be
+gone without a word. The device asks over another link, and keeps the one that it has for as long as
+the edge says that the session is there.
 """
 
 from __future__ import annotations
@@ -25,26 +29,26 @@ from fedsys.errors import (
     SessionError,
 )
 from fedsys.link import Link
+from fedsys.patience import Patience
 from fedsys.session import natural
 from fedsys.wire import Frame, encode_parts
 
-FIRST_S = 120.0
-"""How long the first operation may take: before it, nothing is known of edge and link."""
-
-PATIENCE = 20.0
-"""How many times the longest round trip so far an answer may take."""
-
-LEAST_S = 5.0
-"""Shortest time limit, in seconds: a machine can be busy for a moment."""
-
 ASKING_S = 20.0
-"""How long a device asks for a session that is gone, unless steps take longer than that."""
+"""How long a device asks for a session at least; or as long as its work in the round took so far,
+which is what it would cost to do it again."""
 
 REFUSED_S = 1.5
 """How long it asks where every edge server refuses: their processes are gone, not the network."""
 
 ASK_AGAIN_S = (0.02, 0.25)
 """Shortest and longest pause between two rounds of asking."""
+
+GREETING_S = 10.0
+"""How long the first greeting may take: before it, nothing is known of the network."""
+
+ALIVE = 6
+"""Late answers in a row, with the edge alive, until the device connects again: the limit doubles
+each time, so this is after 63 times the limit."""
 
 FRUITLESS = 5
 """Recoveries in a row after which not one answer came, until the device gives up."""
@@ -122,8 +126,9 @@ class Remote:
         self._incarnation = ""
         self._unanswered: dict[tuple[str, int, int], tuple[float, list[Any]]] = {}
         self._arrived: dict[tuple[str, int, int], Frame] = {}
-        self._longest = 0.0
-        self._fruitless = 0
+        self._patience, self._greetings = Patience(), Patience(GREETING_S)
+        self._began = self._heard = clock()
+        self._fruitless = self._late = 0
 
     def open(self) -> int:
         """Connect; return the step at which the session stands.
@@ -132,6 +137,7 @@ class Remote:
             EdgesLost: No edge has the session.
             RemoteError: The edge refuses the device.
         """
+        self._began = self._clock()
         return self._ask()
 
     def close(self) -> None:
@@ -172,13 +178,15 @@ class Remote:
         began = self._clock()
         while (answer, step, piece) not in self._arrived:
             try:
-                self._take(self._live().recv(self._limit()))
-            except LinkError as error:  # lost, late or broken: the same way out for all
+                self._take(self._live().recv(self._patience.limit_s))
+            except LinkTimeout as error:
+                self._doubt(error)
+            except LinkError as error:  # lost or broken: the same way out for both
                 self._recover(error)
         now = self._clock()
         self.traffic.waited_s += now - began
         sent, _ = self._unanswered.pop((kind, step, piece), (now, []))
-        self._longest = max(self._longest, now - sent)
+        self._patience.saw(now - sent)
         return self._arrived.pop((answer, step, piece))
 
     def forget(self) -> None:
@@ -193,11 +201,6 @@ class Remote:
             raise LinkClosed("not connected")
         return self._link
 
-    def _limit(self) -> float:
-        if not self._longest:
-            return FIRST_S
-        return max(LEAST_S, PATIENCE * self._longest)
-
     def _transmit(self, parts: list[Any]) -> None:
         try:
             self._live().send_encoded(parts)
@@ -208,7 +211,8 @@ class Remote:
 
     def _take(self, frame: Frame) -> None:
         self.traffic.bytes_down += frame.encoded_bytes
-        self._fruitless = 0
+        self._fruitless = self._late = 0
+        self._heard = self._clock()
         if frame.kind == "outputs":
             step, index = 0, natural(frame, "index")
         else:
@@ -217,6 +221,52 @@ class Remote:
         asked = {"gradient": "gradient" if self._private else "activation", "outputs": "evaluate"}
         if (asked.get(frame.kind, frame.kind), step, index) in self._unanswered:
             self._arrived[frame.kind, step, index] = frame  # others came twice: forget them
+
+    def _doubt(self, error: LinkTimeout) -> None:
+        """Find out what became of a session from which no answer comes; recover if it is gone.
+
+        Raises:
+            Moved: It was found elsewhere.
+            EdgesLost: Nobody has answered for longer than is worth waiting.
+        """
+        self._patience.missed()
+        self._late += 1
+        found = self._probe(self._edge)
+        if found == self._incarnation and self._late % ALIVE:
+            self._heard = self._clock()
+            return
+        if found is None and not any(map(self._probe, self._edges)):
+            if self._clock() - self._heard > self._worth_waiting():
+                raise EdgesLost(
+                    f"session {self._session}: none of {len(self._edges)} edge servers answers"
+                ) from error
+            return  # this end may be cut off; what is under way may yet arrive
+        self._recover(error)
+
+    def _probe(self, edge: str) -> str | None:
+        """Ask an edge for the session, and leave it its link.
+
+        Returns:
+            The session's incarnation, empty if the edge does not have it; None without an answer.
+        """
+        began = self._clock()
+        try:
+            link = self._connect(edge)
+            try:
+                link.send(Frame("probe", {"session": self._session, "token": self._token}))
+                answer = link.recv(self._greetings.limit_s)
+            finally:
+                link.close()
+        except (LinkRefused, RemoteError):  # it says what is the matter when it is greeted
+            return ""
+        except LinkError:
+            self._greetings.missed()
+            return None
+        self._greetings.saw(self._clock() - began)
+        return str(answer.meta.get("incarnation", ""))
+
+    def _worth_waiting(self) -> float:
+        return max(ASKING_S, self._heard - self._began)
 
     def _recover(self, error: LinkError) -> None:
         """Reach the session again and repeat what was not answered.
@@ -255,7 +305,7 @@ class Remote:
     def _ask(self) -> int:
         """Ask edge after edge, the last known one first, until one welcomes the device."""
         order = [self._edge, *(edge for edge in self._edges if edge != self._edge)]
-        began, longest = self._clock(), max(ASKING_S, self._limit() if self._longest else 0.0)
+        began, longest = self._clock(), self._worth_waiting()
         wait, at_most = ASK_AGAIN_S
         while True:
             refused = silent = 0
@@ -288,11 +338,23 @@ class Remote:
 
     def _greet(self, edge: str) -> int | None:
         """Present the token; return the session's step, or None if the edge does not know it."""
-        link = self._connect(edge)
+        began = self._clock()
+        try:
+            link = self._connect(edge)
+        except LinkRefused:
+            raise
+        except LinkError:
+            self._greetings.missed()
+            raise
         try:
             link.send(Frame("hello", {"session": self._session, "token": self._token}))
-            answer = link.recv(max(LEAST_S, self._limit() if self._longest else LEAST_S))
-        except LinkError:
+            answer = link.recv(self._greetings.limit_s)
+            self._greetings.saw(self._clock() - began)
+            if answer.kind == "wait":  # an operation of this session is in work
+                answer = link.recv()
+        except LinkError as error:
+            if isinstance(error, LinkTimeout):
+                self._greetings.missed()
             link.close()
             raise
         if answer.kind != "welcome":

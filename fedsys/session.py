@@ -278,6 +278,13 @@ class Session:
             self._frozen = True
             return snapshot
 
+    def at_work(self) -> bool:
+        """Return whether an operation is in work, without waiting for it."""
+        if not self._lock.acquire(blocking=False):
+            return True
+        self._lock.release()
+        return False
+
     def position(self) -> int:
         """Return the steps done, once the operation in work is: a step follows its reply."""
         with self._lock:

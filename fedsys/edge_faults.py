@@ -1,0 +1,99 @@
+"""Faults of a run that strike at an edge server: it is killed, or the link of a device is cut.
+
+They come with the sessions that they strike. The controller is told before one does, because an
+edge server that was killed tells nothing any more.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from fedsys.errors import FrameError, LinkClosed, SessionError
+from fedsys.faults import Fault, from_json, to_json
+from fedsys.link import Link
+from fedsys.wire import Frame
+
+_NOTED_S = 10.0  # for the controller to take note of a fault
+
+
+class EdgeFaults:
+    """What is to strike the sessions of one edge server. Methods may be called from any thread.
+
+    Args:
+        name: Of the edge server, for messages.
+        crash: What ``edge_killed`` does; None refuses sessions that come with faults.
+        tell: Sends a frame to the controller of a session and says whether there is one.
+    """
+
+    def __init__(
+        self, name: str, crash: Callable[[], None] | None, tell: Callable[[str, Frame], bool]
+    ) -> None:
+        self._name, self._crash, self._tell = name, crash, tell
+        self._planned: dict[str, list[Fault]] = {}  # by session
+        self._noted: dict[str, threading.Event] = {}  # by fault: the controller knows of it
+        self._lock = threading.Lock()
+
+    def coming_with(self, frame: Frame) -> list[Fault]:
+        """Return the faults that come with a session.
+
+        Raises:
+            FrameError: They are not faults.
+            SessionError: The edge server is not one that may be struck.
+        """
+        try:
+            planned = list(from_json(str(frame.meta.get("faults", "[]"))))
+        except (ValueError, TypeError) as error:
+            raise FrameError(f"{frame.kind}: faults={frame.meta['faults']!r:.40}") from error
+        if planned and self._crash is None:
+            raise SessionError(
+                f"{self._name} was not started to be struck by faults; edge.faults=true lets it be"
+            )
+        return planned
+
+    def plan(self, session: str, faults: list[Fault]) -> None:
+        """Have faults strike a session."""
+        with self._lock:
+            self._planned[session] = faults
+
+    def forget(self, session: str) -> None:
+        """Have nothing strike a session any more."""
+        with self._lock:
+            self._planned.pop(session, None)
+
+    def noted(self, frame: Frame) -> None:
+        """Take note that the controller knows of a fault."""
+        with self._lock:
+            noted = self._noted.pop(str(frame.meta.get("faults")), None)
+        if noted is not None:
+            noted.set()
+
+    def strike(self, position: str, session: str, link: Link, frame: Frame) -> None:
+        """Do what is due at a position of an operation, once the controller knows of it.
+
+        Raises:
+            LinkClosed: A fault struck.
+        """
+        fault = self._take(position, session, frame)
+        if fault is None:
+            return
+        text = to_json([fault])
+        with self._lock:
+            noted = self._noted[text] = threading.Event()
+        if self._tell(session, Frame("struck", {"faults": text})):
+            noted.wait(_NOTED_S)
+        if fault.kind == "edge_killed" and self._crash is not None:
+            self._crash()
+        link.close()
+        raise LinkClosed(f"{fault.kind} (a fault of the run)")
+
+    def _take(self, position: str, session: str, frame: Frame) -> Fault | None:
+        if frame.kind == "evaluate":
+            return None
+        with self._lock:
+            planned = self._planned.get(session, [])
+            for fault in planned:
+                if (fault.position, fault.step) == (position, frame.meta.get("step")):
+                    planned.remove(fault)
+                    return fault
+        return None
