@@ -6,13 +6,17 @@ import threading
 import time
 from collections.abc import Iterator
 
-from flwr.app import ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor, nn
 
 from fedsys import data, federation, optimizers, records, training
 from fedsys.config import Config
 from fedsys.faults import SPARED, Doom
+from fedsys.pruning import settings as pruning
+from fedsys.pruning.masks import Masks, held
+from fedsys.pruning.penalty import Penalty
 from fedsys.randomness import Address
+from fedsys.session import layered_model, penalty_of
 
 EVALUATION_BATCH = 500
 
@@ -36,7 +40,8 @@ class LocalClient:
 
         Args:
             content: Records ``arrays`` (the global model), ``config`` (with ``server-round``, and
-                ``proximal-mu`` from FedProx), and ``optimizer`` if state was kept.
+                ``proximal-mu`` from FedProx), ``optimizer`` if state was kept, and ``masks`` if
+                weights are pruned.
 
         Returns:
             Records ``arrays``, ``metrics`` and, if the optimizer is kept, ``optimizer``.
@@ -47,22 +52,26 @@ class LocalClient:
         round_ = int(str(settings["server-round"]))
         model = self._model()
         records.load_into(model, content.array_records["arrays"])
-        lr = optimizers.learning_rate(client.lr, client.lr_schedule, round_, self.config.rounds)
+        place = pruning.position(self.config, round_)
+        lr = optimizers.learning_rate(client.lr, client.lr_schedule, *place)
         optimizer = optimizers.make_optimizer(model.parameters(), client, lr)
         named = dict(model.named_parameters())
         if (kept := content.array_records.get("optimizer")) is not None:
             optimizers.unpack_optimizer(optimizer, named, records.from_record(kept))
         address = Address(self.config.seed, self.partition, round_)
         doom = Doom.of(content.config_records.get("faults"))
-        score = training.train(
-            model,
-            optimizer,
-            own_batches(self.config, self.partition, address, doom),
-            address,
-            micro_batches=micro_batches(self.config, settings),
-            clip_norm=client.clip_norm,
-            anchor=_anchor(model, settings),
-        )
+        packed = records.from_record(content.array_records.get("masks", ArrayRecord()))
+        with held(Masks.unpacked(packed, named), model, optimizer):
+            score = training.train(
+                model,
+                optimizer,
+                own_batches(self.config, self.partition, address, doom),
+                address,
+                micro_batches=micro_batches(self.config, settings),
+                clip_norm=client.clip_norm,
+                anchor=_anchor(model, settings),
+                penalty=self._penalty(round_),
+            )
         metrics = train_metrics(score, client.epochs, time.perf_counter() - began)
         reply = RecordDict({"arrays": records.to_record(model.state_dict()), "metrics": metrics})
         if client.keep_optimizer:
@@ -85,6 +94,13 @@ class LocalClient:
             }
         )
         return RecordDict({"metrics": metrics})
+
+    def _penalty(self, round_: int) -> Penalty | None:
+        if not pruning.penalty_weight(self.config, round_):
+            return None
+        dataset = federation.federation(self.config).dataset
+        layers = layered_model(self.config, dataset.input_shape, dataset.num_classes)
+        return penalty_of(self.config, layers, round_)
 
     def _model(self) -> nn.Module:
         """Return this thread's model; its state is overwritten by every message."""

@@ -26,7 +26,7 @@ from fedsys.link import Link
 from fedsys.randomness import Address, drawing, rows
 from fedsys.remote import EdgesLost, Moved, Remote, Traffic
 from fedsys.schedule import operations
-from fedsys.session import layered_model
+from fedsys.session import layered_model, penalty_of
 from fedsys.training import Score, pieces
 from fedsys.wire import Frame
 
@@ -343,6 +343,8 @@ class OffloadClient:
             proximal_mu=self._mu,
             optimizer_state=point.optimizer,
             anchor=first.state,
+            masks=records.from_record(self._content.array_records.get("masks", ArrayRecord())),
+            penalty=penalty_of(self._config, self._layers, self._round),
         )
 
     def _keep_point(self, points: dict[int, _Point], step: int, part: Part, sums: _Sums) -> None:

@@ -22,7 +22,6 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +31,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fedsys import faults
 from fedsys.errors import ConfigError, did_you_mean
+from fedsys.pruning import settings as pruning_settings
+from fedsys.pruning.settings import PruningConfig
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 """The folder of the groups: the same place in the checkout, the wheel and the Flower bundle."""
@@ -277,38 +278,6 @@ class FaultsConfig:
 
 
 @dataclass(frozen=True)
-class PruningConfig:
-    """Which weights go.
-
-    Attributes:
-        method: ``none``, or one of `fedsys.pruning.sparsify.METHODS`.
-        sparsity: Share of the weights that goes, in [0, 1), or several in ascending order: then
-            ``fedsys prune`` makes a variant of each.
-        leave: Layers to leave alone: names or patterns. None leaves the last one, whose outputs
-            are the classes.
-        scope: ``global`` or ``layer``.
-        keep_channels: In each layer, the best weight of so many channels stays in any case.
-        mix: ``magnitude_channel``: weight of the channel's norm in the score.
-        iterations: ``synflow``: steps.
-        examples: ``snip`` and ``grasp``: training images that the gradient is taken on.
-    """
-
-    method: str = "none"
-    sparsity: float | tuple[float, ...] = 0.9
-    leave: tuple[str, ...] | None = None
-    scope: str = "global"
-    keep_channels: int = 0
-    mix: float = 0.8
-    iterations: int = 100
-    examples: int = 512
-
-    @property
-    def sparsities(self) -> tuple[float, ...]:
-        """The shares in ascending order, also if there is only one."""
-        return self.sparsity if isinstance(self.sparsity, tuple) else (self.sparsity,)
-
-
-@dataclass(frozen=True)
 class PruneConfig:
     """What ``fedsys prune`` makes of the model. Sizes of groups of weights are of `PruningConfig`.
 
@@ -454,17 +423,6 @@ RULES: tuple[Rule, ...] = (
     ("link.holder", _optional(_names_one), "must be a name, with {client} at most once", ""),
     ("schedule.micro_batches", _at_least_one, "must be at least 1", ""),
     ("checkpoint.every", _at_least_one, "must be at least 1", ""),
-    (
-        "pruning.sparsities",
-        lambda v: bool(v) and all(0 <= a < b for a, b in pairwise((*v, 1.0))),
-        "must be in [0, 1), or several of them in ascending order",
-        "",
-    ),
-    ("pruning.scope", *_one_of("global", "layer"), ""),
-    ("pruning.keep_channels", lambda v: v >= 0, "must not be negative", ""),
-    ("pruning.mix", lambda v: 0 <= v <= 1, "must be in [0, 1]", ""),
-    ("pruning.iterations", _at_least_one, "must be at least 1", ""),
-    ("pruning.examples", _at_least_one, "must be at least 1", ""),
     ("prune.round_to", _at_least_one, "must be at least 1", "1 rounds nothing"),
     ("prune.borders", *_one_of("carrier", "map"), ""),
     ("prune.coupling", *_one_of("group", "scatter"), ""),
@@ -494,6 +452,7 @@ def _check(config: Config) -> None:
             value = getattr(value, part)
         if not test(value):
             raise ConfigError.of(path, value, rule, way_out)
+    pruning_settings.check(config.pruning)
     if config.schedule.micro_batches > config.client.batch_size:
         raise ConfigError.of(
             "schedule.micro_batches",

@@ -17,6 +17,9 @@ from fedsys import optimizers, training
 from fedsys.config import Config
 from fedsys.errors import ModelError
 from fedsys.layers import LayeredModel, fill, stages
+from fedsys.pruning import settings as pruning
+from fedsys.pruning.masks import Holding, Masks
+from fedsys.pruning.penalty import Penalty
 from fedsys.training import Proximal
 
 
@@ -29,6 +32,8 @@ class Part:
         round_: The round, which decides the learning rate.
         proximal_mu: Weight of FedProx's term; 0 for none.
         optimizer_state: State by global name, of these parameters; None to begin anew.
+        masks: What is pruned, packed (`fedsys.pruning.masks.Masks.packed`), by global name.
+        penalty: On channels, so that they die; None for none.
         anchor: Parameters by global name towards which FedProx's term pulls; None: those that the
             modules have now, at the start of the round.
     """
@@ -42,6 +47,8 @@ class Part:
         proximal_mu: float = 0.0,
         optimizer_state: Mapping[str, Tensor] | None = None,
         anchor: Mapping[str, Tensor] | None = None,
+        masks: Mapping[str, Tensor] | None = None,
+        penalty: Penalty | None = None,
     ) -> None:
         self.modules = tuple(modules)
         self._clip_norm = config.client.clip_norm
@@ -56,11 +63,15 @@ class Part:
             else None
         )
         client = config.client
-        lr = optimizers.learning_rate(client.lr, client.lr_schedule, round_, config.rounds)
+        place = pruning.position(config, round_)
+        lr = optimizers.learning_rate(client.lr, client.lr_schedule, *place)
         self.optimizer: Optimizer | None = None
         if self.named:  # a stage of pooling or flattening alone has nothing to train
             self.optimizer = optimizers.make_optimizer(self.named.values(), client, lr)
             optimizers.unpack_optimizer(self.optimizer, self.named, optimizer_state or {})
+        self._penalty = penalty
+        pruned = Masks.unpacked(masks or {}, self.named)
+        self._holding = Holding(pruned, self.named, self.optimizer)
         for module in self.modules:
             module.train()
 
@@ -75,12 +86,14 @@ class Part:
             parameter.grad = None
 
     def norms(self) -> dict[str, float]:
-        """Return the squared norms of the gradients, with the proximal term in them.
+        """Return the squared norms of the gradients, with proximal term and penalty in them.
 
         To be called once per step, after the last backward.
         """
         if self._anchor is not None:
             self._anchor.add_to_gradients(self.named)
+        if self._penalty is not None:
+            self._penalty.add_to_gradients(self.named)
         return training.squared_norms(self.named) if self.clips else {}
 
     def step(self, norms: Mapping[str, float]) -> None:
@@ -95,7 +108,12 @@ class Part:
             optimizers.step(self.optimizer)
 
     def state(self) -> dict[str, Tensor]:
-        """Return parameters and buffers by global name; not copied."""
+        """Return parameters and buffers by global name; not copied.
+
+        Raises:
+            ModelError: Training moved a weight that is pruned.
+        """
+        self._holding.check()
         return {n: t.detach() for m in self.modules for n, t in m.state_dict().items()}
 
     def anchor(self) -> dict[str, Tensor]:

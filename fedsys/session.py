@@ -39,6 +39,8 @@ from fedsys.config import Config
 from fedsys.errors import FrameError, LinkClosed, SessionError
 from fedsys.halves import Part, filled_stages, safe_input
 from fedsys.layers import LayeredModel, layered
+from fedsys.pruning import settings as pruning
+from fedsys.pruning.penalty import Penalty
 from fedsys.randomness import Address, drawing, rows
 from fedsys.security import new_token
 from fedsys.training import pieces
@@ -124,16 +126,19 @@ class Snapshot:
         optimizer: State of their optimizer, by global name.
         anchor: Parameters at the start of the round, by global name, if FedProx's term pulls
             towards them and they are no longer those in `state`.
+        masks: What is pruned of these parameters, packed, by global name.
     """
 
     step: int
     state: State
     optimizer: State
     anchor: State = dataclasses.field(default_factory=dict)
+    masks: State = dataclasses.field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors for a frame."""
         parts = {"state": self.state, "optimizer": self.optimizer, "anchor": self.anchor}
+        parts["masks"] = self.masks
         return {f"{part}/{name}": t for part, named in parts.items() for name, t in named.items()}
 
     @classmethod
@@ -142,7 +147,11 @@ class Snapshot:
         step = natural(frame, "step")
         named = frame.tensors
         return cls(
-            step, _part(named, "state/"), _part(named, "optimizer/"), _part(named, "anchor/")
+            step,
+            _part(named, "state/"),
+            _part(named, "optimizer/"),
+            _part(named, "anchor/"),
+            _part(named, "masks/"),
         )
 
 
@@ -163,6 +172,12 @@ def _layered(spec: str, input_shape: tuple[int, int, int], num_classes: int) -> 
     model = json.loads(spec)
     skeleton = models.skeleton(model, input_shape=input_shape, num_classes=num_classes)
     return layered(skeleton, input_shape)
+
+
+def penalty_of(config: Config, model: LayeredModel, round_: int) -> Penalty | None:
+    """Return the penalty on channels with which a round is trained; None for none."""
+    weight = pruning.penalty_weight(config, round_)
+    return Penalty.of(model.graph, weight, config.pruning.leave) if weight else None
 
 
 def _dtype_of(model: LayeredModel) -> torch.dtype:
@@ -211,7 +226,10 @@ class Session:
             proximal_mu=spec.proximal_mu,
             optimizer_state=start.optimizer,
             anchor=start.anchor or None,
+            masks=start.masks,
+            penalty=penalty_of(self._config, model, spec.round),
         )
+        self._pruned = start.masks
         self._nbytes = self._part.nbytes()
         self._address = Address(self._config.seed, spec.client, spec.round)
         self._masks: dict[str, Tensor] = {}
@@ -265,7 +283,8 @@ class Session:
             if self._forward or self._early:
                 raise SessionError(f"session {self.spec.id} is in the middle of step {self.steps}")
             state = {n: t.cpu().clone() for n, t in self._part.state().items()}
-            return Snapshot(self.steps, state, self._part.optimizer_state(), self._part.anchor())
+            optimizer, anchor = self._part.optimizer_state(), self._part.anchor()
+            return Snapshot(self.steps, state, optimizer, anchor, self._pruned)
 
     def freeze(self) -> Snapshot:
         """Return the state between two steps, and do nothing more from here on.

@@ -10,6 +10,7 @@ from typing import Any
 from fedsys import config as configuration
 from fedsys import resume, stages
 from fedsys.config import Config
+from fedsys.pruning.settings import check_rounds
 from fedsys.run import RunFolder, default_path
 
 
@@ -42,6 +43,7 @@ def job(tree: Any) -> Mapping[str, Any]:
 def _new(tree: Any) -> Config:
     # Bad values are said before a folder is made.
     config = configuration.parse(configuration.to_text(tree))
+    check_rounds(config.pruning, config.rounds)
     if config.runtime.kind == "deployment" and not config.runtime.launch:
         return config  # the run folder is on the machine of the server app, which chooses it
     tree.run.dir = str(Path(tree.run.dir or default_path(Path("outputs"), "train")).absolute())

@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from traceback import walk_tb
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,9 @@ from torch.optim import Optimizer
 from fedsys import optimizers
 from fedsys.errors import ConfigError, ModelError
 from fedsys.randomness import Address, drawing, rows
+
+if TYPE_CHECKING:
+    from fedsys.pruning.penalty import Penalty
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -107,6 +111,7 @@ def train(
     micro_batches: int = 1,
     clip_norm: float | None = None,
     anchor: Proximal | None = None,
+    penalty: Penalty | None = None,
 ) -> Score:
     """Do one optimizer step for every mini-batch.
 
@@ -119,6 +124,7 @@ def train(
         micro_batches: Pieces per mini-batch whose gradients are added up.
         clip_norm: Largest joint norm of the gradients; None for no clipping.
         anchor: FedProx's proximal term; None for none.
+        penalty: On channels, so that they die; None for none.
 
     Returns:
         The score over all examples, as seen in training (before each step).
@@ -148,6 +154,8 @@ def train(
                 hits += (outputs.detach().argmax(1) == labels).sum()
         if anchor is not None:
             anchor.add_to_gradients(named)
+        if penalty is not None:
+            penalty.add_to_gradients(named)
         if clip_norm is not None:
             clip_gradients(named, clip_norm, squared_norms(named))
         optimizers.step(optimizer)

@@ -4,9 +4,10 @@
 
     Sampled(              who takes part, by partition id; replies in that order
       Offload(            halves out, whole models back
-        KeptState(        optimizer state of the clients, from round to round
-          TypedBuffers(   buffers keep their type and are never "stepped"
-            FedAvg | FedProx | FedAdam | …
+        Pruned(           masks whole models: what goes out, and whatever the inner ones return
+          KeptState(      optimizer state of the clients, from round to round
+            TypedBuffers( buffers keep their type and are never "stepped"
+              FedAvg | FedProx | FedAdam | …
 """
 
 from __future__ import annotations
@@ -24,10 +25,20 @@ from strategies.buffers import TypedBuffers
 from strategies.kept import KeptState
 from strategies.offload import Offload
 from strategies.policies import build_policy
+from strategies.pruned import Pruned
 from strategies.roster import Roster
 from strategies.sampling import Sampled, Sampling
 
-__all__ = ["KeptState", "Offload", "Roster", "Sampled", "Sampling", "TypedBuffers", "build"]
+__all__ = [
+    "KeptState",
+    "Offload",
+    "Pruned",
+    "Roster",
+    "Sampled",
+    "Sampling",
+    "TypedBuffers",
+    "build",
+]
 
 
 def build(
@@ -45,7 +56,8 @@ def build(
         model: The model, which tells parameters from buffers.
         roster: Who is there.
         fleet: The edge servers; None trains on the devices alone.
-        dataset: Tells the shape of the inputs and the number of classes; needed with a fleet.
+        dataset: Tells the shape of the inputs and the number of classes; needed with a fleet, or
+            to prune.
 
     Raises:
         ConfigError: The strategy does not exist, or an argument is not one of its own.
@@ -71,6 +83,10 @@ def build(
     parameters = frozenset(name for name, _ in model.named_parameters(remove_duplicate=False))
     typed = TypedBuffers(inner, parameters, step_buffers=buffers == "aggregate")
     inner = KeptState(typed, roster) if config.client.keep_optimizer else typed
+    if config.pruning.active:
+        if dataset is None:
+            raise ConfigError.of("dataset", None, "must be given to prune")
+        inner = Pruned(inner, config, model, dataset)
     policy = build_policy(config.policy, max(1, len(edge_names(config))))
     if policy is None or fleet is None or dataset is None:
         return Sampled(inner, roster, sampling, seed=config.seed)

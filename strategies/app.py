@@ -23,7 +23,7 @@ from fedsys.progress import Progress, choose
 from fedsys.run import default_path, state_sha256
 from fedsys.runtime.grids import attentive
 from fedsys.runtime.relay import Relay
-from strategies import Roster, build
+from strategies import Roster, build, pruned
 from strategies.gathering import gather
 from strategies.keeper import Keeper, opened
 from strategies.offload import figures, in_words, recoveries
@@ -103,6 +103,7 @@ def _train(
             folder.event("recovery", **entry)
             progress.note(in_words(entry))
         told = len(recoveries(strategy))
+        pruned.keep_level(strategy, config, result.number, result.arrays, folder.path)
         keeper.keep(result)
         clock.round_ended()
 
@@ -121,7 +122,9 @@ def _train(
     drawing = ", drawing plots" if config.run.plots else ""
     progress.phase(f"scoring the test part{drawing}")
     seconds = keeper.seconds + time.perf_counter() - started
-    return _conclude(config, fed, keeper, arrays, judge, figures(strategy), seconds)
+    pruned.keep_masks(strategy, folder.path)
+    more = {**figures(strategy), **pruned.figures(strategy)}
+    return _conclude(config, fed, keeper, arrays, judge, more, seconds)
 
 
 def _conclude(

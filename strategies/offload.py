@@ -34,7 +34,8 @@ from fedsys.session import SessionSpec, Snapshot, layered_model
 from strategies.policies import Assignment, Observation, OffloadPolicy
 from strategies.roster import Roster
 
-ARRAYS, OPTIMIZER, ASSIGNMENT, OBSERVATION = "arrays", "optimizer", "assignment", "observation"
+ARRAYS, OPTIMIZER, MASKS = "arrays", "optimizer", "masks"
+ASSIGNMENT, OBSERVATION = "assignment", "observation"
 MICRO_BATCHES = "micro-batches"
 
 _log = logging.getLogger("fedsys.offload")
@@ -271,10 +272,11 @@ class Offload(Strategy):
             0,
             records.from_record(_of(whole, ARRAYS, mine)),
             records.from_record(_of(whole, OPTIMIZER, mine)),
+            masks=records.from_record(_of(whole, MASKS, mine)),
         )
         name = self.fleet.open(spec, start, self._first_edge(assignment))
         content = records.own_copy(whole)
-        for key in (ARRAYS, OPTIMIZER):
+        for key in (ARRAYS, OPTIMIZER, MASKS):
             if key in whole.array_records:
                 content[key] = _without(whole, key, mine)
         content[ASSIGNMENT] = ConfigRecord(

@@ -58,6 +58,21 @@ FEATURES = {
     },
 }
 
+PRUNED = {
+    "pruned between rounds, clipped, decay, penalty": {
+        "client": {"momentum": 0.9, "weight_decay": 0.01, "keep_optimizer": True, "clip_norm": 0.5},
+        "pruning": {"method": "magnitude", "sparsity": 0.7, "steps": 1, "group_lasso": 0.01},
+    },
+    "pruned, proximal": {
+        "strategy": "fedprox",
+        "pruning": {"method": "random", "sparsity": 0.5, "start": 0, "steps": 2},
+    },
+    "levels with rewinding, fedadam, kept adam": {
+        "strategy": "fedadam",
+        "client": {"optimizer": "adam", "lr": 0.003, "keep_optimizer": True},
+        "pruning": {"method": "magnitude", "rewind": 0, "rounds_per_level": 1, "share": 0.4},
+    },
+}
 COLUMNS = {
     "model and cut": [
         ("cnn-batch", 1),
@@ -107,10 +122,15 @@ def pairs_of(row):
     return {(a, row[a], b, row[b]) for a, b in itertools.combinations(range(len(row)), 2)}
 
 
+BETWEEN_ROUNDS, PROXIMAL, LEVELS = PRUNED
 TABLE = [
     *all_pairs(COLUMNS),
     (("resnet18", 0.5), "momentum, decay, cosine", (2, "pipelined"), "never", False, "memory"),
     (("mobilenet_v2", 0.5), "plain", (1, "sequential"), "never", True, "memory"),
+    (("cnn-batch", [1, 2, 4]), BETWEEN_ROUNDS, (3, "pipelined"), "edge", False, "grpc"),
+    (("vgg5-batch", 2), BETWEEN_ROUNDS, (2, "pipelined"), "never", True, "memory"),
+    (("cnn-group", 2), PROXIMAL, (1, "sequential"), "link", False, "memory"),
+    (("cnn-group", 1), LEVELS, (2, "bounded"), "edge", True, "memory"),
 ]
 
 
@@ -128,7 +148,7 @@ def settings(configure):
 
     def made(model, feature, **more):
         name, arguments = MODELS[model]
-        values = dict(FEATURES[feature])
+        values = dict((FEATURES | PRUNED)[feature])
         strategy = values.pop("strategy", "fedavg")
         base = configure("data=synthetic", f"model={name}", f"strategy={strategy}")
         data = {"data": {"shape": SHAPES[name]}}
@@ -254,7 +274,7 @@ def test_split_training_gives_the_bits_of_plain_training(
                 "policy": {"kind": "fixed", "cut": cut, "codec": "fp32"},
             },
         ),
-        client=merged(FEATURES[feature].get("client", {}), {"label_private": private}),
+        client=merged((FEATURES | PRUNED)[feature].get("client", {}), {"label_private": private}),
         link={"kind": link},
         num_edges=2,
     )
@@ -265,6 +285,7 @@ def test_split_training_gives_the_bits_of_plain_training(
     assert not any(got.lost)
     for name in ("train_loss", "train_accuracy", "steps", "examples"):
         assert [row[name] for row in got.rows] == [row[name] for row in expected.rows]
+    assert (got.rows[-1].get("sparsity", 0.0) > 0.35) == (feature in PRUNED)
 
 
 def test_any_two_values_of_two_columns_meet_in_some_row():

@@ -26,6 +26,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, final
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
@@ -223,12 +224,11 @@ class Masks(Mapping[str, Tensor]):
             ConfigError: A mask is not of a parameter, or not of its shape.
         """
         with torch.no_grad():
-            for parameter, gone in self._gone(model):
+            for parameter, gone in self._gone(dict(model.named_parameters())):
                 parameter.masked_fill_(gone, 0.0)
 
-    def _gone(self, model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
+    def _gone(self, named: Mapping[str, nn.Parameter]) -> list[tuple[nn.Parameter, Tensor]]:
         """Return each parameter with the elements that are pruned, on its device."""
-        named = dict(model.named_parameters())
         for name, mask in self.items():
             if name not in named:
                 raise ConfigError.of(
@@ -241,6 +241,33 @@ class Masks(Mapping[str, Tensor]):
                 rule = f"must be {tuple(named[name].shape)}, the shape of the parameter"
                 raise ConfigError.of(f"masks[{name}].shape", tuple(mask.shape), rule)
         return [(named[n], mask.logical_not().to(named[n].device)) for n, mask in self.items()]
+
+    def packed(self) -> dict[str, Tensor]:
+        """Return eight elements to a byte, row-major, the first in the highest bit: to be sent."""
+        return {
+            name: torch.from_numpy(np.packbits(mask.numpy().reshape(-1)))
+            for name, mask in self.items()
+        }
+
+    @classmethod
+    def unpacked(cls, packed: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> Masks:
+        """Return the masks that `packed` packed.
+
+        Args:
+            packed: Bytes by name of the weight.
+            like: Tensors of the shapes of the weights, by name; may have others.
+
+        Raises:
+            ModelError: A mask is of no tensor, or not of as many elements.
+        """
+        kept: dict[str, Tensor] = {}
+        for name, data in packed.items():
+            count = like[name].numel() if name in like else -1
+            if data.dtype is not torch.uint8 or data.numel() != -(-count // 8):
+                raise ModelError(f"the mask of {name} does not fit the model")
+            bits = np.unpackbits(data.cpu().numpy(), count=count).astype(np.bool_)
+            kept[name] = torch.from_numpy(bits).view(like[name].shape)
+        return cls(kept)
 
     def save(self, path: Path) -> None:
         """Write the masks to a file, which is whole or absent.
@@ -260,48 +287,88 @@ class Masks(Mapping[str, Tensor]):
         return cls(read_tensors(path, FORMAT)[0])
 
 
-@contextmanager
-def held(masks: Masks, model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[None]:
-    """Keep the pruned weights of `model` exactly zero while it trains in the block.
+@final
+class Holding:
+    """Keeps pruned weights exactly zero while they are trained, for as long as it is not released.
 
     At the start, weights and the optimizer's state (momentum, moments) become zero where pruned,
-    so momentum from before pruning is lost there alone. In the block, their gradients are zero as
+    so momentum from before pruning is lost there alone. From then on, their gradients are zero as
     soon as they are added up. An optimizer that treats every element by itself (SGD, Adam, AdamW,
     RMSprop, …, with weight decay) then leaves them at zero in every single step, and not only when
     somebody looks.
 
     Args:
-        masks: Of parameters of `model`.
-        model: Trained in the block; its parameters must stay the same objects.
-        optimizer: Over its parameters, if it already has a state.
+        masks: Of parameters among `named`.
+        named: Parameters by global name; must stay the same objects.
+        optimizer: Over these parameters, if it already has a state.
 
     Raises:
         ConfigError: A mask is not of a parameter, or not of its shape.
-        ModelError: At the end a pruned weight is not zero: the optimizer mixes elements (Muon), or
-            a proximal term was anchored before the masks were held.
     """
-    pairs = masks._gone(model)
-    masks.apply(model)
-    if optimizer is not None:
-        _clear(optimizer, pairs)
-    hooks = []
-    for parameter, gone in pairs:
-        register: Any = parameter.register_post_accumulate_grad_hook  # torch has no type for it
-        hooks.append(register(_clearing(gone)))
+
+    def __init__(
+        self,
+        masks: Masks,
+        named: Mapping[str, nn.Parameter],
+        optimizer: Optimizer | None = None,
+    ) -> None:
+        self._names, self._pairs = list(masks), masks._gone(named)
+        self._zero()
+        if optimizer is not None:
+            _clear(optimizer, self._pairs)
+        self._hooks = []
+        for parameter, gone in self._pairs:
+            register: Any = parameter.register_post_accumulate_grad_hook  # torch has no type for it
+            self._hooks.append(register(_clearing(gone)))
+
+    def check(self) -> None:
+        """Refuse weights that training has moved; make what is NaN zero again.
+
+        Raises:
+            ModelError: A pruned weight is not zero: the optimizer mixes elements (Muon), or a
+                proximal term was anchored before the masks were held.
+        """
+        for name, (parameter, gone) in zip(self._names, self._pairs, strict=True):
+            values = parameter.detach()[gone]
+            # After a division by a norm of infinity all is NaN; that is no fault of the masks.
+            if moved := int(((values != 0) & ~values.isnan()).sum()):
+                raise ModelError(
+                    f"{name}: training moved {moved} pruned weights; use an optimizer that treats "
+                    "every element by itself (not Muon), and anchor proximal terms in the masked "
+                    "model"
+                )
+        self._zero()
+
+    def release(self) -> None:
+        """Let the weights be trained without masks."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _zero(self) -> None:
+        with torch.no_grad():
+            for parameter, gone in self._pairs:
+                parameter.masked_fill_(gone, 0.0)
+
+
+@contextmanager
+def held(masks: Masks, model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[None]:
+    """Keep the pruned weights of `model` exactly zero while it trains in the block.
+
+    Args:
+        masks: Of parameters of `model`.
+        model: Trained in the block; its parameters must stay the same objects.
+        optimizer: As for `Holding`.
+
+    Raises:
+        ConfigError: As `Holding`.
+        ModelError: As `Holding.check`, at the end.
+    """
+    holding = Holding(masks, dict(model.named_parameters()), optimizer)
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
-    for name, (parameter, gone) in zip(masks, pairs, strict=True):
-        values = parameter.detach()[gone]
-        # After a division by a norm of infinity everything is NaN; that is no fault of the masks.
-        if moved := int(((values != 0) & ~values.isnan()).sum()):
-            raise ModelError(
-                f"{name}: training moved {moved} pruned weights; use an optimizer that treats "
-                "every element by itself (not Muon), and anchor proximal terms in the masked model"
-            )
-    masks.apply(model)
+        holding.release()
+    holding.check()
 
 
 def _clearing(gone: Tensor) -> Any:

@@ -6,6 +6,8 @@
 `channel_norm`            norms of filters, or of coupled filters: Li et al., "Pruning Filters for
                           Efficient ConvNets", ICLR 2017
 `magnitude_channel`       a mixture of both, which leaves whole channels dead
+`group_norm`              norms of coupled filters, without BatchNorm, relative to their layers:
+                          Fang et al., "DepGraph", CVPR 2023
 `snip`                    |w g|: Lee et al., "SNIP", ICLR 2019
 `grasp`                   w H g: Wang et al., "Picking Winning Tickets … by Preserving Gradient
                           Flow", ICLR 2020
@@ -21,7 +23,7 @@ already must be zero in it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +58,13 @@ def magnitude(model: nn.Module) -> Scores:
     return {name: w.detach().abs() for name, w in prunable(model).items()}
 
 
-def channel_norm(model: nn.Module, *, order: int = 1, groups: Groups = ()) -> Scores:
+def channel_norm(
+    model: nn.Module,
+    *,
+    order: int = 1,
+    groups: Groups = (),
+    scales: Mapping[str, Tensor] | None = None,
+) -> Scores:
     """Return for each weight the mean norm of the channel that it computes.
 
     Li et al. (2017) rank the filters of one layer by the sum of |w|. Here it is the mean, over the
@@ -67,6 +75,8 @@ def channel_norm(model: nn.Module, *, order: int = 1, groups: Groups = ()) -> Sc
         order: 1 for the mean of |w|, 2 for the root of the mean of w².
         groups: Layers that share their channels, such as the operands of residual sums, from
             `coupled_layers`: a channel is then as large as its filters in all of them.
+        scales: Factors of the channels of layers by name, ``(channels,)``, such as those of the
+            BatchNorm behind them (`fedsys.pruning.penalty.channel_scales`).
 
     Raises:
         ConfigError: For an `order` other than 1 and 2.
@@ -74,6 +84,9 @@ def channel_norm(model: nn.Module, *, order: int = 1, groups: Groups = ()) -> Sc
     if order not in (1, 2):
         raise ConfigError.of("pruning.order", order, "must be 1 or 2")
     powers = {n: w.detach().abs().flatten(1) ** order for n, w in prunable(model).items()}
+    for layer, scale in (scales or {}).items():
+        if f"{layer}.weight" in powers:
+            powers[f"{layer}.weight"] *= scale.unsqueeze(1) ** order
     sums = {name: power.sum(1) for name, power in powers.items()}
     counts = {name: power.shape[1] for name, power in powers.items()}
     for group in groups:
@@ -112,6 +125,25 @@ def magnitude_channel(
         raise ConfigError.of("pruning.mix", mix, "must be in [0, 1]")
     norms = channel_norm(model, order=order, groups=groups)
     return {name: (1 - mix) * size + mix * norms[name] for name, size in magnitude(model).items()}
+
+
+def group_norm(
+    model: nn.Module, *, groups: Groups = (), scales: Mapping[str, Tensor] | None = None
+) -> Scores:
+    """Return for each weight the norm of its channel, relative to the mean of its layer.
+
+    As in Torch-Pruning's group importance, filters of coupled layers count together and norms are
+    divided by the mean of the group, so that layers of any size compete. Differences: what reads a
+    channel does not count, and filters are those of the network without BatchNorm, with `scales`.
+
+    Args:
+        model: The model.
+        groups: As for `channel_norm`.
+        scales: As for `channel_norm`.
+    """
+    norms = channel_norm(model, order=2, groups=groups, scales=scales)
+    means = {name: norm.flatten(1)[:, 0].mean() for name, norm in norms.items()}
+    return {name: norm / means[name] if means[name] > 0 else norm for name, norm in norms.items()}
 
 
 def coupled_layers(

@@ -21,15 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from fedsys.errors import ConfigError, ModelError, did_you_mean
+from fedsys.graph import trace
 from fedsys.pruning import scores as score_functions
 from fedsys.pruning.masks import Masks
+from fedsys.pruning.penalty import output_layers
 from fedsys.pruning.scores import Groups, Scores
+from fedsys.pruning.settings import METHODS, SCOPES
 from fedsys.randomness import Address
 from fedsys.training import Batches
-
-SCOPES = ("global", "layer")
-METHODS = ("random", "magnitude", "magnitude_channel", "snip", "grasp", "synflow")
-
 
 # --------------------------------------------------------------------------------------------------
 # The decision
@@ -111,6 +110,20 @@ def prune_share(
         count = figures.weights - figures.kept + more
         result |= _lowest(part, scores, count, keep_channels)
     return Masks(result)
+
+
+def sparsity_after(weights: int, kept: int, share: float) -> float:
+    """Return the sparsity at which `prune` leaves what `prune_share` leaves.
+
+    Args:
+        weights: Number of masked weights.
+        kept: Those that are not pruned.
+        share: Share of these that is to go.
+
+    >>> sparsity_after(100, 80, 0.2)
+    0.36
+    """
+    return (weights - kept + math.ceil(Fraction(str(share)) * kept)) / weights
 
 
 def _rounded(value: Fraction) -> int:
@@ -238,6 +251,15 @@ def synflow_masks(
     return masks
 
 
+def left_alone(model: nn.Module, leave: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the layers to leave alone: `leave`, or those of the outputs if that is None.
+
+    Raises:
+        ModelError: The model does not trace.
+    """
+    return output_layers(trace(model)) if leave is None else tuple(leave)
+
+
 def one_shot(
     method: str,
     model: nn.Module,
@@ -252,6 +274,7 @@ def one_shot(
     input_shape: Sequence[int] = (),
     mix: float = 0.8,
     groups: Groups = (),
+    scales: Mapping[str, Tensor] | None = None,
     iterations: int = 100,
 ) -> Masks:
     """Prune a model by one of `METHODS`.
@@ -268,7 +291,8 @@ def one_shot(
         batches: Examples for snip and grasp.
         input_shape: Of one input without the batch, for synflow.
         mix: For magnitude_channel.
-        groups: For magnitude_channel.
+        groups: For magnitude_channel and group_norm.
+        scales: For group_norm.
         iterations: For synflow.
 
     Raises:
@@ -291,6 +315,7 @@ def one_shot(
         "magnitude_channel": lambda: score_functions.magnitude_channel(
             model, mix=mix, groups=groups
         ),
+        "group_norm": lambda: score_functions.group_norm(model, groups=groups, scales=scales),
         "snip": lambda: score_functions.snip(model, batches, address),
         "grasp": lambda: score_functions.grasp(model, batches, address),
     }

@@ -1,0 +1,234 @@
+"""Pruning between rounds: the server prunes, clients train what is left (``pruning=``).
+
+Before a round for which a pruning is due, the global model is scored and masks are made; in levels
+with rewinding, what is left then starts again from a former round, and so do server optimizer and
+state kept for clients. Every message carries the masks, eight weights to a byte: clients and edge
+servers train under them and hold nothing between messages.
+
+The aggregate is masked once more, because a server optimizer (FedAdam's momentum) or noise would
+move what is pruned. So the weights of a round are exactly zero where its masks say so, wherever
+they are sent or saved.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from safetensors.torch import save
+from torch import nn
+
+from fedsys import data, records
+from fedsys.checkpoint import StrategyState
+from fedsys.config import Config
+from fedsys.data import Dataset
+from fedsys.files import write_atomic
+from fedsys.graph import trace
+from fedsys.pruning import settings
+from fedsys.pruning.masks import Masks
+from fedsys.pruning.penalty import channel_scales
+from fedsys.pruning.scores import coupled_layers
+from fedsys.pruning.sparsify import gradual, left_alone, one_shot, sparsity_after
+from fedsys.randomness import Address
+from fedsys.trees import Tree
+
+MASKS = "masks"
+SCORE_BATCH = 128
+
+
+class Pruned(Strategy):
+    """Prunes the model of the inner strategy between rounds.
+
+    It stands outside of everything that makes the aggregate or keeps a state that rewinding takes
+    back, and inside of `Offload`, which divides masks among device and edge server.
+
+    Args:
+        inner: Aggregates whole models.
+        config: The run.
+        model: A model of the run; its state is overwritten.
+        dataset: Gives the shape of inputs, and the validation part to score on.
+
+    Attributes:
+        masks: The masks of the last round that made a model, packed.
+        prunings: How often was pruned until then.
+        origin: The model that levels start from; empty before it is known.
+        origin_state: The state of the inner strategy at that time.
+
+    Raises:
+        ConfigError: The schedule does not fit the rounds, or a layer to leave alone is not there.
+    """
+
+    STATE = ("masks", "prunings", "origin", "origin_state")
+
+    def __init__(self, inner: Strategy, config: Config, model: nn.Module, dataset: Dataset) -> None:
+        settings.check_rounds(config.pruning, config.rounds)
+        self.inner = inner
+        self._config, self._pruning = config, config.pruning
+        self._model, self._dataset = model, dataset
+        self._like = {name: p.detach() for name, p in model.named_parameters()}
+        alone = left_alone(model, config.pruning.leave)
+        dense = Masks.dense(model, alone)
+        self.masks, self.prunings = records.to_record(dense.packed()), 0
+        self.origin = ArrayRecord()
+        self.origin_state: dict[str, dict[str, Tree]] = {}
+        self._inner_state = StrategyState(inner)
+        self._next, self._next_prunings = dense, 0
+
+    def summary(self) -> None:
+        """Log the settings of the inner strategy."""
+        self.inner.summary()
+
+    def kept(self) -> Masks:
+        """Return the masks of the model that the last round made."""
+        return Masks.unpacked(records.from_record(self.masks), self._like)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Prune if that is due, and add the masks to each message.
+
+        Raises:
+            ModelError: A layer would lose all its weights, or the model has diverged.
+        """
+        if self._pruning.rewinds and server_round > self._pruning.rewind and not self.origin:
+            self.origin = arrays
+            self.origin_state = copy.deepcopy(self._inner_state.take())
+        self._next, self._next_prunings = self.kept(), self.prunings
+        due = settings.prunings_before(self._pruning, server_round)
+        if due > self.prunings:
+            self._next, self._next_prunings = self._prune(arrays, due), due
+            if self._pruning.rewinds:
+                arrays = self.origin
+                self._inner_state.put(copy.deepcopy(self.origin_state))
+        arrays = masked(arrays, self._next)
+        packed = records.to_record(self._next.packed())
+        messages = list(self.inner.configure_train(server_round, arrays, config, grid))
+        for message in messages:
+            message.content = records.own_copy(message.content)
+            message.content[MASKS] = packed
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Return the masked aggregate; masks count from the first round that made a model."""
+        aggregate, metrics = self.inner.aggregate_train(server_round, replies)
+        if aggregate is None:
+            return None, metrics
+        self.masks = records.to_record(self._next.packed())
+        self.prunings = self._next_prunings
+        metrics = MetricRecord() if metrics is None else metrics
+        figures = self._next.figures()
+        metrics["sparsity"] = figures.sparsity
+        metrics["dead_channels"] = figures.dead_channels
+        return masked(aggregate, self._next), metrics
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Pass on: the arrays are masked."""
+        return self.inner.configure_evaluate(server_round, arrays, config, grid)
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Pass on."""
+        return self.inner.aggregate_evaluate(server_round, replies)
+
+    def _prune(self, arrays: ArrayRecord, prunings: int) -> Masks:
+        """Return the masks after a pruning of the model of `arrays`."""
+        chosen, model, masks = self._pruning, self._model, self._next
+        records.load_into(model, arrays)
+        shape = self._dataset.input_shape
+        grouped = chosen.method in settings.CHANNEL_METHODS
+        return one_shot(
+            chosen.method,
+            model,
+            self._target(masks, prunings),
+            masks=masks,
+            scope=chosen.scope,
+            keep_channels=chosen.keep_channels,
+            address=Address(self._config.seed, round=prunings),
+            batches=self._examples() if chosen.method in ("snip", "grasp") else (),
+            input_shape=shape,
+            mix=chosen.mix,
+            groups=coupled_layers(model, shape) if grouped else (),
+            scales=channel_scales(trace(model)) if chosen.method == "group_norm" else None,
+            iterations=chosen.iterations,
+        )
+
+    def _target(self, masks: Masks, prunings: int) -> float:
+        """Return the sparsity after a pruning."""
+        if not self._pruning.rewinds:
+            return gradual(self._pruning.sparsities[0], self._pruning.steps)[prunings - 1]
+        figures = masks.figures()
+        return sparsity_after(figures.weights, figures.kept, self._pruning.share)
+
+    def _examples(self) -> list[Any]:
+        part = self._dataset.validation
+        order = Address(self._config.seed).numpy("pruning").permutation(len(part.labels))
+        chosen = part.take(np.sort(order[: self._pruning.examples]))
+        return list(data.eval_batches(chosen, self._dataset, SCORE_BATCH))
+
+
+def masked(arrays: ArrayRecord, masks: Masks) -> ArrayRecord:
+    """Return the arrays with exact zeros where `masks` prune; the others are not copied."""
+    result = ArrayRecord()
+    for name, array in arrays.items():
+        if name in masks:
+            values = records.view(array)
+            kept = np.where(masks[name].numpy(), values, values.dtype.type(0))
+            array = records.encode(kept)
+        result[name] = array
+    return result
+
+
+def pruned_in(strategy: Strategy) -> Pruned | None:
+    """Return the wrapper of this kind among those of a strategy."""
+    inner: object = strategy
+    while inner is not None and not isinstance(inner, Pruned):
+        inner = getattr(inner, "inner", None)
+    return inner
+
+
+def figures(strategy: Strategy) -> dict[str, Any]:
+    """Return what pruning did in a run, for its result; empty if nothing was pruned."""
+    pruned = pruned_in(strategy)
+    if pruned is None:
+        return {}
+    seen = pruned.kept().figures()
+    told = {"sparsity": seen.sparsity, "dead_channels": seen.dead_channels}
+    return {"pruning": {**told, "prunings": pruned.prunings}}
+
+
+def keep_level(strategy: Strategy, config: Config, round_: int, arrays: ArrayRecord,
+               folder: Path) -> None:  # fmt: skip
+    """Write weights and masks of a level to ``levels/`` of the run folder, if the round ends one.
+
+    Raises:
+        RunError: The files cannot be written.
+    """
+    pruned = pruned_in(strategy)
+    if pruned is None or not settings.ends_level(config.pruning, round_):
+        return
+    stem = folder / "levels" / f"level-{pruned.prunings:02d}"
+    stem.parent.mkdir(exist_ok=True)
+    pruned.kept().save(stem.with_suffix(".masks.safetensors"))
+    write_atomic(stem.with_suffix(".safetensors"), save(records.from_record(arrays)))
+
+
+def keep_masks(strategy: Strategy, folder: Path) -> None:
+    """Write the masks of the last model to ``masks.safetensors`` of the run folder.
+
+    Raises:
+        RunError: The file cannot be written.
+    """
+    pruned = pruned_in(strategy)
+    if pruned is not None:
+        pruned.kept().save(folder / "masks.safetensors")
