@@ -21,6 +21,7 @@ from fedsys.federation import Federation
 from fedsys.fleet import Fleet
 from fedsys.progress import Progress, choose
 from fedsys.run import default_path, state_sha256
+from fedsys.runtime.edges import with_launched
 from fedsys.runtime.grids import attentive
 from fedsys.runtime.relay import Relay
 from strategies import Roster, build, pruned
@@ -40,6 +41,7 @@ def main(grid: Grid, context: Context) -> None:
     asked = configuration.from_run_config(context.run_config)
     with _display(asked, context) as progress:
         config, grid, roster = gather(asked, attentive(grid), context.run_config, progress.note)
+        config = with_launched(config, context.run_config)
         stages.current().reached("nodes")
         path = Path(config.run.dir or default_path(outputs(), "train"))
         with opened(config, path, progress) as keeper, open_fleet(config, keeper.faults) as fleet:

@@ -69,10 +69,10 @@ def _project() -> bytes:
     return tomli_w.dumps({"project": project, "tool": {"flwr": {"app": app}}}).encode()
 
 
-RUN_CONFIG = {"hydra-config": "", "overrides": "", "progress": "lines"}
+RUN_CONFIG = {"hydra-config": "", "overrides": "", "progress": "lines", "edges": ""}
 """The keys of the run config with their defaults, as in ``pyproject.toml``.
 
 ``hydra-config`` holds the composed YAML of a run that ``fedsys train`` submits; ``overrides``
 Hydra overrides in shell syntax for a bare ``flwr run``; ``progress`` is ``lines`` for people or
-``relayed`` for the fedsys command that follows the run.
+``relayed`` for the fedsys command that follows the run; ``edges`` the edge servers that it started.
 """

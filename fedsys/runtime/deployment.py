@@ -8,7 +8,7 @@ is on the machine of the server app.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from fedsys.progress import Progress, choose
 from fedsys.run import RunFolder, check_free
 from fedsys.runtime import bundle
 from fedsys.runtime.control import Address, Control
-from fedsys.runtime.launch import launched
+from fedsys.runtime.edges import check_reachable
+from fedsys.runtime.launch import Launched, launched
 from fedsys.runtime.relay import Replay
 
 
@@ -39,8 +40,8 @@ def run_deployment(config: Config) -> Mapping[str, Any]:
     runtime = config.runtime
     with choose(json=config.json) as progress:
         if runtime.launch:
-            with _settled(config), launched(config, progress) as (address, check):
-                told = _carry_out(config, address, progress, check)
+            with _settled(config), launched(config, progress) as here:
+                told = _carry_out(config, here, progress)
             result = {**told, **stages.current().figures()}
             RunFolder.open(Path(str(config.run.dir))).finish(result)  # with the time of the command
             return result
@@ -51,8 +52,9 @@ def run_deployment(config: Config) -> Mapping[str, Any]:
                 "must name the SuperLink as host:port",
                 "or start one here with runtime.launch=true",
             )
+        check_reachable(config, runtime.superlink)
         address = Address.of(runtime.superlink, runtime.root_certificates, runtime.insecure)
-        told = _carry_out(config, address, progress, lambda: None)
+        told = _carry_out(config, Launched(address, lambda: None, {}), progress)
         return {**told, **stages.current().figures()}
 
 
@@ -79,16 +81,13 @@ def _settled(config: Config) -> Iterator[None]:
         raise
 
 
-def _carry_out(
-    config: Config, address: Address, progress: Progress, check: Callable[[], None]
-) -> Mapping[str, Any]:
+def _carry_out(config: Config, there: Launched, progress: Progress) -> Mapping[str, Any]:
     """Submit the run, show how it goes, and return its result or raise what made it fail."""
     content, sha256 = bundle.build()
     replay = Replay(progress)
-    with Control(address) as control:
-        run_id = control.submit(
-            content, sha256, {"hydra-config": config.text, "progress": "relayed"}
-        )
+    told = {"hydra-config": config.text, "progress": "relayed", **there.run_config}
+    with Control(there.address) as control:
+        run_id = control.submit(content, sha256, told)
         progress.phase("starting the server app")
         try:
             ended, details = control.follow(
@@ -96,7 +95,7 @@ def _carry_out(
                 replay.feed,
                 patience_s=config.runtime.wait_s,
                 outage=progress.note,
-                check=check,
+                check=there.check,
             )
         except BaseException:
             _stop(control, run_id)

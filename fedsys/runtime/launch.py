@@ -4,7 +4,7 @@
 
     RUN/flower/
     ├── superlink.db       the SuperLink's state: killed and started again, it goes on with its run
-    ├── superlink.log  superlink-executor.log  node-0.log  node-0-executor.log  …
+    ├── superlink.log  superlink-executor.log  node-0.log  node-0-executor.log  edge-0.log  …
     ├── secrets/           certificates, node keys, the executors' secret; gone after the run
     └── home/              Flower's own folder (FLWR_HOME); gone after the run
 
@@ -34,6 +34,7 @@ from fedsys.config import Config
 from fedsys.errors import ConfigError, RuntimeFailure
 from fedsys.progress import Progress
 from fedsys.runtime.control import Address, Control
+from fedsys.runtime.edges import EdgeProcesses, credentials_of_device
 from fedsys.runtime.processes import Processes, free_ports, is_free
 from fedsys.security import Authority
 
@@ -47,11 +48,24 @@ POLL_S = "0.1"
 Check = Callable[[], None]
 
 
-@contextmanager
-def launched(config: Config, progress: Progress) -> Iterator[tuple[Address, Check]]:
-    """Start everything, yield the SuperLink's address and a check, and stop everything again.
+@dataclass(frozen=True)
+class Launched:
+    """A deployment that runs.
 
-    The check raises if a process has ended that should not have.
+    Attributes:
+        address: Of its SuperLink.
+        check: Raises if a process has ended that should not have.
+        run_config: What its server app is to be told besides the configuration of the run.
+    """
+
+    address: Address
+    check: Check
+    run_config: Mapping[str, str]
+
+
+@contextmanager
+def launched(config: Config, progress: Progress) -> Iterator[Launched]:
+    """Start everything, yield what is to be known of it, and stop everything again.
 
     Raises:
         ConfigError: The port that the configuration names is in use.
@@ -65,6 +79,8 @@ def launched(config: Config, progress: Progress) -> Iterator[tuple[Address, Chec
         progress.phase("starting a SuperLink")
         with Processes(folder, environment(folder / "home")) as processes:
             stages.current().reached("imports")
+            edges = EdgeProcesses(config, folder, processes, progress.note)
+            edges.start()
             deployment.start_superlink(processes)
             deployment.wait(processes)
             stages.current().reached("superlink")
@@ -73,7 +89,15 @@ def launched(config: Config, progress: Progress) -> Iterator[tuple[Address, Chec
             deployment.start_executor(processes)
             deployment.start_nodes(processes)
             stages.current().reached("nodes")
-            yield deployment.address, processes.check
+            if edges:
+                progress.phase(f"starting {len(edges)} edge server{'s' if len(edges) > 1 else ''}")
+                edges.wait()
+
+            def check() -> None:
+                processes.check()
+                edges.check()
+
+            yield Launched(deployment.address, check, edges.run_config())
     finally:
         shutil.rmtree(folder / "secrets", ignore_errors=True)
         shutil.rmtree(folder / "home", ignore_errors=True)
@@ -167,12 +191,17 @@ class Deployment:
                 "--host", HOST, "--port", str(port), *self._server_tls(),
                 "--isolation", "process",
                 "--superexec-auth-secret-file", str(self._secret("executors")),
-                "--node-config", f"partition-id={partition} num-partitions={len(self.node_keys)}",
+                "--node-config", self._node_config(partition),
             ],
         )  # fmt: skip
         # A home for each: two processes that unpack one bundle at one place disturb each other.
         home = {"FLWR_HOME": str(self.folder / "home" / name)}
         processes.start(f"{name}-executor", self._executor(f"{HOST}:{port}"), home)
+
+    def _node_config(self, partition: int) -> str:
+        about = f"partition-id={partition} num-partitions={len(self.node_keys)}"
+        own = credentials_of_device(self.folder, partition)
+        return f'{about} credentials="{own}"' if own.is_dir() else about
 
     def _executor(self, address: str) -> list[str]:
         return [

@@ -47,6 +47,7 @@ class Processes:
     def __init__(self, logs: Path, env: Mapping[str, str]) -> None:
         self._logs = logs
         self._pids: dict[str, int] = {}
+        self._vital: set[str] = set()
         with (logs / "nursery.log").open("ab") as log:
             self._nursery = subprocess.Popen(
                 [sys.executable, "-P", "-m", "fedsys.runtime.nursery"],
@@ -81,7 +82,12 @@ class Processes:
             self._nursery.stdout.close()
 
     def start(
-        self, name: str, command: Sequence[str], env: Mapping[str, str] | None = None
+        self,
+        name: str,
+        command: Sequence[str],
+        env: Mapping[str, str] | None = None,
+        *,
+        vital: bool = True,
     ) -> None:
         """Start a program.
 
@@ -90,6 +96,7 @@ class Processes:
                 there.
             command: As for `fedsys.runtime.forks.fork`.
             env: Variables to set in its environment.
+            vital: Whether its end is a failure.
         """
         request = {
             "start": list(command),
@@ -97,20 +104,25 @@ class Processes:
             "env": dict(env or {}),
         }
         self._pids[name] = self._ask(request)["pid"]
+        (self._vital.add if vital else self._vital.discard)(name)
 
     def pid(self, name: str) -> int:
         """Return the process id of a program, which is that of its group, too."""
         return self._pids[name]
 
-    def check(self) -> None:
-        """Raise if a program has ended.
+    def status(self, name: str) -> int | None:
+        """Return the exit status of a program; None while it runs."""
+        return self._ended().get(self._pids[name])
+
+    def check(self, names: Sequence[str] | None = None) -> None:
+        """Raise if a program has ended, by default one that is vital.
 
         Raises:
             RuntimeFailure: Names the program, and shows the end of what it said.
         """
         ended = self._ended()
         for name, pid in self._pids.items():
-            if pid in ended:
+            if pid in ended and (name in self._vital if names is None else name in names):
                 raise RuntimeFailure(
                     f"{name} ended with status {ended[pid]}: {self.last_words(name)}; "
                     f"see {self._logs / name}.log"
