@@ -200,7 +200,7 @@ class EdgeAddressConfig:
 
 @dataclass(frozen=True)
 class FleetConfig:
-    """The edge servers of a run.
+    """The edge servers of a run, and what kinds of machines it is planned for.
 
     Attributes:
         edges: Those that exist already; if empty, ``num_edges`` are started for the run.
@@ -208,12 +208,20 @@ class FleetConfig:
             is lost; 0: it continues from the start of the round.
         credentials: Folder with the server app's certificate for mutual TLS; None: that of `link`.
         control_token: What edge servers that exist already want to hear instead of one.
+        machines: Costs by name: nominal rates or a profile (`fedsys.hardware`).
+        devices: Machine of each device, repeated if there are more; empty: none is modelled.
+        servers: Machine of each edge server, repeated if there are more.
+        links: Connection of each device, repeated; empty: that of the group ``network``.
     """
 
     edges: tuple[EdgeAddressConfig, ...] = ()
     replicate_every: int = 0
     credentials: str | None = None
     control_token: str = ""
+    machines: Spec = field(default_factory=dict)
+    devices: tuple[str, ...] = ()
+    servers: tuple[str, ...] = ()
+    links: tuple[NetworkConfig, ...] = ()
 
 
 @dataclass(frozen=True)

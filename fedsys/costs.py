@@ -3,7 +3,7 @@
 Costs of a machine come from measurement, or from the nominal rates of its class::
 
     pi = MachineClass("pi3", macs_per_s=1e9).costs(layers)
-    pi.forward_s[0]                                  # seconds for one example, first unit
+    pi.seconds(25, 0, 2)                             # forward and backward of 25 at cut 2
     frame_bytes(crossings(layers)[2], 25, "int8")    # a micro-batch of 25 at cut 2
 
 Time on a link is that of `fedsys.shaping.finish_time`, and a link is a `fedsys.shaping.Network`.
@@ -13,12 +13,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fedsys.codecs import CODECS, LEAST_PER_SCALE
 from fedsys.errors import ConfigError, did_you_mean
 from fedsys.layers import LayeredModel
+
+Array = NDArray[np.float64]
 
 FRAME_BYTES: Final = 384
 """Bytes of a frame of a session beside its tensors: prefix, header and checksums."""
@@ -60,10 +65,14 @@ class Messaging:
 class MachineCosts:
     """What one machine takes for one model of ``L`` units.
 
+    Seconds are given for micro-batches of one size, or of several: small ones cost more than their
+    share. Between the sizes they are interpolated, beyond them they grow in proportion.
+
     Attributes:
         name: Name of the machine or its class.
-        forward_s: Seconds for one example, forward, of each unit; length L.
-        backward_s: Seconds for one example, backward, of each unit.
+        rows: Examples of a micro-batch, ascending; one for each row of the two tables.
+        forward_s: For each size the seconds of each unit, forward: ``len(rows)`` times L.
+        backward_s: Likewise, backward.
         update_s: Seconds of the optimizer for each unit, once per mini-batch.
         operation_s: Fixed seconds of each forward and each backward of a micro-batch.
         load_s: Seconds to load one example; of devices only.
@@ -71,12 +80,13 @@ class MachineCosts:
         workers: Sessions that an edge server computes at the same time.
 
     Raises:
-        ConfigError: A time is negative or not finite, or the lengths differ.
+        ConfigError: A time is negative or not finite, or lengths differ.
     """
 
     name: str
-    forward_s: tuple[float, ...]
-    backward_s: tuple[float, ...]
+    rows: tuple[int, ...]
+    forward_s: tuple[tuple[float, ...], ...]
+    backward_s: tuple[tuple[float, ...], ...]
     update_s: tuple[float, ...]
     operation_s: float = 0.0
     load_s: float = 0.0
@@ -84,22 +94,82 @@ class MachineCosts:
     workers: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("forward_s", "backward_s", "update_s"):
-            values = getattr(self, name)
-            if len(values) != len(self.forward_s) or not values:
+        if not self.rows or list(self.rows) != sorted({max(1, n) for n in self.rows}):
+            raise ConfigError.of(f"{self.name}.rows", self.rows, "must be sizes, ascending from 1")
+        for name in ("forward_s", "backward_s"):
+            table = getattr(self, name)
+            lengths = {len(row) for row in table}
+            if len(table) != len(self.rows) or lengths != {len(self.update_s)} or 0 in lengths:
                 raise ConfigError.of(
-                    f"{self.name}.{name}", values, "must have a value for each unit of the model",
+                    f"{self.name}.{name}", table, "must have a value for each size and unit",
                     "profile the model that is trained",
                 )  # fmt: skip
-            for value in values:
+            for value in (v for row in table for v in row):
                 _check(f"{self.name}.{name}", value)
-        _check(f"{self.name}.operation_s", self.operation_s)
-        _check(f"{self.name}.load_s", self.load_s)
+        for name in ("operation_s", "load_s"):
+            _check(f"{self.name}.{name}", getattr(self, name))
+        for value in self.update_s:
+            _check(f"{self.name}.update_s", value)
         if self.workers < 1:
             raise ConfigError.of(f"{self.name}.workers", self.workers, "must be at least 1")
 
     def __len__(self) -> int:
-        return len(self.forward_s)
+        return len(self.update_s)
+
+    def done_after(self, rows: Array) -> tuple[Array, Array]:
+        """Return the seconds of the first units, forward and backward, for sizes of micro-batches.
+
+        Args:
+            rows: Examples, ``(N,)``; fractions are means over micro-batches of unlike size.
+
+        Returns:
+            Twice ``(N, L + 1)``: at index c the seconds of units ``[0, c)``.
+        """
+        return _cumulated(self.rows, self.forward_s, rows), _cumulated(
+            self.rows, self.backward_s, rows
+        )
+
+    def seconds(self, rows: int, first: int = 0, last: int | None = None) -> tuple[float, float]:
+        """Return the seconds of units ``[first, last)``, forward and backward.
+
+        The fixed time of an operation is in them if there is a unit.
+        """
+        last = len(self) if last is None else last
+        forward, backward = self.done_after(np.array([float(rows)]))
+        fixed = self.operation_s if last > first else 0.0
+        return (
+            float(forward[0, last] - forward[0, first]) + fixed,
+            float(backward[0, last] - backward[0, first]) + fixed,
+        )
+
+    def slower(self, factor: float) -> MachineCosts:
+        """Return the same machine when everything that it computes takes `factor` times as long."""
+
+        def times(table: tuple[tuple[float, ...], ...]) -> tuple[tuple[float, ...], ...]:
+            return tuple(tuple(value * factor for value in row) for row in table)
+
+        return replace(
+            self,
+            forward_s=times(self.forward_s),
+            backward_s=times(self.backward_s),
+            update_s=tuple(value * factor for value in self.update_s),
+            operation_s=self.operation_s * factor,
+        )
+
+
+def _cumulated(sizes: tuple[int, ...], table: tuple[tuple[float, ...], ...], rows: Array) -> Array:
+    """Interpolate each unit between the sizes, in proportion beyond them, and add up."""
+    known = np.array(table)
+    ends = np.array(sizes, dtype=float)
+    inside = np.clip(rows, ends[0], ends[-1])
+    right = np.clip(np.searchsorted(ends, inside), 1, max(1, len(ends) - 1))
+    if len(ends) == 1:
+        units = np.repeat(known, len(rows), axis=0)
+    else:
+        share = ((inside - ends[right - 1]) / (ends[right] - ends[right - 1]))[:, None]
+        units = known[right - 1] * (1 - share) + known[right] * share
+    units = units * (rows / inside)[:, None]
+    return np.concatenate([np.zeros((len(rows), 1)), np.cumsum(units, axis=1)], axis=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,8 +243,9 @@ class MachineClass:
         forward = tuple(unit.macs / self.macs_per_s for unit in layers.units)
         return MachineCosts(
             self.name,
-            forward,
-            tuple(seconds * self.backward_ratio for seconds in forward),
+            (1,),
+            (forward,),
+            (tuple(seconds * self.backward_ratio for seconds in forward),),
             tuple(unit.params / self.params_per_s for unit in layers.units),
             self.operation_s,
             self.load_s,

@@ -70,6 +70,8 @@ class Job:
         start_s: When it begins, in seconds of the trace of the network.
         fetch_bytes: Bytes of the model that the device receives first.
         return_bytes: Bytes of the model that it sends at the end.
+        rest_turns: The iteration that works on what is left of an epoch; empty for none.
+        epoch: Iterations in an epoch; its last one is `rest_turns`.
     """
 
     name: str
@@ -83,6 +85,13 @@ class Job:
     start_s: float = 0.0
     fetch_bytes: float = 0.0
     return_bytes: float = 0.0
+    rest_turns: tuple[Turn, ...] = ()
+    epoch: int = 0
+
+    def turns_of(self, iteration: int) -> tuple[Turn, ...]:
+        """Return the turns of an iteration, counted from 0."""
+        rest = self.rest_turns and self.epoch and (iteration + 1) % self.epoch == 0
+        return self.rest_turns if rest else self.turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +249,7 @@ class _Run:
     index: int
     up: _Lane
     down: _Lane
-    last_turn: int  # the last one that sends something; -1 for none
+    last_of: Mapping[int, int]  # by number of turns: the last one that sends; -1 for none
     free_s: float
     cause: int | None = None
     turn: int = 0
@@ -280,14 +289,18 @@ class _Simulation:
                 run.free_s, run.cause = lane.free_s + run.job.network.latency_s, event
             self._advance(run)
         while self._heap:
-            now, kind, job, _, data = heapq.heappop(self._heap)
-            run = self._runs[job]
-            edge = self._edges[run.job.edge]
-            if kind == 0:
-                self._served(run, edge, now, *data)
-            else:
-                edge.waiting.append((now, job, *data))  # type: ignore[arg-type]  # turn, iteration, cause
-            self._dispatch(edge, now)
+            now = self._heap[0][0]
+            while self._heap and self._heap[0][0] == now:
+                _, kind, job, _, data = heapq.heappop(self._heap)
+                run = self._runs[job]
+                edge = self._edges[run.job.edge]
+                if kind == 0:
+                    self._served(run, edge, now, *data)
+                else:
+                    edge.waiting.append((now, job, *data))  # type: ignore[arg-type]  # turn, iteration, cause
+            # What ends at one moment is free before any of it is taken again
+            for edge in self._edges.values():
+                self._dispatch(edge, now)
         start = min((run.job.start_s for run in self._runs), default=0.0)
         return Timeline(tuple(self._events), tuple(run.end_s for run in self._runs), start)
 
@@ -320,10 +333,11 @@ class _Simulation:
         """Let the device do all turns that do not wait for an answer that is not yet known."""
         device = f"device:{run.job.name}"
         while run.iteration < run.job.iterations:
-            if run.turn == len(run.job.turns):
+            turns = run.job.turns_of(run.iteration)
+            if run.turn == len(turns):
                 self._finish_iteration(run, device)
                 continue
-            turn = run.job.turns[run.turn]
+            turn = turns[run.turn]
             start, cause = run.free_s, run.cause
             if turn.piece in run.due:
                 if turn.piece not in run.answers:
@@ -388,7 +402,7 @@ class _Simulation:
             if now > arrived:  # it waited: for its session or for a worker, whichever came last
                 ends = [c for c in (run.session_cause, worker) if c is not None]
                 cause = max(ends, key=lambda c: self._events[c].end_s, default=sent)
-            turn = run.job.turns[turn_index]
+            turn = run.job.turns_of(iteration)[turn_index]
             assert turn.exchange is not None
             end = now + turn.exchange.edge_s
             event = self._add(
@@ -402,7 +416,7 @@ class _Simulation:
     ) -> None:
         """Send the answer; after the last one of a mini-batch the session steps."""
         if turn_index >= 0:
-            turn = run.job.turns[turn_index]
+            turn = run.job.turns_of(iteration)[turn_index]
             assert turn.exchange is not None
             down = self._transfer(
                 run, run.down, "down", turn.piece, now, event,
@@ -410,7 +424,9 @@ class _Simulation:
             )  # fmt: skip
             run.answers[turn.piece] = (run.down.free_s + run.job.network.latency_s, down)
             self._advance(run)
-            if turn_index == run.last_turn and run.job.edge_update_s > 0:
+            if turn_index == run.last_of[len(run.job.turns_of(iteration))] and (
+                run.job.edge_update_s > 0
+            ):
                 end = now + run.job.edge_update_s
                 update = self._add(
                     run, f"edge:{run.job.edge}", "update", iteration, -1, now, end, event
@@ -422,17 +438,21 @@ class _Simulation:
 
 
 def _started(job: Job, index: int) -> _Run:
-    sending = [i for i, turn in enumerate(job.turns) if turn.exchange is not None]
     return _Run(
         job,
         index,
         _Lane(f"up:{job.name}", job.network.up, job.start_s),
         _Lane(f"down:{job.name}", job.network.down, job.start_s),
-        max(sending, default=-1),
+        {len(turns): _last_sending(turns) for turns in (job.rest_turns, job.turns)},
         free_s=job.start_s,
         load_left_s=job.load_s,
         end_s=job.start_s,
     )
+
+
+def _last_sending(turns: tuple[Turn, ...]) -> int:
+    """Return the index of the last turn that sends something; -1 for none."""
+    return max((i for i, turn in enumerate(turns) if turn.exchange is not None), default=-1)
 
 
 def lanes(events: Iterable[Event]) -> dict[str, list[Event]]:

@@ -61,9 +61,22 @@ def test_crossings_are_the_tensors_after_the_units(vgg5):
 def test_a_class_takes_its_time_by_multiply_accumulates(vgg5):
     costs = MachineClass("pi", macs_per_s=1e9, backward_ratio=2.5, params_per_s=1e8).costs(vgg5)
     work = sum(unit.macs for unit in vgg5.units)
-    assert sum(costs.forward_s) == pytest.approx(work / 1e9)
-    assert sum(costs.backward_s) == pytest.approx(2.5 * work / 1e9)
+    assert costs.seconds(1) == pytest.approx((work / 1e9, 2.5 * work / 1e9))
+    assert costs.seconds(50, 0, 2)[0] == pytest.approx(50 * costs.seconds(1, 0, 2)[0])
     assert len(costs) == len(vgg5)
+
+
+def test_seconds_between_measured_sizes_are_interpolated_and_beyond_in_proportion():
+    costs = MachineCosts(
+        "pi", (2, 10), ((1.0, 0.0), (3.0, 2.0)), ((2.0, 0.0), (6.0, 0.0)), (0.1, 0.1),
+        operation_s=0.5,
+    )  # fmt: skip
+    assert costs.seconds(6) == pytest.approx((3.0 + 0.5, 4.0 + 0.5))
+    assert costs.seconds(6, 1, 2) == pytest.approx((1.0 + 0.5, 0.5))
+    assert costs.seconds(1, 0, 1) == pytest.approx((0.5 + 0.5, 1.0 + 0.5))
+    assert costs.seconds(20)[0] == pytest.approx(10.0 + 0.5)
+    assert costs.seconds(6, 1, 1) == (0.0, 0.0)
+    assert costs.slower(2.0).seconds(6)[0] == pytest.approx(7.0)
 
 
 def test_messages_cost_by_number_and_by_byte():
@@ -95,11 +108,13 @@ def test_a_fleet_file_that_cannot_be_used_is_refused(values, names):
 
 
 def test_costs_that_cannot_be_are_refused():
-    with pytest.raises(ConfigError, match="a value for each unit"):
-        MachineCosts("pi", (1.0,), (1.0, 2.0), (0.0,))
+    with pytest.raises(ConfigError, match="a value for each size and unit"):
+        MachineCosts("pi", (1,), ((1.0,),), ((1.0, 2.0),), (0.0,))
+    with pytest.raises(ConfigError, match="ascending from 1"):
+        MachineCosts("pi", (4, 1), ((1.0,),) * 2, ((1.0,),) * 2, (0.0,))
     with pytest.raises(ConfigError, match="0 or more"):
-        MachineCosts("pi", (-1.0,), (1.0,), (0.0,))
+        MachineCosts("pi", (1,), ((-1.0,),), ((1.0,),), (0.0,))
     with pytest.raises(ConfigError, match="workers=0"):
-        MachineCosts("edge", (1.0,), (1.0,), (0.0,), workers=0)
+        MachineCosts("edge", (1,), ((1.0,),), ((1.0,),), (0.0,), workers=0)
     with pytest.raises(ConfigError, match=r"policy\.codec=fp8"):
         tensor_bytes(Crossing(1, 1), 1, "fp8")

@@ -1,0 +1,130 @@
+"""The time of an iteration in closed form: of one device alone, and of several that share edges.
+
+All devices begin an iteration together and work by the schedule `fedsys.schedule.pipelined`, with
+micro-batches of one size (letters as in `fedsys.recurrences`; N pieces, latency l). Then the moments
+of the stages before the edge are linear in the piece, U_i = f + u + (i - 1) max(f, u), and so are,
+for a device alone, those after it, so that the last backward ends at
+
+    C_N = max(N f + N b,  D_1 + l + N b,  D_N + l + b),   D_i = f + u + l + s + d + (i-1) max(f,u,s,d).
+
+Edges serve in order of arrival. `fedsys.timeline.play` gives the same times, piece by piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsys.workload import Array, Stages
+
+Indices = NDArray[np.int64]
+
+
+def alone_s(s: Stages) -> Array:
+    """Return the seconds of an iteration of a device that has its edge to itself.
+
+    Args:
+        s: The stages, of any shape.
+
+    Returns:
+        Seconds, of that shape.
+    """
+    n, arrival = s.pieces, s.forward + s.up + s.latency
+    slowest = np.maximum(s.forward, s.up)
+    first = arrival + s.edge + s.down
+    last = first + (n - 1) * np.maximum(np.maximum(slowest, s.edge), s.down)
+    done = np.maximum(first + n * s.backward, last + s.backward) + s.latency
+    served = arrival + s.edge + (n - 1) * np.maximum(slowest, s.edge)
+    return _whole(s, np.where(s.offloaded, done, 0.0), served + s.edge_update)
+
+
+def _whole(s: Stages, done: Array, edge_end: Array) -> Array:
+    """Add what the device does besides; `done` and `edge_end` are 0 without an edge."""
+    computing = s.pieces * (s.forward + s.backward)
+    device = np.maximum(np.maximum(done, computing), computing + s.load) + s.device_update
+    return np.where(s.offloaded, np.maximum(device, edge_end), device)
+
+
+def together_s(s: Stages, edge: Indices, workers: Sequence[int]) -> Array:
+    """Return the seconds of an iteration of devices that share edges, for many plans at once.
+
+    Args:
+        s: The stages, ``(C, K)``: C plans for K devices.
+        edge: Index of the edge of each device, ``(C, K)``.
+        workers: Sessions that each edge computes at the same time.
+
+    Returns:
+        Seconds, ``(C, K)``.
+    """
+    count = int(s.pieces[s.offloaded].max(initial=0))
+    if count == 0:
+        return alone_s(s)
+    i = np.arange(count)
+    real = (i < s.pieces[..., None]) & s.offloaded[..., None]
+    gap = np.maximum(s.forward, s.up)[..., None]
+    arrival = (s.forward + s.up + s.latency)[..., None] + i * gap
+    last = i == s.pieces[..., None] - 1
+    held = s.edge[..., None] + np.where(last, s.edge_update[..., None], 0.0)
+    held = np.where(real, held, 0.0)
+    freed = np.full(arrival.shape, -np.inf)  # when the edge has finished a piece, its step included
+    for index, several in enumerate(workers):
+        mine = real & (edge == index)[..., None]
+        if not mine.any():
+            continue
+        at = np.where(mine, arrival, np.inf)
+        if several >= edge.shape[-1]:
+            end = _queue(at, np.where(mine, held, 0.0))
+        elif several == 1:
+            end = _one_worker(at, np.where(mine, held, 0.0))
+        else:
+            end = _some_workers(at, held, several)
+        freed = np.where(mine, end, freed)
+    answered = freed - np.where(last, s.edge_update[..., None], 0.0)
+    down = s.down[..., None]
+    returned = (i + 1) * down + np.maximum.accumulate(answered - i * down, axis=-1)
+    left = (s.pieces[..., None] - i) * s.backward[..., None]
+    done = np.where(real, returned + left, -np.inf).max(axis=-1) + s.latency
+    return _whole(s, np.where(s.offloaded, done, 0.0), freed.max(axis=-1))
+
+
+def _queue(at: Array, held: Array) -> Array:
+    """Return when each leaves a queue with one server; the last axis is in order of arrival."""
+    work = np.cumsum(held, axis=-1)
+    end: Array = work + np.maximum.accumulate(at - (work - held), axis=-1)
+    return end
+
+
+def _one_worker(at: Array, held: Array) -> Array:
+    flat = at.reshape(len(at), -1)
+    order = np.argsort(flat, axis=-1, kind="stable")  # ties: the device with the lower index
+    sorted_held = np.take_along_axis(held.reshape(flat.shape), order, axis=-1)
+    ends = np.empty_like(flat)
+    np.put_along_axis(
+        ends, order, _queue(np.take_along_axis(flat, order, axis=-1), sorted_held), axis=-1
+    )
+    return ends.reshape(at.shape)
+
+
+def _some_workers(at: Array, held: Array, workers: int) -> Array:
+    """Serve what came first among that whose session is not in work, piece by piece."""
+    plans, devices, count = at.shape
+    here = np.arange(plans)
+    padded = np.concatenate([at, np.full((plans, devices, 1), np.inf)], axis=-1)
+    following = np.zeros((plans, devices), dtype=np.int64)
+    session, worker = np.zeros((plans, devices)), np.zeros((plans, workers))
+    ends = np.full(at.shape, -np.inf)
+    for _ in range(int(np.isfinite(at).sum(axis=(1, 2)).max(initial=0))):
+        came = np.take_along_axis(padded, following[..., None], axis=-1)[..., 0]
+        ready = np.maximum(came, session)
+        free = worker.argmin(axis=-1)
+        now = np.maximum(worker[here, free], ready.min(axis=-1))
+        who = np.where(ready <= now[:, None], came, np.inf).argmin(axis=-1)
+        going = np.isfinite(now)
+        which = following[here, who]
+        end = now + held[here, who, np.minimum(which, count - 1)]
+        ends[here[going], who[going], which[going]] = end[going]
+        session[here[going], who[going]] = worker[here[going], free[going]] = end[going]
+        following[here[going], who[going]] += 1
+    return ends

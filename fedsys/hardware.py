@@ -1,0 +1,193 @@
+"""The machines of a fleet file: what each takes for the model that is trained.
+
+A fleet file names the machine of each device and edge server, and says what machines of that name
+take: by the nominal rates of a class, or as ``fedsys profile`` measured it::
+
+    machines:
+      pi3: {macs_per_s: 1.0e9, source: nominal}
+      bench: {model: vgg5, units: 5f0c…, rows: [1, 100], forward_s: […], …}
+    devices: [pi3, bench]
+    servers: [bench]
+
+A profile holds for the units that it was measured with, and is refused for any others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fedsys.config import Config, FleetConfig, NetworkConfig
+from fedsys.costs import MachineClass, MachineCosts, Messaging
+from fedsys.dialling import network_of
+from fedsys.errors import ConfigError, did_you_mean
+from fedsys.layers import LayeredModel
+from fedsys.shaping import Network
+
+PROFILE_KEYS = (
+    *("rows", "forward_s", "backward_s", "update_s"),  # needed
+    *("model", "units", "batch_size", "operation_s", "load_s", "message_s", "byte_s", "workers"),
+    *("spread", "source"),
+)
+NEEDED = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """The machines of a run, for its model.
+
+    Attributes:
+        devices: Costs of each device.
+        networks: Connection of each device.
+        edges: Costs of each edge server.
+    """
+
+    devices: tuple[MachineCosts, ...]
+    networks: tuple[Network, ...]
+    edges: tuple[MachineCosts, ...]
+
+
+def hardware(config: Config, layers: LayeredModel) -> Hardware | None:
+    """Return the machines that ``fleet=`` names; None if it names no devices.
+
+    Args:
+        config: The run.
+        layers: Its model.
+
+    Raises:
+        ConfigError: A machine is not described, or its description is not usable for this model.
+    """
+    fleet = config.fleet
+    if not fleet.devices:
+        return None
+    costs: dict[str, MachineCosts] = {}
+
+    def machine(path: str, name: str) -> MachineCosts:
+        if name not in fleet.machines:
+            hint = did_you_mean(name, fleet.machines)
+            known = ", ".join(fleet.machines) or "none"
+            raise ConfigError.of(path, name, "must be one of fleet.machines", f"{hint}{known}")
+        if name not in costs:
+            costs[name] = machine_costs(f"fleet.machines.{name}", fleet.machines[name], layers)
+        return costs[name]
+
+    servers = fleet.servers or fleet.devices[:0]
+    if not servers:
+        raise ConfigError.of(
+            "fleet.servers", list(servers), "must name the machine of an edge server",
+            f"one of {', '.join(fleet.machines)}",
+        )  # fmt: skip
+    edges = len(fleet.edges) or config.num_edges
+    return Hardware(
+        tuple(
+            machine(f"fleet.devices[{i % len(fleet.devices)}]", name)
+            for i, name in enumerate(_repeated(fleet.devices, config.num_clients))
+        ),
+        tuple(network_of(link) for link in _links(config, fleet)),
+        tuple(
+            machine(f"fleet.servers[{i % len(servers)}]", name)
+            for i, name in enumerate(_repeated(servers, edges))
+        ),
+    )
+
+
+def _repeated(names: tuple[str, ...], count: int) -> list[str]:
+    return [names[i % len(names)] for i in range(count)]
+
+
+def _links(config: Config, fleet: FleetConfig) -> list[NetworkConfig]:
+    own = fleet.links or (config.network,)
+    return [own[i % len(own)] for i in range(config.num_clients)]
+
+
+def machine_costs(path: str, values: object, layers: LayeredModel) -> MachineCosts:
+    """Return what a machine takes for a model, from its entry in a fleet file.
+
+    Args:
+        path: Key of the entry, for messages.
+        values: The entry: rates of a class, or a profile.
+        layers: The model.
+
+    Raises:
+        ConfigError: A key is missing, unknown or not usable, or the profile is of other units.
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigError.of(path, values, "must be a group of keys", "give its macs_per_s")
+    if "forward_s" not in values and "rows" not in values:
+        return MachineClass.of(path, values).costs(layers)
+    for key in values:
+        if key not in PROFILE_KEYS:
+            hint = did_you_mean(str(key), PROFILE_KEYS)
+            raise ConfigError.of(f"{path}.{key}", values[key], "must be a key of a profile", hint)
+    for key in PROFILE_KEYS[:NEEDED]:
+        if key not in values:
+            raise ConfigError.of(f"{path}.{key}", None, "must be given", "profile the machine anew")
+    _check_units(path, values, layers)
+    return MachineCosts(
+        path,
+        tuple(_whole(f"{path}.rows", n) for n in _list(f"{path}.rows", values["rows"])),
+        _table(f"{path}.forward_s", values["forward_s"]),
+        _table(f"{path}.backward_s", values["backward_s"]),
+        _numbers(f"{path}.update_s", values["update_s"]),
+        _number(f"{path}.operation_s", values.get("operation_s", 0.0)),
+        _number(f"{path}.load_s", values.get("load_s", 0.0)),
+        Messaging(
+            _number(f"{path}.message_s", values.get("message_s", 0.0)),
+            {
+                str(codec): _number(f"{path}.byte_s.{codec}", value)
+                for codec, value in dict(values.get("byte_s", {})).items()
+            },
+        ),
+        _whole(f"{path}.workers", values.get("workers", 1)),
+    )
+
+
+def _check_units(path: str, values: Mapping[str, Any], layers: LayeredModel) -> None:
+    expected, found = units_sha256(layers), values.get("units")
+    if found != expected:
+        raise ConfigError.of(
+            f"{path}.units", found,
+            f"must be {expected}: it is a profile of another model or of another version of it "
+            f"({values.get('model', 'unnamed')}, {len(values['update_s'])} units; "
+            f"the model that is trained has {len(layers)})",
+            "profile this one: fedsys profile with the same model= and data=",
+        )  # fmt: skip
+
+
+def units_sha256(layers: LayeredModel) -> str:
+    """Return the first 16 digits of a hash of all units: name, work, parameters and output."""
+    units = [(u.name, u.macs, u.params, list(u.out_shape)) for u in layers.units]
+    return hashlib.sha256(json.dumps(units).encode()).hexdigest()[:16]
+
+
+# --------------------------------------------------------------------------------------------------
+# Values of a profile
+
+
+def _list(path: str, value: object) -> list[Any]:
+    if not isinstance(value, list | tuple):
+        raise ConfigError.of(path, value, "must be a list")
+    return list(value)
+
+
+def _number(path: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError.of(path, value, "must be a number")
+    return float(value)
+
+
+def _whole(path: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError.of(path, value, "must be a whole number")
+    return value
+
+
+def _numbers(path: str, value: object) -> tuple[float, ...]:
+    return tuple(_number(path, v) for v in _list(path, value))
+
+
+def _table(path: str, value: object) -> tuple[tuple[float, ...], ...]:
+    return tuple(_numbers(path, row) for row in _list(path, value))

@@ -1,0 +1,364 @@
+"""What is to be trained, and how one device may go about it: the records that planners work on.
+
+A `Choice` says how a device trains; a `Menu` says how long its five stages take for one micro-batch
+(letters as in `fedsys.recurrences`), `job_of` makes it a device of `fedsys.timeline.play`. CPU time
+of a message is charged to the machine that spends it: to the device in f and b, to the edge in s.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsys.costs import LABEL_BYTES, Crossing, MachineCosts, crossings, frame_bytes, state_bytes
+from fedsys.errors import ConfigError
+from fedsys.layers import LayeredModel
+from fedsys.schedule import pipelined
+from fedsys.shaping import Network
+from fedsys.timeline import Exchange, Job, Turn
+from fedsys.training import pieces
+
+Array = NDArray[np.float64]
+
+MOST_PIECES = 64
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Choice:
+    """How one device trains.
+
+    Attributes:
+        cut: Units ``[0, cut)`` are on the device.
+        micro_batches: Pieces of a mini-batch.
+        codec: How tensors are written at the cut, both ways.
+        edge: Index of the edge server.
+    """
+
+    cut: int
+    micro_batches: int = 1
+    codec: str = "fp32"
+    edge: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One device of a plan.
+
+    Attributes:
+        name: For people.
+        costs: What its machine takes.
+        network: Its connection; planners use the rates without the trace.
+        examples: Examples that it trains on.
+    """
+
+    name: str
+    costs: MachineCosts
+    network: Network = field(default_factory=Network)
+    examples: int = 1
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is trained, on which machines, and what may be chosen.
+
+    Attributes:
+        crossings: What leaves each unit; length L.
+        state_bytes: Bytes of the parameters of each unit.
+        cuts: Cuts below L that may be chosen; L always may, unless a planner is told otherwise.
+        batch_size: Examples of a mini-batch.
+        devices: Who trains.
+        edges: Costs of each edge server.
+        micro_batches: Numbers of pieces that may be chosen.
+        codecs: Codecs that may be chosen.
+        epochs: Passes over the examples of a device in a round.
+        exchange: Whether devices receive and return their part of the model over their network in
+            each round, so that the plan takes its time into account.
+
+    Raises:
+        ConfigError: There is no device or edge, a machine is of another model, or a number of
+            pieces is above the batch size.
+    """
+
+    crossings: tuple[Crossing, ...]
+    state_bytes: tuple[int, ...]
+    cuts: tuple[int, ...]
+    batch_size: int
+    devices: tuple[Device, ...]
+    edges: tuple[MachineCosts, ...]
+    micro_batches: tuple[int, ...] = (1,)
+    codecs: tuple[str, ...] = ("fp32",)
+    epochs: int = 1
+    exchange: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.devices or not self.edges:
+            raise ConfigError.of("fleet", len(self.devices), "must have a device and an edge server")
+        for machine in (*(d.costs for d in self.devices), *self.edges):
+            if len(machine) != len(self.crossings):
+                raise ConfigError.of(
+                    machine.name, len(machine),
+                    f"must have costs for the {len(self.crossings)} units of the model",
+                )  # fmt: skip
+        for count in self.micro_batches:
+            if not 1 <= count <= self.batch_size:
+                raise ConfigError.of(
+                    "schedule.micro_batches", count,
+                    f"must be from 1 to client.batch_size={self.batch_size}",
+                )  # fmt: skip
+
+    @property
+    def units(self) -> int:
+        """Number of units, L."""
+        return len(self.crossings)
+
+    def iterations(self, device: Device) -> int:
+        """Return the optimizer steps of a device in a round."""
+        return self.epochs * math.ceil(device.examples / self.batch_size)
+
+    def exchange_s(self, device: Device, cut: int) -> float:
+        """Return the seconds in which a device receives and returns its part of the model."""
+        if not self.exchange:
+            return 0.0
+        bits = 8.0 * sum(self.state_bytes[:cut])
+        network = device.network
+        return bits / network.up_bits_s + bits / network.down_bits_s + 2 * network.latency_s
+
+
+def workload(
+    layers: LayeredModel,
+    devices: Sequence[Device],
+    edges: Sequence[MachineCosts],
+    batch_size: int,
+    *,
+    micro_batches: Sequence[int] | None = None,
+    codecs: Sequence[str] = ("fp32",),
+    epochs: int = 1,
+    exchange: bool = True,
+) -> Workload:
+    """Return the workload of a model.
+
+    Args:
+        layers: The model.
+        devices: Who trains.
+        edges: The edge servers.
+        batch_size: Examples of a mini-batch.
+        micro_batches: Numbers of pieces that may be chosen; None for `counts`.
+        codecs: Codecs that may be chosen.
+        epochs: Passes over the examples in a round.
+        exchange: As in `Workload`.
+    """
+    return Workload(
+        crossings(layers),
+        state_bytes(layers),
+        layers.cuts,
+        batch_size,
+        tuple(devices),
+        tuple(edges),
+        counts(batch_size) if micro_batches is None else tuple(micro_batches),
+        tuple(codecs),
+        epochs,
+        exchange,
+    )
+
+
+def counts(batch_size: int) -> tuple[int, ...]:
+    """Return the numbers of micro-batches that are worth a thought.
+
+    They divide the batch, or leave pieces of four examples or more, so that these are nearly of one
+    size. None has fewer than two examples, of which BatchNorm could make nothing.
+
+    >>> counts(100)
+    (1, 2, 4, 5, 10, 20, 25, 50)
+    >>> counts(7)
+    (1,)
+    """
+    most = max(1, min(batch_size // 2, MOST_PIECES))
+    divisors = [m for m in range(1, most + 1) if batch_size % m == 0]
+    if len(divisors) < 4:
+        divisors += [m for m in (2, 3, 4, 6, 8, 12, 16, 24, 32) if batch_size // m >= 4]
+    return tuple(sorted({m for m in divisors if m <= most}))
+
+
+# --------------------------------------------------------------------------------------------------
+# Times
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """Seconds of one micro-batch in each stage, and of one mini-batch beside them.
+
+    Arrays have one shape, an entry for each setting. A setting without an edge has zeros in the
+    stages `up`, `edge` and `down`.
+
+    Attributes:
+        forward: On the device, with the CPU time of sending.
+        up: On the uplink.
+        edge: Forward and backward on the edge, with its messages.
+        down: On the downlink.
+        backward: On the device, with the CPU time of receiving.
+        pieces: Number of micro-batches.
+        device_update: Optimizer step of the device.
+        edge_update: Optimizer step of the edge.
+        load: Loading of the next mini-batch.
+        latency: One way.
+        offloaded: Whether there is an edge.
+    """
+
+    forward: Array
+    up: Array
+    edge: Array
+    down: Array
+    backward: Array
+    pieces: Array
+    device_update: Array
+    edge_update: Array
+    load: Array
+    latency: Array
+    offloaded: NDArray[np.bool_]
+
+
+class Menu:
+    """Some choices, with all of their costs that do not depend on the device.
+
+    Args:
+        load: What is trained.
+        choices: The choices.
+    """
+
+    def __init__(self, load: Workload, choices: Sequence[Choice]) -> None:
+        self.load, self.choices = load, tuple(choices)
+        self.cut = np.array([choice.cut for choice in choices])
+        self.edge = np.array([choice.edge for choice in choices])
+        self.pieces = np.array([float(choice.micro_batches) for choice in choices])
+        self.offloaded = self.cut < load.units
+        self._sizes, self._size = np.unique(load.batch_size / self.pieces, return_inverse=True)
+        self._codecs = [choice.codec for choice in choices]
+        rows = self._sizes[self._size]
+        self._down_bytes = np.zeros(len(choices))
+        for codec in set(self._codecs):
+            mine = self.offloaded & np.array([c == codec for c in self._codecs])
+            slope, fixed = _frame_table(load, codec)
+            at = self.cut[mine] - 1
+            self._down_bytes[mine] = slope[at] * rows[mine] + fixed[at]
+        self._up_bytes = np.where(self.offloaded, self._down_bytes + LABEL_BYTES * rows, 0.0)
+        self._edge_s, self._edge_update_s = np.zeros(len(choices)), np.zeros(len(choices))
+        for index in np.unique(self.edge[self.offloaded]):
+            self._cost_edge(int(index))
+
+    def _cost_edge(self, index: int) -> None:
+        costs = self.load.edges[index]
+        mine = self.offloaded & (self.edge == index)
+        forward, backward = costs.done_after(self._sizes)
+        both = (forward[:, -1:] - forward) + (backward[:, -1:] - backward)
+        message_s = costs.messaging.message_s
+        byte_s = self._by_codec(costs.messaging.byte_s)
+        seconds = both[self._size, self.cut] + 2 * (costs.operation_s + message_s)
+        seconds += (self._up_bytes + self._down_bytes) * byte_s
+        self._edge_s[mine] = seconds[mine]
+        self._edge_update_s[mine] = _after(costs.update_s)[self.cut[mine]]
+
+    def _by_codec(self, byte_s: Mapping[str, float]) -> Array:
+        return np.array([byte_s.get(codec, 0.0) for codec in self._codecs])
+
+    def stages(self, device: Device) -> Stages:
+        """Return the stages of a device; one entry for each choice."""
+        costs, network = device.costs, device.network
+        forward, backward = (t[self._size, self.cut] for t in costs.done_after(self._sizes))
+        message_s = np.where(self.offloaded, costs.messaging.message_s, 0.0)
+        byte_s = self._by_codec(costs.messaging.byte_s)
+        fixed = np.where(self.cut > 0, costs.operation_s, 0.0)
+        after = _after(costs.update_s)
+        return Stages(
+            forward=forward + fixed + message_s + self._up_bytes * byte_s,
+            up=8.0 * self._up_bytes / network.up_bits_s,
+            edge=self._edge_s,
+            down=8.0 * self._down_bytes / network.down_bits_s,
+            backward=backward + fixed + message_s + self._down_bytes * byte_s,
+            pieces=self.pieces,
+            device_update=after[0] - after[self.cut],
+            edge_update=self._edge_update_s,
+            load=np.full(len(self.choices), costs.load_s * self.load.batch_size),
+            latency=np.where(self.offloaded, network.latency_s, 0.0),
+            offloaded=self.offloaded,
+        )
+
+
+def _after(values: Sequence[float]) -> Array:
+    """Return at index c the sum of ``values[c:]``."""
+    return np.concatenate([np.cumsum(np.array(values)[::-1])[::-1], [0.0]])
+
+
+def _frame_table(load: Workload, codec: str) -> tuple[Array, Array]:
+    """Return the bytes of a frame without labels at each cut: for each example, and fixed."""
+    many = np.array([frame_bytes(c, 1000, codec) for c in load.crossings], dtype=float)
+    more = np.array([frame_bytes(c, 2000, codec) for c in load.crossings], dtype=float)
+    slope = (more - many) / 1000
+    return slope, many - 1000 * slope
+
+
+def job_of(
+    load: Workload, device: Device, choice: Choice, *, name: str = "", start_s: float = 0.0,
+    iterations: int | None = None,
+) -> Job:  # fmt: skip
+    """Return what a device does in a round, as the simulator plays it.
+
+    Args:
+        load: What is trained.
+        device: The device.
+        choice: How it trains.
+        name: Its name among the jobs; by default its own.
+        start_s: When it begins, in seconds of the trace of its network.
+        iterations: Mini-batches of full size instead of those of a round.
+    """
+    per_epoch = math.ceil(device.examples / load.batch_size)
+    rest = device.examples - (per_epoch - 1) * load.batch_size
+    full = iterations is not None or rest == load.batch_size
+    whole = 0.0 if not load.exchange else float(sum(load.state_bytes[: choice.cut]))
+    last = load.units
+    edge = load.edges[choice.edge] if choice.cut < last else None
+    return Job(
+        name or device.name,
+        _turns(load, device, choice, load.batch_size),
+        device.network,
+        choice.edge,
+        float(sum(device.costs.update_s[: choice.cut])),
+        0.0 if edge is None else float(sum(edge.update_s[choice.cut :])),
+        device.costs.load_s * load.batch_size,
+        iterations or load.iterations(device),
+        start_s,
+        whole,
+        whole,
+        () if full else _turns(load, device, choice, rest),
+        per_epoch,
+    )
+
+
+def _turns(load: Workload, device: Device, choice: Choice, size: int) -> tuple[Turn, ...]:
+    sizes = [stop - start for start, stop in pieces(size, choice.micro_batches)]
+    if choice.cut == load.units:
+        seconds = [device.costs.seconds(n, 0, choice.cut) for n in sizes]
+        return tuple(
+            Turn(name, piece, both[index])
+            for piece, both in enumerate(seconds)
+            for index, name in enumerate(("forward", "backward"))
+        )
+    own, there = device.costs.messaging, load.edges[choice.edge].messaging
+    crossing, codec = load.crossings[choice.cut - 1], choice.codec
+    turns = []
+    for name, piece in pipelined(len(sizes)):
+        n = sizes[piece]
+        up = frame_bytes(crossing, n, codec, labels=True)
+        down = frame_bytes(crossing, n, codec)
+        forward, backward = device.costs.seconds(n, 0, choice.cut)
+        if name == "forward":
+            edge_s = sum(load.edges[choice.edge].seconds(n, choice.cut))
+            edge_s += there.seconds(up, codec) + there.seconds(down, codec)
+            exchange = Exchange(up, edge_s, down)
+            turns.append(Turn(name, piece, forward + own.seconds(up, codec), exchange))
+        else:
+            turns.append(Turn(name, piece, backward + own.seconds(down, codec)))
+    return tuple(turns)
