@@ -1,17 +1,19 @@
 """The time of an iteration in closed form: of one device alone, and of several that share edges.
 
 All devices begin an iteration together and work by the schedule `fedsys.schedule.pipelined`, with
-micro-batches of one size (letters as in `fedsys.recurrences`; N pieces, latency l). Then the moments
-of the stages before the edge are linear in the piece, U_i = f + u + (i - 1) max(f, u), and so are,
-for a device alone, those after it, so that the last backward ends at
+micro-batches of one size (letters as in `fedsys.recurrences`; N pieces, latency l). Then the
+moments of the stages before the edge are linear in the piece, U_i = f + u + (i - 1) max(f, u), and
+so are, for a device alone, those after it, so that the last backward ends at
 
-    C_N = max(N f + N b,  D_1 + l + N b,  D_N + l + b),   D_i = f + u + l + s + d + (i-1) max(f,u,s,d).
+    C_N = max(N f + N b,  D_1 + l + N b,  D_N + l + b)
+    D_i = f + u + l + s + d + (i - 1) max(f, u, s, d)
 
 Edges serve in order of arrival. `fedsys.timeline.play` gives the same times, piece by piece.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,6 +22,8 @@ from numpy.typing import NDArray
 from fedsys.workload import Array, Stages
 
 Indices = NDArray[np.int64]
+
+_MANY = 16  # plans from which on arrays are faster than a loop
 
 
 def alone_s(s: Stages) -> Array:
@@ -108,7 +112,39 @@ def _one_worker(at: Array, held: Array) -> Array:
 
 
 def _some_workers(at: Array, held: Array, workers: int) -> Array:
-    """Serve what came first among that whose session is not in work, piece by piece."""
+    """Serve what came first among that whose session is not in work."""
+    if len(at) < _MANY:
+        return np.stack([_one_plan(a, h, workers) for a, h in zip(at, held, strict=True)])
+    return _many_plans(at, held, workers)
+
+
+def _one_plan(at: Array, held: Array, workers: int) -> Array:
+    """Serve the pieces ``(K, N)`` of one plan."""
+    ends = np.full(at.shape, -np.inf)
+    counts = np.isfinite(at).sum(axis=-1).tolist()
+    times, lengths = at.tolist(), held.tolist()
+    free = [0.0] * workers
+    coming = [(row[0], row[0], k, 0) for k, row in enumerate(times) if counts[k]]
+    heapq.heapify(coming)  # when it may begin, when it came, device, piece
+    waiting: list[tuple[float, int, int]] = []
+    now = 0.0
+    while coming or waiting:
+        now = max(now, free[0]) if waiting else max(now, free[0], coming[0][0])
+        while coming and coming[0][0] <= now:
+            heapq.heappush(waiting, heapq.heappop(coming)[1:])
+        _, k, piece = heapq.heappop(waiting)
+        end = now + lengths[k][piece]
+        heapq.heapreplace(free, end)
+        ends[k, piece] = end
+        piece += 1
+        if piece < counts[k]:
+            came = times[k][piece]
+            heapq.heappush(coming, (max(came, end), came, k, piece))
+    return ends
+
+
+def _many_plans(at: Array, held: Array, workers: int) -> Array:
+    """Serve the pieces ``(P, K, N)`` of many plans at once, one piece of each after the other."""
     plans, devices, count = at.shape
     here = np.arange(plans)
     padded = np.concatenate([at, np.full((plans, devices, 1), np.inf)], axis=-1)

@@ -160,16 +160,18 @@ class MachineCosts:
 def _cumulated(sizes: tuple[int, ...], table: tuple[tuple[float, ...], ...], rows: Array) -> Array:
     """Interpolate each unit between the sizes, in proportion beyond them, and add up."""
     known = np.array(table)
-    ends = np.array(sizes, dtype=float)
-    inside = np.clip(rows, ends[0], ends[-1])
-    right = np.clip(np.searchsorted(ends, inside), 1, max(1, len(ends) - 1))
-    if len(ends) == 1:
-        units = np.repeat(known, len(rows), axis=0)
+    out = np.zeros((len(rows), known.shape[1] + 1))
+    if len(sizes) == 1:
+        units = known * (rows / sizes[0])[:, None]
     else:
+        ends = np.array(sizes, dtype=float)
+        inside = np.minimum(np.maximum(rows, ends[0]), ends[-1])
+        right = np.minimum(np.maximum(np.searchsorted(ends, inside), 1), len(ends) - 1)
         share = ((inside - ends[right - 1]) / (ends[right] - ends[right - 1]))[:, None]
         units = known[right - 1] * (1 - share) + known[right] * share
-    units = units * (rows / inside)[:, None]
-    return np.concatenate([np.zeros((len(rows), 1)), np.cumsum(units, axis=1)], axis=1)
+        units *= (rows / inside)[:, None]
+    np.cumsum(units, axis=1, out=out[:, 1:])
+    return out
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,7 +96,7 @@ class Workload:
 
     def __post_init__(self) -> None:
         if not self.devices or not self.edges:
-            raise ConfigError.of("fleet", len(self.devices), "must have a device and an edge server")
+            raise ConfigError.of("fleet", "empty", "must have a device and an edge server")
         for machine in (*(d.costs for d in self.devices), *self.edges):
             if len(machine) != len(self.crossings):
                 raise ConfigError.of(
@@ -119,13 +119,20 @@ class Workload:
         """Return the optimizer steps of a device in a round."""
         return self.epochs * math.ceil(device.examples / self.batch_size)
 
-    def exchange_s(self, device: Device, cut: int) -> float:
-        """Return the seconds in which a device receives and returns its part of the model."""
+    def exchange_s(self) -> Array:
+        """Return the seconds in which devices receive and return their part of the model.
+
+        Returns:
+            Seconds, ``(K, L + 1)``: of each device at each cut.
+        """
         if not self.exchange:
-            return 0.0
-        bits = 8.0 * sum(self.state_bytes[:cut])
-        network = device.network
-        return bits / network.up_bits_s + bits / network.down_bits_s + 2 * network.latency_s
+            return np.zeros((len(self.devices), self.units + 1))
+        bits = 8.0 * np.concatenate([[0.0], np.cumsum(self.state_bytes)])
+        links = [device.network for device in self.devices]
+        per_bit = np.array([1 / link.up_bits_s + 1 / link.down_bits_s for link in links])
+        latency = np.array([[2 * link.latency_s] for link in links])
+        seconds: Array = per_bit[:, None] * bits + latency
+        return seconds
 
 
 def workload(
@@ -236,11 +243,12 @@ class Menu:
         self.pieces = np.array([float(choice.micro_batches) for choice in choices])
         self.offloaded = self.cut < load.units
         self._sizes, self._size = np.unique(load.batch_size / self.pieces, return_inverse=True)
-        self._codecs = [choice.codec for choice in choices]
+        self._codecs = sorted({choice.codec for choice in choices})
+        self._codec = np.array([self._codecs.index(choice.codec) for choice in choices])
         rows = self._sizes[self._size]
         self._down_bytes = np.zeros(len(choices))
-        for codec in set(self._codecs):
-            mine = self.offloaded & np.array([c == codec for c in self._codecs])
+        for index, codec in enumerate(self._codecs):
+            mine = self.offloaded & (self._codec == index)
             slope, fixed = _frame_table(load, codec)
             at = self.cut[mine] - 1
             self._down_bytes[mine] = slope[at] * rows[mine] + fixed[at]
@@ -262,7 +270,8 @@ class Menu:
         self._edge_update_s[mine] = _after(costs.update_s)[self.cut[mine]]
 
     def _by_codec(self, byte_s: Mapping[str, float]) -> Array:
-        return np.array([byte_s.get(codec, 0.0) for codec in self._codecs])
+        values: Array = np.array([byte_s.get(codec, 0.0) for codec in self._codecs])[self._codec]
+        return values
 
     def stages(self, device: Device) -> Stages:
         """Return the stages of a device; one entry for each choice."""

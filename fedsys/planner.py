@@ -1,0 +1,428 @@
+"""Plans: for each device the cut, the number of micro-batches, the codec and the edge server.
+
+A plan is judged by the time of a round: of each device, its iterations and the exchange of its part
+of the model, with contention for edges as in `fedsys.contention`. Of two plans the one with the
+faster slowest device is better; a thousandth of the mean is added so that no other device waits
+without need. "All on the device" is always a candidate, unless offloading is forced.
+
+========== =====================================================================================
+exhaustive the optimum over all choices of all devices, if there are at most 10^6 combinations;
+           above, each device in turn has the best of all its choices until none changes
+auto       a few of the choices that can be worth it, from starts with one limit of time for all
+pipar      the rule of PiPar for each device by itself: one number of micro-batches for each cut
+splitfed   one micro-batch, each device at its own best cut: split learning in parallel
+classic    everything on the devices
+========== =====================================================================================
+
+`pipar` is the rule of Zhang et al., "PiPar: Pipeline Parallelism for Collaborative Machine
+Learning" (JPDC 2024): for each cut as many micro-batches as keep the device busy until the first
+gradient is back, N = 1 + ceil((t_u + t_s + t_d) / min(t_f, t_b)), and the cut with the least time.
+Unlike its published code it counts bytes of the real tensors and latency, and times a pipeline in
+which a device computes one thing at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedsys.contention import Indices, alone_s, together_s
+from fedsys.errors import ConfigError
+from fedsys.shaping import Network
+from fedsys.workload import MOST_PIECES, Array, Choice, Device, Menu, Stages, Workload
+
+METHODS = ("auto", "exhaustive", "pipar", "splitfed", "classic")
+MOST_COMBINATIONS = 10**6
+
+_MEAN = 1e-3  # weight of the mean beside the slowest device
+_BUDGET = 150_000  # pieces that `auto` times in one look
+_ENTRIES = 4_000_000  # numbers in one array
+_SLOWER = 20  # times, where an edge computes several sessions at a time, but not all
+_LIMITS = 16  # starts of `auto`
+_FEW = 10  # choices of a device that `auto` looks at
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What each device shall do, and what the model says about it.
+
+    Attributes:
+        method: Who made it.
+        choices: For each device.
+        iteration_s: Predicted seconds of an iteration of each device.
+        round_s: Predicted seconds of its round.
+        how: How far it was searched, in words.
+        planned_s: Seconds that planning took.
+    """
+
+    method: str
+    choices: tuple[Choice, ...]
+    iteration_s: tuple[float, ...]
+    round_s: tuple[float, ...]
+    how: str
+    planned_s: float = dataclasses.field(default=0.0, compare=False)
+
+    @property
+    def seconds(self) -> float:
+        """Predicted seconds of the round: those of the slowest device."""
+        return max(self.round_s)
+
+
+def plan(load: Workload, method: str = "auto", *, offload: bool = False) -> Plan:
+    """Return the plan of a method.
+
+    Args:
+        load: What is trained, on which machines, and what may be chosen.
+        method: One of `METHODS`.
+        offload: Whether every device has to offload: `classic` is not a candidate then.
+
+    Raises:
+        ConfigError: There is no such method, or offloading is forced and the model has no cut.
+    """
+    if method not in METHODS:
+        raise ConfigError.of("policy.kind", method, f"must be one of {', '.join(METHODS)}")
+    if (offload or method == "splitfed") and not load.cuts:
+        raise ConfigError.of(
+            "model", method, "must have a cut: between its units more than one tensor flows",
+            "policy=none trains it on the devices",
+        )  # fmt: skip
+    began = time.perf_counter()
+    table, picked, how = _METHODS[method](load, offload)
+    made = _as_plan(table, picked, method, how)
+    return dataclasses.replace(made, planned_s=time.perf_counter() - began)
+
+
+def evaluate(load: Workload, choices: Sequence[Choice], *, method: str = "", how: str = "") -> Plan:
+    """Return a plan of given choices with what the model predicts for it."""
+    table, picked = _listed(load, choices)
+    return _as_plan(table, picked, method, how)
+
+
+def _listed(load: Workload, choices: Sequence[Choice]) -> tuple[_Table, Indices]:
+    index = {choice: i for i, choice in enumerate(dict.fromkeys(choices))}
+    return _Table(load, list(index)), np.array([index[choice] for choice in choices])
+
+
+def _as_plan(table: _Table, picked: Indices, method: str, how: str) -> Plan:
+    iteration, round_ = table.times(picked[None])
+    choices = tuple(table.choices[i] for i in picked)
+    return Plan(method, choices, tuple(iteration[0].tolist()), tuple(round_[0].tolist()), how)
+
+
+def options(load: Workload, *, offload: bool = False) -> list[Choice]:
+    """Return all choices of a device; those of one kind stand together, edge by edge."""
+    whole = [] if offload else [Choice(load.units)]
+    return whole + [
+        Choice(cut, count, codec, edge)
+        for cut in load.cuts
+        for count in load.micro_batches
+        for codec in load.codecs
+        for edge in range(len(load.edges))
+    ]
+
+
+def score(round_s: Array) -> Array:
+    """Return what is minimised: the slowest device of ``(C, K)`` and a little of the mean."""
+    total: Array = round_s.max(axis=-1) + _MEAN * round_s.mean(axis=-1)
+    return total
+
+
+class _Table:
+    """The stages of all devices for some choices.
+
+    Devices of one kind share their stages, and so do choices that differ in the edge only, if these
+    edges are of one kind: such choices are one *course*.
+
+    Attributes:
+        choices: All choices, C of them.
+        course: Index of the course of each choice.
+        choice_at: Index of the choice by course and edge, ``(O, E)``; -1 where there is none.
+    """
+
+    def __init__(self, load: Workload, choices: Sequence[Choice]) -> None:
+        self.load, self.choices = load, tuple(choices)
+        self.workers = [edge.workers for edge in load.edges]
+        self.edge: Indices = np.array([choice.edge for choice in choices])
+        self._pick_courses()
+        menu = Menu(load, [self.choices[i] for i in self._first])
+        kinds: dict[tuple[int, Network], int] = {}
+        made: list[Stages] = []
+        self._kind = np.zeros(len(load.devices), dtype=np.int64)
+        for k, device in enumerate(load.devices):
+            kind = kinds.setdefault((id(device.costs), device.network), len(kinds))
+            self._kind[k] = kind
+            if kind == len(made):
+                made.append(menu.stages(device))
+        names = [f.name for f in dataclasses.fields(Stages)]
+        self._stages = {name: np.stack([getattr(s, name) for s in made]) for name in names}
+        self.steps = np.array([load.iterations(device) for device in load.devices], dtype=float)
+        self.exchange = load.exchange_s()[:, menu.cut]
+
+    def _pick_courses(self) -> None:
+        like = {id(costs): i for i, costs in reversed(list(enumerate(self.load.edges)))}
+        kind = [like[id(costs)] for costs in self.load.edges]
+        found: dict[tuple[int, int, str, int], int] = {}
+        self._first: list[int] = []
+        self.course = np.zeros(len(self.choices), dtype=np.int64)
+        for i, c in enumerate(self.choices):
+            key = (c.cut, c.micro_batches, c.codec, kind[c.edge])
+            self.course[i] = found.setdefault(key, len(found))
+            if self.course[i] == len(self._first):
+                self._first.append(i)
+        self.choice_at = np.full((len(found), len(self.load.edges)), -1)
+        self.choice_at[self.course, self.edge] = np.arange(len(self.choices))
+
+    def stages(self, picked: Indices) -> Stages:
+        """Return the stages of plans, ``(P, K)`` indices of choices."""
+        at = self.course[picked]
+        return Stages(**{n: table[self._kind, at] for n, table in self._stages.items()})
+
+    def times(self, picked: Indices) -> tuple[Array, Array]:
+        """Return the seconds of an iteration and of a round in company, ``(P, K)``."""
+        iteration = together_s(self.stages(picked), self.edge[picked], self.workers)
+        exchange = self.exchange[np.arange(len(self.steps)), self.course[picked]]
+        return iteration, iteration * self.steps + exchange
+
+    def scores(self, picked: Indices) -> Array:
+        """Return the scores of plans ``(P, K)``, in parts that fit into memory."""
+        if not len(picked):
+            return np.zeros(0)
+        pieces = self._stages["pieces"].max()
+        size = max(1, int(_ENTRIES / (picked.shape[1] * pieces)))
+        parts = [picked[i : i + size] for i in range(0, len(picked), size)]
+        return np.concatenate([score(self.times(part)[1]) for part in parts])
+
+    def alone(self) -> Array:
+        """Return the seconds of a round of each device for each course, ``(K, O)``."""
+        seconds = alone_s(Stages(**self._stages))[self._kind]
+        total: Array = seconds * self.steps[:, None] + self.exchange
+        return total
+
+    def loads(self) -> Array:
+        """Return the seconds of an edge in a round of each device, ``(K, O)``."""
+        s = self._stages
+        seconds = np.where(s["offloaded"], s["pieces"] * s["edge"] + s["edge_update"], 0.0)
+        total: Array = seconds[self._kind] * self.steps[:, None]
+        return total
+
+    def with_edges(self, courses: Indices) -> Indices:
+        """Return all choices of some courses."""
+        found = self.choice_at[courses].ravel()
+        return found[found >= 0]
+
+
+# --------------------------------------------------------------------------------------------------
+# The methods: a table of choices, which of them, and how they were found
+
+_Found = tuple[_Table, Indices, str]
+
+
+def _classic(load: Workload, offload: bool) -> _Found:
+    return *_listed(load, [Choice(load.units)] * len(load.devices)), "no choice"
+
+
+def _auto(load: Workload, offload: bool) -> _Found:
+    table = _Table(load, options(load, offload=offload))
+    return table, _auto_picks(table), "worthwhile choices, improved one by one"
+
+
+def _auto_picks(table: _Table) -> Indices:
+    alone, loads = table.alone(), table.loads()
+    starts = _limited_starts(table, alone, loads)
+    best = starts[int(table.scores(starts).argmin())]
+    return _improved(table, best, _worthwhile(table, alone, loads), budget=_BUDGET)
+
+
+def _limited_starts(table: _Table, alone: Array, loads: Array) -> Indices:
+    """Return the two most promising plans in which all devices have one limit of time.
+
+    Each device takes least of the edges within the limit, which lies between the least possible
+    time of a round and that of choices made alone. A plan takes as long as its slowest device
+    alone, or as its busiest edge.
+    """
+    best = alone.min(axis=1)
+    local = np.where(loads == 0, alone, np.inf).min(axis=1)
+    highest = np.where(np.isfinite(local), local, alone.max(axis=1)).max()
+    limits = np.geomspace(max(best.max(), 1e-12), max(highest, best.max(), 1e-12), _LIMITS - 1)
+    rows, here = [alone.argmin(axis=1)], np.arange(len(alone))
+    for limit in limits:
+        within = alone <= np.maximum(limit, best)[:, None] * (1 + 1e-9)
+        rows.append((np.where(within, loads, np.inf) + 1e-9 * alone).argmin(axis=1))
+    found: dict[bytes, tuple[float, Indices]] = {}
+    for row in rows:
+        if row.tobytes() not in found:
+            picked, busiest = _spread(table, row, loads)
+            estimate = np.maximum(alone[here, row], busiest * (loads[here, row] > 0))
+            found[row.tobytes()] = float(score(estimate)), picked
+    promising = sorted(found.values(), key=lambda entry: entry[0])[:2]
+    return np.stack([picked for _, picked in promising])
+
+
+def _spread(table: _Table, courses: Indices, loads: Array) -> tuple[Indices, float]:
+    """Distribute devices over edges, the largest load first, to the edge that is done earliest.
+
+    Returns:
+        The choices, and the seconds of the busiest edge.
+    """
+    picked, busy = np.empty_like(courses), [0.0] * len(table.load.edges)
+    own = loads[np.arange(len(courses)), courses]
+    for k in np.argsort(-own, kind="stable"):
+        choices = table.choice_at[courses[k]]
+        ends = [
+            busy[e] + own[k] / table.workers[e] if choice >= 0 else math.inf
+            for e, choice in enumerate(choices)
+        ]
+        edge = min(range(len(ends)), key=ends.__getitem__)
+        busy[edge] = ends[edge]
+        picked[k] = choices[edge]
+    return picked, max(busy)
+
+
+def _worthwhile(table: _Table, alone: Array, loads: Array) -> list[Indices]:
+    """Return for each device the choices that are best at something.
+
+    A course that another one betters both alone and in what it takes of the edge is left out, but
+    for the few that are fastest alone, and those that take nothing of an edge.
+    """
+    kept: dict[bytes, Indices] = {}
+    result = []
+    for own, load in zip(alone, loads, strict=True):
+        key = own.tobytes() + load.tobytes()
+        if key not in kept:
+            order = np.lexsort((load, own))
+            least = np.minimum.accumulate(load[order])
+            front = order[np.r_[True, least[1:] < least[:-1]]]
+            near, local = order[:_FEW], np.flatnonzero(load == 0)
+            courses = np.unique(np.concatenate([front[:_FEW], near, local]))
+            kept[key] = table.with_edges(courses)
+        result.append(kept[key])
+    return result
+
+
+def _improved(
+    table: _Table, picked: Indices, short: Sequence[Indices], budget: float = math.inf
+) -> Indices:
+    """Change the choice of one device after the other for a better plan, until none is better.
+
+    Args:
+        table: All choices.
+        picked: The plan to begin with.
+        short: The choices that are tried of each device.
+        budget: Pieces that may be timed in one pass; if all devices are too many for it, the
+            slowest ones are looked at, or none.
+    """
+    devices = len(picked)
+    best = float(table.scores(picked[None])[0])
+    pieces = float(table.stages(picked[None]).pieces.max())
+    if any(1 < workers < devices for workers in table.workers):
+        budget /= _SLOWER
+    affordable = budget / (devices * max(pieces, 1.0) * max(len(s) for s in short))
+    everyone = affordable >= devices
+    if affordable < 1:
+        return picked
+    for _ in range(4 * devices if everyone else 2):
+        before = best
+        order = np.argsort(-table.times(picked[None])[1][0], kind="stable")
+        for k in order[: int(min(affordable, devices))]:
+            tried = np.repeat(picked[None], len(short[k]), axis=0)
+            tried[:, k] = short[k]
+            scores = table.scores(tried)
+            i = int(scores.argmin())
+            if scores[i] < best * (1 - 1e-12):
+                picked, best = tried[i], float(scores[i])
+        if best >= before * (1 - 1e-12):
+            break
+    return picked
+
+
+def _exhaustive(load: Workload, offload: bool) -> _Found:
+    table = _Table(load, options(load, offload=offload))
+    start = _auto_picks(table)
+    count, devices = len(table.choices), len(load.devices)
+    combinations = count**devices
+    if combinations > MOST_COMBINATIONS:
+        everything = [np.arange(count)] * devices
+        alone, _ = _spread(table, table.alone().argmin(axis=1), table.loads())
+        found = [_improved(table, s, everything) for s in (start, alone)]
+        picked = min(found, key=lambda p: float(table.scores(p[None])[0]))
+        how = f"each device in turn over {count} choices until none changed: not proved the best"
+    else:
+        picked = _joint(table, start, combinations)
+        how = f"all {combinations} combinations of choices: the optimum of the model"
+    return table, picked, how
+
+
+def _joint(table: _Table, start: Indices, combinations: int) -> Indices:
+    """Return the best of all combinations.
+
+    What devices would take alone is a bound from below, so combinations are timed in the order of
+    that bound until it is above the best time that was found.
+    """
+    alone, count = table.alone()[:, table.course], len(table.choices)
+    devices = len(alone)
+    slowest, mean = np.zeros(1), np.zeros(1)
+    for own in alone:  # the last device's choice changes fastest
+        slowest = np.maximum(slowest[:, None], own).ravel()
+        mean = (mean[:, None] + own / devices).ravel()
+    bound = slowest + _MEAN * mean
+    picked, best = start, float(table.scores(start[None])[0])
+    order = np.flatnonzero(bound < best)
+    order = order[np.argsort(bound[order], kind="stable")]
+    size = 64
+    while len(order) and bound[order[0]] < best:
+        part, order = order[:size], order[size:]
+        rows = np.stack(np.unravel_index(part, (count,) * devices), axis=1)
+        scores = table.scores(rows)
+        if scores.min() < best:
+            picked, best = rows[int(scores.argmin())], float(scores.min())
+        size = min(4 * size, 50_000)
+    return picked
+
+
+def _pipar(load: Workload, offload: bool) -> _Found:
+    found = [
+        _pipar_choice(load, device, k % len(load.edges), offload)
+        for k, device in enumerate(load.devices)
+    ]
+    return *_listed(load, found), "the paper's rule, each device by itself"
+
+
+def _pipar_choice(load: Workload, device: Device, edge: int, offload: bool) -> Choice:
+    codec = load.codecs[0]
+    whole = Menu(load, [Choice(cut, 1, codec, edge) for cut in load.cuts])
+    choices = [] if offload and load.cuts else [Choice(load.units)]
+    if load.cuts:
+        s = whole.stages(device)
+        away = s.up + s.edge + s.down + 2 * s.latency
+        shorter = np.maximum(np.minimum(s.forward, s.backward), 1e-12)
+        most = min(load.batch_size // 2, MOST_PIECES, max(load.micro_batches))
+        for cut, ratio in zip(load.cuts, away / shorter, strict=True):
+            count = max(1, min(most, 1 + math.ceil(min(float(ratio), most))))
+            count = load.batch_size // (load.batch_size // count)
+            choices.append(Choice(cut, min(count, load.batch_size), codec, edge))
+    menu = Menu(load, choices)
+    seconds = alone_s(menu.stages(device))
+    return choices[int(np.argmin(seconds))]
+
+
+def _splitfed(load: Workload, offload: bool) -> _Found:
+    found = []
+    for k, device in enumerate(load.devices):
+        edge = k % len(load.edges)
+        menu = Menu(load, [Choice(cut, 1, load.codecs[0], edge) for cut in load.cuts])
+        found.append(menu.choices[int(np.argmin(alone_s(menu.stages(device))))])
+    return *_listed(load, found), "one micro-batch, each device at its own best cut"
+
+
+_METHODS: dict[str, Callable[[Workload, bool], _Found]] = {
+    "auto": _auto,
+    "exhaustive": _exhaustive,
+    "pipar": _pipar,
+    "splitfed": _splitfed,
+    "classic": _classic,
+}

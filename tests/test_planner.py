@@ -1,0 +1,198 @@
+"""Planners against brute force over small fleets, and against each other over larger ones."""
+
+from __future__ import annotations
+
+import itertools
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from fedsys.config import compose_text, parse
+from fedsys.costs import Crossing, MachineClass, MachineCosts
+from fedsys.errors import ConfigError
+from fedsys.planner import METHODS, MOST_COMBINATIONS, evaluate, options, plan, score
+from fedsys.session import layered_model
+from fedsys.shaping import Network
+from fedsys.timeline import play
+from fedsys.workload import Choice, Device, Workload, counts, job_of, workload
+
+rates = st.floats(0.3, 300.0)
+
+
+@st.composite
+def fleets(draw, most=3):
+    """A model of three units, devices of any speed and network, one or two edges."""
+    base = draw(st.tuples(*[st.floats(0.2, 3.0)] * 3))
+
+    def machine(name, speed, workers=1):
+        forward = tuple(value / speed for value in base)
+        backward = tuple(2 * value for value in forward)
+        return MachineCosts(
+            name, (1,), (forward,), (backward,), (0.0,) * 3, operation_s=0.3 / speed,
+            workers=workers,
+        )  # fmt: skip
+
+    devices = [
+        Device(
+            f"device {i}",
+            machine("device", draw(rates)),
+            Network(draw(rates) * 1e3, draw(rates) * 1e3, draw(st.sampled_from([0.0, 0.05]))),
+            8 * draw(st.integers(1, 3)),
+        )
+        for i in range(draw(st.integers(1, most)))
+    ]
+    speed = draw(st.floats(1.0, 1000.0))
+    edge = machine("edge", speed, draw(st.integers(1, 2)))
+    edges = (edge,) * draw(st.integers(1, 2))
+    crossings = tuple(Crossing(n, 1) for n in (200, 60, 10))
+    return Workload(
+        crossings, (400, 800, 80), (1, 2), 8, tuple(devices), edges, (1, 2, 4), exchange=False
+    )
+
+
+def scored(made):
+    return float(score(np.array([made.round_s]))[0])
+
+
+@settings(max_examples=25, deadline=None)
+@given(fleets(most=2))
+def test_exhaustive_is_what_brute_force_finds_in_the_simulator(load):
+    made = plan(load, "exhaustive")
+    best = np.inf
+    for choices in itertools.product(options(load), repeat=len(load.devices)):
+        jobs = [
+            job_of(load, device, choice, iterations=1)
+            for device, choice in zip(load.devices, choices, strict=True)
+        ]
+        ends = play(jobs, [edge.workers for edge in load.edges]).ends_s
+        steps = [load.iterations(device) for device in load.devices]
+        best = min(best, float(score(np.array([ends]) * np.array([steps]))[0]))
+    assert scored(made) == pytest.approx(best)
+    assert "optimum" in made.how
+
+
+@settings(max_examples=40, deadline=None)
+@given(fleets())
+def test_auto_is_within_two_percent_of_exhaustive_and_never_worse_than_plain(load):
+    auto, best = plan(load, "auto"), plan(load, "exhaustive")
+    assert scored(best) <= scored(auto) * (1 + 1e-9)
+    assert auto.seconds <= best.seconds * 1.02
+    assert auto.seconds <= plan(load, "classic").seconds * (1 + 1e-9)
+
+
+@settings(max_examples=15, deadline=None)
+@given(fleets(), st.sampled_from(["auto", "exhaustive"]))
+def test_forced_offloading_leaves_units_to_the_edge_and_is_never_faster(load, method):
+    forced, free = plan(load, method, offload=True), plan(load, method)
+    assert all(choice.cut < load.units for choice in forced.choices)
+    assert scored(free) <= scored(forced) * (1.02 if method == "auto" else 1 + 1e-9)
+
+
+@settings(max_examples=15, deadline=None)
+@given(fleets())
+def test_every_method_plans_for_every_device_the_same_way_each_time(load):
+    for method in METHODS:
+        made = plan(load, method)
+        assert len(made.choices) == len(load.devices) and made == plan(load, method)
+        for choice in made.choices:
+            assert choice.cut in (*load.cuts, load.units)
+            assert 1 <= choice.micro_batches <= load.batch_size
+            assert 0 <= choice.edge < len(load.edges)
+        again = evaluate(load, made.choices)
+        assert again.round_s == pytest.approx(made.round_s)
+
+
+# --------------------------------------------------------------------------------------------------
+# VGG-5 on Raspberry Pis
+
+
+@pytest.fixture(scope="module")
+def vgg5():
+    return layered_model(parse(compose_text("model=vgg5")), (3, 32, 32), 10)
+
+
+def of_pis(layers, mbit_s, devices=4, **given):
+    pi = MachineClass("pi", 1e9, operation_s=1e-3).costs(layers)
+    edge = MachineClass("edge", 1e11).costs(layers)
+    network = Network(mbit_s * 1e6, mbit_s * 1e6, 0.01)
+    fleet = [Device(str(i), pi, network, 1000) for i in range(devices)]
+    return workload(layers, fleet, [edge], 100, exchange=False, **given)
+
+
+@pytest.mark.parametrize("method", ["auto", "exhaustive", "pipar", "splitfed"])
+def test_the_plan_changes_when_the_bandwidth_goes_from_5_to_50(vgg5, method):
+    slow, fast = (plan(of_pis(vgg5, rate), method) for rate in (5, 50))
+    assert slow.choices != fast.choices
+    assert fast.seconds < slow.seconds
+    assert min(c.cut for c in slow.choices) > max(c.cut for c in fast.choices)
+
+
+def test_a_link_that_is_too_slow_leaves_everything_on_the_devices(vgg5):
+    load = of_pis(vgg5, 0.5)
+    whole = (Choice(len(vgg5)),) * 4
+    assert plan(load).choices == whole and plan(load, "exhaustive").choices == whole
+    assert plan(load, "pipar").choices == whole  # the published rule cannot say so
+
+
+def test_pipar_keeps_the_device_busy_until_the_first_gradient_is_back(vgg5):
+    # t_u + t_s + t_d at cut 1 over 50 Mbit/s, against a forward of 0.885e6 * 100 / 1e9 s
+    load = of_pis(vgg5, 50, devices=1)
+    (choice,) = plan(load, "pipar").choices
+    away = 2 * 8192 * 4 * 100 * 8 / 50e6 + 0.02 + 3 * 7603456 * 100 / 1e11
+    forward = 884736 * 100 / 1e9
+    assert choice.cut == 1
+    assert choice.micro_batches == 100 // (100 // (1 + int(np.ceil(away / (forward + 1e-3)))))
+
+
+def test_smaller_codecs_are_taken_where_the_link_is_the_bottleneck(vgg5):
+    load = of_pis(vgg5, 5, codecs=("fp32", "int8"))
+    made = plan(load)
+    assert {choice.codec for choice in made.choices} == {"int8"}
+    assert made.seconds < plan(of_pis(vgg5, 5)).seconds
+
+
+def test_devices_are_spread_over_edges(vgg5):
+    load = of_pis(vgg5, 1000, devices=6)
+    slow = MachineClass("edge", 2e9).costs(vgg5)
+    load = workload(vgg5, load.devices, [slow, slow], 100, exchange=False)
+    made = plan(load)
+    assert {choice.edge for choice in made.choices if choice.cut < len(vgg5)} == {0, 1}
+    assert made.seconds <= plan(load, "exhaustive").seconds * 1.02
+
+
+def test_above_the_bound_a_search_says_that_it_is_not_exact(vgg5):
+    load = of_pis(vgg5, 50, devices=6)
+    assert len(options(load)) ** 6 > MOST_COMBINATIONS
+    made = plan(load, "exhaustive")
+    assert "not proved" in made.how
+    assert made.seconds <= plan(load, "auto").seconds * (1 + 1e-9)
+
+
+def test_what_a_round_exchanges_counts_if_it_is_asked_for(vgg5):
+    load = of_pis(vgg5, 50, devices=1)
+    with_it = workload(vgg5, load.devices, load.edges, 100)
+    bits = 8 * 4 * sum(unit.params for unit in vgg5.units)
+    difference = plan(with_it, "classic").seconds - plan(load, "classic").seconds
+    assert difference == pytest.approx(2 * bits / 50e6 + 0.02)
+
+
+def test_numbers_of_micro_batches_divide_the_batch_or_leave_pieces_of_one_size():
+    for size in range(1, 130):
+        for count in counts(size):
+            assert size % count == 0 or size // count >= 4
+            assert count == 1 or size // count >= 2
+
+
+def test_what_cannot_be_planned_is_refused(vgg5):
+    load = of_pis(vgg5, 50)
+    with pytest.raises(ConfigError, match=r"policy\.kind=best: must be one of auto"):
+        plan(load, "best")
+    with pytest.raises(ConfigError, match=r"micro_batches=101: must be from 1 to .*=100"):
+        workload(vgg5, load.devices, load.edges, 100, micro_batches=[101])
+    with pytest.raises(ConfigError, match="must have a device and an edge"):
+        workload(vgg5, [], load.edges, 100)
+    other = MachineCosts("other", (1,), ((1.0,),), ((1.0,),), (0.0,))
+    with pytest.raises(ConfigError, match="costs for the 5 units"):
+        workload(vgg5, [Device("a", other)], load.edges, 100)
