@@ -99,8 +99,12 @@ def launched(config: Config, progress: Progress) -> Iterator[Launched]:
 
             yield Launched(deployment.address, check, edges.run_config())
     finally:
-        shutil.rmtree(folder / "secrets", ignore_errors=True)
-        shutil.rmtree(folder / "home", ignore_errors=True)
+        _remove_private(folder)
+
+
+def _remove_private(folder: Path) -> None:
+    for name in ("secrets", "home"):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -121,8 +125,11 @@ class Deployment:
 
     @classmethod
     def prepare(cls, folder: Path, port: int, num_nodes: int) -> Deployment:
-        """Make the folder, certificates, keys and secrets."""
+        """Make the folder, certificates, keys and secrets, in place of those of a killed run."""
         private = folder / "secrets"
+        _remove_private(folder)
+        for file in folder.glob("superlink.db*"):  # its run would go on beside the new one
+            file.unlink()
         private.mkdir(parents=True, mode=0o700)
         authority = Authority.create("fedsys run", days=30)
         authority.issue("superlink", ["localhost", HOST], role="server", days=30).save(private)
