@@ -16,13 +16,16 @@ from flwr.serverapp import Grid
 from fedsys import config as configuration
 from fedsys import federation
 from fedsys.config import Config
-from fedsys.runtime.grids import AnnotatedGrid
+from fedsys.runtime.grids import AnnotatedGrid, AttentiveGrid
 from strategies.roster import Roster
 
 FEDERATION = "federation"
 """Name of the record that tells clients how many they are."""
 
 NUM_CLIENTS = "num-clients"
+
+ENGINE_S = 300.0
+"""Seconds that Flower's simulation engine may take to add its nodes, while it starts Ray."""
 
 
 def gather(
@@ -44,7 +47,8 @@ def gather(
     """
     wait_s = config.runtime.wait_s
     if not run_config.get("hydra-config") and config.runtime.kind != "deployment":
-        count = Roster(wait_s=wait_s, say=say).count(grid)
+        patience_s = wait_s if isinstance(grid, AttentiveGrid) else max(wait_s, ENGINE_S)
+        count = Roster(wait_s=patience_s, say=say).count(grid)
         if count != config.num_clients:
             say(
                 f"num_clients={config.num_clients} in the configuration, but {count} "

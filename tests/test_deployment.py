@@ -1,6 +1,12 @@
 """One deployment on this machine, launched once, serves the runs of this module."""
 
 import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +20,7 @@ from fedsys.config import Config
 from fedsys.errors import ConfigError, FedsysError, RuntimeFailure, SecurityError
 from fedsys.run import RunFolder
 from fedsys.runtime import launch, run
+from fedsys.runtime.control import Control
 from fedsys.runtime.launch import Deployment, write_node_key
 from fedsys.runtime.processes import Processes, free_ports
 from fedsys.security import Authority
@@ -133,13 +140,8 @@ def test_an_error_of_the_server_app_arrives_as_it_was_raised(configure, launched
 def test_an_unregistered_node_is_refused(launched):
     key = launched.deployment.folder / "secrets" / "node-7"
     write_node_key(key)
-    extended = Deployment(
-        launched.deployment.folder,
-        launched.deployment.address,
-        (b"",) * 8,
-        tuple(free_ports(8)),
-    )
-    extended.start_node(launched.processes, 7)
+    elsewhere = dataclasses.replace(launched.deployment, node_ports=tuple(free_ports(NODES)))
+    elsewhere.start_node(launched.processes, 1, "node-7")
     log = launched.deployment.folder / "node-7.log"
     with pytest.raises(RuntimeFailure, match="node-7 ended with status 1"):
         while True:
@@ -147,15 +149,6 @@ def test_an_unregistered_node_is_refused(launched):
             time.sleep(0.05)
     launched.processes.stop(["node-7", "node-7-executor"])
     assert "Exit Code: 305" in log.read_text()
-
-
-def test_no_superlink_at_the_address_is_one_clear_error(configure, tmp_path):
-    port = free_ports(1)[0]
-    with pytest.raises(RuntimeFailure, match=f"127.0.0.1:{port}: no SuperLink answers there"):
-        result_of(
-            configure, tmp_path / "run", "runtime=deployment",
-            f"runtime.superlink=127.0.0.1:{port}", "runtime.insecure=true",
-        )  # fmt: skip
 
 
 def test_a_certificate_of_another_authority_is_refused(configure, launched, tmp_path):
@@ -172,3 +165,38 @@ def test_speaking_without_tls_to_a_superlink_with_tls_says_so(configure, launche
         result_of(
             configure, tmp_path / "run", *launched.overrides(), "runtime.insecure=true"
         )  # fmt: skip
+
+
+def test_two_nodes_with_one_partition_id_are_named(configure, launched, tmp_path):
+    deployment = launched.deployment
+    key = write_node_key(deployment.folder / "secrets" / "twin")
+    with Control(deployment.address) as control:
+        control.register(key, "twin")
+    elsewhere = dataclasses.replace(deployment, node_ports=tuple(free_ports(NODES)))
+    elsewhere.start_node(launched.processes, 1, "twin")
+    with pytest.raises(RuntimeFailure, match=r"partition-id=1: must belong to one node, but nodes"):
+        result_of(configure, tmp_path / "run", *launched.overrides(), "num_clients=4")
+    launched.processes.stop(["twin", "twin-executor"])
+
+
+def test_an_interrupted_launch_leaves_no_process_and_no_secret_behind(tmp_path):
+    folder = tmp_path / "run"
+    command = [
+        sys.executable, "-m", "fedsys.main", "train", "runtime=deployment", "runtime.launch=true",
+        "rounds=1000", "num_clients=1", f"run.dir={folder}",
+    ]  # fmt: skip
+    home = Path(__file__).resolve().parents[1]
+    with (tmp_path / "said").open("w") as said:
+        child = subprocess.Popen(command, cwd=home, stderr=said, start_new_session=True)
+        while not (folder / "metrics.csv").exists():
+            assert child.poll() is None
+            time.sleep(0.1)
+        started = psutil.Process(child.pid).children(recursive=True)
+        assert len(left_behind(folder)) >= 4  # SuperLink, SuperNode, and an executor of each
+        child.send_signal(signal.SIGINT)
+        assert child.wait(60) == 130
+    _, alive = psutil.wait_procs(started, 10)
+    assert not alive and not left_behind(folder)
+    assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
+    assert not {"secrets", "home"} & set(os.listdir(folder / "flower"))
+    assert (tmp_path / "said").read_text().splitlines()[-1] == "interrupted"

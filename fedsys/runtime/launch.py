@@ -186,9 +186,15 @@ class Deployment:
         for partition in range(len(self.node_keys)):
             self.start_node(processes, partition)
 
-    def start_node(self, processes: Processes, partition: int) -> None:
-        """Start the SuperNode of a partition, and what runs its client app."""
-        port, name = self.node_ports[partition], f"node-{partition}"
+    def start_node(self, processes: Processes, partition: int, name: str = "") -> None:
+        """Start the SuperNode of a partition, and what runs its client app.
+
+        Args:
+            processes: Where it is started.
+            partition: Its partition id.
+            name: Of its key and its processes; by default that which `prepare` has made.
+        """
+        port, name = self.node_ports[partition], name or f"node-{partition}"
         processes.start(
             name,
             [
