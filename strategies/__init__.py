@@ -17,6 +17,7 @@ from typing import Any
 from flwr.serverapp.strategy import Strategy
 from torch import nn
 
+from fedsys import federation
 from fedsys.config import Config, call_target, edge_names
 from fedsys.data import Dataset
 from fedsys.errors import ConfigError
@@ -87,7 +88,8 @@ def build(
         if dataset is None:
             raise ConfigError.of("dataset", None, "must be given to prune")
         inner = Pruned(inner, config, model, dataset)
-    policy = build_policy(config.policy, max(1, len(edge_names(config))))
+    examples = [len(part) for part in federation.federation(config).parts] if fleet else []
+    policy = build_policy(config.policy, max(1, len(edge_names(config))), config, examples)
     if policy is None or fleet is None or dataset is None:
         return Sampled(inner, roster, sampling, seed=config.seed)
     offload = Offload(

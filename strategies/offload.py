@@ -85,7 +85,7 @@ class Offload(Strategy):
         lost: Clients left out of the last round, with the reason.
     """
 
-    STATE = ("totals",)
+    STATE = ("totals", "_policy_state", "_seen")
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class Offload(Strategy):
         self._config, self._shape, self._classes = config, input_shape, num_classes
         self._layers: LayeredModel = layered_model(config, input_shape, num_classes)
         self._policy_state = policy.init(self._layers, range(config.num_clients))
-        self._seen: dict[int, Observation] = {}
+        self._seen: dict[int, dict[str, Any]] = {}  # observations as checkpoints hold them
         self._sent: dict[int, _Sent] = {}
         self._wholes: dict[int, tuple[RecordDict, Assignment]] = {}
         self._grid: Grid | None = None
@@ -129,7 +129,7 @@ class Offload(Strategy):
         self.fleet.revive()
         messages = self._ordered(self.inner.configure_train(server_round, arrays, config, grid))
         clients = [self._client(message) for message in messages]
-        seen = {client: self._seen.get(client, Observation()) for client in clients}
+        seen = {client: self._seen_of(client) for client in clients}
         self._policy_state, plan = self.policy.plan(self._policy_state, seen)
         for client, message in zip(clients, messages, strict=True):
             assignment = plan[client]
@@ -173,7 +173,7 @@ class Offload(Strategy):
         self._grid, self._sent = grid, {}
         messages = self._ordered(self.inner.configure_evaluate(server_round, arrays, config, grid))
         clients = [self._client(message) for message in messages]
-        seen = {client: self._seen.get(client, Observation()) for client in clients}
+        seen = {client: self._seen_of(client) for client in clients}
         _, plan = self.policy.plan(self._policy_state, seen)
         small = set()
         for client, message in zip(clients, messages, strict=True):
@@ -329,7 +329,7 @@ class Offload(Strategy):
                 _log.warning("client %d: %s", client, str(seen["stranded"]))
                 return False
             snapshot = self.fleet.collect(sent.spec.id)
-            steps = self._seen[client].steps
+            steps = self._seen_of(client).steps
             if snapshot.step != steps:
                 raise SessionError(f"{snapshot.step} steps on the edge, {steps} on the device")
         except FedsysError as error:
@@ -345,7 +345,7 @@ class Offload(Strategy):
         return True
 
     def _observe(self, client: int, seen: ConfigRecord, round_: int) -> None:
-        self._seen[client] = Observation(
+        observation = Observation(
             steps=int(str(seen["steps"])),
             seconds=float(str(seen["seconds"])),
             waited_s=float(str(seen["waited-s"])),
@@ -357,12 +357,16 @@ class Offload(Strategy):
             edge_s=float(str(seen.get("edge-s", 0.0))),
             iteration_s=float(str(seen.get("iteration-s", 0.0))),
         )
-        self.totals.bytes_up += self._seen[client].bytes_up
-        self.totals.bytes_down += self._seen[client].bytes_down
+        self._seen[client] = dataclasses.asdict(observation)
+        self.totals.bytes_up += observation.bytes_up
+        self.totals.bytes_down += observation.bytes_down
         for entry in json.loads(str(seen["recoveries"])):
             for end in ("from", "to"):
                 entry[end] = self._edge_at.get(str(entry[end]), entry[end])
             self._note(round_, client, entry)
+
+    def _seen_of(self, client: int) -> Observation:
+        return Observation(**self._seen.get(client, {}))
 
     def _repeat(self, clients: list[int], round_: int) -> list[tuple[int, Message]]:
         """Have clients do their round again, together with an edge if one is left, else alone."""
@@ -384,7 +388,7 @@ class Offload(Strategy):
                     "what": "repeat",
                     "from": self._first_edge(assignment),
                     "to": where or "device",
-                    "repeated_steps": self._seen[client].steps,
+                    "repeated_steps": self._seen_of(client).steps,
                 }
                 _log.warning("client %d repeats round %d on the %s", client, round_, where)
         replies = self._grid.send_and_receive(messages, timeout=self._config.runtime.timeout_s)

@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fedsys.codecs import CODECS
-from fedsys.config import Spec
+from fedsys.config import Config, Spec
 from fedsys.errors import ConfigError, did_you_mean
 from fedsys.layers import LayeredModel, resolve_cut
+from fedsys.planning import PLANNED
 
 PolicyState = Any
-"""Whatever a policy wants to remember; not looked at by anybody else."""
+"""Whatever a policy wants to remember, of plain values: it is kept in checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -174,8 +175,16 @@ def codecs_of(codec: Any) -> tuple[str, str]:
     return str(pair["up"]), str(pair["down"])
 
 
-def build_policy(spec: Spec, num_edges: int) -> OffloadPolicy | None:
+def build_policy(
+    spec: Spec, num_edges: int, config: Config | None = None, examples: Sequence[int] = ()
+) -> OffloadPolicy | None:
     """Return the policy of the ``policy`` group; None where everything stays on the devices.
+
+    Args:
+        spec: The group.
+        num_edges: Number of edge servers.
+        config: The run; needed by policies that plan.
+        examples: Examples of each client; likewise.
 
     Raises:
         ConfigError: There is no such policy, or an argument is not usable.
@@ -186,4 +195,10 @@ def build_policy(spec: Spec, num_edges: int) -> OffloadPolicy | None:
     if kind == "fixed":
         pieces = spec.get("micro_batches")
         return Fixed(spec.get("cut"), spec.get("codec", "fp32"), num_edges, pieces)
-    raise ConfigError.of("policy.kind", kind, "must be one of none, fixed")
+    if kind in PLANNED and config is not None:
+        from strategies.planned import Planned  # it imports this module
+
+        return Planned(config, examples)
+    known = ("none", "fixed", *PLANNED)
+    hint = did_you_mean(str(kind), known)
+    raise ConfigError.of("policy.kind", kind, f"must be one of {', '.join(known)}", hint.strip())

@@ -1,0 +1,174 @@
+"""The workload of a run: what `fedsys.planner` is to plan for, from the configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedsys.codecs import CODECS
+from fedsys.config import Config, Spec
+from fedsys.errors import ConfigError, did_you_mean
+from fedsys.hardware import Hardware, hardware
+from fedsys.layers import LayeredModel
+from fedsys.planner import METHODS
+from fedsys.workload import Device, Workload, counts, workload
+
+PLANNED = tuple(method for method in METHODS if method != "classic")
+"""Policies that plan."""
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """How a policy plans: the ``policy`` group of those in `PLANNED`.
+
+    Attributes:
+        kind: The method, a name of `fedsys.planner.METHODS`.
+        codec: Codecs that may be chosen.
+        micro_batches: Numbers of pieces that may be chosen; empty: `fedsys.workload.counts`.
+        offload: Whether each device must offload.
+        objective: ``round``: iterations and the exchange of models; ``iteration``: without it.
+        drift: Relative change of a measured rate from which on it is believed.
+        hysteresis: Share of the time that a new plan must save to replace the old one.
+        forget: Rounds without a measurement after which a link is believed to be as before.
+    """
+
+    kind: str = "auto"
+    codec: tuple[str, ...] = ("fp32",)
+    micro_batches: tuple[int, ...] = ()
+    offload: bool = False
+    objective: str = "round"
+    drift: float = 0.2
+    hysteresis: float = 0.05
+    forget: int = 5
+
+    @classmethod
+    def of(cls, spec: Spec) -> PlanOptions:
+        """Return the options of a ``policy`` group.
+
+        Raises:
+            ConfigError: A key is unknown, or its value not usable.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        for key in spec:
+            if key not in known:
+                hint = did_you_mean(key, known)
+                raise ConfigError.of(f"policy.{key}", spec[key], "must be a known key", hint)
+        codecs = _listed(spec.get("codec", "fp32"))
+        for codec in codecs:
+            if codec not in CODECS:
+                hint = did_you_mean(str(codec), CODECS)
+                rule = f"must be one of {', '.join(CODECS)}, or a list of them to choose from"
+                raise ConfigError.of("policy.codec", codec, rule, hint.strip())
+        pieces = _listed(spec.get("micro_batches"))
+        if not all(type(count) is int and count > 0 for count in pieces):
+            raise ConfigError.of(
+                "policy.micro_batches", pieces, "must be whole numbers to choose from",
+                "null leaves the choice to the planner",
+            )  # fmt: skip
+        offload = spec.get("offload", "free")
+        if offload not in ("free", "forced"):
+            raise ConfigError.of("policy.offload", offload, "must be free or forced")
+        objective = spec.get("objective", "round")
+        if objective not in ("round", "iteration"):
+            raise ConfigError.of("policy.objective", objective, "must be round or iteration")
+        for key in ("drift", "hysteresis"):
+            value = spec.get(key, 0.0)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+                raise ConfigError.of(f"policy.{key}", value, "must be a share from 0 to below 1")
+        forget = spec.get("forget", 5)
+        if type(forget) is not int or forget < 1:
+            raise ConfigError.of("policy.forget", forget, "must be a number of rounds, at least 1")
+        return cls(
+            str(spec.get("kind", "auto")),
+            tuple(codecs),
+            tuple(pieces),
+            offload == "forced",
+            objective,
+            float(spec.get("drift", 0.2)),
+            float(spec.get("hysteresis", 0.05)),
+            int(forget),
+        )
+
+
+def _listed(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def machines_of(config: Config, layers: LayeredModel) -> Hardware:
+    """Return the machines of a run that is to be planned.
+
+    Raises:
+        ConfigError: The fleet names no devices, or costs that are not usable.
+    """
+    machines = hardware(config, layers)
+    if machines is None:
+        raise ConfigError.of(
+            "fleet.devices", [], "must name machines whose costs are known",
+            "for instance fleet=pi_lab, or a profile of your own: fleet=PROFILE.yaml",
+        )  # fmt: skip
+    return machines
+
+
+def run_workload(
+    config: Config,
+    layers: LayeredModel,
+    machines: Hardware,
+    examples: Sequence[int],
+    options: PlanOptions | None = None,
+    clients: Sequence[int] | None = None,
+) -> Workload:
+    """Return what some clients of a run train in a round, with what may be chosen for it.
+
+    Args:
+        config: The run.
+        layers: Its model.
+        machines: Its machines.
+        examples: Examples of each client; repeated if there are more clients.
+        options: What may be chosen; None: anything.
+        clients: Who takes part; None: all.
+
+    Raises:
+        ConfigError: More micro-batches than examples in a mini-batch.
+    """
+    options = options or PlanOptions()
+    who = range(config.num_clients) if clients is None else clients
+    count = len(machines.devices)
+    devices = [
+        Device(
+            f"client {client}",
+            machines.devices[client % count],
+            machines.networks[client % count],
+            max(1, examples[client % len(examples)]),
+        )
+        for client in who
+    ]
+    return workload(
+        layers,
+        devices,
+        machines.edges,
+        config.client.batch_size,
+        micro_batches=_pieces(config, options),
+        codecs=options.codec,
+        epochs=config.client.epochs,
+        exchange=options.objective == "round",
+    )
+
+
+def _pieces(config: Config, options: PlanOptions) -> tuple[int, ...]:
+    """Return the numbers of pieces that may be chosen.
+
+    One after the other, they save nothing; of a bounded schedule those are considered that are all
+    in flight at once, as in the pipelined one.
+    """
+    if options.micro_batches:
+        return options.micro_batches
+    if config.schedule.kind == "sequential":
+        return (1,)
+    found = counts(config.client.batch_size)
+    if config.schedule.kind == "bounded":
+        return tuple(count for count in found if count <= config.schedule.depth)
+    return found

@@ -1,0 +1,206 @@
+"""Policies that plan by a model of the run's machines: auto, exhaustive, pipar, splitfed.
+
+What a fleet file says of machines and networks is what is believed at first. What is measured in a
+round replaces it where it differs by more than ``policy.drift``; then a new plan is made, and taken
+if it saves ``policy.hysteresis`` of the time of the old one. A device that trains alone measures no
+link: after ``policy.forget`` rounds the fleet file is believed again. PiPar's code decides once, at
+the start (Zhang et al., JPDC 2024).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from fedsys.config import Config
+from fedsys.costs import MachineCosts
+from fedsys.errors import ConfigError
+from fedsys.hardware import Hardware
+from fedsys.layers import LayeredModel
+from fedsys.planner import Plan, evaluate, plan, score
+from fedsys.planning import PlanOptions, machines_of, run_workload
+from fedsys.shaping import Network
+from fedsys.workload import Choice, Device, Menu, Workload
+from strategies.policies import Assignment, Observation
+
+State = dict[str, Any]
+
+UP, DOWN, DEVICE = 0, 1, 2
+"""What is believed of a client: bits per second each way, and how much slower it computes."""
+
+_BOUNDS = ((1.0, 1e15), (1.0, 1e15), (1e-4, 1e4))
+
+
+class Planned:
+    """Plans at the first round, and again when what is measured drifts.
+
+    Its state is a dict of plain values: ``beliefs`` of each client (`UP`, `DOWN`, `DEVICE`),
+    ``edges`` (how much slower each computes), ``choices`` of each client, ``clients`` for which the
+    last plan was made, ``plans``, their number, and ``alone``, for how many rounds a client has
+    measured no link.
+
+    Args:
+        config: The run; ``policy`` holds the options.
+        examples: Examples of each client.
+    """
+
+    def __init__(self, config: Config, examples: Sequence[int]) -> None:
+        self._options = PlanOptions.of(config.policy)
+        if config.client.label_private:
+            raise ConfigError.of(
+                "policy.kind", self._options.kind,
+                "must be fixed with client.label_private=true: planners know one cut only",
+            )  # fmt: skip
+        self._config, self._examples = config, list(examples) or [config.client.batch_size]
+        self._layers: LayeredModel | None = None
+        self._machines: Hardware | None = None
+
+    def init(self, layers: LayeredModel, nodes: Sequence[int]) -> State:
+        """Return what the fleet file says, and no plan yet.
+
+        Raises:
+            ConfigError: The fleet has no machines, or these have no costs for the model.
+        """
+        self._layers, self._machines = layers, machines_of(self._config, layers)
+        self._load([])  # refuses what cannot be planned, before the first round
+        return {"beliefs": {}, "edges": {}, "choices": {}, "clients": [], "plans": 0, "alone": {}}
+
+    def plan(
+        self, state: State, seen: Mapping[int, Observation]
+    ) -> tuple[State, Mapping[int, Assignment]]:
+        """Take in what was measured, and plan anew if that or who takes part has changed."""
+        clients = sorted(seen)
+        state = self._forgetful(self._informed(state, seen), clients)
+        if clients and (state["drifted"] or state["clients"] != clients):
+            state = self._replanned(state, clients)
+        chosen = {client: Choice(*state["choices"][client]) for client in clients}
+        return state | {"drifted": False}, {
+            client: Assignment(c.cut, c.edge, c.codec, c.codec, c.micro_batches)
+            for client, c in chosen.items()
+        }
+
+    def predicted(self, state: State, clients: Sequence[int]) -> Plan:
+        """Return what is expected of some clients, by what is believed and chosen."""
+        choices = [Choice(*state["choices"][client]) for client in clients]
+        return evaluate(self._load(clients, state), choices)
+
+    def _replanned(self, state: State, clients: list[int]) -> State:
+        load = self._load(clients, state)
+        made = plan(load, self._options.kind, offload=self._forced(load))
+        known = [state["choices"].get(client) for client in clients]
+        choices = made.choices
+        if all(choice is not None for choice in known):
+            old = evaluate(load, [Choice(*choice) for choice in known])
+            if _scored(made) > _scored(old) * (1 - self._options.hysteresis):
+                choices = old.choices
+        fresh = {
+            client: list(dataclasses.astuple(choice))
+            for client, choice in zip(clients, choices, strict=True)
+        }
+        return state | {
+            "choices": state["choices"] | fresh,
+            "clients": clients,
+            "plans": state["plans"] + 1,
+        }
+
+    def _forced(self, load: Workload) -> bool:
+        """Return whether devices must offload: they are told to, or the model is too large."""
+        limit = self._config.client.max_model_bytes
+        return self._options.offload or (limit is not None and sum(load.state_bytes) > limit)
+
+    # --- what is believed -------------------------------------------------------------------------
+
+    def _load(self, clients: Sequence[int], state: State | None = None) -> Workload:
+        """Return the workload of some clients (of all, if there are none) as it is believed."""
+        if self._layers is None or self._machines is None:
+            raise ConfigError.of("policy.kind", self._options.kind, "must be initialised first")
+        load = run_workload(
+            self._config, self._layers, self._machines, self._examples, self._options,
+            clients or None,
+        )  # fmt: skip
+        if state is None:
+            return load
+        made: dict[tuple[int, float], MachineCosts] = {}
+
+        def slower(costs: MachineCosts, factor: float) -> MachineCosts:
+            if factor == 1.0:
+                return costs
+            return made.setdefault((id(costs), factor), costs.slower(factor))
+
+        devices = []
+        for client, device in zip(clients, load.devices, strict=True):
+            up, down, factor = self._belief(state, client, device)
+            network = Network(up, down, device.network.latency_s)
+            costs = slower(device.costs, factor)
+            devices.append(dataclasses.replace(device, costs=costs, network=network))
+        edges = [slower(e, state["edges"].get(i, 1.0)) for i, e in enumerate(load.edges)]
+        return dataclasses.replace(load, devices=tuple(devices), edges=tuple(edges))
+
+    def _belief(self, state: State, client: int, device: Device) -> list[float]:
+        rates = [device.network.up_bits_s, device.network.down_bits_s, 1.0]
+        return list(state["beliefs"].get(client, rates))
+
+    def _informed(self, state: State, seen: Mapping[int, Observation]) -> State:
+        """Return the state with what was measured, where it differs from what is believed."""
+        measured = [
+            client
+            for client in sorted(seen)
+            if seen[client].iteration_s > 0 and client in state["choices"]
+        ]
+        if not measured:
+            return state | {"drifted": False}
+        load = self._load(measured)
+        beliefs, drifted = dict(state["beliefs"]), False
+        edges: dict[int, list[float]] = {}
+        for client, device in zip(measured, load.devices, strict=True):
+            choice, got = Choice(*state["choices"][client]), seen[client]
+            s = Menu(load, [choice]).stages(device)
+            own = float(s.pieces[0] * (s.forward[0] + s.backward[0]) + s.device_update[0])
+            there = float(s.pieces[0] * s.edge[0] + s.edge_update[0])
+            now = (
+                1 / got.up_bit_s if got.up_bit_s > 0 else None,
+                1 / got.down_bit_s if got.down_bit_s > 0 else None,
+                got.compute_s / own if got.compute_s > 0 and own > 0 else None,
+            )
+            before = self._belief(state, client, device)
+            after = [self._taken(b, n, i) for i, (b, n) in enumerate(zip(before, now, strict=True))]
+            if after != before:
+                beliefs[client], drifted = after, True
+            if choice.cut < load.units and got.edge_s > 0 and there > 0:
+                edges.setdefault(choice.edge, []).append(got.edge_s / there)
+        factors = dict(state["edges"])
+        for edge, ratios in edges.items():
+            factor = self._taken(factors.get(edge, 1.0), median(ratios), DEVICE)
+            if factor != factors.get(edge, 1.0):
+                factors[edge], drifted = factor, True
+        return state | {"beliefs": beliefs, "edges": factors, "drifted": drifted}
+
+    def _forgetful(self, state: State, clients: Sequence[int]) -> State:
+        """Return the state without beliefs about links that were long not measured."""
+        alone, beliefs, drifted = dict(state["alone"]), dict(state["beliefs"]), state["drifted"]
+        units = len(self._layers or ())
+        for client in clients:
+            if client not in beliefs or state["choices"][client][0] < units:
+                alone.pop(client, None)
+                continue
+            alone[client] = alone.get(client, 0) + 1
+            if alone[client] > self._options.forget:
+                del alone[client], beliefs[client]
+                drifted = True
+        return state | {"alone": alone, "beliefs": beliefs, "drifted": drifted}
+
+    def _taken(self, before: float, now: float | None, kind: int) -> float:
+        """Return what to believe of a rate."""
+        if now is None:
+            return before
+        lowest, highest = _BOUNDS[kind]
+        now = min(max(now, lowest), highest)
+        return now if abs(now / before - 1) > self._options.drift else before
+
+
+def _scored(made: Plan) -> float:
+    return float(score(np.array([made.round_s]))[0])
