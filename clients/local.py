@@ -11,16 +11,21 @@ from torch import Tensor, nn
 
 from fedsys import data, federation, optimizers, records, training
 from fedsys.config import Config
-from fedsys.faults import SPARED, Doom
+from fedsys.emulation import Pace, device_costs
+from fedsys.faults import Doom
 from fedsys.pruning import settings as pruning
 from fedsys.pruning.masks import Masks, held
 from fedsys.pruning.penalty import Penalty
 from fedsys.randomness import Address
 from fedsys.session import layered_model, penalty_of
+from fedsys.tracing import Recorder
+from fedsys.training import pieces
 
 EVALUATION_BATCH = 500
 
 _models = threading.local()
+
+Batches = Iterator[tuple[Tensor, Tensor]]
 
 
 class LocalClient:
@@ -60,14 +65,18 @@ class LocalClient:
             optimizers.unpack_optimizer(optimizer, named, records.from_record(kept))
         address = Address(self.config.seed, self.partition, round_)
         doom = Doom.of(content.config_records.get("faults"))
+        size, recorder = micro_batches(self.config, settings), Recorder()
+        batches = own_batches(self.config, self.partition, address)
+        if self.config.fleet.emulate:
+            batches = self._paced(batches, size, recorder)
         packed = records.from_record(content.array_records.get("masks", ArrayRecord()))
         with held(Masks.unpacked(packed, named), model, optimizer):
             score = training.train(
                 model,
                 optimizer,
-                own_batches(self.config, self.partition, address, doom),
+                doomed(batches, doom),
                 address,
-                micro_batches=micro_batches(self.config, settings),
+                micro_batches=size,
                 clip_norm=client.clip_norm,
                 anchor=_anchor(model, settings),
                 penalty=self._penalty(round_),
@@ -77,6 +86,8 @@ class LocalClient:
         if client.keep_optimizer:
             state = optimizers.pack_optimizer(optimizer, named)
             reply["optimizer"] = records.to_record(state)
+        if self.config.fleet.emulate:
+            reply["trace"] = ConfigRecord({"events": recorder.pack()})
         return reply
 
     def evaluate(self, content: RecordDict) -> RecordDict:
@@ -102,6 +113,24 @@ class LocalClient:
         layers = layered_model(self.config, dataset.input_shape, dataset.num_classes)
         return penalty_of(self.config, layers, round_)
 
+    def _paced(self, batches: Batches, micro_batches: int, recorder: Recorder) -> Batches:
+        """Yield mini-batches at the pace of the machine that this device stands for."""
+        fed = federation.federation(self.config)
+        dataset = fed.dataset
+        layers = layered_model(self.config, dataset.input_shape, dataset.num_classes)
+        costs = device_costs(self.config, layers, self.partition)
+        assert costs is not None
+        pace = Pace(costs)
+        for step, (x, y) in enumerate(batches):
+            pace.begin()
+            yield x, y
+            sizes = [stop - start for start, stop in pieces(len(y), micro_batches)]
+            seconds = sum(costs.update_s) + sum(sum(costs.seconds(n)) for n in sizes)
+            recorder.note("step", step, -1, pace.end(seconds))
+            pace.owe(len(y) * costs.load_s)
+            recorder.note("load", step, -1, pace.settle())
+            recorder.finished(pace.now())
+
     def _model(self) -> nn.Module:
         """Return this thread's model; its state is overwritten by every message."""
         key = (self.config.text, threading.get_ident())
@@ -124,16 +153,21 @@ def micro_batches(config: Config, settings: ConfigRecord) -> int:
     return int(str(settings.get("micro-batches", config.schedule.micro_batches)))
 
 
-def own_batches(
-    config: Config, partition: int, address: Address, doom: Doom = SPARED
-) -> Iterator[tuple[Tensor, Tensor]]:
+def doomed(batches: Batches, doom: Doom) -> Batches:
+    """Yield mini-batches; `doom` strikes before or after the step of one."""
+    for step, batch in enumerate(batches):
+        doom.reach("before", step)
+        yield batch
+        doom.reach("after", step)
+
+
+def own_batches(config: Config, partition: int, address: Address) -> Batches:
     """Yield the mini-batches of a client's round, epoch after epoch.
 
     Args:
         config: The run.
         partition: The client.
         address: Seed, client and round.
-        doom: What strikes the client before or after one of its steps.
 
     Yields:
         Inputs ``(batch, C, H, W)``, normalised and augmented, and labels ``(batch,)``.
@@ -150,9 +184,7 @@ def own_batches(
             epoch,
             step,
         ):
-            doom.reach("before", step)
             yield batch
-            doom.reach("after", step)
             step += 1
 
 

@@ -10,25 +10,26 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor, nn
 
 from clients.local import micro_batches, own_batches, train_metrics
+from clients.steps import Batches, Split, Steps, Tally
 from fedsys import data, federation, records, training
 from fedsys.codecs import decode_activation, encode_activation
 from fedsys.config import Config
+from fedsys.emulation import Pace, device_costs
 from fedsys.faults import SPARED, Doom
-from fedsys.halves import Part, filled_stages, safe_input
+from fedsys.halves import Part, filled_stages
 from fedsys.link import Link
-from fedsys.randomness import Address, drawing, rows
+from fedsys.randomness import Address
 from fedsys.remote import EdgesLost, Moved, Remote, Traffic
-from fedsys.schedule import operations
 from fedsys.session import layered_model, penalty_of
-from fedsys.training import Score, pieces
-from fedsys.wire import Frame
+from fedsys.tracing import Recorder
+from fedsys.training import Score
 
 EVALUATION_BATCH = 500
 
@@ -37,25 +38,13 @@ NOTHING = Score(float("nan"), float("nan"), 0)
 Connect = Callable[[str], Link]
 
 
-@dataclass
-class _Sums:
-    """What was seen so far in the round."""
-
-    loss: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
-    hits: int = 0
-    examples: int = 0
-
-    def copy(self) -> _Sums:
-        return _Sums(self.loss.clone(), self.hits, self.examples)
-
-
 @dataclass(frozen=True)
 class _Point:
     """The device's half between two steps, to which it can return."""
 
     state: dict[str, Tensor]
     optimizer: dict[str, Tensor]
-    sums: _Sums
+    sums: Tally
 
 
 class OffloadClient:
@@ -82,7 +71,7 @@ class OffloadClient:
         self._device = training.pick_device(config.client.device)
         settings = content.config_records["config"]
         self._round = int(str(settings["server-round"]))
-        self._pieces = micro_batches(config, settings)
+        pieces = micro_batches(config, settings)
         self._mu = float(str(settings.get("proximal-mu", 0.0)))
         self._address = Address(config.seed, partition, self._round)
         edges = self._plan["edges"]
@@ -93,6 +82,12 @@ class OffloadClient:
             connect,
             private=self._private,
         )
+        self._recorder = Recorder()
+        pace = Pace(device_costs(config, self._layers, partition))
+        cut, tail = self._cuts
+        codec = str(self._plan["codec-up"])
+        split = Split(cut, tail, len(self._layers), pieces, codec, config.schedule)
+        self._steps = Steps(split, self._address, self._remote, pace, self._recorder, self._device)
         self._reached = 0  # the step in work
 
     def train(self, doom: Doom = SPARED) -> RecordDict:
@@ -123,6 +118,7 @@ class OffloadClient:
                 "arrays": records.to_record(part.state()),
                 "metrics": train_metrics(score, self._config.client.epochs, seconds),
                 "observation": self._observation(steps, seconds),
+                "trace": ConfigRecord({"events": self._recorder.pack()}),
             }
         )
         if self._config.client.keep_optimizer:
@@ -175,19 +171,20 @@ class OffloadClient:
         while True:
             try:
                 self._remote.send("evaluate", 0, index, meta, tensors)
-                return self._decoded(self._remote.receive("evaluate", 0, index))
+                answer = self._remote.receive("evaluate", 0, index)
+                return decode_activation(answer.tensors, answer.meta).to(self._device)
             except Moved:  # to a session with the same parameters: nothing was trained
                 continue
 
     # --- rounds, steps, micro-batches -------------------------------------------------------------
 
-    def _train(self, doom: Doom) -> tuple[Part, _Sums, int]:
+    def _train(self, doom: Doom) -> tuple[Part, Tally, int]:
         kept = self._content.array_records.get("optimizer", ArrayRecord())
         points = {
             0: _Point(
                 records.from_record(self._content.array_records["arrays"]),
                 records.from_record(kept),
-                _Sums(),
+                Tally(),
             )
         }
         step = self._remote.open()
@@ -220,21 +217,32 @@ class OffloadClient:
                     raise
 
     def _from(
-        self, first: int, part: Part, sums: _Sums, points: dict[int, _Point], doom: Doom
+        self, first: int, part: Part, sums: Tally, points: dict[int, _Point], doom: Doom
     ) -> int:
         """Train from a step to the end of the round; return the number of steps."""
         every = self._config.fleet.replicate_every
-        step = 0
-        for x, y in own_batches(self._config, self._partition, self._address, doom):
+        source = own_batches(self._config, self._partition, self._address)
+        batches, step = Batches(source, self._device), 0
+        while True:
+            if step >= first:
+                self._steps.load(step, batches)
+            else:
+                batches.load()
+            batch = batches.take()
+            if batch is None:
+                return step
+            doom.reach("before", step)
             if step >= first:
                 self._reached = step
-                self._step_anywhere(step, part, x.to(self._device), y.to(self._device), sums)
+                self._step_anywhere(step, part, batch, sums, batches)
                 if every and (step + 1) % every == 0:
                     self._keep_point(points, step + 1, part, sums)
+            doom.reach("after", step)
             step += 1
-        return step
 
-    def _step_anywhere(self, step: int, part: Part, x: Tensor, y: Tensor, sums: _Sums) -> None:
+    def _step_anywhere(
+        self, step: int, part: Part, batch: tuple[Tensor, Tensor], sums: Tally, batches: Batches
+    ) -> None:
         """Do a step, once more if the session moved to another edge as it stands.
 
         Raises:
@@ -244,7 +252,7 @@ class OffloadClient:
         buffers = [(b, b.clone()) for module in part.modules for b in module.buffers()]
         while True:
             try:
-                return self._step(step, part, x, y, sums)
+                return self._steps.do(step, part, *batch, sums, batches)
             except Moved as moved:
                 self._count_repeated(step, moved.step)
                 if moved.step != step:
@@ -254,79 +262,6 @@ class OffloadClient:
             with torch.no_grad():
                 for buffer, before in buffers:
                     buffer.copy_(before)
-
-    def _step(self, step: int, part: Part, x: Tensor, y: Tensor, sums: _Sums) -> None:
-        part.zero_grad()
-        size = len(y)
-        bounds = list(pieces(size, self._pieces))
-        front, back = part.modules
-        sent: dict[int, Tensor] = {}
-        returned: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-        schedule = self._config.schedule
-        plan = operations(schedule.kind, len(bounds), schedule.depth, tail=self._private)
-        with drawing(self._address, step, size):
-            for operation, piece in plan:
-                start, stop = bounds[piece]
-                part_of_x, labels = (x, y) if len(bounds) == 1 else (x[start:stop], y[start:stop])
-                with rows(start, stop):
-                    if operation == "forward":
-                        sent[piece] = front(part_of_x)
-                        self._send_activation(step, piece, size, sent[piece], labels)
-                    elif operation == "tail":
-                        weight = (stop - start) / size
-                        returned[piece] = self._tail(step, piece, back, labels, weight)
-                    else:
-                        loss, hits = self._backward(step, piece, sent.pop(piece), returned)
-                        sums.loss += loss * size
-                        sums.hits += hits
-        self._finish(step, part)
-        sums.examples += size
-
-    def _send_activation(self, step: int, piece: int, size: int, z: Tensor, labels: Tensor) -> None:
-        tensors, codec = encode_activation(z, str(self._plan["codec-up"]))
-        if not self._private:
-            tensors = {**tensors, "labels": labels}
-        meta = {**codec, "batch": size, "needs_gradient": z.requires_grad}
-        self._remote.send("activation", step, piece, meta, tensors)
-
-    def _tail(
-        self, step: int, piece: int, back: nn.Module, labels: Tensor, weight: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute the last units, the loss, and the gradient that goes back to the edge."""
-        answer = self._remote.receive("activation", step, piece)
-        z = self._decoded(answer).requires_grad_()
-        outputs = back(safe_input(back, z))
-        loss = training.loss_of(outputs, labels, weight)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch has no type for it
-        gradient = z.grad if z.grad is not None else torch.zeros_like(z)
-        tensors, codec = encode_activation(gradient, str(self._plan["codec-up"]))
-        self._remote.send("gradient", step, piece, codec, tensors)
-        hits = (outputs.detach().argmax(1) == labels).sum()
-        return loss.detach(), hits, z
-
-    def _backward(
-        self,
-        step: int,
-        piece: int,
-        z: Tensor,
-        returned: dict[int, tuple[Tensor, Tensor, Tensor]],
-    ) -> tuple[Tensor, int]:
-        """Compute with the gradient of an activation; return loss and hits of the piece."""
-        answer = self._remote.receive("gradient" if self._private else "activation", step, piece)
-        if z.requires_grad:
-            z.backward(self._decoded(answer))  # type: ignore[no-untyped-call]  # no type in torch
-        if self._private:
-            loss, hits, _ = returned.pop(piece)
-            return loss.cpu(), int(hits)
-        return answer.tensors["loss"], int(answer.tensors["hits"])
-
-    def _finish(self, step: int, part: Part) -> None:
-        norms = part.norms()
-        if part.clips:
-            self._remote.send("norms", step, 0, {"norms": norms}, {})
-            theirs = self._remote.receive("norms", step, 0).meta["norms"]
-            norms = {**norms, **theirs}
-        part.step(norms)
 
     # --- the device's half ------------------------------------------------------------------------
 
@@ -347,16 +282,13 @@ class OffloadClient:
             penalty=penalty_of(self._config, self._layers, self._round),
         )
 
-    def _keep_point(self, points: dict[int, _Point], step: int, part: Part, sums: _Sums) -> None:
+    def _keep_point(self, points: dict[int, _Point], step: int, part: Part, sums: Tally) -> None:
         """Keep the newest points; the edge's newest replica may be one older."""
         every = self._config.fleet.replicate_every
         state = {name: tensor.cpu().clone() for name, tensor in part.state().items()}
         points[step] = _Point(state, part.optimizer_state(), sums.copy())
         for old in [s for s in points if 0 < s < step - 2 * every]:
             del points[old]
-
-    def _decoded(self, answer: Frame) -> Tensor:
-        return decode_activation(answer.tensors, answer.meta).to(self._device)
 
     # --- what is told -----------------------------------------------------------------------------
 
@@ -369,6 +301,7 @@ class OffloadClient:
 
     def _observation(self, steps: int, seconds: float, stranded: str = "") -> ConfigRecord:
         traffic: Traffic = self._remote.traffic
+        sums = self._recorder.sums()
         return ConfigRecord(
             {
                 "steps": steps,
@@ -378,5 +311,6 @@ class OffloadClient:
                 "bytes-down": traffic.bytes_down,
                 "recoveries": json.dumps(traffic.recoveries),
                 "stranded": stranded,
+                **{name.replace("_", "-"): value for name, value in asdict(sums).items()},
             }
         )

@@ -212,6 +212,8 @@ class FleetConfig:
         devices: Machine of each device, repeated if there are more; empty: none is modelled.
         servers: Machine of each edge server, repeated if there are more.
         links: Connection of each device, repeated; empty: that of the group ``network``.
+        emulate: Whether devices and edge servers take as long as those machines would, in real
+            time, by waiting (`fedsys.emulation`).
     """
 
     edges: tuple[EdgeAddressConfig, ...] = ()
@@ -222,6 +224,7 @@ class FleetConfig:
     devices: tuple[str, ...] = ()
     servers: tuple[str, ...] = ()
     links: tuple[NetworkConfig, ...] = ()
+    emulate: bool = False
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from fedsys.edge_faults import EdgeFaults
+from fedsys.emulation import Workers
 from fedsys.errors import (
     FedsysError,
     FrameError,
@@ -104,6 +105,7 @@ class EdgeServer:
         self._orphaned: dict[str, float] = {}  # by session: since when it has no controller
         self._control_token, self._controller = control_token, controller
         self._device = device or torch.device("cpu")
+        self._workers = Workers(name)
         self._limits = limits or EdgeLimits()
         self._sessions: dict[str, Session] = {}
         self._devices: dict[str, Link] = {}  # the link of each session's device
@@ -170,7 +172,7 @@ class EdgeServer:
             SessionError: It is open already, or this server is full.
             FrameError: It does not fit its own specification.
         """
-        self._hold(Session(spec, start, self._device, self._replicate))
+        self._hold(Session(spec, start, self._device, self._replicate, self._workers))
         with self._lock:
             self._orphaned[spec.id] = time.monotonic()
 
@@ -362,7 +364,8 @@ class EdgeServer:
         with self._lock:  # before anything is built, and again when there is something to hold
             self._check_room(spec, 0)
         planned = self._faults.coming_with(frame)
-        session = Session(spec, Snapshot.from_frame(frame), self._device, self._replicate)
+        start = Snapshot.from_frame(frame)
+        session = Session(spec, start, self._device, self._replicate, self._workers)
         with self._lock:
             self._hold(session)
             self._controllers[spec.id] = link

@@ -159,10 +159,35 @@ class Remote:
             Moved: The session goes on elsewhere, from an earlier step.
             EdgesLost: No edge has it.
         """
+        self.prepare(kind, step, piece, meta, tensors)
+        self.post(kind, step, piece)
+
+    def prepare(
+        self,
+        kind: str,
+        step: int,
+        piece: int,
+        meta: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+    ) -> int:
+        """Encode an operation, once for every time that it may be sent; return its bytes.
+
+        The tensors must not change until it is answered: their memory is sent, no copy of it.
+        """
         name = "index" if kind == "evaluate" else "piece"
         frame = Frame(kind, {"step": step, name: piece, **meta}, tensors)
-        # Encoded once and kept as bytes: tensors may change before it has to be sent again.
-        parts: list[Any] = [b"".join(encode_parts(frame))]
+        parts: list[Any] = encode_parts(frame)
+        self._unanswered[kind, step, piece] = (self._clock(), parts)
+        return sum(len(part) for part in parts)
+
+    def post(self, kind: str, step: int, piece: int) -> None:
+        """Send an operation that was prepared.
+
+        Raises:
+            Moved: The session goes on elsewhere, from an earlier step.
+            EdgesLost: No edge has it.
+        """
+        _, parts = self._unanswered[kind, step, piece]
         self._unanswered[kind, step, piece] = (self._clock(), parts)
         self._transmit(parts)
 

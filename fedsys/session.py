@@ -21,12 +21,10 @@ operation for any other position is refused.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,8 +32,9 @@ from torch import Tensor
 
 from fedsys import config as configuration
 from fedsys import models, training
-from fedsys.codecs import CODECS, decode_activation, encode_activation
+from fedsys.codecs import decode_activation, encode_activation
 from fedsys.config import Config
+from fedsys.emulation import Workers, session_pace
 from fedsys.errors import FrameError, LinkClosed, SessionError
 from fedsys.halves import Part, filled_stages, safe_input
 from fedsys.layers import LayeredModel, layered
@@ -43,120 +42,11 @@ from fedsys.pruning import settings as pruning
 from fedsys.pruning.penalty import Penalty
 from fedsys.randomness import Address, drawing, rows
 from fedsys.security import new_token
+from fedsys.session_state import SessionSpec, Snapshot, State, natural
 from fedsys.training import pieces
 from fedsys.wire import Frame
 
-State = Mapping[str, Tensor]
-
-_KINDS: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float)}
-
-
-@dataclass(frozen=True)
-class SessionSpec:
-    """What a server app tells an edge server about a session.
-
-    Attributes:
-        id: Name of the session; unique in its run.
-        token: What the device must present.
-        client: Partition id of the device.
-        round: The round, from 1.
-        first: First unit on the edge.
-        last: End of the units on the edge; less than all for a label-private cut.
-        config: The run's configuration as YAML: the model and how to train it.
-        input_shape: ``(C, H, W)`` of one example.
-        num_classes: Number of classes.
-        micro_batches: Pieces of a mini-batch.
-        proximal_mu: Weight of FedProx's term.
-        codec_up: How the device writes activations.
-        codec_down: How the edge writes what it returns.
-        holder: Name in the certificate of the device; empty for any that has the token.
-        replicate_every: Steps between two replicas of the session; 0 for none.
-    """
-
-    id: str
-    token: str
-    client: int
-    round: int
-    first: int
-    last: int
-    config: str
-    input_shape: tuple[int, int, int]
-    num_classes: int
-    micro_batches: int = 1
-    proximal_mu: float = 0.0
-    codec_up: str = "fp32"
-    codec_down: str = "fp32"
-    holder: str = ""
-    replicate_every: int = 0
-
-    def to_meta(self) -> dict[str, Any]:
-        """Return plain values for the header of a frame."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_meta(cls, meta: Mapping[str, Any]) -> SessionSpec:
-        """Return the specification that a frame carries.
-
-        Raises:
-            FrameError: A value is missing or has another type.
-        """
-        values: dict[str, Any] = {}
-        for spec in dataclasses.fields(cls):
-            value = meta.get(spec.name)
-            expected = _KINDS.get(str(spec.type), (list,))
-            if not isinstance(value, expected) or isinstance(value, bool):
-                raise FrameError(f"open: {spec.name}={str(value)[:40]!r} is not a {spec.type}")
-            values[spec.name] = tuple(value) if isinstance(value, list) else value
-        made = cls(**values)
-        sizes = (*made.input_shape, made.num_classes, made.micro_batches)
-        if len(made.input_shape) != 3 or not all(type(n) is int and n > 0 for n in sizes):
-            raise FrameError(f"open: {sizes}: must be C, H, W, classes and pieces, each above 0")
-        if made.codec_up not in CODECS or made.codec_down not in CODECS:
-            raise FrameError(f"open: codecs {made.codec_up!r:.40} and {made.codec_down!r:.40}")
-        return made
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A frozen session.
-
-    Attributes:
-        step: Steps that are done.
-        state: Parameters and buffers of the edge's units, by global name.
-        optimizer: State of their optimizer, by global name.
-        anchor: Parameters at the start of the round, by global name, if FedProx's term pulls
-            towards them and they are no longer those in `state`.
-        masks: What is pruned of these parameters, packed, by global name.
-    """
-
-    step: int
-    state: State
-    optimizer: State
-    anchor: State = dataclasses.field(default_factory=dict)
-    masks: State = dataclasses.field(default_factory=dict)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return all tensors for a frame."""
-        parts = {"state": self.state, "optimizer": self.optimizer, "anchor": self.anchor}
-        parts["masks"] = self.masks
-        return {f"{part}/{name}": t for part, named in parts.items() for name, t in named.items()}
-
-    @classmethod
-    def from_frame(cls, frame: Frame) -> Snapshot:
-        """Return the snapshot that a frame carries."""
-        step = natural(frame, "step")
-        named = frame.tensors
-        return cls(
-            step,
-            _part(named, "state/"),
-            _part(named, "optimizer/"),
-            _part(named, "anchor/"),
-            _part(named, "masks/"),
-        )
-
-
-def _part(tensors: State, prefix: str) -> dict[str, Tensor]:
-    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+__all__ = ["Session", "SessionSpec", "Snapshot", "State", "layered_model", "natural"]
 
 
 def layered_model(
@@ -194,6 +84,7 @@ class Session:
         start: Where to begin: the state at a step.
         device: Where to compute.
         replicate: Called with a snapshot after every ``replicate_every`` steps.
+        workers: What the sessions of an edge server share; None: this one is alone.
 
     Attributes:
         steps: Steps done in this round, those before `start` included.
@@ -206,6 +97,7 @@ class Session:
         start: Snapshot,
         device: torch.device,
         replicate: Callable[[SessionSpec, Snapshot], None] = lambda spec, snapshot: None,
+        workers: Workers | None = None,
     ) -> None:
         self.spec, self.steps = spec, start.step
         self.incarnation = new_token()
@@ -218,6 +110,7 @@ class Session:
         cuts = [spec.first, spec.last]
         (self._stage,) = filled_stages(model, cuts, [1], start.state, device)
         self._private = spec.last < len(model)
+        self._pace = session_pace(self._config, model, spec, workers or Workers(""))
         self._dtype = _dtype_of(model)
         self._part = Part(
             [self._stage],
@@ -346,6 +239,7 @@ class Session:
         if batch < 1 or (piece and batch != self._batch):
             raise FrameError(f"batch={batch}: must be at least 1, and the same for all pieces")
         x, (start, stop) = self._input(frame, piece, batch)
+        self._begin_operation(frame, stop - start, forward=True)
         labels = None if self._private else self._labels(frame, stop - start)
         if piece == 0:  # what is refused above has changed nothing
             self._begin(batch)
@@ -359,8 +253,10 @@ class Session:
             out = training.forward(self._stage, safe_input(self._stage, x))
         self._forward += 1
         meta: dict[str, Any] = {"step": self.steps, "piece": piece}
+        self._pace.turn()
         if labels is None:
             self._open[piece] = (x, out)
+            meta["at_us"] = self._pace.end()
             return self._encoded("activation", out, meta)
         loss = training.loss_of(out, labels, (stop - start) / self._batch)
         if loss.requires_grad:
@@ -368,17 +264,24 @@ class Session:
         self._backward += 1
         hits = (out.detach().argmax(1) == labels).sum()
         more = {"loss": loss.detach(), "hits": hits}
+        meta["at_us"] = self._pace.end()
         return self._encoded("gradient", x.grad if needs_gradient else None, meta, more)
 
     def _return(self, frame: Frame, piece: int) -> Frame:
         """Take the gradient of what was sent for a piece; reply with that of its input."""
         x, out = self._open[piece]
+        self._begin_operation(frame, len(x), forward=False)
         gradient = self._decoded(frame, out)
         del self._open[piece]
         if out.requires_grad:
             out.backward(gradient)  # type: ignore[no-untyped-call]  # torch has no type for it
         self._backward += 1
-        return self._encoded("gradient", x.grad, {"step": self.steps, "piece": piece})
+        meta = {"step": self.steps, "piece": piece, "at_us": self._pace.end()}
+        return self._encoded("gradient", x.grad, meta)
+
+    def _begin_operation(self, frame: Frame, rows_: int, *, forward: bool) -> None:
+        both = not self._private
+        self._pace.begin(frame.arrived_s, frame.encoded_bytes, rows_, both=both, forward=forward)
 
     def _begin(self, batch: int) -> None:
         self._batch = batch
@@ -403,6 +306,7 @@ class Session:
 
     def _apply(self, norms: Mapping[str, float]) -> None:
         self._part.step(norms)
+        self._pace.update()
         self._nbytes = self._part.nbytes()  # optimizers take memory in their first step
         self._forward = self._backward = 0
         self._early.clear()
@@ -471,15 +375,3 @@ class Session:
             return Frame(kind, meta, dict(more or {}))
         tensors, codec = encode_activation(tensor, self.spec.codec_down)
         return Frame(kind, {**meta, **codec}, {**tensors, **(more or {})})
-
-
-def natural(frame: Frame, name: str) -> int:
-    """Return a whole number of at least 0 from the header of a frame.
-
-    Raises:
-        FrameError: It is missing or something else.
-    """
-    value = frame.meta.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
-        raise FrameError(f"{frame.kind}: {name}={str(value)[:40]!r} is not a whole number")
-    return value

@@ -15,7 +15,7 @@ import threading
 import time
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 from fedsys.errors import ConfigError, LinkClosed, LinkError, LinkTimeout
@@ -271,7 +271,8 @@ class Shaped:
             if arrival_s > deadline:
                 raise LinkTimeout(f"nothing arrived within {timeout_s:g} s")
             self._first = None
-            return frame
+            since = max(0.0, self._clock.now() - arrival_s)
+            return replace(frame, arrived_s=time.monotonic() - since)
 
     def close(self) -> None:
         """Carry what was sent to its end, then close the link that is wrapped."""

@@ -30,6 +30,7 @@ import json
 import math
 import re
 import struct
+import time
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -68,12 +69,14 @@ class Frame:
             string keys). Tuples arrive as lists; NaN and infinities arrive as they are.
         tensors: Dense tensors. They arrive on the CPU, detached, in the order given.
         encoded_bytes: Bytes on the wire of a frame that was received; 0 before.
+        arrived_s: Seconds of `time.monotonic` at which it was there; 0 before.
     """
 
     kind: str
     meta: Mapping[str, Any] = field(default_factory=dict)
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     encoded_bytes: int = 0
+    arrived_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -381,7 +384,8 @@ class Assembler:
         for entry in declared.tensors:
             tensors[entry.name] = entry.read(self._payload, start)
             start += entry.nbytes + _padding(entry.nbytes)
-        return Frame(declared.kind, declared.meta, tensors, self.expected_bytes)
+        now = time.monotonic()
+        return Frame(declared.kind, declared.meta, tensors, self.expected_bytes, now)
 
 
 def _aligned(nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 from torch import nn
 
 from fedsys import config as configuration
-from fedsys import data, federation, plots, records, stages, training
+from fedsys import data, federation, plots, records, stages, trace_plots, training
 from fedsys.config import Config
 from fedsys.data import Images
 from fedsys.edges import open_fleet
@@ -27,7 +27,7 @@ from fedsys.runtime.relay import Relay
 from strategies import Roster, build, pruned
 from strategies.gathering import gather
 from strategies.keeper import Keeper, opened
-from strategies.offload import figures, in_words, recoveries
+from strategies.offload import figures, in_words, recoveries, traces
 from strategies.rounds import RoundResult, play
 
 EVALUATION_BATCH = 500
@@ -124,6 +124,7 @@ def _train(
     drawing = ", drawing plots" if config.run.plots else ""
     progress.phase(f"scoring the test part{drawing}")
     seconds = keeper.seconds + time.perf_counter() - started
+    trace_plots.write(folder.path, traces(strategy), draw=config.run.plots)
     pruned.keep_masks(strategy, folder.path)
     more = {**figures(strategy), **pruned.figures(strategy)}
     return _conclude(config, fed, keeper, arrays, judge, more, seconds)

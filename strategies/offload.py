@@ -31,12 +31,13 @@ from fedsys.halves import names_between
 from fedsys.layers import LayeredModel, fractions
 from fedsys.security import new_token
 from fedsys.session import SessionSpec, Snapshot, layered_model
+from fedsys.tracing import Event, unpack
 from strategies.policies import Assignment, Observation, OffloadPolicy
 from strategies.roster import Roster
 
 ARRAYS, OPTIMIZER, MASKS = "arrays", "optimizer", "masks"
 ASSIGNMENT, OBSERVATION = "assignment", "observation"
-MICRO_BATCHES = "micro-batches"
+MICRO_BATCHES, TRACE = "micro-batches", "trace"
 
 _log = logging.getLogger("fedsys.offload")
 
@@ -83,6 +84,7 @@ class Offload(Strategy):
     Attributes:
         totals: For the result of the run.
         lost: Clients left out of the last round, with the reason.
+        traces: What each device did in the last round, with its edge.
     """
 
     STATE = ("totals", "_policy_state", "_seen")
@@ -100,6 +102,7 @@ class Offload(Strategy):
     ) -> None:
         self.inner, self.fleet, self.policy, self.roster = inner, fleet, policy, roster
         self.totals, self.lost = Totals(), dict[int, str]()
+        self.traces: dict[int, list[Event]] = {}
         self._config, self._shape, self._classes = config, input_shape, num_classes
         self._layers: LayeredModel = layered_model(config, input_shape, num_classes)
         self._policy_state = policy.init(self._layers, range(config.num_clients))
@@ -152,8 +155,10 @@ class Offload(Strategy):
         """Join what devices and edges have, repeat what failed, and have the whole aggregated."""
         done: dict[int, Message] = {}
         again: list[int] = []
+        self.traces = {}
         for reply in replies:
             client = self.roster.partition_of(reply.metadata.src_node_id)
+            self._take_trace(client, reply)
             if client not in self._sent or self._joined(client, reply):
                 done[client] = reply
             else:
@@ -368,6 +373,11 @@ class Offload(Strategy):
     def _seen_of(self, client: int) -> Observation:
         return Observation(**self._seen.get(client, {}))
 
+    def _take_trace(self, client: int, reply: Message) -> None:
+        if reply.has_content() and TRACE in reply.content:
+            self.traces[client] = unpack(_bytes(reply.content.config_records[TRACE]["events"]))
+            del reply.content[TRACE]
+
     def _repeat(self, clients: list[int], round_: int) -> list[tuple[int, Message]]:
         """Have clients do their round again, together with an edge if one is left, else alone."""
         if not clients or self._grid is None:
@@ -397,6 +407,7 @@ class Offload(Strategy):
             if reply.has_error():
                 continue
             client = self.roster.partition_of(reply.metadata.src_node_id)
+            self._take_trace(client, reply)
             if client not in self._sent or self._joined(client, reply):
                 finished.append((client, reply))
                 seconds = time.perf_counter() - began
@@ -462,6 +473,13 @@ def figures(strategy: Strategy) -> dict[str, Any]:
     return {} if offload is None else dataclasses.asdict(offload.totals)
 
 
+def traces(strategy: Strategy) -> Mapping[str, list[Event]]:
+    """Return what the devices of the last round did, by name; empty if nothing was split."""
+    offload = _offload_in(strategy)
+    held = {} if offload is None else offload.traces
+    return {f"device {client}": held[client] for client in sorted(held)}
+
+
 def recoveries(strategy: Strategy) -> list[dict[str, Any]]:
     """Return what was done about losses so far in a run."""
     offload = _offload_in(strategy)
@@ -488,6 +506,10 @@ def _offload_in(strategy: Strategy) -> Offload | None:
     while inner is not None and not isinstance(inner, Offload):
         inner = getattr(inner, "inner", None)
     return inner
+
+
+def _bytes(value: object) -> bytes:
+    return value if isinstance(value, bytes) else b""
 
 
 def _of(content: RecordDict, key: str, names: set[str]) -> ArrayRecord:

@@ -1,0 +1,269 @@
+"""One mini-batch of a device that trains together with an edge: its operations in their order.
+
+What is sent is on its way while the next operation computes, and the mini-batch after this one is
+loaded while answers are awaited. More cannot be done ahead: the first forward of the next
+mini-batch needs the parameters after this one's optimizer step, which needs the last gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fedsys import training
+from fedsys.codecs import decode_activation, encode_activation
+from fedsys.config import ScheduleConfig
+from fedsys.emulation import Pace
+from fedsys.halves import Part, safe_input
+from fedsys.randomness import Address, drawing, rows
+from fedsys.remote import Remote
+from fedsys.schedule import operations
+from fedsys.tracing import Recorder
+from fedsys.training import pieces
+from fedsys.wire import Frame
+
+
+@dataclass
+class Tally:
+    """What was seen so far in the round."""
+
+    loss: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    hits: int = 0
+    examples: int = 0
+
+    def copy(self) -> Tally:
+        """Return the same sums, to go on from or to come back to."""
+        return Tally(self.loss.clone(), self.hits, self.examples)
+
+
+class Batches:
+    """The mini-batches of a round, of which the next one can be loaded ahead.
+
+    Args:
+        source: Inputs and labels.
+        device: Where they are needed.
+    """
+
+    def __init__(self, source: Iterator[tuple[Tensor, Tensor]], device: torch.device) -> None:
+        self._source, self._device = source, device
+        self._next: tuple[Tensor, Tensor] | None = None
+        self._loaded = False
+
+    def load(self) -> int:
+        """Load the next mini-batch unless that was done; return its examples, 0 if it was."""
+        if self._loaded:
+            return 0
+        self._loaded = True
+        found = next(self._source, None)
+        if found is not None:
+            self._next = found[0].to(self._device), found[1].to(self._device)
+        return 0 if self._next is None else len(self._next[1])
+
+    def take(self) -> tuple[Tensor, Tensor] | None:
+        """Return the mini-batch that was loaded; None after the last one."""
+        taken, self._next, self._loaded = self._next, None, False
+        return taken
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a device shares a model with its edge.
+
+    Attributes:
+        cut: Units ``[0, cut)`` are on the device.
+        tail: Units ``[tail, L)`` are on the device too.
+        units: Number of units, L.
+        micro_batches: Pieces of a mini-batch.
+        codec: How the device writes what it sends.
+        schedule: Order of the pieces.
+    """
+
+    cut: int
+    tail: int
+    units: int
+    micro_batches: int
+    codec: str
+    schedule: ScheduleConfig
+
+    @property
+    def private(self) -> bool:
+        """Whether the last units, and with them the labels, are on the device."""
+        return self.tail < self.units
+
+
+class Steps:
+    """Works through mini-batches together with an edge. For one thread.
+
+    Args:
+        split: Who does what.
+        address: Seed, client and round.
+        remote: The session.
+        pace: When operations end.
+        recorder: Takes note of them.
+        device: Where the device computes.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        address: Address,
+        remote: Remote,
+        pace: Pace,
+        recorder: Recorder,
+        device: torch.device,
+    ) -> None:
+        self._device = device
+        self._split, self._address, self._remote = split, address, remote
+        self._pace, self._recorder = pace, recorder
+        self._step = 0
+        self._sent: dict[int, Tensor] = {}
+        self._posted: dict[tuple[str, int], tuple[float, int]] = {}  # when, and how many bytes
+        self._returned: dict[int, tuple[Tensor, Tensor]] = {}  # label-private: loss and hits
+
+    def load(self, step: int, batches: Batches) -> None:
+        """Load the next mini-batch ahead, unless that was done."""
+        if self._pace.costs is None:
+            self._pace.begin()
+        loaded = batches.load()
+        if self._pace.costs is not None:
+            self._pace.owe(loaded * self._pace.costs.load_s)
+        elif loaded:
+            self._recorder.note("load", step, -1, self._pace.end())
+
+    def do(
+        self, step: int, part: Part, x: Tensor, y: Tensor, tally: Tally, batches: Batches
+    ) -> None:
+        """Do one mini-batch: forwards, backwards, optimizer step.
+
+        Args:
+            step: Its index in the round.
+            part: The device's units.
+            x: Inputs ``(batch, …)``.
+            y: Labels ``(batch,)``.
+            tally: Receives loss and hits.
+            batches: Gives the mini-batch that is loaded ahead.
+
+        Raises:
+            Moved: The session goes on elsewhere.
+            EdgesLost: No edge has it.
+        """
+        self._step = step
+        self._sent.clear()
+        self._posted.clear()
+        self._returned.clear()
+        part.zero_grad()
+        size, front, back = len(y), *part.modules
+        bounds = list(pieces(size, self._split.micro_batches))
+        inputs = [(x, y)] if len(bounds) == 1 else [(x[a:b], y[a:b]) for a, b in bounds]
+        schedule, private = self._split.schedule, self._split.private
+        plan = operations(schedule.kind, len(bounds), schedule.depth, tail=private)
+        with drawing(self._address, step, size):
+            for operation, piece in plan:
+                with rows(*bounds[piece]):
+                    if operation == "forward":
+                        self._forward(piece, size, front, *inputs[piece])
+                        continue
+                    self.load(step, batches)  # while the first answer is awaited
+                    if operation == "tail":
+                        labels = inputs[piece][1]
+                        self._tail(piece, back, labels, len(labels) / size)
+                    else:
+                        loss, hits = self._backward(piece, len(inputs[piece][1]))
+                        tally.loss += loss * size
+                        tally.hits += hits
+        self._update(part)
+        tally.examples += size
+
+    # --- operations -------------------------------------------------------------------------------
+
+    def _forward(self, piece: int, size: int, front: nn.Module, x: Tensor, labels: Tensor) -> None:
+        self._pace.begin()
+        z = training.forward(front, x)
+        tensors, codec = encode_activation(z, self._split.codec)
+        if not self._split.private:
+            tensors = {**tensors, "labels": labels}
+        meta = {**codec, "batch": size, "needs_gradient": z.requires_grad}
+        nbytes = self._remote.prepare("activation", self._step, piece, meta, tensors)
+        self._end("forward", piece, 0, len(labels), 0, self._split.cut, nbytes)
+        self._sent[piece] = z
+        self._post("activation", piece, nbytes)
+
+    def _tail(self, piece: int, back: nn.Module, labels: Tensor, weight: float) -> None:
+        """Compute the last units, the loss, and the gradient that goes back to the edge."""
+        answer = self._await("activation", piece)
+        z = self._decoded(answer).requires_grad_()
+        outputs = back(safe_input(back, z))
+        loss = training.loss_of(outputs, labels, weight)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch has no type for it
+        gradient = z.grad if z.grad is not None else torch.zeros_like(z)
+        tensors, codec = encode_activation(gradient, self._split.codec)
+        nbytes = self._remote.prepare("gradient", self._step, piece, codec, tensors)
+        self._returned[piece] = loss.detach(), (outputs.detach().argmax(1) == labels).sum()
+        down = answer.encoded_bytes
+        self._end("tail", piece, 2, len(labels), self._split.tail, self._split.units, nbytes, down)
+        self._post("gradient", piece, nbytes)
+
+    def _backward(self, piece: int, size: int) -> tuple[Tensor, int]:
+        """Compute with the gradient of an activation; return loss and hits of the piece."""
+        answer = self._await("gradient" if self._split.private else "activation", piece)
+        z = self._sent.pop(piece)
+        if z.requires_grad:
+            z.backward(self._decoded(answer))  # type: ignore[no-untyped-call]  # no type in torch
+        self._end("backward", piece, 1, size, 0, self._split.cut, answer.encoded_bytes)
+        if self._split.private:
+            loss, hits = self._returned.pop(piece)
+            return loss.cpu(), int(hits)
+        return answer.tensors["loss"], int(answer.tensors["hits"])
+
+    def _update(self, part: Part) -> None:
+        self._pace.begin()
+        norms = part.norms()
+        if part.clips:
+            self._remote.send("norms", self._step, 0, {"norms": norms}, {})
+            theirs = self._remote.receive("norms", self._step, 0).meta["norms"]
+            norms = {**norms, **theirs}
+        part.step(norms)
+        costs, split = self._pace.costs, self._split
+        seconds = 0.0
+        if costs is not None:
+            seconds = sum(costs.update_s[: split.cut]) + sum(costs.update_s[split.tail :])
+        self._recorder.note("update", self._step, -1, self._pace.end(seconds))
+        self._recorder.note("load", self._step, -1, self._pace.settle())
+        self._recorder.finished(self._pace.now())
+
+    # --- what surrounds them ----------------------------------------------------------------------
+
+    def _post(self, kind: str, piece: int, nbytes: int) -> None:
+        now = self._pace.now()
+        self._posted[kind, piece] = now, nbytes
+        self._remote.post(kind, self._step, piece)
+        self._recorder.note("send", self._step, piece, (now, self._pace.now()))
+
+    def _await(self, kind: str, piece: int) -> Frame:
+        """Return the answer to an operation, with which the next one begins."""
+        idle = self._pace.now()
+        answer = self._remote.receive(kind, self._step, piece)
+        loaded = self._pace.begin(answer.arrived_s)
+        self._recorder.note("load", self._step, -1, loaded)
+        self._recorder.note("wait", self._step, piece, (max(idle, loaded[1]), answer.arrived_s))
+        arrived = answer.arrived_s, answer.encoded_bytes
+        sent, told = self._posted.pop((kind, piece), (0.0, 0)), answer.meta.get("at_us")
+        self._recorder.answer(self._step, piece, sent, arrived, told)
+        return answer
+
+    def _end(
+        self, name: str, piece: int, which: int, rows_: int, first: int, last: int, *nbytes: int
+    ) -> None:
+        """End an operation: `which` is 0 for a forward, 1 for a backward, 2 for both."""
+        costs, seconds = self._pace.costs, 0.0
+        if costs is not None:
+            both = costs.seconds(rows_, first, last)
+            seconds = sum(both) if which == 2 else both[which]
+            seconds += sum(costs.messaging.seconds(n, self._split.codec) for n in nbytes)
+        self._recorder.note(name, self._step, piece, self._pace.end(seconds))
+
+    def _decoded(self, answer: Frame) -> Tensor:
+        return decode_activation(answer.tensors, answer.meta).to(self._device)

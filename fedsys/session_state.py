@@ -1,0 +1,138 @@
+"""What a session is told when it is opened, and what is left of it when it is frozen."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fedsys.codecs import CODECS
+from fedsys.errors import FrameError
+from fedsys.wire import Frame
+
+State = Mapping[str, Tensor]
+
+_KINDS: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float)}
+
+
+@dataclass(frozen=True)
+class SessionSpec:
+    """What a server app tells an edge server about a session.
+
+    Attributes:
+        id: Name of the session; unique in its run.
+        token: What the device must present.
+        client: Partition id of the device.
+        round: The round, from 1.
+        first: First unit on the edge.
+        last: End of the units on the edge; less than all for a label-private cut.
+        config: The run's configuration as YAML: the model and how to train it.
+        input_shape: ``(C, H, W)`` of one example.
+        num_classes: Number of classes.
+        micro_batches: Pieces of a mini-batch.
+        proximal_mu: Weight of FedProx's term.
+        codec_up: How the device writes activations.
+        codec_down: How the edge writes what it returns.
+        holder: Name in the certificate of the device; empty for any that has the token.
+        replicate_every: Steps between two replicas of the session; 0 for none.
+    """
+
+    id: str
+    token: str
+    client: int
+    round: int
+    first: int
+    last: int
+    config: str
+    input_shape: tuple[int, int, int]
+    num_classes: int
+    micro_batches: int = 1
+    proximal_mu: float = 0.0
+    codec_up: str = "fp32"
+    codec_down: str = "fp32"
+    holder: str = ""
+    replicate_every: int = 0
+
+    def to_meta(self) -> dict[str, Any]:
+        """Return plain values for the header of a frame."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, Any]) -> SessionSpec:
+        """Return the specification that a frame carries.
+
+        Raises:
+            FrameError: A value is missing or has another type.
+        """
+        values: dict[str, Any] = {}
+        for spec in dataclasses.fields(cls):
+            value = meta.get(spec.name)
+            expected = _KINDS.get(str(spec.type), (list,))
+            if not isinstance(value, expected) or isinstance(value, bool):
+                raise FrameError(f"open: {spec.name}={str(value)[:40]!r} is not a {spec.type}")
+            values[spec.name] = tuple(value) if isinstance(value, list) else value
+        made = cls(**values)
+        sizes = (*made.input_shape, made.num_classes, made.micro_batches)
+        if len(made.input_shape) != 3 or not all(type(n) is int and n > 0 for n in sizes):
+            raise FrameError(f"open: {sizes}: must be C, H, W, classes and pieces, each above 0")
+        if made.codec_up not in CODECS or made.codec_down not in CODECS:
+            raise FrameError(f"open: codecs {made.codec_up!r:.40} and {made.codec_down!r:.40}")
+        return made
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A frozen session.
+
+    Attributes:
+        step: Steps that are done.
+        state: Parameters and buffers of the edge's units, by global name.
+        optimizer: State of their optimizer, by global name.
+        anchor: Parameters at the start of the round, by global name, if FedProx's term pulls
+            towards them and they are no longer those in `state`.
+        masks: What is pruned of these parameters, packed, by global name.
+    """
+
+    step: int
+    state: State
+    optimizer: State
+    anchor: State = dataclasses.field(default_factory=dict)
+    masks: State = dataclasses.field(default_factory=dict)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all tensors for a frame."""
+        parts = {"state": self.state, "optimizer": self.optimizer, "anchor": self.anchor}
+        parts["masks"] = self.masks
+        return {f"{part}/{name}": t for part, named in parts.items() for name, t in named.items()}
+
+    @classmethod
+    def from_frame(cls, frame: Frame) -> Snapshot:
+        """Return the snapshot that a frame carries."""
+        step = natural(frame, "step")
+        named = frame.tensors
+        return cls(
+            step,
+            _part(named, "state/"),
+            _part(named, "optimizer/"),
+            _part(named, "anchor/"),
+            _part(named, "masks/"),
+        )
+
+
+def _part(tensors: State, prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def natural(frame: Frame, name: str) -> int:
+    """Return a whole number of at least 0 from the header of a frame.
+
+    Raises:
+        FrameError: It is missing or something else.
+    """
+    value = frame.meta.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
+        raise FrameError(f"{frame.kind}: {name}={str(value)[:40]!r} is not a whole number")
+    return value

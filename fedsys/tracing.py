@@ -1,0 +1,247 @@
+"""What a device and its edge did in a round, moment by moment, as a trace and as sums.
+
+A device notes its own operations, and each answer of its edge tells when that received, computed
+and answered. Together they give four lanes: device, uplink, edge, downlink. A transfer begins when
+it is sent, or when the one before it has arrived, and ends when it arrives, so its latency is part
+of it.
+
+The clock of an edge on another machine has another origin. If no transfer would then arrive before
+it was sent, origins are taken to be one; otherwise the shortest transfers of both directions are
+taken to be equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+
+LANES: Final = ("device", "uplink", "edge", "downlink")
+NAMES: Final = ("load", "forward", "tail", "send", "wait", "backward", "update", "step", "transfer")
+MOST_EVENTS: Final = 4000
+"""Events of one device and round that are kept; those of its first mini-batches."""
+
+_RECORD: Final = np.dtype(
+    [
+        ("lane", "u1"),
+        ("name", "u1"),
+        ("step", "<i4"),
+        ("piece", "<i4"),
+        ("start", "<f8"),
+        ("end", "<f8"),
+    ]
+)
+
+
+class Event(NamedTuple):
+    """One stay in a lane.
+
+    Attributes:
+        lane: One of `LANES`.
+        name: One of `NAMES`.
+        step: Index of the mini-batch in the round.
+        piece: Index of the micro-batch; -1 for what belongs to none.
+        start_s: Seconds of the device's clock.
+        end_s: When it ends.
+    """
+
+    lane: str
+    name: str
+    step: int
+    piece: int
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """What a mini-batch took, and what a bit took on its way; medians, 0 where unknown.
+
+    Attributes:
+        iteration_s: From one mini-batch to the next.
+        compute_s: In which the device computed.
+        edge_s: In which the edge computed.
+        up_bit_s: Seconds for a bit to the edge.
+        down_bit_s: Seconds for a bit from it.
+    """
+
+    iteration_s: float = 0.0
+    compute_s: float = 0.0
+    edge_s: float = 0.0
+    up_bit_s: float = 0.0
+    down_bit_s: float = 0.0
+
+
+class _Answer(NamedTuple):
+    """The way of one micro-batch over the edge, in the clocks of those who noted it."""
+
+    step: int
+    piece: int
+    sent_s: float
+    up_bytes: int
+    arrived_s: float
+    down_bytes: int
+    told: tuple[int, ...]
+
+
+class Recorder:
+    """Notes what one device does in one round. For one thread."""
+
+    def __init__(self) -> None:
+        self._own: list[tuple[str, int, int, float, float]] = []
+        self._answers: list[_Answer] = []
+        self._ends: list[float] = []
+
+    def note(self, name: str, step: int, piece: int, span: tuple[float, float]) -> None:
+        """Note an operation of the device."""
+        if span[1] > span[0]:
+            self._own.append((name, step, piece, *span))
+
+    def answer(
+        self,
+        step: int,
+        piece: int,
+        sent: tuple[float, int],
+        arrived: tuple[float, int],
+        told: object,
+    ) -> None:
+        """Note an answer of the edge.
+
+        Args:
+            step: Index of the mini-batch.
+            piece: Index of the micro-batch.
+            sent: When the operation was sent, and its bytes.
+            arrived: When the answer arrived, and its bytes.
+            told: What the edge says of itself: microseconds of its clock at which it received,
+                began, ended the forward, and ended the backward.
+        """
+        if isinstance(told, list) and len(told) == 4 and all(type(n) is int for n in told):
+            self._answers.append(_Answer(step, piece, *sent, *arrived, tuple(told)))
+
+    def finished(self, moment_s: float) -> None:
+        """Note the end of a mini-batch."""
+        self._ends.append(moment_s)
+
+    def iterations(self) -> list[float]:
+        """Return the seconds from each mini-batch to the next."""
+        return [b - a for a, b in zip(self._ends, self._ends[1:], strict=False)]
+
+    def events(self) -> list[Event]:
+        """Return all events in the order of their begin."""
+        offset = _offset(self._answers)
+        found = [Event("device", n, step, piece, a, b) for n, step, piece, a, b in self._own]
+        up = down = 0.0
+        for answer in sorted(self._answers, key=lambda a: a.told[0]):
+            received, began, middle, ended = (n / 1e6 - offset for n in answer.told)
+            place = answer.step, answer.piece
+            found.append(Event("uplink", "transfer", *place, max(answer.sent_s, up), received))
+            if middle > began:
+                found.append(Event("edge", "forward", *place, began, middle))
+            if ended > middle:
+                found.append(Event("edge", "backward", *place, middle, ended))
+            found.append(Event("downlink", "transfer", *place, max(ended, down), answer.arrived_s))
+            up, down = received, answer.arrived_s
+        return sorted((e for e in found if e.end_s > e.start_s), key=lambda e: (e.start_s, e.end_s))
+
+    def sums(self) -> Sums:
+        """Return what a mini-batch took."""
+        steps = max(1, len(self._ends))
+        offset = _offset(self._answers)
+        computed = sum(
+            end - start for name, _, _, start, end in self._own if name not in ("wait", "send")
+        )
+        edge = sum(answer.told[3] - answer.told[1] for answer in self._answers) / 1e6
+        ways = [
+            (a.sent_s, a.told[0] / 1e6 - offset, a.up_bytes, a.told[3] / 1e6 - offset, a.arrived_s,
+             a.down_bytes) for a in self._answers
+        ]  # fmt: skip
+        return Sums(
+            median(self.iterations()) if len(self._ends) > 1 else 0.0,
+            computed / steps,
+            edge / steps,
+            _bit_s([(sent, received, n) for sent, received, n, *_ in ways]),
+            _bit_s([(sent, received, n) for *_, sent, received, n in ways]),
+        )
+
+    def pack(self) -> bytes:
+        """Return the events as bytes, for a message."""
+        return pack(self.events()[:MOST_EVENTS])
+
+
+def _offset(answers: Iterable[_Answer]) -> float:
+    """Return by how many seconds the edge's clock is ahead of the device's."""
+    up = [a.told[0] / 1e6 - a.sent_s for a in answers]
+    down = [a.arrived_s - a.told[3] / 1e6 for a in answers]
+    if not up or (min(up) > -1e-3 and min(down) > -1e-3):
+        return 0.0
+    return (min(up) - min(down)) / 2
+
+
+def _bit_s(ways: Sequence[tuple[float, float, int]]) -> float:
+    """Return the seconds of a bit, from transfers ``(sent, received, bytes)`` in a row.
+
+    Where a transfer waited for the one before it, the latency of both is the same and drops out.
+    """
+    queued, all_ = [], []
+    before = 0.0
+    for sent, received, nbytes in sorted(ways, key=lambda way: way[1]):
+        if nbytes and received > max(sent, before):
+            took = (received - max(sent, before)) / (8.0 * nbytes)
+            all_.append(took)
+            if sent < before:
+                queued.append(took)
+        before = received
+    return median(queued or all_) if all_ else 0.0
+
+
+def pack(events: Iterable[Event]) -> bytes:
+    """Return events as bytes."""
+    rows = [
+        (LANES.index(e.lane), NAMES.index(e.name), e.step, e.piece, e.start_s, e.end_s)
+        for e in events
+    ]
+    return np.array(rows, dtype=_RECORD).tobytes()
+
+
+def unpack(data: bytes) -> list[Event]:
+    """Return the events that `pack` wrote; of a damaged text, those that have a meaning."""
+    whole = len(data) // _RECORD.itemsize * _RECORD.itemsize
+    rows = np.frombuffer(data[:whole], dtype=_RECORD).tolist()
+    return [
+        Event(LANES[lane], NAMES[name], *rest)
+        for lane, name, *rest in rows
+        if lane < len(LANES) and name < len(NAMES)
+    ]
+
+
+def perfetto(devices: Mapping[str, Sequence[Event]]) -> dict[str, Any]:
+    """Return the trace as Perfetto and ``chrome://tracing`` read it.
+
+    Args:
+        devices: Events by name of the device; each is a process with a thread for each lane.
+    """
+    origin = min((e.start_s for events in devices.values() for e in events), default=0.0)
+    made: list[dict[str, Any]] = []
+    for pid, (device, events) in enumerate(devices.items(), start=1):
+        made.append({"name": "process_name", "ph": "M", "pid": pid, "args": {"name": device}})
+        for tid, lane in enumerate(LANES, start=1):
+            named = {"ph": "M", "pid": pid, "tid": tid}
+            made.append({**named, "name": "thread_name", "args": {"name": lane}})
+            made.append({**named, "name": "thread_sort_index", "args": {"sort_index": tid}})
+        made += [
+            {
+                "name": e.name if e.piece < 0 else f"{e.name} {e.piece}",
+                "cat": e.lane,
+                "ph": "X",
+                "pid": pid,
+                "tid": LANES.index(e.lane) + 1,
+                "ts": round(1e6 * (e.start_s - origin), 1),
+                "dur": round(1e6 * (e.end_s - e.start_s), 1),
+                "args": {"mini-batch": e.step},
+            }
+            for e in events
+        ]
+    return {"traceEvents": made, "displayTimeUnit": "ms"}

@@ -1,0 +1,115 @@
+"""The trace of a round: what devices and edges note, as lanes, sums, and a file for Perfetto."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedsys import trace_plots
+from fedsys.tracing import LANES, NAMES, Event, Recorder, pack, perfetto, unpack
+
+events = st.builds(
+    Event,
+    st.sampled_from(LANES),
+    st.sampled_from(NAMES),
+    st.integers(0, 2**31 - 1),
+    st.integers(-1, 2**31 - 1),
+    st.floats(0, 1e6),
+    st.floats(0, 1e6),
+)
+
+
+def us(*seconds):
+    return [round(1e6 * s) for s in seconds]
+
+
+def recorded(ahead=0.0):
+    """Return two mini-batches of two pieces; the clock of the edge is `ahead` of the device's."""
+    recorder = Recorder()
+    for step, t in ((0, 100.0), (1, 110.0)):
+        recorder.note("forward", step, 0, (t, t + 1))
+        recorder.note("forward", step, 1, (t + 1, t + 2))
+        recorder.note("wait", step, 0, (t + 2, t + 5))
+        for piece, sent in ((0, t + 1), (1, t + 2)):
+            told = us(*(sent + ahead + n for n in (2, 2.25, 2.5, 3)))
+            recorder.answer(step, piece, (sent, 1000), (sent + 4, 500), told)
+            recorder.note("backward", step, piece, (t + 5 + piece, t + 6 + piece))
+        recorder.note("update", step, -1, (t + 7, t + 8))
+        recorder.finished(t + 8)
+    return recorder
+
+
+@given(st.lists(events, max_size=40))
+def test_events_survive_packing(many):
+    assert unpack(pack(many)) == many
+    assert unpack(pack(many)[:-1]) == many[:-1]
+
+
+@pytest.mark.parametrize("ahead", [0.0, 5e5, -90.0])
+def test_lanes_join_what_device_and_edge_noted_whatever_clock_the_edge_has(ahead):
+    found = recorded(ahead).events()
+    first = [e for e in found if e.step == 0 and e.lane != "device"]
+    # where clocks differ, the shortest ways up (2 s) and down (1 s) are taken to be equal
+    shift = 0.5 if ahead else 0.0
+    assert [(e.lane, e.name, e.piece) for e in first] == [
+        ("uplink", "transfer", 0), ("uplink", "transfer", 1),
+        ("edge", "forward", 0), ("edge", "backward", 0), ("downlink", "transfer", 0),
+        ("edge", "forward", 1), ("edge", "backward", 1), ("downlink", "transfer", 1),
+    ] or ahead  # fmt: skip
+    at = {(e.lane, e.name, e.piece): (e.start_s, e.end_s) for e in first}
+    assert at["uplink", "transfer", 0] == pytest.approx((101, 103 - shift))
+    assert at["uplink", "transfer", 1] == pytest.approx((103 - shift, 104 - shift))  # it queued
+    assert at["edge", "forward", 0] == pytest.approx((103.25 - shift, 103.5 - shift))
+    assert at["downlink", "transfer", 0] == pytest.approx((104 - shift, 105))
+
+
+def test_sums_are_per_mini_batch_and_bits_are_timed_where_they_queued():
+    sums = recorded().sums()
+    assert sums.iteration_s == 10.0
+    assert sums.compute_s == pytest.approx(5.0)  # two forwards, two backwards, the update
+    assert sums.edge_s == pytest.approx(1.5)
+    assert sums.up_bit_s == pytest.approx(1.0 / 8000)
+    assert sums.down_bit_s == pytest.approx(1.0 / 4000)
+
+
+def test_what_an_edge_tells_is_not_believed_when_it_makes_no_sense():
+    recorder = Recorder()
+    for told in (None, [1, 2, 3], ["a"] * 4, [True] * 4):
+        recorder.answer(0, 0, (1.0, 10), (2.0, 10), told)
+    assert recorder.events() == []
+    assert recorder.sums().edge_s == 0.0
+
+
+def test_a_trace_has_the_form_that_perfetto_reads(tmp_path):
+    devices = {"device 0": recorded().events(), "device 3": recorded().events()}
+    drawn = trace_plots.write(tmp_path, devices)
+    assert [p.name for p in drawn] == ["trace.json", "timeline.png", "idle.png"]
+    for picture in drawn[1:]:
+        assert picture.read_bytes().startswith(b"\x89PNG")
+    trace = json.loads(drawn[0].read_text())
+    assert json.loads(json.dumps(perfetto(devices))) == trace
+    assert set(trace) == {"traceEvents", "displayTimeUnit"}
+    named = {}
+    for event in trace["traceEvents"]:
+        assert event["ph"] in ("M", "X")
+        assert type(event["pid"]) is int and event["name"]
+        if event["ph"] == "X":
+            assert event["ts"] >= 0 and event["dur"] > 0 and type(event["tid"]) is int
+            assert named[event["pid"], event["tid"]] == event["cat"]
+        elif event["name"] == "thread_name":
+            named[event["pid"], event["tid"]] = event["args"]["name"]
+    assert set(named.values()) == set(LANES)
+    spans = [e for e in trace["traceEvents"] if e["ph"] == "X"]
+    assert len(spans) == 2 * len(recorded().events())
+
+
+def test_nothing_is_written_where_nothing_was_split(tmp_path):
+    assert trace_plots.write(tmp_path, {}) == trace_plots.write(tmp_path, {"device 0": []}) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_device_that_waits_is_idle():
+    shares = trace_plots.idle_shares({"device 0": recorded().events()})["device 0"]
+    assert shares["device"] == pytest.approx(1 - 10 / 18)
+    assert shares["edge"] == pytest.approx(1 - 3 / 18)
