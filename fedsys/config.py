@@ -33,6 +33,8 @@ from fedsys import faults
 from fedsys.errors import ConfigError, did_you_mean
 from fedsys.pruning import settings as pruning_settings
 from fedsys.pruning.settings import PruningConfig
+from fedsys.serving.options import RULES as SERVING_RULES
+from fedsys.serving.options import ServingConfig
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 """The folder of the groups: the same place in the checkout, the wheel and the Flower bundle."""
@@ -335,7 +337,8 @@ class Apps:
 class Config:
     """One run, completely. `text` is the YAML that it was parsed from.
 
-    `resume` is the folder of the run that this one continues.
+    `resume` is the folder of the run that this one continues; `portfolio` the folder whose variants
+    are served; `input` the image, or the folder of images, of ``fedsys query``.
     """
 
     num_clients: int
@@ -359,6 +362,9 @@ class Config:
     bench: Spec = field(default_factory=dict)
     pruning: PruningConfig = field(default_factory=PruningConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
+    serving: ServingConfig = field(default_factory=ServingConfig)
+    portfolio: str | None = None
+    input: str | None = None
     resume: str | None = None
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     faults: FaultsConfig = field(default_factory=FaultsConfig)
@@ -453,6 +459,7 @@ RULES: tuple[Rule, ...] = (
     ("runtime.workers", _optional(_at_least_one), "must be at least 1", "null lets fedsys choose"),
     ("runtime.timeout_s", _positive, "must be greater than 0", ""),
     ("runtime.wait_s", _positive, "must be greater than 0", ""),
+    *((f"serving.{key}", test, rule, "") for key, test, rule in SERVING_RULES),
 )
 
 

@@ -9,6 +9,7 @@
     ├── RunError                a run folder that cannot be written, read or resumed
     ├── RuntimeFailure          Flower, a node or a process of the run failed
     ├── SecurityError           a certificate, token or peer that is not accepted
+    ├── RequestError            a request to the inference endpoint that cannot be answered
     ├── SessionError            a session that does not exist, or an operation out of its turn
     └── LinkError               the connection between a device and an edge server
         ├── FrameError          bytes that are not a valid frame
@@ -69,6 +70,19 @@ class RuntimeFailure(FedsysError):
 
 class SecurityError(FedsysError):
     """A certificate, a token or a peer is not accepted."""
+
+
+class RequestError(FedsysError):
+    """A request to the inference endpoint cannot be answered.
+
+    Args:
+        status: What HTTP says of it, from 400 to 599.
+        text: What is wrong, and the way out.
+    """
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
 
 
 class SessionError(FedsysError):

@@ -51,6 +51,10 @@ class Command:
 COMMANDS: dict[str, Command] = {
     "train": Command("fedsys.train", "job", "train a model by federated learning"),
     "edge": Command("fedsys.edge_app", "job", "hold sessions of split training for many devices"),
+    "serve": Command(
+        "fedsys.serving.app", "job", "answer requests over HTTP by the variants of a portfolio"
+    ),
+    "query": Command("fedsys.serving.query", "job", "ask an endpoint what is on an image"),
     "bench": Command(
         "fedsys.bench",
         "job",
@@ -62,6 +66,7 @@ COMMANDS: dict[str, Command] = {
             "start": "from the command to the first round, and from the last to the end",
             "memory": "memory over rounds with many virtual clients",
             "link": "links against bare gRPC, and the share of a shaped rate in use",
+            "switch": "changing variants under load, against three alternatives",
         },
     ),
     "report": Command(

@@ -4,6 +4,7 @@ import os
 import shlex
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -136,3 +137,40 @@ def last_layer(configure: "Callable[..., Config]") -> SimpleNamespace:
         return Snapshot(0, {name: tensor.clone() for name, tensor in state.items()}, {})
 
     return SimpleNamespace(config=config, spec=spec, start=start, activation=activation)
+
+
+@pytest.fixture(scope="session")
+def portfolio_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A portfolio of a small CNN on images of 3x8x8: the parent and two smaller variants."""
+    from torch import nn
+
+    from fedsys.pruning import portfolio
+    from fedsys.pruning.shrink import shrink
+    from fedsys.randomness import seeded_default_generator
+
+    with seeded_default_generator(7):
+        model = nn.Sequential(
+            nn.Conv2d(3, 24, 3, padding=1),
+            nn.BatchNorm2d(24),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(96, 4),
+        ).eval()
+    made = []
+    for name, kept, accuracy in (("parent", 24, 0.9), ("half", 12, 0.8), ("tenth", 3, 0.6)):
+        mask = torch.zeros(24, 3, 3, 3, dtype=torch.bool)
+        mask[:kept] = True
+        small = shrink(model, (3, 8, 8), masks={"0.weight": mask})
+        latencies = tuple(
+            portfolio.Latency(batch, 1, kept * batch / 4, kept * batch / 3, 5) for batch in (1, 8)
+        )
+        size = 4 * small.report.parameters
+        variant = portfolio.Variant(
+            name, accuracy, small.report.parameters, small.report.macs, size, 4 * size, latencies
+        )
+        made.append((variant, small.model))
+    about = portfolio.About({}, ("cat", "dog", "owl", "elk"), (3, 8, 8), (0.5,) * 3, (0.25,) * 3)
+    folder: Path = tmp_path_factory.mktemp("portfolio") / "small"
+    portfolio.Portfolio.write(folder, about, made)
+    return folder

@@ -1,0 +1,68 @@
+"""Memory of this process and of the machine: read for decisions, and given back after them."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import sys
+from pathlib import Path
+
+import psutil
+
+_LIMIT = Path("/sys/fs/cgroup/memory.max")
+_USED = Path("/sys/fs/cgroup/memory.current")
+_STAT = Path("/sys/fs/cgroup/memory.stat")
+
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def trim() -> None:
+    """Give memory that was freed back to the operating system, where glibc can.
+
+    Its allocator keeps freed memory for later; without this, what a model took counts as used
+    after it is gone.
+    """
+    if _libc is not None and hasattr(_libc, "malloc_trim"):
+        _libc.malloc_trim(0)
+
+
+def resident_bytes() -> int:
+    """Return the memory that would be free if this process ended, after a collection.
+
+    The unique set size where the system tells it: shared libraries do not count.
+    """
+    gc.collect()
+    trim()
+    info = psutil.Process().memory_full_info()
+    return int(getattr(info, "uss", info.rss))
+
+
+def free_memory() -> int:
+    """Return the bytes that this process could still take: of the machine, or of its control group.
+
+    Pages of files that nobody changed count as free, as the kernel drops them when it must.
+    """
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit = _LIMIT.read_text().strip()
+        if limit != "max":
+            rows = dict(line.split() for line in _STAT.read_text().splitlines())
+            used = int(_USED.read_text()) - int(rows.get("inactive_file", 0))
+            free = min(free, max(0, int(limit) - used))
+    except (OSError, ValueError):  # no control groups of version 2 here: the machine's counts
+        pass
+    return free
+
+
+def others_load(process: psutil.Process, cores: int | None = None) -> float:
+    """Return the share of the processors that other processes used since the last call, in [0, 1].
+
+    Args:
+        process: This process; it keeps what was seen at the last call.
+        cores: Processors; None for those of the machine.
+    """
+    cores = cores or os.cpu_count() or 1
+    everybody = psutil.cpu_percent(None) / 100
+    own = process.cpu_percent(None) / 100 / cores
+    return min(1.0, max(0.0, everybody - own))

@@ -1,0 +1,382 @@
+"""Which variant should answer now: a pure function of small records.
+
+The rule is DNNShifter's (Eccles et al., FGCS 152, 2024): the most accurate variant that meets the
+objective. The paper leaves the signals and the prediction open; here they are
+
+* capacity and latency from the measured profile of each variant, by batch size;
+* how much slower than in its profile the running variant is (`Signals.slowdown`);
+* waiting by the arrival rate: the exponential tail of an M/D/1 queue in heavy traffic
+  (Kingman, "The single server queue in heavy traffic", 1961), the batch in work, and the queue that
+  is there now;
+* the transfer of one input over the link, if its rate is known.
+
+A better variant must meet the objective even if all signals are worse by a margin m, and none is
+entered before a dwell time has passed. Predictions grow with every signal, so a variant that was
+entered with a margin stays while the signals stay within 1 + m of those at its entry; and while
+they are within a factor of sqrt(1 + m) of constant values, no variant that was too slow is entered
+again: noise makes no flapping (`tests/test_switch_policy.py` holds both).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from fedsys.errors import ModelError
+from fedsys.pruning.portfolio import Variant
+
+TAIL = 0.05
+"""Share of requests that may miss the latency of the objective."""
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Measured time of one forward pass.
+
+    Attributes:
+        batch: Examples in it.
+        p50_ms: Median in milliseconds.
+        p95_ms: 95th percentile in milliseconds.
+    """
+
+    batch: int
+    p50_ms: float
+    p95_ms: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What is known about one variant.
+
+    Attributes:
+        name: Its name in the portfolio.
+        accuracy: Share of right answers on the validation part, or NaN if nobody measured it.
+        bytes: Of its weights.
+        peak_bytes: Largest memory that it takes while it answers, weights included.
+        latency: By batch size, ascending; at least one.
+    """
+
+    name: str
+    accuracy: float
+    bytes: int
+    peak_bytes: int
+    latency: tuple[Latency, ...]
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What was seen of load and machine at one moment.
+
+    Attributes:
+        time_s: The moment, on a clock that never goes back.
+        arrival_rate: Examples per second that came lately.
+        queue: Examples that wait now.
+        p95_ms: Of the recent answers, from arrival to answer; None if there were none.
+        slowdown: Recent time of forward passes over that of the profile; None if there were none.
+        free_memory: Bytes that could be taken without hurting anybody; None if unknown.
+        cpu_load: Share of the processors that others use, in [0, 1].
+        link_mbit_s: Rate at which inputs come in; None if unknown.
+    """
+
+    time_s: float
+    arrival_rate: float = 0.0
+    queue: int = 0
+    p95_ms: float | None = None
+    slowdown: float | None = None
+    free_memory: int | None = None
+    cpu_load: float = 0.0
+    link_mbit_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is asked for, and how steady the choice must be.
+
+    Attributes:
+        p95_ms: 95 of 100 requests are to be answered within this time, in milliseconds.
+        memory_bytes: The variant that answers may take this much; None for what is free. While one
+            is loaded beside another, both take memory; that is bounded by what is free alone.
+        margin: A better variant must meet the objective if all signals were worse by this share.
+        dwell_s: No better variant is entered earlier after a switch, in seconds.
+        down_dwell_s: No smaller one either, in seconds, unless memory is short.
+        max_batch: Examples that are put together at most.
+        input_bytes: Of one example on the link.
+    """
+
+    p95_ms: float
+    memory_bytes: int | None = None
+    margin: float = 0.2
+    dwell_s: float = 5.0
+    down_dwell_s: float = 0.5
+    max_batch: int = 1
+    input_bytes: int = 0
+
+
+class How(Enum):
+    """How a switch is to be done."""
+
+    STAY = "stay"
+    HOT = "hot"  # load beside the running one
+    COLD = "cold"  # there is no room for two: stop, load, start
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What the policy expects of one variant.
+
+    Attributes:
+        p95_ms: From arrival to answer; infinite if the load is above what it can do.
+        fits: Whether it keeps within the memory.
+    """
+
+    p95_ms: float
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Standing:
+    """The state of the policy.
+
+    Attributes:
+        current: Variant that answers; None before the first decision.
+        since_s: When it was entered.
+        meets: Whether it was expected to meet the objective at the last decision.
+    """
+
+    current: str | None = None
+    since_s: float = -math.inf
+    meets: bool = True
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was decided, and why.
+
+    Attributes:
+        time_s: When.
+        before: Variant that answered.
+        after: Variant that shall answer.
+        how: How to get there.
+        meets: Whether `after` is expected to meet the objective.
+        reason: For a person.
+        signals: What was seen.
+        predicted: For each variant.
+    """
+
+    time_s: float
+    before: str | None
+    after: str
+    how: How
+    meets: bool
+    reason: str
+    signals: Signals
+    predicted: Mapping[str, Predicted] = field(default_factory=dict)
+
+
+def decide(
+    standing: Standing, signals: Signals, variants: Sequence[Profile], objective: Objective
+) -> tuple[Standing, Decision]:
+    """Take the most accurate variant that meets the objective; the smallest if none does.
+
+    Args:
+        standing: What the last decision returned.
+        signals: What was seen since.
+        variants: The portfolio, at least one variant.
+        objective: What is asked for.
+
+    Returns:
+        The new state, and the decision with its reason and the prediction for each variant.
+    """
+    ranked = sorted(variants, key=_merit, reverse=True)
+    current = next((v for v in ranked if v.name == standing.current), None)
+    room = _room(signals, objective, current)
+    predicted = {
+        v.name: Predicted(predict_p95_ms(v, signals, objective), v.peak_bytes <= room)
+        for v in ranked
+    }
+    chosen, reason = _choose(standing, signals, ranked, current, predicted, objective, room)
+    expected = predicted[chosen.name]
+    meets = expected.fits and expected.p95_ms <= objective.p95_ms
+    how = How.STAY if chosen is current else How.HOT
+    if current is not None and chosen is not current and not _both_fit(signals, chosen):
+        how = How.COLD
+    decision = Decision(
+        signals.time_s, standing.current, chosen.name, how, meets, reason, signals, predicted
+    )
+    since = standing.since_s if chosen is current else signals.time_s
+    return Standing(chosen.name, since, meets), decision
+
+
+def _merit(variant: Profile) -> tuple[float, float, int]:
+    """Order by accuracy, then speed, then size; a variant of unknown accuracy comes last."""
+    accuracy = -1.0 if math.isnan(variant.accuracy) else variant.accuracy
+    return accuracy, -variant.latency[0].p50_ms, -variant.bytes
+
+
+def smallest(variants: Sequence[Profile]) -> Profile:
+    """Return the variant that answers when none meets the objective: the one of fewest bytes."""
+    return min(variants, key=lambda v: (v.bytes, v.latency[0].p50_ms, v.name))
+
+
+def _choose(
+    standing: Standing,
+    signals: Signals,
+    ranked: Sequence[Profile],
+    current: Profile | None,
+    predicted: Mapping[str, Predicted],
+    objective: Objective,
+    room: float,
+) -> tuple[Profile, str]:
+    worse = stressed(signals, objective.margin)
+
+    def meets(variant: Profile) -> bool:
+        expected = predicted[variant.name]
+        return expected.fits and expected.p95_ms <= objective.p95_ms
+
+    def is_safe(variant: Profile) -> bool:
+        fits = variant.peak_bytes * (1 + objective.margin) <= room
+        return fits and predict_p95_ms(variant, worse, objective) <= objective.p95_ms
+
+    safe = next((v for v in ranked if is_safe(v)), None)
+    bare = next((v for v in ranked if meets(v)), None)
+    target = safe or bare or smallest(ranked)
+    aim = f"p95 {objective.p95_ms:g} ms"
+    if current is None:
+        if safe or bare:
+            return target, f"the most accurate that meets {aim}"
+        return target, f"none meets {aim}: the smallest answers"
+    waited = signals.time_s - standing.since_s
+    if meets(current):
+        if safe is None or _merit(safe) <= _merit(current):
+            return current, f"meets {aim}"
+        if waited < objective.dwell_s:
+            return current, f"{safe.name} would do, {objective.dwell_s - waited:.1f} s too early"
+        return safe, f"more accurate, and meets {aim} with a margin of {objective.margin:.0%}"
+    short = not predicted[current.name].fits
+    cause = f"{current.name} needs {current.peak_bytes:,} bytes of {room:,.0f}" if short else (
+        f"{current.name} is expected at {predicted[current.name].p95_ms:.3g} ms, not {aim}"
+    )  # fmt: skip
+    if target is current:
+        return current, f"{cause}; none does better, and it is the smallest"
+    if waited < objective.down_dwell_s and not short:
+        return current, f"{cause}; {objective.down_dwell_s - waited:.1f} s too early to leave it"
+    if not (safe or bare):
+        return target, f"{cause}; none meets it: the smallest answers"
+    return target, cause
+
+
+def profile_of(variant: Variant, threads: int) -> Profile:
+    """Return what the policy needs of a variant of a portfolio.
+
+    Args:
+        variant: Of the manifest.
+        threads: Intra-op threads that it will run with; where nothing was measured with so many,
+            the figures of the nearest number count.
+
+    Raises:
+        ModelError: No latency was measured.
+    """
+    if not variant.latencies:
+        raise ModelError(
+            f"variant {variant.name} of the portfolio has no measured latency, so nothing can be "
+            "expected of it; make the portfolio again by fedsys prune"
+        )
+    nearest = min({row.threads for row in variant.latencies}, key=lambda t: (abs(t - threads), t))
+    rows = sorted(
+        (Latency(row.batch, row.p50_ms, row.p95_ms) for row in variant.latencies
+         if row.threads == nearest),
+        key=lambda row: row.batch,
+    )  # fmt: skip
+    peak = max(variant.peak_bytes, variant.bytes)
+    return Profile(variant.name, variant.accuracy, variant.bytes, peak, tuple(rows))
+
+
+# --------------------------------------------------------------------------------------------------
+# Predictions
+
+
+def predict_p95_ms(variant: Profile, signals: Signals, objective: Objective) -> float:
+    """Return the expected 95th percentile of the time from arrival to answer, in milliseconds.
+
+    Args:
+        variant: Its profile at batch sizes up to ``objective.max_batch`` counts.
+        signals: Load and machine.
+        objective: Gives batch and input size.
+
+    Returns:
+        The least over the batch sizes; infinite if the load is too high at each of them.
+    """
+    slow = slowdown(signals)
+    transfer = 0.0
+    if signals.link_mbit_s:
+        transfer = objective.input_bytes * 8 / (signals.link_mbit_s * 1e3)
+    usable = [row for row in variant.latency if row.batch <= objective.max_batch]
+    best = math.inf
+    for row in usable or variant.latency[:1]:
+        service = row.p50_ms * slow
+        busy = signals.arrival_rate / 1e3 * service / row.batch
+        # Gaps even out over the b arrivals of a batch: Kingman's bound is b times less.
+        waiting = max(tail_wait_ms(busy, service / row.batch), signals.queue / row.batch * service)
+        if row.batch > 1:  # the batch that runs when an example comes is not in it
+            waiting += busy * service
+        best = min(best, waiting + row.p95_ms * slow + transfer)
+    return best
+
+
+def stressed(signals: Signals, margin: float) -> Signals:
+    """Return the signals if load, slowness and the time on the link were larger by `margin`."""
+    more = 1 + margin
+    return dataclasses.replace(
+        signals,
+        arrival_rate=signals.arrival_rate * more,
+        queue=math.ceil(signals.queue * more),
+        slowdown=slowdown(signals) * more,
+        link_mbit_s=signals.link_mbit_s / more if signals.link_mbit_s else None,
+    )
+
+
+def slowdown(signals: Signals) -> float:
+    """Return the factor on profiled times: the measured one, or what the load of others suggests.
+
+    Under fair scheduling a process that wants all processors, of which others use a share u, gets
+    at least 1 - u of them or half, whichever is more.
+    """
+    if signals.slowdown is not None:
+        return max(signals.slowdown, 1e-3)
+    return 1 / max(0.5, 1 - signals.cpu_load)
+
+
+def tail_wait_ms(busy: float, service_ms: float) -> float:
+    """Return the 95th percentile of the waiting time in an M/D/1 queue, in heavy traffic.
+
+    P(W > t) is about r exp(-2 (1 - r) t / s): the mean of M/D/1, r s / (2 (1 - r)), with an
+    exponential tail.
+
+    Args:
+        busy: r, arrival rate times service time.
+        service_ms: s.
+    """
+    if busy >= 1:
+        return math.inf
+    if busy <= TAIL:
+        return 0.0
+    return service_ms / (2 * (1 - busy)) * math.log(busy / TAIL)
+
+
+# --------------------------------------------------------------------------------------------------
+# Memory
+
+
+def _room(signals: Signals, objective: Objective, current: Profile | None) -> float:
+    """Return what the variant that answers may take: the one that runs gives its share back."""
+    room = math.inf if objective.memory_bytes is None else float(objective.memory_bytes)
+    if signals.free_memory is not None:
+        room = min(room, signals.free_memory + (current.peak_bytes if current else 0))
+    return room
+
+
+def _both_fit(signals: Signals, chosen: Profile) -> bool:
+    return signals.free_memory is None or chosen.peak_bytes <= signals.free_memory

@@ -1,0 +1,126 @@
+"""From what happens at an endpoint to the signals of the policy."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import final
+
+import psutil
+
+from fedsys.pruning.switch_memory import free_memory, others_load
+from fedsys.pruning.switch_policy import Profile, Signals
+
+WINDOW_S = 2.0
+"""How far back the signals look, in seconds."""
+
+LINK_BYTES = 64 * 1024
+"""Smallest body whose duration says something about the rate of a link."""
+
+_FEWEST = 3  # answers from which a median or a percentile is taken
+
+
+@final
+class Meter:
+    """Notes arrivals, passes and answers, from any thread.
+
+    Args:
+        variants: Profiles that the time of a pass is compared with.
+        clock: Seconds that never go back.
+        free: Memory that could be taken, in bytes.
+        window_s: How far back it looks.
+    """
+
+    def __init__(
+        self,
+        variants: Sequence[Profile],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        free: Callable[[], int | None] = free_memory,
+        window_s: float = WINDOW_S,
+    ) -> None:
+        self._profiles = {v.name: v for v in variants}
+        self._clock, self._free, self._window_s = clock, free, window_s
+        self._lock = threading.Lock()
+        self._began = clock()
+        self._arrivals: deque[tuple[float, float]] = deque()
+        self._passes: deque[tuple[float, float]] = deque()
+        self._answers: deque[tuple[float, float]] = deque()
+        self._links: deque[tuple[float, float]] = deque()
+        self._queue = 0
+        self._process = psutil.Process()
+        others_load(self._process)
+
+    def arrived(self, rows: int) -> None:
+        """Note that examples came and wait."""
+        with self._lock:
+            self._arrivals.append((self._clock(), rows))
+            self._queue += rows
+
+    def left(self, rows: int) -> None:
+        """Note that examples wait no more."""
+        with self._lock:
+            self._queue -= rows
+
+    def received(self, size: int, seconds: float) -> None:
+        """Note how long a body took to arrive; small ones say nothing about the link."""
+        if size >= LINK_BYTES and seconds > 0:
+            with self._lock:
+                self._links.append((self._clock(), size * 8 / seconds / 1e6))
+
+    def passed(self, name: str, rows: int, milliseconds: float) -> None:
+        """Note the time of a forward pass of a variant."""
+        profile = self._profiles.get(name)
+        if profile is not None:
+            with self._lock:
+                ratio = milliseconds / expected_ms(profile, rows)
+                self._passes.append((self._clock(), ratio))
+
+    def answered(self, milliseconds: float) -> None:
+        """Note the time from the arrival of a request to its answer."""
+        with self._lock:
+            self._answers.append((self._clock(), milliseconds))
+
+    def signals(self) -> Signals:
+        """Return what was seen lately."""
+        now = self._clock()
+        load = others_load(self._process)
+        with self._lock:
+            span = min(self._window_s, max(now - self._began, 1e-3))
+            for notes in (self._arrivals, self._passes, self._answers, self._links):
+                while notes and notes[0][0] < now - self._window_s:
+                    notes.popleft()
+            answers = sorted(value for _, value in self._answers)
+            passes = [value for _, value in self._passes]
+            links = [value for _, value in self._links]
+            rate = sum(rows for _, rows in self._arrivals) / span
+            queue = self._queue
+        return Signals(
+            time_s=now,
+            arrival_rate=rate,
+            queue=queue,
+            p95_ms=answers[int(0.95 * (len(answers) - 1))] if len(answers) >= _FEWEST else None,
+            slowdown=statistics.median(passes) if len(passes) >= _FEWEST else None,
+            free_memory=self._free(),
+            cpu_load=load,
+            link_mbit_s=statistics.median(links) if len(links) >= _FEWEST else None,
+        )
+
+
+def expected_ms(profile: Profile, rows: int) -> float:
+    """Return the profiled median of a batch of `rows`, between and beyond measured sizes by lines.
+
+    Beyond the largest size, time grows as the batch; below the smallest it is that of the smallest.
+    """
+    table = profile.latency
+    if rows <= table[0].batch:
+        return table[0].p50_ms
+    for low, high in itertools.pairwise(table):
+        if rows <= high.batch:
+            share = (rows - low.batch) / (high.batch - low.batch)
+            return low.p50_ms + share * (high.p50_ms - low.p50_ms)
+    return table[-1].p50_ms * rows / table[-1].batch

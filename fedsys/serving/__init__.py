@@ -1,0 +1,1 @@
+"""Answering requests over HTTP, whatever computes the answers."""

@@ -1,0 +1,129 @@
+"""``fedsys serve``: answer requests by a portfolio until SIGTERM or Ctrl-C.
+
+When it is told to stop, it takes no more requests, finishes those in work, and says what it did. A
+second signal ends it at once.
+"""
+
+from __future__ import annotations
+
+import gc
+import ipaddress
+import json
+import os
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+
+from fedsys import config as configuration
+from fedsys.config import Config
+from fedsys.errors import ConfigError
+from fedsys.pruning.portfolio import Portfolio
+from fedsys.pruning.switch_control import Record
+from fedsys.serving.http import Endpoint
+from fedsys.serving.portfolio import PortfolioEngine
+
+_SWITCH_S = 0.0005  # between threads of Python; the default of 5 ms would be the time of an answer
+
+
+def job(tree: Any) -> Mapping[str, Any]:
+    """Serve until the process is told to stop.
+
+    Once it is ready, it prints its address; with ``json=true`` as an object ``{"ready": …}`` on a
+    line of its own.
+
+    Args:
+        tree: The composed configuration (a DictConfig), of which ``portfolio`` and ``serving``
+            count.
+
+    Returns:
+        What it did: ``answers`` by variant, ``switches``, ``failed_switches``, the last
+        ``variant``, and whether it was expected to meet the objective.
+
+    Raises:
+        ConfigError: No portfolio is named, or the address cannot be listened on.
+        ModelError: The portfolio is damaged.
+    """
+    config = configuration.parse(configuration.to_text(tree))
+    portfolio = Portfolio.load(_folder(config))
+    sys.setswitchinterval(_SWITCH_S)
+    if config.serving.threads is not None:
+        torch.set_num_threads(config.serving.threads)
+    engine = PortfolioEngine(portfolio, config.serving, lambda record: _tell(record, config.json))
+    try:
+        endpoint = Endpoint(engine, config.serving)
+    except BaseException:
+        engine.close()
+        raise
+    if config.serving.variant is None:
+        engine.control.start(config.serving.interval_s)
+    # What is here now stays: a collection need not look at it, and so is short.
+    gc.collect()
+    gc.freeze()
+    _say(portfolio, engine, endpoint, config)
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        print("finishing the requests in work", file=sys.stderr)
+    endpoint.close()
+    status = engine.status()
+    keys = ("answers", "switches", "failed_switches", "variant", "meets_objective")
+    return {key: status[key] for key in keys}
+
+
+def _folder(config: Config) -> Path:
+    if config.portfolio is None:
+        raise ConfigError.of(
+            "portfolio", None, "must name a folder of pruned variants",
+            "make one by fedsys prune run=RUN, and give its folder as portfolio=DIR",
+        )  # fmt: skip
+    return Path(config.portfolio)
+
+
+def _say(portfolio: Portfolio, engine: PortfolioEngine, endpoint: Endpoint, config: Config) -> None:
+    status = engine.status()
+    if config.json:
+        ready = {
+            "address": endpoint.address,
+            "model": config.serving.name,
+            "variant": status["variant"],
+            "meets_objective": status["meets_objective"],
+            "pid": os.getpid(),
+        }
+        print(json.dumps({"ready": ready}), flush=True)
+    else:
+        print(f"{endpoint.address} answers for {config.serving.name}", flush=True)
+        print(f"{len(portfolio.variants)} variants; {status['variant']}: {status['reason']}",
+              flush=True)  # fmt: skip
+    if not _is_loopback(endpoint.address):
+        print(
+            "warning: it can be reached from other machines, by plain HTTP and without asking who "
+            "it is; docs/trust.md says what that means", file=sys.stderr,
+        )  # fmt: skip
+
+
+def _is_loopback(address: str) -> bool:
+    host = urlsplit(address).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _tell(record: Record, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"switch": record.as_row()}, default=str), file=sys.stderr, flush=True)
+        return
+    row = record.decision
+    if record.cost is None:
+        text = f"{row.after} could not be loaded, {row.before} answers on: {record.error}"
+    else:
+        text = (
+            f"{row.before} → {row.after} in {record.cost.total_ms:.0f} ms, "
+            f"{record.cost.blocked_ms:.3f} ms without service: {row.reason}"
+        )
+    print(text, file=sys.stderr, flush=True)

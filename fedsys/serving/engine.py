@@ -1,0 +1,87 @@
+"""What stands behind the endpoint: anything that turns images into class scores.
+
+The endpoint knows `Engine` alone. A portfolio whose variants change is one
+(`fedsys.serving.portfolio`); whatever else computes answers, on this machine or on others, becomes
+another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+Fact = str | int | float | bool
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a client must know of the model.
+
+    Attributes:
+        classes: Names of the outputs.
+        input_shape: Channels, height and width of an image.
+        mean: Per channel, of pixels in [0, 1].
+        std: Per channel.
+        platform: What computes, in a word, for the metadata of the protocol.
+    """
+
+    classes: tuple[str, ...]
+    input_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    platform: str
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """Class scores of a batch, and who gave them.
+
+    Attributes:
+        scores: float32 ``(batch, classes)``, before softmax.
+        by: Name of what answered: one and the same for the whole batch.
+        facts: What else a client may want to know; plain values.
+    """
+
+    scores: Tensor
+    by: str
+    facts: Mapping[str, Fact] = field(default_factory=dict)
+
+
+class Watch(Protocol):
+    """Whoever wants to know what happens at the endpoint. Called from several threads."""
+
+    def arrived(self, rows: int) -> None:
+        """Images came and wait."""
+
+    def left(self, rows: int) -> None:
+        """Images wait no more."""
+
+    def received(self, size: int, seconds: float) -> None:
+        """A body of `size` bytes took so long to arrive."""
+
+    def answered(self, milliseconds: float) -> None:
+        """A request was answered so long after it had come."""
+
+
+class Engine(Protocol):
+    """Computes answers."""
+
+    @property
+    def card(self) -> Card:
+        """What a client must know."""
+
+    @property
+    def watch(self) -> Watch:
+        """Who is told what happens at the endpoint."""
+
+    def answer(self, images: Tensor) -> Answer:
+        """Return the scores of normalised float32 images ``(batch, C, H, W)``."""
+
+    def status(self) -> Mapping[str, Any]:
+        """Return how it is, as plain values; numbers at its top become metrics."""
+
+    def close(self) -> None:
+        """End; called once, after the last answer."""

@@ -1,0 +1,337 @@
+"""The endpoint: HTTP around an `Engine`, in the words of the Open Inference Protocol.
+
+::
+
+    GET  /v2  /v2/health/live  /v2/health/ready
+    GET  /v2/models/NAME[/versions/1][/ready]
+    POST /v2/models/NAME[/versions/1]/infer     `fedsys.serving.v2`, or one image/png, image/jpeg
+    GET  /status  /metrics                      for people and for Prometheus
+
+The HTTP server runs in a thread of its own; requests are computed in another (`batching`). A body
+is read up to its limit and no further, a request that takes too long is given up, and an error of
+one request is told to it alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from importlib.metadata import version
+from typing import Any, final
+from urllib.parse import urlsplit
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from fedsys.errors import ConfigError, RequestError, RuntimeFailure
+from fedsys.files import json_text
+from fedsys.serving import v2
+from fedsys.serving.batching import Batcher, Limits, Served
+from fedsys.serving.engine import Engine
+from fedsys.serving.images import decode, normalise
+from fedsys.serving.metrics import Metrics
+from fedsys.serving.options import ServingConfig
+
+DISCARD_S = 60.0
+"""How long the rest of a body that is too large is read and dropped, in seconds.
+
+A client hears the refusal only after it has sent its body, and whoever closes before cuts it off.
+"""
+
+KEEP_ALIVE_S = 30
+_IMAGES = ("image/png", "image/jpeg")
+_AT_ONCE = 32_768  # bytes of a body that are read without a thread: handing over takes longer
+_CLOSE = {"Connection": "close"}
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+@final
+class Endpoint:
+    """Serves an engine over HTTP until it is closed.
+
+    Args:
+        engine: Computes the answers; closed with the endpoint.
+        options: Address and limits.
+
+    Attributes:
+        address: As ``http://host:port``.
+
+    Raises:
+        ConfigError: The address has another form or cannot be listened on.
+    """
+
+    def __init__(self, engine: Engine, options: ServingConfig) -> None:
+        self._engine, self._options = engine, options
+        self._socket, self.address = listen(options.address)
+        limits = Limits(options.max_batch, options.max_delay_ms, options.max_queue)
+        self._batcher = Batcher(engine, limits)
+        self.metrics = Metrics(engine.status, lambda: self._batcher.waiting)
+        self._draining = False
+        self._server = _Server(
+            uvicorn.Config(
+                self.application(),
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                lifespan="off",
+                ws="none",
+                limit_concurrency=options.max_connections,
+                timeout_keep_alive=KEEP_ALIVE_S,
+                timeout_graceful_shutdown=max(1, round(options.drain_s)),
+            )
+        )
+        self._thread = threading.Thread(target=self._serve, name="http", daemon=True)
+        self._thread.start()
+        while not self._server.started:
+            if not self._thread.is_alive():
+                raise RuntimeFailure(f"the HTTP server at {self.address} ended at its start")
+            time.sleep(0.01)
+
+    def _serve(self) -> None:
+        self._server.run(sockets=[self._socket])
+
+    def close(self) -> None:
+        """Take no more requests, finish those in work, and end the engine."""
+        self._draining = True
+        self._server.should_exit = True
+        self._thread.join(self._options.drain_s + 5)
+        self._batcher.close(self._options.drain_s)
+        self._engine.close()
+        self._socket.close()
+
+    # ----------------------------------------------------------------------------------------------
+    # Routes
+
+    def application(self) -> Starlette:
+        """Return the endpoint as an ASGI application."""
+        routes = [
+            Route("/v2", self._about),
+            Route("/v2/health/live", self._live),
+            Route("/v2/health/ready", self._ready),
+            Route("/status", self._status),
+            Route("/metrics", self._metrics),
+        ]
+        for model in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
+            routes += [
+                Route(model, self._model),
+                Route(f"{model}/ready", self._ready),
+                Route(f"{model}/infer", self._infer, methods=["POST"]),
+            ]
+        return Starlette(
+            routes=routes,
+            exception_handlers={404: _not_there, 405: _not_so, RequestError: _told, 500: _broken},
+        )
+
+    async def _about(self, request: Request) -> Response:
+        return JSONResponse(
+            {
+                "name": "fedsys",
+                "version": version("fedsys"),
+                "extensions": list(v2.EXTENSIONS),
+                "models": [self._options.name],
+            }
+        )
+
+    async def _live(self, request: Request) -> Response:
+        return JSONResponse({"live": True})
+
+    async def _ready(self, request: Request) -> Response:
+        self._check_name(request)
+        ready = not self._draining
+        return JSONResponse({"ready": ready}, 200 if ready else 503)
+
+    async def _model(self, request: Request) -> Response:
+        self._check_name(request)
+        return JSONResponse(v2.metadata(self._options.name, self._engine.card))
+
+    async def _status(self, request: Request) -> Response:
+        return Response(json_text(self._engine.status()), media_type="application/json")
+
+    async def _metrics(self, request: Request) -> Response:
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def _infer(self, request: Request) -> Response:
+        try:
+            self._check_name(request)
+            response = await self._answer(request)
+        except RequestError as error:
+            response = await _told(request, error)
+        except ClientDisconnect:
+            self.metrics.ended(499)  # as web servers count those who hung up
+            raise
+        self.metrics.ended(response.status_code)
+        return response
+
+    def _check_name(self, request: Request) -> None:
+        name, number = request.path_params.get("model"), request.path_params.get("version")
+        if name not in (None, self._options.name):
+            v2.refuse(f"model {name!r} is not here; {self._options.name!r} is", 404)
+        if number not in (None, v2.VERSION):
+            v2.refuse(f"version {number!r} is not here; {v2.VERSION!r} is", 404)
+
+    # ----------------------------------------------------------------------------------------------
+    # Inference
+
+    async def _answer(self, request: Request) -> Response:
+        began = time.perf_counter()
+        if self._draining:
+            raise RequestError(503, "the endpoint is about to end; ask another one")
+        body = await self._body(request)
+        self._engine.watch.received(len(body), time.perf_counter() - began)
+        if len(body) < _AT_ONCE:
+            inference = self._read(request, body)
+        else:
+            inference = await asyncio.to_thread(self._read, request, body)
+        rows = inference.images.shape[0]
+        served = await self._served(self._batcher.submit(inference.images), began)
+        took = time.perf_counter() - began
+        facts = {
+            "variant": served.by,
+            "batch": served.batch,
+            "queue_ms": round(served.queue_ms, 3),
+            "compute_ms": round(served.compute_ms, 3),
+            **served.facts,
+        }
+        card, name = self._engine.card, self._options.name
+        content, head = v2.write(inference, served.scores, card, name, facts)
+        self.metrics.answered(served.by, rows, served.batch, took)
+        headers = {"fedsys-variant": served.by}
+        if head is None:
+            return Response(content, headers=headers, media_type="application/json")
+        headers[v2.HEADER_LENGTH] = str(head)
+        return Response(content, headers=headers, media_type="application/octet-stream")
+
+    def _read(self, request: Request, body: bytearray) -> v2.Inference:
+        card, resize = self._engine.card, self._options.resize
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind in _IMAGES:
+            pixels = decode(bytes(body), card, resize=resize)
+            return v2.Inference(normalise(pixels[None], card))
+        length = request.headers.get(v2.HEADER_LENGTH)
+        return v2.read(body, length, card, max_rows=self._options.max_rows, resize=resize)
+
+    async def _served(self, future: Any, began: float) -> Served:
+        left = self._options.timeout_s - (time.perf_counter() - began)
+        try:
+            served: Served = await asyncio.wait_for(asyncio.wrap_future(future), max(left, 0.001))
+        except TimeoutError as error:
+            text = f"not answered within serving.timeout_s={self._options.timeout_s:g}"
+            raise RequestError(504, text) from error
+        return served
+
+    async def _body(self, request: Request) -> bytearray:
+        """Read the body up to its limit.
+
+        Raises:
+            RequestError: It is compressed, too large, or too slow.
+        """
+        limit = self._options.max_body_bytes
+        encoding = request.headers.get("content-encoding", "identity")
+        declared = request.headers.get("content-length", "")
+        stream = request.stream()
+        body = bytearray()
+        refusal: RequestError | None = None
+        if encoding != "identity":
+            refusal = RequestError(415, f"Content-Encoding: {encoding[:30]}: must be identity")
+        elif declared.isdecimal() and int(declared) > limit:
+            refusal = _too_large(int(declared), limit)
+        try:
+            async with asyncio.timeout(self._options.timeout_s):
+                while refusal is None:
+                    chunk = await anext(stream, None)
+                    if chunk is None:
+                        return body
+                    if len(body) + len(chunk) > limit:
+                        refusal = _too_large(len(body) + len(chunk), limit)
+                    else:
+                        body += chunk
+        except TimeoutError as error:
+            text = f"the body did not arrive within serving.timeout_s={self._options.timeout_s:g}"
+            raise RequestError(408, text) from error
+        del body
+        with suppress(TimeoutError):
+            async with asyncio.timeout(DISCARD_S):
+                async for _ in stream:
+                    pass
+        raise refusal
+
+
+def _too_large(size: int, limit: int) -> RequestError:
+    return RequestError(413, f"the body has {size:,} bytes or more: must be at most "
+                             f"serving.max_body_bytes={limit:,}")  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------
+# Errors, as the protocol has them: an object with one text
+
+
+async def _told(request: Request, error: Exception) -> Response:
+    status = error.status if isinstance(error, RequestError) else 500
+    headers = dict(_CLOSE) if status in (408, 413, 415) else {}
+    if status == 503:
+        headers["Retry-After"] = "1"
+    return JSONResponse({"error": str(error)}, status, headers)
+
+
+async def _not_there(request: Request, error: Exception) -> Response:
+    return JSONResponse({"error": f"{request.url.path} is not here; see GET /v2"}, 404)
+
+
+async def _not_so(request: Request, error: Exception) -> Response:
+    return JSONResponse({"error": f"{request.method} is not for {request.url.path}"}, 405)
+
+
+async def _broken(request: Request, error: Exception) -> Response:
+    return JSONResponse({"error": f"defect of the endpoint: {type(error).__name__}"}, 500)
+
+
+# --------------------------------------------------------------------------------------------------
+# The server
+
+
+@final
+class _Server(uvicorn.Server):  # uvicorn offers no option for who handles signals
+    """Leaves signals to the command: it ends the endpoint in its own order."""
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.run(self.serve(sockets))
+
+
+def listen(address: str) -> tuple[socket.socket, str]:
+    """Return a socket that listens at ``http://host:port``, and the address that it got.
+
+    Raises:
+        ConfigError: The address has another form or cannot be listened on.
+    """
+    parts = urlsplit(address)
+    try:
+        port = parts.port
+    except ValueError:
+        port = None
+    if parts.scheme != "http" or not parts.hostname or port is None or parts.path.strip("/"):
+        raise ConfigError.of("serving.address", address, "must be http://host:port")
+    try:
+        family, *_, place = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)[0]
+        made = socket.socket(family, socket.SOCK_STREAM)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            made.bind(place)
+            made.listen(1024)
+        except BaseException:
+            made.close()
+            raise
+    except (OSError, OverflowError) as error:
+        raise ConfigError.of(
+            "serving.address", address, f"cannot be listened on ({error})",
+            "choose another port; 0 for any",
+        ) from error  # fmt: skip
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    return made, f"http://{host}:{made.getsockname()[1]}"

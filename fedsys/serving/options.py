@@ -1,0 +1,102 @@
+"""The `serving` group: where the endpoint is, what it promises, and its limits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is asked of the answers, and how steady the choice of a variant is.
+
+    Attributes:
+        p95_ms: 95 of 100 requests are to be answered within this time, in milliseconds.
+        memory_bytes: The variant that answers may take this much; None for what is free.
+        margin: A better variant must meet the objective if all signals were worse by this share.
+        dwell_s: No better variant is entered earlier after a switch, in seconds.
+        down_dwell_s: No smaller one either, in seconds, unless memory is short.
+    """
+
+    p95_ms: float = 100.0
+    memory_bytes: int | None = None
+    margin: float = 0.2
+    dwell_s: float = 5.0
+    down_dwell_s: float = 0.5
+
+
+@dataclass(frozen=True)
+class ServingConfig:
+    """The endpoint; `fedsys query` uses `address`, `name`, `timeout_s` and `wait_s` of it.
+
+    Attributes:
+        address: Where it is, as ``http://host:port``; port 0: any that is free.
+        name: Of the model, in the paths of the protocol.
+        objective: What is asked of the answers.
+        variant: The only variant that answers; None lets the policy choose.
+        resident: Whether all variants are in memory at all times.
+        interval_s: Between two decisions, in seconds.
+        threads: Intra-op threads of a forward pass; None for all cores.
+        max_batch: Images that are put together at most.
+        max_delay_ms: How long the first of them waits for others, in milliseconds.
+        max_rows: Images of one request.
+        max_queue: Images that may wait; further requests are refused.
+        max_body_bytes: Of one request.
+        max_connections: At one time.
+        timeout_s: Longest time for a request to arrive, and to be answered, in seconds.
+        drain_s: Longest time for the last requests when it stops, in seconds.
+        wait_s: How long ``fedsys query`` waits until the endpoint is ready, in seconds.
+        resize: Whether images of another size are resized, as image folders are for training.
+    """
+
+    address: str = "http://127.0.0.1:8080"
+    name: str = "classifier"
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    variant: str | None = None
+    resident: bool = False
+    interval_s: float = 0.1
+    threads: int | None = None
+    max_batch: int = 8
+    max_delay_ms: float = 1.0
+    max_rows: int = 256
+    max_queue: int = 1024
+    max_body_bytes: int = 16 << 20
+    max_connections: int = 256
+    timeout_s: float = 30.0
+    drain_s: float = 30.0
+    wait_s: float = 30.0
+    resize: bool = False
+
+
+def _above(bound: float) -> tuple[Callable[[Any], bool], str]:
+    return (lambda value: value is None or value > bound), f"must be above {bound:g}"
+
+
+def _from(bound: float) -> tuple[Callable[[Any], bool], str]:
+    return (lambda value: value is None or value >= bound), f"must be at least {bound:g}"
+
+
+_PLAIN = "must be of letters, digits, '.', '_', '-'"
+
+RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("name", lambda v: bool(re.fullmatch(r"[A-Za-z0-9._-]+", v)), _PLAIN),
+    ("objective.p95_ms", *_above(0)),
+    ("objective.memory_bytes", *_above(0)),
+    ("objective.margin", lambda v: 0 <= v <= 1, "must be in [0, 1]"),
+    ("objective.dwell_s", *_from(0)),
+    ("objective.down_dwell_s", *_from(0)),
+    ("interval_s", *_above(0)),
+    ("threads", *_from(1)),
+    ("max_batch", *_from(1)),
+    ("max_delay_ms", *_from(0)),
+    ("max_rows", *_from(1)),
+    ("max_queue", *_from(1)),
+    ("max_body_bytes", *_from(1)),
+    ("max_connections", *_from(1)),
+    ("timeout_s", *_above(0)),
+    ("drain_s", *_from(0)),
+    ("wait_s", *_from(0)),
+)
+"""Path within the group, test, and rule of each value that is bounded."""

@@ -1,0 +1,123 @@
+"""A portfolio behind the endpoint: one variant answers, and changes as conditions do."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, cast, final
+
+import psutil
+import torch
+from torch import Tensor
+
+from fedsys.pruning.portfolio import Portfolio
+from fedsys.pruning.switch import Loaded, Resident, Switcher
+from fedsys.pruning.switch_control import Control, Record
+from fedsys.pruning.switch_policy import Objective, Signals, Standing, decide, profile_of
+from fedsys.pruning.switch_signals import Meter
+from fedsys.serving.engine import Answer, Card
+from fedsys.serving.options import ServingConfig
+
+
+@final
+class PortfolioEngine:
+    """Computes answers by the variant that the policy has chosen.
+
+    Args:
+        portfolio: Loaded and checked.
+        options: Objective, batches and threads.
+        tell: Called with each switch.
+
+    Attributes:
+        card: What a client must know.
+        watch: The meter of the policy's signals.
+        control: Decides and switches.
+
+    Raises:
+        ConfigError: ``serving.variant`` is none of the portfolio.
+        ModelError: The first variant cannot be read.
+    """
+
+    def __init__(
+        self,
+        portfolio: Portfolio,
+        options: ServingConfig,
+        tell: Callable[[Record], None] = lambda record: None,
+    ) -> None:
+        about = portfolio.about
+        shape = cast(tuple[int, int, int], about.input_shape)
+        self.card = Card(about.classes, shape, about.mean, about.std, "pytorch")
+        threads = options.threads or torch.get_num_threads()
+        chosen = portfolio.variants
+        if options.variant is not None:
+            chosen = (portfolio.variant(options.variant),)
+        profiles = [profile_of(variant, threads) for variant in chosen]
+        self._accuracy = {v.name: v.accuracy for v in chosen}
+        self.watch = Meter(profiles)
+        goal = objective_of(options, shape)
+        seen = Signals(time.monotonic(), free_memory=self.watch.signals().free_memory)
+        first = decide(Standing(), seen, profiles, goal)[1]
+        sizes = sorted({1, options.max_batch})
+        warm = tuple(torch.zeros(size, *shape) for size in sizes)
+        self._switcher: Switcher
+        if options.resident:
+            modules = {v.name: portfolio.module(v.name).eval() for v in chosen}
+            self._switcher = Resident(modules, first.after)
+        else:
+            self._switcher = Loaded(portfolio.module, first.after, warm)
+        self.control = Control(self._switcher, profiles, goal, self.watch.signals, tell)
+        self.control.last = first
+        self._answers: Counter[str] = Counter()
+        self._process = psutil.Process()
+
+    def answer(self, images: Tensor) -> Answer:
+        """Return the scores, all by one variant."""
+        with self._switcher.lease() as active:
+            start = time.perf_counter()
+            scores = active.run(images)
+            took = (time.perf_counter() - start) * 1e3
+        self.watch.passed(active.name, images.shape[0], took)
+        self._answers[active.name] += images.shape[0]
+        last = self.control.last
+        facts = {
+            "accuracy": self._accuracy[active.name],
+            "meets_objective": last is not None and last.meets,
+        }
+        return Answer(scores.float(), active.name, facts)
+
+    def status(self) -> Mapping[str, Any]:
+        """Return what answers, why, what was seen, and the switches so far."""
+        last = self.control.last
+        records = list(self.control.records)
+        return {
+            "variant": self._switcher.current,
+            "meets_objective": last is not None and last.meets,
+            "reason": last.reason if last else "",
+            "signals": vars(last.signals) if last else {},
+            "predicted_p95_ms": {n: p.p95_ms for n, p in last.predicted.items()} if last else {},
+            "answers": dict(self._answers),
+            "switches": sum(r.cost is not None for r in records),
+            "failed_switches": sum(r.cost is None for r in records),
+            "resident_bytes": self._process.memory_info().rss,
+            "records": [record.as_row() for record in records[-100:]],
+        }
+
+    def close(self) -> None:
+        """End: decide no more, and free the variant."""
+        self.control.close()
+        self._switcher.close()
+
+
+def objective_of(options: ServingConfig, shape: tuple[int, int, int]) -> Objective:
+    """Return the objective of the policy; images are counted as bytes of raw pixels."""
+    goal, (channels, height, width) = options.objective, shape
+    return Objective(
+        p95_ms=goal.p95_ms,
+        memory_bytes=goal.memory_bytes,
+        margin=goal.margin,
+        dwell_s=goal.dwell_s,
+        down_dwell_s=goal.down_dwell_s,
+        max_batch=options.max_batch,
+        input_bytes=channels * height * width,
+    )

@@ -1,0 +1,361 @@
+"""The Open Inference Protocol, version 2, as functions from bytes to values and back.
+
+The protocol: https://github.com/kserve/open-inference-protocol (REST), with two extensions of
+NVIDIA Triton, whose clients use them: tensors as raw bytes behind the JSON (``binary_tensor_data``,
+the header ``Inference-Header-Content-Length`` says where the JSON ends) and ``classification``.
+
+A model has one input, ``input``, whose datatype says what it is:
+
+* ``FP32`` ``[n, C, H, W]``: what the model takes, normalised;
+* ``UINT8`` ``[n, C, H, W]``: pixels, normalised here as in training;
+* ``BYTES`` ``[n]``: PNG or JPEG files; base64 in JSON, which cannot hold bytes.
+
+and three outputs: ``scores`` and ``probabilities`` (``FP32`` ``[n, classes]``) and ``label``
+(``BYTES`` ``[n]``). All sizes are checked against each other before memory is taken for tensors.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsys.errors import RequestError
+from fedsys.serving.engine import Card, Fact
+from fedsys.serving.images import decode, normalise
+
+VERSION = "1"
+"""The one version of the model: which variant answered stands in the parameters of a response."""
+
+EXTENSIONS = ("binary_tensor_data", "classification")
+HEADER_LENGTH = "Inference-Header-Content-Length"
+INPUT = "input"
+SCORES, PROBABILITIES, LABEL = "scores", "probabilities", "label"
+OUTPUTS = (SCORES, PROBABILITIES, LABEL)
+MAX_JSON_DEPTH = 8  # of nested data; deeper than any tensor here
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One output that a client asks for.
+
+    Attributes:
+        name: One of `OUTPUTS`.
+        binary: Whether as raw bytes.
+        top: With ``classification``: how many classes, best first; 0 for the tensor itself.
+    """
+
+    name: str
+    binary: bool = False
+    top: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Inference:
+    """A request for inference.
+
+    Attributes:
+        images: Normalised float32 ``(n, C, H, W)``.
+        wanted: Outputs in the order of the answer.
+        id: Given back as it came; None for none.
+    """
+
+    images: Tensor
+    wanted: tuple[Wanted, ...] = field(default_factory=lambda: tuple(map(Wanted, OUTPUTS)))
+    id: str | None = None
+
+
+def refuse(text: str, status: int = 400) -> NoReturn:
+    """Refuse a request: it can be mended by who sent it."""
+    raise RequestError(status, text)
+
+
+def metadata(name: str, card: Card) -> dict[str, Any]:
+    """Return the metadata of the model."""
+    channels, height, width = card.input_shape
+    classes = len(card.classes)
+    return {
+        "name": name,
+        "versions": [VERSION],
+        "platform": f"fedsys_{card.platform}",
+        "inputs": [
+            {
+                "name": INPUT,
+                "datatype": "FP32",
+                "shape": [-1, channels, height, width],
+                "parameters": {"also": "UINT8 pixels of this shape, BYTES files of shape [-1]"},
+            }
+        ],
+        "outputs": [
+            {"name": SCORES, "datatype": "FP32", "shape": [-1, classes]},
+            {"name": PROBABILITIES, "datatype": "FP32", "shape": [-1, classes]},
+            {"name": LABEL, "datatype": "BYTES", "shape": [-1]},
+        ],
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# Requests
+
+
+def read(
+    body: bytes | bytearray,
+    header_length: str | None,
+    card: Card,
+    *,
+    max_rows: int,
+    resize: bool = False,
+) -> Inference:
+    """Read a request for inference.
+
+    Args:
+        body: Of the HTTP request: JSON, then raw tensors if `header_length` is given.
+        header_length: Value of the header `HEADER_LENGTH`.
+        card: Of the model.
+        max_rows: Images that one request may have.
+        resize: Whether images of another size are resized.
+
+    Raises:
+        RequestError: With the status that HTTP has for it.
+    """
+    view = memoryview(body)
+    end = len(view)
+    if header_length is not None:
+        if not header_length.isdecimal() or int(header_length) > len(view):
+            refuse(f"{HEADER_LENGTH}: {header_length[:30]}: must be at most the length of the body")
+        end = int(header_length)
+    tree = _json(bytes(view[:end]))
+    inputs = tree.get("inputs")
+    if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], dict):
+        refuse(f"inputs: must be a list of one tensor, {INPUT}")
+    images = _images(inputs[0], view[end:], card, max_rows, resize)
+    identity = tree.get("id")
+    if identity is not None and not isinstance(identity, str):
+        refuse("id: must be a text")
+    return Inference(images, _wanted(tree, card), identity)
+
+
+def _json(text: bytes) -> dict[str, Any]:
+    def constant(name: str) -> NoReturn:
+        refuse(f"the body has {name}, which JSON has not")
+
+    try:
+        tree = json.loads(text, parse_constant=constant)
+    except (ValueError, RecursionError) as error:
+        refuse(f"the body is not JSON: {error}")
+    if not isinstance(tree, dict):
+        refuse("the body must be a JSON object with inputs")
+    return tree
+
+
+def _wanted(tree: Mapping[str, Any], card: Card) -> tuple[Wanted, ...]:
+    default = _parameters(tree, "the request").get("binary_data_output", False)
+    outputs = tree.get("outputs")
+    if not outputs:
+        return tuple(Wanted(name, bool(default)) for name in OUTPUTS)
+    if not isinstance(outputs, list) or not all(isinstance(o, dict) for o in outputs):
+        refuse("outputs: must be a list of objects")
+    result = []
+    for output in outputs:
+        name = output.get("name")
+        if name not in OUTPUTS:
+            refuse(f"outputs: {name!r}: must be one of {', '.join(OUTPUTS)}")
+        parameters = _parameters(output, f"outputs: {name}")
+        top = parameters.get("classification", 0)
+        if isinstance(top, bool) or not isinstance(top, int) or top < 0 or (top and name == LABEL):
+            refuse(f"outputs: {name}: classification={top!r}: must be a number of classes")
+        binary = bool(parameters.get("binary_data", default))
+        result.append(Wanted(name, binary, min(top, len(card.classes))))
+    return tuple(result)
+
+
+def _parameters(tree: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    parameters = tree.get("parameters") or {}
+    if not isinstance(parameters, dict):
+        refuse(f"{where}: parameters: must be an object")
+    return parameters
+
+
+def _images(
+    tensor: Mapping[str, Any], raw: memoryview, card: Card, max_rows: int, resize: bool
+) -> Tensor:
+    name, kind, shape = tensor.get("name"), tensor.get("datatype"), tensor.get("shape")
+    if name != INPUT:
+        refuse(f"inputs: {name!r}: must be {INPUT!r}")
+    if kind not in ("FP32", "UINT8", "BYTES"):
+        refuse(f"{INPUT}: datatype={kind!r}: must be FP32, UINT8 or BYTES")
+    whole = isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape)
+    if not isinstance(shape, list) or not whole:
+        refuse(f"{INPUT}: shape={shape!r}: must be a list of whole numbers above 0")
+    fits = shape[1:] == list(card.input_shape) if kind != "BYTES" else shape[1:] in ([], [1])
+    if not fits or not shape:
+        must = "[n]" if kind == "BYTES" else f"[n, {', '.join(map(str, card.input_shape))}]"
+        refuse(f"{INPUT}: shape={shape}: must be {must} for {kind}")
+    if shape[0] > max_rows:
+        refuse(f"{INPUT}: shape={shape}: must have at most {max_rows} images", 413)
+    size = _parameters(tensor, INPUT).get("binary_data_size")
+    if size is not None:
+        if type(size) is not int or size != len(raw):
+            refuse(f"{INPUT}: binary_data_size={size!r}: must be the {len(raw)} bytes behind JSON")
+    elif len(raw):
+        refuse(f"{len(raw)} bytes stand behind the JSON and belong to no tensor")
+    if kind == "BYTES":
+        files = _files_json(tensor, shape[0]) if size is None else _files_raw(raw, shape[0])
+        return normalise(torch.stack([
+            decode(file, card, resize=resize, where=f"image {i}") for i, file in enumerate(files)
+        ]), card)  # fmt: skip
+    values = _numbers_json(tensor, kind, shape) if size is None else _numbers_raw(raw, kind, shape)
+    return normalise(values, card) if kind == "UINT8" else values
+
+
+def _numbers_raw(raw: memoryview, kind: str, shape: Sequence[int]) -> Tensor:
+    form = np.dtype("<f4") if kind == "FP32" else np.dtype("u1")
+    expected = math.prod(shape) * form.itemsize
+    if len(raw) != expected:
+        refuse(f"{INPUT}: {len(raw)} bytes: must be {expected} for {kind} {list(shape)}")
+    array = np.frombuffer(raw, form).reshape(shape)
+    return _finite(torch.from_numpy(array.astype(form.newbyteorder("="))))
+
+
+def _numbers_json(tensor: Mapping[str, Any], kind: str, shape: Sequence[int]) -> Tensor:
+    data = tensor.get("data")
+    if not isinstance(data, list):
+        refuse(f"{INPUT}: data: must be a list of numbers")
+    flat: list[Any] = []
+    _flatten(data, flat, math.prod(shape), 0)
+    if len(flat) != math.prod(shape):
+        refuse(f"{INPUT}: data: has {len(flat)} numbers: must be {math.prod(shape)}")
+    numbers = (int,) if kind == "UINT8" else (int, float)
+    for value in flat:
+        if type(value) not in numbers or (kind == "UINT8" and not 0 <= value <= 255):
+            refuse(f"{INPUT}: data: {value!r}: must be a number of {kind}")
+    try:
+        array = np.array(flat, np.uint8 if kind == "UINT8" else np.float64).reshape(shape)
+    except OverflowError as error:
+        refuse(f"{INPUT}: data: {error}")
+    return _finite(torch.from_numpy(array if kind == "UINT8" else array.astype(np.float32)))
+
+
+def _flatten(data: list[Any], into: list[Any], most: int, depth: int) -> None:
+    if depth > MAX_JSON_DEPTH:
+        refuse(f"{INPUT}: data: is nested too deeply")
+    for value in data:
+        if isinstance(value, list):
+            _flatten(value, into, most, depth + 1)
+        else:
+            into.append(value)
+        if len(into) > most:
+            refuse(f"{INPUT}: data: has more than {most} numbers")
+
+
+def _finite(values: Tensor) -> Tensor:
+    if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+        refuse(f"{INPUT}: has numbers that are not finite in FP32")
+    return values
+
+
+def _files_raw(raw: memoryview, count: int) -> list[bytes]:
+    """Read elements of BYTES: each a length of four bytes, little-endian, and so many bytes."""
+    files: list[bytes] = []
+    place = 0
+    while place < len(raw) and len(files) < count:
+        if place + 4 > len(raw):
+            refuse(f"{INPUT}: ends within a length")
+        (size,) = struct.unpack_from("<I", raw, place)
+        if place + 4 + size > len(raw):
+            refuse(f"{INPUT}: element {len(files)} says {size} bytes, and fewer are there")
+        files.append(bytes(raw[place + 4 : place + 4 + size]))
+        place += 4 + size
+    if len(files) != count or place != len(raw):
+        refuse(f"{INPUT}: has other than {count} elements")
+    return files
+
+
+def _files_json(tensor: Mapping[str, Any], count: int) -> list[bytes]:
+    data = tensor.get("data")
+    if not isinstance(data, list):
+        refuse(f"{INPUT}: data: must be a list of texts in base64")
+    flat: list[Any] = []
+    _flatten(data, flat, count, 0)
+    if len(flat) != count:
+        refuse(f"{INPUT}: data: has {len(flat)} elements: must be {count}")
+    try:
+        return [base64.b64decode(value, validate=True) for value in flat]
+    except (TypeError, ValueError, binascii.Error) as error:
+        refuse(f"{INPUT}: data: must be files in base64: {error}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Answers
+
+
+def write(
+    inference: Inference, scores: Tensor, card: Card, name: str, facts: Mapping[str, Fact]
+) -> tuple[bytes, int | None]:
+    """Return the body of an answer, and the length of its JSON if raw tensors follow it.
+
+    Args:
+        inference: The request.
+        scores: float32 ``(n, classes)``.
+        card: Of the model.
+        name: Of the model.
+        facts: Become the parameters of the answer.
+    """
+    outputs, raws = [], []
+    for wanted in inference.wanted:
+        kind, shape, array = _output(wanted, scores, card)
+        entry: dict[str, Any] = {"name": wanted.name, "datatype": kind, "shape": shape}
+        if wanted.binary:
+            raw = _raw(kind, array)
+            raws.append(raw)
+            entry["parameters"] = {"binary_data_size": len(raw)}
+        else:
+            entry["data"] = array if kind == "BYTES" else [_number(v) for v in array.tolist()]
+        outputs.append(entry)
+    tree = {
+        "model_name": name,
+        "model_version": VERSION,
+        **({"id": inference.id} if inference.id is not None else {}),
+        "parameters": dict(facts),
+        "outputs": outputs,
+    }
+    head = json.dumps(tree, allow_nan=False).encode()
+    return (head + b"".join(raws), len(head)) if raws else (head, None)
+
+
+def _number(value: float) -> float:
+    if not math.isfinite(value):
+        raise RequestError(500, "the model gave a number that is not finite")
+    return value
+
+
+def _output(wanted: Wanted, scores: Tensor, card: Card) -> tuple[str, list[int], Any]:
+    if wanted.name == LABEL:
+        labels = [card.classes[i] for i in scores.argmax(1).tolist()]
+        return "BYTES", [len(labels)], labels
+    values = scores.softmax(1) if wanted.name == PROBABILITIES else scores
+    if not wanted.top:
+        return "FP32", list(values.shape), values.contiguous().flatten()
+    best = values.topk(wanted.top, 1)
+    texts = [
+        f"{value:.6f}:{index}:{card.classes[index]}"
+        for row in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        for value, index in zip(*row, strict=True)
+    ]
+    return "BYTES", [values.shape[0], wanted.top], texts
+
+
+def _raw(kind: str, array: Any) -> bytes:
+    if kind == "FP32":
+        return bytes(array.numpy().astype("<f4").tobytes())
+    encoded = [text.encode() for text in array]
+    return b"".join(struct.pack("<I", len(text)) + text for text in encoded)

@@ -1,0 +1,349 @@
+import dataclasses
+import itertools
+import sys
+import threading
+import time
+from contextlib import ExitStack
+
+import pytest
+import torch
+from torch import nn
+
+from fedsys import models
+from fedsys.errors import ConfigError, ModelError, RuntimeFailure
+from fedsys.pruning.portfolio import Portfolio
+from fedsys.pruning.switch import Loaded, Resident
+from fedsys.pruning.switch_control import Control
+from fedsys.pruning.switch_memory import free_memory, others_load, resident_bytes
+from fedsys.pruning.switch_policy import (
+    How,
+    Latency,
+    Objective,
+    Profile,
+    Signals,
+    profile_of,
+)
+from fedsys.pruning.switch_signals import Meter, expected_ms
+from fedsys.pruning.switch_slimmable import slimmable
+
+NAMES = ("parent", "half", "tenth")
+
+
+@pytest.fixture
+def portfolio(portfolio_folder):
+    return Portfolio.load(portfolio_folder)
+
+
+@pytest.fixture
+def quick_turns():
+    """Let threads take turns as often as `fedsys serve` does."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(0.0005)
+    yield
+    sys.setswitchinterval(before)
+
+
+def images(rows=2, seed=0):
+    return torch.randn(rows, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def expected(portfolio, x):
+    with torch.inference_mode():
+        return {name: portfolio.module(name)(x) for name in NAMES}
+
+
+def switchers(portfolio, first="parent"):
+    modules = {name: portfolio.module(name) for name in NAMES}
+    return {
+        "loaded": Loaded(portfolio.module, first, (images(),)),
+        "resident": Resident(modules, first),
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# Switching
+
+
+@pytest.mark.parametrize("kind", ["loaded", "resident"])
+@pytest.mark.parametrize("beside", [True, False])
+def test_no_request_is_lost_or_mixed_while_variants_change(portfolio, kind, beside, quick_turns):
+    """Each answer must be, to the bit, that of the variant whose name it carries."""
+    x = images()
+    right = expected(portfolio, x)
+    switcher = switchers(portfolio)[kind]
+    stop = threading.Event()
+    ledgers: list[list[tuple[str, bool]]] = [[] for _ in range(3)]
+    issued = [0, 0, 0]
+
+    def ask(number: int) -> None:
+        while not stop.is_set():
+            issued[number] += 1
+            with switcher.lease() as active:
+                got = active.run(x)
+            ledgers[number].append((active.name, torch.equal(got, right[active.name])))
+
+    askers = [threading.Thread(target=ask, args=(i,)) for i in range(3)]
+    for asker in askers:
+        asker.start()
+    costs = []
+    for name in ["half", "tenth", "parent"] * 4:
+        costs.append(switcher.switch(name, beside=beside))
+        before = list(map(len, ledgers))
+        while not any(name in dict(ledger[n:]) for ledger, n in zip(ledgers, before, strict=True)):
+            time.sleep(0.001)  # until it has answered
+    stop.set()
+    for asker in askers:
+        asker.join()
+    answers = [answer for ledger in ledgers for answer in ledger]
+    assert sum(issued) == len(answers)
+    assert all(same for _, same in answers)
+    assert all(cost.drained for cost in costs)
+    assert [cost.after for cost in costs] == ["half", "tenth", "parent"] * 4
+    switcher.close()
+
+
+def test_a_request_in_work_keeps_its_variant_until_it_ends(portfolio):
+    x = images()
+    right = expected(portfolio, x)
+    switcher = Loaded(portfolio.module, "parent")
+    done = threading.Event()
+    with switcher.lease() as old:
+        changing = threading.Thread(target=lambda: (switcher.switch("half"), done.set()))
+        changing.start()
+        while switcher.current == "parent":
+            pass
+        with switcher.lease() as new:  # nobody waits for the old request
+            assert torch.equal(new.run(x), right["half"])
+        assert not done.is_set()
+        assert torch.equal(old.run(x), right["parent"])
+    changing.join()
+    assert done.is_set()
+
+
+def test_the_old_variant_gives_its_weights_back(portfolio):
+    modules = []
+
+    def load(name):
+        modules.append(portfolio.module(name))
+        return modules[-1]
+
+    switcher = Loaded(load, "parent")
+    switcher.switch("half")
+    assert all(p.is_meta for p in modules[0].parameters())
+    assert not any(p.is_meta for p in modules[1].parameters())
+    switcher.switch("tenth", beside=False)
+    assert all(p.is_meta for p in modules[1].parameters())
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_variant_that_cannot_be_loaded_leaves_the_old_one_answering(portfolio, beside):
+    def load(name):
+        if name == "half":
+            raise ModelError("half is damaged")
+        return portfolio.module(name)
+
+    x = images()
+    switcher = Loaded(load, "parent")
+    with pytest.raises(ModelError, match="half is damaged"):
+        switcher.switch("half", beside=beside)
+    assert switcher.current == "parent"
+    with switcher.lease() as active:
+        assert torch.equal(active.run(x), expected(portfolio, x)["parent"])
+
+
+def test_the_same_variant_again_costs_nothing(portfolio):
+    switcher = Loaded(portfolio.module, "half")
+    assert switcher.switch("half").total_ms == 0
+
+
+@pytest.mark.parametrize("kind", ["loaded", "resident"])
+def test_a_closed_switcher_refuses_instead_of_waiting(portfolio, kind):
+    switcher = switchers(portfolio)[kind]
+    switcher.close()
+    with pytest.raises(RuntimeFailure, match="closed"), switcher.lease():
+        pass
+
+
+def test_an_unknown_variant_is_named(portfolio):
+    with pytest.raises(ConfigError, match="variant=dense: must be one of parent, half, tenth"):
+        switchers(portfolio)["resident"].switch("dense")
+    with pytest.raises(ConfigError, match="variant=dense"):
+        Loaded(portfolio.module, "dense")
+
+
+# --------------------------------------------------------------------------------------------------
+# One network at several widths
+
+
+@pytest.mark.parametrize("name", ["vgg5", "resnet18", "mobilenet_v2"])
+def test_a_slimmable_network_shares_its_weights(name, configure):
+    spec = dict(configure(f"model={name}").model)
+    model = models.build(spec, input_shape=(3, 32, 32), num_classes=10, seed=1).eval()
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    widths = slimmable(model, x, (1.0, 0.5))
+    with torch.no_grad():
+        assert torch.equal(widths[1.0](x), model(x))
+        assert widths[0.5](x).shape == (2, 10)
+    own = {t.untyped_storage().data_ptr() for t in model.state_dict().values()}
+    for narrow in widths.values():
+        for module in narrow.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                assert module.weight.untyped_storage().data_ptr() in own
+
+
+def test_a_narrow_network_computes_what_its_slices_say():
+    """By hand: the first half of the hidden units, all outputs."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
+    first, last = model[0], model[2]
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    half = slimmable(model, x, (0.5,))[0.5]
+    with torch.no_grad():
+        hidden = torch.relu(x @ first.weight[:3].T + first.bias[:3])
+        assert torch.allclose(half(x), hidden @ last.weight[:, :3].T + last.bias)
+
+
+def test_widths_and_layers_without_a_narrow_form_are_refused():
+    x = torch.zeros(1, 4)
+    with pytest.raises(ConfigError, match="width=0"):
+        slimmable(nn.Linear(4, 2), x, (0,))
+    layers = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    with pytest.raises(ModelError, match="LayerNorm, which has no narrower form"):
+        slimmable(layers, x, (0.5,))
+
+
+# --------------------------------------------------------------------------------------------------
+# Signals
+
+
+def meter(clock, variants=(), **more):
+    return Meter(variants, clock=lambda: clock[0], free=lambda: 10**9, window_s=2.0, **more)
+
+
+def test_signals_are_those_of_the_window():
+    clock = [0.0]
+    variant = Profile("a", 0.9, 1, 1, (Latency(1, 10.0, 12.0), Latency(5, 30.0, 40.0)))
+    seen = meter(clock, [variant])
+    seen.arrived(100)
+    seen.left(100)
+    clock[0] = 10.0
+    for i in range(4):
+        seen.arrived(5)
+        seen.left(3)
+        seen.passed("a", 3, 40.0)  # twice the 20 ms between its measured sizes
+        seen.answered(10.0 * (i + 1))
+        seen.received(1_000_000, 0.1)
+    signals = seen.signals()
+    assert signals.arrival_rate == 10.0
+    assert signals.queue == 8
+    assert signals.slowdown == pytest.approx(2.0)
+    assert signals.p95_ms == 30.0
+    assert signals.link_mbit_s == pytest.approx(80.0)
+    assert signals.free_memory == 10**9
+    clock[0] = 20.0
+    later = seen.signals()
+    assert (later.arrival_rate, later.slowdown, later.p95_ms) == (0.0, None, None)
+
+
+def test_small_bodies_say_nothing_about_the_link():
+    clock = [0.0]
+    seen = meter(clock)
+    for _ in range(5):
+        seen.received(1000, 0.5)
+    assert seen.signals().link_mbit_s is None
+
+
+@pytest.mark.parametrize(("rows", "ms"), [(1, 10.0), (3, 20.0), (5, 30.0), (10, 60.0)])
+def test_batches_between_measured_sizes_are_expected_on_a_line(rows, ms):
+    variant = Profile("a", 0.9, 1, 1, (Latency(1, 10.0, 12.0), Latency(5, 30.0, 40.0)))
+    assert expected_ms(variant, rows) == pytest.approx(ms)
+
+
+def test_memory_and_load_are_read_from_the_machine():
+    import psutil
+
+    assert 0 < free_memory() <= psutil.virtual_memory().total
+    before = resident_bytes()
+    held = torch.ones(16 << 20)
+    grown = resident_bytes()
+    del held
+    assert grown - before > 50 << 20
+    assert resident_bytes() - before < 20 << 20
+    assert 0 <= others_load(psutil.Process()) <= 1
+
+
+# --------------------------------------------------------------------------------------------------
+# The loop
+
+
+def controlled(portfolio, stream, load=None, **aims):
+    switcher = Loaded(load or portfolio.module, "parent")
+    profiles = [profile_of(v, 1) for v in portfolio.variants]
+    moments = iter(stream)
+    told = []
+    objective = Objective(p95_ms=20.0, **aims)
+    control = Control(switcher, profiles, objective, lambda: next(moments), told.append)
+    return switcher, control, told
+
+
+def test_load_makes_it_smaller_and_calm_makes_it_larger_again(portfolio):
+    calm, busy = Signals(0.0), Signals(10.0, slowdown=6.0)
+    stream = [calm, busy, dataclasses.replace(busy, time_s=11.0), Signals(20.0, p95_ms=3.0)]
+    switcher, control, told = controlled(portfolio, stream)
+    assert control.step().how is How.STAY
+    assert control.step().after == switcher.current == "tenth"
+    assert control.step().how is How.STAY
+    assert control.step().after == switcher.current == "parent"
+    assert [record.cost.after for record in told] == ["tenth", "parent"]
+    assert "parent is expected at 48 ms" in told[0].decision.reason
+    row = told[1].as_row()
+    assert row["predicted_prepare_ms"] > 0  # learnt from the first switch
+    assert row["p95_before_ms"] == 3.0
+    assert row["prepare_ms"] > 0
+    assert control.records[0].p95_after_ms == 3.0
+
+
+def test_a_variant_that_cannot_be_loaded_is_left_alone_for_a_while(portfolio):
+    def load(name):
+        if name == "tenth":
+            raise ModelError("tenth is damaged")
+        return portfolio.module(name)
+
+    stream = [Signals(float(t), slowdown=2.0) for t in range(10, 14)]
+    switcher, control, told = controlled(portfolio, stream, load, down_dwell_s=0.0)
+    control.aim(dataclasses.replace(control.objective, p95_ms=5.0))  # only the smallest does
+    control.step()
+    assert switcher.current == "parent"
+    assert told[0].cost is None and told[0].error == "tenth is damaged"
+    control.step()  # of the others the smallest answers
+    assert switcher.current == "half"
+    assert not control.standing.meets
+
+
+def test_a_budget_that_shrinks_while_it_runs_is_kept(portfolio):
+    sizes = {v.name: profile_of(v, 1).peak_bytes for v in portfolio.variants}
+    stream = [Signals(float(t)) for t in range(3)]
+    switcher, control, _ = controlled(portfolio, stream)
+    control.step()
+    control.aim(dataclasses.replace(control.objective, memory_bytes=int(1.3 * sizes["half"])))
+    decision = control.step()
+    assert switcher.current == "half"
+    assert decision.meets
+    assert "needs" in decision.reason
+
+
+def test_the_loop_ends_when_it_is_told(portfolio):
+    stream = (Signals(t / 10) for t in itertools.count())
+    with ExitStack() as stack:
+        switcher, control, _ = controlled(portfolio, stream)
+        stack.callback(switcher.close)
+        control.start(0.001)
+        while control.last is None:
+            pass
+        control.close()
+    assert control.last.after == "parent"
+
+
+def test_a_portfolio_without_variants_is_refused(portfolio):
+    switcher = Loaded(portfolio.module, "parent")
+    with pytest.raises(ConfigError, match="at least one variant"):
+        Control(switcher, [], Objective(1.0), lambda: Signals(0.0))
