@@ -66,7 +66,6 @@ COMMANDS: dict[str, Command] = {
             "start": "from the command to the first round, and from the last to the end",
             "memory": "memory over rounds with many virtual clients",
             "link": "links against bare gRPC, and the share of a shaped rate in use",
-            "switch": "changing variants under load, against three alternatives",
         },
     ),
     "report": Command(

@@ -11,6 +11,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from fedsys.errors import ModelError
 from fedsys.pruning.portfolio import Portfolio
 from fedsys.pruning.switch import Loaded, Resident, Switcher
 from fedsys.pruning.switch_control import Control, Record
@@ -45,9 +46,8 @@ class PortfolioEngine:
         options: ServingConfig,
         tell: Callable[[Record], None] = lambda record: None,
     ) -> None:
-        about = portfolio.about
-        shape = cast(tuple[int, int, int], about.input_shape)
-        self.card = Card(about.classes, shape, about.mean, about.std, "pytorch")
+        self.card = card_of(portfolio)
+        shape = self.card.input_shape
         threads = options.threads or torch.get_num_threads()
         chosen = portfolio.variants
         if options.variant is not None:
@@ -107,6 +107,22 @@ class PortfolioEngine:
         """End: decide no more, and free the variant."""
         self.control.close()
         self._switcher.close()
+
+
+def card_of(portfolio: Portfolio) -> Card:
+    """Return what a client must know of the variants.
+
+    Raises:
+        ModelError: They do not take images, or are normalised in a way that cannot be.
+    """
+    about = portfolio.about
+    shape, each = about.input_shape, (about.mean, about.std)
+    if len(shape) != 3 or shape[0] not in (1, 3) or min(shape) < 1:
+        raise ModelError(f"{portfolio.folder}: takes inputs of {shape}, which are no images")
+    if any(len(values) != shape[0] for values in each) or min(about.std) <= 0:
+        raise ModelError(f"{portfolio.folder}: mean {about.mean} and std {about.std} do not fit")
+    size = cast(tuple[int, int, int], tuple(shape))
+    return Card(about.classes, size, about.mean, about.std, "pytorch")
 
 
 def objective_of(options: ServingConfig, shape: tuple[int, int, int]) -> Objective:

@@ -237,12 +237,15 @@ def _numbers_json(tensor: Mapping[str, Any], kind: str, shape: Sequence[int]) ->
     numbers = (int,) if kind == "UINT8" else (int, float)
     for value in flat:
         if type(value) not in numbers or (kind == "UINT8" and not 0 <= value <= 255):
-            refuse(f"{INPUT}: data: {value!r}: must be a number of {kind}")
+            refuse(f"{INPUT}: data: {repr(value)[:60]}: must be a number of {kind}")
     try:
         array = np.array(flat, np.uint8 if kind == "UINT8" else np.float64).reshape(shape)
     except OverflowError as error:
         refuse(f"{INPUT}: data: {error}")
-    return _finite(torch.from_numpy(array if kind == "UINT8" else array.astype(np.float32)))
+    if kind == "FP32":
+        with np.errstate(over="ignore"):  # what becomes infinite is refused
+            array = array.astype(np.float32)
+    return _finite(torch.from_numpy(array))
 
 
 def _flatten(data: list[Any], into: list[Any], most: int, depth: int) -> None:
