@@ -11,35 +11,33 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
-from fedsys.errors import (
-    FedsysError,
-    LinkClosed,
-    LinkError,
-    LinkRefused,
-    LinkTimeout,
-    SessionError,
-)
+from fedsys.edge_client import EdgeClient, Hooks
+from fedsys.errors import FedsysError, LinkError, LinkRefused, SecurityError, SessionError
 from fedsys.faults import AT_EDGE, Faults, from_json, to_json
 from fedsys.link import Link, dial
+from fedsys.patience import Patience
 from fedsys.security import Credentials
-from fedsys.session import SessionSpec, Snapshot, State
+from fedsys.session import SessionSpec, Snapshot
 from fedsys.wire import Frame
-
-REQUEST_S = 120.0
-"""How long a healthy edge server may take for a request: a state of some GB over a slow link."""
 
 REDIAL_S = (0.0, 0.2, 0.5)
 """Waits before the attempts to reach an edge again whose link was lost and that does not refuse."""
 
-ANSWER_S = 2.0
-"""How long an edge may take to accept a link in one of these attempts."""
+ANSWER_S = 10.0
+"""How long an edge may take to accept the first link, in seconds; then round trips tell."""
+
+LEAST_ANSWER_S = 1.0
+"""Shortest such limit, in seconds: certificates are checked on machines that are busy."""
+
+BEAT_S = 1.0
+"""Seconds between two looks at the heartbeats of the edges."""
+
+ASKED = 2
+"""How many times an edge whose heartbeat is late is asked over new links, until it is given up."""
 
 _log = logging.getLogger("fedsys.fleet")
 
@@ -126,14 +124,17 @@ class Fleet:
         self._lock = threading.RLock()
         self._recovering = threading.Lock()  # an edge that flaps is dealt with once at a time
         self._recoveries: list[Recovery] = []
-        self._closing = False
-        self._edges: dict[str, _Edge] = {}
+        self._closing = threading.Event()
+        self._patience = Patience(ANSWER_S, LEAST_ANSWER_S)  # for a new link to an edge
+        self._hooks = Hooks(self._on_replica, self._on_struck, self._on_lost, self._answers)
+        self._edges: dict[str, EdgeClient] = {}
         try:
             for edge in edges:
                 self._edges[edge.name] = self._reach(edge)
         except FedsysError:
             self.close()
             raise
+        threading.Thread(target=self._watch, name="fleet-watch", daemon=True).start()
 
     def __enter__(self) -> Fleet:
         return self
@@ -143,7 +144,7 @@ class Fleet:
 
     def close(self) -> None:
         """Release what is open and end the links."""
-        self._closing = True
+        self._closing.set()
         for name in list(self._held):
             self.release(name)
         for edge in self._edges.values():
@@ -229,13 +230,58 @@ class Fleet:
 
     # --- edges ------------------------------------------------------------------------------------
 
-    def _reach(self, edge: EdgeAddress, *, again: bool = False) -> _Edge:
-        more: dict[str, Any] = {"retry": False, "timeout_s": ANSWER_S} if again else {}
+    def _reach(self, edge: EdgeAddress, *, again: bool = False) -> EdgeClient:
         try:
-            link = dial(edge.address, credentials=self._credentials, plain=self._plain, **more)
-        except LinkError as error:
+            link = self._dial(edge.address, retry=not again)
+        except (LinkError, SecurityError) as error:
             raise type(error)(f"edge server {edge.name}: {error}") from error
-        return _Edge(edge.name, link, self._token, self._on_replica, self._on_lost, self._on_struck)
+        return EdgeClient(edge.name, link, self._token, self._hooks)
+
+    def _dial(self, address: str, *, retry: bool = False) -> Link:
+        began, limit = time.monotonic(), self._patience.limit_s
+        try:
+            link = dial(
+                address,
+                credentials=self._credentials,
+                plain=self._plain,
+                timeout_s=limit,
+                retry=retry,
+            )
+        except LinkRefused:
+            raise
+        except LinkError:
+            self._patience.missed()
+            raise
+        self._patience.saw(time.monotonic() - began)
+        return link
+
+    def _watch(self) -> None:
+        """Give up edges that fall silent. Runs in a thread of its own."""
+        while not self._closing.wait(BEAT_S):
+            for name, edge in list(self._edges.items()):
+                if edge.is_late() and not self._answers(name):
+                    with self._lock:
+                        mine = [s for s, held in self._held.items() if held.edge == name]
+                    edge.abandon(mine)
+
+    def _answers(self, name: str) -> bool:
+        """Ask an edge over a new link whether it is alive."""
+        for _ in range(ASKED):
+            try:
+                link = self._dial(self._addresses[name].address)
+            except LinkRefused:
+                return False
+            except FedsysError:
+                continue
+            try:
+                link.send(Frame("control", {"token": self._token}))
+                link.recv(self._patience.limit_s)
+                return True
+            except LinkError:
+                self._patience.missed()
+            finally:
+                link.close()
+        return False
 
     def _candidates(self, first: str) -> list[str]:
         with self._lock:
@@ -289,7 +335,7 @@ class Fleet:
         """Reach the edge again, or open its sessions elsewhere. Runs in a thread of its own."""
         began = time.perf_counter()
         with self._recovering:
-            if not self._closing:
+            if not self._closing.is_set():
                 self._move_sessions(name, self._still_there(name), began)
 
     def _move_sessions(self, name: str, kept: set[str], began: float) -> None:
@@ -332,13 +378,15 @@ class Fleet:
 
     def _still_there(self, name: str) -> set[str]:
         """Reach an edge again; return its sessions of this run, none if it is gone."""
+        if self._edges[name].silent:  # it was asked already
+            return set()
         for wait in REDIAL_S:
             time.sleep(wait)
-            if self._closing:
+            if self._closing.is_set():
                 return set()
             with self._lock:
                 mine = [s for s, held in self._held.items() if held.edge == name]
-            edge: _Edge | None = None
+            edge: EdgeClient | None = None
             try:
                 edge = self._reach(self._addresses[name], again=True)
                 there = edge.request("ping", {"sessions": mine}, {}).meta.get("sessions")
@@ -352,96 +400,3 @@ class Fleet:
                 self._edges[name] = edge
             return set(mine) & set(there if isinstance(there, list) else [])
         return set()
-
-
-class _Edge:
-    """The link to one edge server: requests and replies, and a thread that listens."""
-
-    def __init__(
-        self,
-        name: str,
-        link: Link,
-        token: str,
-        on_replica: Callable[[Frame], None],
-        on_lost: Callable[[str], None],
-        on_struck: Callable[[Frame], None],
-    ) -> None:
-        self._on_struck = on_struck
-        self.name, self.lost = name, False
-        self._link, self._on_replica, self._on_lost = link, on_replica, on_lost
-        self._pending: dict[int, Future[Frame]] = {}
-        self._next = 0
-        self._lock = threading.Lock()
-        self._closed = False
-        threading.Thread(target=self._listen, name=f"fleet-{name}", daemon=True).start()
-        try:
-            self.request("control", {"token": token}, {})
-        except FedsysError:
-            self.close()
-            raise
-
-    def request(self, kind: str, meta: Mapping[str, object], tensors: State) -> Frame:
-        """Send a request and return its reply.
-
-        Raises:
-            SessionError: The edge refused.
-            LinkError: The link was lost, or there was no reply in time.
-        """
-        future: Future[Frame] = Future()
-        with self._lock:
-            if self.lost:
-                raise LinkClosed(f"edge server {self.name} is gone")
-            self._next += 1
-            number = self._next
-            self._pending[number] = future
-        try:
-            self._link.send(Frame(kind, {**meta, "request": number}, tensors))
-            reply = future.result(REQUEST_S)
-        except FutureTimeout as error:
-            raise LinkTimeout(f"edge server {self.name}: no reply to {kind}") from error
-        finally:
-            with self._lock:
-                self._pending.pop(number, None)
-        if reply.kind == "refused":
-            raise SessionError(f"edge server {self.name}: {reply.meta.get('reason')}")
-        return reply
-
-    def close(self) -> None:
-        """End the link on purpose."""
-        self._closed = True
-        self._link.close()
-
-    def _listen(self) -> None:
-        reason: LinkError = LinkClosed(f"edge server {self.name}: what it sent could not be read")
-        try:
-            while True:
-                self._take(self._link.recv())
-        except LinkError as error:
-            reason = type(error)(f"edge server {self.name}: {error}")
-        finally:  # whatever ends this thread, nobody waits for it in vain
-            self._end(reason)
-
-    def _take(self, frame: Frame) -> None:
-        if frame.kind in ("replica", "handover"):
-            self._on_replica(frame)
-        elif frame.kind == "struck":
-            self._on_struck(frame)
-            self._link.send(Frame("noted", frame.meta))
-        else:
-            number = frame.meta.get("request")
-            with self._lock:  # taken out, because a future can be answered once only
-                future = self._pending.pop(number, None) if isinstance(number, int) else None
-            if future is not None:
-                future.set_result(frame)
-
-    def _end(self, reason: LinkError) -> None:
-        with self._lock:
-            self.lost = True
-            pending = list(self._pending.values())
-            self._pending.clear()
-        for future in pending:
-            future.set_exception(reason)
-        if not self._closed:
-            threading.Thread(
-                target=self._on_lost, args=(self.name,), name=f"recover-{self.name}", daemon=True
-            ).start()

@@ -211,7 +211,7 @@ def _reason(where: str, error: Any) -> LinkError:
             return LinkClosed(f"the link to {where} was lost: {details[0] or code.name}")
 
 
-_TLS_WORDS: Final = ("handshake", "certificate", "verification")
+_TLS_WORDS: Final = ("ssl_error_ssl", "certificate", "verification")  # not: reset in the handshake
 
 
 def dial(

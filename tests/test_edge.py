@@ -1,4 +1,5 @@
 import random
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -411,3 +412,23 @@ def test_two_thousand_hostile_frames_leave_an_edge_and_its_sessions_as_they_are(
     assert same(snapshot.state, trained_alone(last_layer, steps[0]))
     assert controller.request("ping").meta["sessions"] == ["s"]
     until(lambda: sum(t.name.startswith("link of") for t in threading.enumerate()) <= 4)
+
+
+def test_a_server_that_dies_in_the_handshake_is_lost_and_no_stranger(parties):
+    """An edge was killed just when a device connected: TLS was begun and then reset.
+
+    The device took that for a certificate that was not accepted, and gave its round up.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def die():
+            connection, _ = server.accept()
+            connection.recv(1)  # what is left unread makes closing a reset
+            connection.close()
+
+        thread = threading.Thread(target=die)
+        thread.start()
+        address = f"grpc://127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(LinkClosed):
+            dial(address, credentials=parties["device-0"], timeout_s=WAIT_S, retry=False)
+        thread.join(WAIT_S)
