@@ -1,12 +1,18 @@
 """Links over gRPC: one bidirectional stream each, whose messages are pieces of encoded frames.
 
 gRPC brings HTTP/2 flow control, keepalive and TLS; its methods take and give plain bytes here, so
-there is no generated code. Three threads serve one end::
+there is no generated code. Two threads serve one end besides its callers::
 
-    caller of send ─▶ outbox ─▶ gRPC's writer ══▶ stream ══▶ reader ─▶ inbox ─▶ caller of recv
+    caller of send ─▶ outbox ─▶ writer ══▶ stream ══▶ reader ─▶ inbox ─▶ caller of recv
 
 The reader takes messages off the stream whatever the callers do, so that two peers that both send
 first do not block each other; both queues are bounded (see `fedsys.link`).
+
+Handing a message from thread to thread costs more than anything else that is done to a small one.
+So a small frame is parsed in the thread in which gRPC hands it out, as its deserializer, and put
+into the inbox from there; and an accepted link sends a small frame in the thread that has it, as
+long as nothing waits in its outbox and the network takes what it gets. (An end that dialled has
+gRPC's own writer, which can only be handed to.)
 
 A frame is cut into messages of `PIECE_BYTES` to twice that: copying one piece overlaps with
 sending the one before, which a single large message does not allow.
@@ -16,8 +22,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Final
 
 import grpc
@@ -37,11 +44,16 @@ from fedsys.wire import Assembler, Buffer, Frame, Limits, encode_parts
 
 PIECE_BYTES: Final = 1 << 20
 
+AT_ONCE_BYTES: Final = 128 << 10
+"""Largest message that is worked on in the thread that has it."""
+
 _SERVICE: Final = "fedsys.Link"
 _METHOD: Final = "Connect"
 _GREETING: Final = ("fedsys-link", "1")
 _LINGER_S: Final = 5.0  # for frames under way when this end closes
 _RETRY_S: Final = 0.05
+_QUICK_S: Final = 2e-3  # gRPC takes a message off that meets no resistance in a tenth of this
+_LATE: Final = b"late"  # stands for a frame for which the inbox had no room
 _MESSAGE_LIMIT: Final = [("grpc.max_receive_message_length", 4 * PIECE_BYTES)]
 _KEEPALIVE: Final = [
     ("grpc.keepalive_time_ms", 10_000),
@@ -92,15 +104,30 @@ class _Stream:
         self.inbox: Mailbox[Frame] = Mailbox(queue_bytes)
         self.outbox: Mailbox[bytes] = Mailbox(queue_bytes)
         self.reason = ""  # of a failure, for the peer
-        self._sending = threading.Lock()
+        self.sender: _Sender | None = None  # of an accepted link
+        self.sending = threading.Lock()
+        self._assembler = Assembler(limits)
+        self._late: Frame | None = None
 
     def send(self, parts: Sequence[Buffer]) -> None:
         self.inbox.raise_if_ended()
-        with self._sending:
+        with self.sending:
+            if self.sender is not None and self.sender.send_now(parts, self.inbox):
+                return
             for piece in pieces(parts):
-                if not self.outbox.try_put(piece, len(piece)):
-                    with self.inbox.relaxed():
-                        self.outbox.put(piece, len(piece))
+                self._enqueue(piece)
+
+    def _enqueue(self, piece: bytes) -> None:
+        if self.sender is not None:
+            self.sender.expect()
+        try:
+            if not self.outbox.try_put(piece, len(piece)):
+                with self.inbox.relaxed():
+                    self.outbox.put(piece, len(piece))
+        except LinkError:
+            if self.sender is not None:
+                self.sender.done()
+            raise
 
     def outgoing(self) -> Iterator[bytes]:
         """Yield what is to be sent until this end has closed and its outbox is empty."""
@@ -110,24 +137,121 @@ class _Stream:
             except LinkError:
                 return
 
+    def receive(self, message: bytes) -> bytes:
+        """Take a small message as gRPC hands it out; return what is left to `read`.
+
+        gRPC calls it, as its deserializer, in a thread that must not wait.
+        """
+        if len(message) > AT_ONCE_BYTES or self.inbox.ended:
+            return message
+        frame = self._feed(message)
+        if frame is None:
+            return b""
+        try:
+            if self.inbox.try_put(frame, frame.encoded_bytes):
+                return b""
+        except LinkError:
+            return b""
+        self._late = frame
+        return _LATE
+
     def read(self, messages: Iterable[bytes]) -> None:
         """Take messages until the peer ends; leave the reason in the mailboxes."""
-        assembler = Assembler(self.limits)
         for message in messages:
-            if self.inbox.ended:
+            if not message or self.inbox.ended:
                 continue  # closed on this side; the peer may be waiting to see its frames gone
-            try:
-                frame = assembler.feed(message)
-                if frame is not None:
-                    self.inbox.put(frame, assembler.received_bytes)
-                    assembler = Assembler(self.limits)
-            except LinkError as error:
-                self.reason = f"{type(error).__name__}: {error}"
-                self.end(error)
+            frame = self._late if message is _LATE else self._feed(message)
+            if frame is not None:
+                try:
+                    self.inbox.put(frame, frame.encoded_bytes)
+                except LinkError as error:
+                    self._fail(error)
+
+    def _feed(self, message: bytes) -> Frame | None:
+        try:
+            frame = self._assembler.feed(message)
+        except LinkError as error:
+            self._fail(error)
+            return None
+        if frame is not None:
+            self._assembler = Assembler(self.limits)
+        return frame
+
+    def _fail(self, error: LinkError) -> None:
+        self.reason = f"{type(error).__name__}: {error}"
+        self.end(error)
 
     def end(self, reason: LinkError, *, discard: bool = False) -> None:
         self.inbox.end(reason, discard=discard)
         self.outbox.end(reason)
+        if self.sender is not None:
+            self.sender.end()
+
+
+class _Sender:
+    """Sends the messages of an accepted link: where it can in the thread that has them.
+
+    Args:
+        push: Sends one message and returns when gRPC has taken it off; None ends the stream.
+        stream: Whose outbox is sent where it cannot.
+    """
+
+    def __init__(self, push: Callable[[bytes | None], None], stream: _Stream) -> None:
+        self._push, self._stream = push, stream
+        self._lock = threading.Lock()
+        self._unsent = 0  # messages that were given and are not taken off yet
+        self._ended = False
+        self._quick = True
+        self._writer: threading.Thread | None = None
+
+    def send_now(self, parts: Sequence[Buffer], inbox: Mailbox[Frame]) -> bool:
+        """Send a small frame if nothing waits before it; return whether that was done."""
+        if sum(map(len, parts)) > AT_ONCE_BYTES:
+            return False
+        with self._lock:
+            if self._unsent or self._ended or not self._quick:
+                return False
+            self._unsent = 1
+        with inbox.relaxed():
+            self._give(b"".join(parts))
+        return True
+
+    def expect(self) -> None:
+        """Note that a message is put into the outbox."""
+        with self._lock:
+            self._unsent += 1
+            if self._writer is None:
+                self._writer = threading.Thread(
+                    target=self._write, name="writes to a link", daemon=True
+                )
+                self._writer.start()
+
+    def done(self) -> None:
+        """Note that a message that was expected is sent, or will never be."""
+        with self._lock:
+            self._unsent -= 1
+            over = self._ended and not self._unsent
+        if over:
+            self._push(None)
+
+    def end(self) -> None:
+        """End the stream once everything is sent."""
+        with self._lock:
+            over = not self._ended and not self._unsent
+            self._ended = True
+        if over:
+            self._push(None)
+
+    def _write(self) -> None:
+        for message in self._stream.outgoing():
+            self._give(message)
+
+    def _give(self, message: bytes) -> None:
+        began = time.perf_counter()
+        self._push(message)
+        # Where the network holds a sender up, frames are queued, as `Link.send` promises.
+        self._quick = time.perf_counter() - began < _QUICK_S
+        self.done()
 
 
 def _closed_here() -> LinkClosed:
@@ -147,7 +271,8 @@ class _DialledLink:
         self.peer = f"grpc://{place}"
         self._stream = stream
         self._channel = _channel(place, credentials)
-        method = self._channel.stream_stream(f"/{_SERVICE}/{_METHOD}")
+        path = f"/{_SERVICE}/{_METHOD}"
+        method = self._channel.stream_stream(path, response_deserializer=stream.receive)
         self._call = method(stream.outgoing())
         self.opened = threading.Event()
         self.accepted = False
@@ -276,6 +401,22 @@ class _AcceptedLink:
         self._stream.end(_closed_here(), discard=True)
 
 
+class _Method(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
+    """Gives each stream that is opened a deserializer of its own, which knows its stream."""
+
+    def __init__(self, connect: Callable[..., None], limits: Limits, queue_bytes: int) -> None:
+        self._connect, self._limits, self._queue_bytes = connect, limits, queue_bytes
+
+    def service(self, details: Any) -> Any:
+        if details.method != f"/{_SERVICE}/{_METHOD}":
+            return None
+        stream = _Stream(self._limits, self._queue_bytes)
+        connect = partial(self._connect, stream)
+        # gRPC then passes a function that sends, to be called by whoever has something to send.
+        connect.experimental_non_blocking = True  # type: ignore[attr-defined]
+        return grpc.stream_stream_rpc_method_handler(connect, request_deserializer=stream.receive)
+
+
 class _GrpcServer:
     def __init__(
         self,
@@ -286,17 +427,14 @@ class _GrpcServer:
         queue_bytes: int,
         max_links: int,
     ) -> None:
-        self._limits, self._queue_bytes = limits, queue_bytes
         self._handlers = HandlerThreads(f"grpc://{place}", handler, max_links)
         # gRPC occupies one thread for each stream, so as many as there may be links.
         self._server = grpc.server(
-            ThreadPoolExecutor(max_links, thread_name_prefix=f"writes {place}"),
+            ThreadPoolExecutor(max_links, thread_name_prefix=f"reads {place}"),
+            handlers=(_Method(self._connect, limits, queue_bytes),),
             options=_SERVER_OPTIONS,
             maximum_concurrent_rpcs=max_links,
         )
-        method = grpc.stream_stream_rpc_method_handler(self._connect)
-        service = grpc.method_handlers_generic_handler(_SERVICE, {_METHOD: method})
-        self._server.add_generic_rpc_handlers((service,))
         self.address = f"grpc://{place.rpartition(':')[0]}:{self._bind(place, credentials)}"
         self._server.start()
 
@@ -318,37 +456,40 @@ class _GrpcServer:
             ) from error
         return int(port)
 
-    def _connect(self, messages: Iterator[bytes], context: Any) -> Iterator[bytes]:
-        """Serve one stream: what this generator yields is sent."""
-        stream = _Stream(self._limits, self._queue_bytes)
+    def _connect(
+        self,
+        stream: _Stream,
+        messages: Iterator[bytes],
+        context: Any,
+        push: Callable[[bytes | None], None],
+    ) -> None:
+        """Read one stream until its end; others send."""
         names = context.auth_context().get("x509_common_name", [b""])
         link = _AcceptedLink(names[0].decode(errors="replace"), stream)
+
+        def pushed(message: bytes | None) -> None:
+            if message is None and stream.reason:
+                context.set_code(grpc.StatusCode.ABORTED)
+                context.set_details(stream.reason)
+            push(message)
+
+        stream.sender = _Sender(pushed, stream)
+        with stream.sending:  # nothing is sent before the greeting
+            try:
+                self._handlers.start(link)
+            except LinkClosed as error:
+                context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+            context.send_initial_metadata((_GREETING,))
         try:
-            self._handlers.start(link)
-        except LinkClosed as error:
-            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
-        context.send_initial_metadata((_GREETING,))
-        reader = threading.Thread(
-            target=_read_accepted, args=(stream, messages), name="reads a link", daemon=True
-        )
-        reader.start()
-        yield from stream.outgoing()
-        if stream.reason:
-            context.set_code(grpc.StatusCode.ABORTED)
-            context.set_details(stream.reason)
+            stream.read(messages)
+            stream.end(_closed_there())
+        except grpc.RpcError:
+            stream.end(LinkClosed("the link to the peer was lost"))
 
     def stop(self, grace_s: float = 0.0) -> None:
         refused = self._server.stop(grace_s + _LINGER_S)
         self._handlers.stop(grace_s)
         refused.wait(_LINGER_S)
-
-
-def _read_accepted(stream: _Stream, messages: Iterator[bytes]) -> None:
-    try:
-        stream.read(messages)
-        stream.end(_closed_there())
-    except grpc.RpcError:
-        stream.end(LinkClosed("the link to the peer was lost"))
 
 
 def serve(

@@ -8,8 +8,9 @@ elements fill a stretch of memory without gaps.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,6 +49,17 @@ _NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 _PLAIN_TO_PYTHON: Final = frozenset(
     (torch.float64, torch.float32, torch.int64, torch.int32, torch.int8, torch.uint8)
 )  # types that a memoryview casts to bytes; others take the longer way
+_UNKNOWN_TO_NUMPY: Final = {
+    torch.bfloat16: torch.int16,
+    torch.float8_e4m3fn: torch.int8,
+    torch.float8_e4m3fnuz: torch.int8,
+    torch.float8_e5m2: torch.int8,
+    torch.float8_e5m2fnuz: torch.int8,
+}
+_IN_NUMPY: Final = {
+    dtype: torch.empty(0, dtype=_UNKNOWN_TO_NUMPY.get(dtype, dtype)).numpy().dtype
+    for dtype in DTYPES.values()
+}
 
 
 def dtype_name(x: Tensor) -> str:
@@ -88,7 +100,7 @@ def dense_bytes(name: str, x: Tensor) -> tuple[memoryview, tuple[int, ...]]:
         order = _order_of(x)
     if order is None:
         x, order = x.contiguous(), ()
-    return _memory(x), order
+    return _memory(x, order), order
 
 
 def _order_of(x: Tensor) -> tuple[int, ...] | None:
@@ -109,12 +121,37 @@ def _order_of(x: Tensor) -> tuple[int, ...] | None:
     return None
 
 
-def _memory(x: Tensor) -> memoryview:
+# Both directions go by NumPy: an operation of torch lets other threads run, and a thread that has a
+# small frame in hand then waits for its turn longer than all else takes.
+
+
+def _memory(x: Tensor, order: tuple[int, ...]) -> memoryview:
     if x.numel() == 0:
         return memoryview(b"")
-    if x.dim() != 1:
-        x = x.as_strided((x.numel(),), (1,), x.storage_offset())
+    if x.dtype in _UNKNOWN_TO_NUMPY:
+        x = x.view(_UNKNOWN_TO_NUMPY[x.dtype])
+    array = x.numpy()
+    if order:
+        array = array.transpose(order)
     if x.dtype not in _PLAIN_TO_PYTHON:
-        x = x.view(torch.uint8)
-    data: memoryview = x.numpy().data.cast("B")
+        array = array.reshape(-1).view(np.uint8)
+    data: memoryview = array.data.cast("B")
     return data
+
+
+def tensor_at(
+    payload: np.ndarray[Any, np.dtype[np.uint8]],
+    start: int,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    order: tuple[int, ...],
+) -> Tensor:
+    """Return the tensor whose bytes begin at `start`: a view, as writable as `payload`."""
+    known = _IN_NUMPY[dtype]
+    if order:
+        strides = [n * known.itemsize for n in dense_strides(shape, order)]
+        array = np.ndarray(shape, known, payload, start, strides)
+    else:
+        array = np.ndarray(shape, known, payload, start)
+    x = torch.from_numpy(array)
+    return x.view(dtype) if dtype in _UNKNOWN_TO_NUMPY else x

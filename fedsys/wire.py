@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 
 from fedsys.errors import FrameError
-from fedsys.layout import DTYPES, dense_bytes, dense_strides, dtype_name
+from fedsys.layout import DTYPES, dense_bytes, dense_strides, dtype_name, tensor_at
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -54,6 +54,7 @@ _CRC_AT: Final = _PREAMBLE.size - 4
 _JSON: Final = json.JSONEncoder(separators=(",", ":"))
 _KIND: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _BLOCK: Final = 4096  # bytes that are summed word by word into one; a page
+_FEW_BLOCKS: Final = 4  # up to which summing takes longer than it saves
 _LARGE: Final = 1 << 16  # bytes; copying them takes longer than handing over to another thread
 _MAX_ELEMENTS: Final = 1 << 60  # beyond it, strides would overflow 64 bits
 _MAX_DIMENSIONS: Final = 16
@@ -102,17 +103,17 @@ DEFAULT_LIMITS: Final = Limits()
 def checksum(data: Buffer) -> int:
     """Return 32 bits that differ after any corruption confined to 4096 consecutive bytes.
 
-    Pages of 4096 bytes are added as 512 words of 64 bits each; CRC-32 covers the sums and the
-    rest. This runs at the speed of memory, several times faster than CRC-32 over everything. The
-    certainty is that of CRC-32 (1 in 2^32 is missed). Errors in several pages can cancel out only
-    if they hit the same word of their pages with opposite sums.
+    Of more than four pages of 4096 bytes, the pages are added as 512 words of 64 bits each; CRC-32
+    covers the sums and the rest. This runs at the speed of memory, several times faster than CRC-32
+    over everything. The certainty is that of CRC-32 (1 in 2^32 is missed). Errors in several pages
+    can cancel out only if they hit the same word of their pages with opposite sums.
     """
-    whole = len(data) // _BLOCK * _BLOCK
-    if whole <= _BLOCK:
+    blocks = len(data) // _BLOCK
+    if blocks <= _FEW_BLOCKS:
         return zlib.crc32(data)
-    pages = np.frombuffer(data, dtype=np.uint64, count=whole // 8).reshape(-1, _BLOCK // 8)
+    pages = np.ndarray((blocks, _BLOCK // 8), np.uint64, data)
     sums = np.add.reduce(pages, axis=0)
-    return zlib.crc32(memoryview(data)[whole:], zlib.crc32(sums.tobytes()))
+    return zlib.crc32(memoryview(data)[blocks * _BLOCK :], zlib.crc32(sums))
 
 
 def _padding(nbytes: int) -> int:
@@ -140,7 +141,8 @@ def encode_parts(frame: Frame, limits: Limits = DEFAULT_LIMITS) -> list[Buffer]:
     for name, x in frame.tensors.items():
         _check_name(name)
         data, order = dense_bytes(name, x)
-        _check_size(name, len(data), limits)
+        if len(data) > limits.tensor_bytes:
+            raise FrameError(_over(f"tensor {name!r}", len(data), "tensor_bytes"))
         table.append([name, dtype_name(x), [*x.shape], order, len(data), checksum(data)])
         padding = _padding(len(data))
         size += len(data) + padding
@@ -188,28 +190,25 @@ def kind_of(encoded: Buffer) -> str:
 
 
 class _Declared(NamedTuple):
-    """One checked entry of the table of tensors; no strides if it is contiguous."""
+    """One checked entry of the table of tensors; no order if it is contiguous."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    strides: tuple[int, ...]
+    order: tuple[int, ...]
     nbytes: int
     sum: int
 
     def read(self, payload: np.ndarray[Any, np.dtype[np.uint8]], start: int) -> Tensor:
         if self.nbytes == 0:
-            strides = self.strides or dense_strides(self.shape, range(len(self.shape)))
+            strides = dense_strides(self.shape, self.order or range(len(self.shape)))
             return torch.empty_strided(self.shape, strides, dtype=self.dtype)
-        data = payload[start : start + self.nbytes]
-        if checksum(data.data) != self.sum:
+        data = payload.data[start : start + self.nbytes]
+        if checksum(data) != self.sum:
             raise FrameError(f"tensor {self.name!r}: the checksum of its data does not match")
-        if self.dtype == torch.bool and data.max() > 1:
+        if self.dtype == torch.bool and payload[start : start + self.nbytes].max() > 1:
             raise FrameError(f"tensor {self.name!r}: a boolean must be 0 or 1")
-        flat = torch.frombuffer(data, dtype=self.dtype)
-        if self.strides:
-            return flat.as_strided(self.shape, self.strides)
-        return flat if len(self.shape) == 1 else flat.view(self.shape)
+        return tensor_at(payload, start, self.dtype, self.shape, self.order)
 
 
 class _Header(NamedTuple):
@@ -222,11 +221,6 @@ class _Header(NamedTuple):
 
 def _over(what: str, value: int, limit: str) -> str:
     return f"{what} has {value} bytes: more than the limit; raise Limits.{limit} on both sides"
-
-
-def _check_size(name: str, nbytes: int, limits: Limits) -> None:
-    if nbytes > limits.tensor_bytes:
-        raise FrameError(_over(f"tensor {name!r}", nbytes, "tensor_bytes"))
 
 
 def _check_total(tensors: int, nbytes: int, limits: Limits) -> None:
@@ -244,8 +238,9 @@ def _check_name(name: object) -> None:
 def _naturals(value: object) -> tuple[int, ...]:
     if not isinstance(value, list) or len(value) > _MAX_DIMENSIONS:
         raise FrameError(f"the header declares {str(value)[:80]} where a short list is expected")
-    if not set(map(type, value)) <= {int} or min(value, default=0) < 0:
-        raise FrameError(f"the header declares {str(value)[:80]} where sizes are expected")
+    for n in value:
+        if type(n) is not int or n < 0:
+            raise FrameError(f"the header declares {str(value)[:80]} where sizes are expected")
     return tuple(value)
 
 
@@ -262,13 +257,14 @@ def _declared(entry: object, limits: Limits) -> _Declared:
     shape, order = _naturals(shape_list), _naturals(order_list)
     if order and sorted(order) != list(range(len(shape))):
         raise FrameError(f"tensor {name!r}: order {order} does not fit the shape {shape}")
-    if math.prod(n or 1 for n in shape) > _MAX_ELEMENTS:
+    elements = math.prod(shape)
+    if (elements or math.prod(n or 1 for n in shape)) > _MAX_ELEMENTS:
         raise FrameError(f"tensor {name!r}: shape {shape} is too large to address")
-    if nbytes != math.prod(shape) * dtype.itemsize:
+    if nbytes != elements * dtype.itemsize:
         raise FrameError(f"tensor {name!r}: {nbytes} bytes do not fit {shape} of {dtype_name}")
-    _check_size(name, nbytes, limits)
-    strides = dense_strides(shape, order) if order else ()
-    return _Declared(name, dtype, shape, strides, nbytes, total)
+    if nbytes > limits.tensor_bytes:
+        raise FrameError(_over(f"tensor {name!r}", nbytes, "tensor_bytes"))
+    return _Declared(name, dtype, shape, order, nbytes, total)
 
 
 _NOTHING: Final = np.empty(0, dtype=np.uint8)
