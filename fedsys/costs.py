@@ -25,7 +25,7 @@ from fedsys.layers import LayeredModel
 
 Array = NDArray[np.float64]
 
-FRAME_BYTES: Final = 384
+FRAME_BYTES: Final = 256
 """Bytes of a frame of a session beside its tensors: prefix, header and checksums."""
 
 LABEL_BYTES: Final = 8

@@ -8,7 +8,7 @@ elements fill a stretch of memory without gaps.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -46,9 +46,6 @@ DTYPES: Final[Mapping[str, torch.dtype]] = {
 which torch itself calls experimental."""
 
 _NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
-_PLAIN_TO_PYTHON: Final = frozenset(
-    (torch.float64, torch.float32, torch.int64, torch.int32, torch.int8, torch.uint8)
-)  # types that a memoryview casts to bytes; others take the longer way
 _UNKNOWN_TO_NUMPY: Final = {
     torch.bfloat16: torch.int16,
     torch.float8_e4m3fn: torch.int8,
@@ -60,11 +57,27 @@ _IN_NUMPY: Final = {
     dtype: torch.empty(0, dtype=_UNKNOWN_TO_NUMPY.get(dtype, dtype)).numpy().dtype
     for dtype in DTYPES.values()
 }
+_BY_FORMAT: Final = {
+    torch.empty(1, dtype=dtype).numpy().data.format: _NAMES[dtype]
+    for dtype in (torch.float64, torch.float32, torch.int64, torch.int32, torch.int8, torch.uint8)
+}
+"""Types that a memoryview casts to bytes; others take the longer way."""
 
 
-def dtype_name(x: Tensor) -> str:
-    """Return the key of `DTYPES` for a tensor that `dense_bytes` accepts."""
-    return _NAMES[x.dtype]
+class Dense(NamedTuple):
+    """The memory of a tensor, and what it takes to make the tensor of it again.
+
+    Attributes:
+        data: Its bytes.
+        dtype: Key of `DTYPES`.
+        shape: Its shape.
+        order: Order of its dimensions in memory.
+    """
+
+    data: memoryview
+    dtype: str
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
 
 
 def dense_strides(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
@@ -76,7 +89,11 @@ def dense_strides(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...]
     return tuple(strides)
 
 
-def dense_bytes(name: str, x: Tensor) -> tuple[memoryview, tuple[int, ...]]:
+# Both directions go by NumPy and memoryviews: on a thread that was just woken, the first call of
+# anything costs ten times what it costs in a loop, and torch is much to call.
+
+
+def dense_bytes(name: str, x: Tensor) -> Dense:
     """Return the memory of a tensor as bytes, and its order of dimensions.
 
     No copy is made of a dense tensor of the CPU: the bytes change with it. Other tensors are
@@ -85,22 +102,28 @@ def dense_bytes(name: str, x: Tensor) -> tuple[memoryview, tuple[int, ...]]:
     Raises:
         FrameError: The tensor is sparse, quantised, without data, or of a type not in `DTYPES`.
     """
+    try:
+        data = x.numpy().data
+    except (TypeError, RuntimeError):  # not on the CPU, with a gradient, of another type or layout
+        return _made_dense(name, x)
+    dtype, shape = _BY_FORMAT.get(data.format), data.shape or ()
+    if dtype is None or not data.c_contiguous or 1 in shape or 0 in shape:
+        return _made_dense(name, x)
+    return Dense(data.cast("B"), dtype, shape, ())
+
+
+def _made_dense(name: str, x: Tensor) -> Dense:
     if x.layout != torch.strided or x.dtype not in _NAMES or x.is_meta:
         what = "meta" if x.is_meta else f"{x.layout}, {x.dtype}".replace("torch.", "")
         raise FrameError(f"tensor {name!r} ({what}): must be dense, of a plain type, with data")
-    if x.requires_grad:
-        x = x.detach()
-    if not x.is_cpu:
-        x = x.cpu()
-    if x.is_conj() or x.is_neg():
-        x = x.resolve_conj().resolve_neg()
+    x = x.detach().cpu().resolve_conj().resolve_neg()
     order = _order_of(x)
     if order is None:
         x = x.clone(memory_format=torch.preserve_format)
         order = _order_of(x)
     if order is None:
-        x, order = x.contiguous(), ()
-    return _memory(x, order), order
+        x = x.contiguous()
+    return Dense(_memory(x, order or ()), _NAMES[x.dtype], tuple(x.shape), order or ())
 
 
 def _order_of(x: Tensor) -> tuple[int, ...] | None:
@@ -121,21 +144,13 @@ def _order_of(x: Tensor) -> tuple[int, ...] | None:
     return None
 
 
-# Both directions go by NumPy: an operation of torch lets other threads run, and a thread that has a
-# small frame in hand then waits for its turn longer than all else takes.
-
-
 def _memory(x: Tensor, order: tuple[int, ...]) -> memoryview:
     if x.numel() == 0:
         return memoryview(b"")
-    if x.dtype in _UNKNOWN_TO_NUMPY:
-        x = x.view(_UNKNOWN_TO_NUMPY[x.dtype])
-    array = x.numpy()
+    array = x.view(_UNKNOWN_TO_NUMPY.get(x.dtype, x.dtype)).numpy()
     if order:
         array = array.transpose(order)
-    if x.dtype not in _PLAIN_TO_PYTHON:
-        array = array.reshape(-1).view(np.uint8)
-    data: memoryview = array.data.cast("B")
+    data: memoryview = array.reshape(-1).view(np.uint8).data
     return data
 
 

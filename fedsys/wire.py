@@ -9,7 +9,7 @@
     8       4      H, length of the header
     12      8      P, length of the payload
     20      4      CRC-32 of the 20 bytes before and of the header
-    24      H      header: JSON in UTF-8, padded with spaces so that 24 + H is a multiple of 64
+    24      H      header: MessagePack
     24 + H  P      payload: the tensors in the order of the header, each padded to 64 bytes
 
 The header is ``{"kind": …, "meta": {…}, "tensors": [[name, dtype, shape, order, bytes, sum], …]}``.
@@ -26,7 +26,7 @@ lie in one block of memory, which lives as long as any of them.
 
 from __future__ import annotations
 
-import json
+import ctypes
 import math
 import re
 import struct
@@ -36,12 +36,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, TypeAlias
 
+import msgpack
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedsys.errors import FrameError
-from fedsys.layout import DTYPES, dense_bytes, dense_strides, dtype_name, tensor_at
+from fedsys.layout import DTYPES, dense_bytes, dense_strides, tensor_at
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -51,7 +52,8 @@ ALIGNMENT: Final = 64
 
 _PREAMBLE: Final = struct.Struct("<4sHHIQI")
 _CRC_AT: Final = _PREAMBLE.size - 4
-_JSON: Final = json.JSONEncoder(separators=(",", ":"))
+_ZEROS: Final = bytes(ALIGNMENT)
+_SCALARS: Final = frozenset((str, int, float, bool, type(None)))
 _KIND: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _BLOCK: Final = 4096  # bytes that are summed word by word into one; a page
 _FEW_BLOCKS: Final = 4  # up to which summing takes longer than it saves
@@ -66,8 +68,9 @@ class Frame:
 
     Attributes:
         kind: What the message is, 1 to 64 of ``A-Z a-z 0-9 _ . -``.
-        meta: Values that JSON knows (numbers, strings, booleans, None, lists, mappings with
-            string keys). Tuples arrive as lists; NaN and infinities arrive as they are.
+        meta: Plain values (numbers, strings, booleans, None, lists, mappings with string keys).
+            Tuples arrive as lists; NaN and infinities arrive as they are. Integers have at most
+            64 bits.
         tensors: Dense tensors. They arrive on the CPU, detached, in the order given.
         encoded_bytes: Bytes on the wire of a frame that was received; 0 before.
         arrived_s: Seconds of `time.monotonic` at which it was there; 0 before.
@@ -116,10 +119,6 @@ def checksum(data: Buffer) -> int:
     return zlib.crc32(memoryview(data)[blocks * _BLOCK :], zlib.crc32(sums))
 
 
-def _padding(nbytes: int) -> int:
-    return -nbytes % ALIGNMENT
-
-
 # --------------------------------------------------------------------------------------------------
 # Encoding
 
@@ -135,38 +134,54 @@ def encode_parts(frame: Frame, limits: Limits = DEFAULT_LIMITS) -> list[Buffer]:
     """
     if not isinstance(frame.kind, str) or not _KIND.fullmatch(frame.kind):
         raise FrameError(f"kind={frame.kind!r}: must be 1 to 64 of A-Z a-z 0-9 _ . -")
-    table: list[list[object]] = []
-    payload: list[Buffer] = []
+    table: list[tuple[object, ...]] = []
+    parts: list[Buffer] = [b""]
     size = 0
     for name, x in frame.tensors.items():
         _check_name(name)
-        data, order = dense_bytes(name, x)
-        if len(data) > limits.tensor_bytes:
-            raise FrameError(_over(f"tensor {name!r}", len(data), "tensor_bytes"))
-        table.append([name, dtype_name(x), [*x.shape], order, len(data), checksum(data)])
-        padding = _padding(len(data))
-        size += len(data) + padding
-        if len(data):
-            payload.append(data)
+        data, dtype, shape, order = dense_bytes(name, x)
+        nbytes = len(data)
+        if nbytes > limits.tensor_bytes:
+            raise FrameError(_over(f"tensor {name!r}", nbytes, "tensor_bytes"))
+        table.append((name, dtype, shape, order, nbytes, checksum(data)))
+        padding = -nbytes % ALIGNMENT
+        size += nbytes + padding
+        if nbytes:
+            parts.append(data)
         if padding:
-            payload.append(bytes(padding))
+            parts.append(_ZEROS[:padding])
     _check_total(len(table), size, limits)
-    return [_head(frame, table, size, limits), *payload]
+    parts[0] = _head(frame, table, size, limits)
+    return parts
 
 
-def _head(frame: Frame, table: list[list[object]], size: int, limits: Limits) -> bytes:
-    if not set(map(type, frame.meta)) <= {str}:
-        raise FrameError(f"frame {frame.kind!r}: the keys of meta must be strings")
-    fields = {"kind": frame.kind, "meta": dict(frame.meta), "tensors": table}
+def _head(frame: Frame, table: list[tuple[object, ...]], size: int, limits: Limits) -> bytes:
+    meta = frame.meta
     try:
-        header = _JSON.encode(fields).encode()
-    except (TypeError, ValueError, RecursionError) as error:
-        raise FrameError(f"meta of frame {frame.kind!r} is not plain JSON: {error}") from error
-    header += b" " * _padding(_PREAMBLE.size + len(header))
+        _check_plain(meta)
+        header: bytes = msgpack.packb({"kind": frame.kind, "meta": {**meta}, "tensors": table})
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise FrameError(f"meta of frame {frame.kind!r} is not plain: {error}") from error
     if len(header) > limits.header_bytes:
         raise FrameError(_over("header of frame " + repr(frame.kind), len(header), "header_bytes"))
     stated = _PREAMBLE.pack(MAGIC, VERSION, 0, len(header), size, 0)[:_CRC_AT]
     return stated + zlib.crc32(header, zlib.crc32(stated)).to_bytes(4, "little") + header
+
+
+def _check_plain(value: object) -> None:
+    """Raise TypeError unless `value` is of the types that a header may carry."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if type(key) is not str:
+                raise TypeError(f"the key {str(key)[:40]!r} must be a string")
+            if type(inner) not in _SCALARS:
+                _check_plain(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            if type(inner) not in _SCALARS:
+                _check_plain(inner)
+    elif type(value) not in _SCALARS:
+        raise TypeError(f"a {type(value).__name__} is not a plain value")
 
 
 def encode(frame: Frame, limits: Limits = DEFAULT_LIMITS) -> bytes:
@@ -182,7 +197,7 @@ def kind_of(encoded: Buffer) -> str:
     """Return the kind of a frame from bytes that `encode` or `encode_parts` begins with."""
     header_bytes = _PREAMBLE.unpack_from(encoded)[3]
     header = memoryview(encoded)[_PREAMBLE.size : _PREAMBLE.size + header_bytes]
-    return str(json.loads(bytes(header))["kind"])
+    return str(msgpack.unpackb(header)["kind"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -353,21 +368,24 @@ class Assembler:
         if stated != zlib.crc32(raw, zlib.crc32(data[:_CRC_AT])):
             raise FrameError("the checksum of the header does not match")
         try:
-            header = json.loads(raw.decode())
+            header = msgpack.unpackb(raw)
             kind, meta, table = header["kind"], header["meta"], header["tensors"]
-        except (ValueError, RecursionError) as error:
-            raise FrameError(f"the header is not JSON: {error}") from error
+            _check_plain(meta)
         except (TypeError, KeyError) as error:
-            raise FrameError("the header lacks kind, meta or tensors") from error
+            raise FrameError(f"the header lacks kind, meta or tensors: {error}") from error
+        except (ValueError, RecursionError, msgpack.UnpackException) as error:
+            raise FrameError(f"the header is not MessagePack: {error}") from error
         if not isinstance(meta, dict) or not isinstance(table, list):
             raise FrameError("the header lacks kind, meta or tensors")
         if not isinstance(kind, str) or not _KIND.fullmatch(kind):
             raise FrameError(f"kind={str(kind)[:80]!r}: must be 1 to 64 of A-Z a-z 0-9 _ . -")
         _check_total(len(table), self._payload_bytes, self._limits)
         tensors = [_declared(entry, self._limits) for entry in table]
-        if len({entry.name for entry in tensors}) != len(table):
+        if len(table) > 1 and len({entry.name for entry in tensors}) != len(table):
             raise FrameError("the header declares two tensors of one name")
-        declared = sum(entry.nbytes + _padding(entry.nbytes) for entry in tensors)
+        declared = 0
+        for entry in tensors:
+            declared += entry.nbytes + -entry.nbytes % ALIGNMENT
         if declared != self._payload_bytes:
             raise FrameError(
                 f"the header declares tensors of {declared} bytes in a payload of "
@@ -379,7 +397,7 @@ class Assembler:
         tensors, start = {}, 0
         for entry in declared.tensors:
             tensors[entry.name] = entry.read(self._payload, start)
-            start += entry.nbytes + _padding(entry.nbytes)
+            start += entry.nbytes + -entry.nbytes % ALIGNMENT
         now = time.monotonic()
         return Frame(declared.kind, declared.meta, tensors, self.expected_bytes, now)
 
@@ -391,7 +409,7 @@ def _aligned(nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     sent costs nothing.
     """
     block = np.empty(nbytes + ALIGNMENT, dtype=np.uint8)
-    start = _padding(block.__array_interface__["data"][0])
+    start = -ctypes.addressof(ctypes.c_char.from_buffer(block.data)) % ALIGNMENT
     return block[start : start + nbytes]
 
 
