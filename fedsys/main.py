@@ -39,6 +39,8 @@ class Command:
         help: One line for the list of commands.
         names: What may stand behind the verb, for instance the benchmarks; empty for nothing.
         paths: Word for the folders that stand behind the verb instead; empty for none.
+        group: File of the group of its name that holds its options; empty for none.
+        aliases: Keys of the command line that are short for others.
     """
 
     module: str
@@ -46,6 +48,8 @@ class Command:
     help: str
     names: Mapping[str, str] = field(default_factory=dict)
     paths: str = ""
+    group: str = ""
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
 
 COMMANDS: dict[str, Command] = {
@@ -67,6 +71,13 @@ COMMANDS: dict[str, Command] = {
             "memory": "memory over rounds with many virtual clients",
             "link": "links against bare gRPC, and the share of a shaped rate in use",
         },
+    ),
+    "prune": Command(
+        "fedsys.prune",
+        "job",
+        "make a portfolio of small dense variants of a model",
+        group="portfolio",
+        aliases={"run": "prune.run"},
     ),
     "report": Command(
         "fedsys.report",
@@ -184,6 +195,8 @@ class Invocation:
         """Turn the name behind a verb (``bench training``) into the choice of a group's file."""
         if self.command.paths:
             return self._with_paths(arguments)
+        if self.command.group:
+            return [f"+{self.verb}={self.command.group}", *map(self._unaliased, arguments)]
         names = self.command.names
         given = [a for a in arguments if "=" not in a and not a.startswith(("-", "~"))]
         if not names or (not given and {"-h", "--help"} & set(arguments)):
@@ -196,6 +209,11 @@ class Invocation:
                 f"for instance fedsys {self.verb} {next(iter(names))}"
             )
         return [a for a in arguments if a != given[0]] + [f"+{self.verb}={given[0]}"]
+
+    def _unaliased(self, argument: str) -> str:
+        key, equals, value = argument.partition("=")
+        full = self.command.aliases.get(key) if equals else None
+        return f"{full}='{value}'" if full and "=" in value else f"{full or key}{equals}{value}"
 
     def _with_paths(self, arguments: list[str]) -> list[str]:
         """Turn the folders behind a verb (``report RUN RUN``) into a list of its group."""

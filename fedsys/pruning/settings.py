@@ -61,7 +61,7 @@ class PruningConfig:
     """
 
     method: str = "none"
-    sparsity: float | tuple[float, ...] = 0.9
+    sparsity: tuple[float, ...] | float = 0.9  # what is no number is built as a list
     scope: str = "global"
     leave: tuple[str, ...] | None = None
     keep_channels: int = 0

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,6 +90,7 @@ def shrink(
     coupling: Coupling = Coupling.GROUP,
     round_to: int = 1,
     verify: bool = True,
+    announce: Callable[[Plan], None] | None = None,
 ) -> Shrunk:
     """Convert a masked model to a plain dense one with equal outputs in evaluation.
 
@@ -103,6 +104,7 @@ def shrink(
         round_to: Keep a multiple of this many channels, where a layer has that many: some
             processors are faster then. The channels added compute zero.
         verify: Compare outputs of both models on random and extreme inputs.
+        announce: Is told what will be removed, before it is.
 
     Returns:
         The model in evaluation mode on the CPU, with the type of the model given.
@@ -117,6 +119,8 @@ def shrink(
     dtype = next((p.dtype for p in masked.parameters()), torch.float32)
     inputs = probes(example)
     plan = make_plan(masked, inputs, borders=borders, coupling=coupling, round_to=round_to)
+    if announce is not None:
+        announce(plan)
     small = plan.apply()
     exact = _run(small, inputs.double()) if verify else plan.reading.output
     small.to(dtype)

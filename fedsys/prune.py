@@ -1,0 +1,273 @@
+"""``fedsys prune``: from one model to a portfolio of small dense variants.
+
+With ``run=RUN`` the model is that of a finished run of ``fedsys train``, with its data; a run that
+was pruned while it trained brings its masks, and one that rewound brings a model for each level.
+Without it the model is the untrained one of the configuration: nothing is learned from its
+accuracy, everything from what the conversion makes of its masks.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fedsys import config as configuration
+from fedsys import federation, training
+from fedsys.config import Config
+from fedsys.data import Dataset
+from fedsys.errors import ConfigError, ModelError, RunError
+from fedsys.pruning.making import Level, Made, levels, make
+from fedsys.pruning.masks import Masks
+from fedsys.pruning.pictures import draw_all
+from fedsys.pruning.portfolio import Variant
+from fedsys.run import RunFolder, default_path
+
+MODEL = "model.safetensors"
+MASKS = "masks.safetensors"
+LEVELS = "levels"
+_FROM_RUN = ("model", "strategy", "policy", "num_clients", "rounds")
+"""Keys that a run has settled already."""
+
+
+def job(tree: Any) -> Mapping[str, Any]:
+    """Make the portfolio that the composed configuration describes, in a new run folder.
+
+    Args:
+        tree: The composed configuration (a DictConfig).
+
+    Returns:
+        ``variants``: figures of those that stay, ``refused``: reasons by name, ``seconds`` by part
+        of the work, ``portfolio``: its folder, and ``run_dir``.
+
+    Raises:
+        FedsysError: The configuration is not usable, or no portfolio can be made.
+    """
+    began = time.perf_counter()
+    run = Path(str(tree.prune.run)).absolute() if tree.prune.run else None
+    values = _of_run(tree, run) if run else configuration.plain(tree)
+    configuration.parse(configuration.to_text(values))  # said before a folder is made
+    path = Path(tree.run.dir or default_path(Path("outputs"), "prune")).absolute()
+    config = configuration.parse(configuration.to_text({**values, "run": {"dir": str(path)}}))
+    with RunFolder.create(path) as folder:
+        folder.log_config(config.text)
+        made = _make(config, run, path / "portfolio")
+        draw_all(made.measured, made.portfolio, path / "plots")
+        seconds = {part: round(value, 3) for part, value in made.seconds.items()}
+        result = {
+            "variants": [_figures(v, made.portfolio.parent) for v in made.portfolio.variants],
+            "refused": dict(made.refused),
+            "seconds": {**seconds, "total": round(time.perf_counter() - began, 3)},
+            "portfolio": str(made.portfolio.folder),
+            "run_dir": str(path),
+        }
+        folder.finish(result)
+    show(made)
+    return result
+
+
+def _make(config: Config, run: Path | None, folder: Path) -> Made:
+    training.set_threads(config.client.threads)
+    dataset = federation.federation(config).dataset
+    model = federation.build_model(config, dataset, initial=run is None)
+    if run is None:
+        source = f"an untrained model, seed {config.seed}"
+        return make(
+            model,
+            levels(model, config, dataset),
+            config,
+            dataset,
+            folder,
+            source=source,
+            say=_say,
+        )
+    parent, masked = of_run(run, model, config, dataset)
+    return make(parent, masked, config, dataset, folder, source=f"run {run.name}", say=_say)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _figures(variant: Variant, parent: Variant) -> dict[str, Any]:
+    return {
+        "name": variant.name,
+        "accuracy": variant.accuracy,
+        "test_accuracy": variant.test_accuracy,
+        "params": variant.params,
+        "parent_params": parent.params,
+        "macs": variant.macs,
+        "bytes": variant.bytes,
+        "peak_bytes": variant.peak_bytes,
+        "precision": variant.precision,
+        "sparsity": variant.sparsity,
+        "p50_ms": variant.p50_ms,
+        "p95_ms": variant.p95_ms,
+        "max_abs_diff": variant.max_abs_diff,
+        "max_abs_output": variant.max_abs_output,
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# What a run left behind
+
+
+def _of_run(tree: Any, run: Path) -> dict[str, Any]:
+    """Return the configuration of the run, with the groups of the command line that prune it.
+
+    Raises:
+        ConfigError: The folder is not that of a finished ``fedsys train``, or the command line
+            names what the run has settled.
+    """
+    asked, given = configuration.plain(tree), configuration.given_keys()
+    for key in given:
+        if key.partition(".")[0] in _FROM_RUN:
+            rule = f"must not be given with run={run}, which settles it"
+            raise ConfigError.of(key, _at(asked, key), rule, "leave it out")
+    own = run_config(run)
+    groups = ("prune", "pruning", "json", "run")
+    values = {**own, **{key: asked[key] for key in groups}, "resume": None}
+    for key in given:
+        group, *rest = key.split(".")
+        if group in ("data", "client") and rest and isinstance(values.get(group), dict):
+            inner = values[group]
+            for part in rest[:-1]:
+                inner = inner.setdefault(part, {})
+            inner[rest[-1]] = _at(asked, key)
+        elif group == "data":
+            values["data"] = asked["data"]
+    return values
+
+
+def _at(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def run_config(run: Path) -> dict[str, Any]:
+    """Return the configuration that the model of a finished run belongs to.
+
+    Raises:
+        ConfigError: The folder does not exist, or is not that of a finished ``fedsys train``.
+    """
+    rule = "must be the folder of a finished fedsys train"
+    try:
+        info = RunFolder.open(run).info
+    except RunError as error:
+        raise ConfigError.of("run", run, rule, str(error)) from error
+    if not (run / MODEL).is_file():
+        status = info["status"]
+        missing = f"this run is {status}" if status != "finished" else f"this one has no {MODEL}"
+        raise ConfigError.of("run", run, rule, missing)
+    try:
+        with safe_open(run / MODEL, framework="pt") as file:
+            own = yaml.safe_load((file.metadata() or {})["config"])
+    except (OSError, SafetensorError, KeyError, yaml.YAMLError) as error:
+        raise ModelError(
+            f"{run / MODEL} is damaged or not of fedsys train: {error!r}; train again"
+        ) from error
+    if not isinstance(own, dict):
+        raise ModelError(f"{run / MODEL} is damaged: it has no configuration; train again")
+    return own
+
+
+def of_run(
+    run: Path, model: nn.Module, config: Config, dataset: Dataset
+) -> tuple[nn.Module, Iterator[Level]]:
+    """Return the parent and the levels of a run: its own masks if it has some, else new ones.
+
+    Args:
+        run: Folder of the run.
+        model: Of its architecture; gets its weights.
+        config: ``pruning`` says what is pruned beyond what the run has pruned.
+        dataset: Its data.
+
+    Raises:
+        ModelError: A file is damaged, or does not fit the model.
+    """
+    fill(model, run / MODEL)
+    trained = sorted((run / LEVELS).glob("level-*.masks.safetensors"))
+    if trained:
+        parent = _like(model, trained[0].with_name(trained[0].name.replace(".masks", "")))
+        return parent, _trained_levels(model, trained)
+    if (run / MASKS).is_file():
+        masks = Masks.load(run / MASKS)
+        sparsity = 100 * masks.figures().sparsity
+        made = f"{sparsity:.4g} % of the weights pruned in training"
+        return model, iter([Level(f"trained-{sparsity:.4g}", model, masks, made)])
+    return model, levels(model, config, dataset)
+
+
+def _trained_levels(model: nn.Module, files: list[Path]) -> Iterator[Level]:
+    for file in files:
+        masks = Masks.load(file)
+        sparsity = masks.figures().sparsity
+        if sparsity > 0.0:
+            trained = _like(model, file.with_name(file.name.replace(".masks", "")))
+            name = f"level-{100 * sparsity:.4g}"
+            made = f"{100 * sparsity:.4g} % of the weights pruned, rewound and trained again"
+            yield Level(name, trained, masks, made)
+
+
+def _like(model: nn.Module, file: Path) -> nn.Module:
+    return fill(copy.deepcopy(model), file)
+
+
+def fill(model: nn.Module, file: Path) -> nn.Module:
+    """Give `model` the state in a file, and return it.
+
+    Raises:
+        ModelError: The file cannot be read, is damaged, or is of another model.
+    """
+    try:
+        state: dict[str, Tensor] = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{file} cannot be read or is damaged: {error}") from error
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ModelError(f"{file} does not fit the model: {error}") from error
+    return model
+
+
+# --------------------------------------------------------------------------------------------------
+# What a person sees
+
+
+def show(made: Made) -> None:
+    """Print the portfolio as a table, and what was refused, to standard error."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+    console.width = max(console.width, 120)  # in a file, too, no column is cut
+    parent = made.portfolio.parent
+    columns = ("variant", "val", "test", "parameters", "of parent", "MB", "p50 ms", "p95 ms")
+    table = Table(*columns, "speed", "peak MB", box=None)
+    for v in made.portfolio.variants:
+        test = "" if v.test_accuracy is None else f"{v.test_accuracy:.2%}"
+        table.add_row(
+            v.name,
+            f"{v.accuracy:.2%}",
+            test,
+            f"{v.params:,}",
+            f"1/{parent.params / v.params:.3g}",
+            f"{v.bytes / 1e6:.3g}",
+            f"{v.p50_ms:.3g}",
+            f"{v.p95_ms:.3g}",
+            f"{parent.p50_ms / v.p50_ms:.3g} x",
+            f"{v.peak_bytes / 1e6:.3g}",
+        )
+    console.print(table)
+    for name, reason in made.refused.items():
+        console.print(f"refused {name}: {reason}", markup=False)
+    console.print(f"portfolio {made.portfolio.folder}", markup=False)

@@ -1,0 +1,374 @@
+"""`fedsys prune`: from a run, or from an untrained model, to a portfolio."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fedsys import federation
+from fedsys.main import main
+from fedsys.prune import fill
+from fedsys.pruning.making import Level, levels, refined
+from fedsys.pruning.masks import Masks
+from fedsys.pruning.measuring import front, in_turns, latencies, peak_bytes
+from fedsys.pruning.portfolio import MANIFEST, PARENT, Latency, Portfolio, Variant, run
+
+FAST = ("prune.batch_sizes=[1,4]", "prune.threads=[1]", "prune.memory=false", "json=true")
+
+
+class Untraceable(nn.Module):
+    """A model whose path depends on the values of its input."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(3 * 32 * 32, num_classes)
+        self.other = nn.Linear(num_classes, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:
+            x = x + 1
+        result: Tensor = self.other(self.head(x.flatten(1)))
+        return result
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        status = main(arguments)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "trained"
+    before = signal.getsignal(signal.SIGTERM)
+    options = ("num_clients=2", "rounds=3", "client.lr=0.05", "run.plots=false")
+    assert main(["train", *options, f"run.dir={folder}"]) == 0
+    signal.signal(signal.SIGTERM, before)
+    return folder
+
+
+# --------------------------------------------------------------------------------------------------
+# The command
+
+
+def test_a_run_becomes_a_portfolio_of_its_model(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("pruning.sparsity=[0.5,0.8,0.9]", "prune.memory=true", f"run.dir={tmp_path / 'a'}")
+    status, out, err = call(capsys, "prune", f"run={trained}", *FAST, *options)
+    assert status == 0, err
+    result = json.loads(out.splitlines()[-1])
+    portfolio = Portfolio.load(Path(result["portfolio"]))
+    wanted = {"name", "accuracy", "params", "parent_params", "bytes", "p50_ms", "p95_ms"}
+    assert all(row.keys() >= wanted for row in result["variants"])
+    assert [row["name"] for row in result["variants"]] == [v.name for v in portfolio.variants]
+    for row in result["variants"]:
+        assert row["max_abs_diff"] <= 1e-5 * max(1.0, row["max_abs_output"])
+        assert row["params"] <= row["parent_params"]
+        assert row["p50_ms"] <= portfolio.parent.p50_ms
+    assert all(v.peak_bytes > 0 for v in portfolio.variants)
+    info = json.loads((trained / "run.json").read_text())["result"]
+    assert portfolio.parent.accuracy == pytest.approx(info["val_accuracy"])
+    assert portfolio.parent.test_accuracy == pytest.approx(info["accuracy"])
+    assert portfolio.parent.params == 38_330
+    named = {v.name for v in portfolio.variants} | set(result["refused"])
+    assert named == {PARENT, *(f"group_norm-{s}" for s in (50, 80, 90))}
+    pictures = {path.name for path in (tmp_path / "a" / "plots").iterdir()}
+    assert pictures == {"accuracy_by_size.png", "accuracy_by_latency.png", "channels.png"}
+    # what goes is said before it is done
+    plan = err.index("channels go, in ")
+    assert plan < err.index("parameters in ") < err.index("measuring ")
+
+
+def test_masks_that_a_run_trained_with_are_those_of_its_variant(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "masked"
+    shutil.copytree(trained, folder)
+    weights = load_file(folder / "model.safetensors")
+    masks = {n: torch.rand(w.shape) < 0.5 for n, w in weights.items() if w.dim() == 4}
+    first = next(iter(masks))
+    masks[first][2:] = False  # two channels of the first layer are left
+    Masks(masks).save(folder / "masks.safetensors")
+    status, out, err = call(capsys, "prune", f"run={folder}", *FAST, f"run.dir={tmp_path / 'a'}")
+    assert status == 0, err
+    result = json.loads(out.splitlines()[-1])
+    names = [row["name"] for row in result["variants"] if row["name"] != PARENT]
+    assert all(name.startswith("trained-") for name in [*names, *result["refused"]])
+    assert f"{first.removesuffix('.weight')}: " in err and "-> 2 (" in err
+
+
+def test_every_level_of_a_run_that_rewound_is_a_variant_of_its_own(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "levels"
+    shutil.copytree(trained, folder)
+    (folder / "levels").mkdir()
+    weights = load_file(folder / "model.safetensors")
+    convolutions = {n: w for n, w in weights.items() if w.dim() == 4}
+    for level in range(3):
+        stem = folder / "levels" / f"level-{level:02d}"
+        halves = [len(w) // 2**level for w in convolutions.values()]
+        kept = {n: torch.ones_like(w, dtype=torch.bool) for n, w in convolutions.items()}
+        for (_, mask), half in zip(kept.items(), halves, strict=True):
+            mask[half:] = False
+        Masks(kept).save(stem.with_suffix(".masks.safetensors"))
+        save_file({n: w * (1 + level) for n, w in weights.items()}, f"{stem}.safetensors")
+    status, out, err = call(capsys, "prune", f"run={folder}", *FAST, f"run.dir={tmp_path / 'a'}")
+    assert status == 0, err
+    result = json.loads(out.splitlines()[-1])
+    named = {row["name"] for row in result["variants"]} | set(result["refused"])
+    assert len(named) == 3 and sum(name.startswith("level-") for name in named) == 2
+
+
+def test_an_untrained_model_needs_no_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("model=vgg5", "pruning=magnitude", "pruning.sparsity=0.97", "data.examples=200")
+    status, out, err = call(capsys, "prune", *options, *FAST, f"run.dir={tmp_path / 'a'}")
+    assert status == 0, err
+    result = json.loads(out.splitlines()[-1])
+    small = next(row for row in result["variants"] if row["name"] == "magnitude-97")
+    assert small["parent_params"] == 582_346
+    assert small["params"] < small["parent_params"]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 2) -> str:
+    ended, out, err = call(capsys, "prune", *FAST, *arguments)
+    assert ended == status, err
+    assert out == "" and "Traceback" not in err
+    last = err.splitlines()[-1]
+    assert last.startswith("fedsys: ")
+    return last.removeprefix("fedsys: ")
+
+
+def test_folders_that_hold_no_trained_model_are_refused(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "does not exist" in refused(capsys, f"run={tmp_path / 'nothing'}")
+    assert "holds no run.json" in refused(capsys, f"run={tmp_path}")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "run.json").write_text(json.dumps({"status": "finished"}))
+    assert "this one has no model.safetensors" in refused(capsys, f"run={other}")
+    (other / "run.json").write_text(json.dumps({"status": "failed"}))
+    assert "this run is failed" in refused(capsys, f"run={other}")
+    shutil.copy(trained / "run.json", other)
+    (other / "model.safetensors").write_bytes(b"\0" * 100)
+    assert "is damaged or not of fedsys train" in refused(capsys, f"run={other}", status=1)
+    assert not list(tmp_path.rglob(MANIFEST))
+
+
+def test_what_a_run_has_settled_cannot_be_given(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refused(capsys, f"run={trained}", "model=vgg5")
+    assert "must not be given with run=" in said
+
+
+def test_masks_that_kill_a_layer_are_refused_by_its_name(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = (f"run={trained}", "pruning=random", "pruning.sparsity=0.9999", "pruning.leave=[]")
+    said = refused(capsys, *options, f"run.dir={tmp_path / 'a'}", status=1)
+    assert "would leave none" in said and "lower pruning.sparsity" in said
+
+
+def test_a_model_that_does_not_trace_and_an_objective_that_nothing_meets_are_refused(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ("model=torchvision", "model._target_=tests.test_prune.Untraceable")
+    model = (*model, "~model.name", "data.examples=200", f"run.dir={tmp_path / 'a'}")
+    assert "cannot be traced" in refused(capsys, *model, status=1)
+    options = (f"run={trained}", "pruning=magnitude", "pruning.sparsity=0.98")
+    options = (*options, "prune.max_drop=0.0", "prune.recalibrate=0", f"run.dir={tmp_path / 'b'}")
+    said = refused(capsys, *options, status=1)
+    assert "no variant meets prune.max_drop=0" in said and "prune.fine_tune=1" in said
+    assert not list(tmp_path.rglob(MANIFEST))
+
+
+@pytest.mark.parametrize(
+    "option, rule",
+    [
+        ("pruning.sparsity=[0.9,0.5]", "in ascending order"),
+        ("pruning.sparsity=1.0", "must be in [0, 1)"),
+        ("prune.precisions=[int4]", "must be a list of bfloat16, float16, int8"),
+        ("prune.runs=3", "must be at least 30"),
+        ("prune.round_too=3", "round_too"),
+        ("pruning=lottery", "no such choice"),
+    ],
+)
+def test_options_that_are_wrong_are_named(
+    option: str, rule: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert rule in refused(capsys, option)
+
+
+# --------------------------------------------------------------------------------------------------
+# Levels
+
+
+def test_statistics_are_taken_anew_on_the_masked_model(configure: Any) -> None:
+    config = configure(
+        *("model=vgg5", "data=synthetic_32x32", "data.examples=300", "pruning=magnitude"),
+        *("pruning.sparsity=[0.5]", "+prune.recalibrate=100"),
+    )
+    dataset = federation.federation(config).dataset
+    model = federation.build_model(config, dataset)
+    (level,) = levels(model, config, dataset)
+    assert list(level.masks) == [
+        n for n, p in model.named_parameters() if p.dim() > 1 and n != "fc2.linear.weight"
+    ]
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    new = refined(level, config, dataset)
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+    assert new.made.endswith("BatchNorm re-calibrated")
+    # the golden value: mean and variance of what the first layer computes on these images
+    from fedsys.data import eval_batches
+    from fedsys.pruning.making import first
+
+    ((x, _),) = eval_batches(first(dataset.train, 100), dataset, 1000)
+    seen: list[Tensor] = []
+    conv = new.model.get_submodule("conv1.conv")
+    conv.register_forward_hook(lambda _, __, out: seen.append(out.detach()))
+    run(new.model, x)
+    norm = new.model.get_submodule("conv1.norm")
+    assert isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None
+    assert norm.momentum == 0.1 and not norm.training
+    torch.testing.assert_close(norm.running_mean, seen[0].mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+
+
+def test_training_under_the_mask_leaves_pruned_weights_at_zero(configure: Any) -> None:
+    config = configure("data.max_examples=100", "+prune.fine_tune=1")
+    dataset = federation.federation(config).dataset
+    model = federation.build_model(config, dataset)
+    masks = Masks(
+        {n: torch.rand(p.shape) < 0.5 for n, p in model.named_parameters() if p.dim() > 1}
+    )
+    new = refined(Level("a", model, masks, "made"), config, dataset)
+    moved = 0.0
+    for name, mask in masks.items():
+        weight = new.model.get_parameter(name).detach()
+        assert not weight[~mask].any()
+        moved += float((weight - model.get_parameter(name).detach())[mask].abs().sum())
+    assert moved > 0.0
+
+
+def test_a_state_of_another_model_is_refused(trained: Path) -> None:
+    from fedsys.errors import ModelError
+
+    with pytest.raises(ModelError, match="does not fit the model"):
+        fill(nn.Linear(2, 2), trained / "model.safetensors")
+
+
+# --------------------------------------------------------------------------------------------------
+# Measuring and the front
+
+
+def figures(name: str, accuracy: float, *p50_ms: float) -> Variant:
+    latencies_ = tuple(Latency(i + 1, 1, ms, 2 * ms, 30) for i, ms in enumerate(p50_ms))
+    return Variant(name, accuracy, 1, 1, 1, 0, latencies_)
+
+
+def test_a_variant_that_is_slower_than_its_parent_anywhere_is_refused() -> None:
+    parent, fast = figures(PARENT, 0.9, 2.0, 9.0), figures("fast", 0.8, 1.0, 8.0)
+    slow = figures("slow", 0.95, 1.0, 9.5)
+    stay, why = front([parent, slow, fast])
+    assert [v.name for v in stay] == [PARENT, "fast"]
+    assert "slower than its parent: 9.5 ms, not 9 ms (batch 2" in why["slow"]
+
+
+def test_a_less_accurate_variant_must_be_faster_by_the_margin() -> None:
+    parent, one, two = figures(PARENT, 0.9, 10.0), figures("a", 0.8, 9.9), figures("b", 0.7, 9.0)
+    stay, why = front([parent, one, two], margin=0.05)
+    assert [v.name for v in stay] == [PARENT, "b"]
+    assert why["a"].startswith("parent is at least as accurate (90.00%, this 80.00%)")
+    assert "loses 20.00% accuracy" in front([parent, two], max_drop=0.1)[1]["b"]
+
+
+points = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 6), st.integers(1, 6)), max_size=8)
+
+
+@given(points=points, margin=st.sampled_from([0.0, 0.3]))
+def test_nothing_on_the_front_is_dominated_and_everything_off_it_is(
+    points: list[tuple[int, int, int]], margin: float
+) -> None:
+    parent = figures(PARENT, 0.5, 3.0, 4.0)
+    others = [figures(f"v{i}", a / 5, b, c) for i, (a, b, c) in enumerate(points)]
+    stay, why = front([parent, *others], margin)
+    assert parent in stay
+    assert {v.name for v in stay} | why.keys() == {v.name for v in (parent, *others)}
+    for v in stay:
+        assert v is parent or all(
+            own.p50_ms <= its.p50_ms for own, its in zip(v.latencies, parent.latencies, strict=True)
+        )
+        for w in stay:
+            better = w.accuracy >= v.accuracy and w.p50_ms < v.p50_ms
+            assert v is parent or not better
+    for v in others:
+        if v.name in why:
+            assert (
+                v.p50_ms > 3
+                or v.latencies[1].p50_ms > 4
+                or any(
+                    w.accuracy >= v.accuracy and w.p50_ms * (1 - margin) < v.p50_ms for w in stay
+                )
+            )
+
+
+def test_turns_rotate_and_count_what_was_asked_for() -> None:
+    calls: list[str] = []
+
+    class Noted(nn.Module):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+
+        def forward(self, x: Tensor) -> Tensor:
+            calls.append(self.name)
+            return x
+
+    took = in_turns({"a": Noted("a"), "b": Noted("b")}, torch.zeros(1), 5)
+    assert {name: len(times) for name, times in took.items()} == {"a": 5, "b": 5}
+    assert calls[:8] == ["a", "a", "b", "b", "b", "b", "a", "a"]
+
+
+def test_latency_is_measured_for_every_batch_size_and_thread_count_and_threads_stay() -> None:
+    before = torch.get_num_threads()
+    found = latencies({"a": nn.ReLU()}, (3, 4, 4), batch_sizes=(2, 1), threads=(2, 1), runs=30)
+    cases = [(entry.batch, entry.threads) for entry in found["a"]]
+    assert cases == [(2, 2), (2, 1), (1, 2), (1, 1)]
+    assert all(0 < e.p50_ms <= e.p95_ms and e.runs == 30 for e in found["a"])
+    assert torch.get_num_threads() == before
+
+
+def test_more_weights_take_more_memory(tmp_path: Path) -> None:
+    from fedsys.pruning.portfolio import About
+    from fedsys.pruning.shrink import shrink
+
+    wide = nn.Sequential(nn.Flatten(), nn.Linear(12, 2_000), nn.ReLU(), nn.Linear(2_000, 2_000))
+    models = {PARENT: wide, "small": nn.Sequential(nn.Flatten(), nn.Linear(12, 10))}
+    about = About({}, ("a",), (3, 2, 2), (0.0,) * 3, (1.0,) * 3)
+    pairs = [
+        (dataclasses.replace(figures(n, 0.5, 1.0)), shrink(m, (3, 2, 2)).model)
+        for n, m in models.items()
+    ]
+    Portfolio.write(tmp_path / "p", about, pairs)
+    found = peak_bytes(tmp_path / "p", [PARENT, "small"], 1)
+    weights = 4 * sum(p.numel() for p in wide.parameters())
+    assert found[PARENT] - found["small"] >= 0.9 * weights
