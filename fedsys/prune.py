@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from fedsys import federation, training
 from fedsys.config import Config
 from fedsys.data import Dataset
 from fedsys.errors import ConfigError, ModelError, RunError
-from fedsys.pruning.making import Level, Made, levels, make
+from fedsys.pruning.levels import Level, Recipe, recipes
+from fedsys.pruning.making import Made, make
 from fedsys.pruning.masks import Masks
 from fedsys.pruning.pictures import draw_all
 from fedsys.pruning.portfolio import Variant
@@ -82,7 +83,7 @@ def _make(config: Config, run: Path | None, folder: Path) -> Made:
         source = f"an untrained model, seed {config.seed}"
         return make(
             model,
-            levels(model, config, dataset),
+            recipes(model, config, dataset),
             config,
             dataset,
             folder,
@@ -182,7 +183,7 @@ def run_config(run: Path) -> dict[str, Any]:
 
 def of_run(
     run: Path, model: nn.Module, config: Config, dataset: Dataset
-) -> tuple[nn.Module, Iterator[Level]]:
+) -> tuple[nn.Module, list[Recipe]]:
     """Return the parent and the levels of a run: its own masks if it has some, else new ones.
 
     Args:
@@ -203,19 +204,26 @@ def of_run(
         masks = Masks.load(run / MASKS)
         sparsity = 100 * masks.figures().sparsity
         made = f"{sparsity:.4g} % of the weights pruned in training"
-        return model, iter([Level(f"trained-{sparsity:.4g}", model, masks, made)])
-    return model, levels(model, config, dataset)
+        level = Level(f"trained-{sparsity:.4g}", model, masks, made)
+        return model, [Recipe(level.name, lambda: level)]
+    return model, recipes(model, config, dataset)
 
 
-def _trained_levels(model: nn.Module, files: list[Path]) -> Iterator[Level]:
+def _trained_levels(model: nn.Module, files: list[Path]) -> list[Recipe]:
+    found = []
     for file in files:
         masks = Masks.load(file)
         sparsity = masks.figures().sparsity
         if sparsity > 0.0:
-            trained = _like(model, file.with_name(file.name.replace(".masks", "")))
             name = f"level-{100 * sparsity:.4g}"
             made = f"{100 * sparsity:.4g} % of the weights pruned, rewound and trained again"
-            yield Level(name, trained, masks, made)
+            weights = file.with_name(file.name.replace(".masks", ""))
+            found.append(_trained(name, model, weights, masks, made))
+    return found
+
+
+def _trained(name: str, model: nn.Module, weights: Path, masks: Masks, made: str) -> Recipe:
+    return Recipe(name, lambda: Level(name, _like(model, weights), masks, made))
 
 
 def _like(model: nn.Module, file: Path) -> nn.Module:

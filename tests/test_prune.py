@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from fedsys import federation
 from fedsys.main import main
 from fedsys.prune import fill
-from fedsys.pruning.making import Level, levels, refined
+from fedsys.pruning.levels import Level, first, recipes, refined
 from fedsys.pruning.masks import Masks
 from fedsys.pruning.measuring import front, in_turns, latencies, peak_bytes
 from fedsys.pruning.portfolio import MANIFEST, PARENT, Latency, Portfolio, Variant, run
@@ -140,12 +141,15 @@ def test_an_untrained_model_needs_no_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ("model=vgg5", "pruning=magnitude", "pruning.sparsity=0.97", "data.examples=200")
+    options = (*options, "pruning.leave=[fc1,fc2]")
     status, out, err = call(capsys, "prune", *options, *FAST, f"run.dir={tmp_path / 'a'}")
     assert status == 0, err
     result = json.loads(out.splitlines()[-1])
-    small = next(row for row in result["variants"] if row["name"] == "magnitude-97")
-    assert small["parent_params"] == 582_346
-    assert small["params"] < small["parent_params"]
+    # how fast it is decides whether it stays
+    named = {row["name"] for row in result["variants"]} | set(result["refused"])
+    assert named == {PARENT, "magnitude-97"}
+    assert {row["parent_params"] for row in result["variants"]} == {582_346}
+    assert re.search(r"magnitude-97: [\d,]+ of 582,346 parameters in", err)
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 2) -> str:
@@ -230,7 +234,8 @@ def test_statistics_are_taken_anew_on_the_masked_model(configure: Any) -> None:
     )
     dataset = federation.federation(config).dataset
     model = federation.build_model(config, dataset)
-    (level,) = levels(model, config, dataset)
+    (recipe,) = recipes(model, config, dataset)
+    level = recipe.make()
     assert list(level.masks) == [
         n for n, p in model.named_parameters() if p.dim() > 1 and n != "fc2.linear.weight"
     ]
@@ -240,7 +245,6 @@ def test_statistics_are_taken_anew_on_the_masked_model(configure: Any) -> None:
     assert new.made.endswith("BatchNorm re-calibrated")
     # the golden value: mean and variance of what the first layer computes on these images
     from fedsys.data import eval_batches
-    from fedsys.pruning.making import first
 
     ((x, _),) = eval_batches(first(dataset.train, 100), dataset, 1000)
     seen: list[Tensor] = []

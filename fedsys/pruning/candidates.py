@@ -1,0 +1,155 @@
+"""Dense models before they are measured: the parent, converted levels, and both in fewer bits."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fedsys import data
+from fedsys.config import PruneConfig
+from fedsys.data import Dataset
+from fedsys.errors import ModelError
+from fedsys.pruning.architecture import load as load_dense
+from fedsys.pruning.architecture import save as save_dense
+from fedsys.pruning.channels import Coupling
+from fedsys.pruning.constants import Borders
+from fedsys.pruning.levels import Level, first
+from fedsys.pruning.measuring import macs
+from fedsys.pruning.plan import Plan, evaluation_graph, masked_copy, probes
+from fedsys.pruning.portfolio import PARENT, Content, Variant
+from fedsys.pruning.precision import HALVES, OnnxModule, halved, int8
+from fedsys.pruning.shrink import Shrunk, count_parameters, shrink
+
+CALIBRATION = 512
+"""Training images on which the scales of int8 are found."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Candidate:
+    """A dense model before it is measured.
+
+    Attributes:
+        variant: Its figures as far as they are known.
+        content: What is saved of it.
+        module: What answers.
+    """
+
+    variant: Variant
+    content: Content
+    module: nn.Module
+
+
+def parent_candidate(model: nn.Module, input_shape: Sequence[int]) -> Candidate:
+    """Return the unpruned model as a candidate: its graph in evaluation, in float32.
+
+    Raises:
+        ModelError: It does not trace, run on such an input or return one tensor.
+    """
+    graph = evaluation_graph(masked_copy(model, None)).float()
+    try:
+        output = _outputs(graph, probes(input_shape))
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(
+            f"the model does not run on an input of shape {tuple(input_shape)}: {error}"
+        ) from error
+    if not isinstance(output, Tensor):
+        raise ModelError(f"the model returns a {type(output).__name__}; it must return one tensor")
+    content = _as_saved(graph)
+    variant = Variant(
+        name=PARENT,
+        accuracy=0.0,
+        params=count_parameters(content),
+        macs=macs(content, input_shape),
+        bytes=0,
+        peak_bytes=0,
+        latencies=(),
+        made="the unpruned model",
+        max_abs_output=float(output.abs().max()),
+    )
+    return Candidate(variant, content, content)
+
+
+def convert(
+    level: Level, options: PruneConfig, input_shape: Sequence[int], say: Callable[[Plan], None]
+) -> tuple[Candidate, Shrunk]:
+    """Return the dense model of a level, verified.
+
+    Args:
+        level: The masked model.
+        options: How borders, sums and numbers of channels are treated.
+        input_shape: Of one input without the batch.
+        say: Is told what will be removed, before it is.
+
+    Raises:
+        ModelError: As `fedsys.pruning.shrink.shrink`.
+    """
+    small = shrink(
+        level.model,
+        input_shape,
+        masks=level.masks,
+        borders=Borders(options.borders),
+        coupling=Coupling(options.coupling),
+        round_to=options.round_to,
+        announce=say,
+    )
+    content = _as_saved(small.model)
+    variant = Variant(
+        name=level.name,
+        accuracy=0.0,
+        params=small.report.parameters,
+        macs=macs(content, input_shape),
+        bytes=0,
+        peak_bytes=0,
+        latencies=(),
+        sparsity=level.masks.figures().sparsity,
+        made=level.made,
+        max_abs_diff=small.report.max_abs_diff,
+        max_abs_output=small.report.max_abs_output,
+        channels=tuple((edit.name, edit.before, edit.after) for edit in small.plan.edits),
+    )
+    return Candidate(variant, content, content), small
+
+
+def _as_saved(model: fx.GraphModule) -> fx.GraphModule:
+    """Return what a reader of the saved model will get; names what cannot be saved as data."""
+    with TemporaryDirectory(prefix="fedsys-dense-") as name:
+        return load_dense(save_dense(model, name))
+
+
+def lower(candidate: Candidate, precision: str, dataset: Dataset) -> Candidate:
+    """Return a candidate of float32 in another precision.
+
+    Raises:
+        ModelError: int8 needs a package that is not installed, or an operation that it has not.
+    """
+    model = candidate.content
+    assert isinstance(model, fx.GraphModule)
+    content: Content
+    module: nn.Module
+    if precision in HALVES:
+        content = module = halved(model, precision)
+    else:
+        some = first(dataset.train, CALIBRATION)
+        content = int8(model, [x for x, _ in data.eval_batches(some, dataset, 64)])
+        module = OnnxModule(content)
+    inputs = probes(dataset.input_shape)
+    difference = (_outputs(module, inputs) - _outputs(model, inputs)).abs().max()
+    variant = dataclasses.replace(
+        candidate.variant,
+        name=f"{candidate.variant.name}-{precision}",
+        precision=precision,
+        made=f"{candidate.variant.made}, in {precision}",
+        max_abs_diff=float(difference),
+    )
+    return Candidate(variant, content, module)
+
+
+def _outputs(model: nn.Module, inputs: Tensor) -> Any:
+    with torch.inference_mode():
+        return model(inputs)

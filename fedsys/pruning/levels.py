@@ -1,0 +1,173 @@
+"""Masked models of one parent: pruned to several sparsities, and trained under the mask if asked.
+
+What training there is happens before the conversion, so that each dense model equals a masked one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fedsys import data, optimizers, training
+from fedsys.config import Config
+from fedsys.data import Dataset, Images
+from fedsys.errors import ConfigError
+from fedsys.graph import trace
+from fedsys.pruning.masks import Masks, held, last_layer
+from fedsys.pruning.penalty import channel_scales
+from fedsys.pruning.scores import coupled_layers
+from fedsys.pruning.settings import CHANNEL_METHODS
+from fedsys.pruning.sparsify import one_shot
+from fedsys.randomness import Address
+
+EVAL_BATCH = 250
+"""Images that are scored at a time."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Level:
+    """A masked model.
+
+    Attributes:
+        name: Name of the variant that is made of it.
+        model: Its weights; where `masks` prune, they count as zero.
+        masks: What is pruned.
+        made: How, in words.
+    """
+
+    name: str
+    model: nn.Module
+    masks: Masks
+    made: str
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a level is made, when its turn comes: so that one that fails leaves the others.
+
+    Attributes:
+        name: Name of the variant.
+        make: Makes the masked model.
+    """
+
+    name: str
+    make: Callable[[], Level]
+
+
+def recipes(model: nn.Module, config: Config, dataset: Dataset) -> list[Recipe]:
+    """Prune `model` to every sparsity of ``pruning.sparsity``, each from the model as it is.
+
+    Raises:
+        ConfigError: ``pruning.leave`` fits no layer, or there is nothing to prune by.
+    """
+    pruning = config.pruning
+    if not pruning.active:
+        raise ConfigError.of("pruning", "none", "must say what goes", "try pruning=group_norm")
+    leave = last_layer(model) if pruning.leave is None else pruning.leave
+    dense = Masks.dense(model, leave)
+
+    def recipe(sparsity: float) -> Recipe:
+        name = f"{pruning.method}-{100 * sparsity:g}"
+        made = f"{100 * sparsity:g} % of the weights pruned by {pruning.method}"
+        return Recipe(
+            name, lambda: Level(name, model, _mask(model, dense, sparsity, config, dataset), made)
+        )
+
+    return [recipe(sparsity) for sparsity in pruning.sparsities]
+
+
+def _mask(
+    model: nn.Module, dense: Masks, sparsity: float, config: Config, dataset: Dataset
+) -> Masks:
+    pruning = config.pruning
+    more: dict[str, Any] = {}
+    if pruning.method in ("snip", "grasp"):
+        count = -(-pruning.examples // config.client.batch_size)
+        more["batches"] = list(islice(_batches(config, dataset), count))
+    if pruning.method in CHANNEL_METHODS:
+        more["groups"] = coupled_layers(model, dataset.input_shape)
+    if pruning.method == "group_norm":
+        more["scales"] = channel_scales(trace(model))
+    return one_shot(
+        pruning.method,
+        model,
+        sparsity,
+        masks=dense,
+        scope=pruning.scope,
+        keep_channels=pruning.keep_channels,
+        address=Address(config.seed),
+        input_shape=dataset.input_shape,
+        mix=pruning.mix,
+        iterations=pruning.iterations,
+        **more,
+    )
+
+
+def refined(level: Level, config: Config, dataset: Dataset) -> Level:
+    """Take BatchNorm's statistics anew and train under the mask, as far as ``prune`` asks for it.
+
+    Both happen before the conversion, so that the dense model equals a masked one.
+    """
+    options = config.prune
+    normalised = any(_tracks(module) for module in level.model.modules())
+    if not (options.recalibrate and normalised) and not options.fine_tune:
+        return level
+    model, made = copy.deepcopy(level.model), level.made
+    level.masks.apply(model)
+    if options.fine_tune:
+        _fine_tune(model, level.masks, config, dataset)
+        made += f", {options.fine_tune} epochs of training under the mask"
+    if options.recalibrate and normalised:
+        _recalibrate(model, options.recalibrate, dataset)
+        made += ", BatchNorm re-calibrated"
+    return Level(level.name, model, level.masks, made)
+
+
+def _tracks(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) and module.running_mean is not None
+
+
+def _batches(config: Config, dataset: Dataset, epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    everything = np.arange(len(dataset.train), dtype=np.int64)
+    size = config.client.batch_size
+    address = Address(config.seed, round=epoch + 1)
+    return data.train_batches(dataset.train, everything, dataset, size, address, 0, 0)
+
+
+def _fine_tune(model: nn.Module, masks: Masks, config: Config, dataset: Dataset) -> None:
+    optimizer = optimizers.make_optimizer(model.parameters(), config.client, config.client.lr)
+    with held(masks, model, optimizer):
+        for epoch in range(config.prune.fine_tune):
+            address = Address(config.seed, round=epoch + 1)
+            training.train(model, optimizer, _batches(config, dataset, epoch), address)
+
+
+def _recalibrate(model: nn.Module, examples: int, dataset: Dataset) -> None:
+    """Replace BatchNorm's running statistics by the mean over the first `examples` images."""
+    model.eval()
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and _tracks(m)]
+    before = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean over the batches
+        norm.train()
+    with torch.no_grad():
+        for x, _ in data.eval_batches(first(dataset.train, examples), dataset, EVAL_BATCH):
+            if len(x) > 1:
+                model(x)
+    for norm, momentum in zip(norms, before, strict=True):
+        norm.momentum = momentum
+    model.eval()
+
+
+def first(images: Images, count: int) -> Images:
+    """Return the first images of a part."""
+    return images.take(np.arange(min(count, len(images)), dtype=np.int64))
