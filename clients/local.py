@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor, nn
@@ -70,7 +71,7 @@ class LocalClient:
         if self.config.fleet.emulate:
             batches = self._paced(batches, size, recorder)
         packed = records.from_record(content.array_records.get("masks", ArrayRecord()))
-        with held(Masks.unpacked(packed, named), model, optimizer):
+        with held(Masks.unpacked(packed, named), model, optimizer), _frozen(model, client.frozen):
             score = training.train(
                 model,
                 optimizer,
@@ -141,6 +142,15 @@ class LocalClient:
             _models.key = key
         model_: nn.Module = _models.model
         return model_
+
+
+@contextmanager
+def _frozen(model: nn.Module, frozen: bool) -> Iterator[None]:
+    model.requires_grad_(not frozen)
+    try:
+        yield
+    finally:
+        model.requires_grad_(True)  # the model serves other messages, too
 
 
 def _anchor(model: nn.Module, settings: ConfigRecord) -> training.Proximal | None:

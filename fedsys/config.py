@@ -88,6 +88,8 @@ class ClientConfig:
         keep_optimizer: Whether the optimizer's state lives on from round to round.
         label_private: Whether the last unit stays on the device in split training, so that labels
             never leave it.
+        frozen: Whether parameters stay as they are (but for the rounding of the average), so that
+            only BatchNorm takes its statistics anew, as a pruned variant may need.
         max_model_bytes: Largest model that the device holds alone if its edges are lost, in
             bytes; None for any.
     """
@@ -105,6 +107,7 @@ class ClientConfig:
     device: str = "auto"
     keep_optimizer: bool = False
     label_private: bool = False
+    frozen: bool = False
     max_model_bytes: int | None = None
 
 

@@ -73,7 +73,7 @@ class Part:
         pruned = Masks.unpacked(masks or {}, self.named)
         self._holding = Holding(pruned, self.named, self.optimizer)
         for module in self.modules:
-            module.train()
+            module.train().requires_grad_(not client.frozen)
 
     @property
     def clips(self) -> bool:

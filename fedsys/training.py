@@ -149,7 +149,8 @@ def train(
                     outputs = forward(model, x if whole else x[start:stop])
                     labels = y if whole else y[start:stop]
                     loss = loss_of(outputs, labels, (stop - start) / size)
-                    loss.backward()  # type: ignore[no-untyped-call]  # torch has no type for it
+                    if loss.requires_grad:  # else every parameter is frozen
+                        loss.backward()  # type: ignore[no-untyped-call]  # no type in torch
                 loss_sum += loss.detach() * size
                 hits += (outputs.detach().argmax(1) == labels).sum()
         if anchor is not None:

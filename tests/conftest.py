@@ -101,6 +101,7 @@ def carry_out(identity: None) -> "Callable[..., SimpleNamespace]":
             rows=[result.row for result in rounds],
             lost=[dict(result.lost) for result in rounds],
             figures=figures(strategy),
+            strategy=strategy,
             faults=faults.report(),
         )
 

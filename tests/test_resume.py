@@ -147,11 +147,13 @@ for line in sys.stdin:  # one process, which imports once, has a child for each 
 
 SMALL = ["train", "num_clients=3", "rounds=5", "client.epochs=1", "client.batch_size=64"]
 SMALL += ["json=true", "run.plots=false"]
+# "kept" also prunes by levels of two rounds, each of which starts anew from round 1.
 CASES = {
     "fedavgm": ["strategy=fedavgm", "strategy.server_momentum=0.9"],
     "fedadam": ["strategy=fedadam", "strategy.fraction_train=0.7"],
     "kept": ["client.keep_optimizer=true", "strategy.fraction_train=0.7"],
 }
+CASES["kept"] += ["pruning=iterative", "pruning.rounds_per_level=2"]
 
 
 class Runner:
@@ -211,6 +213,13 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_model(fedsys, case):
     assert ended["result"]["model_sha256"] == whole["result"]["model_sha256"]
     rounds = [row["round"] for row in RunFolder.open(fedsys.folder / case).rounds()]
     assert rounds == [1, 2, 3, 4, 5]
+    masks = [p.relative_to(fedsys.folder / f"{case}-whole") for p in
+             (fedsys.folder / f"{case}-whole").rglob("*.safetensors")]  # fmt: skip
+    assert len([p for p in masks if "masks" in p.name]) == (3 if case == "kept" else 0)
+    for file in masks:
+        expected = (fedsys.folder / f"{case}-whole" / file).read_bytes()
+        if "checkpoints" not in file.parts and file.name != "model.safetensors":
+            assert (fedsys.folder / case / file).read_bytes() == expected
 
 
 @pytest.mark.parametrize("position", SERVER_POSITIONS)
