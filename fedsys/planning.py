@@ -146,7 +146,7 @@ def run_workload(
         )
         for client in who
     ]
-    return workload(
+    load = workload(
         layers,
         devices,
         machines.edges,
@@ -156,6 +156,7 @@ def run_workload(
         epochs=config.client.epochs,
         exchange=options.objective == "round",
     )
+    return dataclasses.replace(load, schedule=config.schedule.kind, depth=config.schedule.depth)
 
 
 def _pieces(config: Config, options: PlanOptions) -> tuple[int, ...]:

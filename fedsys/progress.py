@@ -132,6 +132,7 @@ _COLUMNS: tuple[tuple[str, str, int, Callable[[float], str]], ...] = (
     ("train loss", "train_loss", 10, lambda x: f"{x:.4f}"),
     ("clients", "clients", 7, lambda x: f"{x:.0f}"),
     ("time", "seconds_round", 7, seconds_text),
+    ("virtual", "virtual_s", 7, seconds_text),
 )
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from fedsys.costs import LABEL_BYTES, Crossing, MachineCosts, crossings, frame_bytes, state_bytes
 from fedsys.errors import ConfigError
 from fedsys.layers import LayeredModel
-from fedsys.schedule import pipelined
+from fedsys.schedule import operations
 from fedsys.shaping import Network
 from fedsys.timeline import Exchange, Job, Turn
 from fedsys.training import pieces
@@ -77,6 +77,8 @@ class Workload:
         epochs: Passes over the examples of a device in a round.
         exchange: Whether devices receive and return their part of the model over their network in
             each round, so that the plan takes its time into account.
+        schedule: Order of the pieces; planners take it for ``pipelined``, see `fedsys.planning`.
+        depth: ``bounded``: pieces in flight at most.
 
     Raises:
         ConfigError: There is no device or edge, a machine is of another model, or a number of
@@ -93,6 +95,8 @@ class Workload:
     codecs: tuple[str, ...] = ("fp32",)
     epochs: int = 1
     exchange: bool = True
+    schedule: str = "pipelined"
+    depth: int = 1
 
     def __post_init__(self) -> None:
         if not self.devices or not self.edges:
@@ -358,7 +362,7 @@ def _turns(load: Workload, device: Device, choice: Choice, size: int) -> tuple[T
     own, there = device.costs.messaging, load.edges[choice.edge].messaging
     crossing, codec = load.crossings[choice.cut - 1], choice.codec
     turns = []
-    for name, piece in pipelined(len(sizes)):
+    for name, piece in operations(load.schedule, len(sizes), load.depth, tail=False):
         n = sizes[piece]
         up = frame_bytes(crossing, n, codec, labels=True)
         down = frame_bytes(crossing, n, codec)

@@ -24,10 +24,12 @@ from fedsys.run import default_path, state_sha256
 from fedsys.runtime.edges import with_launched
 from fedsys.runtime.grids import attentive
 from fedsys.runtime.relay import Relay
+from fedsys.session import layered_model
 from strategies import Roster, build, pruned
+from strategies.clock import RoundClock, totals
 from strategies.gathering import gather
 from strategies.keeper import Keeper, opened
-from strategies.offload import figures, in_words, recoveries, traces
+from strategies.offload import figures, in_words, offload_in, recoveries, traces
 from strategies.rounds import RoundResult, play
 
 EVALUATION_BATCH = 500
@@ -109,6 +111,17 @@ def _train(
         keeper.keep(result)
         clock.round_ended()
 
+    virtual = (
+        RoundClock(
+            config,
+            layered_model(config, fed.dataset.input_shape, fed.dataset.num_classes),
+            [len(part) for part in fed.parts],
+            offload_in(strategy),
+            totals(folder.rounds()).get("virtual_s", 0.0),
+        )
+        if config.fleet.devices
+        else None
+    )
     arrays = play(
         strategy,
         grid,
@@ -120,13 +133,14 @@ def _train(
         judge=judge.validation,
         done=done,
         faults=keeper.faults,
+        timed=virtual.row if virtual else None,
     )
     drawing = ", drawing plots" if config.run.plots else ""
     progress.phase(f"scoring the test part{drawing}")
     seconds = keeper.seconds + time.perf_counter() - started
     trace_plots.write(folder.path, traces(strategy), draw=config.run.plots)
     pruned.keep_masks(strategy, folder.path)
-    more = {**figures(strategy), **pruned.figures(strategy)}
+    more = {**figures(strategy), **pruned.figures(strategy), **totals(folder.rounds())}
     return _conclude(config, fed, keeper, arrays, judge, more, seconds)
 
 

@@ -32,7 +32,7 @@ from fedsys.layers import LayeredModel, fractions
 from fedsys.security import new_token
 from fedsys.session import SessionSpec, Snapshot, layered_model
 from fedsys.tracing import Event, unpack
-from strategies.policies import Assignment, Observation, OffloadPolicy
+from strategies.policies import Assignment, Observation, OffloadPolicy, PolicyState
 from strategies.roster import Roster
 
 ARRAYS, OPTIMIZER, MASKS = "arrays", "optimizer", "masks"
@@ -85,6 +85,7 @@ class Offload(Strategy):
         totals: For the result of the run.
         lost: Clients left out of the last round, with the reason.
         traces: What each device did in the last round, with its edge.
+        assigned: What the policy said for the clients of the last round.
     """
 
     STATE = ("totals", "_policy_state", "_seen")
@@ -103,6 +104,7 @@ class Offload(Strategy):
         self.inner, self.fleet, self.policy, self.roster = inner, fleet, policy, roster
         self.totals, self.lost = Totals(), dict[int, str]()
         self.traces: dict[int, list[Event]] = {}
+        self.assigned: Mapping[int, Assignment] = {}
         self._config, self._shape, self._classes = config, input_shape, num_classes
         self._layers: LayeredModel = layered_model(config, input_shape, num_classes)
         self._policy_state = policy.init(self._layers, range(config.num_clients))
@@ -132,8 +134,9 @@ class Offload(Strategy):
         self.fleet.revive()
         messages = self._ordered(self.inner.configure_train(server_round, arrays, config, grid))
         clients = [self._client(message) for message in messages]
-        seen = {client: self._seen_of(client) for client in clients}
+        seen = {client: self.seen_of(client) for client in clients}
         self._policy_state, plan = self.policy.plan(self._policy_state, seen)
+        self.assigned = plan
         for client, message in zip(clients, messages, strict=True):
             assignment = plan[client]
             self._note_cut(client, assignment.cut)
@@ -178,7 +181,7 @@ class Offload(Strategy):
         self._grid, self._sent = grid, {}
         messages = self._ordered(self.inner.configure_evaluate(server_round, arrays, config, grid))
         clients = [self._client(message) for message in messages]
-        seen = {client: self._seen_of(client) for client in clients}
+        seen = {client: self.seen_of(client) for client in clients}
         _, plan = self.policy.plan(self._policy_state, seen)
         small = set()
         for client, message in zip(clients, messages, strict=True):
@@ -334,7 +337,7 @@ class Offload(Strategy):
                 _log.warning("client %d: %s", client, str(seen["stranded"]))
                 return False
             snapshot = self.fleet.collect(sent.spec.id)
-            steps = self._seen_of(client).steps
+            steps = self.seen_of(client).steps
             if snapshot.step != steps:
                 raise SessionError(f"{snapshot.step} steps on the edge, {steps} on the device")
         except FedsysError as error:
@@ -370,7 +373,17 @@ class Offload(Strategy):
                 entry[end] = self._edge_at.get(str(entry[end]), entry[end])
             self._note(round_, client, entry)
 
-    def _seen_of(self, client: int) -> Observation:
+    @property
+    def policy_state(self) -> PolicyState:
+        """What the policy remembers."""
+        return self._policy_state
+
+    def told(self, client: int, measured: Mapping[str, float]) -> None:
+        """Let the policy see other times of a client than those that were measured here."""
+        self._seen[client] = dataclasses.asdict(self.seen_of(client)) | dict(measured)
+
+    def seen_of(self, client: int) -> Observation:
+        """Return what was last seen of a client."""
         return Observation(**self._seen.get(client, {}))
 
     def _take_trace(self, client: int, reply: Message) -> None:
@@ -398,7 +411,7 @@ class Offload(Strategy):
                     "what": "repeat",
                     "from": self._first_edge(assignment),
                     "to": where or "device",
-                    "repeated_steps": self._seen_of(client).steps,
+                    "repeated_steps": self.seen_of(client).steps,
                 }
                 _log.warning("client %d repeats round %d on the %s", client, round_, where)
         replies = self._grid.send_and_receive(messages, timeout=self._config.runtime.timeout_s)
@@ -469,20 +482,20 @@ class Offload(Strategy):
 
 def figures(strategy: Strategy) -> dict[str, Any]:
     """Return what offloading did in a run, for its result; empty if nothing was offloaded."""
-    offload = _offload_in(strategy)
+    offload = offload_in(strategy)
     return {} if offload is None else dataclasses.asdict(offload.totals)
 
 
 def traces(strategy: Strategy) -> Mapping[str, list[Event]]:
     """Return what the devices of the last round did, by name; empty if nothing was split."""
-    offload = _offload_in(strategy)
+    offload = offload_in(strategy)
     held = {} if offload is None else offload.traces
     return {f"device {client}": held[client] for client in sorted(held)}
 
 
 def recoveries(strategy: Strategy) -> list[dict[str, Any]]:
     """Return what was done about losses so far in a run."""
-    offload = _offload_in(strategy)
+    offload = offload_in(strategy)
     return [] if offload is None else offload.totals.recoveries
 
 
@@ -501,7 +514,8 @@ def in_words(entry: Mapping[str, Any]) -> str:
             return f"{begin} trained alone: no edge server is left"
 
 
-def _offload_in(strategy: Strategy) -> Offload | None:
+def offload_in(strategy: Strategy) -> Offload | None:
+    """Return the layer of a strategy that offloads; None if there is none."""
     inner: object = strategy
     while inner is not None and not isinstance(inner, Offload):
         inner = getattr(inner, "inner", None)

@@ -8,7 +8,7 @@ round to whoever wants to know.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,6 +77,7 @@ def play(
     done: Callable[[RoundResult], None],
     elapsed_s: float = 0.0,
     faults: Faults | None = None,
+    timed: Callable[[Sequence[int]], Row] | None = None,
 ) -> ArrayRecord:
     """Play rounds `first` to `last` and return the global model after them.
 
@@ -91,6 +92,7 @@ def play(
         done: Called after each round.
         elapsed_s: Seconds that the rounds before `first` took.
         faults: What is to strike; None for nothing.
+        timed: Given the clients of a round, returns columns about its virtual time.
 
     Raises:
         ConfigError: The strategy makes no model although every client answered.
@@ -129,18 +131,20 @@ def play(
         score = judge(arrays)
         federated = _federated_evaluation(strategy, grid, number, arrays, timeout_s)
         watch.lap("evaluate")
+        took_part = _clients(messages, strategy.roster) - set(lost)
         row: Row = {
             "round": number,
             "val_accuracy": score.accuracy,
             "val_loss": score.loss,
             **_plain(metrics),
             **{f"clients_{name}": value for name, value in federated.items()},
-            "clients": len(_clients(messages, strategy.roster) - set(lost)),
+            "clients": len(took_part),
             "examples": examples,
             "steps": steps,
             "seconds_round": watch.total(),
             "seconds_elapsed": time.perf_counter() - began,
             **watch.seconds,
+            **({} if timed is None else timed(sorted(took_part))),
             "bytes_down": bytes_down,
             "bytes_up": bytes_up,
         }

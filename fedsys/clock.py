@@ -1,0 +1,168 @@
+"""The virtual clock: the time that a round would take on the fleet and network of a run.
+
+Every device works through its real number of mini-batches, the smaller one at the end of an epoch
+included, on links that follow their traces; `fedsys.timeline.play` decides when what happens. The
+clock depends on the configuration alone, not on the machine, its load, or the number of workers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedsys.planner import evaluate
+from fedsys.timeline import Job, Timeline, play
+from fedsys.workload import Choice, Workload, job_of
+
+KINDS = ("device", "up", "edge", "down")
+"""Kinds of resources."""
+
+MOST_TURNS = 40_000
+"""Turns that are played of a round; of a longer one a share of the iterations is."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a device would have measured in a round.
+
+    Attributes:
+        compute_s: Seconds of a mini-batch in which it computes.
+        up_bit_s: Seconds that a bit takes on the uplink; 0 if nothing was sent.
+        down_bit_s: On the downlink.
+        edge_s: Seconds of a mini-batch in which its edge computes for it.
+        iteration_s: Seconds of a mini-batch.
+    """
+
+    compute_s: float
+    up_bit_s: float
+    down_bit_s: float
+    edge_s: float
+    iteration_s: float
+
+
+@dataclass(frozen=True)
+class VirtualRound:
+    """A round on the virtual clock.
+
+    Attributes:
+        seconds: Until the last device has returned its part of the model.
+        device_s: Seconds of each device.
+        idle: Share of the time in which resources do nothing, mean by kind (`KINDS`).
+        seen: What each device would have measured.
+        timeline: The events that were played.
+    """
+
+    seconds: float
+    device_s: tuple[float, ...]
+    idle: dict[str, float]
+    seen: tuple[Seen, ...]
+    timeline: Timeline
+
+
+def virtual_round(
+    load: Workload, choices: Sequence[Choice], start_s: float = 0.0, *, most: int = MOST_TURNS
+) -> VirtualRound:
+    """Play a round.
+
+    Args:
+        load: What is trained.
+        choices: How each device does it.
+        start_s: When the round begins, in seconds of the traces of networks.
+        most: Turns that are played; of a longer round, as many of the first iterations of each
+            device as fit into it, the others taking the mean time of these.
+    """
+    whole = [
+        job_of(load, device, choice, start_s=start_s)
+        for device, choice in zip(load.devices, choices, strict=True)
+    ]
+    share = min(1.0, most / sum(job.iterations * len(job.turns) for job in whole))
+    jobs = [
+        dataclasses.replace(
+            job, iterations=max(min(job.iterations, 2), int(job.iterations * share))
+        )
+        for job in whole
+    ]
+    workers = [edge.workers for edge in load.edges]
+    timeline = play(jobs, workers)
+    device_s = []
+    for k, (job, full) in enumerate(zip(jobs, whole, strict=True)):
+        took = timeline.ends_s[k] - start_s
+        exchange = _exchange(load, k, job) if job.iterations < full.iterations else 0.0
+        device_s.append(exchange + (took - exchange) * full.iterations / job.iterations)
+    seen = _seen(load, jobs, timeline, start_s)
+    return VirtualRound(max(device_s), tuple(device_s), _idle(load, timeline), seen, timeline)
+
+
+def _shortened(job: Job, share: float) -> Job:
+    """Return a job with a share of its iterations, but for two at least."""
+    return dataclasses.replace(
+        job, iterations=max(min(2, job.iterations), int(share * job.iterations))
+    )
+
+
+def _idle(load: Workload, timeline: Timeline) -> dict[str, float]:
+    """Return mean idle shares; a resource without events is idle all the time."""
+    workers = [edge.workers for edge in load.edges]
+    shares: dict[str, float] = dict.fromkeys(KINDS, 0.0)
+    for resource, idle in timeline.idle(workers).items():
+        shares[resource.partition(":")[0]] += 1.0 - idle
+    counts = {kind: len(load.edges if kind == "edge" else load.devices) for kind in KINDS}
+    return {kind: 1.0 - shares[kind] / counts[kind] for kind in KINDS}
+
+
+def _seen(
+    load: Workload, jobs: Sequence[Job], timeline: Timeline, start_s: float
+) -> tuple[Seen, ...]:
+    busy = [dict.fromkeys(("device", "up", "down", "edge"), 0.0) for _ in jobs]
+    for event in timeline.events:
+        if event.name != "load":
+            kind = event.resource.partition(":")[0]
+            busy[event.job][kind] += event.end_s - event.start_s
+    found = []
+    for k, job in enumerate(jobs):
+        up, down = job.return_bytes, job.fetch_bytes
+        for iteration in range(job.iterations):
+            for turn in job.turns_of(iteration):
+                if turn.exchange is not None:
+                    up, down = up + turn.exchange.up_bytes, down + turn.exchange.down_bytes
+        took = timeline.ends_s[k] - start_s
+        found.append(
+            Seen(
+                busy[k]["device"] / job.iterations,
+                busy[k]["up"] / (8 * up) if up else 0.0,
+                busy[k]["down"] / (8 * down) if down else 0.0,
+                busy[k]["edge"] / job.iterations,
+                max(0.0, took - _exchange(load, k, job)) / job.iterations,
+            )
+        )
+    return tuple(found)
+
+
+def _exchange(load: Workload, k: int, job: Job) -> float:
+    """Return the seconds in which a device receives and returns its part of the model."""
+    if not job.fetch_bytes:
+        return 0.0
+    network = load.devices[k].network
+    bits = 8 * job.fetch_bytes
+    return bits / network.up_bits_s + bits / network.down_bits_s + 2 * network.latency_s
+
+
+def predicted_iterations(load: Workload, choices: Sequence[Choice]) -> tuple[float, ...]:
+    """Return the seconds that an iteration of each device is expected to take.
+
+    By the closed form where the schedule is one that it knows, else by the simulator.
+    """
+    known = load.schedule == "pipelined" or all(
+        choice.micro_batches == 1
+        or (load.schedule == "bounded" and choice.micro_batches <= load.depth)
+        for choice in choices
+    )
+    if known:
+        return evaluate(load, choices).iteration_s
+    alone = dataclasses.replace(load, exchange=False)
+    jobs = [
+        job_of(alone, device, choice, iterations=1)
+        for device, choice in zip(load.devices, choices, strict=True)
+    ]
+    return play(jobs, [edge.workers for edge in load.edges]).ends_s

@@ -1,0 +1,128 @@
+"""What the virtual clock says of each round of a run, and how good the prediction was.
+
+Where time is not real (``local`` and ``simulation`` without emulation), the policy is told what its
+devices would have measured on the fleet, so that it plans for that fleet and not for this machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from fedsys.clock import KINDS, predicted_iterations, virtual_round
+from fedsys.config import Config
+from fedsys.hardware import hardware
+from fedsys.layers import LayeredModel
+from fedsys.planning import run_workload
+from fedsys.workload import Choice, Workload
+from strategies.offload import Offload
+from strategies.planned import Planned
+
+Row = dict[str, Any]
+
+
+class RoundClock:
+    """Tells the time of rounds. Where the fleet names no machines there is nothing to tell.
+
+    Not told either: cuts at which raw inputs leave the device, and label-private ones.
+
+    Args:
+        config: The run.
+        layers: Its model.
+        examples: Examples of each client.
+        offload: The strategy that offloads; None if none does.
+        elapsed_s: Virtual seconds of the rounds before the first one.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        layers: LayeredModel,
+        examples: Sequence[int],
+        offload: Offload | None,
+        elapsed_s: float = 0.0,
+    ) -> None:
+        self._config, self._layers, self._examples = config, layers, examples
+        self._offload, self._now_s = offload, elapsed_s
+        self._machines = None if config.client.label_private else hardware(config, layers)
+        self._real = config.runtime.kind == "deployment" or (
+            config.network.emulate and config.fleet.emulate
+        )
+
+    def row(self, clients: Sequence[int]) -> Row:
+        """Return the columns of a round, and tell the policy what was measured.
+
+        Args:
+            clients: Who took part.
+
+        Returns:
+            ``virtual_s``, ``idle_device``, ``idle_up``, ``idle_edge``, ``idle_down`` and
+            ``prediction_error``; nothing where nothing can be told.
+        """
+        who = sorted(clients)
+        choices = [self._choice(client) for client in who]
+        if self._machines is None or not who or any(choice.cut == 0 for choice in choices):
+            return {}
+        load = run_workload(self._config, self._layers, self._machines, self._examples, clients=who)
+        played = virtual_round(load, choices, self._now_s)
+        expected = self._expected(load, choices, who)
+        row: Row = {f"idle_{kind}": played.idle[kind] for kind in KINDS}
+        if self._real:
+            errors = self._errors_of_measured(dict(zip(who, expected, strict=True)))
+        else:
+            exchange = load.exchange_s()
+            errors = [
+                abs((seconds * load.iterations(device) + exchange[k, choice.cut]) / took - 1)
+                for k, (seconds, device, choice, took) in enumerate(
+                    zip(expected, load.devices, choices, played.device_s, strict=True)
+                )
+                if took > 0
+            ]
+            for client, seen in zip(who, played.seen, strict=True):
+                if self._offload is not None:
+                    self._offload.told(client, dataclasses.asdict(seen))
+        self._now_s += played.seconds
+        told = {"prediction_error": float(median(errors))} if errors else {}
+        return {"virtual_s": played.seconds, **row, **told}
+
+    def _choice(self, client: int) -> Choice:
+        if self._offload is None or client not in self._offload.assigned:
+            return Choice(len(self._layers), self._config.schedule.micro_batches)
+        a = self._offload.assigned[client]
+        pieces = a.micro_batches or self._config.schedule.micro_batches
+        return Choice(a.cut, pieces, a.codec_up, a.edge % len(self._offload.fleet.edges))
+
+    def _expected(self, load: Workload, choices: list[Choice], who: list[int]) -> Sequence[float]:
+        """Return the seconds of iterations that the policy expected, or the fleet file gives."""
+        if self._offload is not None and isinstance(self._offload.policy, Planned):
+            return self._offload.policy.predicted(self._offload.policy_state, who).iteration_s
+        return predicted_iterations(load, choices)
+
+    def _errors_of_measured(self, expected: Mapping[int, float]) -> list[float]:
+        if self._offload is None:
+            return []
+        measured = {c: self._offload.seen_of(c).iteration_s for c in expected}
+        return [abs(expected[c] / seconds - 1) for c, seconds in measured.items() if seconds > 0]
+
+
+def totals(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the figures of a run from the rows of its rounds; empty if none was timed.
+
+    Returns:
+        ``virtual_s`` of all rounds together, ``idle`` by kind, weighted by time, and
+        ``prediction_error``, the median.
+    """
+    timed = [row for row in rounds if isinstance(row.get("virtual_s"), float)]
+    if not timed:
+        return {}
+    seconds = sum(row["virtual_s"] for row in timed)
+    weight = {id(row): row["virtual_s"] / seconds if seconds else 1 / len(timed) for row in timed}
+    idle = {kind: sum(weight[id(row)] * row[f"idle_{kind}"] for row in timed) for kind in KINDS}
+    errors = [row["prediction_error"] for row in timed if "prediction_error" in row]
+    return {
+        "virtual_s": seconds,
+        "idle": idle,
+        "prediction_error": median(errors) if errors else None,
+    }

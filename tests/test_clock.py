@@ -1,0 +1,99 @@
+"""The virtual clock: the time of rounds on a fleet, and what policies are told of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from fedsys.clock import KINDS, predicted_iterations, virtual_round
+from fedsys.costs import Crossing, MachineCosts
+from fedsys.runtime import run
+from fedsys.shaping import Network
+from fedsys.workload import Choice, Device, Workload
+from strategies.clock import totals
+
+ONE = MachineCosts("m", (1,), ((0.1, 0.2, 0.3),), ((0.2, 0.4, 0.6),), (0.0,) * 3)
+CROSSINGS = tuple(Crossing(n, 1) for n in (300, 100, 10))
+
+
+def load_of(*examples, network=None, **given):
+    network = network or Network(1e5, 2e5, 0.01)
+    devices = [Device(str(i), ONE, network, n) for i, n in enumerate(examples)]
+    return Workload(CROSSINGS, (40, 80, 8), (1, 2), 4, tuple(devices), (ONE,), (1, 2), **given)
+
+
+def test_a_round_alone_is_all_that_a_device_computes_and_exchanges():
+    load = load_of(10, epochs=3)  # 2 mini-batches of four examples and one of two in an epoch
+    played = virtual_round(load, [Choice(3)])
+    bits = 8 * (40 + 80 + 8)
+    exchange = bits / 1e5 + bits / 2e5 + 0.02
+    assert played.seconds == pytest.approx(3 * 10 * 1.8 + exchange)
+    assert played.idle["edge"] == 1.0
+    assert played.idle["device"] == pytest.approx(exchange / played.seconds)
+    seen = played.seen[0]
+    assert seen.compute_s == pytest.approx(10 * 1.8 / 3)
+    assert seen.iteration_s == pytest.approx(seen.compute_s)
+    assert (seen.up_bit_s, seen.down_bit_s) == pytest.approx((1e-5, 5e-6))
+
+
+def test_a_slow_device_makes_the_others_wait():
+    load = load_of(4, 40)
+    played = virtual_round(load, [Choice(1, 2), Choice(1, 2)])
+    assert played.device_s[1] == played.seconds > 5 * played.device_s[0]
+    assert set(played.idle) == set(KINDS)
+    assert all(0 <= share <= 1 for share in played.idle.values())
+    assert played == virtual_round(load, [Choice(1, 2), Choice(1, 2)])
+
+
+def test_a_long_round_is_played_in_part_and_takes_nearly_the_same_time():
+    load, plan = load_of(400, 200), [Choice(1, 2), Choice(2, 2)]
+    whole = virtual_round(load, plan)
+    part = virtual_round(load, plan, most=200)
+    assert len(part.timeline.events) < len(whole.timeline.events) / 2
+    assert part.device_s == pytest.approx(whole.device_s, rel=0.03)
+
+
+def test_rates_are_those_of_the_moment_of_the_round():
+    network = Network(trace=((0.0, 1e6, 1e6), (100.0, 1e4, 1e4)))
+    early = virtual_round(load_of(8, network=network), [Choice(1, 2)])
+    late = virtual_round(load_of(8, network=network), [Choice(1, 2)], 200.0)
+    assert late.seconds > early.seconds
+    assert early.seen[0].up_bit_s == pytest.approx(1e-6)
+    assert late.seen[0].up_bit_s == pytest.approx(1e-4)
+
+
+def test_iterations_are_predicted_for_every_schedule():
+    plan = [Choice(1, 2)]
+    pipelined = predicted_iterations(load_of(4), plan)[0]
+    bounded = predicted_iterations(load_of(4, schedule="bounded", depth=2), plan)[0]
+    one_by_one = predicted_iterations(load_of(4, schedule="sequential"), plan)[0]
+    assert pipelined == pytest.approx(bounded)
+    assert one_by_one > pipelined
+
+
+def test_totals_are_weighted_by_time():
+    rows = [
+        {"round": 1.0, "virtual_s": 1.0, **{f"idle_{k}": 0.0 for k in KINDS}},
+        {"round": 2.0, "virtual_s": 3.0, **{f"idle_{k}": 1.0 for k in KINDS}},
+    ]
+    told = totals(rows)
+    assert told["virtual_s"] == 4.0 and told["prediction_error"] is None
+    assert told["idle"] == pytest.approx(dict.fromkeys(KINDS, 0.75))
+    assert totals([{"round": 1.0}]) == {}
+
+
+def test_a_run_tells_its_virtual_time_and_plans_anew_when_the_network_fails(configure, tmp_path):
+    options = (
+        "policy=auto", "schedule=pipelined", "fleet=nominal", "fleet.devices=[pi3]",
+        "network=ethernet", "network.trace=[[0.5,0.2,0.2]]", "num_clients=2", "rounds=3",
+        "data=synthetic", "model=lenet", "client.batch_size=16", "client.epochs=1",
+    )  # fmt: skip
+    results = []
+    for workers in (1, 2):
+        given = (*options, f"runtime.workers={workers}", f"run.dir={tmp_path / str(workers)}")
+        results.append(run(configure(*given)))
+    ours = [[row[k] for k in ("virtual_s", "idle", "prediction_error")] for row in results]
+    assert ours[0] == ours[1]  # whoever works, and however fast
+    assert results[0]["model_sha256"] == results[1]["model_sha256"]
+    # Offloaded while the network was fast, and alone at the end
+    assert results[0]["edge_steps"] > 0
+    assert all(cut["device_share"] == 1.0 for cut in results[0]["cuts"].values())
