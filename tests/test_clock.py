@@ -6,6 +6,7 @@ import pytest
 
 from fedsys.clock import KINDS, predicted_iterations, virtual_round
 from fedsys.costs import Crossing, MachineCosts
+from fedsys.run import RunFolder
 from fedsys.runtime import run
 from fedsys.shaping import Network
 from fedsys.workload import Choice, Device, Workload
@@ -84,13 +85,14 @@ def test_totals_are_weighted_by_time():
 def test_a_run_tells_its_virtual_time_and_plans_anew_when_the_network_fails(configure, tmp_path):
     options = (
         "policy=auto", "schedule=pipelined", "fleet=nominal", "fleet.devices=[pi3]",
-        "network=ethernet", "network.trace=[[0.5,0.2,0.2]]", "num_clients=2", "rounds=3",
-        "data=synthetic", "model=lenet", "client.batch_size=16", "client.epochs=1",
+        "network=ethernet", "network.trace=[[0.1,0.2,0.2]]", "num_clients=2", "rounds=3",
+        "data=synthetic", "data.examples=400", "model=cnn", "client.batch_size=16", "client.epochs=1",
     )  # fmt: skip
     results = []
     for workers in (1, 2):
         given = (*options, f"runtime.workers={workers}", f"run.dir={tmp_path / str(workers)}")
-        results.append(run(configure(*given)))
+        run(configure(*given))
+        results.append(RunFolder.open(tmp_path / str(workers)).info["result"])
     ours = [[row[k] for k in ("virtual_s", "idle", "prediction_error")] for row in results]
     assert ours[0] == ours[1]  # whoever works, and however fast
     assert results[0]["model_sha256"] == results[1]["model_sha256"]
