@@ -86,7 +86,8 @@ def test_a_run_tells_its_virtual_time_and_plans_anew_when_the_network_fails(conf
     options = (
         "policy=auto", "schedule=pipelined", "fleet=nominal", "fleet.devices=[pi3]",
         "network=ethernet", "network.trace=[[0.1,0.2,0.2]]", "num_clients=2", "rounds=3",
-        "data=synthetic", "data.examples=400", "model=cnn", "client.batch_size=16", "client.epochs=1",
+        "data=synthetic", "data.examples=400", "model=cnn", "client.batch_size=16",
+        "client.epochs=1",
     )  # fmt: skip
     results = []
     for workers in (1, 2):
