@@ -71,6 +71,11 @@ def recipes(model: nn.Module, config: Config, dataset: Dataset) -> list[Recipe]:
     pruning = config.pruning
     if not pruning.active:
         raise ConfigError.of("pruning", "none", "must say what goes", "try pruning=group_norm")
+    if pruning.rewinds:
+        raise ConfigError.of(
+            "pruning.rounds_per_level", pruning.rounds_per_level, "must be 0: levels are trained",
+            "make them by fedsys train pruning=iterative num_clients=1, then fedsys prune run=RUN",
+        )  # fmt: skip
     leave = last_layer(model) if pruning.leave is None else pruning.leave
     dense = Masks.dense(model, leave)
 
