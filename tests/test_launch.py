@@ -3,6 +3,8 @@
 import contextlib
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,3 +122,8 @@ def test_what_a_killed_command_left_behind_does_not_stand_in_the_way(tmp_path):
     assert first.node_keys[0] not in second.node_keys
     assert not (folder / "superlink.db").exists()
     assert (folder / "superlink.log").read_text() == "said"
+
+
+def test_whoever_submits_a_run_needs_no_torch():
+    code = "import sys, fedsys.train, fedsys.runtime.deployment; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

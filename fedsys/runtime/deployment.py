@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from fedsys import stages
-from fedsys.checkpoint import Checkpoints
 from fedsys.config import Config
 from fedsys.errors import ConfigError, RunError, RuntimeFailure
 from fedsys.progress import Progress, choose
@@ -76,6 +75,8 @@ def _settled(config: Config) -> Iterator[None]:
         with suppress(RunError):  # no run, or one that another process is at work on
             folder = RunFolder.open(path)
             if folder.info["status"] == "running":
+                from fedsys.checkpoint import Checkpoints  # imports torch, which nothing else needs
+
                 with Checkpoints(path):
                     folder.fail(error)
         raise

@@ -23,7 +23,6 @@ from typing import Any, Final
 import httpx
 
 from fedsys.config import Config, EdgeAddressConfig, edge_names
-from fedsys.edge import CONTROLLER
 from fedsys.errors import ConfigError, RuntimeFailure
 from fedsys.runtime.processes import Processes
 from fedsys.security import Authority
@@ -34,6 +33,9 @@ START_S: Final = 120.0
 
 RUN_CONFIG_KEY: Final = "edges"
 """Key of the run config that tells the server app which edge servers were launched for it."""
+
+CONTROLLER: Final = "server"
+"""Name in the certificate of the server app."""
 
 HOLDER: Final = "device-{client}"
 """Name in the certificate of the device with a partition id."""

@@ -80,8 +80,8 @@ def launched(config: Config, progress: Progress) -> Iterator[Launched]:
         with Processes(folder, environment(folder / "home")) as processes:
             stages.current().reached("imports")
             edges = EdgeProcesses(config, folder, processes, progress.note)
-            edges.start()
             deployment.start_superlink(processes)
+            edges.start()
             deployment.wait(processes)
             stages.current().reached("superlink")
             nodes = f"{config.num_clients} SuperNode{'' if config.num_clients == 1 else 's'}"
@@ -150,6 +150,7 @@ class Deployment:
                 "--database", str(self.folder / "superlink.db"),
             ],
         )  # fmt: skip
+        processes.preload()
 
     def wait(self, processes: Processes) -> None:
         """Wait until the SuperLink answers.

@@ -3,7 +3,11 @@
 Reads one JSON object per line from standard input and answers each with one line::
 
     {"start": ["flower-superlink", …], "log": "FILE", "env": {}}     {"pid": 4711}
+    {"preload": true}                                                {}
     {"poll": true}                                                   {"ended": {"4711": 0}}
+
+A SuperLink needs no torch, and is started before that is preloaded for the programs that run apps:
+on two cores, the two go on at the same time.
 
 Ends, with everything that it started, when standard input ends: also when whoever holds the other
 end was killed.
@@ -26,7 +30,6 @@ MODULES = (
     "flwr.superlink.main",
     "flwr.supernode.cli.flower_supernode",
     "flwr.supernode.main",
-    *forks.LIBRARIES,
 )
 
 
@@ -50,6 +53,9 @@ def _answer(request: dict[str, Any], children: dict[int, int | None]) -> dict[st
         pid = forks.fork(request["start"], Path(request["log"]), request["env"], leader=True)
         children[pid] = None
         return {"pid": pid}
+    if "preload" in request:
+        forks.preload()
+        return {}
     children.update(forks.reap())
     return {"ended": {str(pid): status for pid, status in children.items() if status is not None}}
 

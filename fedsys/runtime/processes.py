@@ -106,6 +106,10 @@ class Processes:
         self._pids[name] = self._ask(request)["pid"]
         (self._vital.add if vital else self._vital.discard)(name)
 
+    def preload(self) -> None:
+        """Import what apps need into the process that is forked for those started from now on."""
+        self._ask({"preload": True})
+
     def pid(self, name: str) -> int:
         """Return the process id of a program, which is that of its group, too."""
         return self._pids[name]
