@@ -91,6 +91,15 @@ def test_little_memory_is_said(free, status, monkeypatch):
     assert machine.memory().status == status
 
 
+@pytest.mark.parametrize(("average", "status"), [(1.0, "ok"), (9.5, "warn")])
+def test_a_busy_machine_is_pointed_out(average, status, monkeypatch):
+    monkeypatch.setattr(machine, "usable_cores", lambda: 4)
+    check = machine.load(average)
+    assert check.status == status
+    assert check.detail == f"{average} processes want one of 4 cores"
+    assert ("start it beforehand" in check.way_out) == (status == "warn")
+
+
 def test_the_limit_of_a_container_counts(monkeypatch):
     sizes = {"memory.max": 900 * machine.MB, "memory.current": 800 * machine.MB}
     monkeypatch.setattr(machine, "_cgroup", sizes.get)

@@ -40,6 +40,7 @@ def checks(config: Config) -> Iterator[Check]:
     """Look at everything that the run needs, the cheap things first."""
     yield from machine.installation()
     yield from machine.processor(config)
+    yield machine.load()
     yield machine.memory()
     yield machine.disk(Path(config.run.dir or "outputs").absolute())
     yield network.ports()

@@ -96,6 +96,24 @@ def processor(config: Config) -> Iterator[Check]:
         yield Check("threads", "ok", told)
 
 
+def load(average: float | None = None) -> Check:
+    """Check that the machine has time left.
+
+    Args:
+        average: Processes that want a core; None for those of the last minute.
+    """
+    average = os.getloadavg()[0] if average is None else average
+    cores = usable_cores()
+    told = f"{average:.1f} processes want one of {cores} cores"
+    if average > 2 * cores:
+        way_out = (
+            "end other work; `flwr run` gives its SuperLink 15 s to start: start it beforehand, "
+            "as the README says"
+        )
+        return Check("load", "warn", told, way_out)
+    return Check("load", "ok", told)
+
+
 def usable_cores() -> int:
     """Return the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
