@@ -59,6 +59,9 @@ COMMANDS: dict[str, Command] = {
         "fedsys.serving.app", "job", "answer requests over HTTP by the variants of a portfolio"
     ),
     "query": Command("fedsys.serving.query", "job", "ask an endpoint what is on an image"),
+    "plan": Command(
+        "fedsys.plan", "job", "say for each device where to cut, how long it takes, and why"
+    ),
     "bench": Command(
         "fedsys.bench",
         "job",

@@ -126,6 +126,65 @@ def options(load: Workload, *, offload: bool = False) -> list[Choice]:
     ]
 
 
+def best_static(load: Workload, *, offload: bool = False) -> Plan:
+    """Return the best plan in which all devices do the same; edges are taken in turn.
+
+    Args:
+        load: What is trained.
+        offload: Whether devices have to offload.
+    """
+    alike = dataclasses.replace(load, edges=load.edges[:1])
+    edges = len(load.edges)
+    plans = [
+        [
+            dataclasses.replace(choice, edge=0 if choice.cut == load.units else k % edges)
+            for k in range(len(load.devices))
+        ]
+        for choice in options(alike, offload=offload)
+    ]
+    table, rows = _listed(load, [choice for choices in plans for choice in choices])
+    picked = rows.reshape(len(plans), -1)
+    best = picked[int(table.scores(picked).argmin())]
+    return _as_plan(table, best, "static", "the same choice for all devices")
+
+
+def next_best(
+    load: Workload, made: Plan, *, offload: bool = False
+) -> tuple[tuple[Choice, float], ...]:
+    """Return for each device the best of its other choices, and the seconds of its round with it.
+
+    The other devices stay as they are in the plan. Choices that differ in the edge only are one.
+
+    Args:
+        load: What is trained.
+        made: A plan of it.
+        offload: Whether devices have to offload.
+    """
+    table = _Table(load, list(dict.fromkeys([*options(load, offload=offload), *made.choices])))
+    index = {choice: i for i, choice in enumerate(table.choices)}
+    picked = np.array([index[choice] for choice in made.choices])
+    known: dict[tuple[int, Network, int, Choice], tuple[Choice, float]] = {}
+    found = []
+    for k, (device, own) in enumerate(zip(load.devices, made.choices, strict=True)):
+        key = (id(device.costs), device.network, device.examples, own)
+        if key not in known:
+            like = (own.cut, own.micro_batches, own.codec)
+            others = [
+                i for i, c in enumerate(table.choices) if (c.cut, c.micro_batches, c.codec) != like
+            ]
+            rows = np.repeat(picked[None], len(others), axis=0)
+            rows[:, k] = others
+            seconds = np.array([table.times(row[None])[1][0, k] for row in rows])
+            best = int(seconds.argmin()) if others else 0
+            known[key] = (
+                (table.choices[others[best]], float(seconds[best]))
+                if others
+                else (own, made.round_s[k])
+            )
+        found.append(known[key])
+    return tuple(found)
+
+
 def score(round_s: Array) -> Array:
     """Return what is minimised: the slowest device of ``(C, K)`` and a little of the mean."""
     total: Array = round_s.max(axis=-1) + _MEAN * round_s.mean(axis=-1)

@@ -1,0 +1,215 @@
+"""``fedsys plan``: what each device of the run should do, how long it would take, and why.
+
+Beside the plan stand what a person would compare it with: everything on the devices, the best
+choice that is the same for all devices, and for each device the next best of its choices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedsys import config as configuration
+from fedsys import federation
+from fedsys.config import Config
+from fedsys.layers import LayeredModel
+from fedsys.planner import Plan, best_static, next_best, plan
+from fedsys.planning import PLANNED, PlanOptions, machines_of, run_workload
+from fedsys.progress import seconds_text
+from fedsys.session import layered_model
+from fedsys.workload import Choice, Device, Menu, Workload
+
+WIDTH = 170
+"""Columns of the table where no terminal says how many there are."""
+
+RESOURCES = ("device", "up", "edge", "down")
+
+
+def job(tree: Any) -> Mapping[str, Any]:
+    """Plan the run that the command line describes.
+
+    With ``policy=none`` or ``fixed`` it is planned as ``policy=auto`` would, and with a sequential
+    schedule as if it were pipelined, unless they are named on the command line.
+
+    Args:
+        tree: The composed configuration (a DictConfig).
+
+    Returns:
+        The figures of `figures`.
+
+    Raises:
+        ConfigError: The fleet has no machines, or a value is not usable.
+    """
+    config = configuration.parse(configuration.to_text(tree))
+    if "schedule" not in configuration.given_keys() and config.schedule.kind == "sequential":
+        schedule = dataclasses.replace(config.schedule, kind="pipelined")
+        config = dataclasses.replace(config, schedule=schedule)
+    fed = federation.federation(config)
+    layers = layered_model(config, fed.dataset.input_shape, fed.dataset.num_classes)
+    found = figures(config, layers, [len(part) for part in fed.parts])
+    if not tree.json:
+        show(found)
+    return found
+
+
+def figures(config: Config, layers: LayeredModel, examples: Sequence[int]) -> dict[str, Any]:
+    """Return the plan of a run as plain values.
+
+    Args:
+        config: The run.
+        layers: Its model.
+        examples: Examples of each client.
+
+    Returns:
+        For the round ``predicted_s``, ``all_on_device_s``, ``best_static``, ``how``, ``planned_s``,
+        ``why``; and ``devices``, each with its choice, seconds by resource, and alternatives.
+    """
+    planned = config.policy.get("kind") in PLANNED
+    options = PlanOptions.of(config.policy) if planned else PlanOptions()
+    machines = machines_of(config, layers)
+    load = run_workload(config, layers, machines, examples, options)
+    made = plan(load, options.kind, offload=options.offload)
+    whole = plan(load, "classic")
+    static = best_static(load, offload=options.offload)
+    others = next_best(load, made, offload=options.offload)
+    devices = [
+        {
+            "device": device.name,
+            "machine": device.costs.name.rpartition(".")[2],
+            **_choice(layers, made.choices[k]),
+            "iteration_s": made.iteration_s[k],
+            "round_s": made.round_s[k],
+            **_by_resource(load, device, made.choices[k], made.iteration_s[k]),
+            "next_best": _choice(layers, others[k][0]) | {"round_s": others[k][1]},
+            "all_on_device_s": whole.round_s[k],
+            "best_static_s": static.round_s[k],
+            "why": why(load, device, made, k, whole.round_s[k]),
+        }
+        for k, device in enumerate(load.devices)
+    ]
+    return {
+        "method": made.method,
+        "model": str(config.model.get("name") or config.model["_target_"]).rpartition(".")[2],
+        "network": config.network.name,
+        "predicted_s": made.seconds,
+        "all_on_device_s": whole.seconds,
+        "best_static_s": static.seconds,
+        "best_static": _choice(layers, static.choices[0]),
+        "planned_s": made.planned_s,
+        "how": made.how,
+        "why": _summary(load, made, whole),
+        "devices": devices,
+    }
+
+
+def _choice(layers: LayeredModel, choice: Choice) -> dict[str, Any]:
+    whole = choice.cut == len(layers)
+    return {
+        "cut": choice.cut,
+        "after": "all on the device" if whole else layers.units[choice.cut - 1].name,
+        "micro_batches": choice.micro_batches,
+        "codec": None if whole else choice.codec,
+        "edge": None if whole else choice.edge,
+    }
+
+
+def _by_resource(load: Workload, device: Device, choice: Choice, whole: float) -> dict[str, float]:
+    """Return the seconds of an iteration in which each resource works for a device."""
+    s = Menu(load, [choice]).stages(device)
+    n = float(s.pieces[0])
+    seconds = {
+        "device_s": n * float(s.forward[0] + s.backward[0]) + float(s.device_update[0]),
+        "up_s": n * float(s.up[0]),
+        "edge_s": n * float(s.edge[0]) + float(s.edge_update[0]),
+        "down_s": n * float(s.down[0]),
+    }
+    return seconds | {"device_waits_s": max(0.0, whole - seconds["device_s"])}
+
+
+def why(load: Workload, device: Device, made: Plan, k: int, alone_s: float) -> str:
+    """Return one sentence about the choice of a device."""
+    choice = made.choices[k]
+    if choice.cut == load.units:
+        if not load.cuts:
+            return "the model has no cut"
+        forced = plan(dataclasses.replace(load, devices=(device,)), "auto", offload=True)
+        best = forced.choices[0]
+        busy = _by_resource(load, device, best, 0.0)
+        busiest = max(("up", "edge", "down", "device"), key=lambda name: busy[f"{name}_s"])
+        return (
+            f"offloading would take {seconds_text(forced.round_s[0])} even with an edge of its "
+            f"own, most of it on the {_NAMES[busiest]}; alone it takes {seconds_text(alone_s)}"
+        )
+    busy = _by_resource(load, device, choice, made.iteration_s[k])
+    busiest = max(RESOURCES, key=lambda name: busy[f"{name}_s"])
+    share = busy[f"{busiest}_s"] / made.iteration_s[k] if made.iteration_s[k] else 0.0
+    return (
+        f"{alone_s / made.round_s[k]:.1f} times faster than alone; the {_NAMES[busiest]} is busy "
+        f"{share:.0%} of the time"
+    )
+
+
+_NAMES = {"device": "device", "up": "uplink", "edge": "edge", "down": "downlink"}
+
+
+def _summary(load: Workload, made: Plan, whole: Plan) -> str:
+    offloading = sum(choice.cut < load.units for choice in made.choices)
+    slowest = max(range(len(made.round_s)), key=made.round_s.__getitem__)
+    return (
+        f"{offloading} of {len(made.choices)} devices offload; a round takes "
+        f"{seconds_text(made.seconds)} instead of {seconds_text(whole.seconds)}, decided by "
+        f"{load.devices[slowest].name}"
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# For people
+
+
+def show(found: Mapping[str, Any]) -> None:
+    """Print a plan as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = WIDTH
+    table = Table(box=None, pad_edge=False)
+    headings = ("device", "choice", "round", "device / up / edge / down", "next best")
+    for column in (*headings, "alone", "static"):
+        table.add_column(column, no_wrap=True)
+    for row in found["devices"]:
+        other = row["next_best"]
+        table.add_row(
+            f"{row['device']} {row['machine']}",
+            _words(row),
+            seconds_text(row["round_s"]),
+            " / ".join(f"{1e3 * row[f'{name}_s']:.3g}" for name in RESOURCES) + " ms",
+            f"{_words(other)}: {seconds_text(other['round_s'])}",
+            seconds_text(row["all_on_device_s"]),
+            seconds_text(row["best_static_s"]),
+        )
+    console.print(f"{found['model']} over {found['network']}, planned by {found['method']}")
+    console.print(table)
+    static = found["best_static"]
+    console.print(found["why"], markup=False)
+    console.print(
+        f"best for all alike: {_words(static)}, "
+        f"{seconds_text(found['best_static_s'])}; {found['how']}, in "
+        f"{seconds_text(found['planned_s'])}",
+        markup=False,
+    )
+    told: dict[str, list[str]] = {}
+    for row in found["devices"]:
+        told.setdefault(row["why"], []).append(row["device"])
+    for reason, names in told.items():
+        console.print(f"{', '.join(names)}: {reason}", markup=False)
+
+
+def _words(row: Mapping[str, Any]) -> str:
+    if row["edge"] is None:
+        return "all on the device"
+    pieces = f"{row['micro_batches']} pieces" if row["micro_batches"] > 1 else "one piece"
+    return f"cut {row['cut']} {row['after']}, {pieces}, {row['codec']}, edge {row['edge']}"

@@ -1,0 +1,54 @@
+"""``fedsys plan``: what it says, in figures and in words."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fedsys.main import main
+
+
+def planned(capsys, *arguments):
+    status = main(["plan", "model=vgg5", "json=true", *arguments])
+    assert status == 0
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_plans_of_two_networks_differ_and_say_why(capsys):
+    slow = planned(capsys, "fleet=pi_lab", "network=4g")
+    fast = planned(capsys, "fleet=pi_lab", "network=ethernet")
+    assert all(row["edge"] is None for row in slow["devices"])
+    assert any(row["edge"] is not None for row in fast["devices"])
+    assert "on the uplink" in slow["devices"][0]["why"]
+    assert "times faster than alone" in fast["devices"][3]["why"]
+    assert fast["predicted_s"] <= fast["best_static_s"] <= fast["all_on_device_s"]
+    for row in fast["devices"]:
+        assert row["next_best"]["round_s"] >= row["round_s"] * 0.98
+        assert {"device_s", "up_s", "edge_s", "down_s", "device_waits_s"} <= set(row)
+
+
+def test_the_table_is_for_people(capsys):
+    assert main(["plan", "model=vgg5", "fleet=pi3_lab", "network=wifi", "num_clients=2"]) == 0
+    out = capsys.readouterr().out
+    assert "next best" in out and "best for all alike" in out and "client 1 pi3" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["fleet=local"], "fleet.devices=[]: must name machines"),
+        (["fleet=pi_lab", "fleet.devices=[pi5]"], "fleet.devices[0]=pi5: must be one of"),
+        (["fleet=pi_lab", "fleet.machines.pi4.macs_per_s=0"], "macs_per_s=0: must be more than 0"),
+        (["fleet=pi_lab", "~fleet.machines.pi4.macs_per_s"], "macs_per_s=None: must be given"),
+        (["fleet=pi_lab", "fleet.servers=[]"], "fleet.servers=[]: must name"),
+        (["fleet=pi_lab", "policy=auto", "policy.codec=zip"], "policy.codec=zip: must be one of"),
+        (
+            ["fleet=pi_lab", "policy=auto", "policy.micro_batches=[99]"],
+            "schedule.micro_batches=99: must be from 1 to client.batch_size=32",
+        ),
+    ],
+)
+def test_what_cannot_be_planned_is_said_with_status_two(capsys, arguments, names):
+    assert main(["plan", "model=vgg5", *arguments]) == 2
+    assert names in capsys.readouterr().err
