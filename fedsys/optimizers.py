@@ -78,12 +78,13 @@ def make_optimizer(
     }
     kind = known.get(client.optimizer.lower())
     if kind is None or client.optimizer.lower() == "lbfgs":
+        known.pop("lbfgs", None)  # it searches along lines through all parameters at once
         hint = did_you_mean(client.optimizer, known)
         raise ConfigError.of(
             "client.optimizer",
             client.optimizer,
             "must name an optimizer of torch.optim that works on single parameters",
-            f"{hint}known are {', '.join(sorted(known.keys() - {'lbfgs'}))}",
+            f"{hint}known are {', '.join(sorted(known))}",
         )
     accepted = inspect.signature(kind).parameters
     spare_dynamo()

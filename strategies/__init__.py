@@ -22,6 +22,7 @@ from fedsys.config import Config, call_target, edge_names
 from fedsys.data import Dataset
 from fedsys.errors import ConfigError
 from fedsys.fleet import Fleet
+from fedsys.optimizers import make_optimizer
 from strategies.buffers import TypedBuffers
 from strategies.kept import KeptState
 from strategies.offload import Offload
@@ -61,7 +62,8 @@ def build(
             to prune.
 
     Raises:
-        ConfigError: The strategy does not exist, or an argument is not one of its own.
+        ConfigError: The strategy or the clients' optimizer does not exist, or an argument is not
+            one of its own.
     """
     spec: dict[str, Any] = dict(config.strategy)
     sampling = Sampling.of(spec)
@@ -81,6 +83,7 @@ def build(
         raise ConfigError.of(
             "strategy._target_", spec.get("_target_"), "must build a flwr.serverapp Strategy"
         )
+    make_optimizer(model.parameters(), config.client, config.client.lr)  # refused here, once
     parameters = frozenset(name for name, _ in model.named_parameters(remove_duplicate=False))
     typed = TypedBuffers(inner, parameters, step_buffers=buffers == "aggregate")
     inner = KeptState(typed, roster) if config.client.keep_optimizer else typed

@@ -16,7 +16,7 @@ from fedsys.session import Session, Snapshot
 from fedsys.wire import Frame, Limits, encode
 
 TOKEN = "token of the controller"
-WAIT_S = 10.0
+WAIT_S = 60.0
 
 
 @pytest.fixture

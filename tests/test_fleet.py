@@ -17,7 +17,7 @@ from fedsys.session import Session
 from fedsys.wire import Frame
 
 TOKEN = "control"
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 def until(true):
