@@ -86,7 +86,11 @@ def result_of(configure: Configure, folder: Path, *overrides: str) -> dict[str, 
 
 RUNS = {
     "adam, part of the clients": ("strategy=fedadam", "strategy.fraction_train=0.7"),
-    "kept optimizers": ("client.keep_optimizer=true",),
+    "kept optimizers, pruned": (
+        "client.keep_optimizer=true",
+        "pruning=magnitude",
+        "pruning.steps=1",
+    ),
 }
 
 

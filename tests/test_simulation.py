@@ -30,7 +30,12 @@ RUNS = {
         "strategy.fraction_train=0.5",
         "num_clients=4",
     ),
-    "kept optimizers": ("client.keep_optimizer=true", "num_clients=3"),
+    "kept optimizers, pruned": (
+        "client.keep_optimizer=true",
+        "num_clients=3",
+        "pruning=magnitude",
+        "pruning.steps=1",
+    ),
 }
 
 
