@@ -29,6 +29,7 @@ State = Mapping[str, Tensor]
 Record = ArrayRecord | MetricRecord | ConfigRecord
 
 A = TypeVar("A", bound=Array)
+R = TypeVar("R", bound=ArrayRecord | MetricRecord | ConfigRecord | RecordDict)
 
 _NUMPY = "numpy.ndarray"
 
@@ -284,17 +285,24 @@ def sealed(content: RecordDict) -> RecordDict:
 
 def own_copy(content: RecordDict) -> RecordDict:
     """Return records of the receiver's own over the sender's sealed arrays and plain values."""
-    return _content((name, _own(record)) for name, record in content.items())
+    own = {name: _own(record) for name, record in content.__dict__["_data"].items()}
+    return _like(content, own)
 
 
 def _own(record: Record) -> Record:
-    own = record.copy()
-    if not isinstance(own, ArrayRecord):
-        values = own.__dict__["_data"]
-        for key, value in values.items():
-            if isinstance(value, list):  # the only values that can be written into
-                values[key] = list(value)
-    return own
+    if isinstance(record, ArrayRecord):
+        return _like(record, dict(record.__dict__["_data"]))
+    # Lists are the only values that can be written into.
+    values = record.__dict__["_data"].items()
+    return _like(record, {k: list(v) if isinstance(v, list) else v for k, v in values})
+
+
+def _like(record: R, values: dict[Any, Any]) -> R:
+    """Return a record of the same kind over these values, past the checks of its constructor."""
+    new = object.__new__(type(record))
+    new.__dict__.update(record.__dict__)
+    new.__dict__["_data"] = values
+    return new
 
 
 def readable(record: ArrayRecord) -> ArrayRecord:
