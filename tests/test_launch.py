@@ -16,7 +16,8 @@ from fedsys import security
 from fedsys.errors import SecurityError
 from fedsys.main import main
 from fedsys.runtime.control import Address, Control
-from fedsys.runtime.launch import Deployment
+from fedsys.runtime.launch import Deployment, environment
+from fedsys.runtime.processes import Processes, free_ports
 from fedsys.security import Authority, Credentials
 
 # Flower builds its bundles with a class that the library of that class is about to rename.
@@ -127,3 +128,24 @@ def test_what_a_killed_command_left_behind_does_not_stand_in_the_way(tmp_path):
 def test_whoever_submits_a_run_needs_no_torch():
     code = "import sys, fedsys.train, fedsys.runtime.deployment; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_an_interrupt_in_the_middle_of_a_request_ends_everything(tmp_path, monkeypatch):
+    """The answer that nobody had read was taken for that to the next request."""
+    port = free_ports(1)[0]
+    with (
+        pytest.raises(KeyboardInterrupt),
+        Processes(tmp_path, environment(tmp_path / "home")) as processes,
+    ):
+        waits = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}"]
+        processes.start("node", [*waits, "--port", str(free_ports(1)[0])])
+        started = psutil.Process().children(recursive=True)
+        assert processes.pid("node") in {process.pid for process in started}
+
+        def interrupted() -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(processes, "_answer", interrupted)
+        processes.check()
+    _, alive = psutil.wait_procs(started, 10)
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]

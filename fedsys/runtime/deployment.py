@@ -105,7 +105,8 @@ def _carry_out(config: Config, there: Launched, progress: Progress) -> Mapping[s
         raise replay.error
     if ended != "completed" or replay.result is None:
         raise RuntimeFailure(
-            f"run {run_id} ended as {ended}: {details or 'the server app said nothing'}"
+            f"run {run_id} ended as {ended}: {details or 'the server app said nothing'}; "
+            "fedsys train resume=RUN on the machine of the server app continues it"
         )
     progress.finish(replay.result)
     return replay.result

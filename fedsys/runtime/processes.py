@@ -47,6 +47,7 @@ class Processes:
     def __init__(self, logs: Path, env: Mapping[str, str]) -> None:
         self._logs = logs
         self._pids: dict[str, int] = {}
+        self._busy = False
         self._vital: set[str] = set()
         with (logs / "nursery.log").open("ab") as log:
             self._nursery = subprocess.Popen(
@@ -61,6 +62,7 @@ class Processes:
 
     def __enter__(self) -> Processes:
         try:
+            self._busy = True
             self._answer()
         except BaseException:
             self.__exit__()
@@ -69,7 +71,10 @@ class Processes:
 
     def __exit__(self, *_: object) -> None:
         try:
-            self.stop()
+            if self._busy:  # somebody interrupted a request, which may take long: nobody waits
+                self._kill()
+            else:
+                self.stop()
         finally:
             assert self._nursery.stdin is not None and self._nursery.stdout is not None
             with contextlib.suppress(OSError):
@@ -80,6 +85,12 @@ class Processes:
                 self._nursery.kill()
                 self._nursery.wait()
             self._nursery.stdout.close()
+
+    def _kill(self) -> None:
+        """Kill everything at once; what was just forked ends with the process that forked it."""
+        for group in self._pids.values():
+            _signal_group(group, signal.SIGKILL)
+        self._nursery.kill()
 
     def start(
         self,
@@ -163,6 +174,7 @@ class Processes:
 
     def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         assert self._nursery.stdin is not None
+        self._busy = True
         with contextlib.suppress(BrokenPipeError):  # then there is no answer, either
             self._nursery.stdin.write(json.dumps(request) + "\n")
             self._nursery.stdin.flush()
@@ -173,6 +185,7 @@ class Processes:
         line = self._nursery.stdout.readline()
         if not line:
             raise RuntimeFailure(f"nursery ended: {self.last_words('nursery')}")
+        self._busy = False
         answer: dict[str, Any] = json.loads(line)
         return answer
 
