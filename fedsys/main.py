@@ -72,6 +72,7 @@ COMMANDS: dict[str, Command] = {
             "scale": "rounds per second and memory by the number of virtual clients",
             "start": "from the command to the first round, and from the last to the end",
             "memory": "memory over rounds with many virtual clients",
+            "switch": "changing variants under load, against three alternatives",
             "link": "links against bare gRPC, and the share of a shaped rate in use",
         },
     ),

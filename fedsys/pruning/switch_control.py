@@ -32,7 +32,7 @@ KEPT = 1000
 SHUN_S = 60.0
 """How long a variant that could not be loaded is left alone, in seconds."""
 
-_NICE = 10  # a variant is loaded beside requests that are to be served first
+_NICE = 10
 _LEARN = 0.3  # weight of the newest switch in the predicted time of the next
 
 
@@ -73,6 +73,13 @@ class Record:
             **(dataclasses.asdict(self.cost) if self.cost else {}),
             "error": self.error,
         }
+
+
+def give_way() -> None:
+    """Give this thread a lower priority for good: a variant is loaded beside requests."""
+    if sys.platform == "linux":  # where a thread has a priority of its own
+        with suppress(OSError):  # a sandbox may forbid it; then loading is only less polite
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 
 
 @final
@@ -162,9 +169,7 @@ class Control:
         self._thread.start()
 
     def _loop(self, interval_s: float) -> None:
-        if sys.platform == "linux":  # where a thread has a priority of its own
-            with suppress(OSError):  # a sandbox may forbid it; then loading is only less polite
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+        give_way()
         while not self._stop.wait(interval_s):
             self.step()
 

@@ -27,7 +27,8 @@ from fedsys.pruning.switch_control import Record
 from fedsys.serving.http import Endpoint
 from fedsys.serving.portfolio import PortfolioEngine
 
-_SWITCH_S = 0.0005  # between threads of Python; the default of 5 ms would be the time of an answer
+SWITCH_S = 0.0005
+"""How long a thread of Python keeps others waiting: 5 ms, the default, is the time of an answer."""
 
 
 def job(tree: Any) -> Mapping[str, Any]:
@@ -50,7 +51,7 @@ def job(tree: Any) -> Mapping[str, Any]:
     """
     config = configuration.parse(configuration.to_text(tree))
     portfolio = Portfolio.load(_folder(config))
-    sys.setswitchinterval(_SWITCH_S)
+    sys.setswitchinterval(SWITCH_S)
     if config.serving.threads is not None:
         torch.set_num_threads(config.serving.threads)
     engine = PortfolioEngine(portfolio, config.serving, lambda record: _tell(record, config.json))

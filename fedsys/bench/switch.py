@@ -1,0 +1,152 @@
+"""Changing variants: what a switch costs, in four ways, and what switching is good for.
+
+*Cost*: under a constant load of requests the variant changes again and again, in a process of its
+own for each way (`fedsys.bench.switch_load`): load beside the running one (ours), stop-load-start,
+all variants resident, and a slimmable network. Every answer is compared, to the bit, with what the
+variant that it names gives.
+
+*Use*: on a held-out trace of load, memory budgets and busy neighbours, played in real time
+(`fedsys.bench.switch_trace`), the portfolio that switches against each of its variants alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedsys.bench import Chart
+from fedsys.bench.switch_load import WAYS, Case, measure
+from fedsys.bench.switch_portfolio import make_portfolio
+from fedsys.bench.switch_trace import make_trace, play
+from fedsys.config import Config
+from fedsys.pruning.portfolio import Portfolio
+from fedsys.pruning.switch_policy import profile_of
+from fedsys.serving.app import SWITCH_S
+
+_OURS = "beside"
+
+
+def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Measure both.
+
+    Args:
+        config: ``portfolio``, or data, model and pruning that make one; ``serving``.
+        options: See ``conf/bench/switch.yaml``.
+
+    Returns:
+        ``ways``: figures of each way of switching; ``ratios`` of the others to ours;
+        ``contenders`` on the trace; and the goals.
+
+    Raises:
+        FedsysError: No portfolio can be made or read, or a process failed.
+    """
+    if config.portfolio is None:
+        folder = Path(str(config.run.dir)) / "portfolio"
+        portfolio = make_portfolio(config, folder, int(options["epochs"]), _say)
+    else:
+        portfolio = Portfolio.load(Path(config.portfolio))
+    threads = config.serving.threads or 1
+    torch.set_num_threads(threads)
+    ways = _ways(portfolio, options, threads)
+    contenders, objective = _trace(portfolio, config, options, threads)
+    return _goals(ways, contenders) | {
+        "variants": len(portfolio.variants),
+        "threads": threads,
+        "objective_p95_ms": objective,
+        "trace_seed": int(options["trace_seed"]),
+        "ways": ways,
+        "ratios": _ratios(ways),
+        "contenders": contenders,
+    }
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _ways(portfolio: Portfolio, options: Mapping[str, Any], threads: int) -> list[dict[str, Any]]:
+    slowest = max(profile_of(v, threads).latency[0].p50_ms for v in portfolio.variants)
+    rate = float(options["load"]) * 1e3 / slowest
+    rows = []
+    for way in WAYS:
+        count = int(options["switches"] if way == _OURS else options["other_switches"])
+        _say(f"{count} switches {way} at {rate:.0f} requests per second")
+        case = Case(str(portfolio.folder.absolute()), way, count, rate, threads)
+        rows.append({"way": way, "requests_per_s": rate, **measure(case)})
+    return rows
+
+
+def _ratios(ways: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    ours = next(row for row in ways if row["way"] == _OURS)
+    return [
+        {
+            "way": row["way"],
+            "switch_ms_to_ours": row["switch_ms"] / ours["switch_ms"],
+            "blocked_ms_to_ours": row["blocked_ms"] / max(ours["blocked_ms"], 1e-6),
+            "memory_to_ours": row["memory_after_mb"] / max(ours["memory_after_mb"], 1e-6),
+        }
+        for row in ways
+        if row is not ours
+    ]
+
+
+def _trace(
+    portfolio: Portfolio, config: Config, options: Mapping[str, Any], threads: int
+) -> tuple[list[dict[str, Any]], float]:
+    profiles = [profile_of(v, threads) for v in portfolio.variants]
+    slowest = max(profiles, key=lambda v: v.latency[0].p95_ms)
+    given = options["objective_p95_ms"]
+    p95_ms = float(given) if given else float(options["objective"]) * slowest.latency[0].p95_ms
+    goal = dataclasses.replace(config.serving.objective, p95_ms=p95_ms, memory_bytes=None)
+    serving = dataclasses.replace(config.serving, objective=goal, threads=threads)
+    seed = int(options["trace_seed"])
+    trace = make_trace(profiles, int(options["segments"]), float(options["segment_seconds"]), seed)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_S)
+    rows = []
+    try:
+        for name in (None, *(v.name for v in portfolio.variants)):
+            _say(f"trace of {sum(s.seconds for s in trace):.0f} s: {name or 'switching'}")
+            rows.append(play(portfolio, serving, trace, seed, variant=name))
+    finally:
+        sys.setswitchinterval(before)
+    return rows, p95_ms
+
+
+def _goals(ways: list[dict[str, Any]], contenders: list[dict[str, Any]]) -> dict[str, Any]:
+    ours = next(row for row in ways if row["way"] == _OURS)
+    adaptive, *alone = [row["attainment_x_accuracy"] for row in contenders]
+    return {
+        "switches": ours["switches"],
+        "blocked_ms_max": ours["blocked_ms_max"],
+        "lost_or_mixed": ours["lost"] + ours["failed"] + ours["wrong"],
+        "memory_after_to_one": ours["memory_after_mb"] / ours["memory_mb"],
+        "attainment_x_accuracy": adaptive,
+        "best_single": max(alone, default=math.nan),
+        "goal_blocked": ours["blocked_ms_max"] <= 1.0,
+        "goal_requests": ours["lost"] + ours["failed"] + ours["wrong"] == 0,
+        "goal_memory": ours["memory_after_mb"] <= 1.1 * ours["memory_mb"],
+        "goal_trace": adaptive > max(alone, default=math.inf),
+    }
+
+
+def chart(figures: Mapping[str, Any]) -> Chart:
+    """Return what each contender makes of the trace."""
+    rows = figures["contenders"]
+    return Chart(
+        f"Trace with seed {figures['trace_seed']}, objective p95 "
+        f"{figures['objective_p95_ms']:.3g} ms",
+        "what answers",
+        "share of requests",
+        [row["contender"] for row in rows],
+        {
+            "in time": [row["attainment"] for row in rows],
+            "in time x accuracy": [row["attainment_x_accuracy"] for row in rows],
+        },
+    )
