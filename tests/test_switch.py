@@ -21,9 +21,10 @@ from fedsys.pruning.switch_policy import (
     Objective,
     Profile,
     Signals,
+    latency_at,
     profile_of,
 )
-from fedsys.pruning.switch_signals import Meter, expected_ms
+from fedsys.pruning.switch_signals import Meter
 from fedsys.pruning.switch_slimmable import slimmable
 
 NAMES = ("parent", "half", "tenth")
@@ -252,10 +253,12 @@ def test_small_bodies_say_nothing_about_the_link():
     assert seen.signals().link_mbit_s is None
 
 
-@pytest.mark.parametrize(("rows", "ms"), [(1, 10.0), (3, 20.0), (5, 30.0), (10, 60.0)])
+@pytest.mark.parametrize(("rows", "ms"), [(1, 20.0), (2, 20.0), (4, 30.0), (6, 40.0), (12, 80.0)])
 def test_batches_between_measured_sizes_are_expected_on_a_line(rows, ms):
-    variant = Profile("a", 0.9, 1, 1, (Latency(1, 10.0, 12.0), Latency(5, 30.0, 40.0)))
-    assert expected_ms(variant, rows) == pytest.approx(ms)
+    variant = Profile("a", 0.9, 1, 1, (Latency(2, 20.0, 22.0), Latency(6, 40.0, 44.0)))
+    found = latency_at(variant, rows)
+    assert found.p50_ms == pytest.approx(ms)
+    assert found.p95_ms == pytest.approx(1.1 * ms)
 
 
 def test_memory_and_load_are_read_from_the_machine():

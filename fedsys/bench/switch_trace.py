@@ -14,6 +14,7 @@ the system would have ended it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import random
@@ -135,7 +136,7 @@ def play(
     if variant is None:
         engine.control.start(options.interval_s)
 
-    def look(future: Future[Served], began: float, segment: Segment) -> None:
+    def look(began: float, segment: Segment, future: Future[Served]) -> None:
         took_ms = (time.perf_counter() - began) * 1e3
         with lock:
             if future.exception() is not None:
@@ -172,7 +173,7 @@ def _send(
     trace: Sequence[Segment],
     moments: Sequence[tuple[float, int]],
     image: Tensor,
-    look: Callable[[Future[Served], float, Segment], None],
+    look: Callable[[float, Segment, Future[Served]], None],
     ledger: _Ledger,
 ) -> None:
     goal, start, present = engine.control.objective, time.perf_counter(), -1
@@ -190,7 +191,7 @@ def _send(
                 future = batcher.submit(image)
             except RequestError:
                 continue
-            future.add_done_callback(lambda f, b=began, s=segment: look(f, b, s))
+            future.add_done_callback(functools.partial(look, began, segment))
 
 
 _BURN = """

@@ -20,6 +20,7 @@ again: noise makes no flapping (`tests/test_switch_policy.py` holds both).
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -302,7 +303,7 @@ def predict_p95_ms(variant: Profile, signals: Signals, objective: Objective) -> 
     """Return the expected 95th percentile of the time from arrival to answer, in milliseconds.
 
     Args:
-        variant: Its profile at batch sizes up to ``objective.max_batch`` counts.
+        variant: Its profile; batch sizes up to ``objective.max_batch`` count.
         signals: Load and machine.
         objective: Gives batch and input size.
 
@@ -313,9 +314,10 @@ def predict_p95_ms(variant: Profile, signals: Signals, objective: Objective) -> 
     transfer = 0.0
     if signals.link_mbit_s:
         transfer = objective.input_bytes * 8 / (signals.link_mbit_s * 1e3)
-    usable = [row for row in variant.latency if row.batch <= objective.max_batch]
+    sizes = {row.batch for row in variant.latency if row.batch <= objective.max_batch}
     best = math.inf
-    for row in usable or variant.latency[:1]:
+    for size in sorted(sizes | {objective.max_batch}):
+        row = latency_at(variant, size)
         service = row.p50_ms * slow
         busy = signals.arrival_rate / 1e3 * service / row.batch
         # Gaps even out over the b arrivals of a batch: Kingman's bound is b times less.
@@ -324,6 +326,22 @@ def predict_p95_ms(variant: Profile, signals: Signals, objective: Objective) -> 
             waiting += busy * service
         best = min(best, waiting + row.p95_ms * slow + transfer)
     return best
+
+
+def latency_at(variant: Profile, batch: int) -> Latency:
+    """Return the latency of a batch: between measured sizes on a line.
+
+    Above the largest size, time grows as the batch; below the smallest it is that of the smallest.
+    """
+    table = variant.latency
+    for low, high in itertools.pairwise((table[0], *table)):
+        if batch <= high.batch:
+            share = (batch - low.batch) / max(1, high.batch - low.batch)
+            share = max(0.0, share)
+            p50 = low.p50_ms + share * (high.p50_ms - low.p50_ms)
+            return Latency(batch, p50, low.p95_ms + share * (high.p95_ms - low.p95_ms))
+    last, factor = table[-1], batch / table[-1].batch
+    return Latency(batch, last.p50_ms * factor, last.p95_ms * factor)
 
 
 def stressed(signals: Signals, margin: float) -> Signals:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import threading
 import time
@@ -13,7 +12,7 @@ from typing import final
 import psutil
 
 from fedsys.pruning.switch_memory import free_memory, others_load
-from fedsys.pruning.switch_policy import Profile, Signals
+from fedsys.pruning.switch_policy import Profile, Signals, latency_at
 
 WINDOW_S = 2.0
 """How far back the signals look, in seconds."""
@@ -77,7 +76,7 @@ class Meter:
         profile = self._profiles.get(name)
         if profile is not None:
             with self._lock:
-                ratio = milliseconds / expected_ms(profile, rows)
+                ratio = milliseconds / latency_at(profile, rows).p50_ms
                 self._passes.append((self._clock(), ratio))
 
     def answered(self, milliseconds: float) -> None:
@@ -109,18 +108,3 @@ class Meter:
             cpu_load=load,
             link_mbit_s=statistics.median(links) if len(links) >= _FEWEST else None,
         )
-
-
-def expected_ms(profile: Profile, rows: int) -> float:
-    """Return the profiled median of a batch of `rows`, between and beyond measured sizes by lines.
-
-    Beyond the largest size, time grows as the batch; below the smallest it is that of the smallest.
-    """
-    table = profile.latency
-    if rows <= table[0].batch:
-        return table[0].p50_ms
-    for low, high in itertools.pairwise(table):
-        if rows <= high.batch:
-            share = (rows - low.batch) / (high.batch - low.batch)
-            return low.p50_ms + share * (high.p50_ms - low.p50_ms)
-    return table[-1].p50_ms * rows / table[-1].batch
