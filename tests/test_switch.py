@@ -234,12 +234,14 @@ def test_signals_are_those_of_the_window():
         seen.answered(10.0 * (i + 1))
         seen.received(1_000_000, 0.1)
     signals = seen.signals()
-    assert signals.arrival_rate == 10.0
+    assert signals.arrival_rate == 40.0  # of the last half second; 10 of the whole window
     assert signals.queue == 8
     assert signals.slowdown == pytest.approx(2.0)
     assert signals.p95_ms == 30.0
     assert signals.link_mbit_s == pytest.approx(80.0)
     assert signals.free_memory == 10**9
+    clock[0] = 11.0
+    assert seen.signals().arrival_rate == 10.0
     clock[0] = 20.0
     later = seen.signals()
     assert (later.arrival_rate, later.slowdown, later.p95_ms) == (0.0, None, None)

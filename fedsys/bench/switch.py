@@ -25,11 +25,18 @@ from fedsys.bench.switch_load import WAYS, Case, measure
 from fedsys.bench.switch_portfolio import make_portfolio
 from fedsys.bench.switch_trace import make_trace, play
 from fedsys.config import Config
+from fedsys.errors import ConfigError
 from fedsys.pruning.portfolio import Portfolio
 from fedsys.pruning.switch_policy import profile_of
 from fedsys.serving.app import SWITCH_S
 
 _OURS = "beside"
+REQUESTS = (
+    "requests_per_s", "requests", "answered", "failed", "lost", "wrong",
+    "wait_ms_p99", "wait_ms_max", "gap_quiet_ms", "gap_ms",
+)  # fmt: skip
+"""Figures of the requests: how long they waited for their variant, and the longest time without an
+answer, before the switches and during them."""
 
 
 def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,8 +47,8 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
         options: See ``conf/bench/switch.yaml``.
 
     Returns:
-        ``ways``: figures of each way of switching; ``ratios`` of the others to ours;
-        ``contenders`` on the trace; and the goals.
+        ``ways``: what a switch takes in each way; ``requests``: what became of them meanwhile;
+        ``ratios`` of the others to ours; ``contenders`` on the trace; and the goals.
 
     Raises:
         FedsysError: No portfolio can be made or read, or a process failed.
@@ -51,6 +58,11 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
         portfolio = make_portfolio(config, folder, int(options["epochs"]), _say)
     else:
         portfolio = Portfolio.load(Path(config.portfolio))
+    if len(portfolio.variants) < 2:
+        raise ConfigError.of(
+            "portfolio", portfolio.folder, "must hold at least two variants to change between",
+            "lower pruning.sparsity, or name another one",
+        )  # fmt: skip
     threads = config.serving.threads or 1
     torch.set_num_threads(threads)
     ways = _ways(portfolio, options, threads)
@@ -60,7 +72,8 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
         "threads": threads,
         "objective_p95_ms": objective,
         "trace_seed": int(options["trace_seed"]),
-        "ways": ways,
+        "ways": [{k: v for k, v in row.items() if k not in REQUESTS} for row in ways],
+        "requests": [{k: row[k] for k in ("way", *REQUESTS)} for row in ways],
         "ratios": _ratios(ways),
         "contenders": contenders,
     }
@@ -74,10 +87,15 @@ def _ways(portfolio: Portfolio, options: Mapping[str, Any], threads: int) -> lis
     slowest = max(profile_of(v, threads).latency[0].p50_ms for v in portfolio.variants)
     rate = float(options["load"]) * 1e3 / slowest
     rows = []
-    for way in WAYS:
+    chosen = list(options["ways"])
+    if _OURS not in chosen or not set(chosen) <= set(WAYS):
+        rule = f"must name {_OURS}, and may name {', '.join(WAYS[1:])}"
+        raise ConfigError.of("bench.ways", chosen, rule)
+    for way in chosen:
         count = int(options["switches"] if way == _OURS else options["other_switches"])
         _say(f"{count} switches {way} at {rate:.0f} requests per second")
-        case = Case(str(portfolio.folder.absolute()), way, count, rate, threads)
+        quiet = float(options["quiet_seconds"])
+        case = Case(str(portfolio.folder.absolute()), way, count, rate, threads, quiet)
         rows.append({"way": way, "requests_per_s": rate, **measure(case)})
     return rows
 

@@ -39,7 +39,6 @@ WAYS = ("beside", "instead", "resident", "slimmable")
 """Load beside the running one; stop, load, start; all resident; one network of several widths."""
 
 _PATIENCE_S = 3600.0
-_QUIET_S = 2.0  # of load without switches, for comparison
 _SAMPLE_S = 0.02
 
 
@@ -53,6 +52,7 @@ class Case:
         switches: How many.
         rate: Requests per second.
         threads: Intra-op threads.
+        quiet_s: Of load without switches before, for comparison, in seconds.
     """
 
     portfolio: str
@@ -60,6 +60,7 @@ class Case:
     switches: int
     rate: float
     threads: int
+    quiet_s: float = 2.0
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -193,8 +194,8 @@ def _switcher(
     portfolio: Portfolio, way: str, image: Tensor
 ) -> tuple[Switcher, list[str], Callable[[str], Tensor]]:
     """Return the switcher, the names that it knows, and what each of them computes."""
-    names = [variant.name for variant in portfolio.variants]
     first = portfolio.parent.name
+    names = [first, *(v.name for v in portfolio.variants if v.name != first)]
 
     def by_file(name: str) -> Tensor:
         with torch.inference_mode():
@@ -234,7 +235,7 @@ def carry_out(case: Case) -> dict[str, Any]:
     batcher = Batcher(engine, Limits(max_batch=1, max_delay_ms=0.0, max_queue=1 << 20))
     stream = Stream(batcher, image, right, case.rate)
     began = time.perf_counter()
-    time.sleep(_QUIET_S)
+    time.sleep(case.quiet_s)
     one = resident_bytes()  # while it serves: threads and their buffers are not of a switch
     calm = time.perf_counter()
     quiet = len(engine.waits_ms)
@@ -277,10 +278,11 @@ def _switch(switcher: Switcher, names: Sequence[str], case: Case) -> tuple[list[
     sampler.start()
     costs = []
     for number in range(1, case.switches + 1):
-        name = names[0] if number == case.switches else names[number % len(names)]
-        costs.append(switcher.switch(name, beside=case.way != "instead"))
+        costs.append(switcher.switch(names[number % len(names)], beside=case.way != "instead"))
         if case.way in ("resident", "slimmable"):
             time.sleep(1 / case.rate)  # so that requests come in between
+    if switcher.current != names[0]:  # memory is compared with what the first one took
+        costs.append(switcher.switch(names[0], beside=case.way != "instead"))
     stop.set()
     sampler.join()
     return costs, peak[0]

@@ -15,7 +15,11 @@ from fedsys.pruning.switch_memory import free_memory, others_load
 from fedsys.pruning.switch_policy import Profile, Signals, latency_at
 
 WINDOW_S = 2.0
-"""How far back the signals look, in seconds."""
+"""How far back the signals look, in seconds.
+
+Rate and slowness are also taken of the last quarter of it, and the worse of both counts: a rush is
+seen at once, and calm is believed only when it has lasted.
+"""
 
 LINK_BYTES = 64 * 1024
 """Smallest body whose duration says something about the rate of a link."""
@@ -94,17 +98,26 @@ class Meter:
                 while notes and notes[0][0] < now - self._window_s:
                     notes.popleft()
             answers = sorted(value for _, value in self._answers)
-            passes = [value for _, value in self._passes]
             links = [value for _, value in self._links]
+            late = now - span / 4
             rate = sum(rows for _, rows in self._arrivals) / span
+            rush = sum(rows for moment, rows in self._arrivals if moment > late) / (span / 4)
+            slow = [
+                _middle([value for _, value in self._passes]),
+                _middle([value for moment, value in self._passes if moment > late]),
+            ]
             queue = self._queue
         return Signals(
             time_s=now,
-            arrival_rate=rate,
+            arrival_rate=max(rate, rush),
             queue=queue,
             p95_ms=answers[int(0.95 * (len(answers) - 1))] if len(answers) >= _FEWEST else None,
-            slowdown=statistics.median(passes) if len(passes) >= _FEWEST else None,
+            slowdown=max((value for value in slow if value is not None), default=None),
             free_memory=self._free(),
             cpu_load=load,
-            link_mbit_s=statistics.median(links) if len(links) >= _FEWEST else None,
+            link_mbit_s=_middle(links),
         )
+
+
+def _middle(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if len(values) >= _FEWEST else None

@@ -1,0 +1,126 @@
+import json
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fedsys.bench.switch_load import LeasedEngine, Stream
+from fedsys.bench.switch_portfolio import make_portfolio
+from fedsys.bench.switch_trace import arrivals, make_trace, play
+from fedsys.main import main
+from fedsys.pruning.portfolio import Portfolio
+from fedsys.pruning.switch import Loaded
+from fedsys.pruning.switch_policy import profile_of
+from fedsys.serving.batching import Batcher, Limits
+from fedsys.serving.options import ObjectiveConfig, ServingConfig
+
+
+@pytest.fixture
+def portfolio(portfolio_folder):
+    return Portfolio.load(portfolio_folder)
+
+
+@pytest.mark.slow
+def test_the_benchmark_compares_ways_and_contenders(portfolio_folder, tmp_path, capsys):
+    call = [
+        "bench", "switch", "json=true", f"run.dir={tmp_path / 'run'}",
+        f"portfolio={portfolio_folder}", "bench.ways=[beside,slimmable]", "bench.switches=4",
+        "bench.other_switches=2", "bench.quiet_seconds=0.2", "bench.segments=2",
+        "bench.segment_seconds=0.3",
+    ]  # fmt: skip
+    assert main(call) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    ours, other = figures["ways"]
+    assert (ours["way"], other["way"]) == ("beside", "slimmable")
+    assert ours["switches"] == 5  # the last one goes back to the parent
+    assert figures["lost_or_mixed"] == 0
+    assert figures["goal_requests"] is True
+    assert [row["way"] for row in figures["ratios"]] == ["slimmable"]
+    assert all(r["requests"] == r["answered"] + r["failed"] for r in figures["requests"])
+    names = [row["contender"] for row in figures["contenders"]]
+    assert names == ["switching", "parent", "half", "tenth"]
+    for row in figures["contenders"]:
+        assert 0 <= row["attainment_x_accuracy"] <= row["attainment"] <= 1
+    assert (tmp_path / "run" / "plots" / "switch.png").exists()
+    assert (tmp_path / "run" / "contenders.csv").exists()
+
+
+def test_without_a_portfolio_one_is_trained_and_pruned(configure, tmp_path):
+    config = configure(
+        "+bench=switch", "data=synthetic", "data.examples=200", "data.test_examples=20",
+        "model=cnn", "pruning.sparsity=[0.5]", "prune.memory=false",
+        "client.threads=1",
+    )  # fmt: skip
+    told = []
+    made = make_portfolio(config, tmp_path / "made", 1, told.append)
+    assert "epoch 1 of 1" in told[0]
+    assert made.parent.accuracy > 0
+    assert Portfolio.load(tmp_path / "made").digest == made.digest
+
+
+def test_a_way_that_does_not_exist_is_refused(portfolio_folder, capsys):
+    assert main(["bench", "switch", f"portfolio={portfolio_folder}", "bench.ways=[besides]"]) == 2
+    assert "bench.ways=['besides']: must name beside" in capsys.readouterr().err
+
+
+def test_the_stream_counts_an_answer_of_another_variant_as_wrong(portfolio):
+    """What the benchmark looks for must be found: here two variants have changed their names."""
+    image = torch.ones(1, *portfolio.about.input_shape)
+    with torch.inference_mode():
+        right = {name: portfolio.module(name)(image) for name in ("parent", "half")}
+    for swapped in (False, True):
+        names = ("half", "parent") if swapped else ("parent", "half")
+        claimed = dict(zip(("parent", "half"), (right[n] for n in names), strict=True))
+        engine = LeasedEngine(portfolio, Loaded(portfolio.module, "parent"))
+        batcher = Batcher(engine, Limits(max_batch=1, max_delay_ms=0.0))
+        began = time.perf_counter()
+        stream = Stream(batcher, image, claimed, 200.0)
+        while stream.answered < 5:
+            time.sleep(0.001)
+        stream.stop()
+        batcher.close(10)
+        assert stream.issued == stream.answered
+        assert stream.wrong == (stream.answered if swapped else 0)
+        assert stream.longest_gap_ms(began, time.perf_counter()) > 0
+        assert len(engine.waits_ms) == stream.answered
+        engine.close()
+
+
+def test_a_trace_is_a_function_of_its_seed(portfolio):
+    profiles = [profile_of(v, 1) for v in portfolio.variants]
+    trace = make_trace(profiles, 200, 5.0, 1)
+    assert trace == make_trace(profiles, 200, 5.0, 1)
+    assert trace != make_trace(profiles, 200, 5.0, 2)
+    low = 200 / max(p.latency[0].p50_ms for p in profiles)
+    high = 500 / min(p.latency[0].p50_ms for p in profiles)
+    assert all(low <= segment.rate <= high for segment in trace)
+    assert {segment.busy for segment in trace} == {True, False}
+    smallest = min(p.peak_bytes for p in profiles)
+    budgets = [s.memory_bytes for s in trace if s.memory_bytes is not None]
+    assert budgets and min(budgets) >= smallest  # some variant fits at all times
+    assert len(budgets) < len(trace)
+
+
+def test_arrivals_come_at_the_rates_of_their_segments(portfolio):
+    profiles = [profile_of(v, 1) for v in portfolio.variants]
+    trace = make_trace(profiles, 5, 50.0, 3)
+    moments = arrivals(trace, 4)
+    assert moments == sorted(moments)
+    for number, segment in enumerate(trace):
+        count = sum(n == number for _, n in moments)
+        assert count == pytest.approx(50.0 * segment.rate, rel=0.3)
+        assert all(50 * number <= t < 50 * (number + 1) for t, n in moments if n == number)
+
+
+def test_requests_over_the_budget_count_nothing(portfolio):
+    profiles = {v.name: profile_of(v, 1) for v in portfolio.variants}
+    options = ServingConfig(objective=ObjectiveConfig(p95_ms=60_000.0), max_batch=4)
+    (segment,) = make_trace(list(profiles.values()), 1, 0.3, 0)
+    tight = [replace(segment, rate=50.0, memory_bytes=profiles["tenth"].peak_bytes, busy=False)]
+    parent = play(portfolio, options, tight, 1, variant="parent")
+    assert parent["over_budget"] == parent["requests"] == parent["answered"] > 0
+    assert parent["attainment"] == parent["attainment_x_accuracy"] == 0
+    small = play(portfolio, options, tight, 1, variant="tenth")
+    assert small["attainment"] == 1
+    assert small["attainment_x_accuracy"] == pytest.approx(0.6)
