@@ -363,6 +363,7 @@ class Config:
     policy: Spec
     network: NetworkConfig = field(default_factory=NetworkConfig)
     bench: Spec = field(default_factory=dict)
+    profile: Spec = field(default_factory=dict)
     pruning: PruningConfig = field(default_factory=PruningConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
     serving: ServingConfig = field(default_factory=ServingConfig)
@@ -832,4 +833,25 @@ def known_models(overrides: Sequence[str]) -> Iterator[None]:
             "init": None,
         }
         store.store(group="model", name=name, node=node, provider="torchvision")
+    for override in overrides:
+        if override.startswith("fleet=") and override.endswith((".yaml", ".yml")):
+            _store_fleet(override.removeprefix("fleet="))
     yield
+
+
+def _store_fleet(path: str) -> None:
+    """Make ``fleet=PATH.yaml`` work: a file of the user's, over the defaults of ``fleet=local``."""
+    from hydra.core.config_store import ConfigStore
+
+    try:
+        own = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError.of("fleet", path, f"cannot be read: {first_line(error)}") from error
+    if not isinstance(own, dict):
+        raise ConfigError.of("fleet", path, "must hold a mapping of keys to values")
+    local = yaml.safe_load((CONF / "fleet" / "local.yaml").read_text(encoding="utf-8"))
+    parts = [part for part in path.split("/") if part]
+    ConfigStore.instance().store(
+        group="/".join(["fleet", *parts[:-1]]), name=parts[-1], node={**local, **own},
+        package="fleet", provider="file",
+    )  # fmt: skip

@@ -62,6 +62,9 @@ COMMANDS: dict[str, Command] = {
     "plan": Command(
         "fedsys.plan", "job", "say for each device where to cut, how long it takes, and why"
     ),
+    "profile": Command(
+        "fedsys.profile", "job", "measure what this machine takes for a model, as fleet= reads it"
+    ),
     "bench": Command(
         "fedsys.bench",
         "job",

@@ -7,7 +7,6 @@ of a message is charged to the machine that spends it: to the device in f and b,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -121,7 +120,7 @@ class Workload:
 
     def iterations(self, device: Device) -> int:
         """Return the optimizer steps of a device in a round."""
-        return self.epochs * math.ceil(device.examples / self.batch_size)
+        return self.epochs * len(mini_batches(device.examples, self.batch_size))
 
     def exchange_s(self) -> Array:
         """Return the seconds in which devices receive and return their part of the model.
@@ -174,6 +173,18 @@ def workload(
         epochs,
         exchange,
     )
+
+
+def mini_batches(examples: int, batch_size: int) -> list[int]:
+    """Return the sizes of an epoch's mini-batches; a last one of one example joins its neighbour.
+
+    >>> mini_batches(10, 4), mini_batches(9, 4)
+    ([4, 4, 2], [4, 5])
+    """
+    whole, rest = divmod(examples, batch_size)
+    if rest == 1 and whole:
+        return [batch_size] * (whole - 1) + [batch_size + 1]
+    return [batch_size] * whole + ([rest] if rest else [])
 
 
 def counts(batch_size: int) -> tuple[int, ...]:
@@ -327,8 +338,8 @@ def job_of(
         start_s: When it begins, in seconds of the trace of its network.
         iterations: Mini-batches of full size instead of those of a round.
     """
-    per_epoch = math.ceil(device.examples / load.batch_size)
-    rest = device.examples - (per_epoch - 1) * load.batch_size
+    sizes = mini_batches(device.examples, load.batch_size)
+    rest = sizes[-1]
     full = iterations is not None or rest == load.batch_size
     whole = 0.0 if not load.exchange else float(sum(load.state_bytes[: choice.cut]))
     last = load.units
@@ -346,7 +357,7 @@ def job_of(
         whole,
         whole,
         () if full else _turns(load, device, choice, rest),
-        per_epoch,
+        len(sizes),
     )
 
 

@@ -1,0 +1,311 @@
+"""``fedsys profile``: what this machine takes for the model of a run, as ``fleet=`` reads it.
+
+Units between two useful cuts are timed as one and share its time by their work. Each size of
+micro-batch is timed by itself, in training, with the draws and the loss that training has; medians
+over repeats, on a GPU after it has finished.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from fedsys import config as configuration
+from fedsys import data, federation, optimizers, training
+from fedsys.config import Config
+from fedsys.costs import crossings, tensor_bytes
+from fedsys.errors import ConfigError
+from fedsys.halves import safe_input
+from fedsys.hardware import units_sha256
+from fedsys.layers import LayeredModel, layered, stages
+from fedsys.profile_link import LinkCosts, measure_link, other_end, serve_for_ever
+from fedsys.randomness import Address, drawing
+from fedsys.run import RunFolder, default_path, write_atomic
+from fedsys.security import Credentials
+
+OPTIONS: Mapping[str, Any] = {"repeats": 15, "edge": None, "serve": None, "name": None}
+
+Times = dict[int, list[list[float]]]
+
+
+def job(tree: Any) -> Mapping[str, Any]:
+    """Measure, and write ``profile.yaml`` into a run folder.
+
+    Args:
+        tree: The composed configuration (a DictConfig); ``profile`` has the options: ``repeats``
+            of each measurement; ``edge``, the address of another machine on which this command
+            runs with ``serve``; ``name`` of the machine in the file.
+
+    Returns:
+        The profile, and its ``file``.
+
+    Raises:
+        FedsysError: A value is not usable, or the other machine does not answer.
+    """
+    path = Path(tree.run.dir or default_path(Path("outputs"), "profile")).absolute()
+    tree.run.dir = str(path)
+    config = configuration.parse(configuration.to_text(tree))
+    options = _options(config.profile)
+    credentials = _credentials(config)
+    if options["serve"]:
+        serve_for_ever(str(options["serve"]), credentials, _announce)
+    with RunFolder.create(path) as folder:
+        folder.log_config(config.text)
+        found = profile(config, options, credentials)
+        file = path / "profile.yaml"
+        head = "# Written by fedsys profile: use it as fleet=THIS_FILE\n"
+        write_atomic(file, (head + yaml.safe_dump(found["fleet"], sort_keys=False)).encode())
+        result = {**found, "file": str(file), "run_dir": str(path)}
+        folder.finish(result)
+    if not tree.json:
+        print(f"{found['summary']}\nuse it with fleet={file}")
+    return result
+
+
+def _announce(address: str) -> None:
+    print(f"answering at {address}; on the device: profile.edge={address}", file=sys.stderr)
+
+
+def _options(given: Mapping[str, Any]) -> dict[str, Any]:
+    options = {**OPTIONS, **given}
+    for key in given:
+        if key not in OPTIONS:
+            raise ConfigError.of(
+                f"profile.{key}", given[key], f"must be one of {', '.join(OPTIONS)}"
+            )
+    repeats = options["repeats"]
+    if type(repeats) is not int or repeats < 3:
+        raise ConfigError.of("profile.repeats", repeats, "must be a whole number of at least 3")
+    return options
+
+
+def _credentials(config: Config) -> Credentials | None:
+    folder = config.link.credentials
+    return Credentials.load(Path(folder)) if folder else None
+
+
+def profile(
+    config: Config, options: Mapping[str, Any], credentials: Credentials | None = None
+) -> dict[str, Any]:
+    """Return the fleet file of this machine, and what else was measured.
+
+    Args:
+        config: The run: its model, batch size, optimizer and data.
+        options: As in `OPTIONS`.
+        credentials: For mutual TLS to the other end.
+    """
+    training.set_threads(config.client.threads)
+    fed = federation.federation(config)
+    model = federation.build_model(config, fed.dataset)
+    federation.check_model(model, fed.dataset)
+    device = training.pick_device(config.client.device)
+    layers = layered(model.to(device), fed.dataset.input_shape)
+    repeats, name = int(options["repeats"]), str(options["name"] or socket.gethostname())
+    timed = _Timed(config, layers, device)
+    sizes = sizes_of(config.client.batch_size)
+    forward, backward = timed.passes(sizes, repeats)
+    update = timed.updates(repeats)
+    sizes_at_cuts = {
+        str(cut): {
+            codec: tensor_bytes(crossings(layers)[cut - 1], config.client.batch_size, codec)
+            for codec in ("fp32", "fp16", "bf16", "int8")
+        }
+        for cut in layers.cuts
+    }
+    link = _link(config, layers, options, repeats, credentials)
+    spread = _spread([*forward[sizes[-1]], *backward[sizes[-1]]])
+    machine = {
+        "model": str(config.model.get("name") or config.model["_target_"]).rpartition(".")[2],
+        "units": units_sha256(layers),
+        "batch_size": config.client.batch_size,
+        "source": f"measured: {config.client.threads} threads, {device}, torch {torch.__version__}",
+        "spread": round(spread, 4),
+        "rows": sizes,
+        "forward_s": [timed.by_unit(forward[n]) for n in sizes],
+        "backward_s": [timed.by_unit(backward[n]) for n in sizes],
+        "update_s": timed.by_unit(update),
+        "load_s": _load_s(config, repeats),
+        "message_s": link.message_s,
+        "byte_s": link.byte_s,
+    }
+    fleet: dict[str, Any] = {"machines": {name: machine}, "devices": [name], "servers": [name]}
+    if options["edge"]:
+        fleet["links"] = [
+            {
+                "name": "measured",
+                "source": f"measured to {options['edge']}",
+                "up_mbit_s": link.up_bits_s / 1e6,
+                "down_mbit_s": link.down_bits_s / 1e6,
+                "latency_ms": link.latency_s * 1e3,
+            }
+        ]
+    whole = [sum(map(median, table[sizes[-1]])) for table in (forward, backward)]
+    summary = (
+        f"{machine['model']} on {name}: {whole[0] * 1e3:.1f} ms forward, {whole[1] * 1e3:.1f} ms "
+        f"backward for {sizes[-1]} examples (spread {spread:.0%}), "
+        f"{1e6 * link.message_s:.0f} µs and {1e9 * link.byte_s['fp32']:.2f} ns a byte for a message"
+    )
+    return {
+        "machine": name,
+        "fleet": fleet,
+        "bytes_at_cuts": sizes_at_cuts,
+        "up_mbit_s": link.up_bits_s / 1e6,
+        "down_mbit_s": link.down_bits_s / 1e6,
+        "latency_ms": link.latency_s * 1e3,
+        "link": str(options["edge"] or "loopback"),
+        "summary": summary,
+    }
+
+
+def sizes_of(batch_size: int) -> list[int]:
+    """Return the sizes of micro-batches that are timed, of two examples at least.
+
+    >>> sizes_of(100), sizes_of(1)
+    ([2, 6, 25, 100], [1])
+    """
+    return sorted({min(batch_size, max(2, batch_size // part)) for part in (1, 4, 16, 64)})
+
+
+def _spread(samples: Sequence[Sequence[float]]) -> float:
+    """Return the quartiles' distance of the sums over all parts, as a share of their median."""
+    sums = [sum(each) for each in zip(*samples, strict=True)]
+    low, middle, high = quantiles(sums, n=4)
+    return (high - low) / middle if middle else 0.0
+
+
+def _load_s(config: Config, repeats: int) -> float:
+    """Return the seconds that one example takes to be loaded, augmented and normalised."""
+    fed = federation.federation(config)
+    largest = max(fed.parts, key=len)
+    seconds = []
+    for repeat in range(max(2, repeats // 4)):
+        address, count, began = Address(config.seed, 0, repeat + 1), 0, time.perf_counter()
+        batches = data.train_batches(
+            fed.dataset.train, largest, fed.dataset, config.client.batch_size, address, 0, 0
+        )
+        for _, labels in batches:
+            count += len(labels)
+            if count >= 20 * config.client.batch_size:
+                break
+        seconds.append((time.perf_counter() - began) / max(count, 1))
+    return median(seconds)
+
+
+def _link(
+    config: Config, layers: LayeredModel, options: Mapping[str, Any], repeats: int,
+    credentials: Credentials | None,
+) -> LinkCosts:  # fmt: skip
+    cuts = layers.cuts or (len(layers),)
+    crossing = max((crossings(layers)[cut - 1] for cut in cuts), key=lambda c: c.elements)
+    rows = config.client.batch_size
+    if options["edge"]:
+        return measure_link(str(options["edge"]), crossing, rows, repeats, credentials)
+    with other_end() as address:
+        return measure_link(address, crossing, rows, repeats)
+
+
+class _Timed:
+    """The parts of a model between its useful cuts, timed in training."""
+
+    def __init__(self, config: Config, layers: LayeredModel, device: torch.device) -> None:
+        self._config, self._layers, self._device = config, layers, device
+        self._parts = [part.train() for part in stages(layers, layers.cuts)]
+        self._address = Address(config.seed, 0, 1)
+        fed = federation.federation(config)
+        batch = next(
+            iter(
+                data.train_batches(
+                    fed.dataset.train, max(fed.parts, key=len), fed.dataset,
+                    config.client.batch_size, self._address, 0, 0,
+                )
+            )
+        )  # fmt: skip
+        self._x, self._y = (tensor.to(device) for tensor in batch)
+
+    def passes(self, sizes: Sequence[int], repeats: int) -> tuple[Times, Times]:
+        """Return samples of the seconds of each part, forward and backward, by size.
+
+        Raises:
+            ConfigError: No client has as many examples as the largest size.
+        """
+        if len(self._y) < sizes[-1]:
+            raise ConfigError.of(
+                "client.batch_size", sizes[-1], f"must be at most the {len(self._y)} examples",
+                "profile with fewer clients: num_clients=1",
+            )  # fmt: skip
+        forward: Times = {n: [[] for _ in self._parts] for n in sizes}
+        backward: Times = {n: [[] for _ in self._parts] for n in sizes}
+        for repeat in range(2 + repeats):  # in turns: what else the machine does meets all sizes
+            for n in sizes:
+                there, back = self._pass(n)
+                for index in range(len(self._parts) if repeat >= 2 else 0):
+                    forward[n][index].append(there[index])
+                    backward[n][index].append(back[index])
+        return forward, backward
+
+    def _pass(self, n: int) -> tuple[list[float], list[float]]:
+        x, y = self._x[:n], self._y[:n]
+        for part in self._parts:
+            part.zero_grad(set_to_none=True)
+        inputs, outputs, forward, backward = [], [], list[float](), list[float]()
+        with drawing(self._address, 0, n):
+            for index, part in enumerate(self._parts):
+                x = x.detach().requires_grad_(index > 0)
+                inputs.append(x)
+                began = self._now()
+                x = part(safe_input(part, x) if index else x)
+                if index == len(self._parts) - 1:
+                    x = training.loss_of(x, y, 1.0)
+                forward.append(self._now() - began)
+                outputs.append(x)
+            gradient: Tensor | None = None
+            for x, out in zip(reversed(inputs), reversed(outputs), strict=True):
+                began = self._now()
+                if out.requires_grad:
+                    out.backward(gradient)  # type: ignore[no-untyped-call]  # no type in torch
+                backward.append(self._now() - began)
+                gradient = x.grad
+        return forward, backward[::-1]
+
+    def updates(self, repeats: int) -> list[list[float]]:
+        """Return samples of the seconds of the optimizer for each part."""
+        self._pass(len(self._y))
+        found = []
+        for part in self._parts:
+            parameters = [p for p in part.parameters() if p.requires_grad]
+            if not parameters:
+                found.append([0.0] * repeats)
+                continue
+            optimizer = optimizers.make_optimizer(parameters, self._config.client, 1e-6)
+            samples = []
+            for _ in range(2 + repeats):
+                began = self._now()
+                optimizer.step()
+                samples.append(self._now() - began)
+            found.append(samples[2:])
+        return found
+
+    def by_unit(self, samples: Sequence[Sequence[float]]) -> list[float]:
+        """Return the median seconds of each unit; units of a part share them by their work."""
+        found: list[float] = []
+        bounds = [0, *self._layers.cuts, len(self._layers)]
+        for first, last, seconds in zip(bounds[:-1], bounds[1:], map(median, samples), strict=True):
+            units = self._layers.units[first:last]
+            work = [unit.macs for unit in units]
+            whole = sum(work)
+            found += [seconds * (w / whole if whole else 1 / len(work)) for w in work]
+        return found
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()

@@ -1,0 +1,179 @@
+"""What messages cost on a real link: CPU time of this machine, rates and latency of the way.
+
+The other end is a process of its own, so that the CPU time of this process is that of one machine.
+It is started here, or by ``fedsys profile profile.serve=grpc://HOST:PORT`` on the edge's machine.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from typing import Final
+
+import torch
+
+from fedsys.codecs import CODECS, decode_activation, encode_activation
+from fedsys.costs import Crossing, tensor_bytes
+from fedsys.errors import LinkClosed, RuntimeFailure
+from fedsys.link import Link, dial, serve
+from fedsys.security import Credentials
+from fedsys.wire import Frame
+
+_SMALL: Final = Crossing(64, 8)
+_ENDLESS_S: Final = 120.0
+
+
+@dataclass(frozen=True)
+class LinkCosts:
+    """Costs of messages.
+
+    Attributes:
+        message_s: CPU seconds of a message that is sent or received.
+        byte_s: CPU seconds of each encoded byte, with encoding or decoding, by codec.
+        up_bit_s: Bits per second to the other end.
+        down_bit_s: Bits per second from it.
+        latency_s: One way.
+    """
+
+    message_s: float
+    byte_s: dict[str, float]
+    up_bits_s: float
+    down_bits_s: float
+    latency_s: float
+
+
+def answer(link: Link) -> None:
+    """Answer each frame: with its own tensors, or with as many bytes as it asks for."""
+    try:
+        while True:
+            frame = link.recv()
+            size = frame.meta.get("reply")
+            if type(size) is int:
+                reply = {"x": torch.zeros(min(max(size, 1), 1 << 26), dtype=torch.uint8)}
+                link.send(Frame("reply", {}, reply))
+            else:
+                link.send(Frame("reply", dict(frame.meta), dict(frame.tensors)))
+    except LinkClosed:
+        return
+
+
+def serve_for_ever(
+    address: str, credentials: Credentials | None, tell: Callable[[str], None]
+) -> None:
+    """Be the other end until this process is interrupted."""
+    server = serve(address, answer, credentials=credentials)
+    try:
+        tell(server.address)
+        threading.Event().wait()
+    finally:
+        server.stop()
+
+
+@contextmanager
+def other_end() -> Iterator[str]:
+    """Start a process that answers on loopback; yield its address."""
+    command = [sys.executable, "-m", "fedsys.profile_link"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None and process.stdout is not None  # both are pipes
+    try:
+        address = process.stdout.readline().strip()
+        if not address:
+            raise RuntimeFailure(f"{' '.join(command)}: the process ended at once")
+        yield address
+    finally:
+        process.stdin.close()
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        process.stdout.close()
+
+
+def measure_link(
+    address: str,
+    crossing: Crossing,
+    rows: int,
+    repeats: int,
+    credentials: Credentials | None = None,
+) -> LinkCosts:
+    """Measure messages with an activation of some examples, and the way they take.
+
+    Args:
+        address: Where `answer` is served.
+        crossing: What crosses the cut.
+        rows: Examples in a message.
+        repeats: Messages of each kind.
+        credentials: For mutual TLS.
+
+    Raises:
+        LinkError: Nobody answers, or the link is lost.
+    """
+    link = dial(address, credentials=credentials)
+    try:
+        shape = (rows, crossing.channels, max(1, crossing.elements // crossing.channels))
+        large, small = torch.randn(shape), torch.randn(1, _SMALL.channels, 8)
+        _costs(link, large, "fp32", 3)  # warms up
+        message_s = median(_costs(link, small, "fp32", 4 * repeats))
+        byte_s = {}
+        for codec in CODECS:
+            nbytes = tensor_bytes(crossing, rows, codec)
+            seconds = median(_costs(link, large, codec, repeats))
+            byte_s[codec] = max(0.0, seconds - message_s) / nbytes
+        up, down, latency_s = _rates(link, 4 * large.numel(), repeats)
+        return LinkCosts(message_s, byte_s, up, down, latency_s)
+    finally:
+        link.close()
+
+
+def _costs(link: Link, x: torch.Tensor, codec: str, repeats: int) -> list[float]:
+    """Return the CPU seconds of one message each time: half of those there and back."""
+    found = []
+    for _ in range(repeats):
+        began = time.process_time()
+        tensors, meta = encode_activation(x, codec)
+        link.send(Frame("activation", meta, tensors))
+        back = link.recv(_ENDLESS_S)
+        decode_activation(back.tensors, back.meta)
+        found.append((time.process_time() - began) / 2)
+    return found
+
+
+def _rates(link: Link, nbytes: int, repeats: int) -> tuple[float, float, float]:
+    """Return bits per second each way, and seconds of latency one way."""
+    little = torch.zeros(1, dtype=torch.uint8)
+    much = torch.zeros(max(nbytes, 1 << 16), dtype=torch.uint8)
+
+    def seconds(sent: torch.Tensor, asked: int) -> float:
+        def once() -> float:
+            began = time.perf_counter()
+            link.send(Frame("ask", {"reply": asked}, {"x": sent}))
+            link.recv(_ENDLESS_S)
+            return time.perf_counter() - began
+
+        return median(once() for _ in range(repeats))
+
+    there_and_back = seconds(little, 1)
+    bits = 8.0 * len(much)
+    least = 1e-9 * bits  # a terabit per second: more cannot be told from nothing
+    up = bits / max(seconds(much, 1) - there_and_back, least / 1e3)
+    down = bits / max(seconds(little, len(much)) - there_and_back, least / 1e3)
+    return up, down, there_and_back / 2
+
+
+def _main(_: Sequence[str]) -> None:
+    torch.set_num_threads(1)
+    server = serve("grpc://127.0.0.1:0", answer)
+    print(server.address, flush=True)
+    sys.stdin.read()  # until the parent ends, however it ends
+    server.stop()
+
+
+if __name__ == "__main__":
+    _main(sys.argv)
