@@ -88,7 +88,7 @@ class LocalClient:
             state = optimizers.pack_optimizer(optimizer, named)
             reply["optimizer"] = records.to_record(state)
         if self.config.fleet.emulate:
-            reply["trace"] = ConfigRecord({"events": recorder.pack()})
+            reply["trace"] = ConfigRecord(dict(recorder.record()))
         return reply
 
     def evaluate(self, content: RecordDict) -> RecordDict:
@@ -130,7 +130,7 @@ class LocalClient:
             recorder.note("step", step, -1, pace.end(seconds))
             pace.owe(len(y) * costs.load_s)
             recorder.note("load", step, -1, pace.settle())
-            recorder.finished(pace.now())
+            recorder.finished(pace.now(), pace.late_s)
 
     def _model(self) -> nn.Module:
         """Return this thread's model; its state is overwritten by every message."""

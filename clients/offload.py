@@ -118,7 +118,7 @@ class OffloadClient:
                 "arrays": records.to_record(part.state()),
                 "metrics": train_metrics(score, self._config.client.epochs, seconds),
                 "observation": self._observation(steps, seconds),
-                "trace": ConfigRecord({"events": self._recorder.pack()}),
+                "trace": ConfigRecord(dict(self._recorder.record())),
             }
         )
         if self._config.client.keep_optimizer:

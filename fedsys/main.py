@@ -77,6 +77,7 @@ COMMANDS: dict[str, Command] = {
             "memory": "memory over rounds with many virtual clients",
             "switch": "changing variants under load, against three alternatives",
             "link": "links against bare gRPC, and the share of a shaped rate in use",
+            "pipeline": "plans of split training on shaped links and slow devices, or virtually",
         },
     ),
     "prune": Command(

@@ -94,6 +94,7 @@ class Recorder:
         self._own: list[tuple[str, int, int, float, float]] = []
         self._answers: list[_Answer] = []
         self._ends: list[float] = []
+        self._late_s = 0.0
 
     def note(self, name: str, step: int, piece: int, span: tuple[float, float]) -> None:
         """Note an operation of the device."""
@@ -121,9 +122,15 @@ class Recorder:
         if isinstance(told, list) and len(told) == 4 and all(type(n) is int for n in told):
             self._answers.append(_Answer(step, piece, *sent, *arrived, tuple(told)))
 
-    def finished(self, moment_s: float) -> None:
-        """Note the end of a mini-batch."""
+    def finished(self, moment_s: float, late_s: float = 0.0) -> None:
+        """Note the end of a mini-batch.
+
+        Args:
+            moment_s: When it was.
+            late_s: Seconds by which real work was behind the machine that is stood for, so far.
+        """
         self._ends.append(moment_s)
+        self._late_s = late_s
 
     def iterations(self) -> list[float]:
         """Return the seconds from each mini-batch to the next."""
@@ -166,9 +173,10 @@ class Recorder:
             _bit_s([(sent, received, n) for *_, sent, received, n in ways]),
         )
 
-    def pack(self) -> bytes:
-        """Return the events as bytes, for a message."""
-        return pack(self.events()[:MOST_EVENTS])
+    def record(self) -> dict[str, bytes | list[float] | float]:
+        """Return for a message the ``events``, the ``ends`` of all mini-batches, and ``late``."""
+        events = pack(self.events()[:MOST_EVENTS])
+        return {"events": events, "ends": list(self._ends), "late": self._late_s}
 
 
 def _offset(answers: Iterable[_Answer]) -> float:

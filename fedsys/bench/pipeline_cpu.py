@@ -1,0 +1,112 @@
+"""What a device computes beside its units: processor time of an iteration against the bare units.
+
+One device trains with an edge server in another process, with no waiting and no shaped link, for
+some cuts and numbers of micro-batches. Beside it stands the forward and backward of the same units
+alone, on whole mini-batches and in as many pieces, in this process.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedsys import federation, training
+from fedsys.bench.rounds import EdgeProcess, watched_round
+from fedsys.config import Config
+from fedsys.halves import filled_stages, names_between
+from fedsys.randomness import Address, drawing, rows
+from fedsys.session import layered_model
+from fedsys.training import pieces
+
+
+def measured(
+    config: Config, options: Mapping[str, Any], edge: EdgeProcess, folder: Path
+) -> list[dict[str, Any]]:
+    """Return a row for each cut and number of micro-batches.
+
+    Args:
+        config: Data, model and client.
+        options: ``cpu_cuts``, ``cpu_micro_batches``, ``cpu_steps``.
+        edge: The edge server.
+        folder: For the run folders.
+
+    Returns:
+        ``cut``, ``micro_batches``; seconds of an iteration ``device_cpu_s`` of the device's
+        process, ``units_cpu_s`` of the units on whole mini-batches and ``units_pieces_cpu_s`` in
+        pieces; ``ratio`` of the first to the second, and ``by_fewest``, the first to that with the
+        fewest micro-batches.
+    """
+    found: list[dict[str, Any]] = []
+    for cut in options["cpu_cuts"]:
+        fewest = 0.0
+        for count in options["cpu_micro_batches"]:
+            device = _device(config, options, edge, folder, int(cut), int(count))
+            fewest = fewest or device
+            whole = _units(config, int(cut), 1)
+            found.append(
+                {
+                    "cut": cut,
+                    "micro_batches": count,
+                    "device_cpu_s": device,
+                    "units_cpu_s": whole,
+                    "units_pieces_cpu_s": _units(config, int(cut), int(count)),
+                    "ratio": device / whole,
+                    "by_fewest": device / fewest,
+                }
+            )
+    return found
+
+
+def _device(
+    config: Config,
+    options: Mapping[str, Any],
+    edge: EdgeProcess,
+    folder: Path,
+    cut: int,
+    count: int,
+) -> float:
+    steps, size = int(options["cpu_steps"]), config.client.batch_size
+    part = 1.0 - float(config.data.get("validation", 0.0) or 0.0)
+    key = "max_examples" if config.data.get("source") != "synthetic" else "examples"
+    watch, _ = watched_round(
+        config,
+        edge,
+        num_clients=1,
+        run={"dir": str(folder / f"cpu-{cut}-{count}"), "plots": False},
+        data={key: round(size * steps / part)},
+        policy={"kind": "fixed", "cut": cut, "codec": "fp32", "micro_batches": count},
+        schedule={"kind": "pipelined"},
+    )
+    return watch.device_cpu_s / max(1, watch.steps)
+
+
+def _units(config: Config, cut: int, count: int, repeats: int = 15) -> float:
+    """Return the median processor time of forward and backward of the first units."""
+    training.set_threads(config.client.threads)
+    fed = federation.federation(config)
+    layers = layered_model(config, fed.dataset.input_shape, fed.dataset.num_classes)
+    state = federation.build_model(config, fed.dataset).state_dict()
+    bounds = [cut, len(layers)]
+    own = {name: state[name] for name in names_between(layers, bounds)[0]}
+    (front,) = filled_stages(layers, bounds, [0], own, torch.device("cpu"))
+    x = torch.randn((config.client.batch_size, *fed.dataset.input_shape))
+    gradient = torch.randn_like(front(x))
+    return median(_once(front, x, gradient, count) for _ in range(repeats))
+
+
+def _once(front: nn.Module, x: torch.Tensor, gradient: torch.Tensor, count: int) -> float:
+    began = time.thread_time()
+    with drawing(Address(0, 0, 1), 0, len(x)):
+        held = []
+        for start, stop in pieces(len(x), count):
+            with rows(start, stop):
+                held.append((front(x[start:stop]), gradient[start:stop]))
+        for z, g in held:
+            z.backward(g)  # type: ignore[no-untyped-call]  # torch has no type for it
+    return time.thread_time() - began

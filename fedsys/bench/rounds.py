@@ -1,0 +1,196 @@
+"""One round of split training for real, watched: edge servers are a process of their own.
+
+So the processor time of this process is that of the devices, and the two do not wait for each
+other's interpreter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import psutil
+from flwr.app import Context, Message
+
+from fedsys import config as configuration
+from fedsys.config import Config
+from fedsys.errors import RuntimeFailure
+from fedsys.runtime.apps import load_apps
+from fedsys.runtime.local import ClientFunction, play_local
+from fedsys.security import new_token
+
+END_S = 20.0
+"""Seconds that an edge server has to end when it is told to."""
+
+BEFORE = 1
+"""Mini-batches of a device before those that count."""
+
+
+@dataclass(frozen=True)
+class EdgeProcess:
+    """An edge server that runs.
+
+    Attributes:
+        name: Its name, by which it finds the machine that it stands for.
+        address: Where it listens.
+        token: What a controller must present.
+        pid: Its process.
+    """
+
+    name: str
+    address: str
+    token: str
+    pid: int
+
+    def fleet(self) -> dict[str, Any]:
+        """Return the values of the group ``fleet`` for a run that uses it."""
+        return {
+            "edges": [{"name": self.name, "address": self.address}],
+            "control_token": self.token,
+        }
+
+    def cpu_s(self) -> float:
+        """Return the processor time that it has used."""
+        times = psutil.Process(self.pid).cpu_times()
+        return float(times.user + times.system)
+
+
+@contextlib.contextmanager
+def edge_process() -> Iterator[EdgeProcess]:
+    """Start ``fedsys edge`` on loopback, and end it with the block.
+
+    Raises:
+        RuntimeFailure: It does not start.
+    """
+    token, name = new_token(), "edge-0"
+    command = [
+        *(sys.executable, "-m", "fedsys.main", "edge", "json=true", f"edge.name={name}"),
+        *("edge.address=grpc://127.0.0.1:0", f"edge.control_token={token}", "edge.http=null"),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if not line:
+            raise RuntimeFailure("the edge server of the benchmark did not start")
+        yield EdgeProcess(name, str(json.loads(line)["ready"]["address"]), token, process.pid)
+    finally:
+        process.terminate()
+        try:
+            process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+@dataclass
+class Watch:
+    """What the devices of one round did, noted around their app.
+
+    Attributes:
+        ends: By device, when each mini-batch ended.
+        observations: By device, what it tells the server app; nothing where it was alone.
+        late_s: By device, seconds by which its real work was behind.
+        window_s: From the first device's begin to the last one's end.
+        device_cpu_s: Processor time of the devices' process in that time.
+        edge_cpu_s: That of the edge server.
+    """
+
+    ends: dict[int, list[float]] = field(default_factory=dict)
+    observations: dict[int, Mapping[str, Any]] = field(default_factory=dict)
+    late_s: dict[int, float] = field(default_factory=dict)
+    window_s: float = 0.0
+    device_cpu_s: float = 0.0
+    edge_cpu_s: float = 0.0
+
+    def iterations(self, count: int) -> list[float]:
+        """Return the seconds of `count` mini-batches of each device, without the first."""
+        found = []
+        for ends in self.ends.values():
+            steps = [b - a for a, b in pairwise(ends)]
+            found += steps[BEFORE - 1 : BEFORE - 1 + count]
+        return found
+
+    @property
+    def steps(self) -> int:
+        """Mini-batches of all devices."""
+        return sum(map(len, self.ends.values()))
+
+
+class _Watching:
+    """The client app, with someone who looks at the clock."""
+
+    def __init__(self, app: ClientFunction, edge: EdgeProcess) -> None:
+        self._app, self._edge, self.watch = app, edge, Watch()
+        self._lock = threading.Lock()
+        self._began: tuple[float, float, float] | None = None
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        if message.metadata.message_type != "train":
+            return self._app(message, context)
+        with self._lock:
+            self._began = self._began or self._now()
+        reply = self._app(message, context)
+        with self._lock:
+            self._note(reply, context)
+        return reply
+
+    def _now(self) -> tuple[float, float, float]:
+        return time.monotonic(), time.process_time(), self._edge.cpu_s()
+
+    def _note(self, reply: Message, context: Context) -> None:
+        watch, began = self.watch, self._began
+        if began is None or not reply.has_content():
+            return
+        now = self._now()
+        watch.window_s, watch.device_cpu_s, watch.edge_cpu_s = (
+            b - a for a, b in zip(began, now, strict=True)
+        )
+        device = int(str(context.node_config["partition-id"]))
+        records = reply.content.config_records
+        if "observation" in records:
+            watch.observations[device] = dict(records["observation"])
+        if "trace" in records:
+            ends = records["trace"]["ends"]
+            watch.ends[device] = [float(e) for e in ends] if isinstance(ends, list) else []
+            watch.late_s[device] = float(str(records["trace"]["late"]))
+
+
+def watched_round(config: Config, edge: EdgeProcess, **values: Any) -> tuple[Watch, float]:
+    """Carry out one round of training.
+
+    Args:
+        config: What all rounds have in common.
+        edge: The edge server.
+        values: More of the configuration, by group.
+
+    Returns:
+        What was seen, and the accuracy of the model on the test part.
+
+    Raises:
+        RuntimeFailure: A device failed.
+        FedsysError: The run failed.
+    """
+    fleet = {**edge.fleet(), **values.pop("fleet", {})}
+    workers = values.get("num_clients", config.num_clients)
+    given = {"runtime": {"kind": "local", "workers": workers}, **values}
+    text = configuration.with_values(config.text, json=True, fleet=fleet, **given)
+    made = configuration.parse(text)
+    server, client = load_apps(made)
+    watching = _Watching(client, edge)
+    play_local(made, server, watching)
+    watch = watching.watch
+    if len(watch.ends) != made.num_clients and made.fleet.emulate:
+        raise RuntimeFailure(f"{made.run.dir}: {len(watch.ends)} of the devices finished")
+    with open(f"{made.run.dir}/run.json", encoding="utf-8") as file:
+        return watch, float(json.load(file)["result"]["accuracy"])
