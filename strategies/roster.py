@@ -31,6 +31,14 @@ ANSWER_S = 120.0
 """Seconds that a connected node has to say who it is: a weak device imports torch for that."""
 
 
+AGAIN_S = 30.0
+"""Seconds after which a node that has not answered is asked again.
+
+A SuperNode that is given a message of a run that has just ended sends the answer to its next one
+only when it gets another: without a second question, it would never say who it is.
+"""
+
+
 @runtime_checkable
 class KnowsPartitions(Protocol):
     """A grid that knows its nodes' partition ids, so that no node has to be asked."""
@@ -52,6 +60,21 @@ class Node:
     partition: int
     data_root: str = ""
     classes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Question:
+    """A message that asks a node who it is.
+
+    Attributes:
+        node: The node.
+        first: When it was asked for the first time, on the monotonic clock.
+        last: When this message was sent.
+    """
+
+    node: int
+    first: float
+    last: float
 
 
 class Roster:
@@ -80,7 +103,7 @@ class Roster:
         self._spare: dict[int, str] = {}
         self._told: set[int] = set()
         self._silent: dict[int, str] = {}
-        self._asked: dict[str, tuple[int, float]] = {}
+        self._asked: dict[str, Question] = {}
 
     def refresh(self, grid: Grid) -> dict[int, int]:
         """Return the node id of every partition that is connected now, in order of partition id.
@@ -149,7 +172,7 @@ class Roster:
 
     def _is_over(self, deadline: float) -> bool:
         now = time.monotonic()
-        return now >= deadline and all(now >= since + ANSWER_S for _, since in self._asked.values())
+        return now >= deadline and all(now >= q.first + ANSWER_S for q in self._asked.values())
 
     def _look(self, grid: Grid) -> dict[int, list[int]]:
         """Return the nodes of every partition, those seen first in front."""
@@ -166,15 +189,22 @@ class Roster:
             for node_id, partition in grid.partition_ids().items():
                 self._nodes.setdefault(node_id, Node(partition))
             return
-        being_asked = {node for node, _ in self._asked.values()}
-        unknown = sorted(connected - self._nodes.keys() - self._silent.keys() - being_asked)
-        questions = [Message(RecordDict(), node, IDENTIFY) for node in unknown]
-        if questions:
-            ids = grid.push_messages(questions)
-            now = time.monotonic()
-            self._asked |= {i: (node, now) for i, node in zip(ids, unknown, strict=True)}
+        now = time.monotonic()
+        being_asked = {q.node: q for q in sorted(self._asked.values(), key=lambda q: q.last)}
+        recently = {node for node, q in being_asked.items() if now < q.last + AGAIN_S}
+        unknown = sorted(connected - self._nodes.keys() - self._silent.keys() - recently)
+        if unknown:
+            ids = grid.push_messages([Message(RecordDict(), node, IDENTIFY) for node in unknown])
+            for message_id, node_id in zip(ids, unknown, strict=True):
+                before = being_asked.get(node_id)
+                first = before.first if before else now
+                self._asked[message_id] = Question(node_id, first, now)
         for reply in grid.pull_messages(list(self._asked)) if self._asked else ():
-            node_id, _ = self._asked.pop(reply.metadata.reply_to_message_id)
+            question = self._asked.pop(reply.metadata.reply_to_message_id, None)
+            if question is None:  # another answer of this node came with it
+                continue
+            node_id = question.node
+            self._asked = {i: q for i, q in self._asked.items() if q.node != node_id}
             if reply.has_error():
                 self._silent[node_id] = reply.error.reason or f"error {reply.error.code}"
                 continue
@@ -218,6 +248,8 @@ class Roster:
 
     def _reasons(self) -> str:
         said = [f"node {node_id} says: {reason}" for node_id, reason in self._silent.items()]
+        mute = sorted({question.node for question in self._asked.values()})
+        said += [f"node {node_id} does not say who it is: see to its executor" for node_id in mute]
         return "".join(f"; {reason}" for reason in [*said, *self._spare.values()])
 
 

@@ -22,6 +22,7 @@ from fedsys.errors import ConfigError, RuntimeFailure
 from fedsys.randomness import Address
 from fedsys.training import Score
 from strategies import Roster, Sampling, build
+from strategies import roster as roster_module
 from strategies.buffers import with_type
 from strategies.roster import IDENTIFY
 from strategies.rounds import play
@@ -486,6 +487,46 @@ def test_only_nodes_that_are_new_are_asked_who_they_are():
     present = roster.refresh(grid)
     assert list(present) == [1, 2, 3]
     assert [grid.partition_of[node] for node in present.values()] == [1, 2, 3]
+
+
+def test_a_node_that_does_not_answer_is_asked_again(monkeypatch):
+    """Flower holds an answer back until the node gets another message, if its last run ended."""
+
+    class Holding(Nodes):
+        def __init__(self):
+            super().__init__(client, 2)
+            self.questions, self.slow = [], self.get_node_ids()[0]
+
+        def push_messages(self, messages):
+            for message in messages:
+                message.metadata.__dict__["_message_id"] = f"question-{len(self.questions)}"
+                self.questions.append(message)
+            return [m.metadata.message_id for m in messages]
+
+        def pull_messages(self, message_ids):
+            to_slow = [q for q in self.questions if q.metadata.dst_node_id == self.slow]
+            held = {q.metadata.message_id for q in to_slow} if len(to_slow) < 2 else set()
+            asked = {q.metadata.message_id: q for q in self.questions}
+            return [self._identity(asked[i]) for i in message_ids if i not in held]
+
+    monkeypatch.setattr(roster_module, "AGAIN_S", 0.2)
+    monkeypatch.setattr(roster_module, "POLL_S", 0.02)
+    grid = Holding()
+    assert list(Roster(2, wait_s=5.0).assemble(grid)) == [0, 1]
+    assert len(grid.questions) == 3
+
+
+def test_a_node_that_never_says_who_it_is_is_named(monkeypatch):
+    class Mute(Nodes):
+        def pull_messages(self, message_ids):
+            return []
+
+    monkeypatch.setattr(roster_module, "ANSWER_S", 0.1)
+    monkeypatch.setattr(roster_module, "POLL_S", 0.02)
+    grid = Mute(client, 1)
+    (node,) = grid.get_node_ids()
+    with pytest.raises(RuntimeFailure, match=f"are 0 .* node {node} does not say who it is: see"):
+        Roster(1, wait_s=0.1).assemble(grid)
 
 
 def test_two_nodes_with_one_partition_are_refused():
