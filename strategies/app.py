@@ -107,6 +107,8 @@ def _train(
             folder.event("recovery", **entry)
             progress.note(in_words(entry))
         told = len(recoveries(strategy))
+        if news := pruned.news(strategy):
+            progress.note(news)
         pruned.keep_level(strategy, config, result.number, result.arrays, folder.path)
         keeper.keep(result)
         clock.round_ended()

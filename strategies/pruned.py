@@ -59,6 +59,7 @@ class Pruned(Strategy):
         prunings: How often was pruned until then.
         origin: The model that levels start from; empty before it is known.
         origin_state: The state of the inner strategy at that time.
+        news: What was pruned before the last round, in words; empty if nothing was.
 
     Raises:
         ConfigError: The schedule does not fit the rounds, or a layer to leave alone is not there.
@@ -78,7 +79,7 @@ class Pruned(Strategy):
         self.origin = ArrayRecord()
         self.origin_state: dict[str, dict[str, Tree]] = {}
         self._inner_state = StrategyState(inner)
-        self._next, self._next_prunings = dense, 0
+        self._next, self._next_prunings, self.news = dense, 0, ""
 
     def summary(self) -> None:
         """Log the settings of the inner strategy."""
@@ -121,10 +122,18 @@ class Pruned(Strategy):
         aggregate, metrics = self.inner.aggregate_train(server_round, replies)
         if aggregate is None:
             return None, metrics
-        self.masks = records.to_record(self._next.packed())
-        self.prunings = self._next_prunings
         metrics = MetricRecord() if metrics is None else metrics
         figures = self._next.figures()
+        self.news = ""
+        if self._next_prunings > self.prunings:
+            before = f"before round {server_round}"
+            again = f", and training began anew from round {self._pruning.rewind}"
+            self.news = (
+                f"{figures.sparsity:.2%} of the weights are pruned and {figures.dead_channels:.2%} "
+                f"of the channels are dead since {before}{again if self._pruning.rewinds else ''}"
+            )
+        self.masks = records.to_record(self._next.packed())
+        self.prunings = self._next_prunings
         metrics["sparsity"] = figures.sparsity
         metrics["dead_channels"] = figures.dead_channels
         return masked(aggregate, self._next), metrics
@@ -195,6 +204,12 @@ def pruned_in(strategy: Strategy) -> Pruned | None:
     while inner is not None and not isinstance(inner, Pruned):
         inner = getattr(inner, "inner", None)
     return inner
+
+
+def news(strategy: Strategy) -> str:
+    """Return what was pruned before the last round, in words; empty if nothing was."""
+    pruned = pruned_in(strategy)
+    return "" if pruned is None else pruned.news
 
 
 def figures(strategy: Strategy) -> dict[str, Any]:

@@ -262,6 +262,13 @@ def test_what_is_pruned_is_zero_and_no_more_under_every_strategy(settings_of, ca
     assert [row["sparsity"] for row in result.rows] == pytest.approx(expected, abs=1e-12)
 
 
+def test_the_penalty_ends_with_the_last_pruning(configure):
+    config = configure("pruning=group_norm", "pruning.steps=2", "pruning.every=2",
+                       "pruning.group_lasso=0.5")  # fmt: skip
+    assert [settings.penalty_weight(config, r) for r in range(1, 6)] == [0.5, 0.5, 0.5, 0.0, 0.0]
+    assert settings.penalty_weight(configure("pruning=none"), 1) == 0.0
+
+
 def test_masks_cost_an_eighth_of_a_byte_for_a_weight(settings_of, carry_out):
     plain = carry_out(settings_of("rounds=1"))
     pruned = carry_out(settings_of("rounds=1", "pruning=random"))
