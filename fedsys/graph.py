@@ -116,12 +116,7 @@ def trace(model: nn.Module) -> fx.GraphModule:
             constants or takes different paths in training and in evaluation. The message names
             the module and the line.
     """
-    required = [name for name, has_default in _inputs(model).items() if not has_default]
-    if len(required) > 1 or not _inputs(model):
-        raise ModelError(
-            f"{type(model).__name__}.forward takes ({', '.join(_inputs(model))}): "
-            "it must take exactly one input without a default"
-        )
+    _check_inputs(model)
     source = copy_modules(model)
     with _lock:
         evaluation = _record(source.eval())
@@ -130,6 +125,31 @@ def trace(model: nn.Module) -> fx.GraphModule:
     traced = graph_module(source, graph, source.state_dict())
     copy_mode(model, traced)
     return traced
+
+
+def trace_evaluation(model: nn.Module) -> fx.GraphModule:
+    """Record the forward pass of `model` in evaluation, which training may differ from.
+
+    Args:
+        model: As for `trace`, and the caller's own: the graph uses its modules, not copies, and
+            the model is in evaluation mode afterwards.
+
+    Raises:
+        ModelError: As `trace`, but for the differences between the modes.
+    """
+    _check_inputs(model)
+    with _lock:
+        graph = _record(model.eval())
+    return fx.GraphModule(model, graph, class_name=type(model).__name__).eval()
+
+
+def _check_inputs(model: nn.Module) -> None:
+    required = [name for name, has_default in _inputs(model).items() if not has_default]
+    if len(required) > 1 or not _inputs(model):
+        raise ModelError(
+            f"{type(model).__name__}.forward takes ({', '.join(_inputs(model))}): "
+            "it must take exactly one input without a default"
+        )
 
 
 def _inputs(model: nn.Module) -> dict[str, bool]:

@@ -98,7 +98,7 @@ def _ask(reading: Reading, coupling: Coupling, need: Needs, name: str, op: Op) -
             wanted = groups.repeat_interleave(op.channels // op.groups)
             _require(need, reading.fixed[inputs[0]], inputs[0], wanted)
         case Kind.ADD | Kind.MUL:
-            _ask_operands(reading, coupling, need, name, inputs)
+            _ask_operands(reading, coupling, need, op, inputs)
         case Kind.CAT:
             parts = torch.split(wanted, [len(need.live[source]) for source in inputs])
             for source, part in zip(inputs, parts, strict=True):
@@ -130,13 +130,17 @@ def _ask_mix(reading: Reading, need: Needs, name: str, op: Op) -> None:
 
 
 def _ask_operands(
-    reading: Reading, coupling: Coupling, need: Needs, name: str, inputs: list[str]
+    reading: Reading, coupling: Coupling, need: Needs, op: Op, inputs: list[str]
 ) -> None:
+    name = op.node.name
     live, held = need.live[name], need.held[name]
     varies = {source: bool((live & ~reading.fixed[source].where).any()) for source in inputs}
+    # A uniform constant has no size of its own: what is left must have that of the result.
+    whole = [source for source in inputs if reading.ops[source].shape[2:] == op.shape[2:]]
+    sized = reading.borders is Borders.MAP or any(varies[source] for source in whole)
     for source in inputs:
         fixed = reading.fixed[source]
-        if not varies[source] and any(varies.values()):
+        if not varies[source] and sized and any(varies.values()):
             need.cut.add((name, source))
             continue
         need.live[source] |= live & ~fixed.where
@@ -188,7 +192,7 @@ def settle(
 ) -> list[str]:
     """Let `kept` grow until everything fits; return the nodes in use, in order."""
     while True:
-        before = sum(int(mask.sum()) for mask in kept.values())
+        before = int(torch.cat(list(kept.values())).sum())
         used = set()
         for name, op in reversed(reading.ops.items()):
             if op.kind not in (Kind.OUTPUT, Kind.INPUT) and name not in used:
@@ -197,12 +201,13 @@ def settle(
             inputs = [n.name for n in op.inputs if n.name in kept and (name, n.name) not in cut]
             _fit(op, kept, name, inputs, coupling)
             for source in inputs:
-                if op.kind is not Kind.CAT or bool(kept[source].any()):
+                empty = not bool(kept[source].any())
+                if op.kind is not Kind.CAT or not empty:
                     used.add(source)
-                    if not bool(kept[source].any()):
+                    if empty:
                         kept[source][0] = True  # a tensor has at least one channel
             used.update(n.name for n in op.node.all_input_nodes if n not in op.inputs)
-        if before == sum(int(mask.sum()) for mask in kept.values()):
+        if before == int(torch.cat(list(kept.values())).sum()):
             return [name for name in reading.ops if name in used]
 
 

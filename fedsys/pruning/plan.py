@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from fedsys.errors import ConfigError, ModelError
-from fedsys.graph import ByMode, trace
+from fedsys.graph import trace_evaluation
 from fedsys.pruning.channels import Coupling, Needs, keep, needs
+from fedsys.pruning.cloning import clone_model
 from fedsys.pruning.constants import Borders, Reading, read
 from fedsys.pruning.ops import Kind
 from fedsys.pruning.rebuild import rebuild
@@ -138,8 +137,8 @@ def masked_copy(model: nn.Module, masks: Mapping[str, Tensor] | None) -> nn.Modu
     Raises:
         ConfigError: A mask is not of a parameter, or not of its shape.
     """
-    tensors: dict[int, Any] = {id(t): t.cpu() for t in (*model.parameters(), *model.buffers())}
-    masked = copy.deepcopy(model, tensors).eval()
+    tensors = {id(t): t.cpu() for t in (*model.parameters(), *model.buffers())}
+    masked = clone_model(model, tensors).eval()
     named = dict(masked.named_parameters())
     zeroed: dict[int, Tensor] = {}
     for name, mask in (masks or {}).items():
@@ -157,14 +156,14 @@ def masked_copy(model: nn.Module, masks: Mapping[str, Tensor] | None) -> nn.Modu
 
 
 def probes(example: Tensor | Sequence[int]) -> Tensor:
-    """Return inputs to compare models on: random, zero, and of extreme contrast.
+    """Return inputs to compare models on: random, of extreme contrast, and zero.
 
     Args:
         example: A batch of inputs, or the shape of one input without the batch.
     """
     shape = tuple(example.shape[1:]) if isinstance(example, Tensor) else tuple(example)
     draws = torch.randn((2, *shape), generator=Address(0).torch("probes"))
-    return torch.stack([draws[0], torch.zeros(shape), 8.0 * draws[1].sign()])
+    return torch.stack([draws[0], 8.0 * draws[1].sign(), torch.zeros(shape)])
 
 
 def evaluation_graph(model: nn.Module) -> fx.GraphModule:
@@ -173,7 +172,7 @@ def evaluation_graph(model: nn.Module) -> fx.GraphModule:
     Raises:
         ModelError: The model does not trace.
     """
-    graph = trace(model)
+    graph = trace_evaluation(clone_model(model))
     for module in graph.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:  # a new one: tensors are still those of the model
@@ -181,24 +180,13 @@ def evaluation_graph(model: nn.Module) -> fx.GraphModule:
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_floating_point():
                 module._buffers[name] = buffer.double()
-    graph.eval()
     for node in list(graph.graph.nodes):
         called = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if isinstance(called, ByMode):
-            for user in list(node.users):
-                user.args = _replaced(user.args, node, called())
-                user.kwargs = _replaced(user.kwargs, node, called())
-        elif type(called).__name__ == "StochasticDepth":
+        if type(called).__name__ == "StochasticDepth":  # nothing in evaluation
             node.replace_all_uses_with(node.args[0])
-        else:
-            continue
-        graph.graph.erase_node(node)
+            graph.graph.erase_node(node)
     graph.recompile()
     return graph
-
-
-def _replaced(arguments: Any, node: fx.Node, value: Any) -> Any:
-    return fx.node.map_arg(arguments, lambda each: value if each is node else each)
 
 
 def _groups(

@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedsys.pruning.architecture import constructor_arguments
 from fedsys.pruning.channels import Needs
+from fedsys.pruning.cloning import clone
 from fedsys.pruning.constants import Borders, Reading
 from fedsys.pruning.ops import Conv, Kind, Op
 
@@ -119,18 +120,17 @@ class _Builder:
         new_weight, bias, bend = self._folded(op, first)
         new_weight = _cut_weight(op, new_weight, rows, columns)
         bias = bias[rows[first]]
-        arguments = constructor_arguments(op.layer)
-        if isinstance(op.layer, Conv):
-            arguments |= {"in_channels": int(columns.sum()), "out_channels": int(rows.sum())}
-            arguments["groups"] = int(columns.sum()) // new_weight.shape[1]
+        layer = clone(op.layer)
+        if isinstance(layer, Conv):
+            layer.in_channels, layer.out_channels = int(columns.sum()), int(rows.sum())
+            layer.groups = layer.in_channels // new_weight.shape[1]
         else:
-            arguments |= {"in_features": int(columns.sum()), "out_features": int(rows.sum())}
-        arguments["bias"] = op.layer.bias is not None or bool(bias.any())
-        layer: Conv | nn.Linear = type(op.layer)(**arguments, device="meta")
+            assert isinstance(layer, nn.Linear)
+            layer.in_features, layer.out_features = int(columns.sum()), int(rows.sum())
         shared = new_weight.data_ptr() == op.layer.weight.data_ptr()
         layer.weight = nn.Parameter(new_weight.clone() if shared else new_weight)
-        if arguments["bias"]:
-            layer.bias = nn.Parameter(bias)
+        needs_bias = op.layer.bias is not None or bool(bias.any())
+        layer.bias = nn.Parameter(bias) if needs_bias else None
         node = self._call(op, layer)
         if bend is None:
             return node
@@ -230,7 +230,7 @@ def _subtracts(op: Op) -> bool:
 
 def _copied(module: nn.Module) -> nn.Module:
     """Copy a module; never in place, because a cut may let two operations read one tensor."""
-    new = copy.deepcopy(module)
+    new = clone(module) if not module._modules else copy.deepcopy(module)
     if getattr(new, "inplace", False):
         new.inplace = False  # type: ignore[assignment]
     return new
@@ -238,18 +238,16 @@ def _copied(module: nn.Module) -> nn.Module:
 
 def _sliced(op: Op, kept: Tensor) -> nn.Module:
     """Return a normalisation or PReLU with the parameters of the channels `kept`."""
-    old = op.module
-    assert isinstance(old, nn.Module)
-    changes: dict[str, Any] = {}
-    if isinstance(old, nn.GroupNorm):
-        per_group = old.num_channels // old.num_groups
-        changes = {"num_channels": int(kept.sum()), "num_groups": int(kept.sum()) // per_group}
-    elif isinstance(old, nn.PReLU):
-        changes = {"num_parameters": 1 if old.num_parameters == 1 else int(kept.sum())}
-    else:
-        changes = {"num_features": int(kept.sum())}
-    new: nn.Module = type(old)(**(constructor_arguments(old) | changes), device="meta")
-    for key, tensor in (*old.named_parameters(), *old.named_buffers()):
+    assert op.module is not None
+    new, count = clone(op.module), int(kept.sum())
+    if isinstance(new, nn.GroupNorm):
+        per_group = new.num_channels // new.num_groups
+        new.num_channels, new.num_groups = count, count // per_group
+    elif isinstance(new, nn.PReLU):
+        new.num_parameters = 1 if new.num_parameters == 1 else count
+    elif isinstance(new, _BatchNorm):
+        new.num_features = count
+    for key, tensor in (*op.module.named_parameters(), *op.module.named_buffers()):
         sized = tensor.dim() == 1 and len(tensor) == len(kept)
         part = tensor.detach()[kept] if sized else tensor.detach().clone()
         if isinstance(tensor, nn.Parameter):

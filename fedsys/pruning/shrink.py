@@ -40,6 +40,11 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 """Largest difference between outputs that passes, times max(1, largest output) of the example."""
 
 
+EXACT_ROWS = 2
+"""Rows of the probes that are computed in float64 too, where convolutions are several times slower
+than in float32; zero is left out."""
+
+
 @dataclass(frozen=True, slots=True)
 class Report:
     """Figures of one conversion.
@@ -118,11 +123,13 @@ def shrink(
     masked = masked_copy(model, masks)
     dtype = next((p.dtype for p in masked.parameters()), torch.float32)
     inputs = probes(example)
-    plan = make_plan(masked, inputs, borders=borders, coupling=coupling, round_to=round_to)
+    plan = make_plan(
+        masked, inputs[:EXACT_ROWS], borders=borders, coupling=coupling, round_to=round_to
+    )
     if announce is not None:
         announce(plan)
     small = plan.apply()
-    exact = _run(small, inputs.double()) if verify else plan.reading.output
+    exact = _run(small, inputs[:EXACT_ROWS].double()) if verify else plan.reading.output
     small.to(dtype)
     difference = difference_float64 = float("nan")
     if verify:

@@ -1,0 +1,44 @@
+"""Copies of modules without copies of tensors, in a fraction of the time of ``copy.deepcopy``.
+
+Most of the time of copying a large model goes into the attributes of its layers, of which only the
+registries can change. Everything that is not a plain layer of ``torch.nn`` is copied deeply.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from fedsys.assemble import copy_modules
+from fedsys.pruning.vocabulary import LAYERS
+
+_PLAIN = frozenset(LAYERS.values())
+
+
+def clone(layer: nn.Module) -> nn.Module:
+    """Return a layer of ``torch.nn`` that shares the tensors of `layer` and nothing else."""
+    new = type(layer).__new__(type(layer))
+    new.__dict__.update(
+        {k: v.copy() if isinstance(v, dict | set) else v for k, v in layer.__dict__.items()}
+    )
+    return new
+
+
+def clone_model(model: nn.Module, tensors: dict[int, Tensor] | None = None) -> nn.Module:
+    """Return a copy of a model that shares its tensors.
+
+    Args:
+        model: What to copy.
+        tensors: What to take in place of a tensor, by the id of the original.
+
+    Raises:
+        ModelError: A module holds something that cannot be copied.
+    """
+    memo: dict[int, Any] = dict(tensors or {})
+    for module in model.modules():
+        if type(module) in _PLAIN and not module._modules:
+            new = memo[id(module)] = clone(module)
+            for registry in (new._parameters, new._buffers):
+                registry.update({name: memo.get(id(t), t) for name, t in registry.items()})
+    return copy_modules(model, memo)
