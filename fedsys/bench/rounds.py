@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -127,26 +127,40 @@ class Watch:
         return sum(map(len, self.ends.values()))
 
 
-class _Watching:
-    """The client app, with someone who looks at the clock."""
+class Watching:
+    """The client app, with someone who looks at the clock.
 
-    def __init__(self, app: ClientFunction, edge: EdgeProcess) -> None:
-        self._app, self._edge, self.watch = app, edge, Watch()
+    Args:
+        app: The client app.
+        edge_cpu_s: Tells the processor time of the edge server.
+        ready: Called before the first device begins.
+    """
+
+    def __init__(
+        self,
+        app: ClientFunction,
+        edge_cpu_s: Callable[[], float] = lambda: 0.0,
+        ready: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._app, self._edge_cpu_s, self._ready, self.watch = app, edge_cpu_s, ready, Watch()
         self._lock = threading.Lock()
         self._began: tuple[float, float, float] | None = None
 
     def __call__(self, message: Message, context: Context) -> Message:
+        """Hand the message to the app, and note when it was at work."""
         if message.metadata.message_type != "train":
             return self._app(message, context)
         with self._lock:
-            self._began = self._began or self._now()
+            if self._began is None:
+                self._ready()
+                self._began = self._now()
         reply = self._app(message, context)
         with self._lock:
             self._note(reply, context)
         return reply
 
     def _now(self) -> tuple[float, float, float]:
-        return time.monotonic(), time.process_time(), self._edge.cpu_s()
+        return time.monotonic(), time.process_time(), self._edge_cpu_s()
 
     def _note(self, reply: Message, context: Context) -> None:
         watch, began = self.watch, self._began
@@ -187,7 +201,7 @@ def watched_round(config: Config, edge: EdgeProcess, **values: Any) -> tuple[Wat
     text = configuration.with_values(config.text, json=True, fleet=fleet, **given)
     made = configuration.parse(text)
     server, client = load_apps(made)
-    watching = _Watching(client, edge)
+    watching = Watching(client, edge.cpu_s)
     play_local(made, server, watching)
     watch = watching.watch
     if len(watch.ends) != made.num_clients and made.fleet.emulate:
