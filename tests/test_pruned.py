@@ -267,6 +267,9 @@ def test_the_penalty_ends_with_the_last_pruning(configure):
                        "pruning.group_lasso=0.5")  # fmt: skip
     assert [settings.penalty_weight(config, r) for r in range(1, 6)] == [0.5, 0.5, 0.5, 0.0, 0.0]
     assert settings.penalty_weight(configure("pruning=none"), 1) == 0.0
+    # A run of levels that is continued has further prunings: its rounds must not change with that.
+    levels = configure("pruning=iterative", "pruning.group_lasso=0.5", "rounds=2")
+    assert settings.penalty_weight(levels, 2) == 0.5
 
 
 def test_masks_cost_an_eighth_of_a_byte_for_a_weight(settings_of, carry_out):

@@ -56,8 +56,8 @@ class PruningConfig:
         rounds_per_level: Rounds of a level; 0 prunes gradually, without rewinding.
         share: Levels: share of the survivors that each pruning takes, in (0, 1).
         rewind: Levels: round whose weights every level starts from; 0 for those at the start.
-        group_lasso: Weight of the penalty on channels until the last pruning
-            (`fedsys.pruning.penalty`); 0 for none.
+        group_lasso: Weight of the penalty on channels (`fedsys.pruning.penalty`), until the last
+            pruning of a gradual schedule and in all levels; 0 for none.
     """
 
     method: str = "none"
@@ -206,7 +206,10 @@ def ends_level(pruning: PruningConfig, round_: int) -> bool:
 
 
 def penalty_weight(config: Config, round_: int) -> float:
-    """Return the weight of the penalty in a round: none behind the last pruning."""
+    """Return the weight of the penalty in a round: none behind the last pruning.
+
+    With levels there is always another one, if the run is continued: so it does not end.
+    """
     pruning = config.pruning
-    before_last = round_ < last_pruning(pruning, config.rounds)
-    return pruning.group_lasso if pruning.active and before_last else 0.0
+    to_come = pruning.rewinds or round_ < last_pruning(pruning, config.rounds)
+    return pruning.group_lasso if pruning.active and to_come else 0.0
