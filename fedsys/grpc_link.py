@@ -362,9 +362,10 @@ def dial(
         except LinkError as error:
             text = str(error)
             if any(word in text.lower() for word in _TLS_WORDS):
-                raise SecurityError(
-                    f"{text}; both sides need certificates of one authority"
-                ) from None
+                way_out = "both sides need certificates of one authority"
+                if "hostname verification" in text.lower():
+                    way_out = f"the certificate of {place} must name that host; issue another"
+                raise SecurityError(f"{text}; {way_out}") from None
             final = isinstance(error, RemoteError) or " is full" in text or " serves gRPC" in text
             if final or not retry or time.monotonic() + _RETRY_S > deadline:
                 raise

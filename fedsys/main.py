@@ -41,6 +41,7 @@ class Command:
         paths: Word for the folders that stand behind the verb instead; empty for none.
         group: File of the group of its name that holds its options; empty for none.
         aliases: Keys of the command line that are short for others.
+        section: Part of ``conf/config.yaml`` that alone counts, which ``--help`` then shows.
     """
 
     module: str
@@ -50,11 +51,17 @@ class Command:
     paths: str = ""
     group: str = ""
     aliases: Mapping[str, str] = field(default_factory=dict)
+    section: str = ""
 
 
 COMMANDS: dict[str, Command] = {
     "train": Command("fedsys.train", "job", "train a model by federated learning"),
-    "edge": Command("fedsys.edge_app", "job", "hold sessions of split training for many devices"),
+    "edge": Command(
+        "fedsys.edge_app",
+        "job",
+        "hold sessions of split training for many devices, until SIGTERM or Ctrl-C",
+        section="edge",
+    ),
     "serve": Command(
         "fedsys.serving.app", "job", "answer requests over HTTP by the variants of a portfolio"
     ),
@@ -243,6 +250,8 @@ class Invocation:
         # argparse takes overrides in one run only, so the request for help stands behind them.
         asked = [a for a in arguments if a in ("-h", "--help")]
         header = [f"hydra.help.header={self._header()}"] if asked else []
+        if asked and self.command.section:
+            header.append('hydra.help.template="${hydra.help.header}"')
         others = [a for a in arguments if a not in asked]
         sys.argv = [f"fedsys {self.verb}", *others, *header, *asked]
         application = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -260,7 +269,9 @@ class Invocation:
         named = f" {self.command.paths}…" if self.command.paths else ""
         named = " NAME" if self.command.names else named
         text = f"usage: fedsys {self.verb}{named} [key=value …]\\n\\n{self.command.help}{names}"
-        return '"' + text.replace("\\n", "\n") + '"'
+        if self.command.section:
+            text += f"\\n\\njson: false  # print JSON only\\n{_section(self.command.section)}"
+        return '"' + text.replace('"', '\\"').replace("\\n", "\n") + '"'
 
     def _job(self, tree: Any) -> None:
         import importlib
@@ -271,6 +282,15 @@ class Invocation:
             self._results.append(job(tree))
         except FedsysError as error:  # kept from Hydra, which would print more lines about it
             self._errors.append(error)
+
+
+def _section(name: str) -> str:
+    """Return a part of ``conf/config.yaml`` with its comments."""
+    from fedsys.config import CONF
+
+    _, _, rest = (CONF / "config.yaml").read_text(encoding="utf-8").partition(f"\n{name}:\n")
+    lines = rest.partition("\n\n")[0]
+    return f"{name}:\n{lines}"
 
 
 def _finite(value: Any) -> Any:
