@@ -83,6 +83,7 @@ COMMANDS: dict[str, Command] = {
             "start": "from the command to the first round, and from the last to the end",
             "memory": "memory over rounds with many virtual clients",
             "switch": "changing variants under load, against three alternatives",
+            "prune": "exact conversion and portfolios, against Torch-Pruning and training",
             "link": "links against bare gRPC, and the share of a shaped rate in use",
             "pipeline": "plans of split training on shaped links and slow devices, or virtually",
         },

@@ -15,6 +15,22 @@ from fedsys.runtime.local import LocalGrid
 
 NAMES = COMMANDS["bench"].names
 SMALL = {
+    "prune": [
+        "bench.families=[[mobilenet_v3_small,[0.5]],[mobilenet_v2,[0.999]]]",
+        "bench.conversions=[[mobilenet_v3_small,0.4]]",
+        "bench.rivals=[]",
+        "bench.repeats=1",
+        "bench.images=20",
+        "bench.epochs=1",
+        "bench.fine_tune=0",
+        "data.examples=200",
+        "client.batch_size=50",
+        "client.threads=1",
+        "pruning.sparsity=[0.3,0.5]",
+        "prune.batch_sizes=[1]",
+        "prune.threads=[1]",
+        "prune.memory=false",
+    ],
     "training": ["bench.turns=1", "bench.batches=1", "data.examples=40", "client.batch_size=10"],
     "simulation": [
         "num_clients=3",

@@ -1,0 +1,372 @@
+"""Portfolios: how exact, how fast and how small, with Torch-Pruning beside ours.
+
+* ``exactness``: models of every family with random masks; the dense model against the masked one,
+  in float64 and float32, and their answers on test images.
+* ``conversions``: masks of the smallest magnitudes, all of the last layer left; seconds with
+  verification, and how many parameters are left, beside the reference rule
+  (`fedsys.pruning.reference`).
+* ``rivals``: Torch-Pruning's magnitude importance, pruned until it has as few parameters as our
+  variant; seconds, MACs and latency in turns.
+* ``effort``: six variants of one trained parent, from mask to written portfolio, against six times
+  its measured training.
+* ``trained``: models that trained under masks against their dense variants: parameters, latency in
+  turns, answers on all test images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor, nn
+
+from fedsys import config as configuration
+from fedsys import data, federation, models, optimizers, training
+from fedsys.bench import Chart
+from fedsys.bench.prune_rivals import torch_pruning
+from fedsys.config import Config
+from fedsys.data import Dataset
+from fedsys.errors import ConfigError, ModelError
+from fedsys.prune import fill, of_run, run_config
+from fedsys.pruning.candidates import convert
+from fedsys.pruning.levels import Level, Recipe, first, recipes, refined
+from fedsys.pruning.making import Made, make
+from fedsys.pruning.masks import last_layer
+from fedsys.pruning.measuring import in_turns, macs, speedup
+from fedsys.pruning.plan import masked_copy
+from fedsys.pruning.reference import reference_rule_parameters
+from fedsys.pruning.shrink import count_parameters, shrink
+from fedsys.pruning.sparsify import one_shot
+from fedsys.randomness import Address
+from fedsys.run import RunFolder
+
+RUNS = 30
+"""Timed runs of each model in a comparison."""
+
+Row = dict[str, Any]
+
+
+def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Measure and return the tables that this module names.
+
+    Args:
+        config: Data, seed, client; model and pruning of the trained part.
+        options: See ``conf/bench/prune.yaml``.
+
+    Raises:
+        ConfigError: A folder holds no run, or a value does not fit.
+        ModelError: A package of the extra ``prune`` is missing, or a conversion fails.
+    """
+    training.set_threads(config.client.threads)
+    dataset = federation.federation(config).dataset
+    images = _images(dataset, int(options["images"]))
+    exact = [
+        _exactness(name, sparsity, images, config.seed)
+        for name, sparsities in options["families"]
+        for sparsity in sparsities
+    ]
+    conversions = [
+        _conversion(name, sparsity, int(options["repeats"]), config.seed)
+        for name, sparsity in options["conversions"]
+    ]
+    rivals = [_rival(name, config) for name in options["rivals"]]
+    parent, config, dataset, seconds, source = _parent(config, options, dataset)
+    effort = _effort(parent, config, dataset, seconds, source)
+    trained = _trained(parent, config, dataset, options)
+    return {
+        "exactness": exact,
+        "conversions": conversions,
+        "rivals": rivals,
+        "effort": [effort],
+        "trained": trained,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def chart(figures: Mapping[str, Any]) -> Chart:
+    """Return how many times fewer parameters are left, ours and by the reference rule."""
+    rows = figures["conversions"]
+    return Chart(
+        "Exact conversion of magnitude masks",
+        "model",
+        "times fewer parameters",
+        [f"{row['model']}, {row['sparsity']:.1%}" for row in rows],
+        {
+            "fedsys": [row["times"] for row in rows],
+            "reference rule": [row["reference_times"] for row in rows],
+        },
+    )
+
+
+def _images(dataset: Dataset, count: int) -> Tensor:
+    return torch.cat([x for x, _ in data.eval_batches(first(dataset.test, count), dataset, 250)])
+
+
+# --------------------------------------------------------------------------------------------------
+# Exactness and conversion
+
+
+def _built(name: str, seed: int) -> nn.Module:
+    """Return a model for 3x32x32 images: of the project if it has it, else torchvision's."""
+    file = configuration.CONF / "model" / f"{name}.yaml"
+    if file.exists():
+        spec: Mapping[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    else:
+        spec = {"_target_": "fedsys.models.torchvision_classifier", "name": name, "norm": "batch"}
+    return models.build(spec, input_shape=(3, 32, 32), num_classes=10, seed=seed)
+
+
+def _as_trained(model: nn.Module, seed: int) -> nn.Module:
+    """Give biases, and shifts and statistics of BatchNorm, values of both signs."""
+    draw = Address(seed).torch("bench-prune")
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
+                module.bias.copy_(0.3 * torch.randn(module.bias.shape, generator=draw))
+            elif isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
+                shape = module.bias.shape
+                module.weight.copy_(0.5 + torch.rand(shape, generator=draw))
+                module.bias.copy_(0.3 * torch.randn(shape, generator=draw))
+                module.running_mean.copy_(0.3 * torch.randn(shape, generator=draw))
+                assert module.running_var is not None
+                module.running_var.copy_(0.5 + torch.rand(shape, generator=draw))
+    return model.eval()
+
+
+def _exactness(name: str, sparsity: float, images: Tensor, seed: int) -> Row:
+    model = _as_trained(_built(name, seed), seed)
+    row: Row = {"model": name, "sparsity": sparsity}
+    leave, address = last_layer(model), Address(seed)
+    try:
+        masks = one_shot("random", model, sparsity, leave=leave, address=address)
+        small = shrink(model, (3, 32, 32), masks=masks)
+    except ModelError as error:
+        return row | {"refused": str(error)[:60]}
+    masked = masked_copy(model, masks)
+    expected, got = _answers(masked, images), _answers(small.model, images)
+    return row | {
+        "max_abs_diff_float64": small.report.max_abs_diff_float64,
+        "max_abs_diff": float((expected - got).abs().max()),
+        "max_abs_output": float(expected.abs().max()),
+        "images": len(images),
+        "other_answers": int((expected.argmax(1) != got.argmax(1)).sum()),
+        "params": small.report.parameters,
+        "parent_params": small.report.parameters_before,
+    }
+
+
+def _answers(model: nn.Module, images: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return torch.cat([model(part) for part in torch.split(images, 250)])
+
+
+def _conversion(name: str, sparsity: float, repeats: int, seed: int) -> Row:
+    model = _built(name, seed).eval()
+    leave = last_layer(model)
+    masks = one_shot("magnitude", model, sparsity, leave=leave)
+    reports = [shrink(model, (3, 32, 32), masks=masks).report for _ in range(repeats)]
+    before, after = reports[0].parameters_before, reports[0].parameters
+    reference = reference_rule_parameters(model, (3, 32, 32), masks=masks)
+    return {
+        "model": name,
+        "sparsity": sparsity,
+        "seconds": median(report.seconds for report in reports),
+        "parent_params": before,
+        "params": after,
+        "times": before / after,
+        "reference_params": reference,
+        "reference_times": before / reference,
+        "max_abs_diff_float64": reports[0].max_abs_diff_float64,
+    }
+
+
+def _rival(name: str, config: Config) -> Row:
+    model = _as_trained(_built(name, config.seed), config.seed)
+    pruning = dataclasses.replace(config.pruning, sparsity=0.7)
+    dataset = federation.federation(config).dataset
+    ours_from = time.perf_counter()
+    (recipe,) = recipes(model, dataclasses.replace(config, pruning=pruning), dataset)
+    candidate, _ = convert(recipe.make(), config.prune, (3, 32, 32), lambda plan: None)
+    ours_s = time.perf_counter() - ours_from
+    params = candidate.variant.params
+    theirs_from = time.perf_counter()
+    theirs = torch_pruning(model, (3, 32, 32), params, last_layer(model))
+    theirs_s = time.perf_counter() - theirs_from
+    images = torch.randn(1, 3, 32, 32, generator=Address(0).torch("rival"))
+    pair = {"ours": candidate.module, "theirs": theirs, "parent": model}
+    with _one_thread():
+        took = in_turns(pair, images, RUNS)
+    return {
+        "model": name,
+        "parent_params": sum(p.numel() for p in model.parameters()),
+        "params": params,
+        "torch_pruning_params": count_parameters(theirs),
+        "macs": candidate.variant.macs,
+        "torch_pruning_macs": macs(_traced(theirs), (3, 32, 32)),
+        "seconds": ours_s,
+        "torch_pruning_seconds": theirs_s,
+        "ms": 1000 * median(took["ours"]),
+        "torch_pruning_ms": 1000 * median(took["theirs"]),
+        "parent_ms": 1000 * median(took["parent"]),
+        "faster_than_parent": speedup(took["parent"], took["ours"]),
+        "torch_pruning_faster_than_parent": speedup(took["parent"], took["theirs"]),
+    }
+
+
+def _traced(model: nn.Module) -> torch.fx.GraphModule:
+    from fedsys.pruning.plan import evaluation_graph
+
+    return evaluation_graph(masked_copy(model, None)).float()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# --------------------------------------------------------------------------------------------------
+# Trained models
+
+
+def _parent(
+    config: Config, options: Mapping[str, Any], dataset: Dataset
+) -> tuple[nn.Module, Config, Dataset, float, str]:
+    """Return a trained model, its configuration and data, the seconds it took, and where from."""
+    if options["run"] is None:
+        model, seconds = _train(config, dataset, int(options["epochs"]))
+        return model, config, dataset, seconds, f"{options['epochs']} epochs here"
+    path = Path(str(options["run"])).absolute()
+    config, dataset, model = _of_folder(path, config)
+    seconds = float(RunFolder.open(path).info["result"]["seconds"])
+    return fill(model, path / "model.safetensors"), config, dataset, seconds, path.name
+
+
+def _of_folder(path: Path, config: Config) -> tuple[Config, Dataset, nn.Module]:
+    """Return the configuration of a run with our pruning and measuring, its data and its model."""
+    own = configuration.parse(configuration.to_text({**run_config(path), "resume": None}))
+    own = dataclasses.replace(own, prune=config.prune, pruning=config.pruning, client=config.client)
+    dataset = federation.federation(own).dataset
+    return own, dataset, federation.build_model(own, dataset, initial=False)
+
+
+def _train(config: Config, dataset: Dataset, epochs: int) -> tuple[nn.Module, float]:
+    if epochs < 1:
+        raise ConfigError.of("bench.epochs", epochs, "must be at least 1")
+    model = federation.build_model(config, dataset)
+    lr = config.client.lr
+    optimizer = optimizers.make_optimizer(model.parameters(), config.client, lr)
+    everything = np.arange(len(dataset.train), dtype=np.int64)
+    began = time.perf_counter()
+    for epoch in range(epochs):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * (1 + np.cos(np.pi * epoch / epochs)) / 2
+        address = Address(config.seed, 0, epoch + 1)
+        size = config.client.batch_size
+        batches = data.train_batches(dataset.train, everything, dataset, size, address, 0, 0)
+        training.train(model, optimizer, batches, address)
+    return model, time.perf_counter() - began
+
+
+def _effort(
+    parent: nn.Module, config: Config, dataset: Dataset, seconds: float, source: str
+) -> Row:
+    made, took = _made(parent, recipes(parent, config, dataset), config, dataset)
+    count = len(made.measured) - 1
+    return {
+        "parent": source,
+        "training_seconds": seconds,
+        "variants": count,
+        "seconds": took,
+        "times_faster": count * seconds / took,
+        **{f"{part}_seconds": value for part, value in made.seconds.items()},
+        "on_the_front": len(made.portfolio.variants) - 1,
+        "slower_than_parent_on_the_front": _slower(made),
+    }
+
+
+def _slower(made: Made) -> int:
+    parent = made.portfolio.parent
+    return sum(
+        own.p50_ms > its.p50_ms
+        for variant in made.portfolio.variants
+        for own, its in zip(variant.latencies, parent.latencies, strict=True)
+    )
+
+
+def _made(
+    parent: nn.Module, masked: Sequence[Recipe], config: Config, dataset: Dataset
+) -> tuple[Made, float]:
+    """Make a portfolio in a folder that is thrown away; the seconds do not count the test part."""
+    with TemporaryDirectory(prefix="fedsys-bench-prune-") as folder:
+        began = time.perf_counter()
+        made = make(parent, masked, config, dataset, Path(folder))
+        took = time.perf_counter() - began
+    return made, took - made.seconds.get("test", 0.0)
+
+
+def _trained(
+    parent: nn.Module, config: Config, dataset: Dataset, options: Mapping[str, Any]
+) -> list[Row]:
+    """Compare models that trained under masks with their dense variants."""
+    if not options["pruned"]:
+        prune = dataclasses.replace(config.prune, fine_tune=int(options["fine_tune"]))
+        tuned = dataclasses.replace(config, prune=prune)
+        found = []
+        for recipe in recipes(parent, config, dataset):
+            level = refined(recipe.make(), tuned, dataset)
+            found.append(_against_masked(level, parent, config, dataset))
+        return found
+    rows = []
+    for folder in options["pruned"]:
+        path = Path(str(folder)).absolute()
+        own, images, model = _of_folder(path, config)
+        trained, masked = of_run(path, model, own, images)
+        rows += [
+            {"run": path.name, **_against_masked(recipe.make(), trained, own, images)}
+            for recipe in masked
+        ]
+    return rows
+
+
+def _against_masked(level: Level, parent: nn.Module, config: Config, dataset: Dataset) -> Row:
+    candidate, small = convert(level, config.prune, dataset.input_shape, lambda plan: None)
+    masked = masked_copy(level.model, level.masks)
+    images = torch.randn(1, *dataset.input_shape, generator=Address(0).torch("masked"))
+    with _one_thread():
+        took = in_turns({"masked": masked, "dense": candidate.module}, images, RUNS)
+    everything = _images(dataset, len(dataset.test))
+    expected, got = _answers(masked, everything), _answers(candidate.module, everything)
+    labels = dataset.test.labels[: len(everything)]
+    return {
+        "variant": level.name,
+        "sparsity": candidate.variant.sparsity,
+        "val_accuracy": _accuracy(candidate.module, dataset),
+        "parent_val_accuracy": _accuracy(parent, dataset),
+        "test_accuracy": float((got.argmax(1) == labels).double().mean()),
+        "masked_test_accuracy": float((expected.argmax(1) == labels).double().mean()),
+        "other_answers": int((expected.argmax(1) != got.argmax(1)).sum()),
+        "params": candidate.variant.params,
+        "times_fewer": small.report.parameters_before / candidate.variant.params,
+        "masked_ms": 1000 * median(took["masked"]),
+        "ms": 1000 * median(took["dense"]),
+        "times_faster": speedup(took["masked"], took["dense"]),
+        "max_abs_diff": candidate.variant.max_abs_diff,
+    }
+
+
+def _accuracy(model: nn.Module, dataset: Dataset) -> float:
+    return training.evaluate(model, data.eval_batches(dataset.validation, dataset, 250)).accuracy
