@@ -130,7 +130,7 @@ class LocalClient:
             recorder.note("step", step, -1, pace.end(seconds))
             pace.owe(len(y) * costs.load_s)
             recorder.note("load", step, -1, pace.settle())
-            recorder.finished(pace.now(), pace.late_s)
+            recorder.finished(pace.real(), pace.late_s)
 
     def _model(self) -> nn.Module:
         """Return this thread's model; its state is overwritten by every message."""

@@ -232,7 +232,7 @@ class Steps:
             seconds = sum(costs.update_s[: split.cut]) + sum(costs.update_s[split.tail :])
         self._recorder.note("update", self._step, -1, self._pace.end(seconds))
         self._recorder.note("load", self._step, -1, self._pace.settle())
-        self._recorder.finished(self._pace.now(), self._pace.late_s)
+        self._recorder.finished(self._pace.real(), self._pace.late_s)
 
     # --- what surrounds them ----------------------------------------------------------------------
 

@@ -2,7 +2,8 @@
 
 An operation is done at once and for real; then its machine waits for the moment at which the
 machine that it stands for would have finished (`fedsys.costs.MachineCosts`). Moments follow from
-moments, not from when a wait happened to end, so that waits that end late do not add up. Loading
+moments, not from when a wait or the real work happened to end, so that what ends late does not add
+up: the next operation has its own moment to keep. What came late over a link is late. Loading
 and the CPU time of messages are charged as well. With `fedsys.shaping` for the links, a run takes
 the time that it would take on the fleet that it names, as long as this machine is faster.
 
@@ -24,7 +25,7 @@ from fedsys.layers import LayeredModel
 from fedsys.session_state import SessionSpec
 
 LATE_S: Final = 2e-3
-"""How far real work may be behind before the machine that is stood for is taken to be late too."""
+"""How far real work may be behind without being called late."""
 
 Clock = Callable[[], float]
 Span = tuple[float, float]
@@ -39,7 +40,7 @@ class Pace:
         sleep: How to wait.
 
     Attributes:
-        late_s: Seconds that the real work was behind, added up.
+        late_s: Seconds by which operations ended late for real, added up.
     """
 
     def __init__(
@@ -56,7 +57,11 @@ class Pace:
 
     def now(self) -> float:
         """Return the moment at which the machine is."""
-        return self._clock() if self.costs is None else self._free_s
+        return self.real() if self.costs is None else self._free_s
+
+    def real(self) -> float:
+        """Return what the clock says."""
+        return self._clock()
 
     def begin(self, not_before_s: float = 0.0) -> Span:
         """Begin an operation that needs what arrived at `not_before_s`.
@@ -99,11 +104,9 @@ class Pace:
     def _finish(self, due_s: float, now: float) -> float:
         if due_s > now:
             self._sleep(due_s - now)
-            return due_s
-        if now - due_s <= LATE_S:
-            return due_s
-        self.late_s += now - due_s
-        return now
+        elif now - due_s > LATE_S:
+            self.late_s += now - due_s
+        return due_s
 
 
 class Workers:
@@ -144,7 +147,7 @@ class Workers:
             return began, began + seconds
 
     def wait_until(self, moment_s: float) -> float:
-        """Wait for a moment and return it; if it is long past, return now."""
+        """Wait for a moment; return it, or now if that is long past."""
         left = moment_s - self._clock()
         if left > 0:
             self._sleep(left)
@@ -218,8 +221,11 @@ class SessionPace:
             Microseconds at which it was received, began, turned, and ended.
         """
         began, ended = self._span
-        ended = self._clock() if self._costs is None else self._workers.wait_until(ended)
-        self._free_s = ended
+        if self._costs is None:
+            ended = self._free_s = self._clock()
+        else:
+            self._free_s = ended
+            ended = self._workers.wait_until(ended)
         stamps = (self._received_s or began, began, self._middle_s, ended)
         return [int(1e6 * stamp) for stamp in stamps]
 
@@ -228,7 +234,7 @@ class SessionPace:
         if self._costs is not None:
             seconds = sum(self._costs.update_s[slice(*self._units)])
             _, self._free_s = self._workers.take(self._free_s, seconds, self._costs.workers)
-            self._free_s = self._workers.wait_until(self._free_s)
+            self._workers.wait_until(self._free_s)
 
     def _seconds(self, rows: int) -> tuple[float, float, float]:
         known = self._known.get(rows)

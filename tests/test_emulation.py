@@ -62,13 +62,16 @@ def test_what_is_owed_is_paid_while_waiting_and_the_rest_at_the_end():
     assert pace.settle() == (pytest.approx(101.5), pytest.approx(101.5))
 
 
-def test_a_machine_is_late_where_this_one_is_slower_and_says_so():
+def test_what_is_late_for_real_is_said_and_the_next_operation_catches_up():
     pace, time = paced()
     pace.begin()
     time.now += 0.7  # the real work
-    assert pace.end(0.5) == (100.0, 100.7)
+    assert pace.end(0.5) == (100.0, 100.5)
     assert pace.late_s == pytest.approx(0.2)
-    assert pace.begin() == (100.7, 100.7)
+    assert pace.real() == 100.7
+    pace.begin()
+    assert pace.end(0.5) == (100.5, 101.0)
+    assert time.now == pytest.approx(101.0)
 
 
 def test_without_costs_nothing_is_waited_for():

@@ -40,7 +40,7 @@ from fedsys.planner import Plan, evaluate, plan
 from fedsys.planning import PlanOptions, machines_of, run_workload
 from fedsys.session import layered_model
 from fedsys.timeline import play
-from fedsys.workload import Choice, Workload, job_of
+from fedsys.workload import Choice, Workload, counts, job_of
 
 METHODS: Final = ("classic", "splitfed", "pipar", "exhaustive", "auto", "auto_offloaded")
 VOID: Final = 0.5
@@ -163,7 +163,7 @@ def planned(config: Config, options: Mapping[str, Any]) -> Iterator[Cell]:
             values = {"network": network, "fleet": fleet}
             made = configuration.parse(configuration.with_values(config.text, **values))
             for codec in options["codecs"]:
-                load = _workload(made, layers, str(codec))
+                load = _workload(made, layers, str(codec), options["micro_batches"])
                 for method in options["methods"]:
                     found = _plan(load, str(method))
                     yield Cell(
@@ -172,9 +172,12 @@ def planned(config: Config, options: Mapping[str, Any]) -> Iterator[Cell]:
                     )  # fmt: skip
 
 
-def _workload(config: Config, layers: LayeredModel, codec: str) -> Workload:
+def _workload(
+    config: Config, layers: LayeredModel, codec: str, micro_batches: Sequence[int]
+) -> Workload:
     machines = machines_of(config, layers)
-    options = PlanOptions(codec=(codec,), objective="iteration")
+    fitting = tuple(m for m in micro_batches if m <= config.client.batch_size)
+    options = PlanOptions(codec=(codec,), micro_batches=fitting, objective="iteration")
     return run_workload(config, layers, machines, [config.client.batch_size], options)
 
 
@@ -201,7 +204,7 @@ def bounds(cell: Cell) -> tuple[float, float]:
     bare = free_of_overhead(cell.load)
     best = min(
         max(evaluate(bare, [_with(c, m, bare) for c in cell.plan.choices]).iteration_s)
-        for m in bare.micro_batches
+        for m in (*bare.micro_batches, *counts(bare.batch_size))
     )
     jobs = [
         job_of(bare, device, choice, iterations=1)
