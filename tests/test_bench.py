@@ -234,6 +234,38 @@ def test_memory_refuses_rounds_that_the_run_does_not_have(configure):
         memory.run(config, config.bench)
 
 
+def test_prune_compares_dense_models_with_masked_ones(tmp_path, capsys):
+    figures = job("prune", capsys, tmp_path / "run")
+    exact, refused = figures["exactness"]
+    assert exact["max_abs_diff_float64"] <= 1e-9
+    assert exact["max_abs_diff"] <= 1e-5 * max(1.0, exact["max_abs_output"])
+    assert exact["other_answers"] == 0 and exact["images"] == 20
+    assert "would leave none" in refused["refused"] or ".weight" in refused["refused"]
+    (conversion,) = figures["conversions"]
+    assert conversion["params"] < conversion["reference_params"] <= conversion["parent_params"]
+    (effort,) = figures["effort"]
+    assert effort["variants"] == 2 and effort["slower_than_parent_on_the_front"] == 0
+    assert effort["times_faster"] == pytest.approx(
+        2 * effort["training_seconds"] / effort["seconds"]
+    )
+    for row in figures["trained"]:
+        assert row["other_answers"] == 0
+        assert row["test_accuracy"] == row["masked_test_accuracy"]
+        assert row["times_fewer"] == pytest.approx(582_346 / row["params"])
+
+
+def test_torch_pruning_is_given_the_parameters_of_ours():
+    pytest.importorskip("torch_pruning")
+    from fedsys.bench.prune_rivals import torch_pruning
+    from fedsys.models.vgg import vgg5
+
+    model = vgg5((3, 32, 32), 10)
+    pruned = torch_pruning(model, (3, 32, 32), 200_000, ["fc2.linear.weight"])
+    left = sum(p.numel() for p in pruned.parameters())
+    assert 150_000 < left <= 200_000
+    assert pruned(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
 def test_the_link_benchmark_takes_its_defaults_from_the_file_of_choices(configure):
     options = {k: v for k, v in configure("+bench=link").bench.items() if k != "name"}
     assert options == dict(link.DEFAULTS)
