@@ -87,6 +87,7 @@ COMMANDS: dict[str, Command] = {
             "link": "links against bare gRPC, and the share of a shaped rate in use",
             "pipeline": "plans of split training on shaped links and slow devices, or virtually",
         },
+        aliases={"virtual": "bench.virtual"},
     ),
     "prune": Command(
         "fedsys.prune",
@@ -224,7 +225,8 @@ class Invocation:
                 f"{' '.join([self.verb, *given])}: must be followed by one of {listed}; {hint}"
                 f"for instance fedsys {self.verb} {next(iter(names))}"
             )
-        return [a for a in arguments if a != given[0]] + [f"+{self.verb}={given[0]}"]
+        rest = [self._unaliased(a) for a in arguments if a != given[0]]
+        return [*rest, f"+{self.verb}={given[0]}"]
 
     def _unaliased(self, argument: str) -> str:
         key, equals, value = argument.partition("=")

@@ -18,7 +18,6 @@ processors is void: the waiting could not hide it.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +28,7 @@ from typing import Any, Final
 
 from fedsys import config as configuration
 from fedsys import federation
-from fedsys.bench import Chart, pipeline_cpu
+from fedsys.bench import Chart, pipeline_cpu, pipeline_virtual
 from fedsys.bench.rounds import BEFORE, EdgeProcess, Watch, edge_process, watched_round
 from fedsys.config import Config
 from fedsys.costs import MachineCosts, Messaging
@@ -46,7 +45,6 @@ METHODS: Final = ("classic", "splitfed", "pipar", "exhaustive", "auto", "auto_of
 VOID: Final = 0.5
 """Share of the processors that the real work may take."""
 
-_VIRTUAL: Final = "fedsys.bench.pipeline_virtual"
 _OFFLOADED: Final = {"pipar", "auto_offloaded"}  # PiPar's rule cannot say "do not split"
 
 
@@ -105,8 +103,7 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
         FedsysError: A run failed.
     """
     if options.get("virtual"):
-        virtual: dict[str, Any] = importlib.import_module(_VIRTUAL).run(config, options)
-        return virtual
+        return pipeline_virtual.run(config, options.get("on_virtual_clock") or {})
     count = int(options["iterations"])
     cells = list(planned(_sized(config, count), options))
     folder = Path(str(config.run.dir))
@@ -392,8 +389,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def chart(figures: Mapping[str, Any]) -> Chart:
     """Return the seconds of an iteration of each method, by setting."""
     if "cells" not in figures:
-        virtual: Chart = importlib.import_module(_VIRTUAL).chart(figures)
-        return virtual
+        return pipeline_virtual.chart(figures)
     cells = figures["cells"]
     labels = list(dict.fromkeys(f"{c['link']}\n{c['device']}\n{c['codec']}" for c in cells))
     at = {(f"{c['link']}\n{c['device']}\n{c['codec']}", c["method"]): c for c in cells}
