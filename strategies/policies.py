@@ -16,10 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from fedsys.codecs import CODECS
-from fedsys.config import Config, Spec
+from fedsys.config import Config, Spec, call_target
 from fedsys.errors import ConfigError, did_you_mean
 from fedsys.layers import LayeredModel, resolve_cut
 from fedsys.planning import PLANNED
@@ -181,7 +181,8 @@ def build_policy(
     """Return the policy of the ``policy`` group; None where everything stays on the devices.
 
     Args:
-        spec: The group.
+        spec: The group; of kind ``own`` its ``_target_`` names the policy, which may take the
+            other arguments too.
         num_edges: Number of edge servers.
         config: The run; needed by policies that plan.
         examples: Examples of each client; likewise.
@@ -199,6 +200,10 @@ def build_policy(
         from strategies.planned import Planned  # it imports this module
 
         return Planned(config, examples)
-    known = ("none", "fixed", *PLANNED)
+    if kind == "own":
+        target = {key: value for key, value in spec.items() if key != "kind"}
+        given = {"num_edges": num_edges, "config": config, "examples": examples}
+        return cast(OffloadPolicy, call_target(target, "policy", **given))
+    known = ("none", "fixed", *PLANNED, "own")
     hint = did_you_mean(str(kind), known)
     raise ConfigError.of("policy.kind", kind, f"must be one of {', '.join(known)}", hint.strip())
