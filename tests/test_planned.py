@@ -111,5 +111,5 @@ def test_a_fleet_without_machines_and_a_private_label_are_refused():
     with pytest.raises(ConfigError, match=r"fleet\.devices=\[\]: must name machines"):
         build_policy(local.policy, 1, local, [10]).init(LAYERS, [0])
     private = dataclasses.replace(CONFIG.client, label_private=True)
-    with pytest.raises(ConfigError, match="must be fixed with client.label_private=true"):
+    with pytest.raises(ConfigError, match=r"must be fixed with client\.label_private=true"):
         Planned(dataclasses.replace(CONFIG, client=private), [10])
