@@ -1,9 +1,10 @@
 """Our link against the same bytes over a bare gRPC stream, and the share of a shaped rate we use.
 
-Both servers run in one other process, and the two are measured in turns, so that what else the
-machine does meets both. Per size: a round trip (a frame there and back), and a one-way stream of
-frames that ends with one answer. What ours does more: header, checksum, limits, and a tensor in
-memory of its own at the other end.
+Both servers run in one other process, and the two are measured in short turns, so that what else
+the machine does meets both alike; of the differences and ratios of neighbouring turns the median
+is given, and the quartiles beside it. Per size: round trips (a frame there and back), and a stream
+of frames one way that ends with one answer. What ours does more: header, checksum, limits, and a
+tensor in memory of its own at the other end. CPU seconds are those of both processes together.
 
 Shaped rates, as the share of the rate that is left for tensors: ``by: "fedsys"`` is our own
 shaping; ``by: "kernel"`` a token bucket of Linux on a virtual Ethernet between two network
@@ -19,9 +20,10 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from queue import SimpleQueue
 from statistics import median
 from typing import Any, Final
@@ -37,8 +39,8 @@ from fedsys.wire import Frame
 
 DEFAULTS: Final[Mapping[str, Any]] = {
     "bytes": [1 << 10, 1 << 14, 1 << 17, 1 << 20, 1 << 22, 1 << 24],
-    "repeats": 9,  # measurements of each kind; the median counts
-    "stream_bytes": 64 << 20,  # in one measured stream, at most
+    "repeats": 15,  # turns of each kind
+    "stream_bytes": 32 << 20,  # in one measured stream, at most
     "shaped_mbit_s": [10, 100],
     "shaped_seconds": 2.0,
 }
@@ -54,8 +56,10 @@ def run(_: Config | None, options: Mapping[str, Any]) -> dict[str, Any]:
         options: Replaces entries of `DEFAULTS`.
 
     Returns:
-        ``cases``: per size the throughput in MB/s (10^6 bytes) of a stream and the microseconds of
-        a round trip, of ours and of bare gRPC. ``shaped``: per rate in Mbit/s and `by` the share
+        ``cases``: per size the throughput in MB/s (10^6 bytes) of a stream, the microseconds of a
+        round trip and its CPU microseconds, of ours and of bare gRPC (medians of the turns);
+        ``share`` of the throughput, ``added_us`` to a round trip, and CPU nanoseconds per byte of
+        a stream. ``shaped``: per rate in Mbit/s and `by` the share
         that tensors get; None with a ``note`` where it could not be measured.
 
     Raises:
@@ -81,6 +85,8 @@ def _ours_handler(link: Link) -> None:
         frame = link.recv()
         if frame.kind == "echo":
             link.send(frame)
+        elif frame.kind == "cpu":
+            link.send(Frame("cpu", {"seconds": time.process_time()}))
         elif frame.meta["last"]:
             link.send(Frame("answer"))
 
@@ -156,57 +162,113 @@ class _Bare:
         self._channel.close()
 
 
-def _seconds(work: Callable[[], object], times: int = 1) -> float:
-    start = time.perf_counter()
-    for _ in range(times):
-        work()
-    return (time.perf_counter() - start) / times
+@dataclass(frozen=True)
+class _Turn:
+    """What one turn took, per operation: seconds, and CPU seconds of both processes."""
+
+    wall_s: float
+    cpu_s: float
 
 
-def _case(size: int, ours: str, bare_place: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    x = torch.zeros(size, dtype=torch.uint8)
-    trips = max(1, min(100, (16 << 20) // size))
-    count = max(2, min(2000, settings["stream_bytes"] // size))
-    link, bare = dial(ours), _Bare(bare_place)
+class _Pair:
+    """Ours and bare gRPC to the same process, for tensors of one size."""
 
-    def our_trip() -> None:
-        link.send(Frame("echo", {}, {"x": x}))
-        link.recv(_PATIENCE_S)
+    def __init__(self, size: int, ours: str, bare: str) -> None:
+        self._link, self._bare = dial(ours), _Bare(bare)
+        self._x = torch.zeros(size, dtype=torch.uint8)
+        self._echo, self._sink = _ECHO + bytes(size - 1), _SINK + bytes(size - 1)
 
-    def bare_trip() -> None:
-        bare.send(echo)
-        bare.recv()
-
-    def our_stream() -> None:
-        for i in range(count):
-            link.send(Frame("sink", {"last": i == count - 1}, {"x": x}))
-        link.recv(_PATIENCE_S)
-
-    def bare_stream() -> None:
+    def our_trips(self, count: int) -> None:
         for _ in range(count):
-            bare.send(sink)
-        bare.send(_ANSWER)
-        bare.recv()
+            self._link.send(Frame("echo", {}, {"x": self._x}))
+            self._link.recv(_PATIENCE_S)
 
-    echo, sink = _ECHO + bytes(size - 1), _SINK + bytes(size - 1)
-    works = {"our_trip": our_trip, "bare_trip": bare_trip}
-    works |= {"our_stream": our_stream, "bare_stream": bare_stream}
-    took: dict[str, list[float]] = {name: [] for name in works}
+    def bare_trips(self, count: int) -> None:
+        for _ in range(count):
+            self._bare.send(self._echo)
+            self._bare.recv()
+
+    def our_stream(self, count: int) -> None:
+        for i in range(count):
+            self._link.send(Frame("sink", {"last": i == count - 1}, {"x": self._x}))
+        self._link.recv(_PATIENCE_S)
+
+    def bare_stream(self, count: int) -> None:
+        for _ in range(count):
+            self._bare.send(self._sink)
+        self._bare.send(_ANSWER)
+        self._bare.recv()
+
+    def turn(self, work: Callable[[int], None], count: int) -> _Turn:
+        cpu = self._cpu_s()
+        start = time.perf_counter()
+        work(count)
+        wall = time.perf_counter() - start
+        return _Turn(wall / count, (self._cpu_s() - cpu) / count)
+
+    def close(self) -> None:
+        self._link.close()
+        self._bare.close()
+
+    def _cpu_s(self) -> float:
+        self._link.send(Frame("cpu"))
+        there = float(self._link.recv(_PATIENCE_S).meta["seconds"])
+        return there + time.process_time()
+
+
+def _turns(
+    pair: _Pair,
+    ours: Callable[[int], None],
+    bare: Callable[[int], None],
+    count: int,
+    repeats: int,
+) -> list[tuple[_Turn, _Turn]]:
+    """Return pairs of neighbouring turns; who begins changes, and the first pair warms up."""
+    taken = []
+    for turn in range(repeats + 1):
+        if turn % 2:
+            mine, theirs = pair.turn(ours, count), pair.turn(bare, count)
+        else:
+            theirs, mine = pair.turn(bare, count), pair.turn(ours, count)
+        taken.append((mine, theirs))
+    return taken[1:]
+
+
+def _spread(name: str, values: Iterable[float], digits: int) -> dict[str, float]:
+    """Return the median under `name`, and the quartiles beside it."""
+    ordered = sorted(values)
+    return {
+        name: round(median(ordered), digits),
+        f"{name}_q1": round(ordered[len(ordered) // 4], digits),
+        f"{name}_q3": round(ordered[len(ordered) * 3 // 4], digits),
+    }
+
+
+def _case(size: int, ours: str, bare: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    trips = max(1, min(50, (4 << 20) // size))
+    count = max(2, min(500, settings["stream_bytes"] // size))
+    pair, repeats = _Pair(size, ours, bare), int(settings["repeats"])
     try:
-        for turn in range(settings["repeats"] + 1):
-            for name, work in works.items():
-                seconds = _seconds(work, trips if name.endswith("trip") else 1)
-                if turn > 0:  # the first turn warms up
-                    took[name].append(seconds)
+        there_and_back = _turns(pair, pair.our_trips, pair.bare_trips, trips, repeats)
+        one_way = _turns(pair, pair.our_stream, pair.bare_stream, count, repeats)
     finally:
-        link.close()
-        bare.close()
+        pair.close()
+
+    def middle(turns: Sequence[tuple[_Turn, _Turn]], which: int, what: str) -> float:
+        return float(median(getattr(pair[which], what) for pair in turns))
+
     return {
         "bytes": size,
-        "ours_mb_s": round(size * count / median(took["our_stream"]) / 1e6, 1),
-        "grpc_mb_s": round(size * count / median(took["bare_stream"]) / 1e6, 1),
-        "ours_us": round(median(took["our_trip"]) * 1e6, 1),
-        "grpc_us": round(median(took["bare_trip"]) * 1e6, 1),
+        "ours_mb_s": round(size / middle(one_way, 0, "wall_s") / 1e6, 1),
+        "grpc_mb_s": round(size / middle(one_way, 1, "wall_s") / 1e6, 1),
+        **_spread("share", (bare.wall_s / ours.wall_s for ours, bare in one_way), 3),
+        "ours_us": round(middle(there_and_back, 0, "wall_s") * 1e6, 1),
+        "grpc_us": round(middle(there_and_back, 1, "wall_s") * 1e6, 1),
+        **_spread("added_us", ((a.wall_s - b.wall_s) * 1e6 for a, b in there_and_back), 1),
+        "ours_cpu_us": round(middle(there_and_back, 0, "cpu_s") * 1e6, 1),
+        "grpc_cpu_us": round(middle(there_and_back, 1, "cpu_s") * 1e6, 1),
+        "ours_cpu_ns_byte": round(middle(one_way, 0, "cpu_s") / size * 1e9, 3),
+        "grpc_cpu_ns_byte": round(middle(one_way, 1, "cpu_s") / size * 1e9, 3),
     }
 
 
