@@ -86,6 +86,7 @@ COMMANDS: dict[str, Command] = {
             "prune": "exact conversion and portfolios, against Torch-Pruning and training",
             "link": "links against bare gRPC, and the share of a shaped rate in use",
             "pipeline": "plans of split training on shaped links and slow devices, or virtually",
+            "split": "split training at every cut against the unsplit loop, and a device's memory",
         },
         aliases={"virtual": "bench.virtual"},
     ),

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from fedsys.assemble import copy_modules
 from fedsys.errors import ModelError
 from fedsys.randomness import KeyedDropout
+from fedsys.shapes import module_for, result_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,14 @@ def measure(module: fx.GraphModule, example: Tensor) -> dict[str, Measured]:
     return meter.measured
 
 
+_FREE = frozenset(  # noqa: SIM905 - as a list it would take twenty lines
+    "new_empty empty empty_like detach view _unsafe_view reshape permute transpose t expand slice "
+    "select cat add add_ mul mul_ mean relu relu_ hardtanh hardtanh_ hardswish hardswish_ "
+    "hardsigmoid silu".split()
+)
+"""Operations that have no multiply-accumulates to be counted."""
+
+
 class _Counter(TorchDispatchMode):  # the one way to see the operations that modules are made of
     """Counts multiply-accumulates by the formulas of ``torch.utils.flop_counter``.
 
@@ -71,17 +80,23 @@ class _Counter(TorchDispatchMode):  # the one way to see the operations that mod
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch declares no types here
-        # It brings Triton, which most runs that import this module have no use for.
-        from torch.utils.flop_counter import flop_registry
-
-        self._formulas = flop_registry
         self.macs = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Say that nothing here is compiled: else torch loads its compiler, 100 MB and seconds."""
+        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        formula = self._formulas.get(func.overloadpacket)
+        if func.overloadpacket.__name__ in _FREE:
+            return out
+        # It brings Triton, 70 MB that most models need not have.
+        from torch.utils.flop_counter import flop_registry
+
+        formula = flop_registry.get(func.overloadpacket)
         if formula is not None:
             self.macs += formula(*args, **(kwargs or {}), out_val=out) // 2
         return out
@@ -127,9 +142,27 @@ class _Meter(fx.Interpreter):  # torch.fx walks graphs by overriding this
         if self._on_meta:
             if isinstance(module, _SAME_SHAPE) and args:
                 return args[0]
+            if len(args) == 1 and not kwargs and (out := self._known(module, args[0])) is not None:
+                return out
             for tensor in (*module.parameters(), *module.buffers()):
                 self._memo.setdefault(id(tensor), tensor.to("meta"))
         return copy_modules(module, self._memo).eval()(*args, **kwargs)
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the function, unless what it makes is known."""
+        if self._on_meta and args and isinstance(args[0], Tensor):
+            module = module_for(target, args[1:], kwargs)
+            if module is not None and (out := self._known(module, args[0])) is not None:
+                return out
+        return super().call_function(target, args, kwargs)
+
+    def _known(self, module: nn.Module, x: Tensor) -> Tensor | None:
+        known = result_of(module, x.shape)
+        if known is None:
+            return None
+        shape, macs = known
+        self.counter.macs += macs
+        return x.new_empty(shape)
 
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Fetch a tensor to where the graph runs."""

@@ -32,6 +32,14 @@ SMALL = {
         "prune.memory=false",
     ],
     "training": ["bench.turns=1", "bench.batches=1", "data.examples=40", "client.batch_size=10"],
+    "split": [
+        "model=cnn",
+        "data.shape=[3,8,8]",
+        "data.examples=20",
+        "client.batch_size=10",
+        "bench.turns=1",
+        "bench.memory=[1]",
+    ],
     "simulation": [
         "num_clients=3",
         "bench.bytes=[800]",
@@ -204,6 +212,16 @@ def test_scale_needs_a_round_that_counts(configure):
     config = configure("+bench=scale", "rounds=1")
     with pytest.raises(ConfigError, match="rounds=1: must be at least 2"):
         scale.run(config, config.bench)
+
+
+def test_split_gives_each_cut_its_ratio_and_the_memory_of_its_device(tmp_path, capsys):
+    figures = job("split", capsys, tmp_path / "run")
+    assert [row["cut"] for row in figures["cuts"]] == [1, 2, 3]
+    for row in figures["cuts"]:
+        assert row["same_bits"] is True
+        assert row["ratio"] > 0
+    assert [row["of_unsplit"] is None for row in figures["cuts"]] == [False, True, True]
+    assert figures["cuts"][0]["device_peak_mb"] > 0
 
 
 def test_start_divides_the_time_of_a_command(tmp_path, capsys):
