@@ -65,9 +65,35 @@ def measure(module: fx.GraphModule, example: Tensor) -> dict[str, Measured]:
 
 
 _FREE = frozenset(
-    "new_empty empty empty_like detach view _unsafe_view reshape permute transpose t expand slice "
-    "select cat add add_ mul mul_ mean relu relu_ hardtanh hardtanh_ hardswish hardswish_ "
-    "hardsigmoid silu".split()  # noqa: SIM905 - as a list it would take twenty lines
+    [
+        "new_empty",
+        "empty",
+        "empty_like",
+        "detach",
+        "view",
+        "_unsafe_view",
+        "reshape",
+        "permute",
+        "transpose",
+        "t",
+        "expand",
+        "slice",
+        "select",
+        "cat",
+        "add",
+        "add_",
+        "mul",
+        "mul_",
+        "mean",
+        "relu",
+        "relu_",
+        "hardtanh",
+        "hardtanh_",
+        "hardswish",
+        "hardswish_",
+        "hardsigmoid",
+        "silu",
+    ]
 )
 """Operations that have no multiply-accumulates to be counted."""
 
