@@ -301,7 +301,7 @@ class RunFolder:
         self._end({"status": "finished", "result": dict(result)})
 
     def fail(self, error: BaseException) -> None:
-        """Write ``run.json`` with the status ``failed`` and the error.
+        """Write ``run.json`` with the status ``failed`` and the error, if the run still goes on.
 
         After Ctrl-C, or a request to end that Flower turned into `SystemExit`, the status is
         ``interrupted``.
@@ -309,6 +309,8 @@ class RunFolder:
         Where not even that can be written, ``run.json`` keeps the status ``running``; that is
         logged and not raised, so that `error` stays the one that is reported.
         """
+        if self._info["status"] != "running":
+            return
         told = {"type": type(error).__name__, "message": str(error)}
         asked = isinstance(error, KeyboardInterrupt) or (
             isinstance(error, SystemExit) and not error.code
@@ -341,7 +343,7 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        if error is not None and self._info["status"] == "running":
+        if error is not None:
             self.fail(error)
         self.close()
 

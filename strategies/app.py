@@ -22,7 +22,7 @@ from fedsys.fleet import Fleet
 from fedsys.progress import Progress, choose
 from fedsys.run import default_path, state_sha256
 from fedsys.runtime.edges import with_launched
-from fedsys.runtime.grids import attentive
+from fedsys.runtime.grids import attentive, before_exit
 from fedsys.runtime.relay import Relay
 from fedsys.session import layered_model
 from strategies import Roster, build, pruned
@@ -42,11 +42,13 @@ def main(grid: Grid, context: Context) -> None:
     """Train the model that the run config describes and fill the run folder."""
     asked = configuration.from_run_config(context.run_config)
     with _display(asked, context) as progress:
-        config, grid, roster = gather(asked, attentive(grid), context.run_config, progress.note)
+        grid = own = attentive(grid)
+        config, grid, roster = gather(asked, grid, context.run_config, progress.note)
         config = with_launched(config, context.run_config)
         stages.current().reached("nodes")
         path = Path(config.run.dir or default_path(outputs(), "train"))
         with opened(config, path, progress) as keeper, open_fleet(config, keeper.faults) as fleet:
+            before_exit(own, lambda: keeper.folder.fail(KeyboardInterrupt("the run was stopped")))
             result = _train(config, grid, roster, keeper, progress, fleet)
             progress.finish(result)
 

@@ -2,14 +2,15 @@
 
 `attentive` wraps the grid of a deployment; those of the other runtimes need no wrapping.
 
-What is private in Flower and used here: a message's metadata can be changed only from inside.
+What is private in Flower and used here: a message's metadata can be changed only from inside,
+and the handlers that Flower calls at its exit.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
@@ -22,6 +23,17 @@ POLL_S = 0.2
 """Seconds between two looks for replies; Flower's own grid takes 3."""
 
 
+NUDGE_S = 30.0
+"""Seconds after which a node that has not replied gets another message.
+
+A SuperNode of Flower 1.42 that was given a message of a run that had just ended is one reply behind
+from then on: it sends a reply when it gets its next message. Without one, both sides would wait.
+"""
+
+NUDGE = "query.identify"
+"""Type of that message, which every client app answers at once."""
+
+
 def attentive(grid: Grid) -> Grid:
     """Return a grid that asks for replies often, if `grid` is that of a deployment."""
     if "flwr.superlink.grid" not in sys.modules:  # it takes seconds to import, and is not in use
@@ -31,10 +43,24 @@ def attentive(grid: Grid) -> Grid:
     return AttentiveGrid(grid) if isinstance(grid, HttpGrid) else grid
 
 
+def before_exit(grid: Grid, handler: Callable[[], None]) -> None:
+    """Have Flower call a handler before it ends this process, where it does that by itself.
+
+    In a deployment, it ends the server app of a run that was stopped, and with that it is in such a
+    hurry that no exception arrives.
+    """
+    if isinstance(grid, AttentiveGrid):
+        from flwr.supercore.exit.exit_handler import add_exit_handler
+
+        add_exit_handler(handler)
+
+
 class AttentiveGrid(Grid):
     """Looks for replies every `POLL_S` seconds, and names the node that an error is about.
 
     Contents travel packed (`fedsys.packing`); the client app unpacks them and packs its reply.
+
+    A node that does not reply is nudged (`NUDGE_S`).
 
     When a node is lost, the SuperLink answers in its place and under its own id; here such a reply
     carries the id of the node that was asked.
@@ -45,6 +71,7 @@ class AttentiveGrid(Grid):
 
     def __init__(self, inner: Grid) -> None:
         self._inner = inner
+        self._nudges: dict[str, int] = {}  # those that nobody has answered, with the node
 
     def set_run(self, run: Run) -> None:
         """Pass on."""
@@ -102,19 +129,31 @@ class AttentiveGrid(Grid):
         batch = list(messages)
         self.push_messages(batch)
         asked = {m.metadata.message_id: m.metadata.dst_node_id for m in batch}
-        deadline = None if timeout is None else time.monotonic() + timeout
+        began = time.monotonic()
+        deadline = None if timeout is None else began + timeout
         replies: list[Message] = []
         while asked:
-            for reply in self.pull_messages(list(asked)):
+            for reply in self.pull_messages([*asked, *self._nudges]):
+                if self._nudges.pop(reply.metadata.reply_to_message_id, None) is not None:
+                    continue
                 node = asked.pop(reply.metadata.reply_to_message_id)
                 if reply.has_error():
                     reply.metadata.__dict__["_src_node_id"] = node
                 replies.append(reply)
             if deadline is not None and time.monotonic() > deadline:
                 break
+            if asked and time.monotonic() > began + NUDGE_S:
+                self._nudge(set(asked.values()) - set(self._nudges.values()))
             if asked:
                 time.sleep(POLL_S)
         return replies
+
+    def _nudge(self, nodes: set[int]) -> None:
+        """Send a message to nodes that have none to answer besides the one that is waited for."""
+        if nodes:
+            messages = [Message(RecordDict(), node, NUDGE) for node in sorted(nodes)]
+            ids = self.push_messages(messages)
+            self._nudges |= dict(zip(ids, sorted(nodes), strict=True))
 
 
 class AnnotatedGrid(Grid):

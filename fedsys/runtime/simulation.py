@@ -11,6 +11,7 @@ of the nodes' contexts, the pool of its backend, the in-memory link state and it
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -26,6 +27,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
+import psutil
 from flwr.app import Context, Message, RecordDict
 from flwr.app.user_config import UserConfig
 from flwr.common.constant import SUPERLINK_NODE_ID
@@ -73,6 +75,10 @@ def workers(config: Config) -> int:
     """Return how many clients train at the same time."""
     wanted = config.runtime.workers or max(1, (os.cpu_count() or 1) // config.client.threads)
     return min(wanted, config.num_clients)
+
+
+END_S = 3.0
+"""Seconds that the processes of Ray have to end by themselves."""
 
 
 class Engine:
@@ -123,8 +129,9 @@ class Engine:
         self._grid = EngineGrid(inner, self._nodes, self._check)
 
     def __enter__(self) -> EngineGrid:
+        self._others = _children()
         try:
-            _start_ray(workers(self._config), self._folder)
+            self._started_ray = _start_ray(workers(self._config), self._folder)
         except Exception as error:  # Ray raises errors of many kinds
             shutil.rmtree(self._folder, ignore_errors=True)
             raise RuntimeFailure(f"Ray does not start: {error}; try runtime=local") from error
@@ -137,7 +144,14 @@ class Engine:
         self._stop.set()
         if error is not None:
             self._kill_busy()
+        started = _children() - self._others
         self._thread.join()
+        if self._started_ray:
+            alive = psutil.wait_procs(started, END_S)[1]
+            for process in alive:  # on a busy machine, Ray's processes outlive it by many seconds
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(alive, END_S)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _kill_busy(self) -> None:
@@ -188,15 +202,20 @@ class Engine:
             ) from self._failure
 
 
-def _start_ray(num_cpus: int, folder: str) -> None:
-    """Start Ray, unless it runs, without letting it take over signals.
+def _children() -> set[psutil.Process]:
+    """Return the processes that this one and its children have started."""
+    return set(psutil.Process().children(recursive=True))
+
+
+def _start_ray(num_cpus: int, folder: str) -> bool:
+    """Start Ray without letting it take over signals; return whether it did not run already.
 
     Its own handlers print a stack for SIGTERM and end the process, past every clean-up here.
     """
     import ray
 
     if ray.is_initialized():
-        return
+        return False
     home = str(Path(__file__).resolve().parents[2])
     os.environ["PYTHONPATH"] = os.pathsep.join([home, *sys.path])  # for Ray's processes
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -210,6 +229,7 @@ def _start_ray(num_cpus: int, folder: str) -> None:
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():
             signal.signal(number, handler)
+    return True
 
 
 class EngineGrid(Grid):
