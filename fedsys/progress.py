@@ -135,6 +135,8 @@ _COLUMNS: tuple[tuple[str, str, int, Callable[[float], str]], ...] = (
     ("virtual", "virtual_s", 7, seconds_text),
 )
 
+_OFTEN_ABSENT = frozenset({"virtual_s"})  # of runs on a fleet only: no dash for it
+
 
 def _shown(row: Row, name: str, form: Callable[[float], str]) -> str:
     value = row.get(name)
@@ -156,9 +158,12 @@ def table_head(rounds: int) -> str:
 
 
 def table_row(row: Row, rounds: int) -> str:
-    """Return a round as a line of a table; what is absent is a dash."""
+    """Return a round as a line of a table; what is absent is a dash, or nothing."""
     first = _round_text(row, rounds).rjust(max(2 * len(str(rounds)) + 1, 5))
-    cells = (_shown(row, name, form).rjust(width) for _, name, width, form in _COLUMNS)
+    cells = (
+        ("" if name in _OFTEN_ABSENT and name not in row else _shown(row, name, form)).rjust(width)
+        for _, name, width, form in _COLUMNS
+    )
     return "  ".join([first, *cells])
 
 

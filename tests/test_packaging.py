@@ -309,7 +309,7 @@ def test_the_page_on_extending_works_as_written(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(tmp_path)  # what PYTHONPATH=. does for a process
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         arguments = shlex.split(block.removeprefix("PYTHONPATH=. "))
         assert arguments[0] == "fedsys"

@@ -264,7 +264,7 @@ def test_a_terminal_shows_a_bar_with_an_eta_and_a_line_per_round() -> None:
     text = on_a_terminal(show)
     lines = [line.rstrip() for line in visible(text).splitlines()]
     assert table_head(10) in lines
-    assert table_row(ROW | {"round": 1}, 10) in lines
+    assert table_row(ROW | {"round": 1}, 10).rstrip() in lines
     assert "client 3 [edge-a] was lost" in lines
     bars = [line for line in lines if "ETA" in line]
     assert any("train [digits] " in b and "━" in b and "0/10  0:00  ETA -:--" in b for b in bars)

@@ -262,6 +262,9 @@ def _choose(
     )  # fmt: skip
     if target is current:
         return current, f"{cause}; none does better, and it is the smallest"
+    if current is smallest(ranked) and safe is None and not short:
+        # Without a margin, noise would bring it back here at once.
+        return current, f"{cause}; {target.name} would do, but with no margin"
     if waited < objective.down_dwell_s and not short:
         return current, f"{cause}; {objective.down_dwell_s - waited:.1f} s too early to leave it"
     if not (safe or bare):

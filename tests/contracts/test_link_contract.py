@@ -367,14 +367,14 @@ def test_tls_refuses_strangers_on_either_side():
     edge = authority.issue("edge-a", ["127.0.0.1"], role="server")
     misnamed = authority.issue("edge-b", ["edge-b.example"], role="server")
     device = authority.issue("device-7")
-    for server_side, client_side in (
-        (edge, other.issue("device-7")),
-        (other.issue("edge-a", ["127.0.0.1"], role="server"), device),
-        (misnamed, device),
+    for server_side, client_side, reason in (
+        (edge, other.issue("device-7"), "authority"),
+        (other.issue("edge-a", ["127.0.0.1"], role="server"), device, "authority"),
+        (misnamed, device, "must name that host"),
     ):
         server = serve("grpc://127.0.0.1:0", echo, credentials=server_side)
         try:
-            with pytest.raises(SecurityError, match="authority"):
+            with pytest.raises(SecurityError, match=reason):
                 dial(server.address, credentials=client_side, timeout_s=5.0)
         finally:
             server.stop()
