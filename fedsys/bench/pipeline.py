@@ -45,6 +45,9 @@ METHODS: Final = ("classic", "splitfed", "pipar", "exhaustive", "auto", "auto_of
 VOID: Final = 0.5
 """Share of the processors that the real work may take."""
 
+LEAST: Final = 2
+"""Iterations of a device that have a median and a spread."""
+
 _OFFLOADED: Final = {"pipar", "auto_offloaded"}  # PiPar's rule cannot say "do not split"
 
 
@@ -104,7 +107,11 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
     """
     if options.get("virtual"):
         return pipeline_virtual.run(config, options.get("on_virtual_clock") or {})
-    count = int(options["iterations"])
+    count = options["iterations"]
+    if type(count) is not int or count < LEAST:
+        raise ConfigError.of(
+            "bench.iterations", count, f"must be a whole number of at least {LEAST}"
+        )
     cells = list(planned(_sized(config, count), options))
     folder = Path(str(config.run.dir))
     write_atomic(folder / "profile.json", json_text(_profile(cells), indent=2).encode())
