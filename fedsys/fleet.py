@@ -129,8 +129,9 @@ class Fleet:
         self._hooks = Hooks(self._on_replica, self._on_struck, self._on_lost, self._answers)
         self._edges: dict[str, EdgeClient] = {}
         try:
-            for edge in edges:
-                self._edges[edge.name] = self._reach(edge)
+            with self._recovering:  # an edge that is lost meanwhile is dealt with afterwards
+                for edge in edges:
+                    self._edges[edge.name] = self._reach(edge)
         except FedsysError:
             self.close()
             raise
@@ -203,9 +204,14 @@ class Fleet:
             held = self._held.get(session)
         if held is None:
             raise SessionError(f"session {session} is not open")
+        asked = held.edge
         try:
-            frame = self._request(held.edge, "collect", {"session": session})
+            frame = self._request(asked, "collect", {"session": session})
         except (LinkError, SessionError):
+            with self._recovering:  # its device may have gone on where it is being opened
+                moved = held.edge != asked
+            if moved:
+                return self.collect(session)
             if held.returned is None:
                 raise
             return held.returned  # an edge that stops hands its sessions back

@@ -151,6 +151,57 @@ def test_an_edge_that_stops_hands_over_and_no_step_is_lost(pair):
     assert is_trained(pair, pair.pair.collect("s"), 4)
 
 
+def test_what_a_device_did_where_its_session_is_just_being_opened_is_collected(pair, monkeypatch):
+    """The state that the former edge had handed back was taken for the newest: a step was lost.
+
+    A device may go on as soon as the session is open, before the fleet has noted where.
+    """
+    collecting = threading.Event()
+    open_at = Fleet._open_at
+
+    def slowly(fleet, edge, spec, start):
+        open_at(fleet, edge, spec, start)
+        if edge == "b":
+            assert collecting.wait(WAIT_S)
+
+    def request(fleet, edge, kind, *more):
+        try:
+            return obey(fleet, edge, kind, *more)
+        finally:
+            if kind == "collect":
+                collecting.set()
+
+    obey = Fleet._request
+    monkeypatch.setattr(Fleet, "_open_at", slowly)
+    monkeypatch.setattr(Fleet, "_request", request)
+    pair.pair.open(pair.layer.spec(), pair.layer.start(), "a")
+    train(pair, "a", 3)
+    pair.edges["a"].stop()
+    until(lambda: pair.edges["b"].sessions == ["s"])
+    assert train(pair, "b", 4) == 3
+    assert is_trained(pair, pair.pair.collect("s"), 4)
+
+
+def test_an_edge_may_be_lost_while_the_others_are_being_reached(place, monkeypatch):
+    """The thread that dealt with the loss looked for an edge that was not entered yet."""
+    reach = Fleet._reach
+
+    def lose(fleet, edge, **more):
+        client = reach(fleet, edge, **more)
+        if edge.name == "a" and not more:
+            place.edges["a"].kill()
+            until(lambda: client.lost)
+            for thread in threading.enumerate():
+                if thread.name == "recover-a":
+                    thread.join(0.1)
+        return client
+
+    monkeypatch.setattr(Fleet, "_reach", lose)
+    place.start("a")
+    place.start("b")
+    assert place.fleet("a", "b").alive == ["b"]
+
+
 def test_the_last_edge_hands_over_and_its_sessions_can_still_be_collected(place):
     place.start("a")
     fleet = place.fleet("a")
