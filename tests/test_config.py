@@ -14,14 +14,13 @@ from fedsys.config import (
     call_target,
     compose_text,
     divided,
-    first_line,
     from_run_config,
     locate,
     options_of,
     parse,
     to_text,
 )
-from fedsys.errors import ConfigError
+from fedsys.errors import ConfigError, first_line
 
 
 @pytest.fixture(scope="module")

@@ -210,9 +210,9 @@ def test_choices_hold_no_logic():
     assert all(isinstance(node, ast.Expr) for node in body)  # a docstring at most
 
 
-def test_one_module_knows_hydra_and_the_command_starts_it():
+def test_one_package_knows_hydra_and_the_command_starts_it():
     known = importing(PACKAGES, ["hydra", "omegaconf"])
-    assert known <= {"fedsys/config.py", "fedsys/main.py"}
+    assert {f for f in known if not f.startswith("fedsys/config/")} <= {"fedsys/main.py"}
 
 
 def test_only_the_runtime_knows_private_parts_of_flower():

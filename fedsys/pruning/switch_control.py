@@ -12,8 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, final
 
-from fedsys.config import first_line
-from fedsys.errors import ConfigError
+from fedsys.errors import ConfigError, first_line
 from fedsys.pruning.switch import Cost, Switcher
 from fedsys.pruning.switch_policy import (
     Decision,

@@ -1,0 +1,177 @@
+"""Configuration: from Hydra's YAML to typed values. The only package that knows OmegaConf.
+
+A run is described by one YAML text, composed from the groups in ``conf/`` and the overrides of
+the command line. The text travels as it is to every app of the run (Flower's run config holds
+flat values only), where `parse` turns it into a frozen `Config` once per process. Below this
+package there are only typed values and plain dicts.
+
+`_target_` entries name constructors by dotted path, as everywhere in Hydra; they are the user's
+own configuration and run with the user's rights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import shlex
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fedsys import faults
+from fedsys.config import rules
+from fedsys.config.building import build
+from fedsys.config.composing import CONF, known_models, options_of, translated_errors
+from fedsys.config.targets import call_target, check_keywords, locate
+from fedsys.config.values import (
+    Apps,
+    CheckpointConfig,
+    ClientConfig,
+    Config,
+    EdgeAddressConfig,
+    EdgeConfig,
+    FaultsConfig,
+    FleetConfig,
+    LearningRate,
+    LinkConfig,
+    NetworkConfig,
+    PruneConfig,
+    RunConfig,
+    RuntimeConfig,
+    ScheduleConfig,
+    Spec,
+)
+from fedsys.errors import ConfigError, first_line
+
+__all__ = [
+    "CONF",
+    "Apps",
+    "CheckpointConfig",
+    "ClientConfig",
+    "Config",
+    "EdgeAddressConfig",
+    "EdgeConfig",
+    "FaultsConfig",
+    "FleetConfig",
+    "LearningRate",
+    "LinkConfig",
+    "NetworkConfig",
+    "PruneConfig",
+    "RunConfig",
+    "RuntimeConfig",
+    "ScheduleConfig",
+    "Spec",
+    "call_target",
+    "check_keywords",
+    "compose_text",
+    "divided",
+    "edge_names",
+    "from_run_config",
+    "given_keys",
+    "known_models",
+    "locate",
+    "options_of",
+    "parse",
+    "plain",
+    "to_text",
+    "translated_errors",
+    "with_values",
+]
+
+
+@functools.lru_cache(maxsize=8)
+def parse(text: str) -> Config:
+    """Turn the YAML text of a run into a checked `Config`; once per process and text.
+
+    Raises:
+        ConfigError: Names the key, its value, the rule and the way out.
+    """
+    try:
+        tree = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
+    # OmegaConf asserts that a text is a mapping or a list.
+    except (OmegaConfBaseException, yaml.YAMLError, AssertionError) as error:
+        raise ConfigError(f"configuration: {first_line(error)}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError("configuration: must be a mapping of keys to values")
+    tree.pop("hydra", None)
+    config = typing.cast(Config, build(Config, tree, ""))
+    config = dataclasses.replace(config, text=text)
+    rules.check(config)
+    planned = faults.check(
+        config.faults.list,
+        rounds=config.rounds,
+        num_clients=config.num_clients,
+        edges=edge_names(config),
+    )
+    return dataclasses.replace(config, faults=FaultsConfig(planned))
+
+
+def edge_names(config: Config) -> list[str]:
+    """Return the names of the edge servers of a run; none if it needs none."""
+    if config.policy.get("kind", "none") == "none":
+        return []
+    return [e.name for e in config.fleet.edges] or [f"edge-{i}" for i in range(config.num_edges)]
+
+
+def from_run_config(run_config: Mapping[str, Any]) -> Config:
+    """Return the configuration that a Flower app finds in its run config.
+
+    ``hydra-config`` holds the composed YAML when ``fedsys train`` started the run; for a bare
+    ``flwr run``, ``overrides`` holds Hydra overrides and the groups are composed here.
+    """
+    text = str(run_config.get("hydra-config", ""))
+    return parse(text or compose_text(str(run_config.get("overrides", ""))))
+
+
+@functools.lru_cache(maxsize=8)
+def compose_text(overrides: str) -> str:
+    """Compose ``conf/config.yaml`` with overrides in shell syntax; return resolved YAML."""
+    from hydra import compose, initialize_config_dir
+
+    arguments = shlex.split(overrides)
+    with (
+        translated_errors(),
+        known_models(arguments),
+        initialize_config_dir(str(CONF), version_base="1.3"),
+    ):
+        return to_text(compose("config", overrides=arguments))
+
+
+def to_text(tree: Any) -> str:
+    """Return the resolved YAML of a composed configuration, or of plain dicts and lists."""
+    with translated_errors():
+        return OmegaConf.to_yaml(OmegaConf.create(tree), resolve=True)
+
+
+def plain(tree: Any) -> dict[str, Any]:
+    """Return a composed configuration as resolved plain dicts and lists."""
+    with translated_errors():
+        return typing.cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True))
+
+
+def with_values(text: str, **values: Any) -> str:
+    """Return the YAML of a run with other values for some of its top-level keys."""
+    return to_text(OmegaConf.merge(OmegaConf.create(text), OmegaConf.create(values)))
+
+
+def divided(config: Config, num_clients: int) -> Config:
+    """Return the configuration of the same run among another number of clients."""
+    return parse(_divided_text(config.text, num_clients))
+
+
+@functools.lru_cache(maxsize=8)
+def _divided_text(text: str, num_clients: int) -> str:
+    return with_values(text, num_clients=num_clients)
+
+
+def given_keys() -> list[str]:
+    """Return the keys and groups that the command line of this job names, with dots."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parsed = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
+    return [override.key_or_group.replace("/", ".") for override in parsed]

@@ -1,0 +1,131 @@
+"""Hydra's seams: the groups in ``conf/``, names that have no file there, and its errors."""
+
+from __future__ import annotations
+
+import re
+import typing
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fedsys.errors import ConfigError, did_you_mean, first_line
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+"""The folder of the groups: the same place in the checkout, the wheel and the Flower bundle."""
+
+
+@contextmanager
+def translated_errors() -> Iterator[None]:
+    """Turn errors of Hydra and OmegaConf into a `ConfigError` of one or two lines."""
+    from hydra.errors import HydraException
+
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(error)) from error
+
+
+def _explain(error: BaseException) -> str:
+    text = str(error)
+    if match := re.search(r"Could not find '(\w+)/([^']+)'", text):
+        group, name = match.groups()
+        known = options_of(group)
+        if not known:
+            return f"{group}={name}: there is no group '{group}'; see --help for all of them"
+        others = _torchvision_names() if group == "model" else set()
+        return (
+            f"{group}={name}: no such choice; {did_you_mean(name, [*known, *sorted(others)])}"
+            f"known are {', '.join(known)}{' and the classifiers of torchvision' if others else ''}"
+        )
+    if match := re.search(r"Could not override '([^']+)'", text):
+        key = match[1]
+        groups = [p.name for p in CONF.iterdir() if p.is_dir() and not p.name.startswith("_")]
+        known = [name for name in (*_top_level_keys(), *groups) if name != key]
+        return f"{key}: no such option; {did_you_mean(key, known)}see --help for all of them"
+    return first_line(error)
+
+
+def options_of(group: str) -> list[str]:
+    """Return the names that can be chosen in a group."""
+    return sorted(p.stem for p in (CONF / group).glob("*.yaml"))
+
+
+def _torchvision_names() -> set[str]:
+    from fedsys.models.catalog import torchvision_names  # imports torchvision
+
+    return set(torchvision_names())
+
+
+def _top_level_keys() -> list[str]:
+    keys: list[str] = []
+
+    def walk(node: Any, prefix: str) -> None:
+        for key, value in node.items():
+            keys.append(f"{prefix}{key}")
+            if isinstance(value, dict):
+                walk(value, f"{prefix}{key}.")
+
+    tree = OmegaConf.to_container(OmegaConf.load(CONF / "config.yaml"))
+    walk(
+        {
+            k: v
+            for k, v in typing.cast(dict[str, Any], tree).items()
+            if k not in ("defaults", "hydra")
+        },
+        "",
+    )
+    return keys
+
+
+@contextmanager
+def known_models(overrides: Sequence[str]) -> Iterator[None]:
+    """Make ``model=NAME`` work for torchvision's classifiers, which have no file in ``conf/``.
+
+    A name without a file becomes a configuration whose constructor looks the name up when the
+    model is built, so that torchvision is imported only then.
+    """
+    from hydra.core.config_store import ConfigStore
+
+    names = [
+        name
+        for override in overrides
+        if override.startswith("model=")
+        for name in override.removeprefix("model=").split(",")
+        if re.fullmatch(r"\w+", name) and not (CONF / "model" / f"{name}.yaml").exists()
+    ]
+    store = ConfigStore.instance()
+    for name in _torchvision_names().intersection(names) if names else ():
+        node = {
+            "_target_": "fedsys.models.torchvision_classifier",
+            "name": name,
+            "norm": "batch",
+            "init": None,
+        }
+        store.store(group="model", name=name, node=node, provider="torchvision")
+    for override in overrides:
+        if override.startswith("fleet=") and override.endswith((".yaml", ".yml")):
+            _store_fleet(override.removeprefix("fleet="))
+    yield
+
+
+def _store_fleet(path: str) -> None:
+    """Make ``fleet=PATH.yaml`` work: a file of the user's, over the defaults of ``fleet=local``."""
+    from hydra.core.config_store import ConfigStore
+
+    try:
+        own = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError.of("fleet", path, f"cannot be read: {first_line(error)}") from error
+    if not isinstance(own, dict):
+        raise ConfigError.of("fleet", path, "must hold a mapping of keys to values")
+    local = yaml.safe_load((CONF / "fleet" / "local.yaml").read_text(encoding="utf-8"))
+    parts = [part for part in path.split("/") if part]
+    ConfigStore.instance().store(
+        group="/".join(["fleet", *parts[:-1]]), name=parts[-1], node={**local, **own},
+        package="fleet", provider="file",
+    )  # fmt: skip

@@ -1,0 +1,117 @@
+"""Rules that values obey on their own, whatever the run is about."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fedsys.config.values import Config
+from fedsys.errors import ConfigError
+from fedsys.pruning import settings as pruning_settings
+from fedsys.serving.options import RULES as SERVING_RULES
+
+Rule = tuple[str, Callable[[Any], bool], str, str]
+"""Path of the value, test, the rule in words, and the way out."""
+
+
+def _positive(value: Any) -> bool:
+    return bool(value > 0)
+
+
+def _at_least_one(value: Any) -> bool:
+    return bool(value >= 1)
+
+
+def _optional(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or test(value)
+
+
+def _counts(values: Any) -> bool:
+    return bool(values) and all(value >= 1 for value in values)
+
+
+def _names_one(value: Any) -> bool:
+    return bool(value) and str(value).replace("{client}", "", 1).isprintable()
+
+
+def _one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
+    return (lambda value: value in names), "must be one of " + ", ".join(names)
+
+
+RULES: tuple[Rule, ...] = (
+    ("num_clients", _at_least_one, "must be at least 1", ""),
+    ("rounds", _at_least_one, "must be at least 1", ""),
+    ("seed", lambda v: 0 <= v < 2**63, "must be between 0 and 2^63 - 1", ""),
+    ("client.epochs", _at_least_one, "must be at least 1", ""),
+    ("client.batch_size", _at_least_one, "must be at least 1", ""),
+    ("client.lr", _positive, "must be greater than 0", "try client.lr=0.02"),
+    ("client.momentum", lambda v: 0 <= v < 1, "must be in [0, 1)", "0 turns it off"),
+    ("client.weight_decay", lambda v: v >= 0, "must not be negative", "0 turns it off"),
+    ("client.clip_norm", _optional(_positive), "must be greater than 0", "null turns it off"),
+    ("client.threads", _at_least_one, "must be at least 1", ""),
+    ("client.device", *_one_of("auto", "cpu", "cuda"), ""),
+    ("client.lr_schedule.kind", *_one_of("constant", "step", "exponential", "cosine"), ""),
+    ("client.lr_schedule.gamma", _positive, "must be greater than 0", ""),
+    ("client.lr_schedule.final", lambda v: 0 <= v <= 1, "must be in [0, 1]", ""),
+    ("client.lr_schedule.warmup", lambda v: v >= 0, "must not be negative", ""),
+    ("num_edges", _at_least_one, "must be at least 1", "policy=none trains without edge servers"),
+    ("client.max_model_bytes", _optional(_positive), "must be above 0", "null for no bound"),
+    ("schedule.kind", *_one_of("sequential", "pipelined", "bounded"), ""),
+    ("schedule.depth", _at_least_one, "must be at least 1", ""),
+    ("link.kind", *_one_of("auto", "memory", "grpc"), ""),
+    ("fleet.replicate_every", lambda v: v >= 0, "must not be negative", "0 turns it off"),
+    ("edge.device", *_one_of("auto", "cpu", "cuda"), ""),
+    ("network.up_mbit_s", _optional(_positive), "must be above 0", "null for no limit"),
+    ("network.down_mbit_s", _optional(_positive), "must be above 0", "null for no limit"),
+    ("network.latency_ms", lambda v: v >= 0, "must not be negative", ""),
+    (
+        "network.trace",
+        lambda v: all(len(row) == 3 for row in v),
+        "must be a list of [second, up, down]",
+        "rates are in Mbit/s",
+    ),
+    ("edge.name", bool, "must not be empty", ""),
+    ("edge.max_sessions", _at_least_one, "must be at least 1", ""),
+    ("edge.max_session_bytes", _positive, "must be above 0", ""),
+    ("edge.max_frame_bytes", _positive, "must be above 0", ""),
+    ("link.holder", _optional(_names_one), "must be a name, with {client} at most once", ""),
+    ("schedule.micro_batches", _at_least_one, "must be at least 1", ""),
+    ("checkpoint.every", _at_least_one, "must be at least 1", ""),
+    ("prune.round_to", _at_least_one, "must be at least 1", "1 rounds nothing"),
+    ("prune.borders", *_one_of("carrier", "map"), ""),
+    ("prune.coupling", *_one_of("group", "scatter"), ""),
+    (
+        "prune.precisions",
+        lambda v: set(v) <= {"bfloat16", "float16", "int8"},
+        "must be a list of bfloat16, float16, int8",
+        "",
+    ),
+    ("prune.recalibrate", lambda v: v >= 0, "must not be negative", "0 turns it off"),
+    ("prune.fine_tune", lambda v: v >= 0, "must not be negative", "0 turns it off"),
+    ("prune.batch_sizes", _counts, "must be a list of numbers of at least 1", ""),
+    ("prune.threads", _counts, "must be a list of numbers of at least 1", ""),
+    ("prune.runs", lambda v: v >= 30, "must be at least 30", "fewer say little about the tail"),
+    ("prune.margin", lambda v: 0 <= v < 1, "must be in [0, 1)", ""),
+    ("prune.max_drop", _optional(lambda v: 0 <= v <= 1), "must be in [0, 1]", "null for any"),
+    ("runtime.workers", _optional(_at_least_one), "must be at least 1", "null lets fedsys choose"),
+    ("runtime.timeout_s", _positive, "must be greater than 0", ""),
+    ("runtime.wait_s", _positive, "must be greater than 0", ""),
+    *((f"serving.{key}", test, rule, "") for key, test, rule in SERVING_RULES),
+)
+
+
+def check(config: Config) -> None:
+    """Raise a ConfigError for the first value that breaks its rule."""
+    for path, test, rule, way_out in RULES:
+        value: Any = config
+        for part in path.split("."):
+            value = getattr(value, part)
+        if not test(value):
+            raise ConfigError.of(path, value, rule, way_out)
+    pruning_settings.check(config.pruning)
+    if config.schedule.micro_batches > config.client.batch_size:
+        raise ConfigError.of(
+            "schedule.micro_batches",
+            config.schedule.micro_batches,
+            f"must not exceed client.batch_size={config.client.batch_size}",
+        )

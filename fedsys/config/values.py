@@ -1,0 +1,340 @@
+"""What a run is made of, as frozen values: the types that YAML is turned into."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedsys import faults
+from fedsys.pruning.settings import PruningConfig
+from fedsys.serving.options import ServingConfig
+
+Spec = Mapping[str, Any]
+"""A group whose keys belong to what its ``_target_`` (or kind) names, as a plain dict."""
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """How the learning rate depends on the round.
+
+    Attributes:
+        kind: ``constant``, ``step`` (times `gamma` once a milestone has passed), ``exponential``
+            (times `gamma` each round) or ``cosine`` (from lr to `final` x lr over all rounds).
+        milestones: Rounds after which the next factor applies; ``step`` only.
+        gamma: The factor.
+        final: Last factor of ``cosine``.
+        warmup: Rounds in which the rate rises linearly to its value; 0 for none.
+    """
+
+    kind: str = "constant"
+    milestones: tuple[int, ...] = ()
+    gamma: float = 0.1
+    final: float = 0.0
+    warmup: int = 0
+
+
+@dataclass(frozen=True)
+class ClientConfig:
+    """What each client does in a round.
+
+    Attributes:
+        epochs: Passes over the client's examples per round.
+        batch_size: Examples per optimizer step.
+        lr: Learning rate before the schedule.
+        optimizer: Name of a class of `torch.optim`, in any case.
+        momentum: For optimizers that have it.
+        weight_decay: L2 penalty as the optimizer defines it.
+        optimizer_args: Further keywords of the optimizer.
+        clip_norm: Largest joint norm of all gradients of a step; None for no clipping.
+        lr_schedule: The rate by round.
+        threads: Intra-op threads of one client; bits depend on it.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        keep_optimizer: Whether the optimizer's state lives on from round to round.
+        label_private: Whether the last unit stays on the device in split training, so that labels
+            never leave it.
+        frozen: Whether parameters stay as they are (but for the rounding of the average), so that
+            only BatchNorm takes its statistics anew, as a pruned variant may need.
+        max_model_bytes: Largest model that the device holds alone if its edges are lost, in
+            bytes; None for any.
+    """
+
+    epochs: int = 2
+    batch_size: int = 32
+    lr: float = 0.02
+    optimizer: str = "sgd"
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    optimizer_args: dict[str, Any] = field(default_factory=dict)
+    clip_norm: float | None = None
+    lr_schedule: LearningRate = field(default_factory=LearningRate)
+    threads: int = 1
+    device: str = "auto"
+    keep_optimizer: bool = False
+    label_private: bool = False
+    frozen: bool = False
+    max_model_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """How a mini-batch is worked through.
+
+    Attributes:
+        kind: Order of the pieces in split training: ``sequential``, ``pipelined`` or ``bounded``.
+        micro_batches: Pieces of a mini-batch, whose gradients add up.
+        depth: ``bounded``: pieces in flight at most.
+    """
+
+    kind: str = "sequential"
+    micro_batches: int = 1
+    depth: int = 2
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """Where the run takes place.
+
+    Attributes:
+        kind: ``local``, ``simulation`` or ``deployment``.
+        workers: Clients that train at the same time; None for cores / threads.
+        timeout_s: Longest time for one phase of a round, in seconds.
+        superlink: Address of the SuperLink as ``host:port``; ``deployment`` only.
+        root_certificates: File with the certificate of its authority; None for the system's.
+        insecure: Whether the SuperLink is spoken to without TLS.
+        launch: Whether SuperLink and SuperNodes are started here, for this run only.
+        wait_s: How long to wait until as many nodes are there as the run needs, in seconds.
+    """
+
+    kind: str = "local"
+    workers: int | None = None
+    timeout_s: float = 3600.0
+    superlink: str | None = None
+    root_certificates: str | None = None
+    insecure: bool = False
+    launch: bool = False
+    wait_s: float = 60.0
+
+
+@dataclass(frozen=True)
+class LinkConfig:
+    """How devices and edge servers are connected.
+
+    Attributes:
+        kind: ``memory``, ``grpc``, or ``auto``: memory where both are in one process.
+        credentials: Folder with ``ca.pem``, ``cert.pem`` and ``key.pem`` for mutual TLS; a node's
+            own configuration may name another.
+        holder: Name in the certificate of the device of a session, with ``{client}`` for its
+            partition id; None admits every certificate of the authority that has the token.
+    """
+
+    kind: str = "auto"
+    credentials: str | None = None
+    holder: str | None = None
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """The network between devices and edge servers.
+
+    Attributes:
+        name: What it is called.
+        source: Where its rates come from, or the word "nominal".
+        up_mbit_s: From the device, in Mbit/s; None: no limit.
+        down_mbit_s: To the device, in Mbit/s; None: no limit.
+        latency_ms: One way, in milliseconds.
+        trace: ``[second, up, down]``, ascending; rates in Mbit/s from then on.
+        period_s: Seconds after which the trace repeats; None: its last rates stay.
+        emulate: Whether the links of this run are made as slow as this network, in real time. The
+            trace begins anew with each message to a device.
+    """
+
+    name: str = "none"
+    source: str = ""
+    up_mbit_s: float | None = None
+    down_mbit_s: float | None = None
+    latency_ms: float = 0.0
+    trace: tuple[tuple[float, ...], ...] = ()
+    period_s: float | None = None
+    emulate: bool = False
+
+
+@dataclass(frozen=True)
+class EdgeAddressConfig:
+    """Where an edge server is: as the server app reaches it, and as the devices do."""
+
+    name: str
+    address: str
+    device_address: str = ""
+
+
+@dataclass(frozen=True)
+class FleetConfig:
+    """The edge servers of a run, and what kinds of machines it is planned for.
+
+    Attributes:
+        edges: Those that exist already; if empty, ``num_edges`` are started for the run.
+        replicate_every: Steps between replicas of a session, from which it continues if its edge
+            is lost; 0: it continues from the start of the round.
+        credentials: Folder with the server app's certificate for mutual TLS; None: that of `link`.
+        control_token: What edge servers that exist already want to hear instead of one.
+        machines: Costs by name: nominal rates or a profile (`fedsys.hardware`).
+        devices: Machine of each device, repeated if there are more; empty: none is modelled.
+        servers: Machine of each edge server, repeated if there are more.
+        links: Connection of each device, repeated; empty: that of the group ``network``.
+        emulate: Whether devices and edge servers take as long as those machines would, in real
+            time, by waiting (`fedsys.emulation`).
+    """
+
+    edges: tuple[EdgeAddressConfig, ...] = ()
+    replicate_every: int = 0
+    credentials: str | None = None
+    control_token: str = ""
+    machines: Spec = field(default_factory=dict)
+    devices: tuple[str, ...] = ()
+    servers: tuple[str, ...] = ()
+    links: tuple[NetworkConfig, ...] = ()
+    emulate: bool = False
+
+
+@dataclass(frozen=True)
+class EdgeConfig:
+    """One edge server. All but `device` is of ``fedsys edge`` alone.
+
+    Attributes:
+        device: Where sessions compute: ``auto``, ``cpu`` or ``cuda``.
+        name: Name of the edge server.
+        address: Where it listens, as ``grpc://host:port``; port 0: any that is free.
+        http: ``host:port`` of ``/health`` and ``/metrics``; None for neither.
+        credentials: Folder with ``ca.pem``, ``cert.pem`` and ``key.pem`` for mutual TLS.
+        controller: Name in the certificate of a server app.
+        control_token: What a server app without a certificate must present; on loopback only.
+        max_sessions: Sessions at one time.
+        max_session_bytes: Weights and optimizer state of all sessions, in bytes.
+        max_frame_bytes: Largest frame, in bytes.
+        state_dir: Folder for sessions that no server app takes back when it stops, and from which
+            it takes them up again; None loses them.
+        faults: Whether a run may kill it by ``faults=edge_killed``.
+    """
+
+    device: str = "auto"
+    name: str = "edge-0"
+    address: str = "grpc://0.0.0.0:9443"
+    http: str | None = "127.0.0.1:9464"
+    credentials: str | None = None
+    controller: str = "server"
+    control_token: str = ""
+    max_sessions: int = 256
+    max_session_bytes: int = 16 << 30
+    max_frame_bytes: int = 1 << 30
+    state_dir: str | None = None
+    faults: bool = False
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What a run leaves behind.
+
+    Attributes:
+        dir: Where results go; None for a new folder in ``outputs/``.
+        plots: Whether pictures are drawn at the end, which takes a few seconds.
+    """
+
+    dir: str | None = None
+    plots: bool = True
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """How often the server keeps what a run can continue from; always after the last round."""
+
+    every: int = 1
+
+
+@dataclass(frozen=True)
+class FaultsConfig:
+    """What fails, and when."""
+
+    list: tuple[faults.Fault, ...] = ()
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """What ``fedsys prune`` makes of the model. Sizes of groups of weights are of `PruningConfig`.
+
+    Attributes:
+        run: Folder of the run whose model is pruned; None: an untrained model.
+        round_to: Multiple that numbers of channels are rounded up to.
+        borders: ``carrier`` or ``map``: see `fedsys.pruning.constants.Borders`.
+        coupling: ``group`` or ``scatter``: see `fedsys.pruning.channels.Coupling`.
+        precisions: Types of further variants: bfloat16, float16, int8.
+        recalibrate: Training images on which BatchNorm takes its statistics anew; 0 for none.
+        fine_tune: Epochs of training under the mask.
+        batch_sizes: Examples in the batches that are measured.
+        threads: Intra-op threads that are measured.
+        runs: Timed runs of each variant with each batch size and thread count.
+        margin: Share by which a variant must be faster than one that is more accurate.
+        max_drop: Largest loss of validation accuracy against the parent, in [0, 1]; None: any.
+        memory: Whether peak memory is measured.
+    """
+
+    run: str | None = None
+    round_to: int = 1
+    borders: str = "carrier"
+    coupling: str = "group"
+    precisions: tuple[str, ...] = ()
+    recalibrate: int = 0
+    fine_tune: int = 0
+    batch_sizes: tuple[int, ...] = (1, 16)
+    threads: tuple[int, ...] = (1, 2)
+    runs: int = 30
+    margin: float = 0.02
+    max_drop: float | None = None
+    memory: bool = True
+
+
+@dataclass(frozen=True)
+class Apps:
+    """The two Flower apps as ``module:attribute``; fedsys knows them by these names only."""
+
+    server: str = "strategies.app:app"
+    client: str = "clients.app:app"
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run, completely. `text` is the YAML that it was parsed from.
+
+    `resume` is the folder of the run that this one continues; `portfolio` the folder whose variants
+    are served; `input` the image, or the folder of images, of ``fedsys query``.
+    """
+
+    num_clients: int
+    num_edges: int
+    rounds: int
+    seed: int
+    json: bool
+    client: ClientConfig
+    schedule: ScheduleConfig
+    link: LinkConfig
+    fleet: FleetConfig
+    edge: EdgeConfig
+    runtime: RuntimeConfig
+    run: RunConfig
+    apps: Apps
+    data: Spec
+    model: Spec
+    strategy: Spec
+    policy: Spec
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    bench: Spec = field(default_factory=dict)
+    profile: Spec = field(default_factory=dict)
+    pruning: PruningConfig = field(default_factory=PruningConfig)
+    prune: PruneConfig = field(default_factory=PruneConfig)
+    serving: ServingConfig = field(default_factory=ServingConfig)
+    portfolio: str | None = None
+    input: str | None = None
+    resume: str | None = None
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
+    text: str = field(default="", repr=False, compare=False)
