@@ -27,6 +27,7 @@ import torch
 from torch import fx, nn
 
 from fedsys.assemble import copy_mode, copy_modules, graph_module
+from fedsys.batchnorm import DeferredBatchNorm
 from fedsys.errors import ModelError
 from fedsys.randomness import KeyedDropout
 
@@ -62,7 +63,7 @@ class _Tracer(fx.Tracer):  # torch.fx offers no other way to say which modules a
         self._contexts = _contexts()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        own = isinstance(m, KeyedDropout | ByMode)
+        own = isinstance(m, KeyedDropout | DeferredBatchNorm | ByMode)
         # torchvision's, by name so that it is not imported: its mode must not be frozen
         random_depth = type(m).__name__ == "StochasticDepth"
         return own or random_depth or super().is_leaf_module(m, module_qualified_name)
@@ -102,10 +103,10 @@ def _contexts() -> tuple[bool, bool]:
 def trace(model: nn.Module) -> fx.GraphModule:
     """Record the forward pass of `model`.
 
-    Modules of ``torch.nn``, `KeyedDropout` and torchvision's ``StochasticDepth`` stay whole, all
-    others are traced through. The result computes what the model computes, bit for bit, in
-    training and in evaluation; its state dict has the model's names in the model's order and
-    shares the model's tensors. Modules keep their paths and their mode.
+    Modules of ``torch.nn``, `KeyedDropout`, `DeferredBatchNorm` and torchvision's
+    ``StochasticDepth`` stay whole, all others are traced through. The result computes what the
+    model computes, bit for bit, in training and in evaluation; its state dict has the model's
+    names in the model's order and shares the model's tensors. Modules keep their paths and mode.
 
     Args:
         model: Takes one tensor; further arguments of ``forward`` keep their defaults. May be on

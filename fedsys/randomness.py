@@ -141,6 +141,34 @@ def rows(start: int, stop: int) -> Iterator[None]:
         now.start, now.stop, now.calls = before
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Which part of a mini-batch a module is given.
+
+    Attributes:
+        start: First row.
+        stop: End of the rows.
+        of: Rows of the whole mini-batch.
+        call: How many times the module was called with this piece before.
+    """
+
+    start: int
+    stop: int
+    of: int
+    call: int
+
+
+def piece_of(module: nn.Module) -> Piece | None:
+    """Return the piece in work in this thread, and count the call; None outside of `drawing`."""
+    now: _Step | None = getattr(_current, "step", None)
+    if now is None:
+        return None
+    key = f"{id(module)}"
+    call = now.calls.get(key, 0)
+    now.calls[key] = call + 1
+    return Piece(now.start, now.stop, now.batch_size, call)
+
+
 class KeyedDropout(nn.Module):
     """Dropout whose mask is a function of (seed, client, round, step, module name).
 

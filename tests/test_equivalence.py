@@ -30,6 +30,7 @@ UNITS = {"cnn": 4, "vgg5": 5}
 MODELS = {
     "cnn-batch": ("cnn", {"width": 4, "hidden": 16}),  # with dropout
     "cnn-group": ("cnn", {"width": 4, "hidden": 16, "norm": "group"}),
+    "cnn-deferred": ("cnn", {"width": 4, "hidden": 16, "norm": "deferred"}),
     "vgg5-batch": ("vgg5", {"dropout": 0.2}),
     "resnet18": ("resnet18", {"width": 4}),
     "mobilenet_v2": ("mobilenet_v2", {"width": 0.25}),
@@ -127,6 +128,8 @@ TABLE = [
     *all_pairs(COLUMNS),
     (("resnet18", 0.5), "momentum, decay, cosine", (2, "pipelined"), "never", False, "memory"),
     (("mobilenet_v2", 0.5), "plain", (1, "sequential"), "never", True, "memory"),
+    (("cnn-deferred", 1), "momentum, decay, cosine", (3, "pipelined"), "edge", False, "grpc"),
+    (("cnn-deferred", 2), "kept adam, crops", (2, "sequential"), "link", True, "memory"),
     (("cnn-batch", [1, 2, 4]), BETWEEN_ROUNDS, (3, "pipelined"), "edge", False, "grpc"),
     (("vgg5-batch", 2), BETWEEN_ROUNDS, (2, "pipelined"), "never", True, "memory"),
     (("cnn-group", 2), PROXIMAL, (1, "sequential"), "link", False, "memory"),

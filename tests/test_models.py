@@ -249,7 +249,7 @@ def test_making_a_skeleton_draws_nothing_and_leaves_torchvision_alone(
     assert called and not [op for op in called if "normal" in op or "uniform" in op]
 
 
-@pytest.mark.parametrize("norm", ["batch", "group", "none"])
+@pytest.mark.parametrize("norm", ["batch", "deferred", "group", "none"])
 @pytest.mark.parametrize("name", OWN)
 def test_a_skeleton_has_names_shapes_types_and_mode_of_the_model(name: str, norm: str) -> None:
     spec = small(name) | {"norm": norm, "init": "/ignored"}
@@ -270,7 +270,8 @@ def test_a_skeleton_has_names_shapes_types_and_mode_of_the_model(name: str, norm
     x = images((3, 32, 32))
     with torch.no_grad():
         assert torch.equal(bare.eval()(x), full.eval()(x))
-    assert (norm == "batch") or not any(isinstance(m, _BatchNorm) for m in full.modules())
+    keeps = norm in ("batch", "deferred")
+    assert keeps or not any(isinstance(m, _BatchNorm) for m in full.modules())
 
 
 @pytest.mark.parametrize("name", ["vgg16", "resnet18", "resnet32", "mobilenet_v3_small"])

@@ -1,4 +1,4 @@
-"""Exchange the normalisation of any model: BatchNorm, GroupNorm or none.
+"""Exchange the normalisation of any model: BatchNorm, deferred BatchNorm, GroupNorm or none.
 
 BatchNorm's statistics mix the examples of a batch and, averaged over clients with unlike data, fit
 none of them (Hsieh et al., "The Non-IID Data Quagmire of Decentralized Machine Learning", ICML
@@ -11,9 +11,10 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fedsys.batchnorm import DeferredBatchNorm
 from fedsys.errors import ConfigError, did_you_mean
 
-NORMS = ("batch", "group", "none")
+NORMS = ("batch", "deferred", "group", "none")
 
 _MOST_GROUPS = 32
 _FEWEST_CHANNELS = 4
@@ -33,12 +34,13 @@ def convert_norm(model: nn.Module, norm: str) -> nn.Module:
     """Replace every BatchNorm in `model`, in place, and return the model.
 
     All other modules keep their names. A GroupNorm takes over epsilon, scale and shift of the
-    BatchNorm it replaces.
+    BatchNorm it replaces, a deferred BatchNorm everything.
 
     Args:
         model: Any model, with or without BatchNorm.
-        norm: ``"batch"`` leaves the model as it is, ``"group"`` puts a GroupNorm in place of each
-            BatchNorm, ``"none"`` an identity.
+        norm: ``"batch"`` leaves the model as it is, ``"deferred"`` lets running statistics be
+            those of mini-batches (`fedsys.batchnorm`), ``"group"`` puts a GroupNorm in place of
+            each BatchNorm, ``"none"`` an identity.
 
     Raises:
         ConfigError: For any other `norm`.
@@ -52,14 +54,21 @@ def convert_norm(model: nn.Module, norm: str) -> nn.Module:
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if not isinstance(module, _BatchNorm):
             continue
+        if norm == "deferred" and module.running_mean is None:
+            continue  # no statistics to defer
         if module not in replaced:
-            replaced[module] = _group_norm(module) if norm == "group" else nn.Identity()
-            replaced[module].train(module.training)
+            replaced[module] = _replacement(module, norm).train(module.training)
         if not name:
             return replaced[module]
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, replaced[module])
     return model
+
+
+def _replacement(module: _BatchNorm, norm: str) -> nn.Module:
+    if norm == "deferred":
+        return DeferredBatchNorm.like(module)
+    return _group_norm(module) if norm == "group" else nn.Identity()
 
 
 def _group_norm(batch_norm: _BatchNorm) -> nn.GroupNorm:

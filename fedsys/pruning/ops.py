@@ -34,6 +34,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedsys.randomness import KeyedDropout
 
@@ -192,7 +193,7 @@ def _kind_of_module(module: nn.Module, given: tuple[int, ...], shape: tuple[int,
         return Kind.MIX if len(shape) == module.weight.dim() else Kind.OPAQUE
     if isinstance(module, nn.Linear):
         return Kind.MIX if len(shape) == 2 else Kind.OPAQUE
-    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
+    if isinstance(module, _BatchNorm):
         return Kind.SCALE if module.running_mean is not None else Kind.OPAQUE
     if isinstance(module, nn.PReLU):
         return Kind.SCALE

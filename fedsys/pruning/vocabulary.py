@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fedsys.batchnorm import DeferredBatchNorm
 from fedsys.randomness import KeyedDropout
 
 _LAYER_NAMES = (
@@ -49,7 +50,7 @@ _FUNCTIONAL_NAMES = (
 )  # fmt: skip
 
 LAYERS: dict[str, type[nn.Module]] = {name: getattr(nn, name) for name in _LAYER_NAMES}
-LAYERS["KeyedDropout"] = KeyedDropout
+LAYERS |= {"KeyedDropout": KeyedDropout, "DeferredBatchNorm": DeferredBatchNorm}
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{f"operator.{name}": getattr(operator, name) for name in _OPERATOR_NAMES},
