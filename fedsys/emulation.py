@@ -22,6 +22,7 @@ from fedsys.costs import MachineCosts, crossings, frame_bytes
 from fedsys.errors import ConfigError
 from fedsys.hardware import Hardware, hardware
 from fedsys.layers import LayeredModel
+from fedsys.processors import Processors
 from fedsys.session_state import SessionSpec
 
 LATE_S: Final = 2e-3
@@ -116,6 +117,9 @@ class Workers:
         name: Name of the edge server.
         clock: Seconds; that of the arrivals of frames.
         sleep: How to wait.
+
+    Attributes:
+        processors: Those of this machine; the others are those of the machine it stands for.
     """
 
     def __init__(
@@ -125,7 +129,7 @@ class Workers:
         clock: Clock = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.name = name
+        self.name, self.processors = name, Processors()
         self._clock, self._sleep = clock, sleep
         self._free_s: list[float] = []
         self._lock = threading.Lock()

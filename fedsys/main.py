@@ -87,6 +87,8 @@ COMMANDS: dict[str, Command] = {
             "link": "links against bare gRPC, and the share of a shaped rate in use",
             "pipeline": "plans of split training on shaped links and slow devices, or virtually",
             "split": "split training at every cut against the unsplit loop, and a device's memory",
+            "sessions": "many sessions on an edge server against one with all cores, and memory",
+            "codecs": "error, bytes and speed of each codec, and the accuracy of training with it",
         },
         aliases={"virtual": "bench.virtual"},
     ),

@@ -25,7 +25,7 @@ import functools
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -45,6 +45,8 @@ from fedsys.security import new_token
 from fedsys.session_state import SessionSpec, Snapshot, State, natural
 from fedsys.training import pieces
 from fedsys.wire import Frame
+
+T = TypeVar("T")
 
 __all__ = ["Session", "SessionSpec", "Snapshot", "State", "layered_model", "natural"]
 
@@ -110,7 +112,9 @@ class Session:
         cuts = [spec.first, spec.last]
         (self._stage,) = filled_stages(model, cuts, [1], start.state, device)
         self._private = spec.last < len(model)
-        self._pace = session_pace(self._config, model, spec, workers or Workers(""))
+        workers = workers or Workers("")
+        self._pace = session_pace(self._config, model, spec, workers)
+        self._processors, self._threads = workers.processors, self._config.client.threads
         self._dtype = _dtype_of(model)
         self._part = Part(
             [self._stage],
@@ -147,7 +151,6 @@ class Session:
         with self._lock:
             if self._frozen:
                 raise LinkClosed(f"session {self.spec.id} is no longer here")
-            training.set_threads(self._config.client.threads)
             if frame.kind == "evaluate":
                 yield self._evaluate(frame)
                 return
@@ -245,27 +248,42 @@ class Session:
             self._begin(batch)
         needs_gradient = bool(frame.meta.get("needs_gradient", True))
         x.requires_grad_(needs_gradient)
-        with (
-            torch.enable_grad(),
-            drawing(self._address, self.steps, self._batch, self._masks),
-            rows(start, stop),
-        ):
-            out = training.forward(self._stage, safe_input(self._stage, x))
-        self._forward += 1
         meta: dict[str, Any] = {"step": self.steps, "piece": piece}
-        self._pace.turn()
         if labels is None:
+            out = self._compute(lambda: self._ahead(x, start, stop))
             self._open[piece] = (x, out)
             meta["at_us"] = self._pace.end()
             return self._encoded("activation", out, meta)
+        more = self._compute(lambda: self._there_and_back(x, labels, start, stop))
+        meta["at_us"] = self._pace.end()
+        return self._encoded("gradient", x.grad if needs_gradient else None, meta, more)
+
+    def _ahead(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """Return the outputs for rows ``[start, stop)`` of the mini-batch."""
+        step = drawing(self._address, self.steps, self._batch, self._masks)
+        with torch.enable_grad(), step, rows(start, stop):
+            out = training.forward(self._stage, safe_input(self._stage, x))
+        self._forward += 1
+        self._pace.turn()
+        return out
+
+    def _there_and_back(self, x: Tensor, labels: Tensor, start: int, stop: int) -> State:
+        """Compute forward and backward; return loss and hits."""
+        out = self._ahead(x, start, stop)
         loss = training.loss_of(out, labels, (stop - start) / self._batch)
         if loss.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]  # torch has no type for it
         self._backward += 1
-        hits = (out.detach().argmax(1) == labels).sum()
-        more = {"loss": loss.detach(), "hits": hits}
-        meta["at_us"] = self._pace.end()
-        return self._encoded("gradient", x.grad if needs_gradient else None, meta, more)
+        return {"loss": loss.detach(), "hits": (out.detach().argmax(1) == labels).sum()}
+
+    def _compute(self, work: Callable[[], T]) -> T:
+        """Return what `work` returns, done by a processor that all sessions share."""
+
+        def done() -> T:
+            training.set_threads(self._threads)
+            return work()
+
+        return self._processors.do(done, self._threads)
 
     def _return(self, frame: Frame, piece: int) -> Frame:
         """Take the gradient of what was sent for a piece; reply with that of its input."""
@@ -274,7 +292,7 @@ class Session:
         gradient = self._decoded(frame, out)
         del self._open[piece]
         if out.requires_grad:
-            out.backward(gradient)  # type: ignore[no-untyped-call]  # torch has no type for it
+            self._compute(lambda: out.backward(gradient))  # type: ignore[no-untyped-call]
         self._backward += 1
         meta = {"step": self.steps, "piece": piece, "at_us": self._pace.end()}
         return self._encoded("gradient", x.grad, meta)
@@ -305,7 +323,7 @@ class Session:
         return reply
 
     def _apply(self, norms: Mapping[str, float]) -> None:
-        self._part.step(norms)
+        self._compute(lambda: self._part.step(norms))
         self._pace.update()
         self._nbytes = self._part.nbytes()  # optimizers take memory in their first step
         self._forward = self._backward = 0
@@ -319,14 +337,17 @@ class Session:
         """Forward only; neither draws nor statistics change."""
         tensor = decode_activation(frame.tensors, frame.meta).to(self._device)
         self._check_shape(tensor, None)
+        out = self._compute(lambda: self._scored(tensor))
+        meta = {"index": natural(frame, "index")}
+        return Frame("outputs", {**meta, "codec": "fp32"}, {"x": out.clone()})
+
+    def _scored(self, x: Tensor) -> Tensor:
         self._stage.eval()
         try:
             with torch.inference_mode():
-                out = self._stage(tensor)
+                return self._stage(x)  # type: ignore[no-any-return]  # modules return anything
         finally:
             self._stage.train()
-        meta = {"index": natural(frame, "index")}
-        return Frame("outputs", {**meta, "codec": "fp32"}, {"x": out.clone()})
 
     # --- tensors ----------------------------------------------------------------------------------
 

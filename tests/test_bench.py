@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedsys import bench, federation, records
-from fedsys.bench import link, memory, scale, simulation, training
+from fedsys.bench import codecs, link, memory, scale, sessions, simulation, training
 from fedsys.config import CONF, locate
 from fedsys.errors import ConfigError
 from fedsys.main import COMMANDS, main
@@ -39,6 +39,25 @@ SMALL = {
         "client.batch_size=10",
         "bench.turns=1",
         "bench.memory=[1]",
+    ],
+    "sessions": [
+        "model=cnn",
+        "data.shape=[3,8,8]",
+        "data.examples=40",
+        "client.batch_size=8",
+        "bench.sessions=3",
+        "bench.steps=1",
+        "bench.turns=1",
+    ],
+    "codecs": [
+        "model.width=4",
+        "model.hidden=16",
+        "data.max_examples=120",
+        "num_clients=2",
+        "rounds=1",
+        "bench.codecs=[fp32,fp16,bf16,int8]",
+        "bench.turns=1",
+        "bench.seeds=[3]",
     ],
     "simulation": [
         "num_clients=3",
@@ -222,6 +241,65 @@ def test_split_gives_each_cut_its_ratio_and_the_memory_of_its_device(tmp_path, c
         assert row["ratio"] > 0
     assert [row["of_unsplit"] is None for row in figures["cuts"]] == [False, True, True]
     assert figures["cuts"][0]["device_peak_mb"] > 0
+
+
+def test_sessions_give_the_rate_of_many_and_of_one_and_what_a_session_takes(tmp_path, capsys):
+    figures = job("sessions", capsys, tmp_path / "run")
+    assert figures["sessions"] == 3
+    assert figures["ratio"] == figures["many_examples_s"] / figures["one_examples_s"] > 0
+    assert figures["session_peak_mb"] >= figures["session_rest_mb"]
+    assert figures["held_mb"] > 0 < figures["activations_mb"]
+
+
+def test_the_memory_that_a_session_needs_is_counted_by_hand(configure):
+    """A linear layer keeps its input, cross-entropy the scores in logarithms, and the labels."""
+    config = configure("data=synthetic_32x32", "model=vgg5", "data.examples=20")
+    work = sessions._Work.of(config, 4)  # one linear layer, 128 to 10
+    assert work.held_bytes() == 2 * 4 * (128 * 10 + 10)  # with momentum
+    size = config.client.batch_size
+    assert work.activation_bytes() == size * (4 * (128 + 10) + 8) + 4  # and the sum of weights
+
+
+@pytest.mark.parametrize("wrong", [{"cut": 0}, {"cut": 5}, {"sessions": 0}, {"turns": 1.5}])
+def test_sessions_refuse_what_cannot_be(wrong, configure):
+    config = configure("data=synthetic_32x32", "model=vgg5", "data.examples=20")
+    options = {"sessions": 1, "cut": 1, "steps": 1, "turns": 1, "in_flight": 1} | wrong
+    with pytest.raises(ConfigError, match=rf"bench\.{next(iter(wrong))}="):
+        sessions.run(config, options)
+
+
+def test_codecs_stay_within_their_bounds_and_give_each_training_its_accuracy(tmp_path, capsys):
+    figures = job("codecs", capsys, tmp_path / "run")
+    for row in figures["cases"]:
+        if row["codec"] == "fp32":
+            assert (row["relative_rms"], row["of_fp32"], row["of_bound"]) == (0.0, 1.0, None)
+        else:
+            assert 0 < row["of_bound"] <= 1
+            share = 1 / 4 if row["codec"] == "int8" else 1 / 2
+            assert share <= row["of_fp32"] < 1.15 * share  # int8 has a scale per channel besides
+    hashes = {row["codec"]: row["model_sha256"] for row in figures["trainings"]}
+    assert len(set(hashes.values())) == len(hashes) == 4
+    up = {row["codec"]: row["bytes_up"] for row in figures["trainings"]}
+    assert up["fp32"] > 1.8 * up["fp16"] > 0
+    assert [row["codec"] for row in figures["accuracy"]] == ["fp32", "fp16", "bf16", "int8"]
+    assert figures["accuracy"][0]["points_to_fp32"] == 0
+
+
+def test_codecs_sum_up_by_seed():
+    rows = [
+        {"codec": codec, "seed": seed, "accuracy": accuracy}
+        for codec, *both in (("fp32", 0.5, 0.7), ("int8", 0.49, 0.72))
+        for seed, accuracy in enumerate(both)
+    ]
+    assert codecs._summary(rows)[1] == {
+        "codec": "int8",
+        "accuracy": pytest.approx(0.605),
+        "points_to_fp32": 0.5,
+        "least": -1.0,
+        "most": 2.0,
+        "seeds": 2,
+    }
+    assert codecs._summary(rows[2:])[0]["points_to_fp32"] is None
 
 
 def test_start_divides_the_time_of_a_command(tmp_path, capsys):

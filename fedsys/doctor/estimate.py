@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 from fedsys.config import Config
 from fedsys.doctor.checks import Check
-from fedsys.doctor.machine import usable_cores
 from fedsys.errors import FedsysError
+from fedsys.processors import usable_cores
 from fedsys.progress import seconds_text
 
 BENCHMARK_S = 1.0

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fedsys.config import Config
 from fedsys.doctor.checks import Check
+from fedsys.processors import usable_cores
 
 MB = 2**20
 LEAST_MEMORY, GOOD_MEMORY = 512 * MB, 2048 * MB
@@ -112,13 +113,6 @@ def load(average: float | None = None) -> Check:
         )
         return Check("load", "warn", told, way_out)
     return Check("load", "ok", told)
-
-
-def usable_cores() -> int:
-    """Return the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def memory() -> Check:
