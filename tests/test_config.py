@@ -7,7 +7,6 @@ from omegaconf import OmegaConf
 
 from fedsys.config import (
     CONF,
-    RULES,
     ClientConfig,
     Config,
     LearningRate,
@@ -20,6 +19,7 @@ from fedsys.config import (
     parse,
     to_text,
 )
+from fedsys.config.rules import RULES
 from fedsys.errors import ConfigError, first_line
 
 
