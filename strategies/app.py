@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import Strategy
 from torch import nn
 
 from fedsys import config as configuration
@@ -30,7 +31,7 @@ from strategies.clock import RoundClock, totals
 from strategies.gathering import gather
 from strategies.keeper import Keeper, opened
 from strategies.offload import figures, in_words, offload_in, recoveries, traces
-from strategies.rounds import RoundResult, play
+from strategies.rounds import RoundResult, Row, play
 
 EVALUATION_BATCH = 500
 
@@ -96,36 +97,6 @@ def _train(
     clock.rounds_begin()
     progress.start(config.rounds, _title(config, model), keeper.done)
 
-    told = len(recoveries(strategy))
-
-    def done(result: RoundResult) -> None:
-        nonlocal told
-        folder.add_round(result.row)
-        progress.round_done(result.row)
-        for client, reason in result.lost.items():
-            folder.event("client_lost", client=client, round=result.number, reason=reason)
-            progress.note(f"round {result.number}: client {client} was lost: {reason}")
-        for entry in recoveries(strategy)[told:]:
-            folder.event("recovery", **entry)
-            progress.note(in_words(entry))
-        told = len(recoveries(strategy))
-        if news := pruned.news(strategy):
-            progress.note(news)
-        pruned.keep_level(strategy, config, result.number, result.arrays, folder.path)
-        keeper.keep(result)
-        clock.round_ended()
-
-    virtual = (
-        RoundClock(
-            config,
-            layered_model(config, fed.dataset.input_shape, fed.dataset.num_classes),
-            [len(part) for part in fed.parts],
-            offload_in(strategy),
-            totals(folder.rounds()).get("virtual_s", 0.0),
-        )
-        if config.fleet.devices
-        else None
-    )
     arrays = play(
         strategy,
         grid,
@@ -135,9 +106,9 @@ def _train(
         elapsed_s=keeper.seconds,
         timeout_s=config.runtime.timeout_s,
         judge=judge.validation,
-        done=done,
+        done=Teller(config, strategy, keeper, progress).tell,
         faults=keeper.faults,
-        timed=virtual.row if virtual else None,
+        timed=_virtual(config, fed, strategy, folder.rounds()),
     )
     drawing = ", drawing plots" if config.run.plots else ""
     progress.phase(f"scoring the test part{drawing}")
@@ -146,6 +117,58 @@ def _train(
     pruned.keep_masks(strategy, folder.path)
     more = {**figures(strategy), **pruned.figures(strategy), **totals(folder.rounds())}
     return _conclude(config, fed, keeper, arrays, judge, more, seconds)
+
+
+def _virtual(
+    config: Config, fed: Federation, strategy: Strategy, rows: Sequence[Mapping[str, Any]]
+) -> Callable[[Sequence[int]], Row] | None:
+    """Return what knows the virtual time of a round; None if no fleet is modelled."""
+    if not config.fleet.devices:
+        return None
+    dataset = fed.dataset
+    return RoundClock(
+        config,
+        layered_model(config, dataset.input_shape, dataset.num_classes),
+        [len(part) for part in fed.parts],
+        offload_in(strategy),
+        totals(rows).get("virtual_s", 0.0),
+    ).row
+
+
+class Teller:
+    """Writes down each round, shows it, and keeps what the run can continue from.
+
+    Args:
+        config: The run.
+        strategy: Whose recoveries and levels of pruning are told.
+        keeper: Keeps what the run can continue from, in the run's folder.
+        progress: Shows the run.
+    """
+
+    def __init__(
+        self, config: Config, strategy: Strategy, keeper: Keeper, progress: Progress
+    ) -> None:
+        self._config, self._strategy = config, strategy
+        self._keeper, self._progress = keeper, progress
+        self._told = len(recoveries(strategy))
+
+    def tell(self, result: RoundResult) -> None:
+        """Take note of a finished round."""
+        strategy, folder, progress = self._strategy, self._keeper.folder, self._progress
+        folder.add_round(result.row)
+        progress.round_done(result.row)
+        for client, reason in result.lost.items():
+            folder.event("client_lost", client=client, round=result.number, reason=reason)
+            progress.note(f"round {result.number}: client {client} was lost: {reason}")
+        for entry in recoveries(strategy)[self._told :]:
+            folder.event("recovery", **entry)
+            progress.note(in_words(entry))
+        self._told = len(recoveries(strategy))
+        if news := pruned.news(strategy):
+            progress.note(news)
+        pruned.keep_level(strategy, self._config, result.number, result.arrays, folder.path)
+        self._keeper.keep(result)
+        stages.current().round_ended()
 
 
 def _conclude(

@@ -101,55 +101,82 @@ def play(
     began = time.perf_counter() - elapsed_s
     for number in range(first, last + 1):
         watch = Stopwatch()
-        faults.kill_server(number, "before_train")
-        messages = list(strategy.configure_train(number, arrays, ConfigRecord(), grid))
-        doomed = faults.of_round("device", number)
-        arm(messages, doomed + faults.of_round("link", number), strategy.roster)
-        watch.lap("configure")
-        bytes_down = sum(records.size_of(m.content) for m in messages)
-        replies = list(grid.send_and_receive(messages, timeout=timeout_s))
-        watch.lap("train")
-        note_struck(replies, faults)
-        faults.kill_server(number, "after_train")
-        bytes_up = sum(records.size_of(r.content) for r in replies if r.has_content())
-        examples = _total("num-examples", replies)
-        steps = _total("steps", replies)
-        aggregate, metrics = strategy.aggregate_train(number, replies)
-        lost = dict(strategy.lost)
-        if aggregate is None and not lost:  # and so it would be in every round
-            raise ConfigError.of(
-                "strategy",
-                type(innermost(strategy)).__name__,
-                f"needs more than the {len(replies)} replies of round {number} to make a model",
-                "raise strategy.fraction_train or num_clients",
-            )
-        for fault in doomed:
-            if fault.who in lost:
-                faults.fire(fault)
-        arrays = arrays if aggregate is None else aggregate
-        watch.lap("aggregate")
+        trained = _train(strategy, grid, arrays, number, timeout_s, faults, watch)
+        arrays = arrays if trained.arrays is None else trained.arrays
         score = judge(arrays)
         federated = _federated_evaluation(strategy, grid, number, arrays, timeout_s)
         watch.lap("evaluate")
-        took_part = _clients(messages, strategy.roster) - set(lost)
         row: Row = {
             "round": number,
             "val_accuracy": score.accuracy,
             "val_loss": score.loss,
-            **_plain(metrics),
+            **_plain(trained.metrics),
             **{f"clients_{name}": value for name, value in federated.items()},
-            "clients": len(took_part),
-            "examples": examples,
-            "steps": steps,
+            "clients": len(trained.clients),
+            "examples": trained.examples,
+            "steps": trained.steps,
             "seconds_round": watch.total(),
             "seconds_elapsed": time.perf_counter() - began,
             **watch.seconds,
-            **({} if timed is None else timed(sorted(took_part))),
-            "bytes_down": bytes_down,
-            "bytes_up": bytes_up,
+            **({} if timed is None else timed(sorted(trained.clients))),
+            "bytes_down": trained.bytes_down,
+            "bytes_up": trained.bytes_up,
         }
-        done(RoundResult(number, arrays, row, lost))
+        done(RoundResult(number, arrays, row, trained.lost))
     return arrays
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """What came of the first phase of a round; `clients` are those that contributed."""
+
+    arrays: ArrayRecord | None
+    metrics: MetricRecord | None
+    clients: set[int]
+    lost: Mapping[int, str]
+    examples: int
+    steps: int
+    bytes_down: int
+    bytes_up: int
+
+
+def _train(
+    strategy: Sampled,
+    grid: Grid,
+    arrays: ArrayRecord,
+    number: int,
+    timeout_s: float,
+    faults: Faults,
+    watch: Stopwatch,
+) -> _Trained:
+    faults.kill_server(number, "before_train")
+    messages = list(strategy.configure_train(number, arrays, ConfigRecord(), grid))
+    doomed = faults.of_round("device", number)
+    arm(messages, doomed + faults.of_round("link", number), strategy.roster)
+    watch.lap("configure")
+    bytes_down = sum(records.size_of(m.content) for m in messages)
+    replies = list(grid.send_and_receive(messages, timeout=timeout_s))
+    watch.lap("train")
+    note_struck(replies, faults)
+    faults.kill_server(number, "after_train")
+    bytes_up = sum(records.size_of(r.content) for r in replies if r.has_content())
+    examples = _total("num-examples", replies)
+    steps = _total("steps", replies)
+    aggregate, metrics = strategy.aggregate_train(number, replies)
+    lost = dict(strategy.lost)
+    if aggregate is None and not lost:  # and so it would be in every round
+        raise ConfigError.of(
+            "strategy",
+            type(innermost(strategy)).__name__,
+            f"needs more than the {len(replies)} replies of round {number} to make a model",
+            "raise strategy.fraction_train or num_clients",
+        )
+    for fault in doomed:
+        if fault.who in lost:
+            faults.fire(fault)
+    watch.lap("aggregate")
+    clients = _clients(messages, strategy.roster) - set(lost)
+    return _Trained(aggregate, metrics, clients, lost, examples, steps, bytes_down, bytes_up)
 
 
 def arm(messages: Iterable[Message], doomed: Iterable[Fault], roster: Roster) -> None:
