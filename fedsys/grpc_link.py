@@ -6,23 +6,15 @@ there is no generated code. Two threads serve one end besides its callers::
     caller of send ─▶ outbox ─▶ writer ══▶ stream ══▶ reader ─▶ inbox ─▶ caller of recv
 
 The reader takes messages off the stream whatever the callers do, so that two peers that both send
-first do not block each other; both queues are bounded (see `fedsys.link`).
-
-Handing a message from thread to thread costs more than anything else that is done to a small one.
-So a small frame is parsed in the thread in which gRPC hands it out, as its deserializer, and put
-into the inbox from there; and an accepted link sends a small frame in the thread that has it, as
-long as nothing waits in its outbox and the network takes what it gets. (An end that dialled has
-gRPC's own writer, which can only be handed to.)
-
-A frame is cut into messages of `PIECE_BYTES` to twice that: copying one piece overlaps with
-sending the one before, which a single large message does not allow.
+first do not block each other; both queues are bounded (see `fedsys.link`). What both ends have in
+common is in `fedsys.grpc_stream`; here is how they are reached, protected and ended.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Final
@@ -37,23 +29,16 @@ from fedsys.errors import (
     RemoteError,
     SecurityError,
 )
+from fedsys.grpc_stream import PIECE_BYTES, Sender, Stream
 from fedsys.link import Handler, HandlerThreads, Link, Server
-from fedsys.mailbox import Mailbox
 from fedsys.security import Credentials, check
-from fedsys.wire import Assembler, Buffer, Frame, Limits, encode_parts
-
-PIECE_BYTES: Final = 1 << 20
-
-AT_ONCE_BYTES: Final = 128 << 10
-"""Largest message that is worked on in the thread that has it."""
+from fedsys.wire import Buffer, Frame, Limits, encode_parts
 
 _SERVICE: Final = "fedsys.Link"
 _METHOD: Final = "Connect"
 _GREETING: Final = ("fedsys-link", "1")
 _LINGER_S: Final = 5.0  # for frames under way when this end closes
 _RETRY_S: Final = 0.05
-_QUICK_S: Final = 2e-3  # gRPC takes a message off that meets no resistance in a tenth of this
-_LATE: Final = b"late"  # stands for a frame for which the inbox had no room
 _MESSAGE_LIMIT: Final = [("grpc.max_receive_message_length", 4 * PIECE_BYTES)]
 _KEEPALIVE: Final = [
     ("grpc.keepalive_time_ms", 10_000),
@@ -74,186 +59,6 @@ _SERVER_OPTIONS: Final = [
 ]
 
 
-def pieces(parts: Sequence[Buffer], least: int = PIECE_BYTES) -> Iterator[bytes]:
-    """Copy buffers, put one after the other, into equal pieces of `least` to 2 · `least` bytes.
-
-    All that is shorter makes one piece.
-    """
-    total = sum(len(part) for part in parts)
-    size = -(-total // max(1, total // least))
-    held: list[memoryview] = []
-    count = 0
-    for part in parts:
-        rest = memoryview(part)
-        while count + len(rest) >= size:
-            held.append(rest[: size - count])
-            rest = rest[size - count :]
-            yield b"".join(held)
-            held, count = [], 0
-        held.append(rest)
-        count += len(rest)
-    if count:
-        yield b"".join(held)
-
-
-class _Stream:
-    """The part of a link that is the same on both ends: two mailboxes around a stream."""
-
-    def __init__(self, limits: Limits, queue_bytes: int) -> None:
-        self.limits = limits
-        self.inbox: Mailbox[Frame] = Mailbox(queue_bytes)
-        self.outbox: Mailbox[bytes] = Mailbox(queue_bytes)
-        self.reason = ""  # of a failure, for the peer
-        self.sender: _Sender | None = None  # of an accepted link
-        self.sending = threading.Lock()
-        self._assembler = Assembler(limits)
-        self._late: Frame | None = None
-
-    def send(self, parts: Sequence[Buffer]) -> None:
-        self.inbox.raise_if_ended()
-        with self.sending:
-            if self.sender is not None and self.sender.send_now(parts, self.inbox):
-                return
-            for piece in pieces(parts):
-                self._enqueue(piece)
-
-    def _enqueue(self, piece: bytes) -> None:
-        if self.sender is not None:
-            self.sender.expect()
-        try:
-            if not self.outbox.try_put(piece, len(piece)):
-                with self.inbox.relaxed():
-                    self.outbox.put(piece, len(piece))
-        except LinkError:
-            if self.sender is not None:
-                self.sender.done()
-            raise
-
-    def outgoing(self) -> Iterator[bytes]:
-        """Yield what is to be sent until this end has closed and its outbox is empty."""
-        while True:
-            try:
-                yield self.outbox.get()
-            except LinkError:
-                return
-
-    def receive(self, message: bytes) -> bytes:
-        """Take a small message as gRPC hands it out; return what is left to `read`.
-
-        gRPC calls it, as its deserializer, in a thread that must not wait.
-        """
-        if len(message) > AT_ONCE_BYTES or self.inbox.ended:
-            return message
-        frame = self._feed(message)
-        if frame is None:
-            return b""
-        try:
-            if self.inbox.try_put(frame, frame.encoded_bytes):
-                return b""
-        except LinkError:
-            return b""
-        self._late = frame
-        return _LATE
-
-    def read(self, messages: Iterable[bytes]) -> None:
-        """Take messages until the peer ends; leave the reason in the mailboxes."""
-        for message in messages:
-            if not message or self.inbox.ended:
-                continue  # closed on this side; the peer may be waiting to see its frames gone
-            frame = self._late if message is _LATE else self._feed(message)
-            if frame is not None:
-                try:
-                    self.inbox.put(frame, frame.encoded_bytes)
-                except LinkError as error:
-                    self._fail(error)
-
-    def _feed(self, message: bytes) -> Frame | None:
-        try:
-            frame = self._assembler.feed(message)
-        except LinkError as error:
-            self._fail(error)
-            return None
-        if frame is not None:
-            self._assembler = Assembler(self.limits)
-        return frame
-
-    def _fail(self, error: LinkError) -> None:
-        self.reason = f"{type(error).__name__}: {error}"
-        self.end(error)
-
-    def end(self, reason: LinkError, *, discard: bool = False) -> None:
-        self.inbox.end(reason, discard=discard)
-        self.outbox.end(reason)
-        if self.sender is not None:
-            self.sender.end()
-
-
-class _Sender:
-    """Sends the messages of an accepted link: where it can in the thread that has them.
-
-    Args:
-        push: Sends one message and returns when gRPC has taken it off; None ends the stream.
-        stream: Whose outbox is sent where it cannot.
-    """
-
-    def __init__(self, push: Callable[[bytes | None], None], stream: _Stream) -> None:
-        self._push, self._stream = push, stream
-        self._lock = threading.Lock()
-        self._unsent = 0  # messages that were given and are not taken off yet
-        self._ended = False
-        self._quick = True
-        self._writer: threading.Thread | None = None
-
-    def send_now(self, parts: Sequence[Buffer], inbox: Mailbox[Frame]) -> bool:
-        """Send a small frame if nothing waits before it; return whether that was done."""
-        if sum(map(len, parts)) > AT_ONCE_BYTES:
-            return False
-        with self._lock:
-            if self._unsent or self._ended or not self._quick:
-                return False
-            self._unsent = 1
-        with inbox.relaxed():
-            self._give(b"".join(parts))
-        return True
-
-    def expect(self) -> None:
-        """Note that a message is put into the outbox."""
-        with self._lock:
-            self._unsent += 1
-            if self._writer is None:
-                self._writer = threading.Thread(
-                    target=self._write, name="writes to a link", daemon=True
-                )
-                self._writer.start()
-
-    def done(self) -> None:
-        """Note that a message that was expected is sent, or will never be."""
-        with self._lock:
-            self._unsent -= 1
-            over = self._ended and not self._unsent
-        if over:
-            self._push(None)
-
-    def end(self) -> None:
-        """End the stream once everything is sent."""
-        with self._lock:
-            over = not self._ended and not self._unsent
-            self._ended = True
-        if over:
-            self._push(None)
-
-    def _write(self) -> None:
-        for message in self._stream.outgoing():
-            self._give(message)
-
-    def _give(self, message: bytes) -> None:
-        began = time.perf_counter()
-        self._push(message)
-        # Where the network holds a sender up, frames are queued, as `Link.send` promises.
-        self._quick = time.perf_counter() - began < _QUICK_S
-        self.done()
-
-
 def _closed_here() -> LinkClosed:
     return LinkClosed("the link was closed on this side")
 
@@ -267,7 +72,7 @@ def _closed_there() -> LinkClosed:
 
 
 class _DialledLink:
-    def __init__(self, place: str, credentials: Credentials | None, stream: _Stream) -> None:
+    def __init__(self, place: str, credentials: Credentials | None, stream: Stream) -> None:
         self.peer = f"grpc://{place}"
         self._stream = stream
         self._channel = _channel(place, credentials)
@@ -352,7 +157,7 @@ def dial(
         check(credentials, role="client")
     deadline = time.monotonic() + timeout_s
     while True:
-        stream = _Stream(limits, queue_bytes)
+        stream = Stream(limits, queue_bytes)
         link = _DialledLink(place, credentials, stream)
         if link.opened.wait(max(deadline - time.monotonic(), 0.0)) and link.accepted:
             return link
@@ -377,7 +182,7 @@ def dial(
 
 
 class _AcceptedLink:
-    def __init__(self, peer: str, stream: _Stream) -> None:
+    def __init__(self, peer: str, stream: Stream) -> None:
         self.peer = peer
         self._stream = stream
 
@@ -411,7 +216,7 @@ class _Method(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no type
     def service(self, details: Any) -> Any:
         if details.method != f"/{_SERVICE}/{_METHOD}":
             return None
-        stream = _Stream(self._limits, self._queue_bytes)
+        stream = Stream(self._limits, self._queue_bytes)
         connect = partial(self._connect, stream)
         # gRPC then passes a function that sends, to be called by whoever has something to send.
         connect.experimental_non_blocking = True  # type: ignore[attr-defined]
@@ -459,7 +264,7 @@ class _GrpcServer:
 
     def _connect(
         self,
-        stream: _Stream,
+        stream: Stream,
         messages: Iterator[bytes],
         context: Any,
         push: Callable[[bytes | None], None],
@@ -474,7 +279,7 @@ class _GrpcServer:
                 context.set_details(stream.reason)
             push(message)
 
-        stream.sender = _Sender(pushed, stream)
+        stream.sender = Sender(pushed, stream)
         with stream.sending:  # nothing is sent before the greeting
             try:
                 self._handlers.start(link)

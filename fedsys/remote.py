@@ -257,10 +257,12 @@ class Remote:
         self._patience.missed()
         self._late += 1
         found = self._probe(self._edge)
+        if found is None:  # it may only have been slow to answer this once
+            found = next(filter(None, map(self._probe, self._edges)), None)
         if found == self._incarnation and self._late % ALIVE:
             self._heard = self._clock()
             return
-        if found is None and not any(map(self._probe, self._edges)):
+        if found is None:
             if self._clock() - self._heard > self._worth_waiting():
                 raise EdgesLost(
                     f"session {self._session}: none of {len(self._edges)} edge servers answers"

@@ -13,6 +13,7 @@ from fedsys.errors import LinkClosed, LinkError, RemoteError, SessionError
 from fedsys.faults import Fault, Faults
 from fedsys.fleet import EdgeAddress, Fleet
 from fedsys.link import dial
+from fedsys.patience import Patience
 from fedsys.session import Session
 from fedsys.wire import Frame
 
@@ -293,11 +294,12 @@ def test_an_edge_that_is_only_busy_is_not_given_up(place, monkeypatch):
     def slowly(edge, link, frame):
         if frame.kind == "ping" and not held.is_set():
             held.set()
-            time.sleep(1.2)
+            time.sleep(0.3)
         return obey(edge, link, frame)
 
     monkeypatch.setattr(EdgeServer, "_control", slowly)
     monkeypatch.setattr(module, "BEAT_S", 0.05)
+    monkeypatch.setattr("fedsys.edge_client.Patience", lambda: Patience(0.05, 0.05))
     place.start("a")
     fleet = place.fleet("a")
     edge = fleet._edges["a"]

@@ -12,6 +12,7 @@ from fedsys.errors import LinkClosed, LinkTimeout, SessionError
 from fedsys.faulty import Faulty, LinkFault
 from fedsys.fleet import EdgeAddress, Fleet
 from fedsys.link import dial
+from fedsys.patience import Patience
 from fedsys.remote import FRUITLESS, EdgesLost, Moved, Remote
 from fedsys.session import Session
 
@@ -150,7 +151,7 @@ def test_a_late_answer_of_an_edge_that_is_alive_costs_a_question_and_not_the_lin
 
     def slowly(session, frame):
         if frame.meta["step"] == 2:
-            time.sleep(1.2)  # a round trip of a millisecond has a limit of half a second
+            time.sleep(0.3)
         yield from handle(session, frame)
 
     def connect(address):
@@ -159,6 +160,7 @@ def test_a_late_answer_of_an_edge_that_is_alive_costs_a_question_and_not_the_lin
 
     monkeypatch.setattr(Session, "handle", slowly)
     remote = place.device(connect)
+    remote._patience = Patience(0.05, 0.05)
     remote.open()
     train(remote, place.layer, range(3))
     assert remote.traffic.recoveries == []
