@@ -23,6 +23,7 @@ from fedsys.data import Dataset
 from fedsys.errors import ConfigError
 from fedsys.fleet import Fleet
 from fedsys.optimizers import make_optimizer
+from fedsys.runtime.apps import check_mods
 from strategies.buffers import TypedBuffers
 from strategies.kept import KeptState
 from strategies.offload import Offload
@@ -62,8 +63,8 @@ def build(
             to prune.
 
     Raises:
-        ConfigError: The strategy or the clients' optimizer does not exist, or an argument is not
-            one of its own.
+        ConfigError: The strategy or the clients' optimizer does not exist, an argument is not one
+            of its own, or a mod of the client app does not go with split training.
     """
     spec: dict[str, Any] = dict(config.strategy)
     sampling = Sampling.of(spec)
@@ -95,6 +96,7 @@ def build(
     policy = build_policy(config.policy, max(1, len(edge_names(config))), config, examples)
     if policy is None or fleet is None or dataset is None:
         return Sampled(inner, roster, sampling, seed=config.seed)
+    check_mods(config.apps.client)
     offload = Offload(
         inner,
         fleet,

@@ -6,12 +6,15 @@ import json
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord
+from flwr.clientapp import mod as flower_mods
 
+from clients.app import app
 from fedsys import federation, records
 from fedsys.edge import EdgeLimits, EdgeServer
 from fedsys.errors import ConfigError, ModelError, SessionError
 from fedsys.faults import KINDS
 from fedsys.fleet import EdgeAddress, Fleet
+from fedsys.runtime.apps import check_mods
 from fedsys.session import layered_model
 from fedsys.training import pieces
 from strategies.offload import _join, in_words
@@ -158,6 +161,36 @@ def test_sessions_are_released_after_each_round(edge_named, configure, carry_out
 def test_what_cannot_be_split_is_refused_before_training_starts(overrides, words, train):
     with pytest.raises(ConfigError, match=words):
         train("policy=fixed", *overrides)
+
+
+class Noise:
+    """A mod of the user's own."""
+
+    def __call__(self, message, context, call_next):
+        return call_next(message, context)
+
+
+@pytest.mark.parametrize(
+    "where", ["fixedclipping_mod", "adaptiveclipping_mod", "LocalDpMod", "own"]
+)
+def test_mods_that_would_take_a_half_for_the_whole_are_refused_by_name(where, train, monkeypatch):
+    made = {"own": Noise, "LocalDpMod": lambda: flower_mods.LocalDpMod(1.0, 1.0, 1.0, 1e-5)}
+    mod = made[where]() if where in made else getattr(flower_mods, where)
+    monkeypatch.setattr(app, "_mods", [*app._mods, mod])
+    name = "Noise" if where == "own" else where
+    with pytest.raises(ConfigError, match=rf"apps\.client=clients\.app:app: .*{name} with split"):
+        train("policy=fixed", "policy.cut=1")
+
+
+def test_mods_that_only_look_are_accepted(monkeypatch):
+    own = Noise()
+    own.only_looks = True
+    looking = [flower_mods.arrays_size_mod, flower_mods.message_size_mod, own]
+    monkeypatch.setattr(app, "_mods", [*looking, *app._mods])
+    check_mods("clients.app:app")
+    del own.only_looks
+    with pytest.raises(ConfigError, match="Noise"):
+        check_mods("clients.app:app")
 
 
 def arrays(**values):

@@ -11,6 +11,15 @@ from flwr.serverapp import ServerApp
 from fedsys.config import Config
 from fedsys.errors import ConfigError
 
+_ONLY_LOOK = frozenset(
+    {
+        "clients.mods.explain_errors",
+        "clients.mods.unpack_arrays",
+        "flwr.clientapp.mod.comms_mods.message_size_mod",
+        "flwr.clientapp.mod.comms_mods.arrays_size_mod",
+    }
+)
+
 
 def load_apps(config: Config) -> tuple[ServerApp, ClientApp]:
     """Import the two apps by the names in the configuration.
@@ -30,6 +39,33 @@ def load_client(name: str) -> ClientApp:
     """
     app: ClientApp = _load("apps.client", name, ClientApp)
     return app
+
+
+def check_mods(name: str) -> None:
+    """Refuse mods of a client app that could not know that they see a part of the model only.
+
+    A mod that clips, adds noise to, encrypts or compresses "the model" of a reply would do so to
+    the device's half, with bounds that are meant for the whole. Flower's mods that only look are
+    known; a mod of the user's own says of itself that it does, by ``my_mod.only_looks = True``.
+
+    Args:
+        name: Of the client app.
+
+    Raises:
+        ConfigError: There is such a mod; it is named.
+    """
+    for mod in load_client(name)._mods:
+        kind = mod if hasattr(mod, "__qualname__") else type(mod)
+        path = f"{kind.__module__}.{kind.__qualname__}"
+        if path in _ONLY_LOOK or getattr(mod, "only_looks", False):
+            continue
+        raise ConfigError.of(
+            "apps.client", name,
+            f"must not have the mod {path} with split training: it would see the device's part of "
+            "the model for the whole",
+            "use policy=none, or leave the mod away; one that changes no arrays says so by "
+            "only_looks = True",
+        )  # fmt: skip
 
 
 def _load(key: str, name: str, kind: type[Any]) -> Any:
