@@ -23,7 +23,7 @@ from fedsys.workload import Array, Stages
 
 Indices = NDArray[np.int64]
 
-_MANY = 16  # plans from which on arrays are faster than a loop
+_MANY = 4  # plans from which on arrays are faster than a loop
 
 
 def alone_s(s: Stages) -> Array:
@@ -147,20 +147,22 @@ def _many_plans(at: Array, held: Array, workers: int) -> Array:
     """Serve the pieces ``(P, K, N)`` of many plans at once, one piece of each after the other."""
     plans, devices, count = at.shape
     here = np.arange(plans)
-    padded = np.concatenate([at, np.full((plans, devices, 1), np.inf)], axis=-1)
+    # one place more for each device: what it would ask for after its last piece, which never comes
+    coming = np.concatenate([at, np.full((plans, devices, 1), np.inf)], axis=-1)
+    lengths = np.concatenate([held, np.zeros((plans, devices, 1))], axis=-1)
+    ends = np.full(coming.shape, -np.inf)
     following = np.zeros((plans, devices), dtype=np.int64)
-    session, worker = np.zeros((plans, devices)), np.zeros((plans, workers))
-    ends = np.full(at.shape, -np.inf)
+    came, ready, worker = at[..., 0].copy(), at[..., 0].copy(), np.zeros((plans, workers))
     for _ in range(int(np.isfinite(at).sum(axis=(1, 2)).max(initial=0))):
-        came = np.take_along_axis(padded, following[..., None], axis=-1)[..., 0]
-        ready = np.maximum(came, session)
         free = worker.argmin(axis=-1)
         now = np.maximum(worker[here, free], ready.min(axis=-1))
         who = np.where(ready <= now[:, None], came, np.inf).argmin(axis=-1)
-        going = np.isfinite(now)
-        which = following[here, who]
-        end = now + held[here, who, np.minimum(which, count - 1)]
-        ends[here[going], who[going], which[going]] = end[going]
-        session[here[going], who[going]] = worker[here[going], free[going]] = end[going]
-        following[here[going], who[going]] += 1
-    return ends
+        piece = following[here, who]
+        end = now + lengths[here, who, piece]
+        ends[here, who, piece] = worker[here, free] = end
+        piece = np.minimum(piece + 1, count)
+        following[here, who] = piece
+        came[here, who] = coming[here, who, piece]
+        ready[here, who] = np.maximum(came[here, who], end)
+    # a plan that is through before the others has gone on with pieces that there are not
+    return np.where(np.isfinite(at), ends[..., :count], -np.inf)

@@ -3,6 +3,8 @@ from collections.abc import Mapping
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from fedsys.config import (
@@ -296,3 +298,13 @@ def test_a_keyword_that_a_target_needs_is_named():
     with pytest.raises(ConfigError, match=r"^thing\.size: Thing needs a value for it$"):
         call_target({"_target_": "fedsys.config.Thing"}, "thing")
     assert locate("fedsys.config.Thing", "thing") is Thing
+
+
+def test_a_configuration_is_composed_within_a_command():
+    # `fedsys bench pipeline virtual=true` composes one for each model while Hydra runs the command,
+    # and Hydra refused: "GlobalHydra is already initialized". Only a call without Hydra was tested.
+    compose_text.cache_clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        assert parse(compose_text("num_clients=3")).num_clients == 3
+        assert compose("config", overrides=["num_clients=4"]).num_clients == 4
+    assert not GlobalHydra.instance().is_initialized()

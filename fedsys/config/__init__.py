@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fedsys import faults
 from fedsys.config import rules
 from fedsys.config.building import build
-from fedsys.config.composing import CONF, known_models, options_of, translated_errors
+from fedsys.config.composing import CONF, known_models, options_of, translated_errors, within_hydra
 from fedsys.config.targets import call_target, check_keywords, locate
 from fedsys.config.values import (
     Apps,
@@ -136,6 +136,7 @@ def compose_text(overrides: str) -> str:
     with (
         translated_errors(),
         known_models(arguments),
+        within_hydra(),
         initialize_config_dir(str(CONF), version_base="1.3"),
     ):
         return to_text(compose("config", overrides=arguments))

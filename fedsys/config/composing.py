@@ -30,6 +30,19 @@ def translated_errors() -> Iterator[None]:
         raise ConfigError(_explain(error)) from error
 
 
+@contextmanager
+def within_hydra() -> Iterator[None]:
+    """Let Hydra be set up while a command uses it, and put back what was there."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    outer = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().hydra = outer  # by now another instance
+
+
 def _explain(error: BaseException) -> str:
     text = str(error)
     if match := re.search(r"Could not find '(\w+)/([^']+)'", text):
