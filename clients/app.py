@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
@@ -14,6 +16,7 @@ from fedsys.config import Config
 from fedsys.dialling import Dialler, dialler_of
 from fedsys.errors import ConfigError
 from fedsys.faults import SPARED, Doom, to_json
+from fedsys.identity import arithmetic
 
 app = ClientApp(mods=[mods.explain_errors, mods.unpack_arrays])
 
@@ -46,8 +49,9 @@ def evaluate(message: Message, context: Context) -> Message:
 
 @app.query("identify")
 def identify(message: Message, context: Context) -> Message:
-    """Say which partition this node holds, and of which classes its own data are."""
+    """Say which partition this node holds, how it computes, and of which classes its data are."""
     identity = ConfigRecord({"partition-id": _partition(context)})
+    identity["arithmetic"] = json.dumps(arithmetic())
     if root := context.node_config.get("data-root"):
         classes = federation.federation(_config(message, context)).dataset.classes
         identity.update({"data-root": str(root), "classes": list(classes)})

@@ -32,6 +32,7 @@ from fedsys.errors import (
     SecurityError,
     SessionError,
 )
+from fedsys.identity import arithmetic
 from fedsys.link import Link, Server, serve
 from fedsys.security import Credentials, same_token
 from fedsys.session import Session, SessionSpec, Snapshot
@@ -295,7 +296,8 @@ class EdgeServer:
         )
         if not trusted:
             raise SecurityError(f"{link.peer or 'a peer without certificate'} may not control")
-        link.send(Frame("ready", {"name": self.name, "request": first.meta.get("request")}))
+        about = {"name": self.name, "arithmetic": arithmetic()}
+        link.send(Frame("ready", {**about, "request": first.meta.get("request")}))
         try:
             self._obey(link)
         finally:

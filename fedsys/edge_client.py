@@ -56,6 +56,7 @@ class EdgeClient:
     Attributes:
         lost: Whether the link has ended.
         silent: Whether it was ended because the edge did not answer any more.
+        arithmetic: What bits depend on there (`fedsys.identity.arithmetic`).
 
     Raises:
         SessionError: The edge refuses to be controlled.
@@ -74,10 +75,11 @@ class EdgeClient:
         self._closed = False
         threading.Thread(target=self._listen, name=f"fleet-{name}", daemon=True).start()
         try:
-            self.request("control", {"token": token}, {})
+            ready = self.request("control", {"token": token}, {})
         except FedsysError:
             self.close()
             raise
+        self.arithmetic: object = ready.meta.get("arithmetic")
 
     def request(self, kind: str, meta: Mapping[str, object], tensors: State) -> Frame:
         """Send a request and return its reply.

@@ -89,6 +89,43 @@ def environment() -> dict[str, Any]:
     }
 
 
+def arithmetic() -> dict[str, str]:
+    """Return what the bits of a computation depend on that two machines may not share.
+
+    Threads are a setting of the run, and memory formats travel with the tensors.
+    """
+    import platform
+
+    import torch
+
+    math = {
+        # torch gives these two no types
+        "mkl": torch.backends.mkl.is_available(),  # type: ignore[no-untyped-call]
+        "onednn": torch.backends.mkldnn.is_available(),  # type: ignore[no-untyped-call]
+    }
+    return {
+        "torch": str(torch.__version__),
+        "machine": platform.machine(),
+        "instruction set": torch.backends.cpu.get_cpu_capability(),
+        "math libraries": " ".join(name for name, there in math.items() if there) or "none",
+    }
+
+
+def differences(theirs: object) -> str:
+    """Say in what the arithmetic of another machine is not that of this one; empty if in nothing.
+
+    Args:
+        theirs: What `arithmetic` gave there; anything else counts as unknown.
+    """
+    told = theirs if isinstance(theirs, Mapping) else {}
+    mine = arithmetic()
+    return ", ".join(
+        f"{name} {str(told.get(name, 'unknown'))[:80]} instead of {value}"
+        for name, value in mine.items()
+        if told.get(name) != value
+    )
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)

@@ -8,6 +8,7 @@ strategies would wait for ever, for a limited time.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedsys.errors import RuntimeFailure
+from fedsys.identity import differences
 
 IDENTIFY = "query.identify"
 """Message type that asks a client who it is."""
@@ -55,11 +57,13 @@ class Node:
         partition: Its partition id.
         data_root: Where its own data are; empty if it uses its part of the configured data.
         classes: The classes of its own data.
+        arithmetic: What bits depend on there, as JSON (`fedsys.identity.arithmetic`).
     """
 
     partition: int
     data_root: str = ""
     classes: tuple[str, ...] = ()
+    arithmetic: str = "{}"
 
 
 @dataclass(frozen=True)
@@ -211,6 +215,8 @@ class Roster:
             node = _node(reply.content.config_records[IDENTITY])
             self._nodes[node_id] = node
             who = f"node {node_id} (partition-id {node.partition})"
+            if apart := differences(json.loads(node.arithmetic)):
+                self._say(f"{who} computes with {apart}: the same up to rounding, not to the bit")
             if reason := self._not_needed(node):
                 self._spare[node_id] = f"{who} {reason}"
                 self._say(self._spare[node_id])
@@ -260,6 +266,7 @@ def _node(answer: ConfigRecord) -> Node:
         int(str(answer["partition-id"])),
         str(answer.get("data-root", "")),
         tuple(str(name) for name in classes),
+        str(answer.get("arithmetic", "{}")),
     )
 
 

@@ -1,6 +1,7 @@
 import datetime as dt
 import json
 import math
+import re
 import socket
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import psutil
 import pytest
 
 from fedsys.doctor import checks, estimate, machine, network
+from fedsys.edge import EdgeServer
+from fedsys.identity import arithmetic
 from fedsys.main import main
 from fedsys.runtime.control import _field
 from fedsys.security import Authority
@@ -179,6 +182,35 @@ class Process:
         if self._environment is None:
             raise psutil.AccessDenied
         return self._environment
+
+
+@pytest.fixture
+def edge():
+    server = EdgeServer("a", "grpc://127.0.0.1:0", control_token="t")
+    yield server
+    server.kill()
+
+
+@pytest.mark.parametrize(
+    ("token", "told", "status", "words"),
+    [
+        ("t", {}, "ok", "as here: torch "),
+        ("t", {"torch": "1.0"}, "warn", "torch 1.0 instead of .*, not to the bit"),
+        ("t", {"instruction set": "AVX512"}, "warn", "instruction set AVX512 instead of"),
+        ("guessed", {}, "fail", "may not control"),
+    ],
+)
+def test_an_edge_that_computes_otherwise_is_pointed_out(
+    token, told, status, words, edge, configure, monkeypatch
+):
+    there = arithmetic() | told
+    monkeypatch.setattr("fedsys.edge.arithmetic", lambda: there)
+    address = f"fleet.edges=[{{name: a, address: '{edge.address}'}}]"
+    more = (address, f"fleet.control_token={token}")
+    reached, bits = network.edges(configure("policy=fixed", "policy.cut=1", *more))
+    assert (reached.status, bits.status) == ("ok", status)
+    assert re.search(words, bits.detail)
+    assert bool(bits.way_out) == (status != "ok")
 
 
 def test_a_superlink_left_by_flwr_run_that_installs_everything_anew_is_told():

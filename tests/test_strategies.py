@@ -1,5 +1,6 @@
 import dataclasses
 import gc
+import json
 import random
 from collections.abc import Mapping
 from functools import partial
@@ -19,6 +20,7 @@ from torch import nn
 from fedsys import records
 from fedsys.config import options_of
 from fedsys.errors import ConfigError, RuntimeFailure
+from fedsys.identity import arithmetic
 from fedsys.randomness import Address
 from fedsys.training import Score
 from strategies import Roster, Sampling, build
@@ -487,6 +489,24 @@ def test_only_nodes_that_are_new_are_asked_who_they_are():
     present = roster.refresh(grid)
     assert list(present) == [1, 2, 3]
     assert [grid.partition_of[node] for node in present.values()] == [1, 2, 3]
+
+
+def test_a_node_whose_sums_have_other_bits_is_pointed_out_once():
+    class Mixed(Nodes):
+        def _identity(self, message):
+            reply = super()._identity(message)
+            other = {"torch": "1.0"} if self.partition_of[message.metadata.dst_node_id] else {}
+            told = json.dumps(arithmetic() | other)
+            reply.content["identity"]["arithmetic"] = told
+            return reply
+
+    said = []
+    grid, roster = Mixed(client, 2), Roster(say=said.append)
+    for _ in range(2):
+        assert list(roster.refresh(grid)) == [0, 1]
+    (text,) = said
+    assert "(partition-id 1) computes with torch 1.0 instead of" in text
+    assert "machine" not in text
 
 
 def test_a_node_that_does_not_answer_is_asked_again(monkeypatch):

@@ -27,6 +27,8 @@ SWITCH = "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"
 FLAG = "--disable-runtime-dependency-installation"
 SOON = dt.timedelta(days=14)
 TRIES = 5
+EDGE_S = 10.0
+"""How long an edge server may take to accept a link, in seconds."""
 PADDING = 2**20
 """Bytes that are sent to measure the rate of a connection."""
 
@@ -122,11 +124,39 @@ def _timed(call: Any) -> float:
 
 
 def edges(config: Config) -> Iterator[Check]:
-    """Check that the edge servers of the configuration can be reached, and how fast."""
+    """Check that the edge servers can be reached, how fast, and whether they compute alike."""
     if config.policy.get("kind", "none") == "none":
         return
     for edge in config.fleet.edges:
-        yield reach(f"edge {edge.name}", edge.address)
+        found = reach(f"edge {edge.name}", edge.address)
+        yield found
+        if found.status == "ok":
+            yield _computes_alike(config, edge.name, edge.address)
+
+
+def _computes_alike(config: Config, name: str, address: str) -> Check:
+    """Check that an edge server obeys this run, and that its sums have the bits of this machine."""
+    from fedsys.edge_client import EdgeClient, Hooks
+    from fedsys.identity import arithmetic, differences
+    from fedsys.link import dial
+    from fedsys.security import Credentials
+
+    title, folder = f"edge {name}, bits", config.fleet.credentials or config.link.credentials
+    idle = Hooks(lambda frame: None, lambda frame: None, lambda name: None, lambda name: False)
+    try:
+        credentials = Credentials.load(Path(folder)) if folder else None
+        link = dial(address, credentials=credentials, timeout_s=EDGE_S, retry=False)
+        try:
+            edge = EdgeClient(name, link, config.fleet.control_token, idle)
+            edge.close()
+        finally:
+            link.close()
+    except FedsysError as error:
+        return Check.failed(title, error, "check fleet.credentials and fleet.control_token")
+    if apart := differences(edge.arithmetic):
+        told = f"{apart}: results agree up to rounding, not to the bit"
+        return Check(title, "warn", told, "install the same on both, on processors of one kind")
+    return Check(title, "ok", f"as here: {', '.join(f'{k} {v}' for k, v in arithmetic().items())}")
 
 
 def reach(name: str, address: str, timeout_s: float = 5.0) -> Check:

@@ -5,7 +5,8 @@ encode to a frame that parses again; anything but FrameError is a finding.
 
 Checksums would hide everything behind them from a fuzzer, so only the first byte of an input says
 whether the rest is taken as it is. Else the rest is a header and a payload around which a correct
-preamble is put, with the right checksums of tensors too if the header is a table of such.
+preamble is put. There the header is JSON, which mutates better than MessagePack; it is turned into
+that, with the right checksums of tensors if it is a table of such. What is no JSON stays as it is.
 """
 
 from __future__ import annotations
@@ -17,18 +18,19 @@ import zlib
 from pathlib import Path
 
 import atheris
+import msgpack
 
 with atheris.instrument_imports(include=["fedsys.wire", "fedsys.layout"]):
     from fedsys.errors import FrameError
     from fedsys.wire import (
         _CRC_AT,
         _PREAMBLE,
+        ALIGNMENT,
         MAGIC,
         VERSION,
         Assembler,
         Frame,
         Limits,
-        _padding,
         checksum,
         decode,
         encode,
@@ -73,14 +75,21 @@ def framed(data: bytes) -> bytes:
 
 
 def summed(header: bytes, payload: bytes) -> bytes:
-    """Return a header with the right checksums of its tensors, if it is one."""
-    with contextlib.suppress(ValueError, TypeError, KeyError, IndexError, RecursionError):
-        fields, start = json.loads(header), 0
+    """Return a header of JSON as MessagePack, with the right checksums of its tensors."""
+    try:
+        fields = json.loads(header)
+    except (ValueError, RecursionError):
+        return header
+    with contextlib.suppress(ValueError, TypeError, KeyError, IndexError):
+        start = 0
         for entry in fields["tensors"]:
             entry[5] = checksum(payload[start : start + entry[4]])
-            start += entry[4] + _padding(entry[4])
-        return json.dumps(fields).encode()
-    return header
+            start += entry[4] + -entry[4] % ALIGNMENT
+    try:
+        packed: bytes = msgpack.packb(fields)
+    except (ValueError, OverflowError):  # lone surrogates, integers of more than 64 bits
+        return header
+    return packed
 
 
 def seeds(folder: Path) -> None:
@@ -100,7 +109,9 @@ def seeds(folder: Path) -> None:
         header = _PREAMBLE.unpack_from(data)[3]
         cut = _PREAMBLE.size + header
         (folder / f"raw-{number}").write_bytes(b"\0" + data)
-        inner = data[_PREAMBLE.size : cut].strip() + b"\0" + data[cut:]
+        inner = (
+            json.dumps(msgpack.unpackb(data[_PREAMBLE.size : cut])).encode() + b"\0" + data[cut:]
+        )
         (folder / f"framed-{number}").write_bytes(b"\1" + inner)
 
 
