@@ -111,7 +111,8 @@ def merged(own: Plain, asked: Plain, given: Sequence[str], path: Path) -> dict[s
 
 def _check_rounds(own: Plain, rounds: object) -> None:
     kind = _lookup(own, "client.lr_schedule.kind")
-    if kind == "cosine":
+    by_levels = _lookup(own, "pruning.rounds_per_level")  # each level has the same rates
+    if kind == "cosine" and not by_levels:
         rule = f"must stay {own.get('rounds')}: the learning rates of the rounds that are done"
         raise ConfigError.of("rounds", rounds, f"{rule} depend on it (client.lr_schedule=cosine)")
 

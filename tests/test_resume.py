@@ -85,6 +85,13 @@ def test_rounds_are_not_raised_where_former_learning_rates_depend_on_them():
         resume.merged(own, asked(rounds=8), ["rounds"], RUN)
 
 
+def test_levels_with_rewinding_may_follow_each_other_whatever_the_rates():
+    # refused until it was tried: the rates of a level do not depend on how many levels there are
+    levels = {"method": "magnitude", "rounds_per_level": 3}
+    own = OWN | {"client": {"lr_schedule": {"kind": "cosine"}}, "pruning": levels}
+    assert resume.merged(own, asked(rounds=8), ["resume", "rounds"], RUN)["rounds"] == 8
+
+
 def test_whether_pictures_are_drawn_may_change():
     tree = asked(run={"dir": None, "plots": False})
     merged = resume.merged(OWN, tree, ["run.plots"], RUN)

@@ -13,7 +13,7 @@ from fedsys.errors import ConfigError, ModelError
 from fedsys.models.vgg import vgg16
 from fedsys.pruning.architecture import ARCHITECTURE, WEIGHTS, build, describe, load, save
 from fedsys.pruning.channels import Coupling
-from fedsys.pruning.constants import Borders
+from fedsys.pruning.constants import Borders, read
 from fedsys.pruning.export import export_onnx
 from fedsys.pruning.ops import Kind
 from fedsys.pruning.plan import Plan, make_plan
@@ -250,6 +250,101 @@ def test_random_graphs_are_converted_exactly(
         torch.testing.assert_close(
             outputs(small.model, inputs), outputs(net, inputs), rtol=1e-5, atol=1e-5
         )
+
+
+# --------------------------------------------------------------------------------------------------
+# Activations that are flat wherever their input can be
+
+
+def chain(activation: nn.Module, seed: int) -> nn.Sequential:
+    """An activation behind a full-rank layer gives every non-negative vector; then one more."""
+    torch.manual_seed(seed)
+    first, second = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 8, 1)
+    nn.init.orthogonal_(first.weight.flatten(1).data)
+    draw = generator(seed)
+    signs = torch.randint(-1, 2, second.weight.shape, generator=draw)
+    one_sided = torch.rand(8, generator=draw) < 0.6
+    signs[one_sided] = -signs[one_sided].abs()
+    second.weight.data = signs * (0.2 + torch.rand(second.weight.shape, generator=draw))
+    second.bias.data = (4 * torch.randn(8, generator=draw)).round()  # zero, too
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+    return nn.Sequential(first, nn.ReLU(inplace=True), second, activation, head)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU6(), nn.Hardswish(), nn.Hardsigmoid()])
+@pytest.mark.parametrize("seed", range(6))
+def test_exactly_the_activations_are_closed_that_no_input_opens(
+    seed: int, activation: nn.Module
+) -> None:
+    # Over all inputs: the hidden vector takes every non-negative value, so corners decide.
+    net = chain(activation, seed)
+    corners = torch.tensor(list(product([0.0, 1.0, 500.0], repeat=4)))[..., None, None]
+    values = activation(net[2](corners)).detach()
+    moving = (values.amax((0, 2, 3)) - values.amin((0, 2, 3))) > 0
+    small = shrink(net, (4, 3, 3))
+    assert torch.equal(small.plan.need.live["_3"], moving)
+    assert next(edit.after for edit in small.plan.edits if edit.name == "2") == int(moving.sum())
+    inputs = 9 * torch.randn(64, 4, 5, 5, generator=generator(seed))
+    torch.testing.assert_close(outputs(small.model, inputs), outputs(net, inputs))
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), density=st.sampled_from([0.05, 0.15, 0.4]))
+def test_no_value_of_a_random_graph_leaves_its_bounds(seed: int, density: float) -> None:
+    net = randomise(RandomNet(seed, smooth=False), seed)
+    masked(net, random_masks(net, density, seed))
+    graph = fx.symbolic_trace(net.double())
+    bounds = read(graph, torch.randn(2, 3, 6, 6, dtype=torch.float64), Borders.CARRIER).bounds
+    for size in (6, 9):
+        inputs = 30 * torch.randn(32, 3, size, size, generator=generator(size)).double()
+        probe = Probe(graph)
+        probe.run(inputs)
+        for name, bound in bounds.items():
+            seen = probe.values[name].transpose(0, 1).flatten(1)
+            slack = 1e-9 * seen.abs().amax(1)
+            assert (seen.amin(1) >= bound.low - slack).all(), name
+            assert (seen.amax(1) <= bound.high + slack).all(), name
+
+
+class SumOfClosed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, padding=1)
+        self.norm, self.beside, self.head = nn.BatchNorm2d(4), nn.Conv2d(3, 4, 1), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.relu6(self.norm(self.second(torch.relu(self.first(x)))))
+        result: Tensor = self.head((y + self.beside(x)).mean((2, 3)))
+        return result
+
+
+@pytest.mark.parametrize("borders, coupling", CHOICES)
+def test_a_closed_channel_that_a_sum_needs_gives_its_value(
+    borders: Borders, coupling: Coupling
+) -> None:
+    net = SumOfClosed()
+    randomise(net, 3)
+    net.second.weight.data[:2] = -net.second.weight.data[:2].abs()
+    net.norm.bias.data[:2] = torch.tensor([-9.0, 2.0])  # 0 always, and 0 to 2
+    net.second.weight.data[2] = net.second.weight.data[2].abs()
+    net.norm.bias.data[2] = 20.0  # 6 always
+    small = shrink(net, (3, 5, 5), borders=borders, coupling=coupling)
+    assert small.plan.reading.fixed["relu6"].where.tolist() == [True, False, True, False]
+    assert small.plan.reading.bounds["relu6"].high.tolist()[::2] == [0.0, 6.0]
+    assert small.plan.reading.bounds["relu6"].high[1] < 6.0
+    inputs = 9 * torch.randn(16, 3, 5, 5, generator=generator(3))
+    torch.testing.assert_close(outputs(small.model, inputs), outputs(net, inputs))
+
+
+def test_a_model_that_signs_close_keeps_its_activations_and_says_so() -> None:
+    # VGG-16 as initialised, 99.6 % of it pruned, is such a model: refused, it could not be shown
+    net = chain(nn.ReLU(), 0)
+    net[2].weight.data = -net[2].weight.data.abs() - 0.1
+    net[2].bias.data.fill_(-1.0)
+    small = shrink(net, (4, 3, 3))
+    assert "every input gives the same output" in str(small.plan)
+    assert small.report.channels == small.report.channels_before
+    assert "every input" not in str(shrink(chain(nn.ReLU(), 0), (4, 3, 3)).plan)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -107,6 +108,10 @@ def chart(figures: Mapping[str, Any]) -> Chart:
     )
 
 
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def _images(dataset: Dataset, count: int) -> Tensor:
     return torch.cat([x for x, _ in data.eval_batches(first(dataset.test, count), dataset, 250)])
 
@@ -146,6 +151,7 @@ def _exactness(name: str, sparsity: float, images: Tensor, seed: int) -> Row:
     model = _as_trained(_built(name, seed), seed)
     row: Row = {"model": name, "sparsity": sparsity}
     leave, address = last_layer(model), Address(seed)
+    _say(f"exactness of {name} at {sparsity:.1%}")
     try:
         masks = one_shot("random", model, sparsity, leave=leave, address=address)
         small = shrink(model, (3, 32, 32), masks=masks)
@@ -173,6 +179,7 @@ def _conversion(name: str, sparsity: float, repeats: int, seed: int) -> Row:
     model = _built(name, seed).eval()
     leave = last_layer(model)
     masks = one_shot("magnitude", model, sparsity, leave=leave)
+    _say(f"{repeats} conversions of {name} at {sparsity:.1%}")
     reports = [shrink(model, (3, 32, 32), masks=masks).report for _ in range(repeats)]
     before, after = reports[0].parameters_before, reports[0].parameters
     reference = reference_rule_parameters(model, (3, 32, 32), masks=masks)
@@ -191,6 +198,7 @@ def _conversion(name: str, sparsity: float, repeats: int, seed: int) -> Row:
 
 def _rival(name: str, config: Config) -> Row:
     model = _as_trained(_built(name, config.seed), config.seed)
+    _say(f"{name} beside Torch-Pruning")
     pruning = dataclasses.replace(config.pruning, sparsity=0.7)
     dataset = federation.federation(config).dataset
     ours_from = time.perf_counter()
@@ -277,7 +285,8 @@ def _train(config: Config, dataset: Dataset, epochs: int) -> tuple[nn.Module, fl
         address = Address(config.seed, 0, epoch + 1)
         size = config.client.batch_size
         batches = data.train_batches(dataset.train, everything, dataset, size, address, 0, 0)
-        training.train(model, optimizer, batches, address)
+        seen = training.train(model, optimizer, batches, address)
+        _say(f"epoch {epoch + 1} of {epochs}: train accuracy {seen.accuracy:.1%}")
     return model, time.perf_counter() - began
 
 
@@ -343,6 +352,7 @@ def _trained(
 
 
 def _against_masked(level: Level, parent: nn.Module, config: Config, dataset: Dataset) -> Row:
+    _say(f"{level.name} beside its masked model")
     candidate, small = convert(level, config.prune, dataset.input_shape, lambda plan: None)
     masked = masked_copy(level.model, level.masks)
     images = torch.randn(1, *dataset.input_shape, generator=Address(0).torch("masked"))

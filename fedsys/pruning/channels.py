@@ -150,8 +150,7 @@ def _ask_operands(
 
 
 def _refuse_constant_output(reading: Reading, op: Op) -> None:
-    outputs = [reading.fixed[n.name] for n in op.inputs if n.name in reading.fixed]
-    if not outputs or not all(bool(fixed.still.all()) for fixed in outputs):
+    if not reading.is_constant(op):
         return
     dead = dead_layers(reading)
     named = ", ".join(dead[:8]) + (", …" if len(dead) > 8 else "")

@@ -3,7 +3,8 @@
 One pass over the traced graph, in evaluation and float64, on a few probe inputs. Whether a channel
 is constant is decided from the structure alone: all weights on channels that vary are exactly
 zero, and so on through BatchNorm, activations, pooling, sums, products, concatenation and
-flattening. What it is constant at is then read off the computation itself, so every operation
+flattening; or an activation is flat wherever its input can be (`fedsys.pruning.bounds`). What it is
+constant at is then read off the computation itself, so every operation
 gives its constants exactly, however it works.
 
 A constant map need not be uniform: where a convolution with zero padding reads a constant other
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fedsys.pruning.bounds import Bounds, bounds_of
 from fedsys.pruning.ops import Kind, Op, describe, outputs_reading
 
 
@@ -66,6 +68,7 @@ class Reading:
         graph: The traced model in float64 and evaluation.
         ops: Every node by name, in the order of computation.
         fixed: Constant channels of every tensor with channels, by name.
+        bounds: Between which values its channels stay, by name.
         borders: The notion of constant that was used.
         output: What the model computes on the probes, float64.
     """
@@ -73,30 +76,40 @@ class Reading:
     graph: fx.GraphModule
     ops: dict[str, Op]
     fixed: dict[str, Fixed]
+    bounds: dict[str, Bounds]
     borders: Borders
     output: Tensor
 
+    def is_constant(self, op: Op) -> bool:
+        """Say whether nothing that `op` reads depends on the input."""
+        given = [self.fixed[n.name] for n in op.inputs if n.name in self.fixed]
+        return bool(given) and all(bool(fixed.still.all()) for fixed in given)
 
-def read(graph: fx.GraphModule, probes: Tensor, borders: Borders) -> Reading:
+
+def read(
+    graph: fx.GraphModule, probes: Tensor, borders: Borders, *, closing: bool = True
+) -> Reading:
     """Run `graph` once and find its constant channels.
 
     Args:
         graph: The traced model in float64 and evaluation.
         probes: Float64 of ``(rows, …)``; the rows should differ.
         borders: Which channels count as constant.
+        closing: Whether activations count as constant that are flat wherever their input can be.
     """
-    run = _Run(graph, borders)
+    run = _Run(graph, borders, closing)
     with torch.no_grad():
         output = run.run(probes)
-    return Reading(graph, run.ops, run.fixed, borders, output)
+    return Reading(graph, run.ops, run.fixed, run.bounds, borders, output)
 
 
 class _Run(fx.Interpreter):  # torch.fx's way to look at values while a graph runs
-    def __init__(self, graph: fx.GraphModule, borders: Borders) -> None:
+    def __init__(self, graph: fx.GraphModule, borders: Borders, closing: bool) -> None:
         super().__init__(graph)
         self.ops: dict[str, Op] = {}
         self.fixed: dict[str, Fixed] = {}
-        self._borders = borders
+        self.bounds: dict[str, Bounds] = {}
+        self._borders, self._closing = borders, closing
         self._shapes: dict[fx.Node, tuple[int, ...]] = {}
         self._calls = Counter(n.target for n in graph.graph.nodes if n.op == "call_module")
 
@@ -109,17 +122,22 @@ class _Run(fx.Interpreter):  # torch.fx's way to look at values while a graph ru
         op = describe(n, module, self._shapes, shared)
         self.ops[n.name] = op
         if op.channels:
-            inputs = [self.fixed[i.name] for i in op.inputs if i.name in self.fixed]
-            self.fixed[n.name] = self._fixed(op, inputs, value)
+            known = [i.name for i in op.inputs if i.name in self.fixed]
+            bounds = bounds_of(op, [self.bounds[name] for name in known])
+            fixed = self._fixed(op, [self.fixed[name] for name in known], value, bounds)
+            self.bounds[n.name] = bounds.narrowed(fixed.where, fixed.value)
+            self.fixed[n.name] = fixed
         return value
 
-    def _fixed(self, op: Op, inputs: list[Fixed], value: Tensor) -> Fixed:
+    def _fixed(self, op: Op, inputs: list[Fixed], value: Tensor, bounds: Bounds) -> Fixed:
         zero = [given.where & ~given.nonzero() for given in inputs]
         still = where = constant_channels(op, [given.still for given in inputs], zero)
         if self._borders is Borders.CARRIER:
             where = constant_channels(op, [given.where for given in inputs], zero)
             if op.zero_border:
                 where = where & ~_bent_at_border(op, inputs[0])
+        if op.kind is Kind.SAME and self._closing:
+            still, where = still | bounds.closed, where | bounds.closed
         kept = value[0].clone()
         if self._borders is Borders.CARRIER:
             corner = kept.reshape(op.channels, -1)[:, :1]

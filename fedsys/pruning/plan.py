@@ -17,6 +17,12 @@ from fedsys.pruning.ops import Kind
 from fedsys.pruning.rebuild import rebuild
 from fedsys.randomness import Address
 
+_MUTE = (
+    "every input gives the same output, because the signs of weights close activations; these are "
+    "kept as if they were open"
+)
+"""Nothing would be left otherwise, and an untrained model is of use to look at its architecture."""
+
 
 @dataclass(frozen=True, slots=True)
 class LayerEdit:
@@ -59,6 +65,7 @@ class Plan:
         kept: Channels that stay, bool of ``(C,)`` by name of the node; absent nodes go.
         groups: Edits of the layers; layers of one group have equal channels.
         blocks: Names of sums and products one operand of which becomes a constant.
+        note: What a person should know besides; empty if there is nothing.
     """
 
     reading: Reading
@@ -66,6 +73,7 @@ class Plan:
     kept: Mapping[str, Tensor]
     groups: tuple[tuple[LayerEdit, ...], ...]
     blocks: tuple[str, ...]
+    note: str = ""
 
     @property
     def edits(self) -> list[LayerEdit]:
@@ -81,6 +89,7 @@ class Plan:
         for number, group in enumerate(self.groups, start=1):
             lines += [f"{number:4}  {group[0]}", *(f"      {edit}" for edit in group[1:])]
         lines += [f"      {name}: an operand is constant, its block goes" for name in self.blocks]
+        lines += [f"      {self.note}"] if self.note else []
         return "\n".join(lines)
 
     def apply(self) -> fx.GraphModule:
@@ -115,6 +124,9 @@ def make_plan(
     graph = evaluation_graph(model)
     try:
         reading = read(graph, inputs.double(), borders)
+        note = _MUTE if _is_constant(reading) else ""
+        if note:
+            reading = read(graph, inputs.double(), borders, closing=False)
     except (RuntimeError, ValueError) as error:
         raise ModelError(
             f"the model does not run on an input of shape {tuple(inputs.shape[1:])}: {error}"
@@ -126,7 +138,12 @@ def make_plan(
     need = needs(reading, coupling)
     kept = keep(reading, need, coupling, round_to)
     blocks = tuple(sorted({op for op, _ in need.cut if op in kept}))
-    return Plan(reading, need, kept, _groups(reading, need, kept), blocks)
+    return Plan(reading, need, kept, _groups(reading, need, kept), blocks, note)
+
+
+def _is_constant(reading: Reading) -> bool:
+    ends = [op for op in reading.ops.values() if op.kind is Kind.OUTPUT]
+    return any(reading.is_constant(op) for op in ends)
 
 
 def masked_copy(model: nn.Module, masks: Mapping[str, Tensor] | None) -> nn.Module:

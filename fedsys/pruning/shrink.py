@@ -16,8 +16,8 @@ conversion is exact and complete, on the traced graph of any model::
 is left: with ``borders=Borders.MAP, coupling=Coupling.SCATTER`` exactly those channels stay that
 vary with the input and that an output depends on. The defaults trade a few of them for speed: one
 carrier channel in front of a padded convolution instead of a constant map, and equal channels in
-all operands of a sum instead of an index. Bounds of activations are not propagated: a ReLU that
-the signs of its inputs keep closed counts as one that varies.
+all operands of a sum instead of an index. A ReLU counts as constant if bounds of each of its inputs
+keep it closed (`fedsys.pruning.bounds`); that several inputs together never open it is not found.
 """
 
 from __future__ import annotations
