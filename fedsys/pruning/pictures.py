@@ -80,12 +80,13 @@ def _front_painter(
                 linestyle="",
                 label="refused",
             )
-        for index, v in enumerate(line):
+        for index, v in enumerate(line):  # the first must not reach over the axis
             axes.annotate(
                 v.name,
                 (of(v), 100.0 * v.accuracy),
                 textcoords="offset points",
-                xytext=(6, -11 if index % 2 else 6),
+                xytext=(-6, 6) if index % 2 else (6, -11),
+                horizontalalignment="right" if index % 2 else "left",
                 fontsize=8,
                 color="#4D4D4D",
             )
@@ -99,11 +100,14 @@ def _front_painter(
 
 def _plain_log(axes: Any) -> None:
     """Make the horizontal axis logarithmic, with plain numbers at 1, 2 and 5."""
-    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
+    large = EngFormatter(sep="")
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_major_formatter(  # 0.2, not 200m, which reads badly beside a unit
+        FuncFormatter(lambda x, place: f"{x:.4g}" if x < 1000.0 else large(x, place))
+    )
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
