@@ -128,32 +128,27 @@ def _times(a: Tensor, b: Tensor) -> Tensor:
 
 def _mix(op: Op, given: Bounds) -> Bounds:
     """Bounds of a layer: each weight with that end of its input at which it is at its least."""
-    result = unbounded(op.channels)
+    assert op.connected is not None
     weight = op.layer.weight.detach()
     taps = weight.flatten(2) if weight.dim() > 2 else weight[..., None]
+    present = op.connected.flatten(0, 1)  # as the weight: inputs are counted in their group
     low, high = (end.view(op.groups, -1) for end in _ends(given))
+    bounded = torch.ones(op.channels, dtype=torch.bool)
     if op.groups == 1:
         columns = high[0].isinf().nonzero().flatten()[:_LOOK]
-        seen = taps[:, columns].flatten(1)
-        rows = ~((seen > 0).any(1) & (seen < 0).any(1))  # others have no bound on either side
-    else:
-        rows = torch.ones(op.channels, dtype=torch.bool)
-    chosen = taps[rows]
-    up, down = (end.sum(2) for end in (chosen.clamp(min=0.0), chosen.clamp(max=0.0)))
-    shape = (op.groups, -1, taps.shape[1])
-    up, down = up.view(shape), down.view(shape)
-    bias = 0.0 if op.layer.bias is None else op.layer.bias.detach()[rows]
-    result.high[rows] = bias + _dot(up, high) + _dot(down, low)
-    result.low[rows] = bias + _dot(up, low) + _dot(down, high)
+        seen = taps[:, columns].flatten(1)  # both signs on inputs without an end: no bound either
+        bounded = ~((seen > 0).any(1) & (seen < 0).any(1))
+    rows, columns = (present & bounded[:, None]).nonzero().unbind(1)
+    values, group = taps[rows, columns], rows // (op.channels // op.groups)
+    up, down = (end.sum(1) for end in (values.clamp(min=0.0), values.clamp(max=0.0)))
+    least, most = low[group, columns], high[group, columns]
+    result = unbounded(op.channels)
+    bias = torch.zeros_like(result.high) if op.layer.bias is None else op.layer.bias.detach()
+    ends = (bias.clone(), bias.clone())
+    ends[0].index_add_(0, rows, _times(up, least) + _times(down, most))
+    ends[1].index_add_(0, rows, _times(up, most) + _times(down, least))
+    result.low[bounded], result.high[bounded] = ends[0][bounded], ends[1][bounded]
     return result
-
-
-def _dot(weights: Tensor, ends: Tensor) -> Tensor:
-    """Sum weights of ``(groups, out, in)`` times ends of ``(groups, in)``; zeros count nothing."""
-    endless = ends.isinf()
-    finite = weights @ torch.where(endless, 0.0, ends)[..., None]
-    infinite = _times(weights, torch.where(endless, ends, 0.0)[:, None]).sum(2)
-    return (finite[..., 0] + infinite).flatten()
 
 
 def _scaled(op: Op, given: Bounds) -> Bounds:
