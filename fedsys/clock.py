@@ -11,8 +11,9 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fedsys.jobs import Job
 from fedsys.planner import evaluate
-from fedsys.timeline import Job, Timeline, play
+from fedsys.timeline import Timeline, play
 from fedsys.workload import Choice, Workload, job_of
 
 KINDS = ("device", "up", "edge", "down")
@@ -77,12 +78,7 @@ def virtual_round(
         for device, choice in zip(load.devices, choices, strict=True)
     ]
     share = min(1.0, most / sum(job.iterations * len(job.turns) for job in whole))
-    jobs = [
-        dataclasses.replace(
-            job, iterations=max(min(job.iterations, 2), int(job.iterations * share))
-        )
-        for job in whole
-    ]
+    jobs = [_shortened(job, share) for job in whole]
     workers = [edge.workers for edge in load.edges]
     timeline = play(jobs, workers)
     device_s = []

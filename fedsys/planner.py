@@ -31,17 +31,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedsys.contention import Indices, alone_s, together_s
+from fedsys.contention import Indices, alone_s
 from fedsys.errors import ConfigError
 from fedsys.shaping import Network
-from fedsys.workload import MOST_PIECES, Array, Choice, Device, Menu, Stages, Workload
+from fedsys.tables import MEAN, Table, score
+from fedsys.workload import MOST_PIECES, Array, Choice, Device, Menu, Workload
 
 METHODS = ("auto", "exhaustive", "pipar", "splitfed", "classic")
 MOST_COMBINATIONS = 10**6
 
-_MEAN = 1e-3  # weight of the mean beside the slowest device
 _BUDGET = 150_000  # pieces that `auto` times in one look
-_ENTRIES = 4_000_000  # numbers in one array
 _SLOWER = 20  # times, where an edge computes several sessions at a time, but not all
 _LIMITS = 16  # starts of `auto`
 _FEW = 10  # choices of a device that `auto` looks at
@@ -103,12 +102,12 @@ def evaluate(load: Workload, choices: Sequence[Choice], *, method: str = "", how
     return _as_plan(table, picked, method, how)
 
 
-def _listed(load: Workload, choices: Sequence[Choice]) -> tuple[_Table, Indices]:
+def _listed(load: Workload, choices: Sequence[Choice]) -> tuple[Table, Indices]:
     index = {choice: i for i, choice in enumerate(dict.fromkeys(choices))}
-    return _Table(load, list(index)), np.array([index[choice] for choice in choices])
+    return Table(load, list(index)), np.array([index[choice] for choice in choices])
 
 
-def _as_plan(table: _Table, picked: Indices, method: str, how: str) -> Plan:
+def _as_plan(table: Table, picked: Indices, method: str, how: str) -> Plan:
     iteration, round_ = table.times(picked[None])
     choices = tuple(table.choices[i] for i in picked)
     return Plan(method, choices, tuple(iteration[0].tolist()), tuple(round_[0].tolist()), how)
@@ -160,7 +159,7 @@ def next_best(
         made: A plan of it.
         offload: Whether devices have to offload.
     """
-    table = _Table(load, list(dict.fromkeys([*options(load, offload=offload), *made.choices])))
+    table = Table(load, list(dict.fromkeys([*options(load, offload=offload), *made.choices])))
     index = {choice: i for i, choice in enumerate(table.choices)}
     picked = np.array([index[choice] for choice in made.choices])
     known: dict[tuple[int, Network, int, Choice], tuple[Choice, float]] = {}
@@ -185,100 +184,10 @@ def next_best(
     return tuple(found)
 
 
-def score(round_s: Array) -> Array:
-    """Return what is minimised: the slowest device of ``(C, K)`` and a little of the mean."""
-    total: Array = round_s.max(axis=-1) + _MEAN * round_s.mean(axis=-1)
-    return total
-
-
-class _Table:
-    """The stages of all devices for some choices.
-
-    Devices of one kind share their stages, and so do choices that differ in the edge only, if these
-    edges are of one kind: such choices are one *course*.
-
-    Attributes:
-        choices: All choices, C of them.
-        course: Index of the course of each choice.
-        choice_at: Index of the choice by course and edge, ``(O, E)``; -1 where there is none.
-    """
-
-    def __init__(self, load: Workload, choices: Sequence[Choice]) -> None:
-        self.load, self.choices = load, tuple(choices)
-        self.workers = [edge.workers for edge in load.edges]
-        self.edge: Indices = np.array([choice.edge for choice in choices])
-        self._pick_courses()
-        menu = Menu(load, [self.choices[i] for i in self._first])
-        kinds: dict[tuple[int, Network], int] = {}
-        made: list[Stages] = []
-        self._kind = np.zeros(len(load.devices), dtype=np.int64)
-        for k, device in enumerate(load.devices):
-            kind = kinds.setdefault((id(device.costs), device.network), len(kinds))
-            self._kind[k] = kind
-            if kind == len(made):
-                made.append(menu.stages(device))
-        names = [f.name for f in dataclasses.fields(Stages)]
-        self._stages = {name: np.stack([getattr(s, name) for s in made]) for name in names}
-        self.steps = np.array([load.iterations(device) for device in load.devices], dtype=float)
-        self.exchange = load.exchange_s()[:, menu.cut]
-
-    def _pick_courses(self) -> None:
-        like = {id(costs): i for i, costs in reversed(list(enumerate(self.load.edges)))}
-        kind = [like[id(costs)] for costs in self.load.edges]
-        found: dict[tuple[int, int, str, int], int] = {}
-        self._first: list[int] = []
-        self.course = np.zeros(len(self.choices), dtype=np.int64)
-        for i, c in enumerate(self.choices):
-            key = (c.cut, c.micro_batches, c.codec, kind[c.edge])
-            self.course[i] = found.setdefault(key, len(found))
-            if self.course[i] == len(self._first):
-                self._first.append(i)
-        self.choice_at = np.full((len(found), len(self.load.edges)), -1)
-        self.choice_at[self.course, self.edge] = np.arange(len(self.choices))
-
-    def stages(self, picked: Indices) -> Stages:
-        """Return the stages of plans, ``(P, K)`` indices of choices."""
-        at = self.course[picked]
-        return Stages(**{n: table[self._kind, at] for n, table in self._stages.items()})
-
-    def times(self, picked: Indices) -> tuple[Array, Array]:
-        """Return the seconds of an iteration and of a round in company, ``(P, K)``."""
-        iteration = together_s(self.stages(picked), self.edge[picked], self.workers)
-        exchange = self.exchange[np.arange(len(self.steps)), self.course[picked]]
-        return iteration, iteration * self.steps + exchange
-
-    def scores(self, picked: Indices) -> Array:
-        """Return the scores of plans ``(P, K)``, in parts that fit into memory."""
-        if not len(picked):
-            return np.zeros(0)
-        pieces = self._stages["pieces"].max()
-        size = max(1, int(_ENTRIES / (picked.shape[1] * pieces)))
-        parts = [picked[i : i + size] for i in range(0, len(picked), size)]
-        return np.concatenate([score(self.times(part)[1]) for part in parts])
-
-    def alone(self) -> Array:
-        """Return the seconds of a round of each device for each course, ``(K, O)``."""
-        seconds = alone_s(Stages(**self._stages))[self._kind]
-        total: Array = seconds * self.steps[:, None] + self.exchange
-        return total
-
-    def loads(self) -> Array:
-        """Return the seconds of an edge in a round of each device, ``(K, O)``."""
-        s = self._stages
-        seconds = np.where(s["offloaded"], s["pieces"] * s["edge"] + s["edge_update"], 0.0)
-        total: Array = seconds[self._kind] * self.steps[:, None]
-        return total
-
-    def with_edges(self, courses: Indices) -> Indices:
-        """Return all choices of some courses."""
-        found = self.choice_at[courses].ravel()
-        return found[found >= 0]
-
-
 # --------------------------------------------------------------------------------------------------
 # The methods: a table of choices, which of them, and how they were found
 
-_Found = tuple[_Table, Indices, str]
+_Found = tuple[Table, Indices, str]
 
 
 def _classic(load: Workload, offload: bool) -> _Found:
@@ -286,18 +195,18 @@ def _classic(load: Workload, offload: bool) -> _Found:
 
 
 def _auto(load: Workload, offload: bool) -> _Found:
-    table = _Table(load, options(load, offload=offload))
+    table = Table(load, options(load, offload=offload))
     return table, _auto_picks(table), "worthwhile choices, improved one by one"
 
 
-def _auto_picks(table: _Table) -> Indices:
+def _auto_picks(table: Table) -> Indices:
     alone, loads = table.alone(), table.loads()
     starts = _limited_starts(table, alone, loads)
     best = starts[int(table.scores(starts).argmin())]
     return _improved(table, best, _worthwhile(table, alone, loads), budget=_BUDGET)
 
 
-def _limited_starts(table: _Table, alone: Array, loads: Array) -> Indices:
+def _limited_starts(table: Table, alone: Array, loads: Array) -> Indices:
     """Return the two most promising plans in which all devices have one limit of time.
 
     Each device takes least of the edges within the limit, which lies between the least possible
@@ -322,7 +231,7 @@ def _limited_starts(table: _Table, alone: Array, loads: Array) -> Indices:
     return np.stack([picked for _, picked in promising])
 
 
-def _spread(table: _Table, courses: Indices, loads: Array) -> tuple[Indices, float]:
+def _spread(table: Table, courses: Indices, loads: Array) -> tuple[Indices, float]:
     """Distribute devices over edges, the largest load first, to the edge that is done earliest.
 
     Returns:
@@ -342,7 +251,7 @@ def _spread(table: _Table, courses: Indices, loads: Array) -> tuple[Indices, flo
     return picked, max(busy)
 
 
-def _worthwhile(table: _Table, alone: Array, loads: Array) -> list[Indices]:
+def _worthwhile(table: Table, alone: Array, loads: Array) -> list[Indices]:
     """Return for each device the choices that are best at something.
 
     A course that another one betters both alone and in what it takes of the edge is left out, but
@@ -364,7 +273,7 @@ def _worthwhile(table: _Table, alone: Array, loads: Array) -> list[Indices]:
 
 
 def _improved(
-    table: _Table, picked: Indices, short: Sequence[Indices], budget: float = math.inf
+    table: Table, picked: Indices, short: Sequence[Indices], budget: float = math.inf
 ) -> Indices:
     """Change the choice of one device after the other for a better plan, until none is better.
 
@@ -400,7 +309,7 @@ def _improved(
 
 
 def _exhaustive(load: Workload, offload: bool) -> _Found:
-    table = _Table(load, options(load, offload=offload))
+    table = Table(load, options(load, offload=offload))
     start = _auto_picks(table)
     count, devices = len(table.choices), len(load.devices)
     combinations = count**devices
@@ -416,7 +325,7 @@ def _exhaustive(load: Workload, offload: bool) -> _Found:
     return table, picked, how
 
 
-def _joint(table: _Table, start: Indices, combinations: int) -> Indices:
+def _joint(table: Table, start: Indices, combinations: int) -> Indices:
     """Return the best of all combinations.
 
     What devices would take alone is a bound from below, so combinations are timed in the order of
@@ -428,7 +337,7 @@ def _joint(table: _Table, start: Indices, combinations: int) -> Indices:
     for own in alone:  # the last device's choice changes fastest
         slowest = np.maximum(slowest[:, None], own).ravel()
         mean = (mean[:, None] + own / devices).ravel()
-    bound = slowest + _MEAN * mean
+    bound = slowest + MEAN * mean
     picked, best = start, float(table.scores(start[None])[0])
     order = np.flatnonzero(bound < best)
     order = order[np.argsort(bound[order], kind="stable")]

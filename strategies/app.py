@@ -30,8 +30,9 @@ from strategies import Roster, build, pruned
 from strategies.clock import RoundClock, totals
 from strategies.gathering import gather
 from strategies.keeper import Keeper, opened
-from strategies.offload import figures, in_words, offload_in, recoveries, traces
 from strategies.rounds import RoundResult, Row, play
+from strategies.told import figures, offload_in, recoveries, traces
+from strategies.totals import in_words
 
 EVALUATION_BATCH = 500
 

@@ -16,7 +16,7 @@ import json
 import logging
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -25,19 +25,21 @@ from flwr.serverapp.strategy import Strategy
 
 from fedsys import records
 from fedsys.config import Config
-from fedsys.errors import ConfigError, FedsysError, ModelError, RuntimeFailure, SessionError
+from fedsys.errors import ConfigError, FedsysError, RuntimeFailure, SessionError
 from fedsys.fleet import Fleet
 from fedsys.halves import names_between
 from fedsys.layers import LayeredModel, fractions
 from fedsys.security import new_token
 from fedsys.session import SessionSpec, Snapshot, layered_model
 from fedsys.tracing import Event, unpack
+from strategies.joining import halved, joined, with_pieces, without
 from strategies.policies import Assignment, Observation, OffloadPolicy, PolicyState
 from strategies.roster import Roster
+from strategies.totals import Totals
 
 ARRAYS, OPTIMIZER, MASKS = "arrays", "optimizer", "masks"
 ASSIGNMENT, OBSERVATION = "assignment", "observation"
-MICRO_BATCHES, TRACE = "micro-batches", "trace"
+TRACE = "trace"
 
 _log = logging.getLogger("fedsys.offload")
 
@@ -48,25 +50,6 @@ class _Sent:
 
     whole: RecordDict
     spec: SessionSpec
-
-
-@dataclass
-class Totals:
-    """What offloading did in a run so far.
-
-    Attributes:
-        cuts: The last cut of each client: index, unit before it, device's share of the work.
-        edge_steps: Optimizer steps on edge servers.
-        bytes_up: Bytes that devices sent to edges.
-        bytes_down: Bytes that they received.
-        recoveries: What was done about losses.
-    """
-
-    cuts: dict[str, dict[str, Any]] = field(default_factory=dict)
-    edge_steps: int = 0
-    bytes_up: int = 0
-    bytes_down: int = 0
-    recoveries: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Offload(Strategy):
@@ -140,7 +123,9 @@ class Offload(Strategy):
         for client, message in zip(clients, messages, strict=True):
             assignment = plan[client]
             self._note_cut(client, assignment.cut)
-            message.content = self._with_pieces(message.content, assignment)
+            message.content = with_pieces(
+                message.content, assignment.micro_batches, self._config.client.batch_size
+            )
             if assignment.cut == len(self._layers):
                 continue
             if self._with_edge(message, client, assignment, server_round):
@@ -216,25 +201,6 @@ class Offload(Strategy):
 
     # --- the way out ------------------------------------------------------------------------------
 
-    def _with_pieces(self, content: RecordDict, assignment: Assignment) -> RecordDict:
-        """Return the content with the pieces of a mini-batch, if they are the device's own.
-
-        Raises:
-            ConfigError: There are more pieces than examples in a mini-batch.
-        """
-        pieces = assignment.micro_batches
-        if pieces is None:
-            return content
-        if not 1 <= pieces <= self._config.client.batch_size:
-            raise ConfigError.of(
-                "policy.micro_batches", pieces,
-                f"must be from 1 to client.batch_size={self._config.client.batch_size}",
-            )  # fmt: skip
-        own = records.own_copy(content)
-        settings = dict(content.config_records.get("config", ConfigRecord()))
-        own["config"] = ConfigRecord({**settings, MICRO_BATCHES: pieces})
-        return own
-
     def _with_edge(
         self, message: Message, client: int, assignment: Assignment, round_: int
     ) -> bool:
@@ -278,15 +244,15 @@ class Offload(Strategy):
         mine = self._edge_names(assignment.cut, tail)
         start = Snapshot(
             0,
-            records.from_record(_of(whole, ARRAYS, mine)),
-            records.from_record(_of(whole, OPTIMIZER, mine)),
-            masks=records.from_record(_of(whole, MASKS, mine)),
+            records.from_record(halved(whole, ARRAYS, mine)),
+            records.from_record(halved(whole, OPTIMIZER, mine)),
+            masks=records.from_record(halved(whole, MASKS, mine)),
         )
         name = self.fleet.open(spec, start, self._first_edge(assignment))
         content = records.own_copy(whole)
         for key in (ARRAYS, OPTIMIZER, MASKS):
             if key in whole.array_records:
-                content[key] = _without(whole, key, mine)
+                content[key] = without(whole, key, mine)
         content[ASSIGNMENT] = ConfigRecord(
             {
                 "cut": assignment.cut,
@@ -347,24 +313,13 @@ class Offload(Strategy):
             self.fleet.release(sent.spec.id)
         self.totals.edge_steps += snapshot.step
         order = list(sent.whole.array_records[ARRAYS])
-        reply.content[ARRAYS] = _join(reply.content.array_records[ARRAYS], snapshot.state, order)
+        reply.content[ARRAYS] = joined(reply.content.array_records[ARRAYS], snapshot.state, order)
         if (own := reply.content.array_records.get(OPTIMIZER)) is not None:
-            reply.content[OPTIMIZER] = _join(own, snapshot.optimizer, None)
+            reply.content[OPTIMIZER] = joined(own, snapshot.optimizer, None)
         return True
 
     def _observe(self, client: int, seen: ConfigRecord, round_: int) -> None:
-        observation = Observation(
-            steps=int(str(seen["steps"])),
-            seconds=float(str(seen["seconds"])),
-            waited_s=float(str(seen["waited-s"])),
-            bytes_up=int(str(seen["bytes-up"])),
-            bytes_down=int(str(seen["bytes-down"])),
-            compute_s=float(str(seen.get("compute-s", 0.0))),
-            up_bit_s=float(str(seen.get("up-bit-s", 0.0))),
-            down_bit_s=float(str(seen.get("down-bit-s", 0.0))),
-            edge_s=float(str(seen.get("edge-s", 0.0))),
-            iteration_s=float(str(seen.get("iteration-s", 0.0))),
-        )
+        observation = Observation.of(seen)
         self._seen[client] = dataclasses.asdict(observation)
         self.totals.bytes_up += observation.bytes_up
         self.totals.bytes_down += observation.bytes_down
@@ -480,67 +435,5 @@ class Offload(Strategy):
             )  # fmt: skip
 
 
-def figures(strategy: Strategy) -> dict[str, Any]:
-    """Return what offloading did in a run, for its result; empty if nothing was offloaded."""
-    offload = offload_in(strategy)
-    return {} if offload is None else dataclasses.asdict(offload.totals)
-
-
-def traces(strategy: Strategy) -> Mapping[str, list[Event]]:
-    """Return what the devices of the last round did, by name; empty if nothing was split."""
-    offload = offload_in(strategy)
-    held = {} if offload is None else offload.traces
-    return {f"device {client}": held[client] for client in sorted(held)}
-
-
-def recoveries(strategy: Strategy) -> list[dict[str, Any]]:
-    """Return what was done about losses so far in a run."""
-    offload = offload_in(strategy)
-    return [] if offload is None else offload.totals.recoveries
-
-
-def in_words(entry: Mapping[str, Any]) -> str:
-    """Return an entry of `recoveries` as a line for people."""
-    begin = f"round {entry['round']}: client {entry['client']}"
-    after = f"after {entry['seconds']:.2f} s, {entry['repeated_steps']} steps repeated"
-    match entry["what"]:
-        case "link":
-            return f"{begin} lost its link to {entry['from']} and went on {after}"
-        case "edge":
-            return f"{begin} lost {entry['from']} and went on at {entry['to']} {after}"
-        case "repeat":
-            return f"{begin} lost {entry['from']} and did its round again on the {entry['to']}"
-        case _:
-            return f"{begin} trained alone: no edge server is left"
-
-
-def offload_in(strategy: Strategy) -> Offload | None:
-    """Return the layer of a strategy that offloads; None if there is none."""
-    inner: object = strategy
-    while inner is not None and not isinstance(inner, Offload):
-        inner = getattr(inner, "inner", None)
-    return inner
-
-
 def _bytes(value: object) -> bytes:
     return value if isinstance(value, bytes) else b""
-
-
-def _of(content: RecordDict, key: str, names: set[str]) -> ArrayRecord:
-    record = content.array_records.get(key, ArrayRecord())
-    return ArrayRecord({n: a for n, a in record.items() if n.partition("|")[0] in names})
-
-
-def _without(content: RecordDict, key: str, names: set[str]) -> ArrayRecord:
-    record = content.array_records[key]
-    return ArrayRecord({n: a for n, a in record.items() if n.partition("|")[0] not in names})
-
-
-def _join(own: ArrayRecord, edge: Mapping[str, Any], order: list[str] | None) -> ArrayRecord:
-    """Return both halves in one record, in the given order of names, or sorted."""
-    other = records.to_record(edge)
-    both = set(own) & set(other)
-    if both:
-        raise ModelError(f"in both halves: {', '.join(sorted(both)[:5])}")
-    names = order if order is not None else sorted({*own, *other})
-    return ArrayRecord({name: own[name] if name in own else other[name] for name in names})

@@ -21,9 +21,10 @@ from fedsys.costs import MachineCosts
 from fedsys.errors import ConfigError
 from fedsys.hardware import Hardware
 from fedsys.layers import LayeredModel
-from fedsys.planner import Plan, evaluate, plan, score
+from fedsys.planner import Plan, evaluate, plan
 from fedsys.planning import PlanOptions, machines_of, run_workload
 from fedsys.shaping import Network
+from fedsys.tables import score
 from fedsys.workload import Choice, Device, Menu, Workload
 from strategies.policies import Assignment, Observation
 

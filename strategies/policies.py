@@ -76,6 +76,22 @@ class Observation:
     edge_s: float = 0.0
     iteration_s: float = 0.0
 
+    @classmethod
+    def of(cls, told: Mapping[str, Any]) -> Observation:
+        """Return what a device tells in its reply; times that it does not tell are unknown."""
+        return cls(
+            steps=int(told["steps"]),
+            seconds=float(told["seconds"]),
+            waited_s=float(told["waited-s"]),
+            bytes_up=int(told["bytes-up"]),
+            bytes_down=int(told["bytes-down"]),
+            compute_s=float(told.get("compute-s", 0.0)),
+            up_bit_s=float(told.get("up-bit-s", 0.0)),
+            down_bit_s=float(told.get("down-bit-s", 0.0)),
+            edge_s=float(told.get("edge-s", 0.0)),
+            iteration_s=float(told.get("iteration-s", 0.0)),
+        )
+
 
 class OffloadPolicy(Protocol):
     """State in, state out."""

@@ -64,8 +64,8 @@ def carry_out(identity: None) -> "Callable[..., SimpleNamespace]":
     from fedsys.runtime.apps import load_client
     from fedsys.runtime.local import LocalGrid
     from strategies import Roster, build
-    from strategies.offload import figures
     from strategies.rounds import play
+    from strategies.told import figures
 
     unscored = training.Score(0.0, 0.0, 1)
 

@@ -17,7 +17,8 @@ from fedsys.fleet import EdgeAddress, Fleet
 from fedsys.runtime.apps import check_mods
 from fedsys.session import layered_model
 from fedsys.training import pieces
-from strategies.offload import _join, in_words
+from strategies.joining import joined
+from strategies.totals import Totals, in_words
 
 SMALL = (
     "data.max_examples=200",
@@ -199,15 +200,15 @@ def arrays(**values):
 
 def test_halves_are_joined_by_name_in_the_order_of_the_whole():
     own, edge = arrays(a=1, d=4), {"c": torch.full((2,), 3.0), "b": torch.full((2,), 2.0)}
-    whole = _join(own, edge, ["a", "b", "c", "d"])
+    whole = joined(own, edge, ["a", "b", "c", "d"])
     assert list(whole) == ["a", "b", "c", "d"]
     assert [float(t[0]) for t in records.from_record(whole).values()] == [1, 2, 3, 4]
-    assert list(_join(own, edge, None)) == ["a", "b", "c", "d"]
+    assert list(joined(own, edge, None)) == ["a", "b", "c", "d"]
 
 
 def test_halves_that_overlap_are_refused_by_name():
     with pytest.raises(ModelError, match="in both halves: b"):
-        _join(arrays(a=1, b=2), {"b": torch.zeros(2)}, ["a", "b"])
+        joined(arrays(a=1, b=2), {"b": torch.zeros(2)}, ["a", "b"])
 
 
 def test_every_position_of_every_kind_of_link_and_edge_is_in_the_fault_table():
@@ -221,7 +222,5 @@ def test_every_position_of_every_kind_of_link_and_edge_is_in_the_fault_table():
 
 
 def test_totals_survive_as_plain_values(train):
-    from strategies.offload import Totals
-
     totals = Totals({"0": {"index": 1}}, 3, 10, 20, [{"what": "link"}])
     assert Totals(**json.loads(json.dumps(dataclasses.asdict(totals)))) == totals

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from fedsys.config import compose_text, parse
 from fedsys.costs import Crossing, MachineClass, MachineCosts
 from fedsys.errors import ConfigError
-from fedsys.planner import METHODS, MOST_COMBINATIONS, evaluate, options, plan, score
+from fedsys.planner import METHODS, MOST_COMBINATIONS, evaluate, options, plan
 from fedsys.session import layered_model
 from fedsys.shaping import Network
+from fedsys.tables import score
 from fedsys.timeline import play
 from fedsys.workload import Choice, Device, Workload, counts, job_of, workload
 

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 
 from fedsys.errors import ConfigError
+from fedsys.jobs import Exchange, Job, Turn
 from fedsys.recurrences import iteration_s
 from fedsys.schedule import operations
 from fedsys.shaping import Network, finish_time
-from fedsys.timeline import Exchange, Job, Turn, lanes, play
+from fedsys.timeline import lanes, play
 from fedsys.training import pieces
 
 SECONDS = st.floats(0.001, 3.0)

@@ -1,0 +1,105 @@
+"""The stages of all devices for some choices, from which planners time many plans at once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from fedsys.contention import Indices, alone_s, together_s
+from fedsys.shaping import Network
+from fedsys.workload import Array, Choice, Menu, Stages, Workload
+
+MEAN = 1e-3  # weight of the mean beside the slowest device
+_ENTRIES = 4_000_000  # numbers in one array
+
+
+def score(round_s: Array) -> Array:
+    """Return what is minimised: the slowest device of ``(C, K)`` and a little of the mean."""
+    total: Array = round_s.max(axis=-1) + MEAN * round_s.mean(axis=-1)
+    return total
+
+
+class Table:
+    """The stages of all devices for some choices.
+
+    Devices of one kind share their stages, and so do choices that differ in the edge only, if these
+    edges are of one kind: such choices are one *course*.
+
+    Attributes:
+        choices: All choices, C of them.
+        course: Index of the course of each choice.
+        choice_at: Index of the choice by course and edge, ``(O, E)``; -1 where there is none.
+    """
+
+    def __init__(self, load: Workload, choices: Sequence[Choice]) -> None:
+        self.load, self.choices = load, tuple(choices)
+        self.workers = [edge.workers for edge in load.edges]
+        self.edge: Indices = np.array([choice.edge for choice in choices])
+        self._pick_courses()
+        menu = Menu(load, [self.choices[i] for i in self._first])
+        kinds: dict[tuple[int, Network], int] = {}
+        made: list[Stages] = []
+        self._kind = np.zeros(len(load.devices), dtype=np.int64)
+        for k, device in enumerate(load.devices):
+            kind = kinds.setdefault((id(device.costs), device.network), len(kinds))
+            self._kind[k] = kind
+            if kind == len(made):
+                made.append(menu.stages(device))
+        names = [f.name for f in dataclasses.fields(Stages)]
+        self._stages = {name: np.stack([getattr(s, name) for s in made]) for name in names}
+        self.steps = np.array([load.iterations(device) for device in load.devices], dtype=float)
+        self.exchange = load.exchange_s()[:, menu.cut]
+
+    def _pick_courses(self) -> None:
+        like = {id(costs): i for i, costs in reversed(list(enumerate(self.load.edges)))}
+        kind = [like[id(costs)] for costs in self.load.edges]
+        found: dict[tuple[int, int, str, int], int] = {}
+        self._first: list[int] = []
+        self.course = np.zeros(len(self.choices), dtype=np.int64)
+        for i, c in enumerate(self.choices):
+            key = (c.cut, c.micro_batches, c.codec, kind[c.edge])
+            self.course[i] = found.setdefault(key, len(found))
+            if self.course[i] == len(self._first):
+                self._first.append(i)
+        self.choice_at = np.full((len(found), len(self.load.edges)), -1)
+        self.choice_at[self.course, self.edge] = np.arange(len(self.choices))
+
+    def stages(self, picked: Indices) -> Stages:
+        """Return the stages of plans, ``(P, K)`` indices of choices."""
+        at = self.course[picked]
+        return Stages(**{n: table[self._kind, at] for n, table in self._stages.items()})
+
+    def times(self, picked: Indices) -> tuple[Array, Array]:
+        """Return the seconds of an iteration and of a round in company, ``(P, K)``."""
+        iteration = together_s(self.stages(picked), self.edge[picked], self.workers)
+        exchange = self.exchange[np.arange(len(self.steps)), self.course[picked]]
+        return iteration, iteration * self.steps + exchange
+
+    def scores(self, picked: Indices) -> Array:
+        """Return the scores of plans ``(P, K)``, in parts that fit into memory."""
+        if not len(picked):
+            return np.zeros(0)
+        pieces = self._stages["pieces"].max()
+        size = max(1, int(_ENTRIES / (picked.shape[1] * pieces)))
+        parts = [picked[i : i + size] for i in range(0, len(picked), size)]
+        return np.concatenate([score(self.times(part)[1]) for part in parts])
+
+    def alone(self) -> Array:
+        """Return the seconds of a round of each device for each course, ``(K, O)``."""
+        seconds = alone_s(Stages(**self._stages))[self._kind]
+        total: Array = seconds * self.steps[:, None] + self.exchange
+        return total
+
+    def loads(self) -> Array:
+        """Return the seconds of an edge in a round of each device, ``(K, O)``."""
+        s = self._stages
+        seconds = np.where(s["offloaded"], s["pieces"] * s["edge"] + s["edge_update"], 0.0)
+        total: Array = seconds[self._kind] * self.steps[:, None]
+        return total
+
+    def with_edges(self, courses: Indices) -> Indices:
+        """Return all choices of some courses."""
+        found = self.choice_at[courses].ravel()
+        return found[found >= 0]

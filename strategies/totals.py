@@ -1,0 +1,41 @@
+"""What offloading did in a run: counted, kept in checkpoints, and put into words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Totals:
+    """What offloading did in a run so far.
+
+    Attributes:
+        cuts: The last cut of each client: index, unit before it, device's share of the work.
+        edge_steps: Optimizer steps on edge servers.
+        bytes_up: Bytes that devices sent to edges.
+        bytes_down: Bytes that they received.
+        recoveries: What was done about losses.
+    """
+
+    cuts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    edge_steps: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    recoveries: list[dict[str, Any]] = field(default_factory=list)
+
+
+def in_words(entry: Mapping[str, Any]) -> str:
+    """Return an entry of `recoveries` as a line for people."""
+    begin = f"round {entry['round']}: client {entry['client']}"
+    after = f"after {entry['seconds']:.2f} s, {entry['repeated_steps']} steps repeated"
+    match entry["what"]:
+        case "link":
+            return f"{begin} lost its link to {entry['from']} and went on {after}"
+        case "edge":
+            return f"{begin} lost {entry['from']} and went on at {entry['to']} {after}"
+        case "repeat":
+            return f"{begin} lost {entry['from']} and did its round again on the {entry['to']}"
+        case _:
+            return f"{begin} trained alone: no edge server is left"
