@@ -25,11 +25,12 @@ from fedsys import federation, training
 from fedsys.config import Config
 from fedsys.data import Dataset
 from fedsys.errors import ConfigError, ModelError, RunError
+from fedsys.pruning.export import export_onnx
 from fedsys.pruning.levels import Level, Recipe, recipes
 from fedsys.pruning.making import Made, make
 from fedsys.pruning.masks import Masks
 from fedsys.pruning.pictures import draw_all
-from fedsys.pruning.portfolio import Variant
+from fedsys.pruning.portfolio import Portfolio, Variant
 from fedsys.run import RunFolder, default_path
 
 MODEL = "model.safetensors"
@@ -47,7 +48,8 @@ def job(tree: Any) -> Mapping[str, Any]:
 
     Returns:
         ``variants``: figures of those that stay, ``refused``: reasons by name, ``seconds`` by part
-        of the work, ``portfolio``: its folder, and ``run_dir``.
+        of the work, ``portfolio``: its folder, ``run_dir``, and with ``prune.onnx=true`` ``onnx``:
+        paths of the files by name.
 
     Raises:
         FedsysError: The configuration is not usable, or no portfolio can be made.
@@ -62,12 +64,14 @@ def job(tree: Any) -> Mapping[str, Any]:
         folder.log_config(config.text)
         made = _make(config, run, path / "portfolio")
         draw_all(made.measured, made.portfolio, path / "plots")
+        files = _written(made.portfolio, path / "onnx") if config.prune.onnx else {}
         seconds = {part: round(value, 3) for part, value in made.seconds.items()}
         result = {
             "variants": [_figures(v, made.portfolio.parent) for v in made.portfolio.variants],
             "refused": dict(made.refused),
             "seconds": {**seconds, "total": round(time.perf_counter() - began, 3)},
             "portfolio": str(made.portfolio.folder),
+            **files,
             "run_dir": str(path),
         }
         folder.finish(result)
@@ -92,6 +96,18 @@ def _make(config: Config, run: Path | None, folder: Path) -> Made:
         )
     parent, masked = of_run(run, model, config, dataset)
     return make(parent, masked, config, dataset, folder, source=f"run {run.name}", say=_say)
+
+
+def _written(portfolio: Portfolio, folder: Path) -> dict[str, dict[str, str]]:
+    """Write the variants of full precision as ONNX files, each checked by ONNX Runtime."""
+    files = {}
+    for variant in portfolio.variants:
+        if variant.precision == "float32":
+            file, module = folder / f"{variant.name}.onnx", portfolio.module(variant.name)
+            difference = export_onnx(module, portfolio.about.input_shape, file)
+            _say(f"{file}: differs from {variant.name} by {difference:.1e}")
+            files[variant.name] = str(file)
+    return {"onnx": files}
 
 
 def _say(text: str) -> None:

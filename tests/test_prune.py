@@ -70,7 +70,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_becomes_a_portfolio_of_its_model(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ("pruning.sparsity=[0.5,0.8,0.9]", "prune.memory=true", f"run.dir={tmp_path / 'a'}")
+    options = ("pruning.sparsity=[0.5,0.8,0.9]", "prune.memory=true", "prune.onnx=true")
+    options = (*options, f"run.dir={tmp_path / 'a'}")
     status, out, err = call(capsys, "prune", f"run={trained}", *FAST, *options)
     assert status == 0, err
     result = json.loads(out.splitlines()[-1])
@@ -89,6 +90,8 @@ def test_a_run_becomes_a_portfolio_of_its_model(
     assert portfolio.parent.params == 38_330
     named = {v.name for v in portfolio.variants} | set(result["refused"])
     assert named == {PARENT, *(f"group_norm-{s}" for s in (50, 80, 90))}
+    assert result["onnx"].keys() == {v.name for v in portfolio.variants}
+    assert all(Path(file).stat().st_size > 1000 for file in result["onnx"].values())
     pictures = {path.name for path in (tmp_path / "a" / "plots").iterdir()}
     assert pictures == {"accuracy_by_size.png", "accuracy_by_latency.png", "channels.png"}
     # what goes is said before it is done

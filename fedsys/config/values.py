@@ -276,6 +276,7 @@ class PruneConfig:
         margin: Share by which a variant must be faster than one that is more accurate.
         max_drop: Largest loss of validation accuracy against the parent, in [0, 1]; None: any.
         memory: Whether peak memory is measured.
+        onnx: Whether every float32 variant is written as an ONNX file, too.
     """
 
     run: str | None = None
@@ -291,6 +292,7 @@ class PruneConfig:
     margin: float = 0.02
     max_drop: float | None = None
     memory: bool = True
+    onnx: bool = False
 
 
 @dataclass(frozen=True)
