@@ -66,7 +66,7 @@ def job(tree: Any) -> Mapping[str, Any]:
         draw_all(made.measured, made.portfolio, path / "plots")
         files = _written(made.portfolio, path / "onnx") if config.prune.onnx else {}
         seconds = {part: round(value, 3) for part, value in made.seconds.items()}
-        result = {
+        result: dict[str, Any] = {
             "variants": [_figures(v, made.portfolio.parent) for v in made.portfolio.variants],
             "refused": dict(made.refused),
             "seconds": {**seconds, "total": round(time.perf_counter() - began, 3)},
