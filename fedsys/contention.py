@@ -14,7 +14,7 @@ Edges serve in order of arrival. `fedsys.timeline.play` gives the same times, pi
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,35 +62,52 @@ def together_s(s: Stages, edge: Indices, workers: Sequence[int]) -> Array:
     Returns:
         Seconds, ``(C, K)``.
     """
-    count = int(s.pieces[s.offloaded].max(initial=0))
-    if count == 0:
+    lengths = np.where(s.offloaded, s.pieces, 0).max(axis=0).astype(np.int64)
+    if not lengths.any():
         return alone_s(s)
-    i = np.arange(count)
-    real = (i < s.pieces[..., None]) & s.offloaded[..., None]
-    gap = np.maximum(s.forward, s.up)[..., None]
-    arrival = (s.forward + s.up + s.latency)[..., None] + i * gap
-    last = i == s.pieces[..., None] - 1
-    held = s.edge[..., None] + np.where(last, s.edge_update[..., None], 0.0)
-    held = np.where(real, held, 0.0)
+    # The pieces of all devices in a row: few devices have many, so a table would be mostly empty
+    starts = np.cumsum(lengths) - lengths
+    device = np.repeat(np.arange(len(lengths)), lengths)
+    piece = np.arange(len(device)) - starts[device]
+    pieces = s.pieces[:, device]
+    real = (piece < pieces) & s.offloaded[:, device]
+    gap = np.maximum(s.forward, s.up)[:, device]
+    arrival = (s.forward + s.up + s.latency)[:, device] + piece * gap
+    stepping = np.where(piece == pieces - 1, s.edge_update[:, device], 0.0)
+    held = np.where(real, s.edge[:, device] + stepping, 0.0)
     freed = np.full(arrival.shape, -np.inf)  # when the edge has finished a piece, its step included
     for index, several in enumerate(workers):
-        mine = real & (edge == index)[..., None]
+        mine = real & (edge == index)[:, device]
         if not mine.any():
             continue
-        at = np.where(mine, arrival, np.inf)
+        at, work = np.where(mine, arrival, np.inf), np.where(mine, held, 0.0)
         if several >= edge.shape[-1]:
-            end = _queue(at, np.where(mine, held, 0.0))
+            end = np.empty_like(at)
+            for places in _alike(starts, lengths):
+                end[:, places] = _queue(at[:, places], work[:, places])
         elif several == 1:
-            end = _one_worker(at, np.where(mine, held, 0.0))
+            end = _one_worker(at, work)
         else:
-            end = _some_workers(at, held, several)
+            counts = np.where(s.offloaded & (edge == index), s.pieces, 0).astype(np.int64)
+            end = _some_workers(at, work, starts, counts, several)
         freed = np.where(mine, end, freed)
-    answered = freed - np.where(last, s.edge_update[..., None], 0.0)
-    down = s.down[..., None]
-    returned = (i + 1) * down + np.maximum.accumulate(answered - i * down, axis=-1)
-    left = (s.pieces[..., None] - i) * s.backward[..., None]
-    done = np.where(real, returned + left, -np.inf).max(axis=-1) + s.latency
-    return _whole(s, np.where(s.offloaded, done, 0.0), freed.max(axis=-1))
+    down = s.down[:, device]
+    returned = freed - stepping - piece * down
+    for places in _alike(starts, lengths):
+        returned[:, places] = np.maximum.accumulate(returned[:, places], axis=-1)
+    left = (pieces - piece) * s.backward[:, device]
+    returned = np.where(real, returned + (piece + 1) * down + left, -np.inf)
+    away = lengths > 0
+    done, edge_end = np.zeros(edge.shape), np.full(edge.shape, -np.inf)
+    done[:, away] = np.maximum.reduceat(returned, starts[away], axis=-1) + s.latency[:, away]
+    edge_end[:, away] = np.maximum.reduceat(freed, starts[away], axis=-1)
+    return _whole(s, np.where(s.offloaded, done, 0.0), edge_end)
+
+
+def _alike(starts: Indices, lengths: Indices) -> Iterator[Indices]:
+    """Yield the places of the pieces of devices with the same number of them, ``(devices, N)``."""
+    for count in np.unique(lengths[lengths > 0]):
+        yield starts[lengths == count][:, None] + np.arange(count)
 
 
 def _queue(at: Array, held: Array) -> Array:
@@ -101,68 +118,79 @@ def _queue(at: Array, held: Array) -> Array:
 
 
 def _one_worker(at: Array, held: Array) -> Array:
-    flat = at.reshape(len(at), -1)
-    order = np.argsort(flat, axis=-1, kind="stable")  # ties: the device with the lower index
-    sorted_held = np.take_along_axis(held.reshape(flat.shape), order, axis=-1)
-    ends = np.empty_like(flat)
-    np.put_along_axis(
-        ends, order, _queue(np.take_along_axis(flat, order, axis=-1), sorted_held), axis=-1
+    order = np.argsort(at, axis=-1, kind="stable")  # ties: the device with the lower index
+    ends = np.empty_like(at)
+    in_order = _queue(
+        np.take_along_axis(at, order, axis=-1), np.take_along_axis(held, order, axis=-1)
     )
-    return ends.reshape(at.shape)
+    np.put_along_axis(ends, order, in_order, axis=-1)
+    return ends
 
 
-def _some_workers(at: Array, held: Array, workers: int) -> Array:
-    """Serve what came first among that whose session is not in work."""
+def _some_workers(at: Array, held: Array, starts: Indices, counts: Indices, workers: int) -> Array:
+    """Serve what came first among that whose session is not in work.
+
+    Args:
+        at: When pieces arrive, ``(P, R)``: of P plans, the pieces of all devices in a row.
+        held: How long they take.
+        starts: Where the pieces of each device begin in the row, ``(K,)``.
+        counts: How many there are of each device, ``(P, K)``.
+        workers: How many are served at the same time.
+
+    Returns:
+        When they are done, ``(P, R)``; -inf where there is no piece.
+    """
     if len(at) < _MANY:
-        return np.stack([_one_plan(a, h, workers) for a, h in zip(at, held, strict=True)])
-    return _many_plans(at, held, workers)
+        plans = zip(at, held, counts, strict=True)
+        return np.stack([_one_plan(a, h, starts, c, workers) for a, h, c in plans])
+    return _many_plans(at, held, starts, counts, workers)
 
 
-def _one_plan(at: Array, held: Array, workers: int) -> Array:
-    """Serve the pieces ``(K, N)`` of one plan."""
+def _one_plan(at: Array, held: Array, starts: Indices, counts: Indices, workers: int) -> Array:
     ends = np.full(at.shape, -np.inf)
-    counts = np.isfinite(at).sum(axis=-1).tolist()
-    times, lengths = at.tolist(), held.tolist()
+    times, lengths, stops = at.tolist(), held.tolist(), (starts + counts).tolist()
     free = [0.0] * workers
-    coming = [(row[0], row[0], k, 0) for k, row in enumerate(times) if counts[k]]
-    heapq.heapify(coming)  # when it may begin, when it came, device, piece
+    begins = enumerate(starts.tolist())
+    coming = [(times[first], times[first], k, first) for k, first in begins if first < stops[k]]
+    heapq.heapify(coming)  # when it may begin, when it came, device, place
     waiting: list[tuple[float, int, int]] = []
     now = 0.0
     while coming or waiting:
         now = max(now, free[0]) if waiting else max(now, free[0], coming[0][0])
         while coming and coming[0][0] <= now:
             heapq.heappush(waiting, heapq.heappop(coming)[1:])
-        _, k, piece = heapq.heappop(waiting)
-        end = now + lengths[k][piece]
+        _, k, place = heapq.heappop(waiting)
+        end = now + lengths[place]
         heapq.heapreplace(free, end)
-        ends[k, piece] = end
-        piece += 1
-        if piece < counts[k]:
-            came = times[k][piece]
-            heapq.heappush(coming, (max(came, end), came, k, piece))
+        ends[place] = end
+        place += 1
+        if place < stops[k]:
+            came = times[place]
+            heapq.heappush(coming, (max(came, end), came, k, place))
     return ends
 
 
-def _many_plans(at: Array, held: Array, workers: int) -> Array:
-    """Serve the pieces ``(P, K, N)`` of many plans at once, one piece of each after the other."""
-    plans, devices, count = at.shape
+def _many_plans(at: Array, held: Array, starts: Indices, counts: Indices, workers: int) -> Array:
+    """Serve the pieces of many plans at once, one piece of each after the other."""
+    plans, size = at.shape
     here = np.arange(plans)
-    # one place more for each device: what it would ask for after its last piece, which never comes
-    coming = np.concatenate([at, np.full((plans, devices, 1), np.inf)], axis=-1)
-    lengths = np.concatenate([held, np.zeros((plans, devices, 1))], axis=-1)
+    # one place more: for what a device would send after its last piece, which never comes
+    coming = np.concatenate([at, np.full((plans, 1), np.inf)], axis=-1)
+    lengths = np.concatenate([held, np.zeros((plans, 1))], axis=-1)
     ends = np.full(coming.shape, -np.inf)
-    following = np.zeros((plans, devices), dtype=np.int64)
-    came, ready, worker = at[..., 0].copy(), at[..., 0].copy(), np.zeros((plans, workers))
-    for _ in range(int(np.isfinite(at).sum(axis=(1, 2)).max(initial=0))):
+    stops = starts + counts
+    places = np.where(counts > 0, starts, size)
+    came = np.take_along_axis(coming, places, axis=-1)
+    ready, worker = came.copy(), np.zeros((plans, workers))
+    for _ in range(int(counts.sum(axis=-1).max(initial=0))):
         free = worker.argmin(axis=-1)
         now = np.maximum(worker[here, free], ready.min(axis=-1))
         who = np.where(ready <= now[:, None], came, np.inf).argmin(axis=-1)
-        piece = following[here, who]
-        end = now + lengths[here, who, piece]
-        ends[here, who, piece] = worker[here, free] = end
-        piece = np.minimum(piece + 1, count)
-        following[here, who] = piece
-        came[here, who] = coming[here, who, piece]
+        place = places[here, who]
+        end = now + lengths[here, place]
+        ends[here, place] = worker[here, free] = end
+        place = np.where(place + 1 < stops[here, who], place + 1, size)
+        places[here, who] = place
+        came[here, who] = coming[here, place]
         ready[here, who] = np.maximum(came[here, who], end)
-    # a plan that is through before the others has gone on with pieces that there are not
-    return np.where(np.isfinite(at), ends[..., :count], -np.inf)
+    return ends[:, :size]
