@@ -38,7 +38,7 @@ def in_pieces(module, x, m, step=0, upto=None):
     return torch.cat(outputs)
 
 
-def close(a, b):
+def assert_same_buffers(a, b):
     for name, buffer in a.named_buffers():
         torch.testing.assert_close(dict(b.named_buffers())[name], buffer, rtol=1e-12, atol=1e-12)
 
@@ -55,7 +55,7 @@ def test_running_statistics_are_those_of_mini_batches_and_outputs_those_of_piece
         torchs(x)
         got = in_pieces(ours, x, m, step)
         assert torch.equal(got, in_pieces(by_piece, x, m, step))
-    close(torchs, ours)
+    assert_same_buffers(torchs, ours)
     assert int(ours.num_batches_tracked) == len(SIZES)
     # what is repaired: torch's own has moved m times a step, to values of the pieces
     assert int(by_piece.num_batches_tracked) == m * len(SIZES)
@@ -87,7 +87,7 @@ def test_a_step_that_is_begun_again_counts_once():
     in_pieces(ours, x + 100, 3, upto=2)
     in_pieces(ours, x, 3)
     torchs(x)
-    close(torchs, ours)
+    assert_same_buffers(torchs, ours)
 
 
 def test_evaluation_uses_the_statistics_and_leaves_them_in_the_middle_of_a_step_too():
@@ -103,7 +103,7 @@ def test_evaluation_uses_the_statistics_and_leaves_them_in_the_middle_of_a_step_
             ours.train()(x[6:])
     torchs, _ = pair((3,))
     torchs(x)
-    close(torchs, ours)
+    assert_same_buffers(torchs, ours)
 
 
 def test_a_layer_that_is_called_twice_moves_twice_as_torchs_does():
@@ -116,7 +116,7 @@ def test_a_layer_that_is_called_twice_moves_twice_as_torchs_does():
                 with rows(start, stop):
                     ours(2 * x[start:stop])
                     ours(x[start:stop] - 7)
-    close(torchs, ours)
+    assert_same_buffers(torchs, ours)
 
 
 def test_an_input_without_channels_is_refused():
