@@ -43,6 +43,9 @@ def measured(
         fewest micro-batches.
     """
     found: list[dict[str, Any]] = []
+    if options["cpu_cuts"]:  # what is done once in a process belongs to no setting
+        first = int(options["cpu_cuts"][0])
+        _device(config, {**options, "cpu_steps": 2}, edge, folder / "cpu-first", first, 1)
     for cut in options["cpu_cuts"]:
         fewest = 0.0
         for count in options["cpu_micro_batches"]:
