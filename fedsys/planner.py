@@ -237,8 +237,10 @@ def _spread(table: Table, courses: Indices, loads: Array) -> tuple[Indices, floa
     Returns:
         The choices, and the seconds of the busiest edge.
     """
-    picked, busy = np.empty_like(courses), [0.0] * len(table.load.edges)
     own = loads[np.arange(len(courses)), courses]
+    if len(table.load.edges) == 1:
+        return table.choice_at[courses, 0], float(own.sum() / table.workers[0])
+    picked, busy = np.empty_like(courses), [0.0] * len(table.load.edges)
     for k in np.argsort(-own, kind="stable"):
         choices = table.choice_at[courses[k]]
         ends = [
