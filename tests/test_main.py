@@ -149,6 +149,10 @@ def test_the_composed_configuration_can_be_printed_without_a_run(fedsys, tmp_pat
     [
         ("client.lrr=0.1", "client.lrr: no such option; did you mean 'client.lr'? see --help"),
         ("+client.lrr=0.1", "client.lrr: no such option; did you mean 'lr'? see --help"),
+        (
+            "pruning.sparsty=0.5",
+            "pruning.sparsty: no such option; did you mean 'pruning.sparsity'?",
+        ),
         ("strategi=fedavg", "strategi: no such option; did you mean 'strategy'? see --help"),
         ("strategy=fedav", "strategy=fedav: no such choice; did you mean 'fedavg'? known are bul"),
         ("strategy.momentum=1", "strategy.momentum: no such option; "),

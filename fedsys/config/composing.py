@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-import typing
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedsys.errors import ConfigError, did_you_mean, first_line
@@ -58,7 +56,7 @@ def _explain(error: BaseException) -> str:
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match[1]
         groups = [p.name for p in CONF.iterdir() if p.is_dir() and not p.name.startswith("_")]
-        known = [name for name in (*_top_level_keys(), *groups) if name != key]
+        known = [name for name in (*_keys(), *groups) if name != key]
         return f"{key}: no such option; {did_you_mean(key, known)}see --help for all of them"
     return first_line(error)
 
@@ -74,25 +72,22 @@ def _torchvision_names() -> set[str]:
     return set(torchvision_names())
 
 
-def _top_level_keys() -> list[str]:
-    keys: list[str] = []
+def _keys() -> list[str]:
+    """Return all options by their whole names: those of ``config.yaml`` and those of the groups."""
+    keys: dict[str, None] = {}
 
-    def walk(node: Any, prefix: str) -> None:
+    def walk(node: dict[str, Any], prefix: str) -> None:
         for key, value in node.items():
-            keys.append(f"{prefix}{key}")
-            if isinstance(value, dict):
-                walk(value, f"{prefix}{key}.")
+            if key not in ("defaults", "hydra", "_target_"):
+                keys[f"{prefix}{key}"] = None
+                if isinstance(value, dict):
+                    walk(value, f"{prefix}{key}.")
 
-    tree = OmegaConf.to_container(OmegaConf.load(CONF / "config.yaml"))
-    walk(
-        {
-            k: v
-            for k, v in typing.cast(dict[str, Any], tree).items()
-            if k not in ("defaults", "hydra")
-        },
-        "",
-    )
-    return keys
+    for file in (CONF / "config.yaml", *sorted(CONF.glob("*/*.yaml"))):
+        text = file.read_text(encoding="utf-8")
+        top = file.parent == CONF or "@package _global_" in text
+        walk(yaml.safe_load(text) or {}, "" if top else f"{file.parent.name}.")
+    return list(keys)
 
 
 @contextmanager

@@ -46,7 +46,7 @@ def job(tree: Any) -> Mapping[str, Any]:
         ``variant``, and whether it was expected to meet the objective.
 
     Raises:
-        ConfigError: No portfolio is named, or the address cannot be listened on.
+        ConfigError: No folder is named, or it is not there, or the address cannot be listened on.
         ModelError: The portfolio is damaged.
     """
     config = configuration.parse(configuration.to_text(tree))
@@ -82,7 +82,11 @@ def _folder(config: Config) -> Path:
             "portfolio", None, "must name a folder of pruned variants",
             "make one by fedsys prune run=RUN, and give its folder as portfolio=DIR",
         )  # fmt: skip
-    return Path(config.portfolio)
+    folder = Path(config.portfolio)
+    if not folder.is_dir():
+        rule = "must be a folder that exists"
+        raise ConfigError.of("portfolio", folder, rule, "make one by fedsys prune run=RUN")
+    return folder
 
 
 def _say(portfolio: Portfolio, engine: PortfolioEngine, endpoint: Endpoint, config: Config) -> None:
