@@ -220,7 +220,7 @@ def of_run(
         masks = Masks.load(run / MASKS)
         sparsity = 100 * masks.figures().sparsity
         made = f"{sparsity:.4g} % of the weights pruned in training"
-        level = Level(f"trained-{sparsity:.4g}", model, masks, made)
+        level = Level(f"trained-{sparsity:.4g}", model, masks, made, trained=True)
         return model, [Recipe(level.name, lambda: level)]
     return model, recipes(model, config, dataset)
 
@@ -239,7 +239,7 @@ def _trained_levels(model: nn.Module, files: list[Path]) -> list[Recipe]:
 
 
 def _trained(name: str, model: nn.Module, weights: Path, masks: Masks, made: str) -> Recipe:
-    return Recipe(name, lambda: Level(name, _like(model, weights), masks, made))
+    return Recipe(name, lambda: Level(name, _like(model, weights), masks, made, trained=True))
 
 
 def _like(model: nn.Module, file: Path) -> nn.Module:

@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fedsys import federation
+from fedsys.data import Images
 from fedsys.main import main
 from fedsys.prune import fill
-from fedsys.pruning.levels import Level, first, recipes, refined
+from fedsys.pruning.levels import Level, recipes, refined, spread
 from fedsys.pruning.masks import Masks
 from fedsys.pruning.measuring import front, in_turns, latencies, peak_bytes
 from fedsys.pruning.portfolio import MANIFEST, PARENT, Latency, Portfolio, Variant, run
@@ -114,7 +115,8 @@ def test_masks_that_a_run_trained_with_are_those_of_its_variant(
     result = json.loads(out.splitlines()[-1])
     names = [row["name"] for row in result["variants"] if row["name"] != PARENT]
     assert all(name.startswith("trained-") for name in [*names, *result["refused"]])
-    assert f"{first.removesuffix('.weight')}: " in err and "-> 2 (" in err
+    left = rf"{re.escape(first.removesuffix('.weight'))}: 16 -> [23] \("
+    assert re.search(left, err)  # two, and one that carries constants at padded borders
 
 
 def test_every_level_of_a_run_that_rewound_is_a_variant_of_its_own(
@@ -249,7 +251,7 @@ def test_statistics_are_taken_anew_on_the_masked_model(configure: Any) -> None:
     # the golden value: mean and variance of what the first layer computes on these images
     from fedsys.data import eval_batches
 
-    ((x, _),) = eval_batches(first(dataset.train, 100), dataset, 1000)
+    ((x, _),) = eval_batches(spread(dataset.train, 100), dataset, 1000)
     seen: list[Tensor] = []
     conv = new.model.get_submodule("conv1.conv")
     conv.register_forward_hook(lambda _, __, out: seen.append(out.detach()))
@@ -258,6 +260,24 @@ def test_statistics_are_taken_anew_on_the_masked_model(configure: Any) -> None:
     assert isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None
     assert norm.momentum == 0.1 and not norm.training
     torch.testing.assert_close(norm.running_mean, seen[0].mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_of_a_level_that_was_trained_under_its_mask_stay(configure: Any) -> None:
+    """They were taken anew, which cost a trained VGG-5 two points of accuracy."""
+    config = configure("data.max_examples=100")
+    dataset = federation.federation(config).dataset
+    model = federation.build_model(config, dataset)
+    level = Level("a", model, Masks({}), "made", trained=True)
+    assert refined(level, config, dataset) is level
+    assert refined(dataclasses.replace(level, trained=False), config, dataset) is not level
+
+
+def test_images_that_calibrate_are_of_every_class() -> None:
+    """The first 2,048 of a folder were of the first classes only: accuracy fell by four points."""
+    labels = torch.arange(10).repeat_interleave(450)
+    images = Images(torch.zeros(4500, 1, 1, 1, dtype=torch.uint8), labels)
+    assert spread(images, 2048).labels.bincount().tolist() == pytest.approx([204.8] * 10, abs=1)
+    assert spread(images, 9000).labels.equal(labels)
 
 
 def test_training_under_the_mask_leaves_pruned_weights_at_zero(configure: Any) -> None:

@@ -39,7 +39,7 @@ from fedsys.data import Dataset
 from fedsys.errors import ConfigError, ModelError
 from fedsys.prune import fill, of_run, run_config
 from fedsys.pruning.candidates import convert
-from fedsys.pruning.levels import Level, Recipe, first, recipes, refined
+from fedsys.pruning.levels import Level, Recipe, recipes, refined, spread
 from fedsys.pruning.making import Made, make
 from fedsys.pruning.masks import last_layer
 from fedsys.pruning.measuring import in_turns, macs, speedup
@@ -113,7 +113,7 @@ def _say(text: str) -> None:
 
 
 def _images(dataset: Dataset, count: int) -> Tensor:
-    return torch.cat([x for x, _ in data.eval_batches(first(dataset.test, count), dataset, 250)])
+    return torch.cat([x for x, _ in data.eval_batches(spread(dataset.test, count), dataset, 250)])
 
 
 # --------------------------------------------------------------------------------------------------

@@ -268,7 +268,8 @@ class PruneConfig:
         borders: ``carrier`` or ``map``: see `fedsys.pruning.constants.Borders`.
         coupling: ``group`` or ``scatter``: see `fedsys.pruning.channels.Coupling`.
         precisions: Types of further variants: bfloat16, float16, int8.
-        recalibrate: Training images on which BatchNorm takes its statistics anew; 0 for none.
+        recalibrate: Training images on which BatchNorm takes its statistics anew in variants that
+            were not trained under their mask; 0 for none.
         fine_tune: Epochs of training under the mask.
         batch_sizes: Examples in the batches that are measured.
         threads: Intra-op threads that are measured.

@@ -19,7 +19,7 @@ from fedsys.pruning.architecture import load as load_dense
 from fedsys.pruning.architecture import save as save_dense
 from fedsys.pruning.channels import Coupling
 from fedsys.pruning.constants import Borders
-from fedsys.pruning.levels import Level, first
+from fedsys.pruning.levels import Level, spread
 from fedsys.pruning.measuring import macs
 from fedsys.pruning.plan import Plan, evaluation_graph, masked_copy, probes
 from fedsys.pruning.portfolio import PARENT, Content, Variant
@@ -135,7 +135,7 @@ def lower(candidate: Candidate, precision: str, dataset: Dataset) -> Candidate:
     if precision in HALVES:
         content = module = halved(model, precision)
     else:
-        some = first(dataset.train, CALIBRATION)
+        some = spread(dataset.train, CALIBRATION)
         content = int8(model, [x for x, _ in data.eval_batches(some, dataset, 64)])
         module = OnnxModule(content)
     inputs = probes(dataset.input_shape)

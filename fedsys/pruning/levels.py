@@ -41,12 +41,14 @@ class Level:
         model: Its weights; where `masks` prune, they count as zero.
         masks: What is pruned.
         made: How, in words.
+        trained: Whether it was trained under the mask, and BatchNorm's statistics with it.
     """
 
     name: str
     model: nn.Module
     masks: Masks
     made: str
+    trained: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,21 +121,23 @@ def _mask(
 def refined(level: Level, config: Config, dataset: Dataset) -> Level:
     """Take BatchNorm's statistics anew and train under the mask, as far as ``prune`` asks for it.
 
-    Both happen before the conversion, so that the dense model equals a masked one.
+    Both happen before the conversion, so that the dense model equals a masked one. Statistics of
+    a level that was trained under its mask are left alone: they are those of its training.
     """
     options = config.prune
     normalised = any(_tracks(module) for module in level.model.modules())
-    if not (options.recalibrate and normalised) and not options.fine_tune:
+    recalibrates = options.recalibrate > 0 and normalised and not level.trained
+    if not recalibrates and not options.fine_tune:
         return level
     model, made = copy.deepcopy(level.model), level.made
     level.masks.apply(model)
     if options.fine_tune:
         _fine_tune(model, level.masks, config, dataset)
         made += f", {options.fine_tune} epochs of training under the mask"
-    if options.recalibrate and normalised:
+    if recalibrates:
         _recalibrate(model, options.recalibrate, dataset)
         made += ", BatchNorm re-calibrated"
-    return Level(level.name, model, level.masks, made)
+    return Level(level.name, model, level.masks, made, level.trained)
 
 
 def _tracks(module: nn.Module) -> bool:
@@ -156,7 +160,7 @@ def _fine_tune(model: nn.Module, masks: Masks, config: Config, dataset: Dataset)
 
 
 def _recalibrate(model: nn.Module, examples: int, dataset: Dataset) -> None:
-    """Replace BatchNorm's running statistics by the mean over the first `examples` images."""
+    """Replace BatchNorm's running statistics by the mean over `examples` images."""
     model.eval()
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and _tracks(m)]
     before = [norm.momentum for norm in norms]
@@ -165,7 +169,7 @@ def _recalibrate(model: nn.Module, examples: int, dataset: Dataset) -> None:
         norm.momentum = None  # a plain mean over the batches
         norm.train()
     with torch.no_grad():
-        for x, _ in data.eval_batches(first(dataset.train, examples), dataset, EVAL_BATCH):
+        for x, _ in data.eval_batches(spread(dataset.train, examples), dataset, EVAL_BATCH):
             if len(x) > 1:
                 model(x)
     for norm, momentum in zip(norms, before, strict=True):
@@ -173,6 +177,7 @@ def _recalibrate(model: nn.Module, examples: int, dataset: Dataset) -> None:
     model.eval()
 
 
-def first(images: Images, count: int) -> Images:
-    """Return the first images of a part."""
-    return images.take(np.arange(min(count, len(images)), dtype=np.int64))
+def spread(images: Images, count: int) -> Images:
+    """Return images at equal distances in a part, of which folders hold one class after another."""
+    count = min(count, len(images))
+    return images.take(np.arange(count, dtype=np.int64) * len(images) // max(count, 1))
