@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+import os
 import sys
 import threading
 import time
@@ -305,6 +306,24 @@ def test_load_makes_it_smaller_and_calm_makes_it_larger_again(portfolio):
     assert row["p95_before_ms"] == 3.0
     assert row["prepare_ms"] > 0
     assert control.records[0].p95_after_ms == 3.0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")
+def test_what_is_urgent_is_loaded_at_once_and_what_is_better_politely(portfolio):
+    """All was loaded politely: under the load that asked for a switch it got no processor."""
+    nice = []
+
+    def load(name):
+        nice.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        return portfolio.module(name)
+
+    stream = [Signals(10.0, slowdown=6.0), Signals(20.0)]
+    switcher, control, _ = controlled(portfolio, stream, load)
+    assert [control.step().after, control.step().after] == ["tenth", "parent"]
+    own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    assert nice == [own, own, max(own, 10)]
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == own
+    switcher.close()
 
 
 def test_a_variant_that_cannot_be_loaded_is_left_alone_for_a_while(portfolio):

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, final
@@ -78,7 +79,9 @@ def give_way() -> None:
     """Give this thread a lower priority for good: a variant is loaded beside requests."""
     if sys.platform == "linux":  # where a thread has a priority of its own
         with suppress(OSError):  # a sandbox may forbid it; then loading is only less polite
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+            who = threading.get_native_id()
+            own = os.getpriority(os.PRIO_PROCESS, who)
+            os.setpriority(os.PRIO_PROCESS, who, max(own, _NICE))
 
 
 @final
@@ -151,7 +154,7 @@ class Control:
         expected = None if self._ms_per_byte is None else self._ms_per_byte * size
         before = decision.signals.p95_ms
         try:
-            cost = self._switcher.switch(decision.after, beside=decision.how is not How.COLD)
+            cost = self._switch(decision)
         except Exception as error:  # of a file, of torch, for want of memory: the record says it
             self._shunned[decision.after] = decision.time_s + SHUN_S
             return Record(decision, expected, None, first_line(error), before)
@@ -159,6 +162,15 @@ class Control:
         old = self._ms_per_byte
         self._ms_per_byte = rate if old is None else old + _LEARN * (rate - old)
         return Record(decision, expected, cost, "", before)
+
+    def _switch(self, decision: Decision) -> Cost:
+        """Switch: at once if the objective is missed, else politely, as nobody waits for it."""
+        beside = decision.how is not How.COLD
+        now = decision.predicted.get(decision.before or "")
+        if not beside or now is None or not now.meets(self._objective):
+            return self._switcher.switch(decision.after, beside=beside)
+        with ThreadPoolExecutor(1, "switch", give_way) as polite:
+            return polite.submit(self._switcher.switch, decision.after).result()
 
     def start(self, interval_s: float) -> None:
         """Decide every `interval_s` seconds in a thread of its own, until it is closed."""
@@ -168,7 +180,6 @@ class Control:
         self._thread.start()
 
     def _loop(self, interval_s: float) -> None:
-        give_way()
         while not self._stop.wait(interval_s):
             self.step()
 

@@ -136,6 +136,10 @@ class Predicted:
     p95_ms: float
     fits: bool
 
+    def meets(self, objective: Objective) -> bool:
+        """Return whether the objective is expected to be met."""
+        return self.fits and self.p95_ms <= objective.p95_ms
+
 
 @dataclass(frozen=True)
 class Standing:
@@ -199,8 +203,7 @@ def decide(
         for v in ranked
     }
     chosen, reason = _choose(standing, signals, ranked, current, predicted, objective, room)
-    expected = predicted[chosen.name]
-    meets = expected.fits and expected.p95_ms <= objective.p95_ms
+    meets = predicted[chosen.name].meets(objective)
     how = How.STAY if chosen is current else How.HOT
     if current is not None and chosen is not current and not _both_fit(signals, chosen):
         how = How.COLD
@@ -234,8 +237,7 @@ def _choose(
     worse = stressed(signals, objective.margin)
 
     def meets(variant: Profile) -> bool:
-        expected = predicted[variant.name]
-        return expected.fits and expected.p95_ms <= objective.p95_ms
+        return predicted[variant.name].meets(objective)
 
     def is_safe(variant: Profile) -> bool:
         fits = variant.peak_bytes * (1 + objective.margin) <= room
