@@ -128,13 +128,13 @@ class Fleet:
         self._patience = Patience(ANSWER_S, LEAST_ANSWER_S)  # for a new link to an edge
         self._hooks = Hooks(self._on_replica, self._on_struck, self._on_lost, self._answers)
         self._edges: dict[str, EdgeClient] = {}
-        try:
-            with self._recovering:  # an edge that is lost meanwhile is dealt with afterwards
+        with self._recovering:  # an edge that is lost meanwhile is dealt with afterwards, or never
+            try:
                 for edge in edges:
                     self._edges[edge.name] = self._reach(edge)
-        except FedsysError:
-            self.close()
-            raise
+            except BaseException:
+                self.close()
+                raise
         threading.Thread(target=self._watch, name="fleet-watch", daemon=True).start()
 
     def __enter__(self) -> Fleet:

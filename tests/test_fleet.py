@@ -183,24 +183,38 @@ def test_what_a_device_did_where_its_session_is_just_being_opened_is_collected(p
     assert is_trained(pair, pair.pair.collect("s"), 4)
 
 
-def test_an_edge_may_be_lost_while_the_others_are_being_reached(place, monkeypatch):
-    """The thread that dealt with the loss looked for an edge that was not entered yet."""
-    reach = Fleet._reach
+@pytest.mark.parametrize("others", ["b", "none"])
+def test_an_edge_may_be_lost_while_the_others_are_being_reached(place, monkeypatch, others):
+    """The thread that dealt with the loss looked for an edge that was not entered yet.
+
+    It did so too where the fleet was given up, as another edge could not be reached.
+    """
+    reach, on_lost, begun = Fleet._reach, Fleet._on_lost, threading.Event()
 
     def lose(fleet, edge, **more):
         client = reach(fleet, edge, **more)
         if edge.name == "a" and not more:
             place.edges["a"].kill()
-            until(lambda: client.lost)
-            for thread in threading.enumerate():
-                if thread.name == "recover-a":
-                    thread.join(0.1)
+            assert begun.wait(WAIT_S)
+            time.sleep(0.02)  # as far as that thread gets
         return client
 
+    def note(fleet, name):
+        begun.set()
+        on_lost(fleet, name)
+
     monkeypatch.setattr(Fleet, "_reach", lose)
+    monkeypatch.setattr(Fleet, "_on_lost", note)
     place.start("a")
     place.start("b")
-    assert place.fleet("a", "b").alive == ["b"]
+    if others == "b":
+        assert place.fleet("a", "b").alive == ["b"]
+    else:
+        with pytest.raises(LinkError, match="edge server none"):
+            place.fleet("a", "none")
+        for thread in threading.enumerate():
+            if thread.name == "recover-a":
+                thread.join(WAIT_S)
 
 
 def test_the_last_edge_hands_over_and_its_sessions_can_still_be_collected(place):
