@@ -60,6 +60,10 @@ class DeferredBatchNorm(_BatchNorm):
     A whole mini-batch in one piece goes the way of torch's own, with the same bits.
     """
 
+    def __init__(self, num_features: int, eps: float, momentum: float | None, affine: bool) -> None:
+        super().__init__(num_features, eps, momentum, affine)
+        self._seen: dict[int, _Seen] = {}  # of the pieces so far, by the call of this module
+
     @classmethod
     def like(cls, other: _BatchNorm) -> DeferredBatchNorm:
         """Return one with the settings, parameters and buffers of `other`."""
@@ -87,13 +91,12 @@ class DeferredBatchNorm(_BatchNorm):
 
     def _gather(self, x: Tensor, piece: Piece) -> None:
         """Note a piece; after the last one of the mini-batch move the running statistics."""
-        gathered: dict[int, _Seen] = self.__dict__.setdefault("_seen", {})
-        before = gathered.pop(piece.call, None)
+        before = self._seen.pop(piece.call, None)
         seen = _Seen.of(x)
         if piece.start and before is not None:  # else the step is begun, perhaps once more
             seen = before + seen
         if piece.stop < piece.of:
-            gathered[piece.call] = seen
+            self._seen[piece.call] = seen
             return
         assert self.num_batches_tracked is not None  # `like` is given what has statistics
         self.num_batches_tracked.add_(1)

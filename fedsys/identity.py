@@ -75,12 +75,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": _cpu_model(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
-        "libraries": {
-            # torch gives these two no types
-            "mkl": torch.backends.mkl.is_available(),  # type: ignore[no-untyped-call]
-            "onednn": torch.backends.mkldnn.is_available(),  # type: ignore[no-untyped-call]
-            "cuda": torch.version.cuda,
-        },
+        "libraries": {**_math_libraries(), "cuda": torch.version.cuda},
         "threads": {
             "cores": os.cpu_count(),
             "intra_op": torch.get_num_threads(),
@@ -98,16 +93,12 @@ def arithmetic() -> dict[str, str]:
 
     import torch
 
-    math = {
-        # torch gives these two no types
-        "mkl": torch.backends.mkl.is_available(),  # type: ignore[no-untyped-call]
-        "onednn": torch.backends.mkldnn.is_available(),  # type: ignore[no-untyped-call]
-    }
+    libraries = [name for name, there in _math_libraries().items() if there]
     return {
         "torch": str(torch.__version__),
         "machine": platform.machine(),
         "instruction set": torch.backends.cpu.get_cpu_capability(),
-        "math libraries": " ".join(name for name, there in math.items() if there) or "none",
+        "math libraries": " ".join(libraries) or "none",
     }
 
 
@@ -124,6 +115,16 @@ def differences(theirs: object) -> str:
         for name, value in mine.items()
         if told.get(name) != value
     )
+
+
+def _math_libraries() -> dict[str, bool]:
+    import torch
+
+    return {
+        # torch gives these two no types
+        "mkl": torch.backends.mkl.is_available(),  # type: ignore[no-untyped-call]
+        "onednn": torch.backends.mkldnn.is_available(),  # type: ignore[no-untyped-call]
+    }
 
 
 def _version(package: str) -> str | None:

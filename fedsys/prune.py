@@ -71,7 +71,7 @@ def job(tree: Any) -> Mapping[str, Any]:
             "refused": dict(made.refused),
             "seconds": {**seconds, "total": round(time.perf_counter() - began, 3)},
             "portfolio": str(made.portfolio.folder),
-            **files,
+            **({"onnx": files} if files else {}),
             "run_dir": str(path),
         }
         folder.finish(result)
@@ -98,8 +98,12 @@ def _make(config: Config, run: Path | None, folder: Path) -> Made:
     return make(parent, masked, config, dataset, folder, source=f"run {run.name}", say=_say)
 
 
-def _written(portfolio: Portfolio, folder: Path) -> dict[str, dict[str, str]]:
-    """Write the variants of full precision as ONNX files, each checked by ONNX Runtime."""
+def _written(portfolio: Portfolio, folder: Path) -> dict[str, str]:
+    """Write the variants of full precision as ONNX files, each checked by ONNX Runtime.
+
+    Returns:
+        The file of each variant.
+    """
     files = {}
     for variant in portfolio.variants:
         if variant.precision == "float32":
@@ -107,7 +111,7 @@ def _written(portfolio: Portfolio, folder: Path) -> dict[str, dict[str, str]]:
             difference = export_onnx(module, portfolio.about.input_shape, file)
             _say(f"{file}: differs from {variant.name} by {difference:.1e}")
             files[variant.name] = str(file)
-    return {"onnx": files}
+    return files
 
 
 def _say(text: str) -> None:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -99,7 +99,12 @@ class _Step:
     start: int = 0
     stop: int = 0
     masks: dict[str, Tensor] = field(default_factory=dict)
-    calls: dict[str, int] = field(default_factory=dict)
+    calls: dict[Hashable, int] = field(default_factory=dict)
+
+    def count(self, caller: Hashable) -> int:
+        """Count a call with the rows in work; return how many `caller` has had by now."""
+        calls = self.calls[caller] = self.calls.get(caller, 0) + 1
+        return calls
 
 
 _current = threading.local()
@@ -163,10 +168,7 @@ def piece_of(module: nn.Module) -> Piece | None:
     now: _Step | None = getattr(_current, "step", None)
     if now is None:
         return None
-    key = f"{id(module)}"
-    call = now.calls.get(key, 0)
-    now.calls[key] = call + 1
-    return Piece(now.start, now.stop, now.batch_size, call)
+    return Piece(now.start, now.stop, now.batch_size, now.count(module) - 1)
 
 
 class KeyedDropout(nn.Module):
@@ -207,7 +209,7 @@ class KeyedDropout(nn.Module):
                 "announce micro-batches with fedsys.randomness.rows(start, stop)"
             )
         # A module that a forward calls several times draws anew each time.
-        call = now.calls[self.name] = now.calls.get(self.name, 0) + 1
+        call = now.count(self.name)
         key = self.name if call == 1 else f"{self.name}#{call}"
         mask = now.masks.get(key)
         if mask is None:

@@ -57,13 +57,13 @@ class Node:
         partition: Its partition id.
         data_root: Where its own data are; empty if it uses its part of the configured data.
         classes: The classes of its own data.
-        arithmetic: What bits depend on there, as JSON (`fedsys.identity.arithmetic`).
+        arithmetic: What bits depend on there (`fedsys.identity.arithmetic`); None if unknown.
     """
 
     partition: int
     data_root: str = ""
     classes: tuple[str, ...] = ()
-    arithmetic: str = "{}"
+    arithmetic: object = None
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ class Roster:
             node = _node(reply.content.config_records[IDENTITY])
             self._nodes[node_id] = node
             who = f"node {node_id} (partition-id {node.partition})"
-            if apart := differences(json.loads(node.arithmetic)):
+            if apart := differences(node.arithmetic):
                 self._say(f"{who} computes with {apart}: the same up to rounding, not to the bit")
             if reason := self._not_needed(node):
                 self._spare[node_id] = f"{who} {reason}"
@@ -266,8 +266,16 @@ def _node(answer: ConfigRecord) -> Node:
         int(str(answer["partition-id"])),
         str(answer.get("data-root", "")),
         tuple(str(name) for name in classes),
-        str(answer.get("arithmetic", "{}")),
+        _parsed(answer.get("arithmetic")),
     )
+
+
+def _parsed(text: object) -> object:
+    """Return what a node wrote as JSON; None for anything else."""
+    try:
+        return json.loads(str(text))
+    except ValueError:
+        return None
 
 
 def _listed(partitions: Iterable[int]) -> str:

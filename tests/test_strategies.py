@@ -509,6 +509,22 @@ def test_a_node_whose_sums_have_other_bits_is_pointed_out_once():
     assert "machine" not in text
 
 
+@pytest.mark.parametrize("told", ["", "{", "[1]", "null", '{"torch": null}'])
+def test_a_node_that_tells_nonsense_of_its_arithmetic_takes_part_and_counts_as_unknown(told):
+    """What a node told was parsed without a guard: one bad reply ended the run of all."""
+
+    class Odd(Nodes):
+        def _identity(self, message):
+            reply = super()._identity(message)
+            reply.content["identity"]["arithmetic"] = told
+            return reply
+
+    said = []
+    assert list(Roster(say=said.append).refresh(Odd(client, 1))) == [0]
+    (text,) = said
+    assert "(partition-id 0) computes with torch " in text
+
+
 def test_a_node_that_does_not_answer_is_asked_again(monkeypatch):
     """Flower holds an answer back until the node gets another message, if its last run ended."""
 

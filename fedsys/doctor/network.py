@@ -27,8 +27,6 @@ SWITCH = "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"
 FLAG = "--disable-runtime-dependency-installation"
 SOON = dt.timedelta(days=14)
 TRIES = 5
-EDGE_S = 10.0
-"""How long an edge server may take to accept a link, in seconds."""
 PADDING = 2**20
 """Bytes that are sent to measure the rate of a connection."""
 
@@ -137,6 +135,7 @@ def edges(config: Config) -> Iterator[Check]:
 def _computes_alike(config: Config, name: str, address: str) -> Check:
     """Check that an edge server obeys this run, and that its sums have the bits of this machine."""
     from fedsys.edge_client import EdgeClient, Hooks
+    from fedsys.fleet import ANSWER_S
     from fedsys.identity import arithmetic, differences
     from fedsys.link import dial
     from fedsys.security import Credentials
@@ -145,12 +144,9 @@ def _computes_alike(config: Config, name: str, address: str) -> Check:
     idle = Hooks(lambda frame: None, lambda frame: None, lambda name: None, lambda name: False)
     try:
         credentials = Credentials.load(Path(folder)) if folder else None
-        link = dial(address, credentials=credentials, timeout_s=EDGE_S, retry=False)
-        try:
-            edge = EdgeClient(name, link, config.fleet.control_token, idle)
-            edge.close()
-        finally:
-            link.close()
+        link = dial(address, credentials=credentials, timeout_s=ANSWER_S, retry=False)
+        edge = EdgeClient(name, link, config.fleet.control_token, idle)
+        edge.close()
     except FedsysError as error:
         return Check.failed(title, error, "check fleet.credentials and fleet.control_token")
     if apart := differences(edge.arithmetic):
