@@ -196,7 +196,7 @@ def edge():
     [
         ("t", {}, "ok", "as here: torch "),
         ("t", {"torch": "1.0"}, "warn", "torch 1.0 instead of .*, not to the bit"),
-        ("t", {"instruction set": "AVX512"}, "warn", "instruction set AVX512 instead of"),
+        ("t", {"instruction set": "abacus"}, "warn", "instruction set abacus instead of"),
         ("guessed", {}, "fail", "may not control"),
     ],
 )
