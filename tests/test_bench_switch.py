@@ -7,7 +7,7 @@ import torch
 
 from fedsys.bench.switch_load import LeasedEngine, Stream
 from fedsys.bench.switch_portfolio import make_portfolio
-from fedsys.bench.switch_trace import arrivals, make_trace, play
+from fedsys.bench.switch_trace import arrivals, front, make_trace, play
 from fedsys.main import main
 from fedsys.pruning.portfolio import Portfolio
 from fedsys.pruning.switch import Loaded
@@ -27,7 +27,7 @@ def test_the_benchmark_compares_ways_and_contenders(portfolio_folder, tmp_path, 
         "bench", "switch", "json=true", f"run.dir={tmp_path / 'run'}",
         f"portfolio={portfolio_folder}", "bench.ways=[beside,slimmable]", "bench.switches=4",
         "bench.other_switches=2", "bench.quiet_seconds=0.2", "bench.segments=2",
-        "bench.segment_seconds=0.3",
+        "bench.segment_seconds=0.3", "bench.traces=[balanced,drawn]",
     ]  # fmt: skip
     assert main(call) == 0
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -38,10 +38,17 @@ def test_the_benchmark_compares_ways_and_contenders(portfolio_folder, tmp_path, 
     assert figures["goal_requests"] is True
     assert [row["way"] for row in figures["ratios"]] == ["slimmable"]
     assert all(r["requests"] == r["answered"] + r["failed"] for r in figures["requests"])
+    assert [row["trace"] for row in figures["traces"]] == ["balanced", "drawn"]
     names = [row["contender"] for row in figures["contenders"]]
-    assert names == ["switching", "parent", "half", "tenth"]
+    assert names == ["switching", "parent", "half", "tenth"] * 2
     for row in figures["contenders"]:
         assert 0 <= row["attainment_x_accuracy"] <= row["attainment"] <= 1
+    for row in figures["traces"]:
+        alone = [r for r in figures["contenders"] if r["trace"] == row["trace"]][1:]
+        assert row["best_single"] == max(r["attainment_x_accuracy"] for r in alone)
+        assert row["best_single"] <= row["oracle"] <= 0.9 + 1e-9
+        assert sum(r["right_for"] for r in alone) == pytest.approx(1)
+    assert len(figures["segments"]) == 3 + 2
     assert (tmp_path / "run" / "plots" / "switch.png").exists()
     assert (tmp_path / "run" / "contenders.csv").exists()
 
@@ -89,9 +96,9 @@ def test_the_stream_counts_an_answer_of_another_variant_as_wrong(portfolio):
 
 def test_a_trace_is_a_function_of_its_seed(portfolio):
     profiles = [profile_of(v, 1) for v in portfolio.variants]
-    trace = make_trace(profiles, 200, 5.0, 1)
-    assert trace == make_trace(profiles, 200, 5.0, 1)
-    assert trace != make_trace(profiles, 200, 5.0, 2)
+    trace = make_trace("drawn", profiles, 200, 5.0, 1)
+    assert trace == make_trace("drawn", profiles, 200, 5.0, 1)
+    assert trace != make_trace("drawn", profiles, 200, 5.0, 2)
     low = 200 / max(p.latency[0].p50_ms for p in profiles)
     high = 500 / min(p.latency[0].p50_ms for p in profiles)
     assert all(low <= segment.rate <= high for segment in trace)
@@ -102,9 +109,24 @@ def test_a_trace_is_a_function_of_its_seed(portfolio):
     assert len(budgets) < len(trace)
 
 
+def test_a_balanced_trace_gives_each_variant_of_the_front_as_many_requests(portfolio):
+    profiles = [profile_of(v, 1) for v in portfolio.variants]
+    profiles.append(replace(profiles[1], name="worse", accuracy=0.1))  # nowhere the right one
+    assert [v.name for v in front(profiles)] == ["tenth", "half", "parent"]
+    trace = make_trace("balanced", profiles, 13, 2.0, 1)
+    assert trace == make_trace("balanced", profiles, 13, 2.0, 1)
+    assert sum(segment.seconds for segment in trace) == pytest.approx(13 * 2.0)
+    each = [segment.seconds * segment.rate for segment in trace]
+    assert each == pytest.approx([each[0]] * 12)
+    able = [1e3 / v.latency[0].p50_ms for v in front(profiles)]
+    for rate, better in zip(able, (*able[1:], 0.0), strict=True):
+        mine = [s for s in trace if s.rate <= 0.6 * rate and s.rate >= min(better, 0.6 * rate)]
+        assert len(mine) >= 4
+
+
 def test_arrivals_come_at_the_rates_of_their_segments(portfolio):
     profiles = [profile_of(v, 1) for v in portfolio.variants]
-    trace = make_trace(profiles, 5, 50.0, 3)
+    trace = make_trace("drawn", profiles, 5, 50.0, 3)
     moments = arrivals(trace, 4)
     assert moments == sorted(moments)
     for number, segment in enumerate(trace):
@@ -116,11 +138,27 @@ def test_arrivals_come_at_the_rates_of_their_segments(portfolio):
 def test_requests_over_the_budget_count_nothing(portfolio):
     profiles = {v.name: profile_of(v, 1) for v in portfolio.variants}
     options = ServingConfig(objective=ObjectiveConfig(p95_ms=60_000.0), max_batch=4)
-    (segment,) = make_trace(list(profiles.values()), 1, 0.3, 0)
+    (segment,) = make_trace("drawn", list(profiles.values()), 1, 0.3, 0)
     tight = [replace(segment, rate=50.0, memory_bytes=profiles["tenth"].peak_bytes, busy=False)]
     parent = play(portfolio, options, tight, 1, variant="parent")
-    assert parent["over_budget"] == parent["requests"] == parent["answered"] > 0
-    assert parent["attainment"] == parent["attainment_x_accuracy"] == 0
+    row = parent.figures
+    assert row["over_budget"] == row["requests"] == row["answered"] > 0
+    assert row["attainment"] == row["attainment_x_accuracy"] == sum(parent.values) == 0
+    assert parent.log[0]["over_budget"] == 1
     small = play(portfolio, options, tight, 1, variant="tenth")
-    assert small["attainment"] == 1
-    assert small["attainment_x_accuracy"] == pytest.approx(0.6)
+    assert small.figures["attainment"] == 1
+    assert small.figures["attainment_x_accuracy"] == pytest.approx(0.6)
+    assert small.log[0]["by"] == f"tenth {small.figures['requests']}"
+
+
+def test_what_is_kept_in_memory_counts_against_the_budget(portfolio):
+    """Both play under a budget that the answering variant keeps, and all three together do not."""
+    size = {v.name: v for v in portfolio.variants}
+    budget = size["tenth"].peak_bytes + size["half"].bytes + size["parent"].bytes - 1
+    options = ServingConfig(
+        objective=ObjectiveConfig(p95_ms=60_000.0), max_batch=4, resident=True, variant=None
+    )
+    (segment,) = make_trace("drawn", [profile_of(v, 1) for v in portfolio.variants], 1, 0.3, 0)
+    tight = [replace(segment, rate=50.0, memory_bytes=budget, busy=False)]
+    played = play(portfolio, options, tight, 1).figures
+    assert played["over_budget"] == played["answered"] > 0

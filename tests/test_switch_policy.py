@@ -16,7 +16,7 @@ from fedsys.pruning.switch_policy import (
     Signals,
     Standing,
     decide,
-    predict_p95_ms,
+    predict_ms,
     profile_of,
     smallest,
     tail_wait_ms,
@@ -96,24 +96,32 @@ def test_slow_links_count():
     link = dataclasses.replace(CALM, input_bytes=125_000)  # 1 Mbit
     assert decide(Standing(), Signals(0.0), THREE, link)[1].after == "large"
     slow = Signals(0.0, link_mbit_s=24.0)
-    assert predict_p95_ms(SMALL, slow, link) == pytest.approx(1000 / 24 + 2.4)
+    assert predict_ms(SMALL, slow, link) == pytest.approx(1000 / 24 + 2.4)
     assert decide(Standing(), slow, THREE, link)[1].after == "small"
 
 
 def test_load_of_others_counts_until_the_slowdown_is_measured():
     busy = Signals(0.0, cpu_load=0.9)
-    assert predict_p95_ms(LARGE, busy, CALM) == pytest.approx(2 * predict_p95_ms(
+    assert predict_ms(LARGE, busy, CALM) == pytest.approx(2 * predict_ms(
         LARGE, Signals(0.0), CALM
     ))  # fmt: skip
     measured = dataclasses.replace(busy, slowdown=1.0)
-    assert predict_p95_ms(LARGE, measured, CALM) == predict_p95_ms(LARGE, Signals(0.0), CALM)
+    assert predict_ms(LARGE, measured, CALM) == predict_ms(LARGE, Signals(0.0), CALM)
+
+
+def test_a_variant_that_is_helped_may_carry_more():
+    seen = Signals(0.0, arrival_rate=20.0)
+    assert decide(Standing(), seen, THREE, CALM)[1].after == "middle"
+    assert decide(Standing(), seen, THREE, CALM, {"large": 0.4})[1].after == "large"
+    more = Signals(0.0, arrival_rate=50.0)  # it can do no more than 50 in any case
+    assert decide(Standing(), more, THREE, CALM, {"large": 0.4})[1].after == "middle"
 
 
 def test_batches_carry_a_load_that_single_examples_do_not():
     rate = Signals(0.0, arrival_rate=80.0)
     loose = dataclasses.replace(CALM, p95_ms=500.0)
-    assert predict_p95_ms(LARGE, rate, loose) == math.inf
-    assert predict_p95_ms(LARGE, rate, dataclasses.replace(loose, max_batch=8)) < 500
+    assert predict_ms(LARGE, rate, loose) == math.inf
+    assert predict_ms(LARGE, rate, dataclasses.replace(loose, max_batch=8)) < 500
 
 
 def test_without_room_for_two_the_old_one_stops_first():
@@ -152,7 +160,7 @@ def test_what_is_chosen_is_feasible_or_nothing_is(variants, seen, objective):
         room = min(objective.memory_bytes or math.inf, seen.free_memory or math.inf)
         if seen.free_memory == 0:
             room = 0
-        return v.peak_bytes <= room and predict_p95_ms(v, seen, objective) <= objective.p95_ms
+        return v.peak_bytes <= room and predict_ms(v, seen, objective) <= objective.p95_ms
 
     chosen = next(v for v in variants if v.name == decision.after)
     good = [v for v in variants if feasible(v)]

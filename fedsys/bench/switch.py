@@ -5,8 +5,10 @@ own for each way (`fedsys.bench.switch_load`): load beside the running one (ours
 all variants resident, and a slimmable network. Every answer is compared, to the bit, with what the
 variant that it names gives.
 
-*Use*: on a held-out trace of load, memory budgets and busy neighbours, played in real time
-(`fedsys.bench.switch_trace`), the portfolio that switches against each of its variants alone.
+*Use*: on held-out traces of load, memory budgets and busy neighbours, played in real time, the
+portfolio that switches against each of its variants alone, and against an oracle that takes the
+best of them in each segment. `fedsys.bench.switch_trace` says how the traces are made; on one of
+them each variant is the right one for as many requests, on the other nearly all are for the small.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ import torch
 from fedsys.bench import Chart
 from fedsys.bench.switch_load import WAYS, Case, measure
 from fedsys.bench.switch_portfolio import make_portfolio
-from fedsys.bench.switch_trace import make_trace, play
+from fedsys.bench.switch_trace import TRACES, Played, Segment, make_trace, play
 from fedsys.config import Config
 from fedsys.errors import ConfigError
 from fedsys.pruning.portfolio import Portfolio
@@ -48,7 +50,9 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         ``ways``: what a switch takes in each way; ``requests``: what became of them meanwhile;
-        ``ratios`` of the others to ours; ``contenders`` on the trace; and the goals.
+        ``ratios`` of the others to ours; ``traces`` with the best single variant and the oracle;
+        ``contenders`` on them, with the share of requests that each is the right one for;
+        ``segments`` with what became of the requests of the one that switches; and the goals.
 
     Raises:
         FedsysError: No portfolio can be made or read, or a process failed.
@@ -66,8 +70,8 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
     threads = config.serving.threads or 1
     torch.set_num_threads(threads)
     ways = _ways(portfolio, options, threads)
-    contenders, objective = _trace(portfolio, config, options, threads)
-    return _goals(ways, contenders) | {
+    tables, objective = _traces(portfolio, config, options, threads)
+    return _goals(ways, tables["traces"]) | {
         "variants": len(portfolio.variants),
         "threads": threads,
         "objective_p95_ms": objective,
@@ -75,7 +79,7 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
         "ways": [{k: v for k, v in row.items() if k not in REQUESTS} for row in ways],
         "requests": [{k: row[k] for k in ("way", *REQUESTS)} for row in ways],
         "ratios": _ratios(ways),
-        "contenders": contenders,
+        **tables,
     }
 
 
@@ -114,43 +118,91 @@ def _ratios(ways: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _trace(
+def _traces(
     portfolio: Portfolio, config: Config, options: Mapping[str, Any], threads: int
-) -> tuple[list[dict[str, Any]], float]:
+) -> tuple[dict[str, list[dict[str, Any]]], float]:
     profiles = [profile_of(v, threads) for v in portfolio.variants]
     slowest = max(profiles, key=lambda v: v.latency[0].p95_ms)
     given = options["objective_p95_ms"]
     p95_ms = float(given) if given else float(options["objective"]) * slowest.latency[0].p95_ms
     goal = dataclasses.replace(config.serving.objective, p95_ms=p95_ms, memory_bytes=None)
     serving = dataclasses.replace(config.serving, objective=goal, threads=threads)
-    seed = int(options["trace_seed"])
-    trace = make_trace(profiles, int(options["segments"]), float(options["segment_seconds"]), seed)
+    seed, chosen = int(options["trace_seed"]), list(options["traces"])
+    if not chosen or not set(chosen) <= set(TRACES):
+        rule = f"must name at least one of {', '.join(TRACES)}"
+        raise ConfigError.of("bench.traces", chosen, rule)
+    tables: dict[str, list[dict[str, Any]]] = {"traces": [], "contenders": [], "segments": []}
     before = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_S)
-    rows = []
     try:
-        for name in (None, *(v.name for v in portfolio.variants)):
-            _say(f"trace of {sum(s.seconds for s in trace):.0f} s: {name or 'switching'}")
-            rows.append(play(portfolio, serving, trace, seed, variant=name))
+        for kind in chosen:
+            count, seconds = int(options["segments"]), float(options["segment_seconds"])
+            trace = make_trace(kind, profiles, count, seconds, seed)
+            played = []
+            for name in (None, *(v.name for v in portfolio.variants)):
+                _say(f"{kind} trace, {sum(s.seconds for s in trace):.0f} s: {name or 'switching'}")
+                played.append(play(portfolio, serving, trace, seed, variant=name))
+            for table, rows in _compared(kind, trace, played).items():
+                tables[table] += rows
     finally:
         sys.setswitchinterval(before)
-    return rows, p95_ms
+    return tables, p95_ms
 
 
-def _goals(ways: list[dict[str, Any]], contenders: list[dict[str, Any]]) -> dict[str, Any]:
+def _compared(
+    kind: str, trace: Sequence[Segment], played: Sequence[Played]
+) -> dict[str, list[dict[str, Any]]]:
+    """Return the tables of one trace: the first of `played` is the one that switches."""
+    adaptive, *alone = played
+    issued = [row["requests"] for row in adaptive.log]
+    right = [max(alone, key=lambda p: p.values[number]) for number in range(len(trace))]
+    best = max(alone, key=lambda p: p.figures["attainment_x_accuracy"])
+    total = max(1, sum(issued))
+    oracle = sum(p.values[number] for number, p in enumerate(right)) / total
+    value = adaptive.figures["attainment_x_accuracy"]
+    summary = {
+        "trace": kind,
+        "requests": total,
+        "attainment_x_accuracy": value,
+        "best_single": best.figures["attainment_x_accuracy"],
+        "best_single_is": best.contender,
+        "oracle": oracle,
+        "goal": value > best.figures["attainment_x_accuracy"],
+    }
+    share = {p.contender: sum(n for n, r in zip(issued, right, strict=True) if r is p) / total
+             for p in alone}  # fmt: skip
+    contenders = [
+        {"trace": kind, "contender": p.contender, **p.figures,
+         "right_for": share.get(p.contender, math.nan)}
+        for p in played
+    ]  # fmt: skip
+    segments = [
+        {
+            "trace": kind,
+            "seconds": segment.seconds,
+            "requests_per_s": segment.rate,
+            "budget_mb": segment.memory_bytes / 1e6 if segment.memory_bytes else math.nan,
+            "busy": segment.busy,
+            "right": right[number].contender,
+            "right_value": right[number].values[number] / max(1, issued[number]),
+            **adaptive.log[number],
+        }
+        for number, segment in enumerate(trace)
+    ]
+    return {"traces": [summary], "contenders": contenders, "segments": segments}
+
+
+def _goals(ways: list[dict[str, Any]], traces: list[dict[str, Any]]) -> dict[str, Any]:
     ours = next(row for row in ways if row["way"] == _OURS)
-    adaptive, *alone = [row["attainment_x_accuracy"] for row in contenders]
     return {
         "switches": ours["switches"],
         "blocked_ms_max": ours["blocked_ms_max"],
         "lost_or_mixed": ours["lost"] + ours["failed"] + ours["wrong"],
         "memory_after_to_one": ours["memory_after_mb"] / ours["memory_mb"],
-        "attainment_x_accuracy": adaptive,
-        "best_single": max(alone, default=math.nan),
         "goal_blocked": ours["blocked_ms_max"] <= 1.0,
         "goal_requests": ours["lost"] + ours["failed"] + ours["wrong"] == 0,
         "goal_memory": ours["memory_after_mb"] <= 1.1 * ours["memory_mb"],
-        "goal_trace": adaptive > max(alone, default=math.inf),
+        "goal_trace": all(row["goal"] for row in traces),
     }
 
 
@@ -158,11 +210,11 @@ def chart(figures: Mapping[str, Any]) -> Chart:
     """Return what each contender makes of the trace."""
     rows = figures["contenders"]
     return Chart(
-        f"Trace with seed {figures['trace_seed']}, objective p95 "
+        f"Traces with seed {figures['trace_seed']}, objective p95 "
         f"{figures['objective_p95_ms']:.3g} ms",
         "what answers",
         "share of requests",
-        [row["contender"] for row in rows],
+        [f"{row['contender']}, {row['trace']}" for row in rows],
         {
             "in time": [row["attainment"] for row in rows],
             "in time x accuracy": [row["attainment_x_accuracy"] for row in rows],

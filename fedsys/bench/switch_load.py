@@ -27,12 +27,11 @@ from fedsys.errors import RequestError, RuntimeFailure
 from fedsys.pruning.measuring import quantile
 from fedsys.pruning.portfolio import Portfolio
 from fedsys.pruning.switch import Cost, Loaded, Resident, Switcher
-from fedsys.pruning.switch_control import give_way
 from fedsys.pruning.switch_memory import resident_bytes
 from fedsys.pruning.switch_slimmable import slimmable
 from fedsys.serving.app import SWITCH_S
 from fedsys.serving.batching import Batcher, Limits, Served
-from fedsys.serving.engine import Answer
+from fedsys.serving.engine import CALM, Answer, Pressure
 from fedsys.serving.portfolio import card_of
 
 WAYS = ("beside", "instead", "resident", "slimmable")
@@ -113,7 +112,7 @@ class LeasedEngine:
         self._switcher = switcher
         self.waits_ms: list[float] = []
 
-    def answer(self, images: Tensor) -> Answer:
+    def answer(self, images: Tensor, pressure: Pressure = CALM) -> Answer:
         """Compute the scores."""
         asked = time.perf_counter()
         with self._switcher.lease() as active:
@@ -265,8 +264,6 @@ def carry_out(case: Case) -> dict[str, Any]:
 def _switch(switcher: Switcher, names: Sequence[str], case: Case) -> tuple[list[Cost], int]:
     """Go through the variants, end at the first one, and note the peak of the memory."""
     process, stop, peak = psutil.Process(), threading.Event(), [0]
-    if case.way == "beside":  # as the loop of the endpoint does; the others do nothing beside
-        give_way()
 
     def sample() -> None:
         shared = process.memory_full_info()

@@ -1,14 +1,26 @@
-"""A trace of load and pressure, and what a portfolio makes of it in real time.
+"""Traces of load and pressure, and what a portfolio makes of them in real time.
 
-A trace is a list of segments, drawn from a seed: requests per second between a fifth of what the
-slowest variant can do and a part of what the fastest can; now and then a memory budget that some
-variants exceed; now and then as many busy processes beside as there are processors. The policy and
-its options were fixed on other seeds than the one that is reported.
+A trace is a list of segments, drawn from a seed. Now and then there is a memory budget that some
+variants exceed; now and then as many busy processes beside as there are processors. There are two
+kinds (`TRACES`), which differ in the load:
+
+* ``balanced``: each variant of the front, which are those more accurate than every faster one, is
+  the right one for about as many *requests*: it gets as many segments as the others, all segments
+  have as many requests, and the rate is drawn between what the next better variant can do and a
+  part of what this one can do. So slow segments are long and fast ones short.
+* ``drawn``: segments of equal duration, and rates from a fifth of what the slowest variant can do
+  to a part of what the fastest can, each factor as likely as any other. Fast segments then hold
+  nearly all requests, so this is close to a load for small variants alone.
+
+The policy and its options were fixed on other seeds than the one that is reported.
 
 Each contender plays the whole trace: the portfolio that switches, and every variant alone. A
 request counts by the accuracy of what answered it if it was answered within the objective, and
-nothing otherwise. While the budget is below what the running variant takes, requests count nothing:
-the system would have ended it.
+nothing otherwise. It counts nothing either while what answers it and the weights of the other
+variants in memory exceed the budget: the system would have ended it. The *oracle* is the best
+single variant of each segment, as measured: what a switcher would get that knows the trace and
+switches at no cost. A variant alone may begin a segment with the queue of the one before, so the
+oracle is a little too low; and one that uses two variants within a segment may exceed it.
 """
 
 from __future__ import annotations
@@ -23,15 +35,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from fedsys.errors import RequestError
+from fedsys.pruning.measuring import quantile
 from fedsys.pruning.portfolio import Portfolio
 from fedsys.pruning.switch_policy import Profile
 from fedsys.serving.batching import Batcher, Limits, Served
@@ -40,7 +54,9 @@ from fedsys.serving.portfolio import PortfolioEngine
 
 _BUSY = 0.25  # share of segments with busy processes beside
 _TIGHT = 0.35  # share of segments with a memory budget
-_TOP = 0.5  # of what the fastest variant can do: the highest rate
+_TOP = 0.5  # of what the fastest variant can do: the highest rate of a drawn trace
+_LOW = 0.2  # of what a variant can do: the lowest rate
+_SHARE = 0.6  # of what a variant can do: the highest rate at which it is the right one
 
 
 @dataclass(frozen=True)
@@ -61,26 +77,64 @@ class Segment:
 
 
 def make_trace(
-    variants: Sequence[Profile], segments: int, seconds: float, seed: int
+    kind: str, variants: Sequence[Profile], segments: int, seconds: float, seed: int
 ) -> tuple[Segment, ...]:
     """Draw a trace that suits a portfolio; the same one from the same seed.
 
     Args:
+        kind: One of `TRACES`.
         variants: Give rates and budgets.
-        segments: How many.
-        seconds: Of each.
+        segments: How many; for ``balanced`` each variant of the front gets an equal number of
+            them, at least one.
+        seconds: Of each, in the mean.
         seed: Of all draws.
     """
     draw = random.Random(seed)
-    times = [v.latency[0].p50_ms for v in variants]
-    low, high = 0.2 * 1e3 / max(times), _TOP * 1e3 / min(times)
     sizes = sorted(v.peak_bytes for v in variants)
+    rates = TRACES[kind](variants, segments, draw)
+    # of equal requests or of equal seconds: both take as long in all
+    each = [1 / rate if kind == "balanced" else 1.0 for rate in rates]
+    scale = segments * seconds / sum(each)
     result = []
-    for _ in range(segments):
-        rate = low * (max(high, low) / low) ** draw.random()
+    for rate, share in zip(rates, each, strict=True):
         tight, busy, size = draw.random() < _TIGHT, draw.random() < _BUSY, draw.choice(sizes)
-        result.append(Segment(seconds, rate, int(size * 1.5) if tight else None, busy))
+        budget = int(size * 1.5) if tight else None
+        result.append(Segment(share * scale, rate, budget, busy))
     return tuple(result)
+
+
+def front(variants: Sequence[Profile]) -> list[Profile]:
+    """Return the variants that are more accurate than every faster one, the fastest first."""
+    result: list[Profile] = []
+    for variant in sorted(variants, key=lambda v: v.latency[0].p50_ms):
+        if not result or variant.accuracy > result[-1].accuracy:
+            result.append(variant)
+    return result
+
+
+def _balanced(variants: Sequence[Profile], segments: int, draw: random.Random) -> list[float]:
+    able = [1e3 / v.latency[0].p50_ms for v in front(variants)]
+    rates = []
+    for own, better in zip(able, (*able[1:], 0.0), strict=True):
+        high = _SHARE * own
+        low = min(high, max(better, _LOW * own))
+        for _ in range(max(1, segments // len(able))):
+            rates.append(low * (high / low) ** draw.random())
+    draw.shuffle(rates)
+    return rates
+
+
+def _drawn(variants: Sequence[Profile], segments: int, draw: random.Random) -> list[float]:
+    times = [v.latency[0].p50_ms for v in variants]
+    low, high = _LOW * 1e3 / max(times), _TOP * 1e3 / min(times)
+    return [low * (max(high, low) / low) ** draw.random() for _ in range(segments)]
+
+
+TRACES: Mapping[str, Callable[[Sequence[Profile], int, random.Random], list[float]]] = {
+    "balanced": _balanced,
+    "drawn": _drawn,
+}
+"""Kinds of traces: the rates of their segments."""
 
 
 def arrivals(trace: Sequence[Segment], seed: int) -> list[tuple[float, int]]:
@@ -98,14 +152,34 @@ def arrivals(trace: Sequence[Segment], seed: int) -> list[tuple[float, int]]:
 
 @dataclass(slots=True)
 class _Ledger:
-    """What became of the requests of one contender."""
+    """What became of the requests of one contender in one segment."""
 
     issued: int = 0
     answered: int = 0
-    failed: int = 0
     in_time: int = 0
     over_budget: int = 0
     value: float = 0.0
+    by: Counter[str] = field(default_factory=Counter)
+    late: Counter[str] = field(default_factory=Counter)
+    queued_ms: list[float] = field(default_factory=list)
+    computed_ms: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Played:
+    """How one contender did.
+
+    Attributes:
+        contender: Name of the variant, or ``switching``.
+        figures: Of the whole trace.
+        values: Of each segment: sum of the accuracies of what answered in time.
+        log: Of each segment: who answered how many, and why requests were late.
+    """
+
+    contender: str
+    figures: Mapping[str, Any]
+    values: Sequence[float]
+    log: Sequence[Mapping[str, Any]]
 
 
 def play(
@@ -115,7 +189,7 @@ def play(
     seed: int,
     *,
     variant: str | None = None,
-) -> dict[str, Any]:
+) -> Played:
     """Play a trace in real time and return how one contender did.
 
     Args:
@@ -128,42 +202,82 @@ def play(
     options = dataclasses.replace(options, variant=variant)
     accuracy = {v.name: v.accuracy if v.test_accuracy is None else v.test_accuracy
                 for v in portfolio.variants}  # fmt: skip
-    peak = {v.name: max(v.peak_bytes, v.bytes) for v in portfolio.variants}
     engine = PortfolioEngine(portfolio, options)
     batcher = Batcher(engine, Limits(options.max_batch, options.max_delay_ms, options.max_queue))
     image = torch.zeros(1, *portfolio.about.input_shape)
-    ledger, lock = _Ledger(), threading.Lock()
+    ledgers, lock = [_Ledger() for _ in trace], threading.Lock()
     if variant is None:
         engine.control.start(options.interval_s)
 
-    def look(began: float, segment: Segment, future: Future[Served]) -> None:
+    def look(began: float, number: int, future: Future[Served]) -> None:
         took_ms = (time.perf_counter() - began) * 1e3
+        if future.exception() is not None:
+            return
+        served, ledger, budget = future.result(), ledgers[number], trace[number].memory_bytes
+        needed = _needed(portfolio, served.by, engine.in_memory)
         with lock:
-            if future.exception() is not None:
-                ledger.failed += 1
-                return
-            by = future.result().by
             ledger.answered += 1
-            if segment.memory_bytes is not None and peak[by] > segment.memory_bytes:
+            ledger.by[served.by] += 1
+            ledger.queued_ms.append(served.queue_ms)
+            ledger.computed_ms.append(served.compute_ms)
+            if budget is not None and needed > budget:
                 ledger.over_budget += 1
             elif took_ms <= options.objective.p95_ms:
                 ledger.in_time += 1
-                ledger.value += accuracy[by]
+                ledger.value += accuracy[served.by]
+            else:
+                waited = served.queue_ms > served.compute_ms
+                ledger.late["queued" if waited else "computed"] += 1
 
-    _send(batcher, engine, trace, arrivals(trace, seed), image, look, ledger)
+    _send(batcher, engine, trace, arrivals(trace, seed), image, look, ledgers)
     batcher.close(options.drain_s)
-    switches = sum(record.cost is not None for record in engine.control.records)
+    status = engine.status()
     engine.close()
+    return Played(
+        variant or "switching",
+        {
+            "accuracy": accuracy[variant] if variant else math.nan,
+            **_total(ledgers),
+            "switches": status["switches"],
+            "relieved": status["relieved"],
+        },
+        [ledger.value for ledger in ledgers],
+        [_row(ledger) for ledger in ledgers],
+    )
+
+
+def _needed(portfolio: Portfolio, by: str, in_memory: Sequence[str]) -> int:
+    """Return the bytes that the answering variant takes, and the weights of the others."""
+    own = portfolio.variant(by)
+    others = [portfolio.variant(name).bytes for name in in_memory if name != by]
+    return max(own.peak_bytes, own.bytes) + sum(others)
+
+
+def _total(ledgers: Sequence[_Ledger]) -> dict[str, Any]:
+    issued = sum(row.issued for row in ledgers)
+    answered = sum(row.answered for row in ledgers)
     return {
-        "contender": variant or "switching",
-        "accuracy": accuracy[variant] if variant else math.nan,
+        "requests": issued,
+        "answered": answered,
+        "failed": issued - answered,
+        "over_budget": sum(row.over_budget for row in ledgers),
+        "attainment": sum(row.in_time for row in ledgers) / max(1, issued),
+        "attainment_x_accuracy": sum(row.value for row in ledgers) / max(1, issued),
+    }
+
+
+def _row(ledger: _Ledger) -> dict[str, Any]:
+    share = max(1, ledger.issued)
+    return {
         "requests": ledger.issued,
-        "answered": ledger.answered,
-        "failed": ledger.issued - ledger.answered,
-        "over_budget": ledger.over_budget,
-        "attainment": ledger.in_time / max(1, ledger.issued),
-        "attainment_x_accuracy": ledger.value / max(1, ledger.issued),
-        "switches": switches,
+        "value": ledger.value / share,
+        "late_queued": ledger.late["queued"] / share,
+        "late_computed": ledger.late["computed"] / share,
+        "refused": (ledger.issued - ledger.answered) / share,
+        "over_budget": ledger.over_budget / share,
+        "queued_p95_ms": quantile(ledger.queued_ms, 0.95) if ledger.queued_ms else math.nan,
+        "computed_p95_ms": quantile(ledger.computed_ms, 0.95) if ledger.computed_ms else math.nan,
+        "by": ", ".join(f"{name} {count}" for name, count in ledger.by.most_common()),
     }
 
 
@@ -173,8 +287,8 @@ def _send(
     trace: Sequence[Segment],
     moments: Sequence[tuple[float, int]],
     image: Tensor,
-    look: Callable[[float, Segment, Future[Served]], None],
-    ledger: _Ledger,
+    look: Callable[[float, int, Future[Served]], None],
+    ledgers: Sequence[_Ledger],
 ) -> None:
     goal, start, present = engine.control.objective, time.perf_counter(), -1
     with _Neighbours() as neighbours:
@@ -185,13 +299,12 @@ def _send(
                 engine.control.aim(dataclasses.replace(goal, memory_bytes=segment.memory_bytes))
                 neighbours.press(segment.busy)
             time.sleep(max(0.0, start + moment - time.perf_counter()))
-            began, segment = start + moment, trace[number]
-            ledger.issued += 1
+            ledgers[number].issued += 1
             try:
                 future = batcher.submit(image)
             except RequestError:
                 continue
-            future.add_done_callback(functools.partial(look, began, segment))
+            future.add_done_callback(functools.partial(look, start + moment, number))
 
 
 _BURN = """

@@ -10,16 +10,17 @@ conditions change; its public code has no switcher. Here::
               beside the old one                      requests in it end
 
 `Loaded` does that, and where there is no room for two, stop-load-start: requests wait meanwhile.
-`Resident` has all variants in memory, for comparison: the pointer changes and nothing else. A
-slimmable network (`fedsys.pruning.switch_slimmable`) is a `Resident` whose variants share weights.
+What it is told to keep beside stays in memory and answers without being loaded. `Resident` has all
+variants in memory, for comparison: the pointer changes and nothing else. A slimmable network
+(`fedsys.pruning.switch_slimmable`) is a `Resident` whose variants share weights.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, final
 
@@ -28,9 +29,7 @@ from torch import Tensor, nn
 
 from fedsys.errors import ConfigError, RuntimeFailure
 from fedsys.pruning.switch_memory import trim
-
-Run = Callable[[Tensor], Tensor]
-"""Images ``(batch, C, H, W)`` to outputs ``(batch, classes)``."""
+from fedsys.pruning.switch_pointer import Active, Pointer, Run, leased
 
 Load = Callable[[str], nn.Module]
 """The module of a variant by its name, read anew at each call."""
@@ -74,8 +73,15 @@ class Switcher(Protocol):
     def current(self) -> str:
         """Name of the variant that requests get now."""
 
-    def lease(self) -> AbstractContextManager[Active]:
-        """Give a request its variant, from its beginning to its end."""
+    @property
+    def spare(self) -> tuple[str, ...]:
+        """Names of the others that are in memory and could answer at once."""
+
+    def lease(self, name: str | None = None) -> AbstractContextManager[Active]:
+        """Give a request a variant, from its beginning to its end: `name` if it is in memory."""
+
+    def keep(self, names: Sequence[str]) -> None:
+        """Have these in memory beside the one that answers, and no others."""
 
     def switch(self, name: str, *, beside: bool = True) -> Cost:
         """Make `name` the variant of all requests that begin from now on."""
@@ -84,111 +90,33 @@ class Switcher(Protocol):
         """Let nobody in any more, and free everything."""
 
 
-@final
-class Active:
-    """One variant in memory, and how many requests are in it.
+@dataclass(eq=False, slots=True)
+class _Held:
+    """A variant in memory.
 
-    Args:
-        name: Of the variant.
-        run: Computes it.
-
-    Attributes:
-        name: Of the variant.
+    `loading_ms` is what no switch has told yet. `left` are its earlier turns as the current one,
+    in which requests may still be.
     """
 
-    def __init__(self, name: str, run: Run) -> None:
-        self.name, self._run = name, run
-        self._inside, self._retired = 0, False
-        self._change = threading.Condition()
+    module: nn.Module
+    active: Active
+    loading_ms: float
+    left: tuple[Active, ...] = ()
 
-    def run(self, images: Tensor) -> Tensor:
-        """Return the outputs of the variant, without gradients."""
-        with torch.inference_mode():
-            return self._run(images)
+    def again(self) -> _Held:
+        """Return it for requests that begin from now on; those in work stay counted."""
+        left = tuple(active for active in (*self.left, self.active) if not active.drain(0.0))
+        return _Held(self.module, Active(self.active.name, self.module), self.loading_ms, left)
 
-    def enter(self) -> bool:
-        """Let a request in; False if the variant is on its way out."""
-        with self._change:
-            if self._retired:
-                return False
-            self._inside += 1
-            return True
-
-    def leave(self) -> None:
-        """End a request."""
-        with self._change:
-            self._inside -= 1
-            self._change.notify_all()
-
-    def retire(self) -> None:
-        """Let nobody in any more."""
-        with self._change:
-            self._retired = True
-
-    def drain(self, timeout_s: float) -> bool:
-        """Wait until nobody is inside; return whether that came true."""
-        with self._change:
-            return self._change.wait_for(lambda: self._inside == 0, timeout_s)
-
-
-@final
-class _Pointer:
-    """Which variant requests get; without one they wait.
-
-    The pointer is a single attribute and is read without a lock, so changing it blocks nobody.
-    """
-
-    def __init__(self) -> None:
-        self.active: Active | None = None
-        self._there = threading.Event()
-        self._closed = False
-
-    def enter(self) -> Active:
-        while True:
-            active = self.active
-            if active is not None and active.enter():
-                return active
-            if self._closed:
-                raise RuntimeFailure("no variant answers any more: it has been closed")
-            if active is None:
-                self._there.wait()
-            # A variant that lets nobody in has had its successor in the pointer since before.
-
-    @contextmanager
-    def lease(self) -> Iterator[Active]:
-        active = self.enter()
-        try:
-            yield active
-        finally:
-            active.leave()
-
-    def put(self, active: Active) -> Active | None:
-        """Change the pointer, then close the old variant; return it."""
-        old, self.active = self.active, active
-        self._there.set()
-        if old is not None:
-            old.retire()
-        return old
-
-    def take(self) -> Active | None:
-        """Leave requests waiting; return the old variant."""
-        old = self.active
-        self._there.clear()
-        self.active = None
-        if old is not None:
-            old.retire()
-        return old
-
-    def close(self) -> Active | None:
-        self._closed = True
-        old = self.take()
-        self._there.set()
-        return old
+    def drain(self) -> bool:
+        """Let nobody in any more; return whether all have left within `DRAIN_S`."""
+        self.active.retire()
+        return all([active.drain(DRAIN_S) for active in (*self.left, self.active)])
 
 
 @final
 class Loaded:
-    """One variant in memory; another is loaded when it is wanted.
+    """One variant in memory, and those that are kept beside it; another is loaded when wanted.
 
     Args:
         load: Reads a variant.
@@ -202,24 +130,69 @@ class Loaded:
 
     def __init__(self, load: Load, first: str, warm: tuple[Tensor, ...] = ()) -> None:
         self._load, self._warm = load, warm
-        self._pointer = _Pointer()
+        self._pointer = Pointer()
         self._one_at_a_time = threading.Lock()
-        self._module = self._prepare(first)
-        self._pointer.put(Active(first, self._module))
-        self._name = first
+        self._one_keeper = threading.Lock()
+        self._wanted: frozenset[str] = frozenset()
+        self._spare: Mapping[str, _Held] = {}  # never changed in place: read without a lock
+        self._held = self._prepare(first)
+        self._pointer.put(self._held.active)
 
     @property
     def current(self) -> str:
         """Name of the variant that requests get now."""
-        return self._name
+        return self._held.active.name
 
-    def lease(self) -> AbstractContextManager[Active]:
+    @property
+    def spare(self) -> tuple[str, ...]:
+        """Names of the others that are in memory and could answer at once."""
+        return tuple(self._spare)
+
+    def lease(self, name: str | None = None) -> AbstractContextManager[Active]:
         """Give a request its variant, from its beginning to its end.
+
+        Args:
+            name: Of a variant in memory; the current one if it is not there (any more).
 
         Raises:
             RuntimeFailure: The switcher has been closed.
         """
-        return self._pointer.lease()
+        held = self._spare.get(name) if name is not None else None
+        return leased(self._pointer, held.active if held else None)
+
+    def keep(self, names: Sequence[str]) -> None:
+        """Have these in memory beside the one that answers, and no others.
+
+        The one that answers stays when it is left if it is among them. Requests and switches go on
+        meanwhile.
+
+        Raises:
+            FedsysError: A variant cannot be read; those before it are kept.
+        """
+        with self._one_keeper:
+            self._wanted = frozenset(names)
+            with self._one_at_a_time:
+                gone = [self._take(name) for name in self._spare if name not in self._wanted]
+            for held in gone:
+                if held.drain():
+                    _free(held.module)
+            del gone
+            for name in names:
+                if name not in self._spare and name != self.current:
+                    self._add(self._prepare(name))
+
+    def _add(self, held: _Held) -> None:
+        name = held.active.name
+        with self._one_at_a_time:
+            if name == self.current or name in self._spare or self._pointer.closed:
+                _free(held.module)
+            else:
+                self._spare = {**self._spare, name: held}
+
+    def _take(self, name: str) -> _Held:
+        held = self._spare[name]
+        self._spare = {key: value for key, value in self._spare.items() if key != name}
+        return held
 
     def switch(self, name: str, *, beside: bool = True) -> Cost:
         """Make `name` the variant of all requests that begin from now on, and free the old one.
@@ -227,75 +200,83 @@ class Loaded:
         Args:
             name: Of the variant.
             beside: Load it beside the old one. If not, requests wait while the old one is
-                drained and freed and the new one loaded.
+                drained and freed and the new one loaded. One that is in memory is not loaded.
 
         Returns:
-            What it took; returns when the old one has been freed.
+            What it took; returns when the old one has been freed, unless it is kept.
 
         Raises:
             FedsysError: The variant cannot be read; the old one answers on.
         """
         with self._one_at_a_time:
-            if name == self._name:
+            if name == self.current:
                 return Cost(name, name, 0.0, 0.0)
-            return self._beside(name) if beside else self._instead(name)
+            there = name in self._spare
+            return self._beside(name) if beside or there else self._instead(name)
 
     def _beside(self, name: str) -> Cost:
-        before, start = self._name, time.perf_counter()
-        module = self._prepare(name)
-        fresh = Active(name, module)
+        start = time.perf_counter()
+        fresh = self._take(name) if name in self._spare else self._prepare(name)
+        loading_ms, fresh.loading_ms = fresh.loading_ms, 0.0
         ready = time.perf_counter()
-        old = self._pointer.put(fresh)
+        self._pointer.put(fresh.active)
         swapped = time.perf_counter()
-        leaving, self._module, self._name = self._module, module, name
-        drained = old is None or old.drain(DRAIN_S)
+        left, self._held = self._held, fresh
+        before = left.active.name
+        if before in self._wanted:
+            self._spare = {**self._spare, before: left.again()}
+            return Cost(before, name, loading_ms, (swapped - ready) * 1e3)
+        drained = left.drain()
         empty = time.perf_counter()
-        del old
         if drained:
-            _free(leaving)
+            _free(left.module)
         end = time.perf_counter()
         return Cost(
-            before, name, (ready - start) * 1e3, (swapped - ready) * 1e3,
+            before, name, max(loading_ms, (ready - start) * 1e3), (swapped - ready) * 1e3,
             (empty - swapped) * 1e3, (end - empty) * 1e3, drained,
         )  # fmt: skip
 
     def _instead(self, name: str) -> Cost:
-        before, start = self._name, time.perf_counter()
-        old = self._pointer.take()
-        drained = old is None or old.drain(DRAIN_S)
+        before, start = self.current, time.perf_counter()
+        self._pointer.take()
+        drained = self._held.drain()
         empty = time.perf_counter()
-        if not drained and old is not None:  # what is stuck in it may end; others must not wait
-            self._pointer.put(Active(before, self._module))
+        if not drained:  # what is stuck in it may end; others must not wait
+            self._held = self._held.again()
+            self._pointer.put(self._held.active)
             raise RuntimeFailure(f"requests are stuck in {before}: it cannot be replaced")
-        del old
-        _free(self._module)
+        _free(self._held.module)
         freed = time.perf_counter()
         try:
-            self._module, self._name = self._prepare(name), name
+            self._held = self._prepare(name)
         except BaseException:
-            self._module = self._prepare(before)
+            self._held = self._prepare(before)
             raise
         finally:
-            self._pointer.put(Active(self._name, self._module))
+            self._held.loading_ms = 0.0
+            self._pointer.put(self._held.active)
         end = time.perf_counter()
         return Cost(
             before, name, (end - freed) * 1e3, (end - start) * 1e3,
             (empty - start) * 1e3, (freed - empty) * 1e3,
         )  # fmt: skip
 
-    def _prepare(self, name: str) -> nn.Module:
+    def _prepare(self, name: str) -> _Held:
+        start = time.perf_counter()
         module = self._load(name).eval()
         with torch.inference_mode():
             for images in self._warm:
                 module(images)
-        return module
+        return _Held(module, Active(name, module), (time.perf_counter() - start) * 1e3)
 
     def close(self) -> None:
-        """Let nobody in any more, wait for those inside, and free the variant."""
+        """Let nobody in any more, wait for those inside, and free the variants."""
         with self._one_at_a_time:
-            old = self._pointer.close()
-            if old is not None and old.drain(DRAIN_S):
-                _free(self._module)
+            self._pointer.close()
+            for held in (self._held, *self._spare.values()):
+                if held.drain():
+                    _free(held.module)
+            self._spare = {}
 
 
 def _free(module: nn.Module) -> None:
@@ -321,22 +302,33 @@ class Resident:
     """
 
     def __init__(self, variants: Mapping[str, Run], first: str) -> None:
-        self._variants, self._pointer = dict(variants), _Pointer()
+        self._variants, self._pointer = dict(variants), Pointer()
         self._name = first
         self._pointer.put(Active(first, self._find(first)))
+        self._spare: Mapping[str, Active] = {
+            name: Active(name, run) for name, run in variants.items() if name != first
+        }
 
     @property
     def current(self) -> str:
         """Name of the variant that requests get now."""
         return self._name
 
-    def lease(self) -> AbstractContextManager[Active]:
-        """Give a request its variant, from its beginning to its end.
+    @property
+    def spare(self) -> tuple[str, ...]:
+        """Names of the others."""
+        return tuple(self._spare)
+
+    def lease(self, name: str | None = None) -> AbstractContextManager[Active]:
+        """Give a request the variant `name`, or the current one, from its beginning to its end.
 
         Raises:
             RuntimeFailure: The switcher has been closed.
         """
-        return self._pointer.lease()
+        return leased(self._pointer, self._spare.get(name) if name is not None else None)
+
+    def keep(self, names: Sequence[str]) -> None:
+        """Do nothing: all are in memory."""
 
     def switch(self, name: str, *, beside: bool = True) -> Cost:
         """Make `name` the variant of all requests that begin from now on.
@@ -345,8 +337,13 @@ class Resident:
             ConfigError: There is no such variant.
         """
         before, start = self._name, time.perf_counter()
-        self._pointer.put(Active(name, self._find(name)))
-        self._name = name
+        if name == before:
+            return Cost(name, name, 0.0, 0.0)
+        run = self._find(name)
+        left = Active(before, self._find(before))
+        others = {key: value for key, value in self._spare.items() if key != name}
+        self._pointer.put(Active(name, run))
+        self._name, self._spare = name, {**others, before: left}
         return Cost(before, name, 0.0, (time.perf_counter() - start) * 1e3)
 
     def _find(self, name: str) -> Run:
@@ -358,7 +355,10 @@ class Resident:
     def close(self) -> None:
         """Let nobody in any more, wait for those inside, and forget the variants."""
         old = self._pointer.close()
-        if old is not None:
-            old.drain(DRAIN_S)
+        for active in (old, *self._spare.values()):
+            if active is not None:
+                active.retire()
+                active.drain(DRAIN_S)
+        self._spare = {}
         self._variants.clear()
         trim()

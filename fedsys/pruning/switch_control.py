@@ -1,15 +1,19 @@
-"""The loop that looks, decides and switches, and keeps a record of each decision."""
+"""The loop that looks, decides and switches, and keeps a record of each decision.
+
+What is needed is loaded at once, in the loop. What is only better is loaded by a thread of its own,
+and the loop goes on meanwhile: with all processors busy that may take seconds, in which the loop
+may have to go down. No thread has a lower priority: it would hold Python's lock, or one of an
+allocator, while it waits for a processor, and requests would wait for that lock.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -23,8 +27,10 @@ from fedsys.pruning.switch_policy import (
     Signals,
     Standing,
     decide,
+    room_of,
     smallest,
 )
+from fedsys.pruning.switch_relief import Backlog, relieve, standbys, tails_of
 
 KEPT = 1000
 """Records of switches that are kept."""
@@ -32,7 +38,7 @@ KEPT = 1000
 SHUN_S = 60.0
 """How long a variant that could not be loaded is left alone, in seconds."""
 
-_NICE = 10
+_PAUSE_S = 0.01  # between two decisions, however much they are hurried
 _LEARN = 0.3  # weight of the newest switch in the predicted time of the next
 
 
@@ -75,15 +81,6 @@ class Record:
         }
 
 
-def give_way() -> None:
-    """Give this thread a lower priority for good: a variant is loaded beside requests."""
-    if sys.platform == "linux":  # where a thread has a priority of its own
-        with suppress(OSError):  # a sandbox may forbid it; then loading is only less polite
-            who = threading.get_native_id()
-            own = os.getpriority(os.PRIO_PROCESS, who)
-            os.setpriority(os.PRIO_PROCESS, who, max(own, _NICE))
-
-
 @final
 class Control:
     """Lets the policy decide again and again, and the switcher carry it out.
@@ -94,6 +91,8 @@ class Control:
         objective: What is asked for; may be changed at any time by `aim`.
         signals: What was seen lately.
         tell: Called with each record.
+        standby: Share of the weights of the largest variant that smaller ones may take which stay
+            in memory; none without.
     """
 
     def __init__(
@@ -103,18 +102,23 @@ class Control:
         objective: Objective,
         signals: Callable[[], Signals],
         tell: Callable[[Record], None] = lambda record: None,
+        standby: float = 0.0,
     ) -> None:
         if not variants:
             raise ConfigError("portfolio: must hold at least one variant")
-        self._switcher, self._variants = switcher, tuple(variants)
+        self._switcher, self._standby = switcher, standby
+        self._variants = {v.name: v for v in variants}
         self._objective, self._signals, self._tell = objective, signals, tell
         self.records: deque[Record] = deque(maxlen=KEPT)
         self.standing = Standing(switcher.current)
         self.last: Decision | None = None
         self._shunned: dict[str, float] = {}
         self._ms_per_byte: float | None = None
-        self._stop = threading.Event()
+        self._stop = False
+        self._wake = threading.Event()
         self._thread: threading.Thread | None = None
+        self._keeper = ThreadPoolExecutor(1, "upkeep")
+        self._keeping: tuple[tuple[str, ...], Decision | None, Future[None]] | None = None
 
     @property
     def objective(self) -> Objective:
@@ -124,22 +128,68 @@ class Control:
     def aim(self, objective: Objective) -> None:
         """Ask for something else from now on."""
         self._objective = objective
+        self.hurry()
+
+    def hurry(self) -> None:
+        """Have the loop decide now, and not at its next interval."""
+        self._wake.set()
+
+    def pick(self, backlog: Backlog) -> tuple[str, bool]:
+        """Return the variant in memory that should compute a batch, and whether it is in time."""
+        current, spare = self._switcher.current, self._switcher.spare
+        seen = self.last.signals if self.last is not None else Signals(0.0)
+        others = [self._variants[name] for name in spare if name in self._variants]
+        by, in_time = relieve(self._variants[current], others, backlog, seen, self._objective)
+        return by.name, in_time
 
     def step(self) -> Decision:
-        """Look, decide and, if need be, switch; return the decision."""
+        """Look, decide and, if need be, switch; return the decision.
+
+        Something better that has to be loaded first is switched to by a later step, unless no loop
+        has been started.
+        """
         seen = self._signals()
-        usable = [v for v in self._variants if self._shunned.get(v.name, 0.0) <= seen.time_s]
-        usable = usable or [smallest(self._variants)]
-        standing, decision = decide(self.standing, seen, usable, self._objective)
+        self._finish_keeping(seen.time_s)
+        usable = [
+            v for v in self._variants.values() if self._shunned.get(v.name, 0.0) <= seen.time_s
+        ]
+        usable = usable or [smallest([*self._variants.values()])]
+        tails = tails_of(usable, self._helper())
+        standing, decision = decide(self.standing, seen, usable, self._objective, tails)
         self._complete(seen)
-        if decision.after != self._switcher.current:
-            record = self._carry_out(decision)
-            if record.cost is None:
-                standing = dataclasses.replace(standing, current=self._switcher.current)
-            self.records.append(record)
-            self._tell(record)
-        self.standing, self.last = standing, decision
+        self.last = decision
+        if decision.after == self._switcher.current:
+            self.standing = standing
+            self._keep(decision, usable)
+        elif self._is_urgent(decision) or decision.after in self._switcher.spare:
+            self._follow(decision, standing, usable)
+        else:
+            self._keep(decision, usable, decision.after)
+            if self._thread is None and decision.after in self._switcher.spare:
+                self._follow(decision, standing, usable)
         return decision
+
+    def _helper(self) -> Profile | None:
+        """Return what takes over what would be late: the smallest that is kept in memory."""
+        spare = [self._variants[name] for name in self._switcher.spare]
+        return smallest(spare) if spare and self._standby else None
+
+    def _is_urgent(self, decision: Decision) -> bool:
+        now = decision.predicted.get(decision.before or "")
+        return decision.how is How.COLD or now is None or not now.meets(self._objective)
+
+    def _follow(self, decision: Decision, standing: Standing, usable: Sequence[Profile]) -> None:
+        record = self._carry_out(decision)
+        if record.cost is None:
+            standing = dataclasses.replace(standing, current=self._switcher.current)
+        self.standing = standing
+        self._note(record)
+        if record.cost is not None:
+            self._keep(decision, usable)
+
+    def _note(self, record: Record) -> None:
+        self.records.append(record)
+        self._tell(record)
 
     def _complete(self, seen: Signals) -> None:
         """Add to the last switch what was measured after it."""
@@ -149,42 +199,89 @@ class Control:
         if seen.p95_ms is not None and seen.time_s - last.decision.time_s >= 1.0:
             self.records[-1] = dataclasses.replace(last, p95_after_ms=seen.p95_ms)
 
+    def _expected_ms(self, name: str) -> float | None:
+        if name in self._switcher.spare and self._keeping is None:
+            return 0.0
+        size = self._variants[name].bytes
+        return None if self._ms_per_byte is None else self._ms_per_byte * size
+
     def _carry_out(self, decision: Decision) -> Record:
-        size = next(v.bytes for v in self._variants if v.name == decision.after)
-        expected = None if self._ms_per_byte is None else self._ms_per_byte * size
-        before = decision.signals.p95_ms
+        expected, before = self._expected_ms(decision.after), decision.signals.p95_ms
         try:
-            cost = self._switch(decision)
+            cold = decision.how is How.COLD
+            if cold:
+                self._switcher.keep(())
+            cost = self._switcher.switch(decision.after, beside=not cold)
         except Exception as error:  # of a file, of torch, for want of memory: the record says it
-            self._shunned[decision.after] = decision.time_s + SHUN_S
-            return Record(decision, expected, None, first_line(error), before)
-        rate = cost.prepare_ms / max(1, size)
-        old = self._ms_per_byte
-        self._ms_per_byte = rate if old is None else old + _LEARN * (rate - old)
+            return self._failed(decision, error)
+        if cost.prepare_ms:
+            rate = cost.prepare_ms / max(1, self._variants[decision.after].bytes)
+            old = self._ms_per_byte
+            self._ms_per_byte = rate if old is None else old + _LEARN * (rate - old)
         return Record(decision, expected, cost, "", before)
 
-    def _switch(self, decision: Decision) -> Cost:
-        """Switch: at once if the objective is missed, else politely, as nobody waits for it."""
-        beside = decision.how is not How.COLD
-        now = decision.predicted.get(decision.before or "")
-        if not beside or now is None or not now.meets(self._objective):
-            return self._switcher.switch(decision.after, beside=beside)
-        with ThreadPoolExecutor(1, "switch", give_way) as polite:
-            return polite.submit(self._switcher.switch, decision.after).result()
+    def _failed(self, decision: Decision, error: BaseException) -> Record:
+        self._shunned[decision.after] = decision.time_s + SHUN_S
+        expected = self._expected_ms(decision.after)
+        return Record(decision, expected, None, first_line(error), decision.signals.p95_ms)
+
+    # ------------------------------------------------------------------------ what stays in memory
+
+    def _keep(self, decision: Decision, usable: Sequence[Profile], *also: str) -> None:
+        """Have the standbys loaded beside the requests, and what is to answer next."""
+        current = self._variants[self._switcher.current]
+        free = dataclasses.replace(decision.signals, free_memory=None)
+        room = room_of(free, self._objective, current)
+        if decision.signals.free_memory is not None:
+            held = sum(self._variants[name].bytes for name in self._switcher.spare)
+            room = min(room, decision.signals.free_memory + current.peak_bytes + held)
+        names = standbys(usable, current, room, self._standby)
+        names = (*names, *(name for name in also if name not in names))
+        if self._keeping is not None or set(names) == set(self._switcher.spare):
+            return
+        future = self._keeper.submit(self._switcher.keep, names)
+        self._keeping = names, decision if also else None, future
+        if self._thread is None:
+            self._finish_keeping(decision.time_s, wait=True)
+
+    def _finish_keeping(self, now_s: float, *, wait: bool = False) -> None:
+        """Look whether loading has ended; a variant that failed is left alone for a while."""
+        if self._keeping is None or not (wait or self._keeping[2].done()):
+            return
+        names, decision, future = self._keeping
+        self._keeping = None
+        error = future.exception()
+        if error is None:
+            return
+        there = (self._switcher.current, *self._switcher.spare)
+        for name in [name for name in names if name not in there][:1]:
+            self._shunned[name] = now_s + SHUN_S
+            if decision is not None and decision.after == name:
+                self._note(self._failed(decision, error))
 
     def start(self, interval_s: float) -> None:
-        """Decide every `interval_s` seconds in a thread of its own, until it is closed."""
+        """Decide every `interval_s` seconds in a thread of its own, until it is closed.
+
+        It decides at once where it is hurried.
+        """
         self._thread = threading.Thread(
             target=self._loop, args=(interval_s,), name="switch control", daemon=True
         )
         self._thread.start()
 
     def _loop(self, interval_s: float) -> None:
-        while not self._stop.wait(interval_s):
+        while True:
+            self._wake.wait(interval_s)
+            self._wake.clear()
+            if self._stop:
+                return
             self.step()
+            time.sleep(_PAUSE_S)
 
     def close(self) -> None:
         """Decide no more; a switch in work is finished."""
-        self._stop.set()
+        self._stop = True
+        self._wake.set()
         if self._thread is not None:
             self._thread.join()
+        self._keeper.shutdown(cancel_futures=True)

@@ -74,7 +74,7 @@ class Signals:
     Attributes:
         time_s: The moment, on a clock that never goes back.
         arrival_rate: Examples per second that came lately.
-        queue: Examples that wait now.
+        queue: Examples that wait, and do not go by themselves.
         p95_ms: Of the recent answers, from arrival to answer; None if there were none.
         slowdown: Recent time of forward passes over that of the profile; None if there were none.
         free_memory: Bytes that could be taken without hurting anybody; None if unknown.
@@ -182,7 +182,11 @@ class Decision:
 
 
 def decide(
-    standing: Standing, signals: Signals, variants: Sequence[Profile], objective: Objective
+    standing: Standing,
+    signals: Signals,
+    variants: Sequence[Profile],
+    objective: Objective,
+    tails: Mapping[str, float] | None = None,
 ) -> tuple[Standing, Decision]:
     """Take the most accurate variant that meets the objective; the smallest if none does.
 
@@ -191,18 +195,22 @@ def decide(
         signals: What was seen since.
         variants: The portfolio, at least one variant.
         objective: What is asked for.
+        tails: Share of the requests of each variant, by its name, that may take longer because
+            others help (`fedsys.pruning.switch_relief.tails_of`); `TAIL` where none is given.
 
     Returns:
         The new state, and the decision with its reason and the prediction for each variant.
     """
-    ranked = sorted(variants, key=_merit, reverse=True)
+    ranked = sorted(variants, key=merit, reverse=True)
     current = next((v for v in ranked if v.name == standing.current), None)
-    room = _room(signals, objective, current)
+    room = room_of(signals, objective, current)
+    tails = {v.name: TAIL for v in ranked} | dict(tails or {})
     predicted = {
-        v.name: Predicted(predict_p95_ms(v, signals, objective), v.peak_bytes <= room)
+        v.name: Predicted(predict_ms(v, signals, objective, tails[v.name]), v.peak_bytes <= room)
         for v in ranked
     }
-    chosen, reason = _choose(standing, signals, ranked, current, predicted, objective, room)
+    view = _View(standing, signals, ranked, current, predicted, objective, room, tails)
+    chosen, reason = _choose(view)
     meets = predicted[chosen.name].meets(objective)
     how = How.STAY if chosen is current else How.HOT
     if current is not None and chosen is not current and not _both_fit(signals, chosen):
@@ -214,7 +222,7 @@ def decide(
     return Standing(chosen.name, since, meets), decision
 
 
-def _merit(variant: Profile) -> tuple[float, float, int]:
+def merit(variant: Profile) -> tuple[float, float, int]:
     """Order by accuracy, then speed, then size; a variant of unknown accuracy comes last."""
     accuracy = -1.0 if math.isnan(variant.accuracy) else variant.accuracy
     return accuracy, -variant.latency[0].p50_ms, -variant.bytes
@@ -225,15 +233,23 @@ def smallest(variants: Sequence[Profile]) -> Profile:
     return min(variants, key=lambda v: (v.bytes, v.latency[0].p50_ms, v.name))
 
 
-def _choose(
-    standing: Standing,
-    signals: Signals,
-    ranked: Sequence[Profile],
-    current: Profile | None,
-    predicted: Mapping[str, Predicted],
-    objective: Objective,
-    room: float,
-) -> tuple[Profile, str]:
+@dataclass(frozen=True)
+class _View:
+    """All that a choice is made of."""
+
+    standing: Standing
+    signals: Signals
+    ranked: Sequence[Profile]
+    current: Profile | None
+    predicted: Mapping[str, Predicted]
+    objective: Objective
+    room: float
+    tails: Mapping[str, float]
+
+
+def _choose(view: _View) -> tuple[Profile, str]:
+    standing, signals, objective = view.standing, view.signals, view.objective
+    ranked, current, predicted, room = view.ranked, view.current, view.predicted, view.room
     worse = stressed(signals, objective.margin)
 
     def meets(variant: Profile) -> bool:
@@ -241,7 +257,8 @@ def _choose(
 
     def is_safe(variant: Profile) -> bool:
         fits = variant.peak_bytes * (1 + objective.margin) <= room
-        return fits and predict_p95_ms(variant, worse, objective) <= objective.p95_ms
+        tail = view.tails[variant.name]
+        return fits and predict_ms(variant, worse, objective, tail) <= objective.p95_ms
 
     safe = next((v for v in ranked if is_safe(v)), None)
     bare = next((v for v in ranked if meets(v)), None)
@@ -253,7 +270,7 @@ def _choose(
         return target, f"none meets {aim}: the smallest answers"
     waited = signals.time_s - standing.since_s
     if meets(current):
-        if safe is None or _merit(safe) <= _merit(current):
+        if safe is None or merit(safe) <= merit(current):
             return current, f"meets {aim}"
         if waited < objective.dwell_s:
             return current, f"{safe.name} would do, {objective.dwell_s - waited:.1f} s too early"
@@ -304,21 +321,23 @@ def profile_of(variant: Variant, threads: int) -> Profile:
 # Predictions
 
 
-def predict_p95_ms(variant: Profile, signals: Signals, objective: Objective) -> float:
-    """Return the expected 95th percentile of the time from arrival to answer, in milliseconds.
+def predict_ms(
+    variant: Profile, signals: Signals, objective: Objective, tail: float = TAIL
+) -> float:
+    """Return the time from arrival to answer that a share `tail` is expected to exceed.
+
+    In milliseconds; it is the 95th percentile unless another share is given.
 
     Args:
         variant: Its profile; batch sizes up to ``objective.max_batch`` count.
         signals: Load and machine.
         objective: Gives batch and input size.
+        tail: In (0, 1).
 
     Returns:
         The least over the batch sizes; infinite if the load is too high at each of them.
     """
-    slow = slowdown(signals)
-    transfer = 0.0
-    if signals.link_mbit_s:
-        transfer = objective.input_bytes * 8 / (signals.link_mbit_s * 1e3)
+    slow, transfer = slowdown(signals), transfer_ms(signals, objective)
     sizes = {row.batch for row in variant.latency if row.batch <= objective.max_batch}
     best = math.inf
     for size in sorted(sizes | {objective.max_batch}):
@@ -326,11 +345,19 @@ def predict_p95_ms(variant: Profile, signals: Signals, objective: Objective) -> 
         service = row.p50_ms * slow
         busy = signals.arrival_rate / 1e3 * service / row.batch
         # Gaps even out over the b arrivals of a batch: Kingman's bound is b times less.
-        waiting = max(tail_wait_ms(busy, service / row.batch), signals.queue / row.batch * service)
+        waiting = tail_wait_ms(busy, service / row.batch, tail)
+        waiting = max(waiting, signals.queue / row.batch * service)
         if row.batch > 1:  # the batch that runs when an example comes is not in it
             waiting += busy * service
         best = min(best, waiting + row.p95_ms * slow + transfer)
     return best
+
+
+def transfer_ms(signals: Signals, objective: Objective) -> float:
+    """Return the time of one input on the link, in milliseconds; 0 if its rate is unknown."""
+    if not signals.link_mbit_s:
+        return 0.0
+    return objective.input_bytes * 8 / (signals.link_mbit_s * 1e3)
 
 
 def latency_at(variant: Profile, batch: int) -> Latency:
@@ -372,8 +399,8 @@ def slowdown(signals: Signals) -> float:
     return 1 / max(0.5, 1 - signals.cpu_load)
 
 
-def tail_wait_ms(busy: float, service_ms: float) -> float:
-    """Return the 95th percentile of the waiting time in an M/D/1 queue, in heavy traffic.
+def tail_wait_ms(busy: float, service_ms: float, tail: float = TAIL) -> float:
+    """Return the waiting time that a share `tail` exceeds in an M/D/1 queue, in heavy traffic.
 
     P(W > t) is about r exp(-2 (1 - r) t / s): the mean of M/D/1, r s / (2 (1 - r)), with an
     exponential tail.
@@ -381,20 +408,21 @@ def tail_wait_ms(busy: float, service_ms: float) -> float:
     Args:
         busy: r, arrival rate times service time.
         service_ms: s.
+        tail: In (0, 1).
     """
     if busy >= 1:
         return math.inf
-    if busy <= TAIL:
+    if busy <= tail:
         return 0.0
-    return service_ms / (2 * (1 - busy)) * math.log(busy / TAIL)
+    return service_ms / (2 * (1 - busy)) * math.log(busy / tail)
 
 
 # --------------------------------------------------------------------------------------------------
 # Memory
 
 
-def _room(signals: Signals, objective: Objective, current: Profile | None) -> float:
-    """Return what the variant that answers may take: the one that runs gives its share back."""
+def room_of(signals: Signals, objective: Objective, current: Profile | None) -> float:
+    """Return the bytes that what answers may take: the one that runs gives its share back."""
     room = math.inf if objective.memory_bytes is None else float(objective.memory_bytes)
     if signals.free_memory is not None:
         room = min(room, signals.free_memory + (current.peak_bytes if current else 0))

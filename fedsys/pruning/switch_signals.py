@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import threading
 import time
@@ -18,13 +19,15 @@ WINDOW_S = 2.0
 """How far back the signals look, in seconds.
 
 Rate and slowness are also taken of the last quarter of it, and the worse of both counts: a rush is
-seen at once, and calm is believed only when it has lasted.
+seen at once, and calm is believed only when it has lasted. A rate of so short a time varies by
+chance, so what counts is two standard deviations (of Poisson arrivals) less than it was.
 """
 
 LINK_BYTES = 64 * 1024
 """Smallest body whose duration says something about the rate of a link."""
 
 _FEWEST = 3  # answers from which a median or a percentile is taken
+_LOAD_S = 0.05  # least time over which the load of others is taken
 
 
 @final
@@ -54,9 +57,9 @@ class Meter:
         self._passes: deque[tuple[float, float]] = deque()
         self._answers: deque[tuple[float, float]] = deque()
         self._links: deque[tuple[float, float]] = deque()
-        self._queue = 0
+        self._queue = self._standing = 0
         self._process = psutil.Process()
-        others_load(self._process)
+        self._load = (clock(), others_load(self._process))
 
     def arrived(self, rows: int) -> None:
         """Note that examples came and wait."""
@@ -68,6 +71,12 @@ class Meter:
         """Note that examples wait no more."""
         with self._lock:
             self._queue -= rows
+            self._standing = min(self._standing, self._queue)
+
+    def overdue(self) -> None:
+        """Note that what waits now cannot be answered in time."""
+        with self._lock:
+            self._standing = self._queue
 
     def received(self, size: int, seconds: float) -> None:
         """Note how long a body took to arrive; small ones say nothing about the link."""
@@ -89,24 +98,29 @@ class Meter:
             self._answers.append((self._clock(), milliseconds))
 
     def signals(self) -> Signals:
-        """Return what was seen lately."""
+        """Return what was seen lately.
+
+        The queue is the shortest since the last call: one that is short now and then goes by
+        itself (Nichols & Jacobson, "Controlling Queue Delay", 2012), unless it is overdue.
+        """
         now = self._clock()
-        load = others_load(self._process)
+        if now - self._load[0] >= _LOAD_S:
+            self._load = now, others_load(self._process)
         with self._lock:
-            span = min(self._window_s, max(now - self._began, 1e-3))
+            span = min(self._window_s, max(now - self._began, self._window_s / 4))
             for notes in (self._arrivals, self._passes, self._answers, self._links):
                 while notes and notes[0][0] < now - self._window_s:
                     notes.popleft()
             answers = sorted(value for _, value in self._answers)
             links = [value for _, value in self._links]
-            late = now - span / 4
+            late = now - self._window_s / 4
             rate = sum(rows for _, rows in self._arrivals) / span
-            rush = sum(rows for moment, rows in self._arrivals if moment > late) / (span / 4)
+            rush = _at_least([n for moment, n in self._arrivals if moment > late]) / (now - late)
             slow = [
                 _middle([value for _, value in self._passes]),
                 _middle([value for moment, value in self._passes if moment > late]),
             ]
-            queue = self._queue
+            queue, self._standing = self._standing, self._queue
         return Signals(
             time_s=now,
             arrival_rate=max(rate, rush),
@@ -114,9 +128,15 @@ class Meter:
             p95_ms=answers[int(0.95 * (len(answers) - 1))] if len(answers) >= _FEWEST else None,
             slowdown=max((value for value in slow if value is not None), default=None),
             free_memory=self._free(),
-            cpu_load=load,
+            cpu_load=self._load[1],
             link_mbit_s=_middle(links),
         )
+
+
+def _at_least(rows: Sequence[float]) -> float:
+    """Return how many examples came at least, chance aside: requests come as a Poisson process."""
+    spread = math.sqrt(sum(n * n for n in rows))
+    return max(0.0, sum(rows) - 2 * spread)
 
 
 def _middle(values: Sequence[float]) -> float | None:

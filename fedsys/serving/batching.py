@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fedsys.errors import FedsysError, RequestError
-from fedsys.serving.engine import Answer, Engine, Fact
+from fedsys.serving.engine import Answer, Engine, Fact, Pressure
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,8 @@ class Batcher:
         start = time.perf_counter()
         try:
             images = batch[0].images if len(batch) == 1 else torch.cat([w.images for w in batch])
-            answer = self._engine.answer(images)
+            pressure = Pressure((start - batch[0].since) * 1e3, self._rows)
+            answer = self._engine.answer(images, pressure)
         except Exception as error:  # whatever the engine says: the requests are told, others go on
             known = isinstance(error, FedsysError)
             text = str(error) if known else f"{type(error).__name__}: {error}"

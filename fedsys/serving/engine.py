@@ -50,6 +50,22 @@ class Answer:
     facts: Mapping[str, Fact] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Pressure:
+    """How urgent a batch is.
+
+    Attributes:
+        waited_ms: How long its oldest request has waited, in milliseconds.
+        behind: Images that wait behind it.
+    """
+
+    waited_ms: float = 0.0
+    behind: int = 0
+
+
+CALM = Pressure()
+
+
 class Watch(Protocol):
     """Whoever wants to know what happens at the endpoint. Called from several threads."""
 
@@ -77,7 +93,7 @@ class Engine(Protocol):
     def watch(self) -> Watch:
         """Who is told what happens at the endpoint."""
 
-    def answer(self, images: Tensor) -> Answer:
+    def answer(self, images: Tensor, pressure: Pressure = CALM) -> Answer:
         """Return the scores of normalised float32 images ``(batch, C, H, W)``."""
 
     def status(self) -> Mapping[str, Any]:

@@ -37,6 +37,8 @@ class ServingConfig:
         objective: What is asked of the answers.
         variant: The only variant that answers; None lets the policy choose.
         resident: Whether all variants are in memory at all times.
+        standby: The smallest variants stay in memory and help where the one that answers would be
+            late, as many as together take at most this share of what the largest takes; 0: none.
         interval_s: Between two decisions, in seconds.
         threads: Intra-op threads of a forward pass; None for all cores.
         max_batch: Images that are put together at most.
@@ -56,6 +58,7 @@ class ServingConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     variant: str | None = None
     resident: bool = False
+    standby: float = 0.1
     interval_s: float = 0.1
     threads: int | None = None
     max_batch: int = 8
@@ -87,6 +90,7 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("objective.margin", lambda v: 0 <= v <= 1, "must be in [0, 1]"),
     ("objective.dwell_s", *_from(0)),
     ("objective.down_dwell_s", *_from(0)),
+    ("standby", *_from(0)),
     ("interval_s", *_above(0)),
     ("threads", *_from(1)),
     ("max_batch", *_from(1)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -16,8 +17,9 @@ from fedsys.pruning.portfolio import Portfolio
 from fedsys.pruning.switch import Loaded, Resident, Switcher
 from fedsys.pruning.switch_control import Control, Record
 from fedsys.pruning.switch_policy import Objective, Signals, Standing, decide, profile_of
+from fedsys.pruning.switch_relief import Backlog
 from fedsys.pruning.switch_signals import Meter
-from fedsys.serving.engine import Answer, Card
+from fedsys.serving.engine import CALM, Answer, Card, Pressure
 from fedsys.serving.options import ServingConfig
 
 
@@ -59,32 +61,46 @@ class PortfolioEngine:
         seen = Signals(time.monotonic(), free_memory=self.watch.signals().free_memory)
         first = decide(Standing(), seen, profiles, goal)[1]
         sizes = sorted({1, options.max_batch})
+        standby = options.standby
         warm = tuple(torch.zeros(size, *shape) for size in sizes)
         self._switcher: Switcher
         if options.resident:
             modules = {v.name: portfolio.module(v.name).eval() for v in chosen}
-            self._switcher = Resident(modules, first.after)
+            self._switcher, standby = Resident(modules, first.after), math.inf
         else:
             self._switcher = Loaded(portfolio.module, first.after, warm)
-        self.control = Control(self._switcher, profiles, goal, self.watch.signals, tell)
+        self.control = Control(self._switcher, profiles, goal, self.watch.signals, tell, standby)
         self.control.last = first
         self._answers: Counter[str] = Counter()
+        self._relieved = 0
         self._process = psutil.Process()
 
-    def answer(self, images: Tensor) -> Answer:
-        """Return the scores, all by one variant."""
-        with self._switcher.lease() as active:
+    def answer(self, images: Tensor, pressure: Pressure = CALM) -> Answer:
+        """Return the scores, all by one variant: that of the policy, or one that relieves it."""
+        backlog = Backlog(images.shape[0], pressure.waited_ms, pressure.behind)
+        name, in_time = self.control.pick(backlog)
+        if not in_time:
+            self.watch.overdue()
+            self.control.hurry()
+        with self._switcher.lease(name) as active:
             start = time.perf_counter()
             scores = active.run(images)
             took = (time.perf_counter() - start) * 1e3
         self.watch.passed(active.name, images.shape[0], took)
         self._answers[active.name] += images.shape[0]
+        if active.name != self._switcher.current:
+            self._relieved += images.shape[0]
         last = self.control.last
         facts = {
             "accuracy": self._accuracy[active.name],
             "meets_objective": last is not None and last.meets,
         }
         return Answer(scores.float(), active.name, facts)
+
+    @property
+    def in_memory(self) -> list[str]:
+        """Names of the variants in memory, the one that answers first."""
+        return [self._switcher.current, *self._switcher.spare]
 
     def status(self) -> Mapping[str, Any]:
         """Return what answers, why, what was seen, and the switches so far."""
@@ -96,7 +112,9 @@ class PortfolioEngine:
             "reason": last.reason if last else "",
             "signals": vars(last.signals) if last else {},
             "predicted_p95_ms": {n: p.p95_ms for n, p in last.predicted.items()} if last else {},
+            "in_memory": self.in_memory,
             "answers": dict(self._answers),
+            "relieved": self._relieved,
             "switches": sum(r.cost is not None for r in records),
             "failed_switches": sum(r.cost is None for r in records),
             "resident_bytes": self._process.memory_info().rss,
