@@ -267,7 +267,8 @@ class OffloadClient:
 
     def _stages(self, state: dict[str, Tensor]) -> list[nn.Module]:
         """Return the device's stages on its device; the edge's are never built."""
-        return filled_stages(self._layers, self._cuts, [0, 2], state, self._device)
+        layout = self._config.client.memory_format
+        return filled_stages(self._layers, self._cuts, [0, 2], state, self._device, layout)
 
     def _restore(self, point: _Point, first: _Point) -> Part:
         state = {name: tensor.clone() for name, tensor in point.state.items()}

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedsys import data, models
+from fedsys import data, models, training
 from fedsys.config import Config, Spec
 from fedsys.data import Dataset
 from fedsys.errors import ConfigError
@@ -89,7 +89,7 @@ def own_data(config: Config, root: str, client: int) -> Config:
 
 
 def build_model(config: Config, dataset: Dataset, *, initial: bool = True) -> nn.Module:
-    """Return the model of a run on the CPU.
+    """Return the model of a run on the CPU, laid out as its clients compute.
 
     Args:
         config: The run.
@@ -99,12 +99,13 @@ def build_model(config: Config, dataset: Dataset, *, initial: bool = True) -> nn
     spec: dict[str, Any] = dict(config.model)
     if not initial:
         spec["init"] = None
-    return models.build(
+    model = models.build(
         spec,
         input_shape=dataset.input_shape,
         num_classes=dataset.num_classes,
         seed=config.seed,
     )
+    return training.lay_out(model, config.client.memory_format)
 
 
 def check_model(model: nn.Module, dataset: Dataset) -> None:

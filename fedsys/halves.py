@@ -139,6 +139,7 @@ def filled_stages(
     which: Sequence[int],
     state: Mapping[str, Tensor],
     device: torch.device,
+    memory_format: str = "contiguous",
 ) -> list[nn.Module]:
     """Return some of the stages between cuts, with the tensors of `state`.
 
@@ -149,6 +150,7 @@ def filled_stages(
         state: The tensors of the wanted stages by global name, no others; owned by the stages
             afterwards.
         device: Where the stages are to be.
+        memory_format: Their layout, as ``client.memory_format``.
 
     Raises:
         ModelError: The state does not fit.
@@ -160,7 +162,7 @@ def filled_stages(
         raise ModelError(f"the state is not that of the stages: {', '.join(unexpected[:5])}")
     for stage in chosen:
         fill(stage, {name: state[name] for name in stage.state_dict() if name in state})
-        stage.to(device)
+        training.lay_out(stage.to(device), memory_format)
     return chosen
 
 

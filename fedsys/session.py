@@ -110,7 +110,8 @@ class Session:
             raise FrameError(f"open: units {spec.first} to {spec.last} of {len(model)}")
         self._enters = model.units[spec.first - 1].out_shape if spec.first else spec.input_shape
         cuts = [spec.first, spec.last]
-        (self._stage,) = filled_stages(model, cuts, [1], start.state, device)
+        layout = self._config.client.memory_format
+        (self._stage,) = filled_stages(model, cuts, [1], start.state, device, layout)
         self._private = spec.last < len(model)
         workers = workers or Workers("")
         self._pace = session_pace(self._config, model, spec, workers)

@@ -256,6 +256,15 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
+def lay_out(module: nn.Module, memory_format: str) -> nn.Module:
+    """Give the weights of `module` the layout of ``client.memory_format``, in place.
+
+    A convolution computes, and writes its outputs, channels_last if its weight or its input is.
+    """
+    formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+    return module.to(memory_format=formats[memory_format])  # type: ignore[call-overload]
+
+
 def pick_device(name: str) -> torch.device:
     """Return the device for ``client.device``: ``auto`` takes CUDA where there is one.
 

@@ -127,6 +127,7 @@ WRONG = {
     "client.clip_norm": (0.0, -1.0),
     "client.threads": (0,),
     "client.device": ("gpu",),
+    "client.memory_format": ("nhwc",),
     "client.lr_schedule.kind": ("linear",),
     "client.lr_schedule.gamma": (0.0,),
     "client.lr_schedule.final": (1.5, -0.5),

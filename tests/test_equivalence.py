@@ -123,7 +123,18 @@ def pairs_of(row):
     return {(a, row[a], b, row[b]) for a, b in itertools.combinations(range(len(row)), 2)}
 
 
+LAID_OUT = {
+    "channels_last, kept momentum, clipped": {
+        "client": {
+            "memory_format": "channels_last",
+            "momentum": 0.9,
+            "keep_optimizer": True,
+            "clip_norm": 0.5,
+        },
+    },
+}
 BETWEEN_ROUNDS, PROXIMAL, LEVELS = PRUNED
+(CHANNELS_LAST,) = LAID_OUT
 TABLE = [
     *all_pairs(COLUMNS),
     (("resnet18", 0.5), "momentum, decay, cosine", (2, "pipelined"), "never", False, "memory"),
@@ -134,6 +145,9 @@ TABLE = [
     (("vgg5-batch", 2), BETWEEN_ROUNDS, (2, "pipelined"), "never", True, "memory"),
     (("cnn-group", 2), PROXIMAL, (1, "sequential"), "link", False, "memory"),
     (("cnn-group", 1), LEVELS, (2, "bounded"), "edge", True, "memory"),
+    (("vgg5-batch", [1, 2, 3]), CHANNELS_LAST, (3, "pipelined"), "link", False, "grpc"),
+    (("resnet18", 0.5), CHANNELS_LAST, (2, "pipelined"), "edge", True, "memory"),
+    (("mobilenet_v2", 0.5), CHANNELS_LAST, (1, "sequential"), "never", False, "memory"),
 ]
 
 
@@ -151,7 +165,7 @@ def settings(configure):
 
     def made(model, feature, **more):
         name, arguments = MODELS[model]
-        values = dict((FEATURES | PRUNED)[feature])
+        values = dict((FEATURES | PRUNED | LAID_OUT)[feature])
         strategy = values.pop("strategy", "fedavg")
         base = configure("data=synthetic", f"model={name}", f"strategy={strategy}")
         data = {"data": {"shape": SHAPES[name]}}
@@ -277,7 +291,9 @@ def test_split_training_gives_the_bits_of_plain_training(
                 "policy": {"kind": "fixed", "cut": cut, "codec": "fp32"},
             },
         ),
-        client=merged((FEATURES | PRUNED)[feature].get("client", {}), {"label_private": private}),
+        client=merged(
+            (FEATURES | PRUNED | LAID_OUT)[feature].get("client", {}), {"label_private": private}
+        ),
         link={"kind": link},
         num_edges=2,
     )

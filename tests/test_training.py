@@ -17,6 +17,7 @@ from fedsys.training import (
     device_of,
     evaluate,
     forward,
+    lay_out,
     loss_of,
     pick_device,
     pieces,
@@ -341,6 +342,18 @@ def test_the_device_of_a_model_is_that_of_its_tensors():
     assert device_of(nn.Linear(1, 1, device="meta")).type == "meta"
     assert device_of(nn.BatchNorm1d(1, affine=False, device="meta")).type == "meta"
     assert device_of(nn.ReLU()).type == "cpu"
+
+
+def test_the_layout_of_weights_decides_that_of_activations_and_no_value():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
+    before = {name: tensor.clone() for name, tensor in model.eval().state_dict().items()}
+    for name, layout in (
+        ("channels_last", torch.channels_last),
+        ("contiguous", torch.contiguous_format),
+    ):
+        assert lay_out(model, name) is model
+        assert model[1](model[0](torch.rand(2, 3, 4, 4))).is_contiguous(memory_format=layout)
+        assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_threads_are_set_for_what_follows():

@@ -3,7 +3,8 @@
 Ours does what every client does: it chooses a mini-batch of uint8 images, augments and normalises
 it, addresses the draws of the model, and trains by `fedsys.training.train`. The other side is the
 loop of a tutorial over tensors that were augmented and normalised beforehand. Both have the same
-model, initial weights, optimizer, number of threads and images.
+model, initial weights, optimizer, number of threads and images; only ``client.memory_format`` is
+ours alone.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError.of("client.batch_size", size, f"must be at most the {held} examples")
     model = federation.build_model(config, fed.dataset)
     ours = _Ours(config, fed, copy.deepcopy(model), int(options["batches"]))
-    plain = _Plain(config, fed, model, int(options["batches"]))
+    plain = _Plain(config, fed, training.lay_out(model, "contiguous"), int(options["batches"]))
     took: dict[str, list[float]] = {"fedsys": [], "plain": []}
     for turn in range(WARM_UP + int(options["turns"])):
         pair = [("fedsys", ours.turn), ("plain", plain.turn)]

@@ -50,6 +50,7 @@ RULES: tuple[Rule, ...] = (
     ("client.clip_norm", _optional(_positive), "must be greater than 0", "null turns it off"),
     ("client.threads", _at_least_one, "must be at least 1", ""),
     ("client.device", *_one_of("auto", "cpu", "cuda"), ""),
+    ("client.memory_format", *_one_of("contiguous", "channels_last"), ""),
     ("client.lr_schedule.kind", *_one_of("constant", "step", "exponential", "cosine"), ""),
     ("client.lr_schedule.gamma", _positive, "must be greater than 0", ""),
     ("client.lr_schedule.final", lambda v: 0 <= v <= 1, "must be in [0, 1]", ""),

@@ -50,6 +50,8 @@ class ClientConfig:
         lr_schedule: The rate by round.
         threads: Intra-op threads of one client; bits depend on it.
         device: ``auto``, ``cpu`` or ``cuda``.
+        memory_format: Of weights with four dimensions, which that of activations follows:
+            ``contiguous`` or ``channels_last``; bits depend on it.
         keep_optimizer: Whether the optimizer's state lives on from round to round.
         label_private: Whether the last unit stays on the device in split training, so that labels
             never leave it.
@@ -70,6 +72,7 @@ class ClientConfig:
     lr_schedule: LearningRate = field(default_factory=LearningRate)
     threads: int = 1
     device: str = "auto"
+    memory_format: str = "contiguous"
     keep_optimizer: bool = False
     label_private: bool = False
     frozen: bool = False
