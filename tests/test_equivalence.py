@@ -133,6 +133,7 @@ LAID_OUT = {
         },
     },
 }
+ALL_FEATURES = FEATURES | PRUNED | LAID_OUT
 BETWEEN_ROUNDS, PROXIMAL, LEVELS = PRUNED
 (CHANNELS_LAST,) = LAID_OUT
 TABLE = [
@@ -165,7 +166,7 @@ def settings(configure):
 
     def made(model, feature, **more):
         name, arguments = MODELS[model]
-        values = dict((FEATURES | PRUNED | LAID_OUT)[feature])
+        values = dict(ALL_FEATURES[feature])
         strategy = values.pop("strategy", "fedavg")
         base = configure("data=synthetic", f"model={name}", f"strategy={strategy}")
         data = {"data": {"shape": SHAPES[name]}}
@@ -291,9 +292,7 @@ def test_split_training_gives_the_bits_of_plain_training(
                 "policy": {"kind": "fixed", "cut": cut, "codec": "fp32"},
             },
         ),
-        client=merged(
-            (FEATURES | PRUNED | LAID_OUT)[feature].get("client", {}), {"label_private": private}
-        ),
+        client=merged(ALL_FEATURES[feature].get("client", {}), {"label_private": private}),
         link={"kind": link},
         num_edges=2,
     )
