@@ -47,7 +47,7 @@ _MEAN_FUNCTIONS = frozenset({
 })  # fmt: skip
 _MEAN_METHODS = frozenset({"contiguous", "mean"})
 
-_LOOK = 16
+_LOOK = 32
 """Inputs that are looked at first: a dense filter has weights of both signs on them."""
 
 
@@ -136,13 +136,18 @@ def _mix(op: Op, given: Bounds) -> Bounds:
     bounded = torch.ones(op.channels, dtype=torch.bool)
     if op.groups == 1:
         columns = high[0].isinf().nonzero().flatten()[:_LOOK]
-        seen = taps[:, columns].flatten(1)  # both signs on inputs without an end: no bound either
-        bounded = ~((seen > 0).any(1) & (seen < 0).any(1))
-    rows, columns = (present & bounded[:, None]).nonzero().unbind(1)
+        if len(columns):  # both signs on inputs without an end: no bound either
+            least, most = taps[:, columns].flatten(1).aminmax(dim=1)
+            bounded = (least >= 0) | (most <= 0)
+    result = unbounded(op.channels)
+    whose = bounded.nonzero().flatten()
+    if not len(whose):
+        return result
+    rows, columns = present[whose].nonzero().unbind(1)
+    rows = whose[rows]
     values, group = taps[rows, columns], rows // (op.channels // op.groups)
     up, down = (end.sum(1) for end in (values.clamp(min=0.0), values.clamp(max=0.0)))
     least, most = low[group, columns], high[group, columns]
-    result = unbounded(op.channels)
     bias = torch.zeros_like(result.high) if op.layer.bias is None else op.layer.bias.detach()
     ends = (bias.clone(), bias.clone())
     ends[0].index_add_(0, rows, _times(up, least) + _times(down, most))

@@ -133,7 +133,8 @@ class _Run(fx.Interpreter):  # torch.fx's way to look at values while a graph ru
         zero = [given.where & ~given.nonzero() for given in inputs]
         still = where = constant_channels(op, [given.still for given in inputs], zero)
         if self._borders is Borders.CARRIER:
-            where = constant_channels(op, [given.where for given in inputs], zero)
+            if not all(torch.equal(given.where, given.still) for given in inputs):
+                where = constant_channels(op, [given.where for given in inputs], zero)
             if op.zero_border:
                 where = where & ~_bent_at_border(op, inputs[0])
         if op.kind is Kind.SAME and self._closing:

@@ -298,9 +298,10 @@ def _describe_layer(
     values = layer.weight.detach()
     taps = values.flatten(2) if values.dim() > 2 else values[..., None]
     inner = _inner_tap(layer) if isinstance(layer, Conv) and _reads_zeros(layer) else -1
-    split = max(inner, 0)
-    middle = taps[..., split : split + 1].any(2)
-    outer = taps[..., :split].any(2) | taps[..., split + 1 :].any(2)
+    present, split = taps != 0, max(inner, 0)
+    middle = present[..., split].clone()
+    present[..., split] = False
+    outer = present.any(2) if present.shape[2] > 1 else torch.zeros_like(middle)
     connected = (middle | outer).view(groups, -1, middle.shape[1])
     at_border = None
     if isinstance(layer, Conv) and _reads_zeros(layer):
@@ -333,7 +334,7 @@ def outputs_reading(op: Op, inputs: Tensor, border: bool = False) -> Tensor:
     With `border` only weights that can meet padded zeros count.
     """
     present = op.at_border if border else op.connected
-    if present is None:
+    if present is None or not bool(inputs.any()):
         return torch.zeros(op.channels, dtype=torch.bool)
     return (present & inputs.view(op.groups, 1, -1)).any(2).flatten()
 
