@@ -97,7 +97,8 @@ def _units(config: Config, cut: int, count: int, repeats: int = 15) -> float:
     state = federation.build_model(config, fed.dataset).state_dict()
     bounds = [cut, len(layers)]
     own = {name: state[name] for name in names_between(layers, bounds)[0]}
-    (front,) = filled_stages(layers, bounds, [0], own, torch.device("cpu"))
+    layout = config.client.memory_format
+    (front,) = filled_stages(layers, bounds, [0], own, torch.device("cpu"), layout)
     x = torch.randn((config.client.batch_size, *fed.dataset.input_shape))
     gradient = torch.randn_like(front(x))
     return median(_once(front, x, gradient, count) for _ in range(repeats))
