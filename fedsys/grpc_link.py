@@ -29,8 +29,9 @@ from fedsys.errors import (
     RemoteError,
     SecurityError,
 )
-from fedsys.grpc_stream import PIECE_BYTES, Sender, Stream
+from fedsys.grpc_stream import Sender, Stream
 from fedsys.link import Handler, HandlerThreads, Link, Server
+from fedsys.pieces import PIECE_BYTES
 from fedsys.security import Credentials, check
 from fedsys.wire import Buffer, Frame, Limits, encode_parts
 

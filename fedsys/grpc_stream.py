@@ -6,8 +6,8 @@ into the inbox from there; and an accepted link sends a small frame in the threa
 long as nothing waits in its outbox and the network takes what it gets. (An end that dialled has
 gRPC's own writer, which can only be handed to.)
 
-A frame is cut into messages of `PIECE_BYTES` to twice that: copying one piece overlaps with
-sending the one before, which a single large message does not allow.
+A frame is cut into messages (`fedsys.pieces`): copying one piece overlaps with sending the one
+before, which a single large message does not allow.
 """
 
 from __future__ import annotations
@@ -19,37 +19,14 @@ from typing import Final
 
 from fedsys.errors import LinkError
 from fedsys.mailbox import Mailbox
+from fedsys.pieces import pieces
 from fedsys.wire import Assembler, Buffer, Frame, Limits
-
-PIECE_BYTES: Final = 1 << 20
 
 AT_ONCE_BYTES: Final = 128 << 10
 """Largest message that is worked on in the thread that has it."""
 
 _QUICK_S: Final = 2e-3  # gRPC takes a message off that meets no resistance in a tenth of this
 _LATE: Final = b"late"  # stands for a frame for which the inbox had no room
-
-
-def pieces(parts: Sequence[Buffer], least: int = PIECE_BYTES) -> Iterator[bytes]:
-    """Copy buffers, put one after the other, into equal pieces of `least` to 2 · `least` bytes.
-
-    All that is shorter makes one piece.
-    """
-    total = sum(len(part) for part in parts)
-    size = -(-total // max(1, total // least))
-    held: list[memoryview] = []
-    count = 0
-    for part in parts:
-        rest = memoryview(part)
-        while count + len(rest) >= size:
-            held.append(rest[: size - count])
-            rest = rest[size - count :]
-            yield b"".join(held)
-            held, count = [], 0
-        held.append(rest)
-        count += len(rest)
-    if count:
-        yield b"".join(held)
 
 
 class Stream:

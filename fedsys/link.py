@@ -1,10 +1,11 @@
-"""Links: ordered, reliable connections that carry frames, in one process or over gRPC.
+"""Links: ordered, reliable connections that carry frames, in one process or between machines.
 
 `dial` and `serve` choose by address: ``memory://edge-a`` connects threads of one process,
-``grpc://edge-a:9443`` connects processes and machines. Both pass every frame through the same
-encoder, so what works in one works in the other. `fedsys.shaping` and `fedsys.faulty` wrap a link.
+``tcp://edge-a:9443`` and ``grpc://edge-a:9443`` connect processes and machines: TCP costs less,
+gRPC passes what understands HTTP/2 only. All pass every frame through the same encoder, so what
+works in one works in the others. `fedsys.shaping` and `fedsys.faulty` wrap a link.
 
-What `send` promises, the same for both:
+What `send` promises, the same for all:
 
 * It returns when the frame has been copied into the queue of this end; tensors may then change.
 * It waits only while that queue holds `queue_bytes`, that is, while the network or the peer is
@@ -136,13 +137,13 @@ def dial(
     """Connect to a server.
 
     Args:
-        address: ``grpc://host:port`` or ``memory://name``.
-        credentials: For mutual TLS; needed over gRPC unless the host is loopback.
+        address: ``tcp://host:port``, ``grpc://host:port`` or ``memory://name``.
+        credentials: For mutual TLS; needed between processes unless the host is loopback.
         limits: What this end accepts in a frame.
         queue_bytes: Bytes that each direction holds before `send` waits.
-        timeout_s: How long to wait for a gRPC server that does not answer yet.
-        plain: Accept an unprotected gRPC link to another host, for networks that are trusted.
-        retry: Whether a gRPC server may come into being within `timeout_s`; else it is over when
+        timeout_s: How long to wait for a server in another process that does not answer yet.
+        plain: Accept an unprotected link to another host, for networks that are trusted.
+        retry: Whether such a server may come into being within `timeout_s`; else it is over when
             the first attempt fails.
 
     Raises:
@@ -154,9 +155,13 @@ def dial(
     kind, place = _split(address)
     if kind == "memory":
         return _dial_memory(place, limits, queue_bytes)
+    _require_tls(address, place, credentials, plain)
+    if kind == "tcp":
+        from fedsys import tcp_link
+
+        return tcp_link.dial(place, credentials, limits, queue_bytes, timeout_s, retry)
     from fedsys import grpc_link  # importing grpc takes longer than all else here
 
-    _require_tls(address, place, credentials, plain)
     return grpc_link.dial(place, credentials, limits, queue_bytes, timeout_s, retry)
 
 
@@ -177,13 +182,14 @@ def serve(
     with the error's type, because other messages may tell what is none of the peer's business.
 
     Args:
-        address: ``grpc://host:port`` (port 0: any that is free) or ``memory://name``.
+        address: ``tcp://host:port`` or ``grpc://host:port`` (port 0: any that is free), or
+            ``memory://name``.
         handler: Called with each accepted link.
-        credentials: For mutual TLS; needed over gRPC unless the host is loopback.
+        credentials: For mutual TLS; needed between processes unless the host is loopback.
         limits: What this end accepts in a frame.
         queue_bytes: Bytes that each direction of a link holds before `send` waits.
         max_links: Links at one time; further ones are refused.
-        plain: Accept unprotected gRPC links from other hosts, for networks that are trusted.
+        plain: Accept unprotected links from other hosts, for networks that are trusted.
 
     Raises:
         ConfigError: The address has another form, or is in use.
@@ -192,17 +198,23 @@ def serve(
     kind, place = _split(address)
     if kind == "memory":
         return _MemoryServer(place, handler, limits, queue_bytes, max_links)
+    _require_tls(address, place, credentials, plain)
+    if kind == "tcp":
+        from fedsys import tcp_link
+
+        return tcp_link.serve(place, handler, credentials, limits, queue_bytes, max_links)
     from fedsys import grpc_link  # importing grpc takes longer than all else here
 
-    _require_tls(address, place, credentials, plain)
     return grpc_link.serve(place, handler, credentials, limits, queue_bytes, max_links)
 
 
 def _split(address: str) -> tuple[str, str]:
     kind, separator, place = address.partition("://")
-    if not separator or not place or kind not in ("grpc", "memory"):
-        raise ConfigError.of("address", address, "must be grpc://host:port or memory://name")
-    if kind == "grpc":
+    if not separator or not place or kind not in ("tcp", "grpc", "memory"):
+        raise ConfigError.of(
+            "address", address, "must be tcp://host:port, grpc://host:port or memory://name"
+        )
+    if kind != "memory":
         try:
             parts = urlsplit(address)
             complete = bool(parts.hostname) and parts.port is not None and parts.netloc == place
@@ -210,7 +222,7 @@ def _split(address: str) -> tuple[str, str]:
             complete = False
         if not complete:
             raise ConfigError.of(
-                "address", address, "must name a host and a port, grpc://host:port"
+                "address", address, f"must name a host and a port, {kind}://host:port"
             )
     return kind, place
 

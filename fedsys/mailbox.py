@@ -94,6 +94,22 @@ class Mailbox(Generic[T]):
             entry = self._items.get(timeout=None if timeout_s is None else max(timeout_s, 0.0))
         except Empty:
             raise LinkTimeout(f"nothing arrived within {timeout_s:g} s") from None
+        return self._taken(entry)
+
+    def poll(self) -> T | None:
+        """Take the oldest item; return None if there is none.
+
+        Raises:
+            LinkError: All items were taken and the mailbox has ended, for the reason of `end`.
+        """
+        if self._items.empty():
+            return None
+        try:
+            return self._taken(self._items.get_nowait())
+        except Empty:
+            return None
+
+    def _taken(self, entry: tuple[T, int] | None) -> T:
         if entry is None or self._discard:
             self._items.put(None)  # for the next that asks
             self.raise_if_ended()

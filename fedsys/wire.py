@@ -51,6 +51,7 @@ VERSION: Final = 1
 ALIGNMENT: Final = 64
 
 _PREAMBLE: Final = struct.Struct("<4sHHIQI")
+PREAMBLE_BYTES: Final = _PREAMBLE.size
 _CRC_AT: Final = _PREAMBLE.size - 4
 _ZEROS: Final = bytes(ALIGNMENT)
 _SCALARS: Final = frozenset((str, int, float, bool, type(None)))
@@ -191,6 +192,12 @@ def encode(frame: Frame, limits: Limits = DEFAULT_LIMITS) -> bytes:
         FrameError: The frame cannot be sent: its kind, a value, a tensor, or a limit.
     """
     return b"".join(encode_parts(frame, limits))
+
+
+def frame_bytes(encoded: Buffer) -> int:
+    """Return how long a frame says that it is, from its first `PREAMBLE_BYTES`; unchecked."""
+    _, _, _, header, payload, _ = _PREAMBLE.unpack_from(encoded)
+    return PREAMBLE_BYTES + int(header) + int(payload)
 
 
 def kind_of(encoded: Buffer) -> str:
@@ -342,6 +349,26 @@ class Assembler:
             self._payload.data[self._filled : end] = rest
         self._filled = end
         return self._finish(declared) if end == self._payload_bytes else None
+
+    def vacant(self) -> memoryview:
+        """Return the memory that the next bytes belong in, up to the end of the frame.
+
+        Empty before the header is there. Whoever writes the bytes there himself saves a copy, and
+        tells `filled` how many.
+        """
+        return self._payload.data[self._filled :]
+
+    def filled(self, nbytes: int) -> Frame | None:
+        """Count bytes that were written to `vacant`; return the frame if they complete it.
+
+        Raises:
+            FrameError: A checksum does not match, or a tensor is not valid.
+        """
+        self._filled += nbytes
+        declared = self._declared
+        if declared is None or self._filled < self._payload_bytes:
+            return None
+        return self._finish(declared)
 
     def _read_head(self, data: Buffer) -> bool:
         """Check the preamble if it is there; return whether the header is there too."""

@@ -1,6 +1,7 @@
 """What every link keeps, whatever carries it."""
 
 import contextlib
+import functools
 import itertools
 import multiprocessing
 import os
@@ -16,6 +17,7 @@ from fedsys.errors import (
     ConfigError,
     FrameError,
     LinkClosed,
+    LinkRefused,
     LinkTimeout,
     RemoteError,
     SecurityError,
@@ -34,15 +36,31 @@ def tensor_frame(kind: str, nbytes: int, fill: int = 0) -> Frame:
     return Frame(kind, {"fill": fill}, {"x": torch.full((nbytes,), fill % 256, dtype=torch.uint8)})
 
 
+def address_of(transport: str) -> str:
+    if transport == "memory":
+        return f"memory://t{next(_names)}"
+    return "grpc://127.0.0.1:0" if transport == "grpc" else "tcp://127.0.0.1:0"
+
+
+@functools.cache
+def certificates(transport: str):
+    """Return the credentials of both sides, as arguments; none but over `tls`, which is TCP."""
+    if transport != "tls":
+        return {}, {}
+    authority = Authority.create()
+    server = authority.issue("edge-a", ["127.0.0.1"], role="server")
+    return {"credentials": server}, {"credentials": authority.issue("device-7")}
+
+
 class Ends:
     """One accepted link and one dialled one, with a server to themselves."""
 
     def __init__(self, transport: str, wrap, **options):
         self._accepted: queue.Queue = queue.Queue()
         self._done = threading.Event()
-        name = f"memory://t{next(_names)}" if transport == "memory" else "grpc://127.0.0.1:0"
-        self.server = serve(name, self._hold, **options)
-        self.near = wrap(dial(self.server.address, timeout_s=SOON, **options))
+        theirs, ours = certificates(transport)
+        self.server = serve(address_of(transport), self._hold, **theirs, **options)
+        self.near = wrap(dial(self.server.address, timeout_s=SOON, **ours, **options))
         self.far = self._accepted.get(timeout=SOON)
 
     def _hold(self, link):
@@ -65,7 +83,8 @@ WRAPPERS = {
     "shaped": lambda link: Shaped(link, Network(up_bits_s=1e12, down_bits_s=1e12)),
     "faulty": lambda link: Faulty(link, []),
 }
-CASES = [(t, w) for t in ("memory", "grpc") for w in WRAPPERS]
+CASES = [(t, w) for t in ("memory", "grpc", "tcp") for w in WRAPPERS] + [("tls", "plain")]
+NETWORKS = ["grpc", "tcp"]
 
 
 @pytest.fixture(params=CASES, ids=["-".join(case) for case in CASES])
@@ -82,18 +101,28 @@ def ends(request):
         pair.stop()
 
 
-@pytest.fixture(params=["memory", "grpc"])
+class Served:
+    """Servers of one transport, and what dials them."""
+
+    def __init__(self, transport):
+        self._transport = transport
+        self._theirs, self._ours = certificates(transport)
+        self.servers = []
+
+    def __call__(self, handler, **options):
+        server = serve(address_of(self._transport), handler, **self._theirs, **options)
+        self.servers.append(server)
+        return server
+
+    def dial(self, server, timeout_s=SOON):
+        return dial(server.address, timeout_s=timeout_s, **self._ours)
+
+
+@pytest.fixture(params=["memory", "grpc", "tcp", "tls"])
 def served(request):
-    servers = []
-
-    def start(handler, **options):
-        name = f"memory://t{next(_names)}"
-        address = name if request.param == "memory" else "grpc://127.0.0.1:0"
-        servers.append(serve(address, handler, **options))
-        return servers[-1]
-
-    yield start
-    for server in servers:
+    servers = Served(request.param)
+    yield servers
+    for server in servers.servers:
         server.stop()
 
 
@@ -255,7 +284,7 @@ def test_a_failing_handler_is_told_in_one_line_without_internals(served, caplog)
         link.send(Frame("first"))
         raise ValueError("/home/secret/path\nand more")
 
-    link = dial(served(fail).address, timeout_s=SOON)
+    link = served.dial(served(fail))
     assert link.recv(SOON).kind == "first"
     with pytest.raises(RemoteError) as caught:
         link.recv(SOON)
@@ -271,7 +300,7 @@ def test_an_error_of_fedsys_in_the_handler_arrives_with_its_message(served):
         link.recv(SOON)
         raise SecurityError("token=…: is not that of the session")
 
-    link = dial(served(refuse).address, timeout_s=SOON)
+    link = served.dial(served(refuse))
     link.send(Frame("open"))
     with pytest.raises(RemoteError, match="SecurityError: token=…: is not that of the session"):
         link.recv(SOON)
@@ -280,7 +309,7 @@ def test_an_error_of_fedsys_in_the_handler_arrives_with_its_message(served):
 
 def test_a_peer_that_leaves_is_no_failure_of_the_handler(served, caplog):
     server = served(echo)
-    link = dial(server.address, timeout_s=SOON)
+    link = served.dial(server)
     link.send(Frame("x"))
     assert link.recv(SOON).kind == "x"
     link.close()
@@ -290,9 +319,9 @@ def test_a_peer_that_leaves_is_no_failure_of_the_handler(served, caplog):
 
 def test_links_are_independent_and_limited_in_number(served):
     server = served(echo, max_links=2)
-    links = [dial(server.address, timeout_s=SOON) for _ in range(2)]
+    links = [served.dial(server) for _ in range(2)]
     with pytest.raises(LinkClosed, match="is full"):
-        dial(server.address, timeout_s=SOON)
+        served.dial(server)
     for i, link in enumerate(links):
         link.send(Frame(f"to-{i}"))
     for i, link in enumerate(links):
@@ -302,12 +331,12 @@ def test_links_are_independent_and_limited_in_number(served):
 
 def test_stop_ends_the_links_and_refuses_further_ones(served):
     server = served(echo)
-    link = dial(server.address, timeout_s=SOON)
+    link = served.dial(server)
     server.stop()
     with pytest.raises(LinkClosed):
         link.recv(SOON)
     with pytest.raises(LinkClosed):
-        dial(server.address, timeout_s=0.05)
+        served.dial(server, 0.05)
     link.close()
 
 
@@ -319,30 +348,36 @@ def test_an_address_in_use_is_refused(served):
 
 @pytest.mark.parametrize(
     "address",
-    ["edge-a:9443", "tcp://edge-a:1", "grpc://edge-a", "grpc://:1", "grpc://a:b", "memory://"],
+    ["edge-a:9443", "udp://edge-a:1", "tcp://edge-a", "grpc://:1", "tcp://a:b", "memory://"],
 )
 def test_an_address_of_another_form_is_refused(address):
     with pytest.raises(ConfigError, match="address="):
         dial(address)
 
 
-def test_an_unknown_name_and_a_silent_port_are_told_apart():
-    with pytest.raises(LinkClosed, match="nobody serves"):
+def test_a_name_that_nobody_serves_is_refused_at_once():
+    with pytest.raises(LinkRefused, match="nobody serves"):
         dial("memory://nobody")
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_port_at_which_nobody_listens_is_refused_once_its_time_is_over(network):
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
-        with pytest.raises(LinkClosed, match=r"127\.0\.0\.1"):
-            dial(f"grpc://127.0.0.1:{bound.getsockname()[1]}", timeout_s=0.05)
+        with pytest.raises(LinkRefused, match=r"127\.0\.0\.1"):
+            dial(f"{network}://127.0.0.1:{bound.getsockname()[1]}", timeout_s=0.5)
 
 
-def test_off_loopback_a_plain_link_must_be_asked_for():
+@pytest.mark.parametrize("network", NETWORKS)
+def test_off_loopback_a_plain_link_must_be_asked_for(network):
     with pytest.raises(SecurityError, match="mutual TLS"):
-        dial("grpc://192.0.2.1:9443")
+        dial(f"{network}://192.0.2.1:9443")
     with pytest.raises(SecurityError, match="mutual TLS"):
-        serve("grpc://0.0.0.0:0", echo)
+        serve(f"{network}://0.0.0.0:0", echo)
 
 
-def test_mutual_tls_tells_the_handler_who_dials():
+@pytest.mark.parametrize("network", NETWORKS)
+def test_mutual_tls_tells_the_handler_who_dials(network):
     authority = Authority.create()
     seen = []
 
@@ -351,7 +386,7 @@ def test_mutual_tls_tells_the_handler_who_dials():
         echo(link)
 
     edge = authority.issue("edge-a", ["127.0.0.1", "localhost"], role="server")
-    server = serve("grpc://127.0.0.1:0", remember, credentials=edge)
+    server = serve(f"{network}://127.0.0.1:0", remember, credentials=edge)
     try:
         link = dial(server.address, credentials=authority.issue("device-7"), timeout_s=SOON)
         link.send(tensor_frame("data", 3 << 20))
@@ -362,7 +397,8 @@ def test_mutual_tls_tells_the_handler_who_dials():
         server.stop()
 
 
-def test_tls_refuses_strangers_on_either_side():
+@pytest.mark.parametrize("network", NETWORKS)
+def test_tls_refuses_strangers_on_either_side(network):
     authority, other = Authority.create(), Authority.create()
     edge = authority.issue("edge-a", ["127.0.0.1"], role="server")
     misnamed = authority.issue("edge-b", ["edge-b.example"], role="server")
@@ -372,7 +408,7 @@ def test_tls_refuses_strangers_on_either_side():
         (other.issue("edge-a", ["127.0.0.1"], role="server"), device, "authority"),
         (misnamed, device, "must name that host"),
     ):
-        server = serve("grpc://127.0.0.1:0", echo, credentials=server_side)
+        server = serve(f"{network}://127.0.0.1:0", echo, credentials=server_side)
         try:
             with pytest.raises(SecurityError, match=reason):
                 dial(server.address, credentials=client_side, timeout_s=5.0)
@@ -380,14 +416,15 @@ def test_tls_refuses_strangers_on_either_side():
             server.stop()
 
 
-def test_a_server_refuses_a_client_that_does_not_check_itself(monkeypatch):
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_server_refuses_a_client_that_does_not_check_itself(network, monkeypatch):
     authority, other = Authority.create(), Authority.create()
     edge = authority.issue("edge-a", ["127.0.0.1"], role="server")
     forged = other.issue("device-7")
     forged = Credentials(authority.certificate, forged.certificate, forged.key)
     called = []
-    server = serve("grpc://127.0.0.1:0", called.append, credentials=edge)
-    monkeypatch.setattr("fedsys.grpc_link.check", lambda *args, **kwargs: None)
+    server = serve(f"{network}://127.0.0.1:0", called.append, credentials=edge)
+    monkeypatch.setattr(f"fedsys.{network}_link.check", lambda *args, **kwargs: None)
     try:
         with pytest.raises((LinkClosed, SecurityError)):
             dial(server.address, credentials=forged, timeout_s=0.3)
@@ -396,26 +433,28 @@ def test_a_server_refuses_a_client_that_does_not_check_itself(monkeypatch):
     assert called == []
 
 
-def test_a_plain_client_does_not_reach_a_tls_server():
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_plain_client_does_not_reach_a_tls_server(network):
     edge = Authority.create().issue("edge-a", ["127.0.0.1"], role="server")
-    server = serve("grpc://127.0.0.1:0", echo, credentials=edge)
+    server = serve(f"{network}://127.0.0.1:0", echo, credentials=edge)
     try:
-        with pytest.raises(LinkClosed):
+        with pytest.raises((LinkClosed, SecurityError)):
             dial(server.address, timeout_s=0.2)
     finally:
         server.stop()
 
 
-def _serve_until_killed(addresses):
-    server = serve("grpc://127.0.0.1:0", echo)
+def _serve_until_killed(network, addresses):
+    server = serve(f"{network}://127.0.0.1:0", echo)
     addresses.put(server.address)
     threading.Event().wait(60)
 
 
-def test_a_peer_killed_without_a_word_is_noticed():
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_peer_killed_without_a_word_is_noticed(network):
     context = multiprocessing.get_context("spawn")
     addresses = context.Queue()
-    process = context.Process(target=_serve_until_killed, args=(addresses,), daemon=True)
+    process = context.Process(target=_serve_until_killed, args=(network, addresses), daemon=True)
     process.start()
     link = dial(addresses.get(timeout=60), timeout_s=SOON)
     link.send(Frame("x"))

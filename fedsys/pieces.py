@@ -1,0 +1,41 @@
+"""Buffers that are sent one after the other: cut into pieces, or what is left of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from fedsys.wire import Buffer
+
+PIECE_BYTES: Final = 1 << 20
+
+
+def pieces(parts: Sequence[Buffer], least: int = PIECE_BYTES) -> Iterator[bytes]:
+    """Copy buffers, put one after the other, into equal pieces of `least` to 2 · `least` bytes.
+
+    All that is shorter makes one piece.
+    """
+    total = sum(len(part) for part in parts)
+    size = -(-total // max(1, total // least))
+    held: list[memoryview] = []
+    count = 0
+    for part in parts:
+        rest = memoryview(part)
+        while count + len(rest) >= size:
+            held.append(rest[: size - count])
+            rest = rest[size - count :]
+            yield b"".join(held)
+            held, count = [], 0
+        held.append(rest)
+        count += len(rest)
+    if count:
+        yield b"".join(held)
+
+
+def after(parts: Sequence[memoryview], nbytes: int) -> list[memoryview]:
+    """Return buffers without their first `nbytes` bytes."""
+    for index, part in enumerate(parts):
+        if nbytes < len(part):
+            return [part[nbytes:], *parts[index + 1 :]]
+        nbytes -= len(part)
+    return []
