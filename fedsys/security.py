@@ -214,6 +214,18 @@ def _check_extensions(certificate: x509.Certificate, who: str, role: Role) -> No
         raise SecurityError(f"{who}: names no host; issue it with the hosts that are dialled")
 
 
+def holder_of(certificate: bytes) -> str:
+    """Return the common name of a certificate in DER.
+
+    Raises:
+        SecurityError: It cannot be read.
+    """
+    try:
+        return _common_name(x509.load_der_x509_certificate(certificate))
+    except ValueError as error:
+        raise SecurityError(f"the certificate of the peer cannot be read: {error}") from error
+
+
 # --------------------------------------------------------------------------------------------------
 # PEM and X.509
 

@@ -22,7 +22,7 @@ from typing import Final, Protocol
 
 from fedsys.errors import LinkClosed
 from fedsys.pieces import pieces
-from fedsys.security import Credentials
+from fedsys.security import Credentials, holder_of
 from fedsys.wire import Buffer
 
 SILENCE_S: Final = 20
@@ -155,10 +155,8 @@ class TlsChannel:
 
     @property
     def peer(self) -> str:
-        """Common name in the certificate of the other end."""
-        subject = (self._tls.getpeercert() or {}).get("subject", ())
-        names = [value for part in subject for key, value in part if key == "commonName"]
-        return names[0] if names else ""
+        """Common name in the certificate of the other end; raises SecurityError if unreadable."""
+        return holder_of(self._tls.getpeercert(binary_form=True) or b"")
 
     def sealed(self, parts: Sequence[Buffer]) -> Iterator[list[memoryview]]:
         """Yield what the parts are when encrypted; see `Channel`."""

@@ -1,10 +1,10 @@
-"""Our link against the same bytes over a bare gRPC stream, and the share of a shaped rate we use.
+"""Our links against the same bytes over a bare gRPC stream, and the share of a shaped rate we use.
 
-Both servers run in one other process, and the two are measured in short turns, so that what else
-the machine does meets both alike; of the differences and ratios of neighbouring turns the median
-is given, and the quartiles beside it. Per size: round trips (a frame there and back), and a stream
-of frames one way that ends with one answer. What ours does more: header, checksum, limits, and a
-tensor in memory of its own at the other end. CPU seconds are those of both processes together.
+All servers run in one other process, and all are measured in short turns, so that what else the
+machine does meets all alike; of the differences and ratios of neighbouring turns the median is
+given, and the quartiles beside it. Per size and link: round trips (a frame there and back), and a
+stream of frames one way that ends with one answer. What ours do more: header, checksum, limits, and
+a tensor in memory of its own at the other end. CPU seconds are those of both processes together.
 
 Shaped rates, as the share of the rate that is left for tensors: ``by: "fedsys"`` is our own
 shaping; ``by: "kernel"`` a token bucket of Linux on a virtual Ethernet between two network
@@ -22,22 +22,24 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 from statistics import median
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import torch
 
 from fedsys.bench import Chart
 from fedsys.config import Config
-from fedsys.errors import RuntimeFailure
+from fedsys.errors import ConfigError, RuntimeFailure
 from fedsys.link import Link, dial, serve
+from fedsys.security import Authority, Credentials
 from fedsys.shaping import Network, Shaped
 from fedsys.wire import Frame
 
 DEFAULTS: Final[Mapping[str, Any]] = {
+    "links": ["grpc", "tcp", "tls"],  # tls: tcp with mutual TLS
     "bytes": [1 << 10, 1 << 14, 1 << 17, 1 << 20, 1 << 22, 1 << 24],
     "repeats": 15,  # turns of each kind
     "stream_bytes": 32 << 20,  # in one measured stream, at most
@@ -56,23 +58,35 @@ def run(_: Config | None, options: Mapping[str, Any]) -> dict[str, Any]:
         options: Replaces entries of `DEFAULTS`.
 
     Returns:
-        ``cases``: per size the throughput in MB/s (10^6 bytes) of a stream, the microseconds of a
-        round trip and its CPU microseconds, of ours and of bare gRPC (medians of the turns);
-        ``share`` of the throughput, ``added_us`` to a round trip, and CPU nanoseconds per byte of
-        a stream. ``shaped``: per rate in Mbit/s and `by` the share
-        that tensors get; None with a ``note`` where it could not be measured.
+        ``cases``: per size and ``link`` the throughput in MB/s (10^6 bytes) of a stream, the
+        microseconds of a round trip and its CPU microseconds, of ours and of bare gRPC (medians of
+        the turns); ``share`` of the throughput, ``added_us`` to a round trip, and CPU nanoseconds
+        per byte of a stream. ``shaped``: per rate in Mbit/s, ``link`` and `by` the share that
+        tensors get; None with a ``note`` where it could not be measured.
 
     Raises:
+        ConfigError: A link has another name than those in `DEFAULTS`.
         RuntimeFailure: The server process does not start.
     """
     settings = {**DEFAULTS, **options}
-    with _server_process([]) as (ours, bare):
-        cases = [_case(size, ours, bare, settings) for size in settings["bytes"]]
+    for name in settings["links"]:
+        if name not in DEFAULTS["links"]:
+            known = ", ".join(DEFAULTS["links"])
+            raise ConfigError.of("bench.links", name, f"must be one of {known}")
+    networks = [name for name in settings["links"] if name != "tls"]
+    with _server_process([]) as servers:
+        cases = [row for size in settings["bytes"] for row in _cases(size, servers, settings)]
         shaped = [
-            {"mbit_s": rate, "by": "fedsys", "share": _own_share(rate, ours, settings)}
+            {"mbit_s": rate, "link": name, "by": "fedsys", "share": share}
             for rate in settings["shaped_mbit_s"]
+            for name in networks
+            for share in [_own_share(rate, servers.addresses[name], settings)]
         ]
-    shaped += [_kernel_share(rate, settings) for rate in settings["shaped_mbit_s"]]
+    shaped += [
+        _kernel_share(rate, name, settings)
+        for rate in settings["shaped_mbit_s"]
+        for name in networks
+    ]
     return {"cases": cases, "shaped": shaped}
 
 
@@ -103,20 +117,47 @@ def _serve(host: str) -> None:
     import grpc
 
     torch.set_num_threads(1)
-    ours = serve(f"grpc://{host}:0", _ours_handler, plain=True)
+    authority = Authority.create("bench")
+    edge = authority.issue("edge", [host], role="server")
+    ours = {
+        name: serve(f"{kind}://{host}:0", _ours_handler, plain=True, credentials=credentials)
+        for name, kind, credentials in (
+            ("grpc", "grpc", None), ("tcp", "tcp", None), ("tls", "tcp", edge)
+        )
+    }  # fmt: skip
     bare = grpc.server(ThreadPoolExecutor(4), options=_UNLIMITED)
     method = grpc.stream_stream_rpc_method_handler(_bare_handler)
     bare.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bare", {"c": method}),))
     port = bare.add_insecure_port(f"{host}:0")
     bare.start()
-    print(json.dumps([ours.address, f"{host}:{port}"]), flush=True)
+    device = authority.issue("device")
+    told = {
+        "addresses": {name: server.address for name, server in ours.items()},
+        "bare": f"{host}:{port}",
+        "device": [part.decode() for part in (device.ca, device.certificate, device.key)],
+    }
+    print(json.dumps(told), flush=True)
     sys.stdin.read()  # until the parent ends, however it ends
-    ours.stop()
+    for server in ours.values():
+        server.stop()
     bare.stop(0).wait()
 
 
+@dataclass(frozen=True)
+class _Servers:
+    """Where the other process serves each link, and bare gRPC."""
+
+    addresses: Mapping[str, str]
+    bare: str
+    device: Credentials = field(repr=False)
+
+    def dial(self, link: str) -> Link:
+        credentials = self.device if link == "tls" else None
+        return dial(self.addresses[link], credentials=credentials, plain=True)
+
+
 @contextmanager
-def _server_process(prefix: Sequence[str], host: str = "127.0.0.1") -> Iterator[tuple[str, str]]:
+def _server_process(prefix: Sequence[str], host: str = "127.0.0.1") -> Iterator[_Servers]:
     command = [*prefix, sys.executable, "-m", "fedsys.bench.link", "--serve", host]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin is not None and process.stdout is not None  # both are pipes
@@ -124,8 +165,9 @@ def _server_process(prefix: Sequence[str], host: str = "127.0.0.1") -> Iterator[
         line = process.stdout.readline()
         if not line:
             raise RuntimeFailure(f"{' '.join(command)}: the server process ended at once")
-        ours, bare = json.loads(line)
-        yield ours, bare
+        told = json.loads(line)
+        device = Credentials(*(part.encode() for part in told["device"]))
+        yield _Servers(told["addresses"], told["bare"], device)
     finally:
         process.stdin.close()
         try:
@@ -170,68 +212,74 @@ class _Turn:
     cpu_s: float
 
 
-class _Pair:
-    """Ours and bare gRPC to the same process, for tensors of one size."""
+class _Way(Protocol):
+    """Sends tensors of one size to the other process."""
 
-    def __init__(self, size: int, ours: str, bare: str) -> None:
-        self._link, self._bare = dial(ours), _Bare(bare)
+    def trips(self, count: int) -> None:
+        """Have as many tensors go there and come back."""
+        ...
+
+    def stream(self, count: int) -> None:
+        """Send as many tensors, and wait for one answer."""
+        ...
+
+
+class _Ours:
+    """One of our links."""
+
+    def __init__(self, size: int, link: Link) -> None:
+        self.link = link
         self._x = torch.zeros(size, dtype=torch.uint8)
+
+    def trips(self, count: int) -> None:
+        for _ in range(count):
+            self.link.send(Frame("echo", {}, {"x": self._x}))
+            self.link.recv(_PATIENCE_S)
+
+    def stream(self, count: int) -> None:
+        for i in range(count):
+            self.link.send(Frame("sink", {"last": i == count - 1}, {"x": self._x}))
+        self.link.recv(_PATIENCE_S)
+
+    def cpu_s(self) -> float:
+        """Return the CPU seconds of both processes."""
+        self.link.send(Frame("cpu"))
+        return float(self.link.recv(_PATIENCE_S).meta["seconds"]) + time.process_time()
+
+
+class _Theirs:
+    """The same bytes over a bare stream."""
+
+    def __init__(self, size: int, bare: _Bare) -> None:
+        self._bare = bare
         self._echo, self._sink = _ECHO + bytes(size - 1), _SINK + bytes(size - 1)
 
-    def our_trips(self, count: int) -> None:
-        for _ in range(count):
-            self._link.send(Frame("echo", {}, {"x": self._x}))
-            self._link.recv(_PATIENCE_S)
-
-    def bare_trips(self, count: int) -> None:
+    def trips(self, count: int) -> None:
         for _ in range(count):
             self._bare.send(self._echo)
             self._bare.recv()
 
-    def our_stream(self, count: int) -> None:
-        for i in range(count):
-            self._link.send(Frame("sink", {"last": i == count - 1}, {"x": self._x}))
-        self._link.recv(_PATIENCE_S)
-
-    def bare_stream(self, count: int) -> None:
+    def stream(self, count: int) -> None:
         for _ in range(count):
             self._bare.send(self._sink)
         self._bare.send(_ANSWER)
         self._bare.recv()
 
-    def turn(self, work: Callable[[int], None], count: int) -> _Turn:
-        cpu = self._cpu_s()
-        start = time.perf_counter()
-        work(count)
-        wall = time.perf_counter() - start
-        return _Turn(wall / count, (self._cpu_s() - cpu) / count)
-
-    def close(self) -> None:
-        self._link.close()
-        self._bare.close()
-
-    def _cpu_s(self) -> float:
-        self._link.send(Frame("cpu"))
-        there = float(self._link.recv(_PATIENCE_S).meta["seconds"])
-        return there + time.process_time()
-
 
 def _turns(
-    pair: _Pair,
-    ours: Callable[[int], None],
-    bare: Callable[[int], None],
-    count: int,
-    repeats: int,
-) -> list[tuple[_Turn, _Turn]]:
-    """Return pairs of neighbouring turns; who begins changes, and the first pair warms up."""
-    taken = []
+    ways: Mapping[str, _Way], which: str, count: int, repeats: int, cpu_s: Callable[[], float]
+) -> dict[str, list[_Turn]]:
+    """Return what each way took in neighbouring turns; who begins changes, the first warms up."""
+    taken: dict[str, list[_Turn]] = {name: [] for name in ways}
+    names = list(ways)
     for turn in range(repeats + 1):
-        if turn % 2:
-            mine, theirs = pair.turn(ours, count), pair.turn(bare, count)
-        else:
-            theirs, mine = pair.turn(bare, count), pair.turn(ours, count)
-        taken.append((mine, theirs))
-    return taken[1:]
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            work: Callable[[int], None] = getattr(ways[name], which)
+            cpu, start = cpu_s(), time.perf_counter()
+            work(count)
+            wall = time.perf_counter() - start
+            taken[name].append(_Turn(wall / count, (cpu_s() - cpu) / count))
+    return {name: turns[1:] for name, turns in taken.items()}
 
 
 def _spread(name: str, values: Iterable[float], digits: int) -> dict[str, float]:
@@ -244,21 +292,37 @@ def _spread(name: str, values: Iterable[float], digits: int) -> dict[str, float]
     }
 
 
-def _case(size: int, ours: str, bare: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _cases(size: int, servers: _Servers, settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     trips = max(1, min(50, (4 << 20) // size))
     count = max(2, min(500, settings["stream_bytes"] // size))
-    pair, repeats = _Pair(size, ours, bare), int(settings["repeats"])
-    try:
-        there_and_back = _turns(pair, pair.our_trips, pair.bare_trips, trips, repeats)
-        one_way = _turns(pair, pair.our_stream, pair.bare_stream, count, repeats)
-    finally:
-        pair.close()
+    repeats = int(settings["repeats"])
+    with ExitStack() as stack:
+        bare = stack.enter_context(closing(_Bare(servers.bare)))
+        ours = {
+            name: _Ours(size, stack.enter_context(closing(servers.dial(name))))
+            for name in settings["links"]
+        }
+        ways: dict[str, _Way] = {**ours, "bare": _Theirs(size, bare)}
+        cpu_s = next(iter(ours.values())).cpu_s
+        there_and_back = _turns(ways, "trips", trips, repeats, cpu_s)
+        one_way = _turns(ways, "stream", count, repeats, cpu_s)
+    for name in ours:
+        pairs = [
+            list(zip(turns[name], turns["bare"], strict=True))
+            for turns in (there_and_back, one_way)
+        ]
+        yield {"bytes": size, "link": name, **_row(size, *pairs)}
+
+
+def _row(
+    size: int, there_and_back: Sequence[tuple[_Turn, _Turn]], one_way: Sequence[tuple[_Turn, _Turn]]
+) -> dict[str, float]:
+    """Return the figures of one link: ours, bare gRPC, and what one is to the other."""
 
     def middle(turns: Sequence[tuple[_Turn, _Turn]], which: int, what: str) -> float:
         return float(median(getattr(pair[which], what) for pair in turns))
 
     return {
-        "bytes": size,
         "ours_mb_s": round(size / middle(one_way, 0, "wall_s") / 1e6, 1),
         "grpc_mb_s": round(size / middle(one_way, 1, "wall_s") / 1e6, 1),
         **_spread("share", (bare.wall_s / ours.wall_s for ours, bare in one_way), 3),
@@ -297,8 +361,8 @@ def _own_share(mbit_s: float, address: str, settings: Mapping[str, Any]) -> floa
         link.close()
 
 
-def _kernel_share(mbit_s: float, settings: Mapping[str, Any]) -> dict[str, Any]:
-    case: dict[str, Any] = {"mbit_s": mbit_s, "by": "kernel", "share": None}
+def _kernel_share(mbit_s: float, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    case: dict[str, Any] = {"mbit_s": mbit_s, "link": name, "by": "kernel", "share": None}
     if (
         sys.platform != "linux"
         or os.geteuid() != 0
@@ -308,9 +372,9 @@ def _kernel_share(mbit_s: float, settings: Mapping[str, Any]) -> dict[str, Any]:
     try:
         with (
             _shaped_namespace(mbit_s) as (prefix, host),
-            _server_process(prefix, host) as (ours, _),
+            _server_process(prefix, host) as servers,
         ):
-            link = dial(ours, plain=True)
+            link = servers.dial(name)
             _share(link, mbit_s, 0.1)  # lets TCP find the rate
             case["share"] = _share(link, mbit_s, settings["shaped_seconds"])
             link.close()
@@ -351,20 +415,23 @@ def _shaped_namespace(mbit_s: float) -> Iterator[tuple[list[str], str]]:
 
 
 def chart(figures: Mapping[str, Any]) -> Chart:
-    """Return the throughput of both by the size of a tensor."""
+    """Return the throughput of all by the size of a tensor."""
     cases = figures["cases"]
+    links = list(dict.fromkeys(case["link"] for case in cases))
+    ours = {f"fedsys {link}": _column(cases, link, "ours_mb_s") for link in links}
     return Chart(
         "Throughput of a link",
         "bytes of a tensor",
         "MB/s",
-        [f"{case['bytes']:,}" for case in cases],
-        {
-            "fedsys": [case["ours_mb_s"] for case in cases],
-            "bare gRPC": [case["grpc_mb_s"] for case in cases],
-        },
+        [f"{size:,}" for size in dict.fromkeys(case["bytes"] for case in cases)],
+        {**ours, "bare gRPC": _column(cases, links[0], "grpc_mb_s")},
         lines=True,
         log=True,
     )
+
+
+def _column(cases: Sequence[Mapping[str, Any]], link: str, key: str) -> list[float]:
+    return [case[key] for case in cases if case["link"] == link]
 
 
 def main() -> None:
