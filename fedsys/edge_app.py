@@ -99,12 +99,12 @@ def _check_unprotected(config: EdgeConfig) -> None:
         loopback = ipaddress.ip_address(host).is_loopback
     except ValueError:
         loopback = host == "localhost"
-    if config.address.startswith("grpc://") and not loopback:
+    if not config.address.startswith("memory://") and not loopback:
         raise ConfigError.of(
             "edge.credentials", None,
             f"must name a folder with ca.pem, cert.pem and key.pem, as edge.address="
             f"{config.address} can be reached from other machines",
-            "docs/trust.md says how to make them; edge.address=grpc://127.0.0.1:9443 needs none",
+            "docs/trust.md says how to make them; an edge.address on 127.0.0.1 needs none",
         )  # fmt: skip
     if not config.control_token:
         raise ConfigError.of(

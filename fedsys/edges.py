@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Final
 
 from fedsys import training
 from fedsys.config import Config, edge_names
@@ -13,6 +14,9 @@ from fedsys.errors import ConfigError
 from fedsys.faults import Faults
 from fedsys.fleet import EdgeAddress, Fleet
 from fedsys.security import Credentials, new_token
+
+BETWEEN_PROCESSES: Final = "grpc"
+"""Kind of link that ``link=auto`` stands for where memory cannot be shared."""
 
 
 @contextmanager
@@ -59,7 +63,7 @@ def _start(
     config: Config, kind: str, name: str, token: str, credentials: Credentials | None
 ) -> EdgeServer:
     # In memory, names are those of the process: a second run beside this one has its own.
-    address = f"memory://{name}-{token[:8]}" if kind == "memory" else "grpc://127.0.0.1:0"
+    address = f"memory://{name}-{token[:8]}" if kind == "memory" else f"{kind}://127.0.0.1:0"
     device = training.pick_device(config.edge.device)
     return EdgeServer(
         name,
@@ -72,17 +76,22 @@ def _start(
 
 
 def link_kind(config: Config) -> str:
-    """Return ``memory`` or ``grpc``.
+    """Return ``memory``, ``grpc`` or ``tcp``.
 
     Raises:
         ConfigError: Memory was asked for, and devices are in other processes.
     """
     local = config.runtime.kind == "local"
     if config.link.kind == "auto":
-        return "memory" if local else "grpc"
+        return "memory" if local else BETWEEN_PROCESSES
     if config.link.kind == "memory" and not local:
         raise ConfigError.of(
             "link.kind", "memory", f"cannot reach the processes of runtime={config.runtime.kind}",
-            "use link=grpc",
+            "use link=grpc or link=tcp",
         )  # fmt: skip
     return config.link.kind
+
+
+def network_kind(config: Config) -> str:
+    """Return ``grpc`` or ``tcp``: what is served to other processes, whatever the runtime."""
+    return config.link.kind if config.link.kind in ("grpc", "tcp") else BETWEEN_PROCESSES

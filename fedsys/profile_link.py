@@ -1,7 +1,8 @@
 """What messages cost on a real link: CPU time of this machine, rates and latency of the way.
 
 The other end is a process of its own, so that the CPU time of this process is that of one machine.
-It is started here, or by ``fedsys profile profile.serve=grpc://HOST:PORT`` on the edge's machine.
+It is started here, or by ``fedsys profile profile.serve=grpc://HOST:PORT`` (or ``tcp://``) on the
+edge's machine.
 """
 
 from __future__ import annotations
@@ -76,9 +77,9 @@ def serve_for_ever(
 
 
 @contextmanager
-def other_end() -> Iterator[str]:
-    """Start a process that answers on loopback; yield its address."""
-    command = [sys.executable, "-m", "fedsys.profile_link"]
+def other_end(kind: str) -> Iterator[str]:
+    """Start a process that answers on loopback, by ``grpc`` or ``tcp``; yield its address."""
+    command = [sys.executable, "-m", "fedsys.profile_link", kind]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin is not None and process.stdout is not None  # both are pipes
     try:
@@ -167,9 +168,9 @@ def _rates(link: Link, nbytes: int, repeats: int) -> tuple[float, float, float]:
     return up, down, there_and_back / 2
 
 
-def _main(_: Sequence[str]) -> None:
+def _main(arguments: Sequence[str]) -> None:
     torch.set_num_threads(1)
-    server = serve("grpc://127.0.0.1:0", answer)
+    server = serve(f"{arguments[1]}://127.0.0.1:0", answer)
     print(server.address, flush=True)
     sys.stdin.read()  # until the parent ends, however it ends
     server.stop()

@@ -208,7 +208,7 @@ def _strange(place: str, answer: bytes) -> LinkError | SecurityError:
 
 def _unsafe(place: str, error: ssl.SSLError) -> SecurityError:
     """Translate why the ends could not agree on TLS."""
-    text, way_out = error.reason or str(error), _ONE_AUTHORITY
+    text, way_out = (error.reason or str(error)).replace("_", " ").lower(), _ONE_AUTHORITY
     if isinstance(error, ssl.SSLCertVerificationError):
         text = error.verify_message
         if "mismatch" in text:
@@ -216,7 +216,7 @@ def _unsafe(place: str, error: ssl.SSLError) -> SecurityError:
     elif error.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST"):
         text = "what answers there does not speak TLS"
         way_out = "start it with credentials, or give none here if the network is trusted"
-    return SecurityError(f"tcp://{place}: {text.replace('_', ' ').lower()}; {way_out}")
+    return SecurityError(f"tcp://{place}: {text}; {way_out}")
 
 
 def _host_and_port(place: str) -> tuple[str, int]:

@@ -1,3 +1,4 @@
+import contextlib
 import random
 import socket
 import threading
@@ -13,6 +14,8 @@ from fedsys.grpc_link import _SERVICE
 from fedsys.link import dial
 from fedsys.security import Authority
 from fedsys.session import Session, Snapshot
+from fedsys.tcp_link import GREETING
+from fedsys.tcp_stream import Last, last_word
 from fedsys.wire import Frame, Limits, encode
 
 TOKEN = "token of the controller"
@@ -334,8 +337,9 @@ def parties(tmp_path_factory):
     }
 
 
-def test_over_tls_names_in_certificates_decide(parties, edge_at, last_layer):
-    edge = EdgeServer("edge", "grpc://127.0.0.1:0", credentials=parties["edge"])
+@pytest.mark.parametrize("network", ["grpc", "tcp"])
+def test_over_tls_names_in_certificates_decide(network, parties, edge_at, last_layer):
+    edge = EdgeServer("edge", f"{network}://127.0.0.1:0", credentials=parties["edge"])
     try:
         with pytest.raises(RemoteError, match="device-0 may not control"):
             Controller(edge.address, credentials=parties["device-0"])
@@ -373,11 +377,47 @@ def hostile(valid: bytes, count: int) -> Iterator[bytes]:
         yield bytes(data)
 
 
-def test_two_thousand_hostile_frames_leave_an_edge_and_its_sessions_as_they_are(
-    edge_at, last_layer
-):
+def refused_over_grpc(address, frames):
     grpc = pytest.importorskip("grpc")
-    edge = edge_at("grpc://127.0.0.1:0", limits=EdgeLimits(frames=Limits(frame_bytes=1 << 20)))
+    channel = grpc.insecure_channel(address.removeprefix("grpc://"))
+    connect = channel.stream_stream(f"/{_SERVICE}/Connect")
+    refused = 0
+    for data in frames:
+        try:
+            for _ in connect(iter([data])):
+                pass
+        except grpc.RpcError:
+            refused += 1
+    channel.close()
+    return refused
+
+
+def refused_over_tcp(address, frames):
+    host, port = address.removeprefix("tcp://").split(":")
+    refused = 0
+    for number, data in enumerate(frames):
+        with socket.create_connection((host, int(port)), WAIT_S) as connection:
+            greeted = number % 10 > 0  # every tenth does not even do that
+            connection.sendall(GREETING + data if greeted else data)
+            connection.shutdown(socket.SHUT_WR)
+            told = b""
+            with contextlib.suppress(ConnectionResetError):
+                while more := connection.recv(1 << 16):
+                    told += more
+        if not greeted:
+            assert told == b""
+            refused += 1
+        elif told[len(GREETING) :].startswith(last_word(Last.FAILED)[:6]):
+            refused += 1
+    return refused
+
+
+@pytest.mark.parametrize("network", ["grpc", "tcp"])
+def test_two_thousand_hostile_frames_leave_an_edge_and_its_sessions_as_they_are(
+    network, edge_at, last_layer
+):
+    limits = EdgeLimits(frames=Limits(frame_bytes=1 << 20))
+    edge = edge_at(f"{network}://127.0.0.1:0", limits=limits)
     controller = Controller(edge.address)
     controller.open(last_layer.spec(), last_layer.start())
     link, _ = greet(edge.address)
@@ -392,19 +432,11 @@ def test_two_thousand_hostile_frames_leave_an_edge_and_its_sessions_as_they_are(
     thread.start()
     frames = hostile(encode(Frame("hello", {"session": "s", "token": "guessed"})), 1000)
     inner = hostile(encode(last_layer.activation(0)), 1000)
-    channel = grpc.insecure_channel(edge.address.removeprefix("grpc://"))
-    connect = channel.stream_stream(f"/{_SERVICE}/Connect")
-    refused = 0
-    for data in (*frames, *inner):
-        try:
-            for _ in connect(iter([data])):
-                pass
-        except grpc.RpcError:
-            refused += 1
+    attack = refused_over_grpc if network == "grpc" else refused_over_tcp
+    refused = attack(edge.address, (*frames, *inner))
     stop.set()
     thread.join(60)
     assert not thread.is_alive()
-    channel.close()
     # a truncated frame is only a link that ends early; all others are refused with a reason
     assert refused >= 1400
     snapshot = Snapshot.from_frame(controller.request("collect", session="s"))
@@ -414,7 +446,8 @@ def test_two_thousand_hostile_frames_leave_an_edge_and_its_sessions_as_they_are(
     until(lambda: sum(t.name.startswith("link of") for t in threading.enumerate()) <= 4)
 
 
-def test_a_server_that_dies_in_the_handshake_is_lost_and_no_stranger(parties):
+@pytest.mark.parametrize("network", ["grpc", "tcp"])
+def test_a_server_that_dies_in_the_handshake_is_lost_and_no_stranger(network, parties):
     """An edge was killed just when a device connected: TLS was begun and then reset.
 
     The device took that for a certificate that was not accepted, and gave its round up.
@@ -428,7 +461,7 @@ def test_a_server_that_dies_in_the_handshake_is_lost_and_no_stranger(parties):
 
         thread = threading.Thread(target=die)
         thread.start()
-        address = f"grpc://127.0.0.1:{server.getsockname()[1]}"
+        address = f"{network}://127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(LinkClosed):
             dial(address, credentials=parties["device-0"], timeout_s=WAIT_S, retry=False)
         thread.join(WAIT_S)

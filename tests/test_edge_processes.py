@@ -35,7 +35,7 @@ SMALL = (
     "model.hidden=16",
     "json=true",
 )
-SPLIT = ("policy=fixed", "policy.cut=0.3", "link=grpc", "num_edges=2", "faults=edge_killed")
+SPLIT = ("policy=fixed", "policy.cut=0.3", "link=tcp", "num_edges=2", "faults=edge_killed")
 
 
 @pytest.fixture(scope="module")

@@ -94,7 +94,7 @@ COLUMNS = {
     ],
     "interrupted": ["never", "link", "edge"],
     "private": [False, True],
-    "link": ["memory", "grpc"],
+    "link": ["memory", "grpc", "tcp"],
 }
 
 
@@ -142,7 +142,7 @@ TABLE = [
     (("mobilenet_v2", 0.5), "plain", (1, "sequential"), "never", True, "memory"),
     (("cnn-deferred", 1), "momentum, decay, cosine", (3, "pipelined"), "edge", False, "grpc"),
     (("cnn-deferred", 2), "kept adam, crops", (2, "sequential"), "link", True, "memory"),
-    (("cnn-batch", [1, 2, 4]), BETWEEN_ROUNDS, (3, "pipelined"), "edge", False, "grpc"),
+    (("cnn-batch", [1, 2, 4]), BETWEEN_ROUNDS, (3, "pipelined"), "edge", False, "tcp"),
     (("vgg5-batch", 2), BETWEEN_ROUNDS, (2, "pipelined"), "never", True, "memory"),
     (("cnn-group", 2), PROXIMAL, (1, "sequential"), "link", False, "memory"),
     (("cnn-group", 1), LEVELS, (2, "bounded"), "edge", True, "memory"),

@@ -66,7 +66,7 @@ def test_a_fault_does_not_change_the_model(kind, position, train, undisturbed):
     assert [f["fired"] for f in run.faults] == [True]
 
 
-@pytest.mark.parametrize("link", ["memory", "grpc"])
+@pytest.mark.parametrize("link", ["memory", "grpc", "tcp"])
 def test_sessions_of_a_killed_edge_go_on_at_the_other_one_within_moments(link, train, undisturbed):
     run = train(*SPLIT, f"link={link}", "faults=edge_killed")
     (entry,) = run.figures["recoveries"]

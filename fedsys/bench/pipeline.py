@@ -1,4 +1,4 @@
-"""Split training by plans, on gRPC links shaped in real time, with devices slowed by waiting.
+"""Split training by plans, on links shaped in real time, with devices slowed by waiting.
 
 A cell is a network, a kind of device, a codec and a method. All its devices are alike, on one edge
 server, which is slowed too, to a rate that this machine can keep up with. Before anything is
@@ -32,6 +32,7 @@ from fedsys.bench import Chart, pipeline_cpu, pipeline_virtual
 from fedsys.bench.rounds import BEFORE, EdgeProcess, Watch, edge_process, watched_round
 from fedsys.config import Config
 from fedsys.costs import MachineCosts, Messaging
+from fedsys.edges import network_kind
 from fedsys.errors import ConfigError, did_you_mean
 from fedsys.files import json_text, write_atomic
 from fedsys.layers import LayeredModel
@@ -117,7 +118,7 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
     write_atomic(folder / "profile.json", json_text(_profile(cells), indent=2).encode())
     rows: list[dict[str, Any]] = []
     done: dict[tuple[Any, ...], dict[str, Any]] = {}
-    with edge_process() as edge:
+    with edge_process(network_kind(config)) as edge:
         for cell in cells:
             if cell.key not in done:
                 done[cell.key] = _measured(cell, edge, folder, count)
@@ -256,7 +257,6 @@ def _measured(cell: Cell, edge: EdgeProcess, folder: Path, count: int) -> dict[s
         rounds=1,
         policy=_policy(cell.plan, cell.codec),
         schedule={"kind": "pipelined"},
-        link={"kind": "grpc"},
     )
     took = watch.iterations(count)
     low, _, high = quantiles(took, n=4)

@@ -22,6 +22,7 @@ from flwr.app import Context, Message
 
 from fedsys import config as configuration
 from fedsys.config import Config
+from fedsys.edges import BETWEEN_PROCESSES
 from fedsys.errors import RuntimeFailure
 from fedsys.runtime.apps import load_apps
 from fedsys.runtime.local import ClientFunction, play_local
@@ -64,8 +65,11 @@ class EdgeProcess:
 
 
 @contextlib.contextmanager
-def edge_process() -> Iterator[EdgeProcess]:
+def edge_process(kind: str = BETWEEN_PROCESSES) -> Iterator[EdgeProcess]:
     """Start ``fedsys edge`` on loopback, and end it with the block.
+
+    Args:
+        kind: Of its links: ``grpc`` or ``tcp``.
 
     Raises:
         RuntimeFailure: It does not start.
@@ -73,7 +77,7 @@ def edge_process() -> Iterator[EdgeProcess]:
     token, name = new_token(), "edge-0"
     command = [
         *(sys.executable, "-m", "fedsys.main", "edge", "json=true", f"edge.name={name}"),
-        *("edge.address=grpc://127.0.0.1:0", f"edge.control_token={token}", "edge.http=null"),
+        *(f"edge.address={kind}://127.0.0.1:0", f"edge.control_token={token}", "edge.http=null"),
     ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:

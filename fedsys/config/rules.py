@@ -59,7 +59,7 @@ RULES: tuple[Rule, ...] = (
     ("client.max_model_bytes", _optional(_positive), "must be above 0", "null for no bound"),
     ("schedule.kind", *_one_of("sequential", "pipelined", "bounded"), ""),
     ("schedule.depth", _at_least_one, "must be at least 1", ""),
-    ("link.kind", *_one_of("auto", "memory", "grpc"), ""),
+    ("link.kind", *_one_of("auto", "memory", "grpc", "tcp"), ""),
     ("fleet.replicate_every", lambda v: v >= 0, "must not be negative", "0 turns it off"),
     ("edge.device", *_one_of("auto", "cpu", "cuda"), ""),
     ("network.up_mbit_s", _optional(_positive), "must be above 0", "null for no limit"),

@@ -124,7 +124,8 @@ class LinkConfig:
     """How devices and edge servers are connected.
 
     Attributes:
-        kind: ``memory``, ``grpc``, or ``auto``: memory where both are in one process.
+        kind: ``memory``, ``grpc``, ``tcp``, or ``auto``: memory where both are in one process,
+            else gRPC.
         credentials: Folder with ``ca.pem``, ``cert.pem`` and ``key.pem`` for mutual TLS; a node's
             own configuration may name another.
         holder: Name in the certificate of the device of a session, with ``{client}`` for its
@@ -207,7 +208,8 @@ class EdgeConfig:
     Attributes:
         device: Where sessions compute: ``auto``, ``cpu`` or ``cuda``.
         name: Name of the edge server.
-        address: Where it listens, as ``grpc://host:port``; port 0: any that is free.
+        address: Where it listens, as ``grpc://host:port`` or ``tcp://host:port``; port 0: any
+            that is free.
         http: ``host:port`` of ``/health`` and ``/metrics``; None for neither.
         credentials: Folder with ``ca.pem``, ``cert.pem`` and ``key.pem`` for mutual TLS.
         controller: Name in the certificate of a server app.

@@ -160,7 +160,9 @@ def reach(name: str, address: str, timeout_s: float = 5.0) -> Check:
     host, _, port = address.rpartition("://")[2].rpartition(":")
     way_out = "start it with fedsys edge, and check address and firewall"
     if not host or not port.isdecimal():
-        return Check(name, "fail", f"{address} is not host:port", "grpc://HOST:PORT")
+        return Check(
+            name, "fail", f"{address} is not host:port", "grpc://HOST:PORT or tcp://HOST:PORT"
+        )
     trips = []
     try:
         for _ in range(TRIES):
