@@ -89,14 +89,17 @@ class Silence:
         self._since: float | None = None
 
     def lasts(self) -> bool:
-        """Whether it has lasted for `SILENCE_S`, give or take a quarter. To be asked repeatedly."""
+        """Whether it has lasted for about `SILENCE_S`. To be asked every few seconds.
+
+        After a long time without room at the peer its system is asked only every minute or two.
+        """
         now = time.monotonic()
         if self._unanswered_s() < SILENCE_S / 2:
             self._since = None
             return False
         # Seen once is not enough: a question of the moment may follow a long rest.
         self._since = self._since or now
-        return now - self._since >= SILENCE_S / 4
+        return now - self._since >= SILENCE_S / 2
 
     def _unanswered_s(self) -> float:
         if _TCP_INFO is None:
