@@ -1,7 +1,7 @@
 """Links over TCP: how the ends reach, check and greet each other. `fedsys.tcp_stream` is the rest.
 
 The end that dials says ``FSYS-LINK 0001`` and a line end; the other says the same if it takes the
-link, or why not as a last word (`fedsys.tcp_stream`). With credentials all of it is inside of TLS
+link, or why not as a last word (`fedsys.tcp_flows`). With credentials all of it is inside of TLS
 1.3, in which both ends show certificates; an end that finds the other without TLS says so outside
 of it. Who greets otherwise, or not within `GREETING_S`, is sent away and holds nothing: until then
 a connection counts among those that wait, of which there are at most as many as links; if there are
@@ -36,7 +36,8 @@ from fedsys.tcp_channel import (
     wait_and_read,
     write_all,
 )
-from fedsys.tcp_stream import LINGER_S, Last, TcpLink, is_last, last_word, read_last
+from fedsys.tcp_flows import Last, is_last, last_word, read_last
+from fedsys.tcp_stream import LINGER_S, TcpLink
 from fedsys.wire import PREAMBLE_BYTES, Limits
 
 GREETING: Final = b"FSYS-LINK 0001\r\n"
@@ -283,7 +284,9 @@ class _TcpServer:
     def _receive(self, connection: socket.socket, where: str) -> None:
         with self._lock:
             if len(self._greeting) >= self._most:
-                _shut(next(iter(self._greeting)))
+                oldest = next(iter(self._greeting))
+                del self._greeting[oldest]
+                _shut(oldest)
             self._greeting[connection] = None
         thread = threading.Thread(
             target=self._greet, args=(connection, where), name=f"greets {where}", daemon=True

@@ -14,8 +14,8 @@ from fedsys.grpc_link import _SERVICE
 from fedsys.link import dial
 from fedsys.security import Authority
 from fedsys.session import Session, Snapshot
+from fedsys.tcp_flows import Last, last_word
 from fedsys.tcp_link import GREETING
-from fedsys.tcp_stream import Last, last_word
 from fedsys.wire import Frame, Limits, encode
 
 TOKEN = "token of the controller"
