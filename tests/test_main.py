@@ -153,6 +153,8 @@ def test_the_composed_configuration_can_be_printed_without_a_run(fedsys, tmp_pat
             "pruning.sparsty=0.5",
             "pruning.sparsty: no such option; did you mean 'pruning.sparsity'?",
         ),
+        ("policy.cut=1", "policy.cut: no such option with what is chosen; policy=fixed has it"),
+        ("pruning.scores.mix=1", "pruning.scores.mix: no such option; "),
         ("strategi=fedavg", "strategi: no such option; did you mean 'strategy'? see --help"),
         ("strategy=fedav", "strategy=fedav: no such choice; did you mean 'fedavg'? known are bul"),
         ("strategy.momentum=1", "strategy.momentum: no such option; "),

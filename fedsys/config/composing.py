@@ -16,6 +16,8 @@ from fedsys.errors import ConfigError, did_you_mean, first_line
 CONF = Path(__file__).resolve().parents[2] / "conf"
 """The folder of the groups: the same place in the checkout, the wheel and the Flower bundle."""
 
+_ABSENT = object()
+
 
 @contextmanager
 def translated_errors() -> Iterator[None]:
@@ -56,6 +58,9 @@ def _explain(error: BaseException) -> str:
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match[1]
         groups = [p.name for p in CONF.iterdir() if p.is_dir() and not p.name.startswith("_")]
+        if others := _choices_with(key):
+            chosen = " or ".join(f"{key.partition('.')[0]}={name}" for name in others)
+            return f"{key}: no such option with what is chosen; {chosen} has it"
         known = [name for name in (*_keys(), *groups) if name != key]
         return f"{key}: no such option; {did_you_mean(key, known)}see --help for all of them"
     return first_line(error)
@@ -64,6 +69,19 @@ def _explain(error: BaseException) -> str:
 def options_of(group: str) -> list[str]:
     """Return the names that can be chosen in a group."""
     return sorted(p.stem for p in (CONF / group).glob("*.yaml"))
+
+
+def _choices_with(key: str) -> list[str]:
+    """Return the choices of a group that have the option `key`, such as ``policy.cut``."""
+    group, *inner = key.split(".")
+    found = []
+    for name in options_of(group) if inner else ():
+        node: Any = yaml.safe_load((CONF / group / f"{name}.yaml").read_text(encoding="utf-8"))
+        for part in inner:
+            node = node.get(part, _ABSENT) if isinstance(node, dict) else _ABSENT
+        if node is not _ABSENT:
+            found.append(name)
+    return found
 
 
 def _torchvision_names() -> set[str]:
