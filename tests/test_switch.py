@@ -1,14 +1,18 @@
 import dataclasses
+import gc
 import itertools
+import linecache
 import os
 import sys
 import threading
 import time
+import weakref
 from contextlib import ExitStack
 
 import pytest
 import torch
 from torch import nn
+from torch.fx import graph_module
 
 from fedsys import models
 from fedsys.errors import ConfigError, ModelError, RuntimeFailure
@@ -220,6 +224,43 @@ def test_the_old_variant_gives_its_weights_back(portfolio):
     assert not any(p.is_meta for p in modules[1].parameters())
     switcher.switch("tenth", beside=False)
     assert all(p.is_meta for p in modules[1].parameters())
+
+
+def test_layers_of_a_variant_that_was_left_go_without_a_garbage_collection(portfolio):
+    layers = []
+
+    def load(name):
+        module = portfolio.module(name)
+        layers.append(weakref.ref(next(m for m in module.modules() if isinstance(m, nn.Linear))))
+        return module
+
+    switcher = Loaded(load, "parent")
+    gc.disable()
+    try:
+        switcher.switch("half")
+        switcher.switch("tenth", beside=False)
+        assert [layer() is None for layer in layers] == [True, True, False]
+    finally:
+        gc.enable()
+    switcher.close()
+
+
+def test_nothing_of_a_variant_that_was_left_stays_in_the_process(portfolio):
+    """Each load left the source of its graph in caches of torch.fx and linecache."""
+    switcher = Loaded(portfolio.module, "parent")
+
+    def kept():
+        gc.collect()
+        codes = [key for key in linecache.cache if "eval_with_key" in key]
+        return len(codes), len(graph_module._loader.eval_cache)
+
+    for name in NAMES * 2:
+        switcher.switch(name)
+    before = kept()
+    for name in NAMES * 4:
+        switcher.switch(name)
+    assert kept() == before
+    switcher.close()
 
 
 @pytest.mark.parametrize("beside", [True, False])

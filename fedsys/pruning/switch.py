@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsys.errors import ConfigError, RuntimeFailure
-from fedsys.pruning.switch_memory import trim
+from fedsys.pruning.switch_memory import dismantle, trim
 from fedsys.pruning.switch_pointer import Active, Pointer, Run, leased
 
 Load = Callable[[str], nn.Module]
@@ -285,7 +285,7 @@ def _free(module: nn.Module) -> None:
     Graphs and modules of torch.fx refer to each other, so the weights would wait for a garbage
     collection, and collecting the whole process stops every request meanwhile.
     """
-    module.to("meta")
+    dismantle(module)
     trim()
 
 

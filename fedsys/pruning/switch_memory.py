@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import linecache
 import os
 import sys
 from pathlib import Path
 
 import psutil
+from torch import fx, nn
+from torch.fx import graph_module
 
 _LIMIT = Path("/sys/fs/cgroup/memory.max")
 _USED = Path("/sys/fs/cgroup/memory.current")
@@ -25,6 +28,24 @@ def trim() -> None:
     """
     if _libc is not None and hasattr(_libc, "malloc_trim"):
         _libc.malloc_trim(0)
+
+
+def dismantle(module: nn.Module) -> None:
+    """Take a module that nobody runs any more apart, so that its memory is free at once.
+
+    Its tensors go. So do the layers and nodes of its torch.fx graphs: graph and module refer to
+    each other, so 1,400 objects for each load would wait for a garbage collection, which is rare.
+    And so does the source text of each graph, which torch.fx and linecache keep for tracebacks as
+    long as the process lives.
+    """
+    module.to("meta")
+    for part in list(module.modules()):
+        if isinstance(part, fx.GraphModule):
+            vars(part.graph).clear()
+            part._modules.clear()
+            file = part.forward.__code__.co_filename
+            linecache.cache.pop(file, None)
+            getattr(getattr(graph_module, "_loader", None), "eval_cache", {}).pop(file, None)
 
 
 def resident_bytes() -> int:
