@@ -58,8 +58,8 @@ def _explain(error: BaseException) -> str:
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match[1]
         groups = [p.name for p in CONF.iterdir() if p.is_dir() and not p.name.startswith("_")]
-        if others := _choices_with(key):
-            chosen = " or ".join(f"{key.partition('.')[0]}={name}" for name in others)
+        if choices := _choices_with(key):
+            chosen = " or ".join(f"{key.partition('.')[0]}={name}" for name in choices)
             return f"{key}: no such option with what is chosen; {chosen} has it"
         known = [name for name in (*_keys(), *groups) if name != key]
         return f"{key}: no such option; {did_you_mean(key, known)}see --help for all of them"
