@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fedsys.edge_client import EdgeClient, Hooks
-from fedsys.errors import LinkError, RemoteError, SecurityError
+from fedsys.errors import RemoteError, SecurityError
 from fedsys.faults import Faults
 from fedsys.fleet import EdgeAddress, Fleet
 from fedsys.link import dial
@@ -183,7 +183,7 @@ def test_strangers_are_refused_with_a_reason_and_counted_and_nobody_else_notices
     half = Credentials(edges.device[0].ca, stranger.certificate, stranger.key)
     with pytest.raises(SecurityError, match="not issued by the authority"):
         dial(address, credentials=half, timeout_s=WAIT_S, retry=False)
-    with pytest.raises(LinkError):
+    with pytest.raises(SecurityError, match="wants TLS"):
         dial(address, timeout_s=WAIT_S, retry=False)
     with pytest.raises(RemoteError, match="session s: belongs to device-0, not to device-1"):
         greet(edges.device[1])
