@@ -6,8 +6,8 @@ kinds (`TRACES`), which differ in the load:
 
 * ``balanced``: each variant of the front, which are those more accurate than every faster one, is
   the right one for about as many *requests*: it gets as many segments as the others, all segments
-  have as many requests, and the rate is drawn between what the next better variant can do and a
-  part of what this one can do. So slow segments are long and fast ones short.
+  have as many requests, and the rate is drawn between what the next better variant can do, in
+  batches, and a part of what this one can do. So slow segments are long and fast ones short.
 * ``drawn``: segments of equal duration, and rates from a fifth of what the slowest variant can do
   to a part of what the fastest can, each factor as likely as any other. Fast segments then hold
   nearly all requests, so this is close to a load for small variants alone.
@@ -20,7 +20,8 @@ nothing otherwise. It counts nothing either while what answers it and the weight
 variants in memory exceed the budget: the system would have ended it. The *oracle* is the best
 single variant of each segment, as measured: what a switcher would get that knows the trace and
 switches at no cost. A variant alone may begin a segment with the queue of the one before, so the
-oracle is a little too low; and one that uses two variants within a segment may exceed it.
+oracle is too low where fast segments follow each other; and one that uses two variants within a
+segment may exceed it.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ _BUSY = 0.25  # share of segments with busy processes beside
 _TIGHT = 0.35  # share of segments with a memory budget
 _TOP = 0.5  # of what the fastest variant can do: the highest rate of a drawn trace
 _LOW = 0.2  # of what a variant can do: the lowest rate
-_SHARE = 0.6  # of what a variant can do: the highest rate at which it is the right one
+_SHARE = 0.7  # of what a variant can do: the highest rate at which it is the right one
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def front(variants: Sequence[Profile]) -> list[Profile]:
 
 
 def _balanced(variants: Sequence[Profile], segments: int, draw: random.Random) -> list[float]:
-    able = [1e3 / v.latency[0].p50_ms for v in front(variants)]
+    able = [max(1e3 * row.batch / row.p50_ms for row in v.latency) for v in front(variants)]
     rates = []
     for own, better in zip(able, (*able[1:], 0.0), strict=True):
         high = _SHARE * own
