@@ -576,6 +576,27 @@ def test_the_loop_ends_when_it_is_told(portfolio):
     assert control.last.after == "parent"
 
 
+def test_a_decision_that_fails_is_logged_and_the_next_one_is_taken(portfolio, caplog):
+    """The loop ended without a word: the variant of that moment answered for ever."""
+    looks = itertools.count()
+
+    def look():
+        if next(looks) == 0:
+            raise OSError("no /proc here")
+        return Signals(10.0, slowdown=6.0)
+
+    with ExitStack() as stack:
+        profiles = [profile_of(v, 1) for v in portfolio.variants]
+        switcher = Loaded(portfolio.module, "parent")
+        stack.callback(switcher.close)
+        control = Control(switcher, profiles, Objective(p95_ms=20.0), look)
+        stack.callback(control.close)
+        control.start(0.001)
+        while switcher.current != "tenth":
+            time.sleep(0.001)
+    assert "no /proc here" in caplog.text
+
+
 def test_a_portfolio_without_variants_is_refused(portfolio):
     switcher = Loaded(portfolio.module, "parent")
     with pytest.raises(ConfigError, match="at least one variant"):

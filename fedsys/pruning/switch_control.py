@@ -9,6 +9,7 @@ allocator, while it waits for a processor, and requests would wait for that lock
 from __future__ import annotations
 
 import dataclasses
+import logging
 import threading
 import time
 from collections import deque
@@ -40,6 +41,8 @@ SHUN_S = 60.0
 
 _PAUSE_S = 0.01  # between two decisions, however much they are hurried
 _LEARN = 0.3  # weight of the newest switch in the predicted time of the next
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -275,7 +278,10 @@ class Control:
             self._wake.clear()
             if self._stop:
                 return
-            self.step()
+            try:
+                self.step()
+            except Exception:  # signals come from the system; requests are answered all the same
+                _log.exception("a decision on variants failed; what answers stays")
             time.sleep(_PAUSE_S)
 
     def close(self) -> None:
