@@ -12,7 +12,7 @@ kinds (`TRACES`), which differ in the load:
   to a part of what the fastest can, each factor as likely as any other. Fast segments then hold
   nearly all requests, so this is close to a load for small variants alone.
 
-The policy and its options were fixed on other seeds than the one that is reported.
+Policy, options and traces were made while looking at seeds 0 and 1; others are held out.
 
 Each contender plays the whole trace: the portfolio that switches, and every variant alone. A
 request counts by the accuracy of what answered it if it was answered within the objective, and
