@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Final
 
 from fedsys import training
 from fedsys.config import Config, edge_names
@@ -14,9 +13,6 @@ from fedsys.errors import ConfigError
 from fedsys.faults import Faults
 from fedsys.fleet import EdgeAddress, Fleet
 from fedsys.security import Credentials, new_token
-
-BETWEEN_PROCESSES: Final = "grpc"
-"""Kind of link that ``link=auto`` stands for where memory cannot be shared."""
 
 
 @contextmanager
@@ -83,15 +79,10 @@ def link_kind(config: Config) -> str:
     """
     local = config.runtime.kind == "local"
     if config.link.kind == "auto":
-        return "memory" if local else BETWEEN_PROCESSES
+        return "memory" if local else config.link.between_processes
     if config.link.kind == "memory" and not local:
         raise ConfigError.of(
             "link.kind", "memory", f"cannot reach the processes of runtime={config.runtime.kind}",
             "use link=grpc or link=tcp",
         )  # fmt: skip
     return config.link.kind
-
-
-def network_kind(config: Config) -> str:
-    """Return ``grpc`` or ``tcp``: what is served to other processes, whatever the runtime."""
-    return config.link.kind if config.link.kind in ("grpc", "tcp") else BETWEEN_PROCESSES

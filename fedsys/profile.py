@@ -23,7 +23,6 @@ from fedsys import config as configuration
 from fedsys import data, federation, optimizers, training
 from fedsys.config import Config
 from fedsys.costs import crossings, tensor_bytes
-from fedsys.edges import network_kind
 from fedsys.errors import ConfigError
 from fedsys.halves import safe_input
 from fedsys.hardware import units_sha256
@@ -210,7 +209,7 @@ def _link(
     rows = config.client.batch_size
     if options["edge"]:
         return measure_link(str(options["edge"]), crossing, rows, repeats, credentials)
-    with other_end(network_kind(config)) as address:
+    with other_end(config.link.between_processes) as address:
         return measure_link(address, crossing, rows, repeats)
 
 

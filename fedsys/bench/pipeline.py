@@ -32,7 +32,6 @@ from fedsys.bench import Chart, pipeline_cpu, pipeline_virtual
 from fedsys.bench.rounds import BEFORE, EdgeProcess, Watch, edge_process, watched_round
 from fedsys.config import Config
 from fedsys.costs import MachineCosts, Messaging
-from fedsys.edges import network_kind
 from fedsys.errors import ConfigError, did_you_mean
 from fedsys.files import json_text, write_atomic
 from fedsys.layers import LayeredModel
@@ -118,7 +117,7 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
     write_atomic(folder / "profile.json", json_text(_profile(cells), indent=2).encode())
     rows: list[dict[str, Any]] = []
     done: dict[tuple[Any, ...], dict[str, Any]] = {}
-    with edge_process(network_kind(config)) as edge:
+    with edge_process(config.link.between_processes) as edge:
         for cell in cells:
             if cell.key not in done:
                 done[cell.key] = _measured(cell, edge, folder, count)

@@ -21,8 +21,7 @@ import psutil
 from flwr.app import Context, Message
 
 from fedsys import config as configuration
-from fedsys.config import Config
-from fedsys.edges import BETWEEN_PROCESSES
+from fedsys.config import BETWEEN_PROCESSES, Config
 from fedsys.errors import RuntimeFailure
 from fedsys.runtime.apps import load_apps
 from fedsys.runtime.local import ClientFunction, play_local

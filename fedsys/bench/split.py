@@ -33,7 +33,6 @@ from fedsys import federation, records, training
 from fedsys.bench import Chart
 from fedsys.config import Config, locate
 from fedsys.edge import EdgeServer
-from fedsys.edges import network_kind
 from fedsys.errors import RuntimeFailure
 from fedsys.fleet import EdgeAddress, Fleet
 from fedsys.halves import names_between
@@ -213,7 +212,7 @@ def _peaks(
     if not _PEAK.exists():
         return {}
     peaks = {0: _in_process(config, str(options["local"]), _content(state, {}))}
-    with _edge(f"{network_kind(config)}://127.0.0.1:0") as edge:
+    with _edge(f"{config.link.between_processes}://127.0.0.1:0") as edge:
         split = _Split(config, options, state, edge)
         for cut in cuts:
             with split.session(cut) as (content, _):

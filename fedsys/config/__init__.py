@@ -28,6 +28,7 @@ from fedsys.config.building import build
 from fedsys.config.composing import CONF, known_models, options_of, translated_errors, within_hydra
 from fedsys.config.targets import call_target, check_keywords, locate
 from fedsys.config.values import (
+    BETWEEN_PROCESSES,
     Apps,
     CheckpointConfig,
     ClientConfig,
@@ -48,6 +49,7 @@ from fedsys.config.values import (
 from fedsys.errors import ConfigError, first_line
 
 __all__ = [
+    "BETWEEN_PROCESSES",
     "CONF",
     "Apps",
     "CheckpointConfig",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from fedsys import faults
 from fedsys.pruning.settings import PruningConfig
@@ -119,6 +119,10 @@ class RuntimeConfig:
     wait_s: float = 60.0
 
 
+BETWEEN_PROCESSES: Final = "grpc"
+"""Kind of link that ``link=auto`` stands for where memory cannot be shared."""
+
+
 @dataclass(frozen=True)
 class LinkConfig:
     """How devices and edge servers are connected.
@@ -135,6 +139,11 @@ class LinkConfig:
     kind: str = "auto"
     credentials: str | None = None
     holder: str | None = None
+
+    @property
+    def between_processes(self) -> str:
+        """What is served to other processes, whatever the runtime: ``grpc`` or ``tcp``."""
+        return self.kind if self.kind in ("grpc", "tcp") else BETWEEN_PROCESSES
 
 
 @dataclass(frozen=True)

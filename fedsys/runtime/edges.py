@@ -23,7 +23,6 @@ from typing import Any, Final
 import httpx
 
 from fedsys.config import Config, EdgeAddressConfig, edge_names
-from fedsys.edges import network_kind
 from fedsys.errors import ConfigError, RuntimeFailure
 from fedsys.runtime.processes import Processes
 from fedsys.security import Authority
@@ -116,7 +115,7 @@ class EdgeProcesses:
         edge = self._config.edge
         return [
             "fedsys", "edge", "json=true", f"edge.name={name}",
-            f"edge.address={network_kind(self._config)}://{HOST}:0", f"edge.http={HOST}:0",
+            f"edge.address={self._config.link.between_processes}://{HOST}:0", f"edge.http={HOST}:0",
             f"edge.credentials={json.dumps(str(credentials))}",
             f"edge.controller={CONTROLLER}", f"edge.device={edge.device}",
             f"edge.max_sessions={edge.max_sessions}",
