@@ -57,6 +57,10 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         FedsysError: No portfolio can be made or read, or a process failed.
     """
+    traces = list(options["traces"])
+    if not traces or not set(traces) <= set(TRACES):
+        rule = f"must name at least one of {', '.join(TRACES)}"
+        raise ConfigError.of("bench.traces", traces, rule)
     if config.portfolio is None:
         folder = Path(str(config.run.dir)) / "portfolio"
         portfolio = make_portfolio(config, folder, int(options["epochs"]), _say)
@@ -128,9 +132,6 @@ def _traces(
     goal = dataclasses.replace(config.serving.objective, p95_ms=p95_ms, memory_bytes=None)
     serving = dataclasses.replace(config.serving, objective=goal, threads=threads)
     seed, chosen = int(options["trace_seed"]), list(options["traces"])
-    if not chosen or not set(chosen) <= set(TRACES):
-        rule = f"must name at least one of {', '.join(TRACES)}"
-        raise ConfigError.of("bench.traces", chosen, rule)
     tables: dict[str, list[dict[str, Any]]] = {"traces": [], "contenders": [], "segments": []}
     before = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_S)
