@@ -30,7 +30,7 @@ from fedsys.errors import (
     SecurityError,
 )
 from fedsys.grpc_stream import Sender, Stream
-from fedsys.link import Handler, HandlerThreads, Link, Server
+from fedsys.link import Handler, HandlerThreads, Link
 from fedsys.pieces import PIECE_BYTES
 from fedsys.security import Credentials, check
 from fedsys.wire import Buffer, Frame, Limits, encode_parts
@@ -224,7 +224,9 @@ class _Method(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no type
         return grpc.stream_stream_rpc_method_handler(connect, request_deserializer=stream.receive)
 
 
-class _GrpcServer:
+class GrpcServer:
+    """Accepts links at ``host:port``; the arguments are those of `fedsys.link.serve`."""
+
     def __init__(
         self,
         place: str,
@@ -294,18 +296,7 @@ class _GrpcServer:
             stream.end(LinkClosed("the link to the peer was lost"))
 
     def stop(self, grace_s: float = 0.0) -> None:
+        """Accept no more, and end; see `fedsys.link.Server`."""
         refused = self._server.stop(grace_s + _LINGER_S)
         self._handlers.stop(grace_s)
         refused.wait(_LINGER_S)
-
-
-def serve(
-    place: str,
-    handler: Handler,
-    credentials: Credentials | None,
-    limits: Limits,
-    queue_bytes: int,
-    max_links: int,
-) -> Server:
-    """Accept links at ``host:port``; see `fedsys.link.serve`."""
-    return _GrpcServer(place, handler, credentials, limits, queue_bytes, max_links)

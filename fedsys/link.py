@@ -202,10 +202,10 @@ def serve(
     if kind == "tcp":
         from fedsys import tcp_link
 
-        return tcp_link.serve(place, handler, credentials, limits, queue_bytes, max_links)
+        return tcp_link.TcpServer(place, handler, credentials, limits, queue_bytes, max_links)
     from fedsys import grpc_link  # importing grpc takes longer than all else here
 
-    return grpc_link.serve(place, handler, credentials, limits, queue_bytes, max_links)
+    return grpc_link.GrpcServer(place, handler, credentials, limits, queue_bytes, max_links)
 
 
 def _split(address: str) -> tuple[str, str]:

@@ -22,7 +22,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from fedsys.errors import ConfigError, LinkClosed, LinkError, LinkRefused, SecurityError
-from fedsys.link import Handler, HandlerThreads, Link, Server
+from fedsys.link import Handler, HandlerThreads, Link
 from fedsys.security import Credentials, check
 from fedsys.tcp_channel import (
     Channel,
@@ -233,7 +233,9 @@ def _sealed(channel: Channel, data: bytes) -> list[memoryview]:
 # The end that serves
 
 
-class _TcpServer:
+class TcpServer:
+    """Accepts links at ``host:port``; the arguments are those of `fedsys.link.serve`."""
+
     """Accepts connections in one thread and greets each in one of its own."""
 
     def __init__(
@@ -371,6 +373,7 @@ class _TcpServer:
         raise error(text)
 
     def stop(self, grace_s: float = 0.0) -> None:
+        """Accept no more, and end; see `fedsys.link.Server`."""
         with self._lock:
             first, self._stopped = not self._stopped, True
             for connection in self._greeting:
@@ -435,15 +438,3 @@ def _leave(connection: socket.socket) -> None:
     with contextlib.suppress(OSError):
         connection.shutdown(socket.SHUT_WR)
     drain(connection, time.monotonic() + _REFUSAL_S)
-
-
-def serve(
-    place: str,
-    handler: Handler,
-    credentials: Credentials | None,
-    limits: Limits,
-    queue_bytes: int,
-    max_links: int,
-) -> Server:
-    """Accept links at ``host:port``; see `fedsys.link.serve`."""
-    return _TcpServer(place, handler, credentials, limits, queue_bytes, max_links)

@@ -325,8 +325,7 @@ class Assembler:
             FrameError: The bytes are not a valid frame, are over a limit, or go past its end.
         """
         rest = memoryview(piece)
-        declared = self._declared
-        if declared is None:
+        if self._declared is None:
             had = len(self._head)
             data: Buffer = piece
             if had:
@@ -336,7 +335,7 @@ class Assembler:
                 if not had:
                     self._head += rest
                 return None
-            declared = self._declared = self._read_header(data)
+            self._declared = self._read_header(data)
             rest = rest[self._payload_at - had :]
             if self._payload_bytes:
                 self._payload = _aligned(self._payload_bytes)
@@ -347,8 +346,7 @@ class Assembler:
             np.copyto(self._payload[self._filled : end], np.frombuffer(rest, dtype=np.uint8))
         elif len(rest):
             self._payload.data[self._filled : end] = rest
-        self._filled = end
-        return self._finish(declared) if end == self._payload_bytes else None
+        return self.filled(len(rest))
 
     def vacant(self) -> memoryview:
         """Return the memory that the next bytes belong in, up to the end of the frame.

@@ -76,39 +76,41 @@ def test_one_end_without_tls_is_told_what_is_missing(edge, device):
             server.stop()
 
 
-def test_a_server_that_demands_tls_of_its_own_kind_is_recognised(edge):
-    """Whatever speaks TLS, for instance HTTPS, answers a plain greeting with an alert."""
+@contextlib.contextmanager
+def stranger(answer):
+    """Yield the address of a server that says `answer` to one connection's greeting."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
-        def answer():
+        def talk():
             connection, _ = listener.accept()
             with connection:
                 connection.recv(len(GREETING))
-                connection.sendall(b"\x15\x03\x01\x00\x02\x02\x46")
+                connection.sendall(answer)
                 connection.shutdown(socket.SHUT_WR)
                 connection.recv(1)
 
-        thread = threading.Thread(target=answer)
+        thread = threading.Thread(target=talk)
         thread.start()
-        with pytest.raises(SecurityError, match="wants TLS"):
-            dial(f"tcp://127.0.0.1:{listener.getsockname()[1]}", timeout_s=WAIT_S)
+        yield f"tcp://127.0.0.1:{listener.getsockname()[1]}"
         thread.join(WAIT_S)
+
+
+def test_a_server_that_demands_tls_of_its_own_kind_is_recognised():
+    """Whatever speaks TLS, for instance HTTPS, answers a plain greeting with an alert."""
+    with (
+        stranger(b"\x15\x03\x01\x00\x02\x02\x46") as address,
+        pytest.raises(SecurityError, match="wants TLS"),
+    ):
+        dial(address, timeout_s=WAIT_S)
 
 
 def test_what_is_no_fedsys_is_named_by_what_it_answers():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def answer():
-            connection, _ = listener.accept()
-            with connection:
-                connection.recv(len(GREETING))
-                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
-
-        thread = threading.Thread(target=answer)
-        thread.start()
-        with pytest.raises(LinkClosed, match=r"does not serve the links of fedsys.*HTTP/1\.1 400"):
-            dial(f"tcp://127.0.0.1:{listener.getsockname()[1]}", timeout_s=WAIT_S)
-        thread.join(WAIT_S)
+    told = r"does not serve the links of fedsys.*HTTP/1\.1 400"
+    with (
+        stranger(b"HTTP/1.1 400 Bad Request\r\n\r\n") as address,
+        pytest.raises(LinkClosed, match=told),
+    ):
+        dial(address, timeout_s=WAIT_S)
 
 
 def test_a_port_that_accepts_and_says_nothing_does_not_hold_a_dial_for_ever():
