@@ -87,7 +87,8 @@ def stranger(answer):
                 connection.recv(len(GREETING))
                 connection.sendall(answer)
                 connection.shutdown(socket.SHUT_WR)
-                connection.recv(1)
+                with contextlib.suppress(ConnectionResetError):  # who does not like it may leave
+                    connection.recv(1)
 
         thread = threading.Thread(target=talk)
         thread.start()

@@ -39,7 +39,7 @@ from fedsys.shaping import Network, Shaped
 from fedsys.wire import Frame
 
 DEFAULTS: Final[Mapping[str, Any]] = {
-    "links": ["grpc", "tcp", "tls"],  # tls: tcp with mutual TLS
+    "links": ["grpc", "tcp", "grpc_tls", "tcp_tls"],  # the latter with mutual TLS
     "bytes": [1 << 10, 1 << 14, 1 << 17, 1 << 20, 1 << 22, 1 << 24],
     "repeats": 15,  # turns of each kind
     "stream_bytes": 32 << 20,  # in one measured stream, at most
@@ -48,6 +48,7 @@ DEFAULTS: Final[Mapping[str, Any]] = {
 }
 _PATIENCE_S: Final = 60.0
 _UNLIMITED: Final = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+_TLS: Final = "_tls"  # ends the names of links with TLS
 _ECHO, _SINK, _ANSWER = b"e", b"s", b"a"
 
 
@@ -73,7 +74,7 @@ def run(_: Config | None, options: Mapping[str, Any]) -> dict[str, Any]:
         if name not in DEFAULTS["links"]:
             known = ", ".join(DEFAULTS["links"])
             raise ConfigError.of("bench.links", name, f"must be one of {known}")
-    networks = [name for name in settings["links"] if name != "tls"]
+    networks = [name for name in settings["links"] if not name.endswith(_TLS)]
     with _server_process([]) as servers:
         cases = [row for size in settings["bytes"] for row in _cases(size, servers, settings)]
         shaped = [
@@ -120,11 +121,10 @@ def _serve(host: str) -> None:
     authority = Authority.create("bench")
     edge = authority.issue("edge", [host], role="server")
     ours = {
-        name: serve(f"{kind}://{host}:0", _ours_handler, plain=True, credentials=credentials)
-        for name, kind, credentials in (
-            ("grpc", "grpc", None), ("tcp", "tcp", None), ("tls", "tcp", edge)
-        )
-    }  # fmt: skip
+        f"{kind}{end}": serve(f"{kind}://{host}:0", _ours_handler, plain=True, credentials=own)
+        for kind in ("grpc", "tcp")
+        for end, own in (("", None), (_TLS, edge))
+    }
     bare = grpc.server(ThreadPoolExecutor(4), options=_UNLIMITED)
     method = grpc.stream_stream_rpc_method_handler(_bare_handler)
     bare.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bare", {"c": method}),))
@@ -152,7 +152,7 @@ class _Servers:
     device: Credentials = field(repr=False)
 
     def dial(self, link: str) -> Link:
-        credentials = self.device if link == "tls" else None
+        credentials = self.device if link.endswith(_TLS) else None
         return dial(self.addresses[link], credentials=credentials, plain=True)
 
 
