@@ -86,8 +86,8 @@ def stranger(answer):
             with connection:
                 connection.recv(len(GREETING))
                 connection.sendall(answer)
-                connection.shutdown(socket.SHUT_WR)
-                with contextlib.suppress(ConnectionResetError):  # who does not like it may leave
+                with contextlib.suppress(OSError):  # who does not like the answer resets
+                    connection.shutdown(socket.SHUT_WR)
                     connection.recv(1)
 
         thread = threading.Thread(target=talk)
