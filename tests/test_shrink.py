@@ -217,7 +217,7 @@ def test_exactly_the_channels_that_brute_force_finds_are_live(seed: int, borders
         graph = fx.symbolic_trace(net.double())
         assert not varies(graph, list(graph.graph.nodes)[-2].name, any_size=False).any()
         return
-    graph = made.reading.graph
+    graph = made.reading.graph.double()
     for name, op in made.reading.ops.items():
         if op.kind is Kind.MIX:
             moving = varies(graph, name, borders is Borders.CARRIER)

@@ -47,8 +47,8 @@ _MEAN_FUNCTIONS = frozenset({
 })  # fmt: skip
 _MEAN_METHODS = frozenset({"contiguous", "mean"})
 
-_LOOK = 32
-"""Inputs that are looked at first: a dense filter has weights of both signs on them."""
+_LOOK = 64
+"""Weights of a filter that are looked at first: a dense one has both signs among them."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -133,27 +133,42 @@ def _mix(op: Op, given: Bounds) -> Bounds:
     taps = weight.flatten(2) if weight.dim() > 2 else weight[..., None]
     present = op.connected.flatten(0, 1)  # as the weight: inputs are counted in their group
     low, high = (end.view(op.groups, -1) for end in _ends(given))
-    bounded = torch.ones(op.channels, dtype=torch.bool)
+    whose = torch.arange(op.channels)
     if op.groups == 1:
-        columns = high[0].isinf().nonzero().flatten()[:_LOOK]
-        if len(columns):  # both signs on inputs without an end: no bound either
-            least, most = taps[:, columns].flatten(1).aminmax(dim=1)
-            bounded = (least >= 0) | (most <= 0)
+        whose = _one_sided(taps, high[0].isinf())
     result = unbounded(op.channels)
-    whose = bounded.nonzero().flatten()
     if not len(whose):
         return result
     rows, columns = present[whose].nonzero().unbind(1)
     rows = whose[rows]
-    values, group = taps[rows, columns], rows // (op.channels // op.groups)
+    values, group = taps[rows, columns].double(), rows // (op.channels // op.groups)
     up, down = (end.sum(1) for end in (values.clamp(min=0.0), values.clamp(max=0.0)))
     least, most = low[group, columns], high[group, columns]
-    bias = torch.zeros_like(result.high) if op.layer.bias is None else op.layer.bias.detach()
-    ends = (bias.clone(), bias.clone())
+    bias = op.layer.bias
+    start = torch.zeros_like(result.high) if bias is None else bias.detach().double()
+    ends = (start.clone(), start.clone())
     ends[0].index_add_(0, rows, _times(up, least) + _times(down, most))
     ends[1].index_add_(0, rows, _times(up, most) + _times(down, least))
-    result.low[bounded], result.high[bounded] = ends[0][bounded], ends[1][bounded]
+    result.low[whose], result.high[whose] = ends[0][whose], ends[1][whose]
     return result
+
+
+def _one_sided(taps: Tensor, endless: Tensor) -> Tensor:
+    """Return the filters without weights of both signs on `endless` inputs; the others have no end.
+
+    Most show it at the first few inputs, so that only the rest are looked at further.
+    """
+    whose = torch.arange(len(taps))
+    least = most = torch.zeros(len(taps), dtype=taps.dtype)
+    begin, end = 0, max(_LOOK // taps.shape[2], 1)
+    while begin < len(endless) and len(whose):
+        part = taps[:, begin:end] if begin == 0 else taps[whose, begin:end]
+        seen = (part * endless[begin:end, None]).flatten(1)
+        least, most = torch.minimum(least, seen.amin(1)), torch.maximum(most, seen.amax(1))
+        one_sided = (least == 0) | (most == 0)
+        whose, least, most = whose[one_sided], least[one_sided], most[one_sided]
+        begin, end = end, 8 * end
+    return whose
 
 
 def _scaled(op: Op, given: Bounds) -> Bounds:
@@ -161,7 +176,7 @@ def _scaled(op: Op, given: Bounds) -> Bounds:
     if not isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
         return unbounded(op.channels)
     assert module.running_mean is not None and module.running_var is not None
-    factor = (module.running_var + module.eps).rsqrt()
+    factor = (module.running_var.double() + module.eps).rsqrt()
     if module.weight is not None:
         factor = factor * module.weight.detach()
     shift = -module.running_mean * factor

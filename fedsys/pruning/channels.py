@@ -118,10 +118,10 @@ def _ask_mix(reading: Reading, need: Needs, name: str, op: Op) -> None:
     fixed = reading.fixed[source]
     read = inputs_read_by(op, need.live[name])
     need.live[source] |= read & ~fixed.where
-    if reading.borders is Borders.MAP or not op.zero_border:
+    if reading.borders is Borders.MAP or not op.zero_border or not bool(fixed.nonzero.any()):
         return
     bent = inputs_read_by(op, need.live[name], border=True)
-    disturbing = (bent & fixed.nonzero()).view(op.groups, -1).any(1)
+    disturbing = (bent & fixed.nonzero).view(op.groups, -1).any(1)
     height = fixed.value.reshape(len(read), -1).abs().amax(1).view(op.groups, -1)
     best = height.argmax(1) + torch.arange(op.groups) * height.shape[1]
     carriers = torch.where(disturbing, best, -1)
@@ -203,15 +203,18 @@ def settle(
                 empty = not bool(kept[source].any())
                 if op.kind is not Kind.CAT or not empty:
                     used.add(source)
-                    if empty:
-                        kept[source][0] = True  # a tensor has at least one channel
+                    if empty:  # a tensor has at least one channel
+                        kept[source] = torch.arange(len(kept[source])) == 0
             used.update(n.name for n in op.node.all_input_nodes if n not in op.inputs)
         if before == int(torch.cat(list(kept.values())).sum()):
             return [name for name in reading.ops if name in used]
 
 
 def _fit(op: Op, kept: dict[str, Tensor], name: str, inputs: list[str], coupling: Coupling) -> None:
-    """Let the channels of the inputs and the output of one operation grow until they fit."""
+    """Let the channels of the inputs and the output of one operation grow until they fit.
+
+    Tensors are replaced, never changed: what is tied shares one.
+    """
     match op.kind:
         case Kind.INPUT:
             kept[name] = torch.ones_like(kept[name])
@@ -221,19 +224,22 @@ def _fit(op: Op, kept: dict[str, Tensor], name: str, inputs: list[str], coupling
         case Kind.ADD | Kind.MUL if coupling is Coupling.SCATTER:
             pass
         case Kind.SCALE | Kind.SAME | Kind.ADD | Kind.MUL | Kind.NORM:
-            together = kept[name].clone()
+            together = kept[name]
             for source in inputs:
-                together |= kept[source]
+                if kept[source] is not together:
+                    together = together | kept[source]
             if op.kind is Kind.NORM:
                 groups = together.view(op.groups, -1).any(1)
                 together = groups.repeat_interleave(op.channels // op.groups)
             for each in (name, *inputs):
-                kept[each] = together.clone()
+                kept[each] = together
         case Kind.CAT:
-            sizes = [len(kept[source]) for source in inputs]
-            for source, part in zip(inputs, torch.split(kept[name], sizes), strict=True):
-                kept[source] = kept[source] | part
-            kept[name] = torch.cat([kept[source] for source in inputs])
+            joined = torch.cat([kept[source] for source in inputs])
+            if torch.equal(joined, kept[name]):
+                return
+            kept[name] = joined | kept[name]
+            parts = torch.split(kept[name], [len(kept[source]) for source in inputs])
+            kept.update(zip(inputs, parts, strict=True))
         case Kind.FLATTEN:
             source = inputs[0]
             kept[source] = kept[source] | kept[name].view(len(kept[source]), -1).any(1)
@@ -267,6 +273,7 @@ def _round(reading: Reading, used: list[str], kept: dict[str, Tensor], round_to:
         now = int(kept[name].sum())
         missing = min(math.ceil(now / round_to) * round_to, op.channels) - now
         if missing > 0:
-            kept[name][(~kept[name]).nonzero().flatten()[:missing]] = True
+            absent = ~kept[name]
+            kept[name] = ~(absent & (absent.cumsum(0) > missing))
             changed = True
     return changed

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fedsys.assemble import copy_modules
@@ -42,3 +43,20 @@ def clone_model(model: nn.Module, tensors: dict[int, Tensor] | None = None) -> n
             for registry in (new._parameters, new._buffers):
                 registry.update({name: memo.get(id(t), t) for name, t in registry.items()})
     return copy_modules(model, memo)
+
+
+def has_tensors(module: nn.Module) -> bool:
+    """Say whether a module has parameters or buffers."""
+    return any(True for _ in module.parameters()) or any(True for _ in module.buffers())
+
+
+def in_float64(module: nn.Module) -> nn.Module:
+    """Return a copy of a module that computes in float64 and shares no tensor."""
+    tensors: dict[int, Tensor] = {}
+    for parameter in module.parameters():
+        value = parameter.detach().to(torch.float64, copy=True)
+        tensors[id(parameter)] = nn.Parameter(value)
+    for buffer in module.buffers():
+        dtype = torch.float64 if buffer.is_floating_point() else buffer.dtype
+        tensors[id(buffer)] = buffer.to(dtype, copy=True)
+    return clone_model(module, tensors)

@@ -23,12 +23,14 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from fedsys.pruning.bounds import Bounds, bounds_of
+from fedsys.pruning.cloning import has_tensors, in_float64
 from fedsys.pruning.ops import Kind, Op, describe, outputs_reading
 
 
@@ -39,7 +41,7 @@ class Borders(Enum):
     MAP = "map"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Fixed:
     """The constant channels of one tensor.
 
@@ -55,8 +57,9 @@ class Fixed:
     value: Tensor
     still: Tensor
 
+    @cached_property
     def nonzero(self) -> Tensor:
-        """Return which channels are constant at something other than zero, bool of ``(C,)``."""
+        """Which channels are constant at something other than zero, bool of ``(C,)``."""
         return self.where & self.value.reshape(len(self.where), -1).ne(0).any(1)
 
 
@@ -65,7 +68,7 @@ class Reading:
     """A traced model, understood.
 
     Attributes:
-        graph: The traced model in float64 and evaluation.
+        graph: The traced model in evaluation, in its own type.
         ops: Every node by name, in the order of computation.
         fixed: Constant channels of every tensor with channels, by name.
         bounds: Between which values its channels stay, by name.
@@ -89,10 +92,10 @@ class Reading:
 def read(
     graph: fx.GraphModule, probes: Tensor, borders: Borders, *, closing: bool = True
 ) -> Reading:
-    """Run `graph` once and find its constant channels.
+    """Run `graph` once in float64 and find its constant channels.
 
     Args:
-        graph: The traced model in float64 and evaluation.
+        graph: The traced model in evaluation. One layer at a time is copied to float64.
         probes: Float64 of ``(rows, …)``; the rows should differ.
         borders: Which channels count as constant.
         closing: Whether activations count as constant that are flat wherever their input can be.
@@ -125,28 +128,36 @@ class _Run(fx.Interpreter):  # torch.fx's way to look at values while a graph ru
             known = [i.name for i in op.inputs if i.name in self.fixed]
             bounds = bounds_of(op, [self.bounds[name] for name in known])
             fixed = self._fixed(op, [self.fixed[name] for name in known], value, bounds)
-            self.bounds[n.name] = bounds.narrowed(fixed.where, fixed.value)
+            found = bool(fixed.where.any())
+            self.bounds[n.name] = bounds.narrowed(fixed.where, fixed.value) if found else bounds
             self.fixed[n.name] = fixed
         return value
 
+    def call_module(self, target: fx.node.Target, args: Any, kwargs: Any) -> Any:
+        module = self.fetch_attr(str(target))
+        return (in_float64(module) if has_tensors(module) else module)(*args, **kwargs)
+
+    def get_attr(self, target: fx.node.Target, args: Any, kwargs: Any) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        return value.double() if torch.is_tensor(value) and value.is_floating_point() else value
+
     def _fixed(self, op: Op, inputs: list[Fixed], value: Tensor, bounds: Bounds) -> Fixed:
-        zero = [given.where & ~given.nonzero() for given in inputs]
+        zero = [g.where & ~g.nonzero for g in inputs] if op.kind is Kind.MUL else []
         still = where = constant_channels(op, [given.still for given in inputs], zero)
+        shown = value[0]
         if self._borders is Borders.CARRIER:
             if not all(torch.equal(given.where, given.still) for given in inputs):
                 where = constant_channels(op, [given.where for given in inputs], zero)
             if op.zero_border:
                 where = where & ~_bent_at_border(op, inputs[0])
+            pixels = shown.reshape(op.channels, -1)
+            if op.kind is Kind.CONSTANT:
+                where = where & (pixels == pixels[:, :1]).all(1)
+            shown = pixels[:, 0].view(-1, *(1 for _ in value.shape[2:]))
         if op.kind is Kind.SAME and self._closing:
             still, where = still | bounds.closed, where | bounds.closed
-        kept = value[0].clone()
-        if self._borders is Borders.CARRIER:
-            corner = kept.reshape(op.channels, -1)[:, :1]
-            if op.kind is Kind.CONSTANT:
-                where = where & (kept.reshape(op.channels, -1) == corner).all(1)
-            kept = corner.reshape(-1, *(1 for _ in value.shape[2:])).clone()
-        kept[~where] = 0.0
-        return Fixed(where, kept, still)
+        known = where.view(-1, *(1 for _ in shown.shape[1:]))
+        return Fixed(where, torch.where(known, shown, 0.0), still)
 
 
 def constant_channels(op: Op, constant: list[Tensor], zero: list[Tensor]) -> Tensor:
@@ -182,8 +193,8 @@ def constant_channels(op: Op, constant: list[Tensor], zero: list[Tensor]) -> Ten
 def _bent_at_border(op: Op, given: Fixed) -> Tensor:
     """Return which outputs read a constant other than zero together with padded zeros."""
     if op.kind is Kind.MIX:
-        return outputs_reading(op, given.nonzero(), border=True)
-    return given.nonzero()
+        return outputs_reading(op, given.nonzero, border=True)
+    return given.nonzero
 
 
 def dead_layers(reading: Reading) -> list[str]:

@@ -296,18 +296,26 @@ def _describe_layer(
     assert isinstance(layer, Conv | nn.Linear)
     groups = layer.groups if isinstance(layer, Conv) else 1
     values = layer.weight.detach()
-    taps = values.flatten(2) if values.dim() > 2 else values[..., None]
-    inner = _inner_tap(layer) if isinstance(layer, Conv) and _reads_zeros(layer) else -1
-    present, split = taps != 0, max(inner, 0)
-    middle = present[..., split].clone()
-    present[..., split] = False
-    outer = present.any(2) if present.shape[2] > 1 else torch.zeros_like(middle)
-    connected = (middle | outer).view(groups, -1, middle.shape[1])
+    present = values.bool()  # twice as fast as to compare with zero
     at_border = None
-    if isinstance(layer, Conv) and _reads_zeros(layer):
-        at_border = connected if inner < 0 else outer.view_as(connected)
+    if isinstance(layer, Conv):
+        inner = _inner_tap(layer) if _reads_zeros(layer) else -1
+        outer, present = _split(present.flatten(2), inner)
+        at_border = outer.view(groups, -1, outer.shape[1]) if _reads_zeros(layer) else None
+    connected = present.view(groups, -1, present.shape[1])
     border = at_border is not None and bool(at_border.any())
     return Op(Kind.MIX, node, inputs, layer, shape, border, connected, at_border)
+
+
+def _split(present: Tensor, inner: int) -> tuple[Tensor, Tensor]:
+    """Return where ``(out, in, taps)`` has any but the inner tap, and where it has any."""
+    if inner < 0:
+        connected = _any(present, 2)
+        return connected, connected
+    middle = present[..., inner].clone()
+    present[..., inner] = False
+    outer = _any(present, 2)
+    return outer, middle | outer
 
 
 def _inner_tap(layer: Conv) -> int:
@@ -336,11 +344,22 @@ def outputs_reading(op: Op, inputs: Tensor, border: bool = False) -> Tensor:
     present = op.at_border if border else op.connected
     if present is None or not bool(inputs.any()):
         return torch.zeros(op.channels, dtype=torch.bool)
-    return (present & inputs.view(op.groups, 1, -1)).any(2).flatten()
+    return _any(present & inputs.view(op.groups, 1, -1), 2).flatten()
 
 
 def inputs_read_by(op: Op, outputs: Tensor, border: bool = False) -> Tensor:
     """Return which inputs of a MIX one of `outputs` (bool of ``(out,)``) has a weight on."""
     present = op.at_border if border else op.connected
     assert present is not None
-    return (present & outputs.view(op.groups, -1, 1)).any(1).flatten()
+    if op.groups > 1:
+        return _any(present & outputs.view(op.groups, -1, 1), 1).flatten()
+    if not bool(outputs.any()):
+        return torch.zeros(present.shape[2], dtype=torch.bool)
+    return _any(present[0] if bool(outputs.all()) else present[0][outputs], 0)
+
+
+def _any(values: Tensor, dimension: int) -> Tensor:
+    """Return ``values.any(dimension)``: torch finds the largest byte many times faster."""
+    if values.shape[dimension] == 1:
+        return values.squeeze(dimension)
+    return values.view(torch.uint8).amax(dimension).view(torch.bool)

@@ -119,9 +119,24 @@ def make_plan(
             on its input.
         ConfigError: For a `round_to` below 1.
     """
+    return plan_graph(
+        evaluation_graph(clone_model(model)),
+        inputs,
+        borders=borders,
+        coupling=coupling,
+        round_to=round_to,
+    )
+
+
+def plan_graph(
+    graph: fx.GraphModule, inputs: Tensor, *, borders: Borders, coupling: Coupling, round_to: int
+) -> Plan:
+    """Find which channels can go of a model that `evaluation_graph` returned.
+
+    Arguments and errors are those of `make_plan`.
+    """
     if round_to < 1:
         raise ConfigError.of("pruning.round_to", round_to, "must be at least 1")
-    graph = evaluation_graph(model)
     try:
         reading = read(graph, inputs.double(), borders)
         note = _MUTE if _is_constant(reading) else ""
@@ -149,27 +164,25 @@ def _is_constant(reading: Reading) -> bool:
 def masked_copy(model: nn.Module, masks: Mapping[str, Tensor] | None) -> nn.Module:
     """Return a copy of `model` on the CPU in evaluation, zero where a mask is zero.
 
-    Tensors that no mask changes are those of `model`.
+    Parameters are new, but those that no mask changes share the memory of `model`, as buffers do.
 
     Raises:
         ConfigError: A mask is not of a parameter, or not of its shape.
     """
-    tensors = {id(t): t.cpu() for t in (*model.parameters(), *model.buffers())}
-    masked = clone_model(model, tensors).eval()
-    named = dict(masked.named_parameters())
-    zeroed: dict[int, Tensor] = {}
-    for name, mask in (masks or {}).items():
+    masks, named = masks or {}, dict(model.named_parameters())
+    for name, mask in masks.items():
         if name not in named:
             raise ConfigError.of("masks", name, "must be the name of a parameter of the model")
         if mask.shape != named[name].shape:
             rule = f"must be {tuple(named[name].shape)}, the shape of the parameter"
             raise ConfigError.of(f"masks[{name}].shape", tuple(mask.shape), rule)
-        zeroed[id(named[name])] = named[name].detach().masked_fill(mask.cpu().logical_not(), 0.0)
-    for module in masked.modules():  # every place of a parameter that several modules share
-        for name, parameter in module._parameters.items():
-            if id(parameter) in zeroed:
-                module._parameters[name] = nn.Parameter(zeroed[id(parameter)])
-    return masked
+    tensors = {id(buffer): buffer.cpu() for buffer in model.buffers()}
+    for name, parameter in named.items():
+        value = parameter.detach().cpu()
+        if name in masks:
+            value = torch.where(masks[name].cpu().bool(), value, 0.0)
+        tensors[id(parameter)] = nn.Parameter(value, parameter.requires_grad)
+    return clone_model(model, tensors).eval()
 
 
 def probes(example: Tensor | Sequence[int]) -> Tensor:
@@ -184,25 +197,23 @@ def probes(example: Tensor | Sequence[int]) -> Tensor:
 
 
 def evaluation_graph(model: nn.Module) -> fx.GraphModule:
-    """Trace `model` and return the graph of its evaluation mode, in float64.
+    """Trace `model` and return the graph of its evaluation mode.
+
+    Args:
+        model: The caller's own: the graph uses its modules, not copies.
 
     Raises:
         ModelError: The model does not trace.
     """
-    graph = trace_evaluation(clone_model(model))
-    for module in graph.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:  # a new one: tensors are still those of the model
-                module._parameters[name] = nn.Parameter(parameter.detach().double())
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_floating_point():
-                module._buffers[name] = buffer.double()
-    for node in list(graph.graph.nodes):
-        called = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if type(called).__name__ == "StochasticDepth":  # nothing in evaluation
-            node.replace_all_uses_with(node.args[0])
-            graph.graph.erase_node(node)
-    graph.recompile()
+    graph = trace_evaluation(model)
+    called = dict(graph.named_modules(remove_duplicate=False))
+    calls = [node for node in graph.graph.nodes if node.op == "call_module"]
+    absent = [n for n in calls if type(called[str(n.target)]).__name__ == "StochasticDepth"]
+    for node in absent:  # nothing in evaluation
+        node.replace_all_uses_with(node.args[0])
+        graph.graph.erase_node(node)
+    if absent:
+        graph.recompile()
     return graph
 
 

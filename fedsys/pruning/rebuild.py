@@ -8,7 +8,6 @@ Behind zero padding the constants act through the column of their carrier `k` in
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedsys.pruning.channels import Needs
-from fedsys.pruning.cloning import clone
+from fedsys.pruning.cloning import clone, in_float64
 from fedsys.pruning.constants import Borders, Reading
 from fedsys.pruning.ops import Conv, Kind, Op
 
@@ -70,7 +69,7 @@ class _Builder:
             case Kind.INPUT:
                 return self.graph.placeholder(str(op.node.target))
             case Kind.CONSTANT:
-                value = self.reading.graph.get_buffer(str(op.node.target))
+                value = self.reading.graph.get_buffer(str(op.node.target)).double()
                 return self.constant(value[:, self.kept[op.node.name]], str(op.node.target))
             case Kind.MIX:
                 return self._mix(op)
@@ -105,7 +104,9 @@ class _Builder:
 
     def _copy(self, op: Op) -> fx.Node:
         if op.node.op == "get_attr":
-            self.parts[str(op.node.target)] = _attribute(self.reading.graph, str(op.node.target))
+            value = _attribute(self.reading.graph, str(op.node.target))
+            exact = torch.is_tensor(value) and value.is_floating_point()
+            self.parts[str(op.node.target)] = value.double() if exact else value
         node = self.graph.node_copy(op.node, lambda old: self.built[old])
         if "inplace" in node.kwargs:
             node.kwargs = {**node.kwargs, "inplace": False}
@@ -115,20 +116,21 @@ class _Builder:
 
     def _mix(self, op: Op) -> fx.Node:
         rows, columns = self.kept[op.node.name], self.kept[op.inputs[0].name]
-        # the rest needs only the rows that stay, but groups are cut when they are complete
-        first = rows if op.groups == 1 else torch.ones_like(rows)
-        new_weight, bias, bend = self._folded(op, first)
-        new_weight = _cut_weight(op, new_weight, rows, columns)
+        if op.groups == 1:
+            first, read = rows, columns | self.reading.fixed[op.inputs[0].name].nonzero
+        else:  # groups are cut when they are complete
+            first, read = torch.ones_like(rows), torch.ones_like(columns)
+        weight, bias, bend = self._folded(op, first, read)
+        weight = _cut_weight(op, weight, rows[first], columns[read])
         bias = bias[rows[first]]
         layer = clone(op.layer)
         if isinstance(layer, Conv):
             layer.in_channels, layer.out_channels = int(columns.sum()), int(rows.sum())
-            layer.groups = layer.in_channels // new_weight.shape[1]
+            layer.groups = layer.in_channels // weight.shape[1]
         else:
             assert isinstance(layer, nn.Linear)
             layer.in_features, layer.out_features = int(columns.sum()), int(rows.sum())
-        shared = new_weight.data_ptr() == op.layer.weight.data_ptr()
-        layer.weight = nn.Parameter(new_weight.clone() if shared else new_weight)
+        layer.weight = nn.Parameter(weight)
         needs_bias = op.layer.bias is not None or bool(bias.any())
         layer.bias = nn.Parameter(bias) if needs_bias else None
         node = self._call(op, layer)
@@ -136,31 +138,33 @@ class _Builder:
             return node
         return self.graph.call_function(torch.add, (node, self.constant(bend[:, rows[first]])))
 
-    def _folded(self, op: Op, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return weight, bias and constant map of the outputs `rows` of a layer, on all inputs.
+    def _folded(
+        self, op: Op, rows: Tensor, columns: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return weight, bias and constant map of the outputs `rows` of a layer.
 
-        Outputs that are not live have no weights, and no bias unless they are held.
+        Outputs that are not live have no weights, and no bias unless they are held. The weight is
+        that on the inputs `columns`, which are all that give something.
         """
         given = self.reading.fixed[op.inputs[0].name]
+        where, value = given.where[columns], given.value[columns]
         live = self.need.live[op.node.name][rows]
-        new = op.layer.weight.detach()
-        new = new if bool(rows.all()) else new[rows]
+        new = _selected(op.layer.weight.detach(), rows, columns)
         if not bool(live.all()):
-            new = new * live.view(-1, *(1 for _ in new.shape[1:]))
+            new[~live] = 0.0
         bias = torch.zeros(len(live), dtype=torch.float64)
         if op.layer.bias is not None:
             bias = torch.where(live, op.layer.bias.detach()[rows], bias)
         bend = None
-        if bool(given.where.any()):
-            fixed_part = _columns(op, new, given.where)
-            new = _columns(op, new, ~given.where)
-            carriers = self.need.carriers.get(op.node.name, (-1,) * op.groups)
-            if self.reading.borders is Borders.MAP and given.value.dim() > 1:
+        if bool(where.any()):
+            fixed_part, new = _columns(op, new, where), _columns(op, new, ~where)
+            if self.reading.borders is Borders.MAP and value.dim() > 1:
                 tensors = {"weight": fixed_part, "bias": torch.zeros_like(bias)}
-                bend = functional_call(op.layer, tensors, given.value.unsqueeze(0))
+                bend = functional_call(op.layer, tensors, value.unsqueeze(0))
             else:
-                new = new + _carried(op, fixed_part, given.value, carriers)
-                bias = bias + _uniform_part(op, fixed_part, given.value.reshape(-1), carriers)
+                carriers = self._carriers(op, columns)
+                new = new + _carried(op, fixed_part, value, carriers)
+                bias = bias + _uniform_part(op, fixed_part, value.reshape(-1), carriers)
         held = self.need.held[op.node.name][rows]
         value = self.reading.fixed[op.node.name].value[rows]
         if bend is None:
@@ -170,6 +174,11 @@ class _Builder:
         rest = bend - level.view(1, -1, *(1 for _ in value.shape[1:]))
         rounding = 1e-13 * bend.abs().amax()  # a uniform map, summed in float64 in another order
         return new, bias + level, rest if bool((rest.abs() > rounding).any()) else None
+
+    def _carriers(self, op: Op, columns: Tensor) -> tuple[int, ...]:
+        """Return the carrier of each group, counted among `columns`; -1 for none."""
+        carriers = self.need.carriers.get(op.node.name, (-1,) * op.groups)
+        return tuple(int(columns[:each].sum()) if each >= 0 else -1 for each in carriers)
 
     # -------------------------------------------------------------------------------- operands
 
@@ -230,7 +239,7 @@ def _subtracts(op: Op) -> bool:
 
 def _copied(module: nn.Module) -> nn.Module:
     """Copy a module; never in place, because a cut may let two operations read one tensor."""
-    new = clone(module) if not module._modules else copy.deepcopy(module)
+    new = in_float64(module)
     if getattr(new, "inplace", False):
         new.inplace = False  # type: ignore[assignment]
     return new
@@ -250,6 +259,7 @@ def _sliced(op: Op, kept: Tensor) -> nn.Module:
     for key, tensor in (*op.module.named_parameters(), *op.module.named_buffers()):
         sized = tensor.dim() == 1 and len(tensor) == len(kept)
         part = tensor.detach()[kept] if sized else tensor.detach().clone()
+        part = part.double() if part.is_floating_point() else part
         if isinstance(tensor, nn.Parameter):
             new.register_parameter(key, nn.Parameter(part))
         else:
@@ -260,6 +270,14 @@ def _sliced(op: Op, kept: Tensor) -> nn.Module:
 # --------------------------------------------------------------------------------------------------
 # Weights of convolutions and linear layers, with groups: input `i` of group `g` is column
 # `i % (in / groups)` of the rows of `g`
+
+
+def _selected(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return a float64 copy of some rows and columns of a weight."""
+    for dimension, chosen in enumerate((rows, columns)):
+        if not bool(chosen.all()):
+            weight = weight.index_select(dimension, chosen.nonzero().flatten())
+    return weight.to(torch.float64, copy=True)
 
 
 def _columns(op: Op, values: Tensor, inputs: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from fedsys.errors import ModelError
 from fedsys.pruning.channels import Coupling
 from fedsys.pruning.constants import Borders
 from fedsys.pruning.ops import Kind
-from fedsys.pruning.plan import Plan, make_plan, masked_copy, probes
+from fedsys.pruning.plan import Plan, evaluation_graph, masked_copy, plan_graph, probes
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 """Largest difference between outputs that passes, times max(1, largest output) of the example."""
@@ -123,8 +123,12 @@ def shrink(
     masked = masked_copy(model, masks)
     dtype = next((p.dtype for p in masked.parameters()), torch.float32)
     inputs = probes(example)
-    plan = make_plan(
-        masked, inputs[:EXACT_ROWS], borders=borders, coupling=coupling, round_to=round_to
+    plan = plan_graph(
+        evaluation_graph(masked),
+        inputs[:EXACT_ROWS],
+        borders=borders,
+        coupling=coupling,
+        round_to=round_to,
     )
     if announce is not None:
         announce(plan)
@@ -138,7 +142,7 @@ def shrink(
         difference_float64 = _compare(plan.reading.output, exact, TOLERANCE[torch.float64])
     report = Report(
         parameters_before=sum(p.numel() for p in masked.parameters()),
-        nonzero_before=sum(int(p.count_nonzero()) for p in masked.parameters()),
+        nonzero_before=sum(int(p.bool().count_nonzero()) for p in masked.parameters()),
         parameters=count_parameters(small),
         macs_before=_macs(plan, plan.reading.graph),
         macs=_macs(plan, small),
