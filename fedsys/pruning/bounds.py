@@ -163,10 +163,12 @@ def _one_sided(taps: Tensor, endless: Tensor) -> Tensor:
     begin, end = 0, max(_LOOK // taps.shape[2], 1)
     while begin < len(endless) and len(whose):
         part = taps[:, begin:end] if begin == 0 else taps[whose, begin:end]
-        seen = (part * endless[begin:end, None]).flatten(1)
-        least, most = torch.minimum(least, seen.amin(1)), torch.maximum(most, seen.amax(1))
-        one_sided = (least == 0) | (most == 0)
-        whose, least, most = whose[one_sided], least[one_sided], most[one_sided]
+        if not bool(endless[begin:end].all()):
+            part = part * endless[begin:end, None]
+        low, high = part.flatten(1).aminmax(dim=1)
+        least, most = torch.minimum(least, low), torch.maximum(most, high)
+        rest = ((least == 0) | (most == 0)).nonzero().flatten()
+        whose, least, most = whose[rest], least[rest], most[rest]
         begin, end = end, 8 * end
     return whose
 
@@ -182,8 +184,8 @@ def _scaled(op: Op, given: Bounds) -> Bounds:
     shift = -module.running_mean * factor
     if module.bias is not None:
         shift = shift + module.bias.detach()
-    ends = torch.stack([_times(factor, end) + shift for end in _ends(given)])
-    return Bounds(ends.amin(0), ends.amax(0))
+    ends = torch.where(factor == 0, 0.0, factor * torch.stack(_ends(given))) + shift
+    return Bounds(*ends.aminmax(dim=0))
 
 
 def _same(op: Op, given: Bounds) -> Bounds:

@@ -190,6 +190,7 @@ def settle(
     reading: Reading, cut: set[tuple[str, str]], coupling: Coupling, kept: dict[str, Tensor]
 ) -> list[str]:
     """Let `kept` grow until everything fits; return the nodes in use, in order."""
+    filled: set[str] = set()
     while True:
         before = int(torch.cat(list(kept.values())).sum())
         used = set()
@@ -199,13 +200,14 @@ def settle(
             used.add(name)
             inputs = [n.name for n in op.inputs if n.name in kept and (name, n.name) not in cut]
             _fit(op, kept, name, inputs, coupling)
+            filled.update(n for n in inputs if n not in filled and bool(kept[n].any()))
             for source in inputs:
-                empty = not bool(kept[source].any())
-                if op.kind is not Kind.CAT or not empty:
-                    used.add(source)
-                    if empty:  # a tensor has at least one channel
-                        kept[source] = torch.arange(len(kept[source])) == 0
-            used.update(n.name for n in op.node.all_input_nodes if n not in op.inputs)
+                if source not in filled and op.kind is not Kind.CAT:
+                    kept[source] = torch.arange(len(kept[source])) == 0
+                    filled.add(source)  # a tensor has at least one channel
+            used.update(filled.intersection(inputs))
+            if len(op.node.all_input_nodes) > len(op.inputs):
+                used.update(n.name for n in op.node.all_input_nodes if n not in op.inputs)
         if before == int(torch.cat(list(kept.values())).sum()):
             return [name for name in reading.ops if name in used]
 

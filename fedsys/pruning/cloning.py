@@ -15,13 +15,14 @@ from fedsys.assemble import copy_modules
 from fedsys.pruning.vocabulary import LAYERS
 
 _PLAIN = frozenset(LAYERS.values())
+_REGISTRY = (dict, set)
 
 
 def clone(layer: nn.Module) -> nn.Module:
     """Return a layer of ``torch.nn`` that shares the tensors of `layer` and nothing else."""
     new = type(layer).__new__(type(layer))
     new.__dict__.update(
-        {k: v.copy() if isinstance(v, dict | set) else v for k, v in layer.__dict__.items()}
+        {k: v.copy() if isinstance(v, _REGISTRY) else v for k, v in layer.__dict__.items()}
     )
     return new
 
@@ -45,18 +46,18 @@ def clone_model(model: nn.Module, tensors: dict[int, Tensor] | None = None) -> n
     return copy_modules(model, memo)
 
 
-def has_tensors(module: nn.Module) -> bool:
-    """Say whether a module has parameters or buffers."""
-    return any(True for _ in module.parameters()) or any(True for _ in module.buffers())
-
-
 def in_float64(module: nn.Module) -> nn.Module:
     """Return a copy of a module that computes in float64 and shares no tensor."""
-    tensors: dict[int, Tensor] = {}
-    for parameter in module.parameters():
-        value = parameter.detach().to(torch.float64, copy=True)
-        tensors[id(parameter)] = nn.Parameter(value)
-    for buffer in module.buffers():
-        dtype = torch.float64 if buffer.is_floating_point() else buffer.dtype
-        tensors[id(buffer)] = buffer.to(dtype, copy=True)
-    return clone_model(module, tensors)
+    if type(module) not in _PLAIN or module._modules:
+        tensors = {id(t): _doubled(t) for t in (*module.parameters(), *module.buffers())}
+        return clone_model(module, tensors)
+    new = clone(module)
+    for registry in (new._parameters, new._buffers):
+        registry.update({name: _doubled(t) for name, t in registry.items() if t is not None})
+    return new
+
+
+def _doubled(tensor: Tensor) -> Tensor:
+    dtype = torch.float64 if tensor.is_floating_point() else tensor.dtype
+    value = tensor.detach().to(dtype, copy=True)
+    return nn.Parameter(value) if isinstance(tensor, nn.Parameter) else value

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, fx
 
 from fedsys.pruning.bounds import Bounds, bounds_of
-from fedsys.pruning.cloning import has_tensors, in_float64
+from fedsys.pruning.cloning import in_float64
 from fedsys.pruning.ops import Kind, Op, describe, outputs_reading
 
 
@@ -134,8 +134,7 @@ class _Run(fx.Interpreter):  # torch.fx's way to look at values while a graph ru
         return value
 
     def call_module(self, target: fx.node.Target, args: Any, kwargs: Any) -> Any:
-        module = self.fetch_attr(str(target))
-        return (in_float64(module) if has_tensors(module) else module)(*args, **kwargs)
+        return in_float64(self.fetch_attr(str(target)))(*args, **kwargs)
 
     def get_attr(self, target: fx.node.Target, args: Any, kwargs: Any) -> Any:
         value = super().get_attr(target, args, kwargs)
@@ -156,6 +155,8 @@ class _Run(fx.Interpreter):  # torch.fx's way to look at values while a graph ru
             shown = pixels[:, 0].view(-1, *(1 for _ in value.shape[2:]))
         if op.kind is Kind.SAME and self._closing:
             still, where = still | bounds.closed, where | bounds.closed
+        if not bool(where.any()):
+            return Fixed(where, torch.zeros_like(shown), still)
         known = where.view(-1, *(1 for _ in shown.shape[1:]))
         return Fixed(where, torch.where(known, shown, 0.0), still)
 

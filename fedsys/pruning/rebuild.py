@@ -166,6 +166,8 @@ class _Builder:
                 new = new + _carried(op, fixed_part, value, carriers)
                 bias = bias + _uniform_part(op, fixed_part, value.reshape(-1), carriers)
         held = self.need.held[op.node.name][rows]
+        if bend is None and not bool(held.any()):
+            return new, bias, None
         value = self.reading.fixed[op.node.name].value[rows]
         if bend is None:
             bend = torch.zeros_like(value).unsqueeze(0)
@@ -248,7 +250,7 @@ def _copied(module: nn.Module) -> nn.Module:
 def _sliced(op: Op, kept: Tensor) -> nn.Module:
     """Return a normalisation or PReLU with the parameters of the channels `kept`."""
     assert op.module is not None
-    new, count = clone(op.module), int(kept.sum())
+    new, count = in_float64(op.module), int(kept.sum())
     if isinstance(new, nn.GroupNorm):
         per_group = new.num_channels // new.num_groups
         new.num_channels, new.num_groups = count, count // per_group
@@ -256,14 +258,13 @@ def _sliced(op: Op, kept: Tensor) -> nn.Module:
         new.num_parameters = 1 if new.num_parameters == 1 else count
     elif isinstance(new, _BatchNorm):
         new.num_features = count
-    for key, tensor in (*op.module.named_parameters(), *op.module.named_buffers()):
-        sized = tensor.dim() == 1 and len(tensor) == len(kept)
-        part = tensor.detach()[kept] if sized else tensor.detach().clone()
-        part = part.double() if part.is_floating_point() else part
-        if isinstance(tensor, nn.Parameter):
-            new.register_parameter(key, nn.Parameter(part))
-        else:
-            new.register_buffer(key, part)
+    if count == len(kept):
+        return new
+    for registry in (new._parameters, new._buffers):
+        for key, tensor in registry.items():
+            if tensor is not None and tensor.dim() == 1 and len(tensor) == len(kept):
+                part = tensor.detach()[kept]
+                registry[key] = nn.Parameter(part) if registry is new._parameters else part
     return new
 
 
