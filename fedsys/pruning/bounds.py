@@ -47,8 +47,8 @@ _MEAN_FUNCTIONS = frozenset({
 })  # fmt: skip
 _MEAN_METHODS = frozenset({"contiguous", "mean"})
 
-_LOOK = 64
-"""Weights of a filter that are looked at first: a dense one has both signs among them."""
+_LOOK = 256
+"""Weights of a filter that are looked at first: few filters have one sign among so many."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -154,23 +154,15 @@ def _mix(op: Op, given: Bounds) -> Bounds:
 
 
 def _one_sided(taps: Tensor, endless: Tensor) -> Tensor:
-    """Return the filters without weights of both signs on `endless` inputs; the others have no end.
+    """Return the filters whose first weights on `endless` inputs have one sign: others have no end.
 
-    Most show it at the first few inputs, so that only the rest are looked at further.
+    Args:
+        taps: Weights, ``(out, in, taps)``.
+        endless: Inputs without an upper bound, bool of ``(in,)``.
     """
-    whose = torch.arange(len(taps))
-    least = most = torch.zeros(len(taps), dtype=taps.dtype)
-    begin, end = 0, max(_LOOK // taps.shape[2], 1)
-    while begin < len(endless) and len(whose):
-        part = taps[:, begin:end] if begin == 0 else taps[whose, begin:end]
-        if not bool(endless[begin:end].all()):
-            part = part * endless[begin:end, None]
-        low, high = part.flatten(1).aminmax(dim=1)
-        least, most = torch.minimum(least, low), torch.maximum(most, high)
-        rest = ((least == 0) | (most == 0)).nonzero().flatten()
-        whose, least, most = whose[rest], least[rest], most[rest]
-        begin, end = end, 8 * end
-    return whose
+    few = max(_LOOK // taps.shape[2], 1)
+    least, most = (taps[:, :few] * endless[:few, None]).flatten(1).aminmax(dim=1)
+    return ((least >= 0) | (most <= 0)).nonzero().flatten()
 
 
 def _scaled(op: Op, given: Bounds) -> Bounds:

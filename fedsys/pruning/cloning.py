@@ -49,15 +49,18 @@ def clone_model(model: nn.Module, tensors: dict[int, Tensor] | None = None) -> n
 def in_float64(module: nn.Module) -> nn.Module:
     """Return a copy of a module that computes in float64 and shares no tensor."""
     if type(module) not in _PLAIN or module._modules:
-        tensors = {id(t): _doubled(t) for t in (*module.parameters(), *module.buffers())}
-        return clone_model(module, tensors)
+        tensors: dict[int, Tensor] = {id(p): _parameter(p) for p in module.parameters()}
+        return clone_model(module, tensors | {id(b): _doubled(b) for b in module.buffers()})
     new = clone(module)
-    for registry in (new._parameters, new._buffers):
-        registry.update({name: _doubled(t) for name, t in registry.items() if t is not None})
+    new._parameters.update({k: _parameter(p) for k, p in new._parameters.items() if p is not None})
+    new._buffers.update({k: _doubled(b) for k, b in new._buffers.items() if b is not None})
     return new
+
+
+def _parameter(parameter: Tensor) -> nn.Parameter:
+    return nn.Parameter(_doubled(parameter))
 
 
 def _doubled(tensor: Tensor) -> Tensor:
     dtype = torch.float64 if tensor.is_floating_point() else tensor.dtype
-    value = tensor.detach().to(dtype, copy=True)
-    return nn.Parameter(value) if isinstance(tensor, nn.Parameter) else value
+    return tensor.detach().to(dtype, copy=True)

@@ -260,11 +260,10 @@ def _sliced(op: Op, kept: Tensor) -> nn.Module:
         new.num_features = count
     if count == len(kept):
         return new
-    for registry in (new._parameters, new._buffers):
-        for key, tensor in registry.items():
-            if tensor is not None and tensor.dim() == 1 and len(tensor) == len(kept):
-                part = tensor.detach()[kept]
-                registry[key] = nn.Parameter(part) if registry is new._parameters else part
+    for key, tensor in (*new.named_parameters(), *new.named_buffers()):
+        if tensor.dim() == 1 and len(tensor) == len(kept):
+            part = tensor.detach()[kept]
+            setattr(new, key, nn.Parameter(part) if isinstance(tensor, nn.Parameter) else part)
     return new
 
 
