@@ -29,12 +29,10 @@ from fedsys.checkpoint import StrategyState
 from fedsys.config import Config
 from fedsys.data import Dataset
 from fedsys.files import write_atomic
-from fedsys.graph import trace
 from fedsys.pruning import settings
 from fedsys.pruning.masks import Masks
-from fedsys.pruning.penalty import channel_scales
-from fedsys.pruning.scores import coupled_layers
 from fedsys.pruning.sparsify import gradual, left_alone, one_shot, sparsity_after
+from fedsys.pruning.structure import structure
 from fedsys.randomness import Address
 from fedsys.trees import Tree
 
@@ -155,7 +153,6 @@ class Pruned(Strategy):
         chosen, model, masks = self._pruning, self._model, self._next
         records.load_into(model, arrays)
         shape = self._dataset.input_shape
-        grouped = chosen.method in settings.CHANNEL_METHODS
         return one_shot(
             chosen.method,
             model,
@@ -167,9 +164,8 @@ class Pruned(Strategy):
             batches=self._examples() if chosen.method in ("snip", "grasp") else (),
             input_shape=shape,
             mix=chosen.mix,
-            groups=coupled_layers(model, shape) if grouped else (),
-            scales=channel_scales(trace(model)) if chosen.method == "group_norm" else None,
             iterations=chosen.iterations,
+            **structure(chosen, model, shape),
         )
 
     def _target(self, masks: Masks, prunings: int) -> float:

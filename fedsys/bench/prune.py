@@ -5,8 +5,8 @@
 * ``conversions``: masks of the smallest magnitudes, all of the last layer left; seconds with
   verification, and how many parameters are left, beside the reference rule
   (`fedsys.pruning.reference`).
-* ``rivals``: Torch-Pruning's magnitude importance, pruned until it has as few parameters as our
-  variant; seconds, MACs and latency in turns.
+* ``rivals``: our scores without and with costs, and Torch-Pruning's magnitude importance, all at
+  the same number of parameters; seconds, MACs and latency in turns (`fedsys.bench.prune_rivals`).
 * ``effort``: six variants of one trained parent, from mask to written portfolio, against six times
   its measured training.
 * ``trained``: models that trained under masks against their dense variants: parameters, latency in
@@ -18,8 +18,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -27,13 +26,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor, nn
 
 from fedsys import config as configuration
-from fedsys import data, federation, models, optimizers, training
+from fedsys import data, federation, optimizers, training
 from fedsys.bench import Chart
-from fedsys.bench.prune_rivals import torch_pruning
+from fedsys.bench.prune_models import as_trained, built, one_thread
+from fedsys.bench.prune_rivals import rivals
 from fedsys.config import Config
 from fedsys.data import Dataset
 from fedsys.errors import ConfigError, ModelError
@@ -42,10 +41,10 @@ from fedsys.pruning.candidates import convert
 from fedsys.pruning.levels import Level, Recipe, recipes, refined, spread
 from fedsys.pruning.making import Made, make
 from fedsys.pruning.masks import last_layer
-from fedsys.pruning.measuring import in_turns, macs, speedup
+from fedsys.pruning.measuring import in_turns, speedup
 from fedsys.pruning.plan import masked_copy
 from fedsys.pruning.reference import reference_rule_parameters
-from fedsys.pruning.shrink import count_parameters, shrink
+from fedsys.pruning.shrink import shrink
 from fedsys.pruning.sparsify import one_shot
 from fedsys.randomness import Address
 from fedsys.run import RunFolder
@@ -79,14 +78,18 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
         _conversion(name, sparsity, int(options["repeats"]), config.seed)
         for name, sparsity in options["conversions"]
     ]
-    rivals = [_rival(name, config) for name in options["rivals"]]
+    beside = [
+        row
+        for name in options["rivals"]
+        for row in rivals(as_trained(built(name, config.seed), config.seed), name, config, options)
+    ]
     parent, config, dataset, seconds, source = _parent(config, options, dataset)
     effort = _effort(parent, config, dataset, seconds, source)
     trained = _trained(parent, config, dataset, options)
     return {
         "exactness": exact,
         "conversions": conversions,
-        "rivals": rivals,
+        "rivals": beside,
         "effort": [effort],
         "trained": trained,
         "threads": torch.get_num_threads(),
@@ -120,35 +123,8 @@ def _images(dataset: Dataset, count: int) -> Tensor:
 # Exactness and conversion
 
 
-def _built(name: str, seed: int) -> nn.Module:
-    """Return a model for 3x32x32 images: of the project if it has it, else torchvision's."""
-    file = configuration.CONF / "model" / f"{name}.yaml"
-    if file.exists():
-        spec: Mapping[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
-    else:
-        spec = {"_target_": "fedsys.models.torchvision_classifier", "name": name, "norm": "batch"}
-    return models.build(spec, input_shape=(3, 32, 32), num_classes=10, seed=seed)
-
-
-def _as_trained(model: nn.Module, seed: int) -> nn.Module:
-    """Give biases, and shifts and statistics of BatchNorm, values of both signs."""
-    draw = Address(seed).torch("bench-prune")
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
-                module.bias.copy_(0.3 * torch.randn(module.bias.shape, generator=draw))
-            elif isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
-                shape = module.bias.shape
-                module.weight.copy_(0.5 + torch.rand(shape, generator=draw))
-                module.bias.copy_(0.3 * torch.randn(shape, generator=draw))
-                module.running_mean.copy_(0.3 * torch.randn(shape, generator=draw))
-                assert module.running_var is not None
-                module.running_var.copy_(0.5 + torch.rand(shape, generator=draw))
-    return model.eval()
-
-
 def _exactness(name: str, sparsity: float, images: Tensor, seed: int) -> Row:
-    model = _as_trained(_built(name, seed), seed)
+    model = as_trained(built(name, seed), seed)
     row: Row = {"model": name, "sparsity": sparsity}
     leave, address = last_layer(model), Address(seed)
     _say(f"exactness of {name} at {sparsity:.1%}")
@@ -176,7 +152,7 @@ def _answers(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def _conversion(name: str, sparsity: float, repeats: int, seed: int) -> Row:
-    model = _built(name, seed).eval()
+    model = built(name, seed).eval()
     leave = last_layer(model)
     masks = one_shot("magnitude", model, sparsity, leave=leave)
     _say(f"{repeats} conversions of {name} at {sparsity:.1%}")
@@ -194,56 +170,6 @@ def _conversion(name: str, sparsity: float, repeats: int, seed: int) -> Row:
         "reference_times": before / reference,
         "max_abs_diff_float64": reports[0].max_abs_diff_float64,
     }
-
-
-def _rival(name: str, config: Config) -> Row:
-    model = _as_trained(_built(name, config.seed), config.seed)
-    _say(f"{name} beside Torch-Pruning")
-    pruning = dataclasses.replace(config.pruning, sparsity=0.7)
-    dataset = federation.federation(config).dataset
-    ours_from = time.perf_counter()
-    (recipe,) = recipes(model, dataclasses.replace(config, pruning=pruning), dataset)
-    candidate, _ = convert(recipe.make(), config.prune, (3, 32, 32), lambda plan: None)
-    ours_s = time.perf_counter() - ours_from
-    params = candidate.variant.params
-    theirs_from = time.perf_counter()
-    theirs = torch_pruning(model, (3, 32, 32), params, last_layer(model))
-    theirs_s = time.perf_counter() - theirs_from
-    images = torch.randn(1, 3, 32, 32, generator=Address(0).torch("rival"))
-    pair = {"ours": candidate.module, "theirs": theirs, "parent": model}
-    with _one_thread():
-        took = in_turns(pair, images, RUNS)
-    return {
-        "model": name,
-        "parent_params": sum(p.numel() for p in model.parameters()),
-        "params": params,
-        "torch_pruning_params": count_parameters(theirs),
-        "macs": candidate.variant.macs,
-        "torch_pruning_macs": macs(_traced(theirs), (3, 32, 32)),
-        "seconds": ours_s,
-        "torch_pruning_seconds": theirs_s,
-        "ms": 1000 * median(took["ours"]),
-        "torch_pruning_ms": 1000 * median(took["theirs"]),
-        "parent_ms": 1000 * median(took["parent"]),
-        "faster_than_parent": speedup(took["parent"], took["ours"]),
-        "torch_pruning_faster_than_parent": speedup(took["parent"], took["theirs"]),
-    }
-
-
-def _traced(model: nn.Module) -> torch.fx.GraphModule:
-    from fedsys.pruning.plan import evaluation_graph
-
-    return evaluation_graph(masked_copy(model, None)).float()
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -356,7 +282,7 @@ def _against_masked(level: Level, parent: nn.Module, config: Config, dataset: Da
     candidate, small = convert(level, config.prune, dataset.input_shape, lambda plan: None)
     masked = masked_copy(level.model, level.masks)
     images = torch.randn(1, *dataset.input_shape, generator=Address(0).torch("masked"))
-    with _one_thread():
+    with one_thread():
         took = in_turns({"masked": masked, "dense": candidate.module}, images, RUNS)
     everything = _images(dataset, len(dataset.test))
     expected, got = _answers(masked, everything), _answers(candidate.module, everything)

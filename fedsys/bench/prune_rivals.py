@@ -1,23 +1,161 @@
-"""Torch-Pruning, as its own documentation uses it: magnitude importance over coupled channels.
+"""Channels chosen by our scores and by Torch-Pruning, at the same number of parameters.
 
-Fang et al., "DepGraph: Towards Any Structural Pruning", CVPR 2023.
+Torch-Pruning as its own documentation uses it, with magnitude importance over coupled channels
+(Fang et al., "DepGraph: Towards Any Structural Pruning", CVPR 2023). What our plain score leaves at
+``bench.rival_sparsity`` is the number of parameters for all; each of the others is the largest
+model that a search by halving finds below it.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib
+import time
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from fedsys.errors import ModelError
+from fedsys.bench.prune_models import one_thread
+from fedsys.config import Config
+from fedsys.errors import ConfigError, ModelError
+from fedsys.pruning.candidates import convert
+from fedsys.pruning.levels import Level
+from fedsys.pruning.masks import Masks, last_layer
+from fedsys.pruning.measuring import in_turns, macs, speedup
+from fedsys.pruning.plan import evaluation_graph, make_plan, masked_copy, probes
+from fedsys.pruning.settings import PruningConfig, check
+from fedsys.pruning.shrink import count_parameters
+from fedsys.pruning.sparsify import one_shot
+from fedsys.pruning.structure import structure
+from fedsys.randomness import Address
 
-_STEPS = 7
-"""Halvings of the interval of ratios: the parameters agree to about one per cent of the model."""
+_SHAPE = (3, 32, 32)
+_STEPS = 10
+"""Halvings of the interval: parameters agree to some tenths of a per cent."""
+
+T = TypeVar("T")
+Row = dict[str, Any]
+
+
+def rivals(model: nn.Module, name: str, config: Config, options: Mapping[str, Any]) -> list[Row]:
+    """Return a row for each of our scores, Torch-Pruning and the parent; latencies in turns.
+
+    Args:
+        model: With weights as after training; left as it was.
+        name: Its name in the rows.
+        config: ``pruning`` and ``prune`` say how ours are made.
+        options: ``rival_sparsity``, ``rival_costs`` (pairs of cost and weight) and ``rival_runs``.
+
+    Raises:
+        ConfigError: A cost or its weight is out of range.
+        ModelError: Torch-Pruning is not installed, or nothing is as small as wanted.
+    """
+    plain = dataclasses.replace(config.pruning, sparsity=float(options["rival_sparsity"]))
+    made = {"fedsys": _timed(lambda: _converted(model, _masks(model, plain), config))}
+    params = count_parameters(made["fedsys"][0])
+    for cost, weight in options["rival_costs"]:
+        chosen = dataclasses.replace(plain, cost=str(cost), cost_weight=float(weight))
+        check(chosen)
+        made[f"fedsys, {cost}^{weight:g}"] = _of_size(model, chosen, config, params)
+    made["Torch-Pruning"] = _timed(lambda: torch_pruning(model, _SHAPE, params, last_layer(model)))
+    made["parent"] = (model, 0.0)
+    images = torch.randn(1, *_SHAPE, generator=Address(0).torch("rival"))
+    with one_thread():
+        times = in_turns({by: m for by, (m, _) in made.items()}, images, int(options["rival_runs"]))
+    return [
+        {
+            "model": name,
+            "by": by,
+            "params": count_parameters(pruned),
+            "macs": macs(evaluation_graph(masked_copy(pruned, None)).float(), _SHAPE),
+            "ms": 1000 * median(times[by]),
+            "faster_than_parent": speedup(times["parent"], times[by]),
+            "faster_than_torch_pruning": speedup(times["Torch-Pruning"], times[by]),
+            "seconds": took,
+        }
+        for by, (pruned, took) in made.items()
+    ]
+
+
+def _timed(make: Callable[[], T]) -> tuple[T, float]:
+    began = time.perf_counter()
+    return make(), time.perf_counter() - began
+
+
+def largest(
+    make: Callable[[float], T], size: Callable[[T], int], most: int, steps: int = _STEPS
+) -> T | None:
+    """Return the largest thing of at most the size `most` that a search by halving finds.
+
+    Args:
+        make: From a number in (0, 1); the larger that is, the smaller the thing. What cannot be
+            made, because a layer would be empty, counts as too small.
+        size: Of such a thing.
+        most: Largest size.
+        steps: Things that are made.
+    """
+    low, high, best = 0.0, 1.0, None
+    for _ in range(steps):
+        middle = (low + high) / 2
+        try:
+            made = make(middle)
+        except (ConfigError, ModelError):
+            high = middle
+            continue
+        if size(made) <= most:
+            best, high = made, middle
+        else:
+            low = middle
+    return best
+
+
+# --------------------------------------------------------------------------------------------------
+# Ours
+
+
+def _masks(
+    model: nn.Module, pruning: PruningConfig, known: Mapping[str, Any] | None = None
+) -> Masks:
+    return one_shot(
+        pruning.method,
+        model,
+        pruning.sparsities[0],
+        leave=last_layer(model),
+        keep_channels=pruning.keep_channels,
+        mix=pruning.mix,
+        **(structure(pruning, model, _SHAPE) if known is None else known),
+    )
+
+
+def _converted(model: nn.Module, masks: Masks, config: Config) -> nn.Module:
+    level = Level("ours", model, masks, config.pruning.method)
+    return convert(level, config.prune, _SHAPE, lambda plan: None)[0].module
+
+
+def _of_size(
+    model: nn.Module, pruning: PruningConfig, config: Config, params: int
+) -> tuple[nn.Module, float]:
+    """Return the largest model of at most so many parameters, and the seconds of one conversion."""
+    known, inputs = structure(pruning, model, _SHAPE), probes(_SHAPE)[:1]
+
+    def make(share: float) -> tuple[Masks, int]:
+        masks = _masks(model, dataclasses.replace(pruning, sparsity=share), known)
+        plan = make_plan(masked_copy(model, masks), inputs)
+        return masks, count_parameters(plan.apply())
+
+    found = largest(make, lambda made: made[1], params)
+    if found is None:
+        raise ModelError(f"no sparsity by pruning.cost={pruning.cost} leaves {params} parameters")
+    return _timed(lambda: _converted(model, found[0], config))
+
+
+# --------------------------------------------------------------------------------------------------
+# Torch-Pruning
 
 
 def torch_pruning(
@@ -35,14 +173,9 @@ def torch_pruning(
         ModelError: The package is not installed, or no ratio leaves so few parameters.
     """
     library = _import()
-    low, high, best = 0.0, 0.99, None
-    for _ in range(_STEPS):
-        ratio = (low + high) / 2
-        pruned = _pruned(library, model, input_shape, ratio, leave)
-        if sum(p.numel() for p in pruned.parameters()) <= params:
-            best, high = pruned, ratio
-        else:
-            low = ratio
+    best = largest(
+        lambda ratio: _pruned(library, model, input_shape, ratio, leave), count_parameters, params
+    )
     if best is None:
         raise ModelError(f"Torch-Pruning leaves more than {params} parameters at every ratio")
     return best

@@ -20,12 +20,9 @@ from fedsys import data, optimizers, training
 from fedsys.config import Config
 from fedsys.data import Dataset, Images
 from fedsys.errors import ConfigError
-from fedsys.graph import trace
 from fedsys.pruning.masks import Masks, held, last_layer
-from fedsys.pruning.penalty import channel_scales
-from fedsys.pruning.scores import coupled_layers
-from fedsys.pruning.settings import CHANNEL_METHODS
 from fedsys.pruning.sparsify import one_shot
+from fedsys.pruning.structure import structure
 from fedsys.randomness import Address
 
 EVAL_BATCH = 250
@@ -99,10 +96,7 @@ def _mask(
     if pruning.method in ("snip", "grasp"):
         count = -(-pruning.examples // config.client.batch_size)
         more["batches"] = list(islice(_batches(config, dataset), count))
-    if pruning.method in CHANNEL_METHODS:
-        more["groups"] = coupled_layers(model, dataset.input_shape)
-    if pruning.method == "group_norm":
-        more["scales"] = channel_scales(trace(model))
+    more |= structure(pruning, model, dataset.input_shape)
     return one_shot(
         pruning.method,
         model,

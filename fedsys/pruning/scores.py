@@ -23,6 +23,7 @@ already must be zero in it.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -144,6 +145,52 @@ def group_norm(
     norms = channel_norm(model, order=2, groups=groups, scales=scales)
     means = {name: norm.flatten(1)[:, 0].mean() for name, norm in norms.items()}
     return {name: norm / means[name] if means[name] > 0 else norm for name, norm in norms.items()}
+
+
+def per_cost(scores: Mapping[str, Tensor], costs: Mapping[str, float], weight: float) -> Scores:
+    """Return what a layer loses with each weight, for what its channel costs.
+
+    What a weight is worth is its squared score over the mean of a channel, as a share of what its
+    layer has without the channels that go before it: as in Lee et al. ("Layer-adaptive Sparsity for
+    the Magnitude-based Pruning", ICLR 2021), there for weights. So the fewer channels a layer has
+    left, the dearer they are, and no cost strips it of all. That is divided by the cost of the
+    channel to the power `weight`: with 1 it is the greedy rule of a knapsack, and layers are left
+    with about equal costs. Molchanov et al. ("Pruning Convolutional Neural Networks for Resource
+    Efficient Inference", ICLR 2017, section 2.3) subtract a multiple of the cost instead, which has
+    to fit the scale of scores; Shen et al. ("Structural Pruning via Latency-Saliency Knapsack",
+    NeurIPS 2022) fill a knapsack of measured latency.
+
+    Args:
+        scores: Of weights, by name, at least 0.
+        costs: Of one channel, by name of the layer (`fedsys.pruning.structure.channel_costs`).
+            Only their ratios count. Layers without one count as of the geometric mean.
+        weight: Exponent of the cost, at least 0.
+
+    Raises:
+        ConfigError: A cost, or the weight, is out of range.
+    """
+    if not 0.0 <= weight < math.inf:
+        raise ConfigError.of("pruning.cost_weight", weight, "must be at least 0 and finite")
+    known = {name: costs[layer] for name in scores if (layer := name.rpartition(".")[0]) in costs}
+    for name, cost in known.items():
+        if not 0.0 < cost < math.inf:
+            raise ConfigError.of(f"costs[{name}]", cost, "must be above 0 and finite")
+    mean = sum(map(math.log, known.values())) / max(1, len(known))
+    factors = {name: math.exp(weight * (mean - math.log(cost))) for name, cost in known.items()}
+    return {name: _of_the_rest(each) * factors.get(name, 1.0) for name, each in scores.items()}
+
+
+def _of_the_rest(score: Tensor) -> Tensor:
+    """Return squared scores, ``(channels, …)``, over those of all channels that do not go before.
+
+    All weights of a channel together have as much as the channel: its share times their number.
+    """
+    squares = score.detach().double() ** 2
+    sums = squares.flatten(1).sum(1)
+    rest = torch.where(sums >= sums.unsqueeze(1), sums, 0.0).sum(1)
+    fan_in = squares[0].numel()
+    shares = torch.where(rest > 0, fan_in / rest.clamp(min=torch.finfo(rest.dtype).tiny), 0.0)
+    return squares * shares.reshape(-1, *(1 for _ in score.shape[1:]))
 
 
 def coupled_layers(

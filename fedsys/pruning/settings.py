@@ -10,6 +10,7 @@ the configuration and the round, so server, clients and edge servers agree witho
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -33,6 +34,8 @@ CHANNEL_METHODS = ("magnitude_channel", "group_norm")
 """Those by which whole channels go."""
 
 SCOPES = ("global", "layer")
+COSTS = ("none", "macs", "params")
+"""What scores of channels can be divided by (`fedsys.pruning.structure.channel_costs`)."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,9 @@ class PruningConfig:
         leave: Layers to leave alone: names or patterns. None leaves the last one, whose outputs
             are the classes.
         keep_channels: Channels of every layer that keep a weight in any case.
+        cost: ``macs`` or ``params``: of two channels of one score the one goes first that costs
+            more of these; ``none`` looks at the score alone. Only for `CHANNEL_METHODS`.
+        cost_weight: The exponent of the cost that scores are divided by; 0 is like ``none``.
         mix: ``magnitude_channel``: from 0 (weights alone) to 1 (whole channels).
         iterations: ``synflow``: steps of one pruning.
         examples: ``snip``, ``grasp``: images that the gradient is taken on.
@@ -65,6 +71,8 @@ class PruningConfig:
     scope: str = "global"
     leave: tuple[str, ...] | None = None
     keep_channels: int = 0
+    cost: str = "none"
+    cost_weight: float = 1.0
     mix: float = 0.8
     iterations: int = 100
     examples: int = 512
@@ -106,6 +114,8 @@ def check(pruning: PruningConfig) -> None:
     _choice("scope", pruning.scope, SCOPES)
     if pruning.method == "synflow" and pruning.scope != "global":
         raise ConfigError.of("pruning.scope", pruning.scope, "must be global for synflow")
+    _choice("cost", pruning.cost, COSTS)
+    check_cost(pruning.cost, pruning.method, pruning.scope)
     rules = (
         (
             "sparsity",
@@ -113,6 +123,11 @@ def check(pruning: PruningConfig) -> None:
             "must be in [0, 1), or several of them in ascending order",
         ),
         ("keep_channels", pruning.keep_channels >= 0, "must be at least 0"),
+        (
+            "cost_weight",
+            0.0 <= pruning.cost_weight < math.inf,
+            "must be at least 0 and finite",
+        ),
         ("mix", 0.0 <= pruning.mix <= 1.0, "must be in [0, 1]"),
         ("iterations", pruning.iterations >= 1, "must be at least 1"),
         ("examples", pruning.examples >= 1, "must be at least 1"),
@@ -127,6 +142,23 @@ def check(pruning: PruningConfig) -> None:
     for key, holds, rule in rules:
         if not holds:
             raise ConfigError.of(f"pruning.{key}", getattr(pruning, key), rule)
+
+
+def check_cost(cost: str, method: str, scope: str) -> None:
+    """Refuse a cost where nothing can be divided by it.
+
+    Raises:
+        ConfigError: The method does not score channels, or layers are not compared.
+    """
+    if cost == "none" or method == "none":
+        return
+    if method not in CHANNEL_METHODS:
+        rule = f"must be none for pruning.method={method}, which does not score channels"
+        way_out = f"try pruning.method={CHANNEL_METHODS[-1]}"
+        raise ConfigError.of("pruning.cost", cost, rule, way_out)
+    if scope != "global":
+        rule = f"must be none with pruning.scope={scope}: all channels of a layer cost the same"
+        raise ConfigError.of("pruning.cost", cost, rule, "try pruning.scope=global")
 
 
 def _choice(key: str, value: str, known: Sequence[str]) -> None:

@@ -26,7 +26,7 @@ from fedsys.pruning import scores as score_functions
 from fedsys.pruning.masks import Masks
 from fedsys.pruning.penalty import output_layers
 from fedsys.pruning.scores import Groups, Scores
-from fedsys.pruning.settings import METHODS, SCOPES
+from fedsys.pruning.settings import METHODS, SCOPES, check_cost
 from fedsys.randomness import Address
 from fedsys.training import Batches
 
@@ -275,6 +275,8 @@ def one_shot(
     mix: float = 0.8,
     groups: Groups = (),
     scales: Mapping[str, Tensor] | None = None,
+    costs: Mapping[str, float] | None = None,
+    cost_weight: float = 1.0,
     iterations: int = 100,
 ) -> Masks:
     """Prune a model by one of `METHODS`.
@@ -293,6 +295,9 @@ def one_shot(
         mix: For magnitude_channel.
         groups: For magnitude_channel and group_norm.
         scales: For group_norm.
+        costs: For magnitude_channel and group_norm: what their scores are divided by, as for
+            `fedsys.pruning.scores.per_cost`; nothing if None.
+        cost_weight: As for `per_cost`.
         iterations: For synflow.
 
     Raises:
@@ -301,6 +306,8 @@ def one_shot(
     """
     masks = Masks.dense(model, leave) if masks is None else masks
     address = Address(0) if address is None else address
+    if costs is not None:
+        check_cost("given", method, scope)
     if method == "synflow":
         if scope != "global":
             raise ConfigError.of("pruning.scope", scope, "must be global for synflow")
@@ -322,4 +329,7 @@ def one_shot(
     if method not in scored:
         rule = f"must be one of {', '.join(METHODS)}"
         raise ConfigError.of("pruning.method", method, rule, did_you_mean(method, METHODS))
-    return prune(masks, scored[method](), sparsity, scope=scope, keep_channels=keep_channels)
+    scores = scored[method]()
+    if costs is not None:
+        scores = score_functions.per_cost(scores, costs, cost_weight)
+    return prune(masks, scores, sparsity, scope=scope, keep_channels=keep_channels)

@@ -1,0 +1,139 @@
+"""What the architecture says about channels: which go together, their scales, their costs.
+
+Removing a channel saves what its group computes for it (every layer whose outputs only go
+together) and what the readers of the group spend on it. So the cost of a channel of layer L is the
+cost of the whole group and of the readers' weights on it, divided by the channels of L. It is that
+of the unpruned model: a function of the architecture and the shape of inputs alone, so that a run
+that is resumed, and a model pruned in one step or in many, see the same costs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fedsys.errors import ConfigError, did_you_mean
+from fedsys.graph import trace, trace_evaluation
+from fedsys.measure import measure
+from fedsys.pruning.ops import Kind, Op, describe
+from fedsys.pruning.penalty import channel_scales
+from fedsys.pruning.plan import masked_copy
+from fedsys.pruning.scores import coupled_layers
+from fedsys.pruning.settings import CHANNEL_METHODS, PruningConfig
+
+_TYING = (Kind.SCALE, Kind.SAME, Kind.NORM, Kind.ADD, Kind.MUL)
+
+
+def structure(
+    pruning: PruningConfig, model: nn.Module, input_shape: Sequence[int]
+) -> dict[str, Any]:
+    """Return what `fedsys.pruning.sparsify.one_shot` is to know of a model's architecture.
+
+    Args:
+        pruning: Its method and cost say what is needed; nothing is, unless channels are scored.
+        model: Any model that `fedsys.graph.trace` traces.
+        input_shape: Of one input without the batch.
+
+    Raises:
+        ModelError: The model does not trace or run on such an input.
+    """
+    if pruning.method not in CHANNEL_METHODS:
+        return {}
+    found: dict[str, Any] = {"groups": coupled_layers(model, input_shape)}
+    if pruning.method == "group_norm":
+        found["scales"] = channel_scales(trace(model))
+    if pruning.cost != "none":
+        costs = channel_costs(model, input_shape, pruning.cost)
+        found |= {"costs": costs, "cost_weight": pruning.cost_weight}
+    return found
+
+
+def channel_costs(model: nn.Module, input_shape: Sequence[int], cost: str) -> dict[str, float]:
+    """Return what one channel costs, by the name of its layer.
+
+    Args:
+        model: Any model that `fedsys.graph.trace` traces; its weights do not count.
+        input_shape: Of one input without the batch.
+        cost: ``macs``: multiply-accumulates of one example. ``params``: weights of convolutions
+            and linear layers.
+
+    Raises:
+        ConfigError: There is no such cost.
+        ModelError: The model does not trace or run on such an input.
+    """
+    known: Mapping[str, Callable[[Op], int]] = {
+        "macs": lambda op: op.layer.weight.numel() * math.prod(op.shape[2:]),
+        "params": lambda op: op.layer.weight.numel(),
+    }
+    if cost not in known:
+        rule = f"must be one of {', '.join(known)}"
+        raise ConfigError.of("pruning.cost", cost, rule, did_you_mean(cost, known))
+    ops = _operations(model, input_shape)
+    groups = _groups(ops)
+    totals: defaultdict[str, float] = defaultdict(float)
+    outputs: dict[str, Mapping[str, int]] = {}
+    for name, op in ops.items():
+        outputs[name] = _channels(op, groups[name], ops, [outputs[n.name] for n in op.inputs])
+        if op.kind is Kind.MIX:
+            totals[groups[name]] += known[cost](op)
+            if op.groups == 1:  # else its own outputs go with what it reads
+                read = outputs[op.inputs[0].name]
+                for group, channels in read.items():
+                    totals[group] += known[cost](op) * channels / op.layer.weight.shape[1]
+    mixes = {name: op for name, op in ops.items() if op.kind is Kind.MIX}
+    return {op.name: totals[groups[name]] / op.channels for name, op in mixes.items()}
+
+
+def _operations(model: nn.Module, input_shape: Sequence[int]) -> dict[str, Op]:
+    """Return what each node of the traced model does, without computing anything."""
+    graph = trace_evaluation(masked_copy(model, None))
+    dtype = next((p.dtype for p in graph.parameters()), torch.float32)
+    measured = measure(graph, torch.empty(2, *input_shape, device="meta", dtype=dtype))
+    modules = dict(graph.named_modules())
+    calls = Counter(n.target for n in graph.graph.nodes if n.op == "call_module")
+    ops: dict[str, Op] = {}
+    shapes: dict[fx.Node, tuple[int, ...]] = {}
+    for node in graph.graph.nodes:
+        module = modules[str(node.target)] if node.op == "call_module" else None
+        shape = measured[node.name].shape
+        if shape is not None and node.op != "output":
+            shapes[node] = shape
+        ops[node.name] = describe(node, module, shapes, calls[node.target] > 1)
+    return ops
+
+
+def _groups(ops: Mapping[str, Op]) -> dict[str, str]:
+    """Return for each node the name of a node that stands for all whose channels go together."""
+    above = {name: name for name in ops}
+
+    def root(name: str) -> str:
+        while above[name] != name:
+            name = above[name]
+        return name
+
+    for name, op in ops.items():
+        if op.kind in _TYING or (op.kind is Kind.MIX and op.groups > 1):
+            for source in op.inputs:
+                above[root(source.name)] = root(name)
+    return {name: root(name) for name in ops}
+
+
+def _channels(
+    op: Op, group: str, ops: Mapping[str, Op], inputs: Sequence[Mapping[str, int]]
+) -> dict[str, int]:
+    """Return how many channels of the output of `op` belong to which groups of layers."""
+    if op.kind is Kind.MIX:
+        return {group: op.channels}
+    if op.kind in _TYING:
+        return max((dict(each) for each in inputs), key=lambda each: sum(each.values()))
+    if op.kind is Kind.CAT:
+        return dict(sum(map(Counter, inputs), Counter()))
+    if op.kind is Kind.FLATTEN:
+        maps = ops[op.inputs[0].name].channels
+        return {each: count * op.channels // maps for each, count in inputs[0].items()}
+    return {}
