@@ -9,7 +9,7 @@ import torch
 from fedsys import bench, federation, records
 from fedsys.bench import codecs, link, memory, scale, sessions, simulation, training
 from fedsys.config import CONF, locate
-from fedsys.errors import ConfigError
+from fedsys.errors import ConfigError, ModelError
 from fedsys.main import COMMANDS, main
 from fedsys.runtime.local import LocalGrid
 
@@ -372,3 +372,16 @@ def test_the_throughput_of_links_is_drawn(tmp_path):
     figures = {"cases": [case | {"link": "grpc"}, case | {"link": "tcp"}]}
     file = bench.draw(link.chart(figures), tmp_path / "link.png")
     assert file.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("most", "expected"), [(100, 100), (37, 37), (7, None)])
+def test_rivals_are_the_largest_that_fit(most, expected):
+    from fedsys.bench.prune_rivals import largest
+
+    def made(share):
+        if share > 0.9:
+            raise ModelError("a layer would be empty")
+        return round(1000 * (1 - share) ** 2)
+
+    found = largest(made, lambda size: size, most, steps=20)
+    assert found == expected
