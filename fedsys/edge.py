@@ -71,13 +71,13 @@ class EdgeServer:
 
     Args:
         name: Name of the edge in logs and assignments.
-        address: ``grpc://host:port`` or ``memory://name``.
-        credentials: For mutual TLS; needed over gRPC unless the address is on loopback.
+        address: ``tcp://host:port``, ``grpc://host:port`` or ``memory://name``.
+        credentials: For mutual TLS; needed between processes unless the address is on loopback.
         control_token: What a controller without a certificate must present.
         controller: Name in the certificate of the server app.
         device: Where sessions compute.
         limits: What it takes upon itself.
-        plain: Accept unprotected gRPC links from other hosts, for networks that are trusted.
+        plain: Accept unprotected links from other hosts, for networks that are trusted.
         crash: What the fault ``edge_killed`` does to this server; None refuses sessions that come
             with faults.
 

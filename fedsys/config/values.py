@@ -119,7 +119,7 @@ class RuntimeConfig:
     wait_s: float = 60.0
 
 
-BETWEEN_PROCESSES: Final = "grpc"
+BETWEEN_PROCESSES: Final = "tcp"
 """Kind of link that ``link=auto`` stands for where memory cannot be shared."""
 
 
@@ -129,7 +129,7 @@ class LinkConfig:
 
     Attributes:
         kind: ``memory``, ``grpc``, ``tcp``, or ``auto``: memory where both are in one process,
-            else gRPC.
+            else TCP.
         credentials: Folder with ``ca.pem``, ``cert.pem`` and ``key.pem`` for mutual TLS; a node's
             own configuration may name another.
         holder: Name in the certificate of the device of a session, with ``{client}`` for its
@@ -233,7 +233,7 @@ class EdgeConfig:
 
     device: str = "auto"
     name: str = "edge-0"
-    address: str = "grpc://0.0.0.0:9443"
+    address: str = "tcp://0.0.0.0:9443"
     http: str | None = "127.0.0.1:9464"
     credentials: str | None = None
     controller: str = "server"
