@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedsys import bench, federation, records
-from fedsys.bench import codecs, link, memory, scale, sessions, simulation, training
+from fedsys.bench import codecs, link, memory, planning, scale, sessions, simulation, training
 from fedsys.config import CONF, locate
 from fedsys.errors import ConfigError, ModelError
 from fedsys.main import COMMANDS, main
@@ -71,6 +71,15 @@ SMALL = {
         "rounds=2",
         "bench.clients.local=[2]",
         "bench.clients.simulation=[]",
+    ],
+    "planning": [
+        "bench.models=[vgg5]",
+        "bench.networks=[4g]",
+        "bench.codecs=[[fp32,int8]]",
+        "bench.devices=[2,6]",
+        "bench.edges=[1]",
+        "bench.repeats=2",
+        "bench.exhaustive=2",
     ],
     "start": [
         "num_clients=2",
@@ -300,6 +309,23 @@ def test_codecs_sum_up_by_seed():
         "seeds": 2,
     }
     assert codecs._summary(rows[2:])[0]["points_to_fp32"] is None
+
+
+def test_planning_is_timed_and_compared_with_the_optimum_of_few_devices(tmp_path, capsys):
+    figures = job("planning", capsys, tmp_path / "run")
+    few, many = figures["rows"]
+    assert (few["devices"], many["devices"], few["units"]) == (2, 6, 5)
+    assert 1 <= few["over"] == few["auto_s"] / few["exhaustive_s"] <= 1.02
+    assert many["over"] is None
+    for row in figures["rows"]:
+        assert row["auto_s"] <= row["classic_s"]
+        assert 0 < row["least_ms"] <= row["ms"] <= row["most_ms"]
+
+
+def test_planning_needs_a_fleet_whose_costs_are_known(configure):
+    config = configure("+bench=planning", "fleet=local")
+    with pytest.raises(ConfigError, match=r"fleet\.devices=\[\]: must name machines"):
+        planning.run(config, config.bench)
 
 
 def test_start_divides_the_time_of_a_command(tmp_path, capsys):
