@@ -31,19 +31,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fedsys import search
 from fedsys.contention import Indices, alone_s
 from fedsys.errors import ConfigError
 from fedsys.shaping import Network
-from fedsys.tables import MEAN, Table, score
-from fedsys.workload import MOST_PIECES, Array, Choice, Device, Menu, Workload
+from fedsys.tables import MEAN, Table
+from fedsys.workload import MOST_PIECES, Choice, Device, Menu, Workload
 
 METHODS = ("auto", "exhaustive", "pipar", "splitfed", "classic")
 MOST_COMBINATIONS = 10**6
-
-_BUDGET = 150_000  # pieces that `auto` times in one look
-_SLOWER = 20  # times, where an edge computes several sessions at a time, but not all
-_LIMITS = 16  # starts of `auto`
-_FEW = 10  # choices of a device that `auto` looks at
 
 
 @dataclass(frozen=True)
@@ -108,9 +104,9 @@ def _listed(load: Workload, choices: Sequence[Choice]) -> tuple[Table, Indices]:
 
 
 def _as_plan(table: Table, picked: Indices, method: str, how: str) -> Plan:
-    iteration, round_ = table.times(picked[None])
+    iteration, round_ = table.times_of(picked)
     choices = tuple(table.choices[i] for i in picked)
-    return Plan(method, choices, tuple(iteration[0].tolist()), tuple(round_[0].tolist()), how)
+    return Plan(method, choices, tuple(iteration.tolist()), tuple(round_.tolist()), how)
 
 
 def options(load: Workload, *, offload: bool = False) -> list[Choice]:
@@ -196,130 +192,19 @@ def _classic(load: Workload, offload: bool) -> _Found:
 
 def _auto(load: Workload, offload: bool) -> _Found:
     table = Table(load, options(load, offload=offload))
-    return table, _auto_picks(table), "worthwhile choices, improved one by one"
-
-
-def _auto_picks(table: Table) -> Indices:
-    alone, loads = table.alone(), table.loads()
-    starts = _limited_starts(table, alone, loads)
-    best = starts[int(table.scores(starts).argmin())]
-    return _improved(table, best, _worthwhile(table, alone, loads), budget=_BUDGET)
-
-
-def _limited_starts(table: Table, alone: Array, loads: Array) -> Indices:
-    """Return the two most promising plans in which all devices have one limit of time.
-
-    Each device takes least of the edges within the limit, which lies between the least possible
-    time of a round and that of choices made alone. A plan takes as long as its slowest device
-    alone, or as its busiest edge.
-    """
-    best = alone.min(axis=1)
-    local = np.where(loads == 0, alone, np.inf).min(axis=1)
-    highest = np.where(np.isfinite(local), local, alone.max(axis=1)).max()
-    limits = np.geomspace(max(best.max(), 1e-12), max(highest, best.max(), 1e-12), _LIMITS - 1)
-    rows, here = [alone.argmin(axis=1)], np.arange(len(alone))
-    for limit in limits:
-        within = alone <= np.maximum(limit, best)[:, None] * (1 + 1e-9)
-        rows.append((np.where(within, loads, np.inf) + 1e-9 * alone).argmin(axis=1))
-    found: dict[bytes, tuple[float, Indices]] = {}
-    for row in rows:
-        if row.tobytes() not in found:
-            picked, busiest = _spread(table, row, loads)
-            estimate = np.maximum(alone[here, row], busiest * (loads[here, row] > 0))
-            found[row.tobytes()] = float(score(estimate)), picked
-    promising = sorted(found.values(), key=lambda entry: entry[0])[:2]
-    return np.stack([picked for _, picked in promising])
-
-
-def _spread(table: Table, courses: Indices, loads: Array) -> tuple[Indices, float]:
-    """Distribute devices over edges, the largest load first, to the edge that is done earliest.
-
-    Returns:
-        The choices, and the seconds of the busiest edge.
-    """
-    own = loads[np.arange(len(courses)), courses]
-    if len(table.load.edges) == 1:
-        return table.choice_at[courses, 0], float(own.sum() / table.workers[0])
-    picked, busy = np.empty_like(courses), [0.0] * len(table.load.edges)
-    for k in np.argsort(-own, kind="stable"):
-        choices = table.choice_at[courses[k]]
-        ends = [
-            busy[e] + own[k] / table.workers[e] if choice >= 0 else math.inf
-            for e, choice in enumerate(choices)
-        ]
-        edge = min(range(len(ends)), key=ends.__getitem__)
-        busy[edge] = ends[edge]
-        picked[k] = choices[edge]
-    return picked, max(busy)
-
-
-def _worthwhile(table: Table, alone: Array, loads: Array) -> list[Indices]:
-    """Return for each device the choices that are best at something.
-
-    A course that another one betters both alone and in what it takes of the edge is left out, but
-    for the few that are fastest alone, and those that take nothing of an edge.
-    """
-    kept: dict[bytes, Indices] = {}
-    result = []
-    for own, load in zip(alone, loads, strict=True):
-        key = own.tobytes() + load.tobytes()
-        if key not in kept:
-            order = np.lexsort((load, own))
-            least = np.minimum.accumulate(load[order])
-            front = order[np.r_[True, least[1:] < least[:-1]]]
-            near, local = order[:_FEW], np.flatnonzero(load == 0)
-            courses = np.unique(np.concatenate([front[:_FEW], near, local]))
-            kept[key] = table.with_edges(courses)
-        result.append(kept[key])
-    return result
-
-
-def _improved(
-    table: Table, picked: Indices, short: Sequence[Indices], budget: float = math.inf
-) -> Indices:
-    """Change the choice of one device after the other for a better plan, until none is better.
-
-    Args:
-        table: All choices.
-        picked: The plan to begin with.
-        short: The choices that are tried of each device.
-        budget: Pieces that may be timed in one pass; if all devices are too many for it, the
-            slowest ones are looked at, or none.
-    """
-    devices = len(picked)
-    best = float(table.scores(picked[None])[0])
-    pieces = float(table.stages(picked[None]).pieces.max())
-    if any(1 < workers < devices for workers in table.workers):
-        budget /= _SLOWER
-    affordable = budget / (devices * max(pieces, 1.0) * max(len(s) for s in short))
-    everyone = affordable >= devices
-    if affordable < 1:
-        return picked
-    for _ in range(4 * devices if everyone else 2):
-        before = best
-        order = np.argsort(-table.times(picked[None])[1][0], kind="stable")
-        for k in order[: int(min(affordable, devices))]:
-            tried = np.repeat(picked[None], len(short[k]), axis=0)
-            tried[:, k] = short[k]
-            scores = table.scores(tried)
-            i = int(scores.argmin())
-            if scores[i] < best * (1 - 1e-12):
-                picked, best = tried[i], float(scores[i])
-        if best >= before * (1 - 1e-12):
-            break
-    return picked
+    return table, *search.promising(table)
 
 
 def _exhaustive(load: Workload, offload: bool) -> _Found:
     table = Table(load, options(load, offload=offload))
-    start = _auto_picks(table)
+    start, _ = search.promising(table)
     count, devices = len(table.choices), len(load.devices)
     combinations = count**devices
     if combinations > MOST_COMBINATIONS:
         everything = [np.arange(count)] * devices
-        alone, _ = _spread(table, table.alone().argmin(axis=1), table.loads())
-        found = [_improved(table, s, everything) for s in (start, alone)]
-        picked = min(found, key=lambda p: float(table.scores(p[None])[0]))
+        alone, _ = search.spread(table, table.alone().argmin(axis=1), table.loads())
+        found = [search.improved(table, s, everything) for s in (start, alone)]
+        picked = min(found, key=lambda p: table.score(p))
         how = f"each device in turn over {count} choices until none changed: not proved the best"
     else:
         picked = _joint(table, start, combinations)
@@ -340,7 +225,7 @@ def _joint(table: Table, start: Indices, combinations: int) -> Indices:
         slowest = np.maximum(slowest[:, None], own).ravel()
         mean = (mean[:, None] + own / devices).ravel()
     bound = slowest + MEAN * mean
-    picked, best = start, float(table.scores(start[None])[0])
+    picked, best = start, table.score(start)
     order = np.flatnonzero(bound < best)
     order = order[np.argsort(bound[order], kind="stable")]
     size = 64

@@ -31,20 +31,23 @@ class Table:
         choices: All choices, C of them.
         course: Index of the course of each choice.
         choice_at: Index of the choice by course and edge, ``(O, E)``; -1 where there is none.
+        kind: Number of the kind of each device, ``(K,)``: the same costs and network.
+        steps: Iterations of each device in a round, ``(K,)``.
     """
 
     def __init__(self, load: Workload, choices: Sequence[Choice]) -> None:
         self.load, self.choices = load, tuple(choices)
         self.workers = [edge.workers for edge in load.edges]
+        self._known: dict[bytes, tuple[Array, Array]] = {}
         self.edge: Indices = np.array([choice.edge for choice in choices])
         self._pick_courses()
         menu = Menu(load, [self.choices[i] for i in self._first])
         kinds: dict[tuple[int, Network], int] = {}
         made: list[Stages] = []
-        self._kind = np.zeros(len(load.devices), dtype=np.int64)
+        self.kind = np.zeros(len(load.devices), dtype=np.int64)
         for k, device in enumerate(load.devices):
             kind = kinds.setdefault((id(device.costs), device.network), len(kinds))
-            self._kind[k] = kind
+            self.kind[k] = kind
             if kind == len(made):
                 made.append(menu.stages(device))
         names = [f.name for f in dataclasses.fields(Stages)]
@@ -66,16 +69,51 @@ class Table:
         self.choice_at = np.full((len(found), len(self.load.edges)), -1)
         self.choice_at[self.course, self.edge] = np.arange(len(self.choices))
 
+    def part(self, devices: Sequence[int], share: int) -> Table:
+        """Return the table of some devices and of edges that compute fewer sessions at a time.
+
+        Args:
+            devices: Indices of the devices.
+            share: What the edges' workers are divided by.
+        """
+        edges = {
+            id(edge): dataclasses.replace(edge, workers=max(1, round(edge.workers / share)))
+            for edge in self.load.edges
+        }
+        load = dataclasses.replace(
+            self.load,
+            devices=tuple(self.load.devices[k] for k in devices),
+            edges=tuple(edges[id(edge)] for edge in self.load.edges),
+        )
+        return Table(load, self.choices)
+
     def stages(self, picked: Indices) -> Stages:
         """Return the stages of plans, ``(P, K)`` indices of choices."""
         at = self.course[picked]
-        return Stages(**{n: table[self._kind, at] for n, table in self._stages.items()})
+        return Stages(**{n: table[self.kind, at] for n, table in self._stages.items()})
+
+    def pieces(self, picked: Indices) -> int:
+        """Return how many pieces are timed for plans, ``(P, K)``."""
+        counts = self._stages["pieces"][self.kind, self.course[picked]]
+        return len(picked) * int(counts.max(axis=0).sum())
 
     def times(self, picked: Indices) -> tuple[Array, Array]:
         """Return the seconds of an iteration and of a round in company, ``(P, K)``."""
         iteration = together_s(self.stages(picked), self.edge[picked], self.workers)
         exchange = self.exchange[np.arange(len(self.steps)), self.course[picked]]
         return iteration, iteration * self.steps + exchange
+
+    def score(self, picked: Indices) -> float:
+        """Return the score of one plan ``(K,)``."""
+        return float(score(self.times_of(picked)[1]))
+
+    def times_of(self, picked: Indices) -> tuple[Array, Array]:
+        """Return what `times` gives for one plan ``(K,)``; known plans are not timed again."""
+        key = picked.tobytes()
+        if key not in self._known:
+            iteration, round_ = self.times(picked[None])
+            self._known[key] = iteration[0], round_[0]
+        return self._known[key]
 
     def scores(self, picked: Indices) -> Array:
         """Return the scores of plans ``(P, K)``, in parts that fit into memory."""
@@ -88,7 +126,7 @@ class Table:
 
     def alone(self) -> Array:
         """Return the seconds of a round of each device for each course, ``(K, O)``."""
-        seconds = alone_s(Stages(**self._stages))[self._kind]
+        seconds = alone_s(Stages(**self._stages))[self.kind]
         total: Array = seconds * self.steps[:, None] + self.exchange
         return total
 
@@ -96,7 +134,7 @@ class Table:
         """Return the seconds of an edge in a round of each device, ``(K, O)``."""
         s = self._stages
         seconds = np.where(s["offloaded"], s["pieces"] * s["edge"] + s["edge_update"], 0.0)
-        total: Array = seconds[self._kind] * self.steps[:, None]
+        total: Array = seconds[self.kind] * self.steps[:, None]
         return total
 
     def with_edges(self, courses: Indices) -> Indices:
