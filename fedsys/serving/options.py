@@ -22,7 +22,7 @@ class ObjectiveConfig:
 
     p95_ms: float = 100.0
     memory_bytes: int | None = None
-    margin: float = 0.2
+    margin: float = 0.1
     dwell_s: float = 5.0
     down_dwell_s: float = 0.5
 
