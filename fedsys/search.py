@@ -69,7 +69,7 @@ def _by_groups(table: Table, groups: Sequence[Indices]) -> Indices:
 def _groups(table: Table) -> list[Indices]:
     """Return devices of one kind in groups, one group for as many as an edge computes at a time.
 
-    None if edges compute one session at a time, or if there are too many kinds for such groups.
+    Empty if edges compute one session at a time, or if there are too many kinds for such groups.
     """
     size = min(table.workers)
     found: list[Indices] = []
@@ -175,7 +175,7 @@ def improved(
         return picked
     for _ in range(4 * devices if everyone else 2):
         before = best
-        order = np.argsort(-table.times(picked[None])[1][0], kind="stable")
+        order = np.argsort(-table.times_of(picked)[1], kind="stable")
         for k in order[: int(min(affordable, devices))]:
             tried = np.repeat(picked[None], len(short[k]), axis=0)
             tried[:, k] = short[k]

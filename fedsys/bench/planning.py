@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 from fedsys.bench import Chart
+from fedsys.bench.pipeline_virtual import CLASSES, SHAPE
 from fedsys.config import Config, compose_text, parse
 from fedsys.dialling import network_of
 from fedsys.layers import LayeredModel
@@ -19,9 +20,6 @@ from fedsys.planner import plan
 from fedsys.planning import machines_of
 from fedsys.session import layered_model
 from fedsys.workload import Device, Workload, workload
-
-SHAPE = (3, 32, 32)
-CLASSES = 10
 
 
 def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,9 +34,9 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         ``rows``: for each combination the model's ``units``, milliseconds of planning by the clock
         (``ms``, the median, ``least_ms``, ``most_ms``), seconds of the round that the model
-        predicts (``auto_s``, ``classic_s``), and where there are few devices ``exhaustive_s``,
-        ``over``, how many times that ``auto_s`` is, and ``how`` it was searched. ``slowest_ms``
-        and ``worst_over``: the largest of each.
+        predicts (``auto_s``, ``classic_s``), and where there are few devices ``exhaustive_s`` and
+        ``over``, how many times that ``auto_s`` is; ``how`` the last of these planners searched.
+        ``slowest_ms`` and ``worst_over``: the largest of each.
 
     Raises:
         ConfigError: The fleet names no machines.
