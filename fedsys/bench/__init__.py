@@ -24,6 +24,7 @@ from typing import Any, TextIO
 from fedsys import config as configuration
 from fedsys.run import RunFolder, default_path, write_atomic
 
+_ROOM = 90  # characters that fit below a picture side by side
 SINGLE = "figures"
 """Name of the table whose one row has the figures that stand in no other table."""
 
@@ -150,7 +151,12 @@ def draw(chart: Chart, path: Path) -> Path:
                 left = [place + (i - (len(chart.series) - 1) / 2) * width for place in places]
                 axes.bar(left, values, width, label=name, color=color)
         step = max(1, len(chart.labels) // 10)
-        axes.set_xticks(places[::step], chart.labels[::step])
+        shown = chart.labels[::step]
+        axes.set_xticks(places[::step], shown)
+        if sum(map(len, shown)) > _ROOM:
+            axes.tick_params("x", rotation=30)
+            for label in axes.get_xticklabels():
+                label.set_horizontalalignment("right")
         if chart.log:
             axes.set_yscale("log")
         axes.set(title=chart.title, xlabel=chart.x_label, ylabel=chart.y_label)

@@ -125,7 +125,7 @@ def chart(figures: Mapping[str, Any]) -> Chart:
     return Chart(
         f"Planning for {most} devices: at most {figures['slowest_ms']:.0f} ms",
         "model",
-        "milliseconds, the slowest network and choice of codecs",
+        "milliseconds of the slowest case",
         models,
-        {f"{count} edge servers": [slowest(model, count) for model in models] for count in edges},
+        {f"edge servers: {count}": [slowest(model, count) for model in models] for count in edges},
     )
