@@ -21,6 +21,7 @@ from fedsys import federation
 from fedsys.data import Images
 from fedsys.main import main
 from fedsys.prune import fill
+from fedsys.pruning.architecture import load
 from fedsys.pruning.levels import Level, recipes, refined, spread
 from fedsys.pruning.masks import Masks
 from fedsys.pruning.measuring import front, in_turns, latencies, peak_bytes
@@ -98,6 +99,31 @@ def test_a_run_becomes_a_portfolio_of_its_model(
     # what goes is said before it is done
     plan = err.index("channels go, in ")
     assert plan < err.index("parameters in ") < err.index("measuring ")
+
+
+def test_batchnorm_is_folded_in_all_that_answer_unless_it_shall_stay(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = []
+    for fold in (True, False):
+        options = ("pruning.sparsity=[0.8]", "prune.margin=0", f"prune.fold_batchnorm={fold}")
+        folder = f"run.dir={tmp_path / str(fold)}"
+        status, out, err = call(capsys, "prune", f"run={trained}", *FAST, *options, folder)
+        assert status == 0, err
+        made.append(Portfolio.load(Path(json.loads(out.splitlines()[-1])["portfolio"])))
+    folded, kept = made
+    assert "2 BatchNorms folded" in folded.parent.made and folded.parent.folded == 2
+    assert "folded" not in kept.parent.made and kept.parent.folded == 0
+    images = torch.randn(4, *folded.about.input_shape)
+    for variant in folded.variants:
+        expected = {v.name: v.files for v in kept.variants}.get(variant.name, variant.files)
+        assert variant.files == expected  # what can be trained is the same
+        answers = folded.module(variant.name)
+        assert not any(isinstance(m, nn.BatchNorm2d) for m in answers.modules())
+        model = load(folded.folder / "variants" / variant.name)
+        assert any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+        torch.testing.assert_close(run(answers, images), run(model, images), rtol=0, atol=1e-5)
+    assert any(isinstance(m, nn.BatchNorm2d) for m in kept.module(PARENT).modules())
 
 
 def test_masks_that_a_run_trained_with_are_those_of_its_variant(

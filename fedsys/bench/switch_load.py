@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from fedsys.errors import RequestError, RuntimeFailure
+from fedsys.pruning import architecture
 from fedsys.pruning.measuring import quantile
-from fedsys.pruning.portfolio import Portfolio
+from fedsys.pruning.portfolio import VARIANTS, Portfolio
 from fedsys.pruning.switch import Cost, Loaded, Resident, Switcher
 from fedsys.pruning.switch_memory import resident_bytes
 from fedsys.pruning.switch_slimmable import slimmable
@@ -207,7 +208,8 @@ def _switcher(
         modules = {name: portfolio.module(name) for name in names}
         return Resident(modules, first), names, by_file
     widths = [round(1 - i / len(names), 4) for i in range(len(names))]
-    views = slimmable(portfolio.module(first), image, widths)
+    with_norms = architecture.load(portfolio.folder / VARIANTS / first)  # each width has its own
+    views = slimmable(with_norms, image, widths)
     variants = {f"width {width:g}": view for width, view in views.items()}
 
     def by_width(name: str) -> Tensor:

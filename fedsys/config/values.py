@@ -285,6 +285,7 @@ class PruneConfig:
         recalibrate: Training images on which BatchNorm takes its statistics anew in variants that
             were not trained under their mask; 0 for none.
         fine_tune: Epochs of training under the mask.
+        fold_batchnorm: Whether BatchNorm is folded into the layer before it where variants answer.
         batch_sizes: Examples in the batches that are measured.
         threads: Intra-op threads that are measured.
         runs: Timed runs of each variant with each batch size and thread count.
@@ -301,6 +302,7 @@ class PruneConfig:
     precisions: tuple[str, ...] = ()
     recalibrate: int = 0
     fine_tune: int = 0
+    fold_batchnorm: bool = True
     batch_sizes: tuple[int, ...] = (1, 16)
     threads: tuple[int, ...] = (1, 2)
     runs: int = 30

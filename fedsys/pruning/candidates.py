@@ -19,6 +19,7 @@ from fedsys.pruning.architecture import load as load_dense
 from fedsys.pruning.architecture import save as save_dense
 from fedsys.pruning.channels import Coupling
 from fedsys.pruning.constants import Borders
+from fedsys.pruning.fold import answering, check_folding, foldable
 from fedsys.pruning.levels import Level, spread
 from fedsys.pruning.measuring import macs
 from fedsys.pruning.plan import Plan, evaluation_graph, masked_copy, probes
@@ -37,7 +38,7 @@ class Candidate:
     Attributes:
         variant: Its figures as far as they are known.
         content: What is saved of it.
-        module: What answers.
+        module: What answers: as `fedsys.pruning.portfolio.Portfolio.module` will read it.
     """
 
     variant: Variant
@@ -45,11 +46,16 @@ class Candidate:
     module: nn.Module
 
 
-def parent_candidate(model: nn.Module, input_shape: Sequence[int]) -> Candidate:
+def parent_candidate(
+    model: nn.Module, options: PruneConfig, input_shape: Sequence[int]
+) -> Candidate:
     """Return the unpruned model as a candidate: its graph in evaluation, in float32.
 
+    BatchNorm is folded as in its variants, so that they are not faster by that alone.
+
     Raises:
-        ModelError: It does not trace, run on such an input or return one tensor.
+        ModelError: It does not trace, run on such an input or return one tensor, or folding
+            changes its outputs (`fedsys.pruning.fold.check_folding`).
     """
     graph = evaluation_graph(masked_copy(model, None)).float()
     try:
@@ -61,6 +67,7 @@ def parent_candidate(model: nn.Module, input_shape: Sequence[int]) -> Candidate:
     if not isinstance(output, Tensor):
         raise ModelError(f"the model returns a {type(output).__name__}; it must return one tensor")
     content = _as_saved(graph)
+    module, folded, made = _answering(content, options, input_shape)
     variant = Variant(
         name=PARENT,
         accuracy=0.0,
@@ -69,10 +76,12 @@ def parent_candidate(model: nn.Module, input_shape: Sequence[int]) -> Candidate:
         bytes=0,
         peak_bytes=0,
         latencies=(),
-        made="the unpruned model",
+        folded=folded,
+        made=f"the unpruned model{made}",
+        max_abs_diff=_difference(graph, module, input_shape),
         max_abs_output=float(output.abs().max()),
     )
-    return Candidate(variant, content, content)
+    return Candidate(variant, content, module)
 
 
 def convert(
@@ -82,12 +91,12 @@ def convert(
 
     Args:
         level: The masked model.
-        options: How borders, sums and numbers of channels are treated.
+        options: How borders, sums, numbers of channels and BatchNorm are treated.
         input_shape: Of one input without the batch.
         say: Is told what will be removed, before it is.
 
     Raises:
-        ModelError: As `fedsys.pruning.shrink.shrink`.
+        ModelError: As `fedsys.pruning.shrink.shrink` and `fedsys.pruning.fold.check_folding`.
     """
     small = shrink(
         level.model,
@@ -99,6 +108,11 @@ def convert(
         announce=say,
     )
     content = _as_saved(small.model)
+    module, folded, made = _answering(content, options, input_shape)
+    difference = small.report.max_abs_diff
+    if folded:
+        masked = masked_copy(level.model, level.masks)
+        difference = _difference(masked, module, input_shape)
     variant = Variant(
         name=level.name,
         accuracy=0.0,
@@ -108,12 +122,24 @@ def convert(
         peak_bytes=0,
         latencies=(),
         sparsity=level.masks.figures().sparsity,
-        made=level.made,
-        max_abs_diff=small.report.max_abs_diff,
+        folded=folded,
+        made=f"{level.made}{made}",
+        max_abs_diff=difference,
         max_abs_output=small.report.max_abs_output,
         channels=tuple((edit.name, edit.before, edit.after) for edit in small.plan.edits),
     )
-    return Candidate(variant, content, content), small
+    return Candidate(variant, content, module), small
+
+
+def _answering(
+    content: fx.GraphModule, options: PruneConfig, input_shape: Sequence[int]
+) -> tuple[fx.GraphModule, int, str]:
+    """Return what answers, how many BatchNorms are folded in it, and that in words."""
+    folded = len(foldable(content, input_shape)) if options.fold_batchnorm else 0
+    module = answering(content, input_shape, fold=folded > 0)
+    if folded:
+        check_folding(content, module, input_shape)
+    return module, folded, f", {folded} BatchNorms folded" if folded else ""
 
 
 def _as_saved(model: fx.GraphModule) -> fx.GraphModule:
@@ -128,8 +154,8 @@ def lower(candidate: Candidate, precision: str, dataset: Dataset) -> Candidate:
     Raises:
         ModelError: int8 needs a package that is not installed, or an operation that it has not.
     """
-    model = candidate.content
-    assert isinstance(model, fx.GraphModule)
+    model = candidate.module
+    assert isinstance(model, fx.GraphModule)  # lower precisions are made of float32 alone
     content: Content
     module: nn.Module
     if precision in HALVES:
@@ -138,14 +164,12 @@ def lower(candidate: Candidate, precision: str, dataset: Dataset) -> Candidate:
         some = spread(dataset.train, CALIBRATION)
         content = int8(model, [x for x, _ in data.eval_batches(some, dataset, 64)])
         module = OnnxModule(content)
-    inputs = probes(dataset.input_shape)
-    difference = (_outputs(module, inputs) - _outputs(model, inputs)).abs().max()
     variant = dataclasses.replace(
         candidate.variant,
         name=f"{candidate.variant.name}-{precision}",
         precision=precision,
         made=f"{candidate.variant.made}, in {precision}",
-        max_abs_diff=float(difference),
+        max_abs_diff=_difference(model, module, dataset.input_shape),
     )
     return Candidate(variant, content, module)
 
@@ -153,3 +177,10 @@ def lower(candidate: Candidate, precision: str, dataset: Dataset) -> Candidate:
 def _outputs(model: nn.Module, inputs: Tensor) -> Any:
     with torch.inference_mode():
         return model(inputs)
+
+
+def _difference(model: nn.Module, other: nn.Module, input_shape: Sequence[int]) -> float:
+    """Return the largest difference of outputs on the probes, in the type of `model`."""
+    dtype = next((p.dtype for p in model.parameters()), torch.float32)
+    inputs = probes(input_shape).to(dtype)
+    return float((_outputs(model, inputs) - _outputs(other, inputs)).abs().max())

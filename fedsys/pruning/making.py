@@ -140,7 +140,7 @@ def make(
     """
     options, watch = config.prune, Stopwatch()
     with watch.of("convert"):
-        candidates = [parent_candidate(parent, dataset.input_shape)]
+        candidates = [parent_candidate(parent, options, dataset.input_shape)]
     failed: dict[str, ModelError] = {}
     for recipe in masked:
         try:

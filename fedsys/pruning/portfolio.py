@@ -31,6 +31,8 @@ from torch import Tensor, fx, nn
 from fedsys.errors import ConfigError, ModelError, did_you_mean
 from fedsys.files import json_text, write_atomic, writing
 from fedsys.pruning import architecture
+from fedsys.pruning.fold import answering
+from fedsys.pruning.switch_memory import discard
 
 FORMAT = "fedsys-portfolio-1"
 MANIFEST = "manifest.json"
@@ -81,11 +83,14 @@ class Variant:
             in pictures and reports.
         precision: One of `PRECISIONS`.
         sparsity: Share of the prunable weights that was pruned, in [0, 1).
+        folded: BatchNorms that are folded into the layer before them when it is read to answer;
+            its files have them still.
         made: How it was made, in words.
         test_accuracy: Share of the test part; scored once, when all choices had been made. None
             if there is no test part.
         max_abs_diff: Largest difference of its outputs to those of the masked model that it was
-            converted from, in the type of that model, on the probes of the conversion.
+            converted from, in the type of that model, on the probes of the conversion, as it
+            answers.
         max_abs_output: Largest output of that masked model there.
         channels: Outputs of each convolution and linear layer: name, before, after.
         files: SHA-256 of each of its files, by name.
@@ -100,6 +105,7 @@ class Variant:
     latencies: tuple[Latency, ...]
     precision: str = "float32"
     sparsity: float = 0.0
+    folded: int = 0
     made: str = ""
     test_accuracy: float | None = None
     max_abs_diff: float = 0.0
@@ -187,6 +193,9 @@ class Portfolio:
     def module(self, name: str) -> nn.Module:
         """Read a variant: a module in evaluation mode from float32 images to float32 outputs.
 
+        It has the form in which it answers (`fedsys.pruning.fold`). To train it, read its folder by
+        `fedsys.pruning.architecture.load`.
+
         Raises:
             ConfigError: There is no such variant.
             ModelError: A file is missing or damaged, or the variant needs a package that is not
@@ -198,7 +207,10 @@ class Portfolio:
             from fedsys.pruning.precision import OnnxModule  # needs a package of an extra
 
             return OnnxModule(checked(folder / ONNX, variant.files[ONNX]))
-        return architecture.load(folder)
+        model = architecture.load(folder)
+        module = answering(model, self.about.input_shape, fold=variant.folded > 0)
+        discard(model)
+        return module
 
     @classmethod
     def load(cls, folder: Path) -> Portfolio:
@@ -375,6 +387,7 @@ def _variant(given: Mapping[str, Any]) -> Variant:
         latencies=_each(given["latencies"], _latency),
         precision=precision,
         sparsity=_number(given["sparsity"]),
+        folded=_count(given.get("folded", 0)),  # absent in portfolios made before it was
         made=_text(given["made"]),
         test_accuracy=None if test is None else _number(test),
         max_abs_diff=_number(given["max_abs_diff"]),

@@ -33,19 +33,26 @@ def trim() -> None:
 def dismantle(module: nn.Module) -> None:
     """Take a module that nobody runs any more apart, so that its memory is free at once.
 
-    Its tensors go. So do the layers and nodes of its torch.fx graphs: graph and module refer to
-    each other, so 1,400 objects for each load would wait for a garbage collection, which is rare.
-    And so does the source text of each graph, which torch.fx and linecache keep for tracebacks as
-    long as the process lives.
+    Its tensors go, and so do its torch.fx graphs (`discard`).
     """
     module.to("meta")
     for part in list(module.modules()):
         if isinstance(part, fx.GraphModule):
-            vars(part.graph).clear()
-            part._modules.clear()
-            file = part.forward.__code__.co_filename
-            linecache.cache.pop(file, None)
-            getattr(getattr(graph_module, "_loader", None), "eval_cache", {}).pop(file, None)
+            discard(part)
+
+
+def discard(module: fx.GraphModule) -> None:
+    """Take a traced module that nobody runs any more apart; its layers may live on in others.
+
+    Graph and module refer to each other, so 1,400 objects for each load would wait for a garbage
+    collection, which is rare. torch.fx and linecache keep the source text of each graph for
+    tracebacks as long as the process lives.
+    """
+    vars(module.graph).clear()
+    module._modules.clear()
+    file = module.forward.__code__.co_filename
+    linecache.cache.pop(file, None)
+    getattr(getattr(graph_module, "_loader", None), "eval_cache", {}).pop(file, None)
 
 
 def resident_bytes() -> int:
