@@ -141,7 +141,37 @@ def trace_evaluation(model: nn.Module) -> fx.GraphModule:
     _check_inputs(model)
     with _lock:
         graph = _record(model.eval())
-    return fx.GraphModule(model, graph, class_name=type(model).__name__).eval()
+    return _Deferred(model, graph, class_name=type(model).__name__).eval()
+
+
+class _Deferred(fx.GraphModule):
+    """A graph whose code is written when it is called or shown: most are only interpreted."""
+
+    _due = True
+
+    def recompile(self) -> Any:
+        """Write the code again if it was written."""
+        return None if self._due else super().recompile()
+
+    def forward(self, x: Any) -> Any:
+        """Write the code, which replaces this method, and run it."""
+        self._write()
+        return type(self).forward(self, x)
+
+    @property
+    def code(self) -> str:
+        """What it runs, for people."""
+        self._write()
+        return super().code
+
+    def __str__(self) -> str:
+        self._write()
+        return super().__str__()
+
+    def _write(self) -> None:
+        if self._due:
+            self._due = False
+            super().recompile()
 
 
 def _check_inputs(model: nn.Module) -> None:

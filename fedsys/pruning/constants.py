@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, fx
 
 from fedsys.pruning.bounds import Bounds, bounds_of
-from fedsys.pruning.cloning import in_float64
+from fedsys.pruning.cloning import InFloat64
 from fedsys.pruning.ops import Kind, Op, describe, outputs_reading
 
 
@@ -106,7 +106,7 @@ def read(
     return Reading(graph, run.ops, run.fixed, run.bounds, borders, output)
 
 
-class _Run(fx.Interpreter):  # torch.fx's way to look at values while a graph runs
+class _Run(InFloat64):  # torch.fx's way to look at values while a graph runs
     def __init__(self, graph: fx.GraphModule, borders: Borders, closing: bool) -> None:
         super().__init__(graph)
         self.ops: dict[str, Op] = {}
@@ -118,7 +118,7 @@ class _Run(fx.Interpreter):  # torch.fx's way to look at values while a graph ru
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        module = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
+        module = self.module_at(n.target) if n.op == "call_module" else None
         if isinstance(value, Tensor) and n.op != "output":
             self._shapes[n] = tuple(value.shape)
         shared = module is not None and self._calls[n.target] > 1
@@ -132,13 +132,6 @@ class _Run(fx.Interpreter):  # torch.fx's way to look at values while a graph ru
             self.bounds[n.name] = bounds.narrowed(fixed.where, fixed.value) if found else bounds
             self.fixed[n.name] = fixed
         return value
-
-    def call_module(self, target: fx.node.Target, args: Any, kwargs: Any) -> Any:
-        return in_float64(self.fetch_attr(str(target)))(*args, **kwargs)
-
-    def get_attr(self, target: fx.node.Target, args: Any, kwargs: Any) -> Any:
-        value = super().get_attr(target, args, kwargs)
-        return value.double() if torch.is_tensor(value) and value.is_floating_point() else value
 
     def _fixed(self, op: Op, inputs: list[Fixed], value: Tensor, bounds: Bounds) -> Fixed:
         zero = [g.where & ~g.nonzero for g in inputs] if op.kind is Kind.MUL else []

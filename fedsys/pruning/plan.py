@@ -93,7 +93,7 @@ class Plan:
         return "\n".join(lines)
 
     def apply(self) -> fx.GraphModule:
-        """Return the dense model of this plan, in float64 and evaluation."""
+        """Return the dense model of this plan in evaluation; some parts may be in float64."""
         return rebuild(self.reading, self.need, self.kept)
 
 
@@ -206,14 +206,15 @@ def evaluation_graph(model: nn.Module) -> fx.GraphModule:
         ModelError: The model does not trace.
     """
     graph = trace_evaluation(model)
+    if not any(type(module).__name__ == "StochasticDepth" for module in graph.modules()):
+        return graph
     called = dict(graph.named_modules(remove_duplicate=False))
     calls = [node for node in graph.graph.nodes if node.op == "call_module"]
     absent = [n for n in calls if type(called[str(n.target)]).__name__ == "StochasticDepth"]
     for node in absent:  # nothing in evaluation
         node.replace_all_uses_with(node.args[0])
         graph.graph.erase_node(node)
-    if absent:
-        graph.recompile()
+    graph.recompile()
     return graph
 
 

@@ -20,7 +20,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedsys.pruning.channels import Needs
-from fedsys.pruning.cloning import clone, in_float64
+from fedsys.pruning.cloning import clone, copied
 from fedsys.pruning.constants import Borders, Reading
 from fedsys.pruning.ops import Conv, Kind, Op
 
@@ -28,7 +28,8 @@ from fedsys.pruning.ops import Conv, Kind, Op
 def rebuild(reading: Reading, need: Needs, kept: Mapping[str, Tensor]) -> fx.GraphModule:
     """Return the model that computes what ``reading.graph`` computes, on the channels `kept`.
 
-    Parameters are new, in float64; modules keep their names. The model is in evaluation mode.
+    Parameters are new: in float64 where constants may have gone into them, else in the type that
+    they had. Modules keep their names. The model is in evaluation mode.
     """
     builder = _Builder(reading, need, kept)
     for name, op in reading.ops.items():
@@ -69,7 +70,7 @@ class _Builder:
             case Kind.INPUT:
                 return self.graph.placeholder(str(op.node.target))
             case Kind.CONSTANT:
-                value = self.reading.graph.get_buffer(str(op.node.target)).double()
+                value = self.reading.graph.get_buffer(str(op.node.target))
                 return self.constant(value[:, self.kept[op.node.name]], str(op.node.target))
             case Kind.MIX:
                 return self._mix(op)
@@ -105,8 +106,7 @@ class _Builder:
     def _copy(self, op: Op) -> fx.Node:
         if op.node.op == "get_attr":
             value = _attribute(self.reading.graph, str(op.node.target))
-            exact = torch.is_tensor(value) and value.is_floating_point()
-            self.parts[str(op.node.target)] = value.double() if exact else value
+            self.parts[str(op.node.target)] = value.clone() if torch.is_tensor(value) else value
         node = self.graph.node_copy(op.node, lambda old: self.built[old])
         if "inplace" in node.kwargs:
             node.kwargs = {**node.kwargs, "inplace": False}
@@ -157,6 +157,7 @@ class _Builder:
             bias = torch.where(live, op.layer.bias.detach()[rows], bias)
         bend = None
         if bool(where.any()):
+            new = new.double()
             fixed_part, new = _columns(op, new, where), _columns(op, new, ~where)
             if self.reading.borders is Borders.MAP and value.dim() > 1:
                 tensors = {"weight": fixed_part, "bias": torch.zeros_like(bias)}
@@ -241,7 +242,7 @@ def _subtracts(op: Op) -> bool:
 
 def _copied(module: nn.Module) -> nn.Module:
     """Copy a module; never in place, because a cut may let two operations read one tensor."""
-    new = in_float64(module)
+    new = copied(module)
     if getattr(new, "inplace", False):
         new.inplace = False  # type: ignore[assignment]
     return new
@@ -250,7 +251,7 @@ def _copied(module: nn.Module) -> nn.Module:
 def _sliced(op: Op, kept: Tensor) -> nn.Module:
     """Return a normalisation or PReLU with the parameters of the channels `kept`."""
     assert op.module is not None
-    new, count = in_float64(op.module), int(kept.sum())
+    new, count = copied(op.module), int(kept.sum())
     if isinstance(new, nn.GroupNorm):
         per_group = new.num_channels // new.num_groups
         new.num_channels, new.num_groups = count, count // per_group
@@ -273,11 +274,12 @@ def _sliced(op: Op, kept: Tensor) -> nn.Module:
 
 
 def _selected(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Return a float64 copy of some rows and columns of a weight."""
+    """Return a copy of some rows and columns of a weight."""
+    whole = weight
     for dimension, chosen in enumerate((rows, columns)):
         if not bool(chosen.all()):
             weight = weight.index_select(dimension, chosen.nonzero().flatten())
-    return weight.to(torch.float64, copy=True)
+    return weight.clone() if weight is whole else weight
 
 
 def _columns(op: Op, values: Tensor, inputs: Tensor) -> Tensor:
