@@ -4,6 +4,10 @@ Torch-Pruning as its own documentation uses it, with magnitude importance over c
 (Fang et al., "DepGraph: Towards Any Structural Pruning", CVPR 2023). What our plain score leaves at
 ``bench.rival_sparsity`` is the number of parameters for all; each of the others is the largest
 model that a search by halving finds below it.
+
+Each is timed with BatchNorm as it is, folded by `fedsys.pruning.fold`, and fused by torch's own
+``torch.fx.experimental.optimization.fuse``: a variant answers folded, and so that this is not taken
+for what pruning gives, its rival and the parent are folded, too.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from fedsys.bench.prune_models import one_thread
 from fedsys.config import Config
 from fedsys.errors import ConfigError, ModelError
 from fedsys.pruning.candidates import convert
+from fedsys.pruning.fold import answering
 from fedsys.pruning.levels import Level
 from fedsys.pruning.masks import Masks, last_layer
 from fedsys.pruning.measuring import in_turns, macs, speedup
@@ -38,12 +43,18 @@ _SHAPE = (3, 32, 32)
 _STEPS = 10
 """Halvings of the interval: parameters agree to some tenths of a per cent."""
 
+_RIVAL = "Torch-Pruning"
+
 T = TypeVar("T")
 Row = dict[str, Any]
 
 
 def rivals(model: nn.Module, name: str, config: Config, options: Mapping[str, Any]) -> list[Row]:
     """Return a row for each of our scores, Torch-Pruning and the parent; latencies in turns.
+
+    ``ms`` is with BatchNorm, ``folded_ms`` without it, ``fused_ms`` by torch's own fusion. The
+    times faster are of equals, but for ``answers_faster_than_torch_pruning``: the folded model
+    against Torch-Pruning's as that returns it.
 
     Args:
         model: With weights as after training; left as it was.
@@ -62,24 +73,51 @@ def rivals(model: nn.Module, name: str, config: Config, options: Mapping[str, An
         chosen = dataclasses.replace(plain, cost=str(cost), cost_weight=float(weight))
         check(chosen)
         made[f"fedsys, {cost}^{weight:g}"] = _of_size(model, chosen, config, params)
-    made["Torch-Pruning"] = _timed(lambda: torch_pruning(model, _SHAPE, params, last_layer(model)))
+    made[_RIVAL] = _timed(lambda: torch_pruning(model, _SHAPE, params, last_layer(model)))
     made["parent"] = (model, 0.0)
     images = torch.randn(1, *_SHAPE, generator=Address(0).torch("rival"))
+    whole = {by: pruned for by, (pruned, _) in made.items()}
+    forms = {"": whole, "folded_": _each(_folded, whole), "fused_": _each(_fused, whole)}
+    every = {form + by: m for form, models in forms.items() for by, m in models.items()}
     with one_thread():
-        times = in_turns({by: m for by, (m, _) in made.items()}, images, int(options["rival_runs"]))
+        times = in_turns(every, images, int(options["rival_runs"]))
+
+    def row(by: str) -> Row:
+        figures: Row = {}
+        for form in forms:
+            own, parent, other = (times[form + it] for it in (by, "parent", _RIVAL))
+            figures[f"{form}ms"] = 1000 * median(own)
+            figures[f"{form}faster_than_parent"] = speedup(parent, own)
+            figures[f"{form}faster_than_torch_pruning"] = speedup(other, own)
+        figures["answers_faster_than_torch_pruning"] = speedup(times[_RIVAL], times[f"folded_{by}"])
+        return figures
+
     return [
         {
             "model": name,
             "by": by,
             "params": count_parameters(pruned),
             "macs": macs(evaluation_graph(masked_copy(pruned, None)).float(), _SHAPE),
-            "ms": 1000 * median(times[by]),
-            "faster_than_parent": speedup(times["parent"], times[by]),
-            "faster_than_torch_pruning": speedup(times["Torch-Pruning"], times[by]),
+            **row(by),
             "seconds": took,
         }
         for by, (pruned, took) in made.items()
     ]
+
+
+def _each(change: Callable[[nn.Module], nn.Module], of: Mapping[str, nn.Module]) -> dict[str, Any]:
+    return {name: change(model) for name, model in of.items()}
+
+
+def _folded(model: nn.Module) -> nn.Module:
+    return answering(evaluation_graph(masked_copy(model, None)), _SHAPE)
+
+
+def _fused(model: nn.Module) -> nn.Module:
+    # it imports what only the benchmark needs
+    fuse = importlib.import_module("torch.fx.experimental.optimization").fuse
+    fused: nn.Module = fuse(masked_copy(model, None))
+    return fused.eval()
 
 
 def _timed(make: Callable[[], T]) -> tuple[T, float]:
@@ -134,7 +172,9 @@ def _masks(
 
 def _converted(model: nn.Module, masks: Masks, config: Config) -> nn.Module:
     level = Level("ours", model, masks, config.pruning.method)
-    return convert(level, config.prune, _SHAPE, lambda plan: None)[0].module
+    candidate, _ = convert(level, config.prune, _SHAPE, lambda plan: None)
+    assert isinstance(candidate.content, nn.Module)
+    return candidate.content
 
 
 def _of_size(

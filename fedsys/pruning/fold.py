@@ -35,6 +35,9 @@ from fedsys.pruning.shrink import TOLERANCE
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
+_AT_ONCE = 1 << 16
+"""Weights that are in float64 at a time: half a megabyte, which a cache holds."""
+
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, DeferredBatchNorm)
 _EXACT_ROWS = 2
 """Rows of the probes that are computed in float64 too, where convolutions are several times slower
@@ -216,18 +219,23 @@ def _folded(layer: Any, norm: Any) -> nn.Module:
         shift = shift + norm.bias.double()
     new: Any = clone(layer)
     weight = layer.weight
-    new.weight = nn.Parameter(_scaled(layer, scale).to(weight.dtype), weight.requires_grad)
+    new.weight = nn.Parameter(_scaled(layer, scale), weight.requires_grad)
     new.bias = nn.Parameter(shift.to(weight.dtype), weight.requires_grad)
     made: nn.Module = new
     return made
 
 
 def _scaled(layer: Any, scale: Tensor) -> Tensor:
-    """Return the weights times the factor of their output, in float64."""
+    """Return the weights times the factor of their output, computed in float64."""
     weight: Tensor = layer.weight.detach()
-    ones = [1] * (weight.dim() - 2)
-    if not isinstance(layer, _TRANSPOSED):  # (outputs, inputs of a group, …)
-        return weight * scale.view(-1, 1, *ones)
-    groups: int = layer.groups  # (inputs, outputs of a group, …)
-    grouped = weight.view(groups, -1, *weight.shape[1:]) * scale.view(groups, 1, -1, *ones)
-    return grouped.view(weight.shape)
+    factors = scale.view(-1, 1)  # of weights (outputs, inputs of a group, …)
+    if isinstance(layer, _TRANSPOSED):  # (inputs, outputs of a group, …)
+        groups: int = layer.groups
+        factors = scale.view(groups, -1).repeat_interleave(len(weight) // groups, 0)
+    factors = factors.view(*factors.shape, *[1] * (weight.dim() - 2))
+    scaled = torch.empty_like(weight)
+    rows = max(1, _AT_ONCE // weight[0].numel())
+    each = (torch.split(t, rows) for t in (scaled, weight, factors))
+    for into, part, factor in zip(*each, strict=True):
+        into.copy_(part * factor)
+    return scaled
