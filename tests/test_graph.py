@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedsys.errors import ModelError
-from fedsys.graph import trace
+from fedsys.graph import trace, trace_evaluation
 from fedsys.randomness import Address, drawing, key_modules, seeded_default_generator
 
 
@@ -202,3 +202,18 @@ def test_other_threads_compute_while_a_model_is_traced():
         for thread in threads:
             thread.join()
     assert failures == []
+
+
+def test_a_graph_of_evaluation_writes_its_code_when_it_is_called_or_shown() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5)).eval()
+    inputs = torch.randn(4, 3)
+    assert torch.equal(trace_evaluation(model)(inputs), model(inputs))
+    assert 'getattr(self, "0")' in trace_evaluation(model).code
+    assert "def forward" in str(trace_evaluation(model))
+    graph = trace_evaluation(model)
+    graph(inputs)
+    last = next(node for node in graph.graph.nodes if node.target == "1")
+    last.replace_all_uses_with(last.args[0])
+    graph.graph.erase_node(last)
+    graph.recompile()
+    assert '"1"' not in graph.code

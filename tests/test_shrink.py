@@ -661,6 +661,27 @@ def test_a_model_that_differs_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
         shrink(net, (3, 6, 6))
 
 
+@pytest.mark.parametrize(
+    "activation, bias", [(nn.Hardtanh(), 0.0), (nn.ReLU(), -5.0)], ids=["random", "contrast"]
+)
+def test_a_model_that_differs_by_less_than_float32_shows_is_refused(
+    activation: nn.Module, bias: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The first is flat at extreme contrast, the second on random inputs: float64 must see both.
+    net = nn.Sequential(nn.Conv2d(3, 3, 1), activation)
+    nn.init.eye_(net[0].weight.data[..., 0, 0])
+    nn.init.constant_(net[0].bias, bias)
+
+    def wrong(self: Plan) -> fx.GraphModule:
+        model = rebuild(self.reading, self.need, self.kept)
+        model.get_submodule("0").double().bias.data.add_(1e-8)
+        return model
+
+    monkeypatch.setattr(Plan, "apply", wrong)
+    with pytest.raises(ModelError, match=r"differs from the masked one by 1e-08 in torch\.float64"):
+        shrink(net, (3, 6, 6))
+
+
 # --------------------------------------------------------------------------------------------------
 # Saving, loading, exporting
 

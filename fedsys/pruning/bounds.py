@@ -26,6 +26,7 @@ from fedsys.pruning.ops import Kind, Op
 CLOSING = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.ELU)
 """Activations that never fall, and are flat at an end."""
 
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _RISING = (*CLOSING, nn.LeakyReLU)
 _RISING_FUNCTIONS = frozenset({
     F.relu, F.relu6, F.hardtanh, F.hardsigmoid, F.sigmoid, F.tanh, F.elu,
@@ -129,22 +130,20 @@ def _times(a: Tensor, b: Tensor) -> Tensor:
 def _mix(op: Op, given: Bounds) -> Bounds:
     """Bounds of a layer: each weight with that end of its input at which it is at its least."""
     assert op.connected is not None
-    weight = op.layer.weight.detach()
+    layer, result = op.layer, unbounded(op.channels)
+    weight = layer.weight.detach()
     taps = weight.flatten(2) if weight.dim() > 2 else weight[..., None]
-    present = op.connected.flatten(0, 1)  # as the weight: inputs are counted in their group
     low, high = (end.view(op.groups, -1) for end in _ends(given))
-    whose = torch.arange(op.channels)
-    if op.groups == 1:
-        whose = _one_sided(taps, high[0].isinf())
-    result = unbounded(op.channels)
+    whose = _one_sided(taps, high[0].isinf()) if op.groups == 1 else torch.arange(op.channels)
     if not len(whose):
         return result
+    present = op.connected.flatten(0, 1)  # as the weight: inputs are counted in their group
     rows, columns = present[whose].nonzero().unbind(1)
     rows = whose[rows]
     values, group = taps[rows, columns].double(), rows // (op.channels // op.groups)
     up, down = (end.sum(1) for end in (values.clamp(min=0.0), values.clamp(max=0.0)))
     least, most = low[group, columns], high[group, columns]
-    bias = op.layer.bias
+    bias = layer.bias
     start = torch.zeros_like(result.high) if bias is None else bias.detach().double()
     ends = (start.clone(), start.clone())
     ends[0].index_add_(0, rows, _times(up, least) + _times(down, most))
@@ -161,13 +160,17 @@ def _one_sided(taps: Tensor, endless: Tensor) -> Tensor:
         endless: Inputs without an upper bound, bool of ``(in,)``.
     """
     few = max(_LOOK // taps.shape[2], 1)
-    least, most = (taps[:, :few] * endless[:few, None]).flatten(1).aminmax(dim=1)
+    if bool(endless[:few].all()):
+        first = taps.flatten(1)[:, : few * taps.shape[2]]  # no copy
+    else:
+        first = (taps[:, :few] * endless[:few, None]).flatten(1)
+    least, most = first.aminmax(dim=1)
     return ((least >= 0) | (most <= 0)).nonzero().flatten()
 
 
 def _scaled(op: Op, given: Bounds) -> Bounds:
     module = op.module
-    if not isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
+    if not isinstance(module, _NORMS):
         return unbounded(op.channels)
     assert module.running_mean is not None and module.running_var is not None
     factor = (module.running_var.double() + module.eps).rsqrt()

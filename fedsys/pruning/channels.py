@@ -100,15 +100,20 @@ def _ask(reading: Reading, coupling: Coupling, need: Needs, name: str, op: Op) -
         case Kind.ADD | Kind.MUL:
             _ask_operands(reading, coupling, need, op, inputs)
         case Kind.CAT:
-            parts = torch.split(wanted, [len(need.live[source]) for source in inputs])
-            for source, part in zip(inputs, parts, strict=True):
-                _require(need, reading.fixed[source], source, part)
+            where, sizes = reading.fixed[name].where, [len(need.live[source]) for source in inputs]
+            for asked, wants in ((need.live, wanted & ~where), (need.held, wanted & where)):
+                if bool(wants.any()):
+                    for source, part in zip(inputs, wants.split(sizes), strict=True):
+                        asked[source] |= part
         case Kind.FLATTEN:
             channels = len(need.live[inputs[0]])
             _require(need, reading.fixed[inputs[0]], inputs[0], wanted.view(channels, -1).any(1))
 
 
 def _require(need: Needs, fixed: Fixed, source: str, wanted: Tensor) -> None:
+    if fixed.varies:
+        need.live[source] |= wanted
+        return
     need.live[source] |= wanted & ~fixed.where
     need.held[source] |= wanted & fixed.where
 

@@ -58,8 +58,15 @@ class Fixed:
     still: Tensor
 
     @cached_property
+    def varies(self) -> bool:
+        """Whether no channel is constant."""
+        return not bool(self.where.any())
+
+    @cached_property
     def nonzero(self) -> Tensor:
         """Which channels are constant at something other than zero, bool of ``(C,)``."""
+        if self.varies:
+            return self.where
         return self.where & self.value.reshape(len(self.where), -1).ne(0).any(1)
 
 
@@ -128,8 +135,8 @@ class _Run(InFloat64):  # torch.fx's way to look at values while a graph runs
             known = [i.name for i in op.inputs if i.name in self.fixed]
             bounds = bounds_of(op, [self.bounds[name] for name in known])
             fixed = self._fixed(op, [self.fixed[name] for name in known], value, bounds)
-            found = bool(fixed.where.any())
-            self.bounds[n.name] = bounds.narrowed(fixed.where, fixed.value) if found else bounds
+            narrow = not fixed.varies
+            self.bounds[n.name] = bounds.narrowed(fixed.where, fixed.value) if narrow else bounds
             self.fixed[n.name] = fixed
         return value
 
@@ -138,7 +145,7 @@ class _Run(InFloat64):  # torch.fx's way to look at values while a graph runs
         still = where = constant_channels(op, [given.still for given in inputs], zero)
         shown = value[0]
         if self._borders is Borders.CARRIER:
-            if not all(torch.equal(given.where, given.still) for given in inputs):
+            if not all(g.where is g.still or torch.equal(g.where, g.still) for g in inputs):
                 where = constant_channels(op, [given.where for given in inputs], zero)
             if op.zero_border:
                 where = where & ~_bent_at_border(op, inputs[0])
@@ -146,8 +153,10 @@ class _Run(InFloat64):  # torch.fx's way to look at values while a graph runs
             if op.kind is Kind.CONSTANT:
                 where = where & (pixels == pixels[:, :1]).all(1)
             shown = pixels[:, 0].view(-1, *(1 for _ in value.shape[2:]))
-        if op.kind is Kind.SAME and self._closing:
-            still, where = still | bounds.closed, where | bounds.closed
+        if op.kind is Kind.SAME and self._closing and bool((closed := bounds.closed).any()):
+            same = where is still
+            where = where | closed
+            still = where if same else still | closed
         if not bool(where.any()):
             return Fixed(where, torch.zeros_like(shown), still)
         known = where.view(-1, *(1 for _ in shown.shape[1:]))

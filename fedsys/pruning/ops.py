@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -40,6 +41,10 @@ from fedsys.randomness import KeyedDropout
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 """Convolutions that are understood; transposed ones are OPAQUE."""
+
+
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)  # a tuple is looked through faster than a union
+_LAYERS = (*_CONVS, nn.Linear)
 
 
 class Kind(Enum):
@@ -79,6 +84,7 @@ class Op:
         at_border: The same for the weights that can meet padded zeros; None if none can.
         zero_border: It reads zeros outside of its input, so that a constant map does not stay
             uniform at the border.
+        nonzero: Number of weights of a MIX other than 0.
     """
 
     kind: Kind
@@ -89,6 +95,7 @@ class Op:
     zero_border: bool = False
     connected: Tensor | None = None
     at_border: Tensor | None = None
+    nonzero: int = 0
 
     @property
     def name(self) -> str:
@@ -103,7 +110,7 @@ class Op:
     @property
     def layer(self) -> Conv | nn.Linear:
         """The layer that a MIX calls."""
-        assert isinstance(self.module, Conv | nn.Linear)
+        assert isinstance(self.module, _LAYERS)
         return self.module
 
     @property
@@ -111,7 +118,7 @@ class Op:
         """Number of groups of a convolution or GroupNorm; 1 for a linear layer."""
         if isinstance(self.module, nn.GroupNorm):
             return self.module.num_groups
-        return self.module.groups if isinstance(self.module, Conv) else 1
+        return self.module.groups if isinstance(self.module, _CONVS) else 1
 
 
 _ACTIVATIONS = (
@@ -297,6 +304,7 @@ def _describe_layer(
     groups = layer.groups if isinstance(layer, Conv) else 1
     values = layer.weight.detach()
     present = values.bool()  # twice as fast as to compare with zero
+    nonzero = int(np.count_nonzero(present.numpy()))  # three times as fast as torch
     at_border = None
     if isinstance(layer, Conv):
         inner = _inner_tap(layer) if _reads_zeros(layer) else -1
@@ -304,7 +312,7 @@ def _describe_layer(
         at_border = outer.view(groups, -1, outer.shape[1]) if _reads_zeros(layer) else None
     connected = present.view(groups, -1, present.shape[1])
     border = at_border is not None and bool(at_border.any())
-    return Op(Kind.MIX, node, inputs, layer, shape, border, connected, at_border)
+    return Op(Kind.MIX, node, inputs, layer, shape, border, connected, at_border, nonzero)
 
 
 def _split(present: Tensor, inner: int) -> tuple[Tensor, Tensor]:

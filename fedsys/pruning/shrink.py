@@ -34,7 +34,7 @@ from fedsys.errors import ModelError
 from fedsys.pruning.channels import Coupling
 from fedsys.pruning.cloning import InFloat64
 from fedsys.pruning.constants import Borders
-from fedsys.pruning.ops import Kind
+from fedsys.pruning.ops import Kind, Op
 from fedsys.pruning.plan import Plan, evaluation_graph, masked_copy, plan_graph, probes
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -139,7 +139,7 @@ def shrink(
         difference_float64 = _compare(plan.reading.output, exact, TOLERANCE[torch.float64])
     report = Report(
         parameters_before=sum(p.numel() for p in masked.parameters()),
-        nonzero_before=sum(int(p.bool().count_nonzero()) for p in masked.parameters()),
+        nonzero_before=_nonzero(masked, plan),
         parameters=count_parameters(small),
         macs_before=_macs(plan, plan.reading.graph),
         macs=_macs(plan, small),
@@ -211,11 +211,23 @@ def _compare(expected: Tensor, got: Tensor, tolerance: float) -> float:
     return float(difference.max())
 
 
+def _nonzero(masked: nn.Module, plan: Plan) -> int:
+    """Count the parameters that are not zero; those of layers were counted when they were read."""
+    read = {id(op.layer.weight): op.nonzero for op in _mixes(plan)}
+    return sum(
+        read[id(p)] if id(p) in read else int(p.count_nonzero()) for p in masked.parameters()
+    )
+
+
+def _mixes(plan: Plan) -> list[Op]:
+    return [op for op in plan.reading.ops.values() if op.kind is Kind.MIX]
+
+
 def _macs(plan: Plan, model: fx.GraphModule) -> int:
     total = 0
     present = {str(n.target) for n in model.graph.nodes if n.op == "call_module"}
-    for op in plan.reading.ops.values():
-        if op.kind is Kind.MIX and op.name in present:
+    for op in _mixes(plan):
+        if op.name in present:
             weight = model.get_parameter(f"{op.name}.weight")
             total += weight.numel() * math.prod(op.shape[2:])
     return total
