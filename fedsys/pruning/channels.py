@@ -103,7 +103,7 @@ def _ask(reading: Reading, coupling: Coupling, need: Needs, name: str, op: Op) -
             where, sizes = reading.fixed[name].where, [len(need.live[source]) for source in inputs]
             for asked, wants in ((need.live, wanted & ~where), (need.held, wanted & where)):
                 if bool(wants.any()):
-                    for source, part in zip(inputs, wants.split(sizes), strict=True):
+                    for source, part in zip(inputs, torch.split(wants, sizes), strict=True):
                         asked[source] |= part
         case Kind.FLATTEN:
             channels = len(need.live[inputs[0]])
