@@ -32,6 +32,8 @@ from fedsys.pruning.switch_policy import (
 from fedsys.pruning.switch_relief import Backlog
 from fedsys.pruning.switch_signals import Meter
 from fedsys.pruning.switch_slimmable import slimmable
+from fedsys.serving.options import ServingConfig
+from fedsys.serving.portfolio import PortfolioEngine
 
 NAMES = ("parent", "half", "tenth")
 
@@ -386,6 +388,22 @@ def test_a_rush_counts_at_once_as_far_as_it_is_none_by_chance():
     assert seen.signals().arrival_rate == 50.0
 
 
+def test_calm_is_believed_as_soon_as_enough_requests_have_shown_it():
+    """After a rush of 400 per second a variant too small answered for two seconds, the window."""
+    clock = [0.0]
+    seen = meter(clock)
+    for rate, seconds in ((400, 2), (100, 1)):
+        for _ in range(rate * seconds):
+            clock[0] += 1 / rate
+            seen.arrived(1)
+    # 100 of the last 200 came in one second, the others in a quarter; all 500 came in two
+    assert seen.signals().arrival_rate == pytest.approx(200 / 1.25, rel=0.01)
+    for _ in range(100):
+        clock[0] += 0.01
+        seen.arrived(1)
+    assert seen.signals().arrival_rate == pytest.approx(100, rel=0.01)
+
+
 def test_a_queue_that_goes_by_itself_does_not_count_unless_it_is_overdue():
     seen = meter([0.0])
     seen.signals()
@@ -562,6 +580,16 @@ def test_a_budget_that_shrinks_while_it_runs_is_kept(portfolio):
     assert switcher.current == "half"
     assert decision.meets
     assert "needs" in decision.reason
+
+
+def test_standbys_are_there_when_the_first_request_comes(portfolio):
+    """They were loaded beside the first requests: of a rush at the start nearly all were late."""
+    engine = PortfolioEngine(portfolio, ServingConfig(standby=0.5))
+    with ExitStack() as stack:
+        stack.callback(engine.close)
+        assert engine.in_memory == ["parent"]
+        engine.control.start(60.0)
+        assert engine.in_memory == ["parent", "tenth"]
 
 
 def test_the_loop_ends_when_it_is_told(portfolio):

@@ -265,8 +265,11 @@ class Control:
     def start(self, interval_s: float) -> None:
         """Decide every `interval_s` seconds in a thread of its own, until it is closed.
 
-        It decides at once where it is hurried.
+        It decides at once where it is hurried. If it was told a first decision (`last`), the
+        variants that stay in memory are there when this returns: a rush may come at once.
         """
+        if self.last is not None:
+            self._keep(self.last, list(self._variants.values()))
         self._thread = threading.Thread(
             target=self._loop, args=(interval_s,), name="switch control", daemon=True
         )
