@@ -15,8 +15,6 @@ from fedsys.main import main
 from fedsys.runtime.control import _field
 from fedsys.security import Authority
 
-NOW = dt.datetime.now(dt.UTC)
-
 
 def statuses(found):
     return {check.name: check.status for check in found}
@@ -142,16 +140,17 @@ def test_a_server_that_accepts_can_be_reached_and_no_other():
     [(0, "ok", "is valid until"), (355, "warn", "expires on"), (370, "fail", "expired on")],
 )
 def test_the_end_of_a_certificate_is_told_in_time(tmp_path, days, status, words):
+    """The clock of the test was read at import: in a long run certificates were of the future."""
     file = tmp_path / "ca.pem"
     file.write_bytes(Authority.create(days=365).certificate)
-    found = network.certificate(file, "key", now=NOW + dt.timedelta(days=days))
+    found = network.certificate(file, "key", now=dt.datetime.now(dt.UTC) + dt.timedelta(days=days))
     assert (found.status, words in found.detail) == (status, True)
 
 
 def test_a_certificate_of_the_future_points_at_the_clock(tmp_path):
     file = tmp_path / "ca.pem"
     file.write_bytes(Authority.create().certificate)
-    found = network.certificate(file, "key", now=NOW - dt.timedelta(days=2))
+    found = network.certificate(file, "key", now=dt.datetime.now(dt.UTC) - dt.timedelta(days=2))
     assert (found.status, found.way_out) == ("fail", "check the clock of this machine")
 
 
