@@ -31,7 +31,7 @@ from fedsys.errors import ModelError
 from fedsys.measure import Measured, measure
 from fedsys.pruning.cloning import clone
 from fedsys.pruning.plan import probes
-from fedsys.pruning.shrink import TOLERANCE
+from fedsys.pruning.shrink import compared, tolerance_of
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
@@ -121,17 +121,14 @@ def check_folding(
 
 def _compare(model: nn.Module, folded: nn.Module, inputs: Tensor) -> float:
     with torch.inference_mode():
-        expected, got = model(inputs), folded(inputs)
-    difference = (expected - got).abs().flatten(1).amax(1)
-    tolerance = TOLERANCE.get(inputs.dtype, 1e-2)
-    allowed = tolerance * expected.abs().flatten(1).amax(1).clamp(min=1.0)
-    if not bool((difference <= allowed).all()):
+        difference, passes = compared(model(inputs), folded(inputs))
+    if not passes:
         raise ModelError(
-            f"folding BatchNorm changes outputs by {difference.max():.3g} in {inputs.dtype}, more "
-            f"than {tolerance:g} x max(1, max|output|): some variance may be too close to 0 for "
-            "this type; keep BatchNorm by prune.fold_batchnorm=false"
+            f"folding BatchNorm changes outputs by {difference:.3g} in {inputs.dtype}, more than "
+            f"{tolerance_of(inputs.dtype):g} x max(1, max|output|): some variance may be too close "
+            "to 0 for this type; keep BatchNorm by prune.fold_batchnorm=false"
         )
-    return float(difference.max())
+    return difference
 
 
 # --------------------------------------------------------------------------------------------------

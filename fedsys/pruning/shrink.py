@@ -135,8 +135,8 @@ def shrink(
     difference = difference_float64 = float("nan")
     if verify:
         expected, got = _run(masked, inputs.to(dtype)), _run(small, inputs.to(dtype))
-        difference = _compare(expected, got, TOLERANCE.get(dtype, 1e-2))
-        difference_float64 = _compare(plan.reading.output, exact, TOLERANCE[torch.float64])
+        difference = _verified(expected, got)
+        difference_float64 = _verified(plan.reading.output, exact)
     report = Report(
         parameters_before=sum(p.numel() for p in masked.parameters()),
         nonzero_before=_nonzero(masked, plan),
@@ -192,23 +192,40 @@ def _run_exactly(model: fx.GraphModule, inputs: Tensor) -> Tensor:
     return output
 
 
-def _compare(expected: Tensor, got: Tensor, tolerance: float) -> float:
+def compared(expected: Tensor, got: Tensor) -> tuple[float, bool]:
+    """Compare outputs of equal type and shape, ``(rows, …)``.
+
+    Returns:
+        The largest difference, and whether that of each row is within `TOLERANCE` of the type, or
+        1e-2 for others, times max(1, largest output of the row).
+    """
+    difference = (expected - got).abs().flatten(1).amax(1)
+    tolerance = tolerance_of(expected.dtype)
+    allowed = tolerance * expected.abs().flatten(1).amax(1).clamp(min=1.0)
+    return float(difference.max()), bool((difference <= allowed).all())
+
+
+def tolerance_of(dtype: torch.dtype) -> float:
+    """Return the difference that passes where the largest output of an example is 1."""
+    return TOLERANCE.get(dtype, 1e-2)
+
+
+def _verified(expected: Tensor, got: Tensor) -> float:
     """Return the largest difference.
 
     Raises:
-        ModelError: It exceeds `tolerance` times max(1, largest output) for one of the examples.
+        ModelError: It is more than `compared` allows, or the shapes differ.
     """
     if expected.shape != got.shape:
         raise ModelError(f"verification: outputs of shape {tuple(got.shape)}, not {expected.shape}")
-    difference = (expected - got).abs().flatten(1).amax(1)
-    allowed = tolerance * expected.abs().flatten(1).amax(1).clamp(min=1.0)
-    if not bool((difference <= allowed).all()):
+    difference, passes = compared(expected, got)
+    if not passes:
         raise ModelError(
-            f"verification: the dense model differs from the masked one by {difference.max():.3g} "
-            f"in {expected.dtype}, more than {tolerance:g} x max(1, max|output|); "
+            f"verification: the dense model differs from the masked one by {difference:.3g} in "
+            f"{expected.dtype}, more than {tolerance_of(expected.dtype):g} x max(1, max|output|); "
             "its numbers may be too large for this type, or this is a defect: please report it"
         )
-    return float(difference.max())
+    return difference
 
 
 def _nonzero(masked: nn.Module, plan: Plan) -> int:
