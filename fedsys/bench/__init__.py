@@ -160,6 +160,7 @@ def draw(chart: Chart, path: Path) -> Path:
         if chart.log:
             axes.set_yscale("log")
         axes.set(title=chart.title, xlabel=chart.x_label, ylabel=chart.y_label)
-        axes.legend()
+        if chart.series:  # below, where it covers nothing
+            axes.figure.legend(loc="outside lower center", ncols=min(len(chart.series), 3))
 
     return plots.draw(path, paint)
