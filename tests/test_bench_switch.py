@@ -30,7 +30,11 @@ def test_the_benchmark_compares_ways_and_contenders(portfolio_folder, tmp_path, 
         "bench.segment_seconds=0.3", "bench.traces=[balanced,drawn]",
     ]  # fmt: skip
     assert main(call) == 0
-    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    out, said = capsys.readouterr()
+    order = [line.split(": ")[1] for line in said.splitlines() if line.startswith("drawn trace")]
+    contenders = ["switching", "parent", "half", "tenth"]
+    assert order == contenders + contenders[::-1]  # what drifts is as hard on one as on the other
+    figures = json.loads(out.splitlines()[-1])
     ours, other = figures["ways"]
     assert (ours["way"], other["way"]) == ("beside", "slimmable")
     assert ours["switches"] == 5  # the last one goes back to the parent
@@ -40,7 +44,7 @@ def test_the_benchmark_compares_ways_and_contenders(portfolio_folder, tmp_path, 
     assert all(r["requests"] == r["answered"] + r["failed"] for r in figures["requests"])
     assert [row["trace"] for row in figures["traces"]] == ["balanced", "drawn"]
     names = [row["contender"] for row in figures["contenders"]]
-    assert names == ["switching", "parent", "half", "tenth"] * 2
+    assert names == contenders * 2
     for row in figures["contenders"]:
         assert 0 <= row["attainment_x_accuracy"] <= row["attainment"] <= 1
     for row in figures["traces"]:
@@ -69,6 +73,11 @@ def test_without_a_portfolio_one_is_trained_and_pruned(configure, tmp_path):
 def test_a_way_that_does_not_exist_is_refused(portfolio_folder, capsys):
     assert main(["bench", "switch", f"portfolio={portfolio_folder}", "bench.ways=[besides]"]) == 2
     assert "bench.ways=['besides']: must name beside" in capsys.readouterr().err
+
+
+def test_turns_that_are_none_are_refused(portfolio_folder, capsys):
+    assert main(["bench", "switch", f"portfolio={portfolio_folder}", "bench.turns=0"]) == 2
+    assert "bench.turns=0: must be an integer of at least 1" in capsys.readouterr().err
 
 
 def test_the_stream_counts_an_answer_of_another_variant_as_wrong(portfolio):
@@ -150,6 +159,11 @@ def test_requests_over_the_budget_count_nothing(portfolio):
     assert small.figures["attainment"] == 1
     assert small.figures["attainment_x_accuracy"] == pytest.approx(0.6)
     assert small.log[0]["by"] == f"tenth {small.figures['requests']}"
+    both = parent + play(portfolio, options, tight, 1, variant="parent")
+    assert both.figures == {**row, "requests": 2 * row["requests"], "answered": 2 * row["answered"],
+                            "over_budget": 2 * row["over_budget"]}  # fmt: skip
+    assert both.log[0]["by"] == f"parent {both.figures['requests']}"
+    assert len(both.ledgers[0].queued_ms) == both.figures["answered"]
 
 
 def test_what_is_kept_in_memory_counts_against_the_budget(portfolio):

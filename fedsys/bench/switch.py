@@ -31,6 +31,7 @@ from fedsys.errors import ConfigError
 from fedsys.pruning.portfolio import Portfolio
 from fedsys.pruning.switch_policy import profile_of
 from fedsys.serving.app import SWITCH_S
+from fedsys.serving.options import ServingConfig
 
 _OURS = "beside"
 REQUESTS = (
@@ -61,6 +62,8 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
     if not traces or not set(traces) <= set(TRACES):
         rule = f"must name at least one of {', '.join(TRACES)}"
         raise ConfigError.of("bench.traces", traces, rule)
+    if not isinstance(options["turns"], int) or options["turns"] < 1:
+        raise ConfigError.of("bench.turns", options["turns"], "must be an integer of at least 1")
     if config.portfolio is None:
         folder = Path(str(config.run.dir)) / "portfolio"
         portfolio = make_portfolio(config, folder, int(options["epochs"]), _say)
@@ -131,7 +134,7 @@ def _traces(
     p95_ms = float(given) if given else float(options["objective"]) * slowest.latency[0].p95_ms
     goal = dataclasses.replace(config.serving.objective, p95_ms=p95_ms, memory_bytes=None)
     serving = dataclasses.replace(config.serving, objective=goal, threads=threads)
-    seed, chosen = int(options["trace_seed"]), list(options["traces"])
+    seed, chosen, turns = int(options["trace_seed"]), list(options["traces"]), int(options["turns"])
     tables: dict[str, list[dict[str, Any]]] = {"traces": [], "contenders": [], "segments": []}
     before = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_S)
@@ -139,15 +142,31 @@ def _traces(
         for kind in chosen:
             count, seconds = int(options["segments"]), float(options["segment_seconds"])
             trace = make_trace(kind, profiles, count, seconds, seed)
-            played = []
-            for name in (None, *(v.name for v in portfolio.variants)):
-                _say(f"{kind} trace, {sum(s.seconds for s in trace):.0f} s: {name or 'switching'}")
-                played.append(play(portfolio, serving, trace, seed, variant=name))
+            played = _in_turns(portfolio, serving, kind, trace, seed, turns)
             for table, rows in _compared(kind, trace, played).items():
                 tables[table] += rows
     finally:
         sys.setswitchinterval(before)
     return tables, p95_ms
+
+
+def _in_turns(
+    portfolio: Portfolio,
+    serving: ServingConfig,
+    kind: str,
+    trace: Sequence[Segment],
+    seed: int,
+    turns: int,
+) -> list[Played]:
+    order = [None, *(v.name for v in portfolio.variants)]
+    seconds = sum(segment.seconds for segment in trace)
+    played: dict[str | None, Played] = {}
+    for turn in range(turns):
+        for name in order if turn % 2 == 0 else reversed(order):
+            _say(f"{kind} trace, {seconds:.0f} s, turn {turn + 1}: {name or 'switching'}")
+            now = play(portfolio, serving, trace, seed, variant=name)
+            played[name] = played[name] + now if turn else now
+    return [played[name] for name in order]
 
 
 def _compared(

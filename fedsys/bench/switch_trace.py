@@ -14,14 +14,15 @@ kinds (`TRACES`), which differ in the load:
 
 Policy, options and traces were made while looking at seeds 0 and 1; others are held out.
 
-Each contender plays the whole trace: the portfolio that switches, and every variant alone. A
-request counts by the accuracy of what answered it if it was answered within the objective, and
-nothing otherwise. It counts nothing either while what answers it and the weights of the other
-variants in memory exceed the budget: the system would have ended it. The *oracle* is the best
-single variant of each segment, as measured: what a switcher would get that knows the trace and
-switches at no cost. A variant alone may begin a segment with the queue of the one before, so the
-oracle is too low where fast segments follow each other; and one that uses two variants within a
-segment may exceed it.
+Each contender plays the whole trace: the portfolio that switches, and every variant alone. In the
+next turn they play in the reverse order, so that a machine whose speed drifts is as fast for one as
+for the other; what is told is the sum of the turns. A request counts by the accuracy of what
+answered it if it was answered within the objective, and nothing otherwise. It counts nothing either
+while what answers it and the weights of the other variants in memory exceed the budget: the system
+would have ended it. The *oracle* is the best single variant of each segment, as measured: what a
+switcher would get that knows the trace and switches at no cost. A variant alone may begin a segment
+with the queue of the one before, so the oracle is too low where fast segments follow each other;
+and one that uses two variants within a segment may exceed it.
 """
 
 from __future__ import annotations
@@ -152,8 +153,20 @@ def arrivals(trace: Sequence[Segment], seed: int) -> list[tuple[float, int]]:
 
 
 @dataclass(slots=True)
-class _Ledger:
-    """What became of the requests of one contender in one segment."""
+class Ledger:
+    """What became of the requests of one contender in one segment.
+
+    Attributes:
+        issued: How many were sent.
+        answered: How many were answered.
+        in_time: How many within the objective and the budget.
+        over_budget: How many by something that exceeds the budget.
+        value: Sum of the accuracies of what answered in time.
+        by: How many each variant answered.
+        late: How many were late by waiting (``queued``) and by computing (``computed``).
+        queued_ms: How long each waited, in milliseconds.
+        computed_ms: How long each was computed, in milliseconds.
+    """
 
     issued: int = 0
     answered: int = 0
@@ -165,6 +178,11 @@ class _Ledger:
     queued_ms: list[float] = field(default_factory=list)
     computed_ms: list[float] = field(default_factory=list)
 
+    def __add__(self, other: Ledger) -> Ledger:
+        """Return what became of the requests of both."""
+        names = [part.name for part in dataclasses.fields(self)]
+        return Ledger(*(getattr(self, name) + getattr(other, name) for name in names))
+
 
 @dataclass(frozen=True)
 class Played:
@@ -172,15 +190,54 @@ class Played:
 
     Attributes:
         contender: Name of the variant, or ``switching``.
-        figures: Of the whole trace.
-        values: Of each segment: sum of the accuracies of what answered in time.
-        log: Of each segment: who answered how many, and why requests were late.
+        accuracy: Of a variant that answers alone; NaN for the one that switches.
+        ledgers: Of each segment.
+        switches: How often it changed the variant.
+        relieved: How many requests a standby answered.
     """
 
     contender: str
-    figures: Mapping[str, Any]
-    values: Sequence[float]
-    log: Sequence[Mapping[str, Any]]
+    accuracy: float
+    ledgers: Sequence[Ledger]
+    switches: int
+    relieved: int
+
+    def __add__(self, other: Played) -> Played:
+        """Return both turns of one contender as one."""
+        return Played(
+            self.contender,
+            self.accuracy,
+            [a + b for a, b in zip(self.ledgers, other.ledgers, strict=True)],
+            self.switches + other.switches,
+            self.relieved + other.relieved,
+        )
+
+    @property
+    def values(self) -> list[float]:
+        """Of each segment: the sum of the accuracies of what answered in time."""
+        return [ledger.value for ledger in self.ledgers]
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        """Of each segment: who answered how many, and why requests were late."""
+        return [_row(ledger) for ledger in self.ledgers]
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """Of the whole trace."""
+        issued = sum(row.issued for row in self.ledgers)
+        answered = sum(row.answered for row in self.ledgers)
+        return {
+            "accuracy": self.accuracy,
+            "requests": issued,
+            "answered": answered,
+            "failed": issued - answered,
+            "over_budget": sum(row.over_budget for row in self.ledgers),
+            "attainment": sum(row.in_time for row in self.ledgers) / max(1, issued),
+            "attainment_x_accuracy": sum(self.values) / max(1, issued),
+            "switches": self.switches,
+            "relieved": self.relieved,
+        }
 
 
 def play(
@@ -206,7 +263,7 @@ def play(
     engine = PortfolioEngine(portfolio, options)
     batcher = Batcher(engine, Limits(options.max_batch, options.max_delay_ms, options.max_queue))
     image = torch.zeros(1, *portfolio.about.input_shape)
-    ledgers, lock = [_Ledger() for _ in trace], threading.Lock()
+    ledgers, lock = [Ledger() for _ in trace], threading.Lock()
     if variant is None:
         engine.control.start(options.interval_s)
 
@@ -236,14 +293,10 @@ def play(
     engine.close()
     return Played(
         variant or "switching",
-        {
-            "accuracy": accuracy[variant] if variant else math.nan,
-            **_total(ledgers),
-            "switches": status["switches"],
-            "relieved": status["relieved"],
-        },
-        [ledger.value for ledger in ledgers],
-        [_row(ledger) for ledger in ledgers],
+        accuracy[variant] if variant else math.nan,
+        ledgers,
+        status["switches"],
+        status["relieved"],
     )
 
 
@@ -254,20 +307,7 @@ def _needed(portfolio: Portfolio, by: str, in_memory: Sequence[str]) -> int:
     return max(own.peak_bytes, own.bytes) + sum(others)
 
 
-def _total(ledgers: Sequence[_Ledger]) -> dict[str, Any]:
-    issued = sum(row.issued for row in ledgers)
-    answered = sum(row.answered for row in ledgers)
-    return {
-        "requests": issued,
-        "answered": answered,
-        "failed": issued - answered,
-        "over_budget": sum(row.over_budget for row in ledgers),
-        "attainment": sum(row.in_time for row in ledgers) / max(1, issued),
-        "attainment_x_accuracy": sum(row.value for row in ledgers) / max(1, issued),
-    }
-
-
-def _row(ledger: _Ledger) -> dict[str, Any]:
+def _row(ledger: Ledger) -> dict[str, Any]:
     share = max(1, ledger.issued)
     return {
         "requests": ledger.issued,
@@ -289,7 +329,7 @@ def _send(
     moments: Sequence[tuple[float, int]],
     image: Tensor,
     look: Callable[[float, int, Future[Served]], None],
-    ledgers: Sequence[_Ledger],
+    ledgers: Sequence[Ledger],
 ) -> None:
     goal, start, present = engine.control.objective, time.perf_counter(), -1
     with _Neighbours() as neighbours:

@@ -109,7 +109,7 @@ class Objective:
 
     p95_ms: float
     memory_bytes: int | None = None
-    margin: float = 0.2
+    margin: float = 0.1
     dwell_s: float = 5.0
     down_dwell_s: float = 0.5
     max_batch: int = 1
