@@ -104,7 +104,7 @@ def _check_unprotected(config: EdgeConfig) -> None:
             "edge.credentials", None,
             f"must name a folder with ca.pem, cert.pem and key.pem, as edge.address="
             f"{config.address} can be reached from other machines",
-            "docs/trust.md says how to make them; an edge.address on 127.0.0.1 needs none",
+            "docs/deploy.md says how to make them; an edge.address on 127.0.0.1 needs none",
         )  # fmt: skip
     if not config.control_token:
         raise ConfigError.of(

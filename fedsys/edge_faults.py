@@ -46,9 +46,7 @@ class EdgeFaults:
         except (ValueError, TypeError) as error:
             raise FrameError(f"{frame.kind}: faults={frame.meta['faults']!r:.40}") from error
         if planned and self._crash is None:
-            raise SessionError(
-                f"{self._name} was not started to be struck by faults; edge.faults=true lets it be"
-            )
+            raise SessionError(f"{self._name} accepts no faults; start it with edge.faults=true")
         return planned
 
     def plan(self, session: str, faults: list[Fault]) -> None:

@@ -129,7 +129,7 @@ def check(
         if target in ("edge", "link"):
             fault = _checked_in_split(fault, name, edges)
         if fault in checked:
-            raise ConfigError.of(name, dataclasses.asdict(fault), "must not stand there twice")
+            raise ConfigError.of(name, dataclasses.asdict(fault), "must not be listed twice")
         checked.append(fault)
     return tuple(checked)
 

@@ -4,6 +4,7 @@ import math
 import re
 import socket
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
@@ -14,6 +15,7 @@ from fedsys.identity import arithmetic
 from fedsys.main import main
 from fedsys.runtime.control import _field
 from fedsys.security import Authority
+from fedsys.serving.options import ServingConfig
 
 
 def statuses(found):
@@ -125,6 +127,11 @@ def test_a_port_in_use_is_named():
             found = network.ports()
     assert found.status == "warn"
     assert f"{port} (somebody)" in found.detail
+
+
+def test_the_default_port_of_serve_is_among_those_checked():
+    """Port 8000, which only the SuperLink takes, stood there for both."""
+    assert network.PORTS[urlsplit(ServingConfig().address).port] == "serve"
 
 
 def test_a_server_that_accepts_can_be_reached_and_no_other():

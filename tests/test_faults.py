@@ -54,7 +54,7 @@ def test_a_fault_that_can_never_strike_is_refused_by_name(fault, words):
 
 
 def test_the_same_fault_twice_is_refused():
-    with pytest.raises(ConfigError, match="must not stand there twice"):
+    with pytest.raises(ConfigError, match="must not be listed twice"):
         check([SERVER, dataclasses.replace(SERVER, position="")], rounds=4, num_clients=3)
 
 

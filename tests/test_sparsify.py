@@ -623,7 +623,7 @@ def test_levels_refuse_what_does_not_fit() -> None:
         ticket.rewound(network(width=5, hidden=16))
     with pytest.raises(ConfigError, match="must be at least 2"):
         next(levels(Ticket(2, ticket.masks, ticket.rewind), model, train_level, last=1))
-    with pytest.raises(ConfigError, match="sparsity_per_level=1"):
+    with pytest.raises(ConfigError, match=r"^sparsity_per_level=1"):
         prune_share(ticket.masks, scores.magnitude(model), 1.0)
 
 

@@ -1,4 +1,4 @@
-"""Benchmarks: ours and the alternatives side by side in one run, one file each.
+"""Benchmarks: ours and the alternatives side by side in one run, one module each.
 
 A benchmark is a module here with two functions, and a file of its name in ``conf/bench/`` that
 chooses the groups it runs on and holds its options::

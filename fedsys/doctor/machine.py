@@ -26,9 +26,8 @@ def installation() -> Iterator[Check]:
     try:
         required = metadata.requires("fedsys") or []
     except metadata.PackageNotFoundError:
-        yield Check(
-            "packages", "warn", "fedsys is not installed, only lies here", "pip install -e ."
-        )
+        told = "fedsys runs from this folder without being installed"
+        yield Check("packages", "warn", told, "pip install -e .")
         required = []
     yield from packages(required)
     yield from (_imports(name) for name in ("torch", "torchvision", "flwr"))
@@ -125,9 +124,10 @@ def memory() -> Check:
         left = min(left, limit - (_cgroup("memory.current") or 0))
     told = f"{left / 2**30:.1f} GiB are free"
     if left < LEAST_MEMORY:
-        return Check("memory", "fail", told, "end other processes; runtime.workers=1 needs least")
+        way_out = "end other processes; runtime.workers=1 needs the least memory"
+        return Check("memory", "fail", told, way_out)
     if left < GOOD_MEMORY:
-        return Check("memory", "warn", told, "runtime.workers=1 needs least")
+        return Check("memory", "warn", told, "runtime.workers=1 needs the least memory")
     return Check("memory", "ok", told)
 
 

@@ -15,7 +15,8 @@ from fedsys.doctor.checks import Check
 from fedsys.errors import FedsysError
 
 PORTS = {
-    8000: "SuperLink or serve",
+    8000: "SuperLink",
+    8080: "serve",
     9091: "SuperLink",
     9092: "SuperLink",
     9093: "SuperLink",
@@ -38,7 +39,7 @@ def ports() -> Check:
     taken = [f"{port} ({who})" for port, who in PORTS.items() if not is_free("127.0.0.1", port)]
     if taken:
         told = f"in use: {', '.join(taken)}"
-        return Check("ports", "warn", told, "end who listens there, or name other ports")
+        return Check("ports", "warn", told, "stop what listens there, or choose other ports")
     return Check("ports", "ok", f"{', '.join(map(str, PORTS))} are free")
 
 

@@ -100,7 +100,7 @@ def prune_share(
         ModelError: As `prune`.
     """
     if not 0.0 <= share < 1.0:
-        raise ConfigError.of("pruning.sparsity_per_level", share, "must be in [0, 1)")
+        raise ConfigError.of("sparsity_per_level", share, "must be in [0, 1)")
     _check(masks, scores, scope, keep_channels)
     parts = [masks] if scope == "global" else [masks.part([name]) for name in masks]
     result: dict[str, Tensor] = {}
@@ -312,7 +312,7 @@ def one_shot(
         if scope != "global":
             raise ConfigError.of("pruning.scope", scope, "must be global for synflow")
         if not input_shape:
-            raise ConfigError.of("pruning.input_shape", input_shape, "must be given for synflow")
+            raise ConfigError.of("input_shape", input_shape, "must be given for synflow")
         return synflow_masks(
             model, input_shape, masks, sparsity, iterations=iterations, keep_channels=keep_channels
         )
