@@ -13,6 +13,7 @@ from fedsys import edges, fleet
 from fedsys.config import parse, with_values
 from fedsys.faulty import Faulty, LinkFault
 from fedsys.link import dial
+from fedsys.schedule import operations
 
 COMMON = {
     "num_clients": 3,
@@ -89,7 +90,8 @@ COLUMNS = {
         (1, "sequential"),
         (3, "sequential"),
         (2, "pipelined"),
-        (4, "bounded"),
+        (4, "bounded 2"),
+        (5, "bounded 3"),
         ([1, 4, 3], "pipelined"),
     ],
     "interrupted": ["never", "link", "edge"],
@@ -145,7 +147,7 @@ TABLE = [
     (("cnn-batch", [1, 2, 4]), BETWEEN_ROUNDS, (3, "pipelined"), "edge", False, "tcp"),
     (("vgg5-batch", 2), BETWEEN_ROUNDS, (2, "pipelined"), "never", True, "memory"),
     (("cnn-group", 2), PROXIMAL, (1, "sequential"), "link", False, "memory"),
-    (("cnn-group", 1), LEVELS, (2, "bounded"), "edge", True, "memory"),
+    (("cnn-group", 1), LEVELS, (4, "bounded 2"), "edge", True, "memory"),
     (("vgg5-batch", [1, 2, 3]), CHANNELS_LAST, (3, "pipelined"), "link", False, "grpc"),
     (("resnet18", 0.5), CHANNELS_LAST, (2, "pipelined"), "edge", True, "memory"),
     (("mobilenet_v2", 0.5), CHANNELS_LAST, (1, "sequential"), "never", False, "memory"),
@@ -175,6 +177,12 @@ def settings(configure):
         return parse(with_values(base.text, **merged(COMMON, data)))
 
     return made
+
+
+def ordered(schedule):
+    """Return the values for an order of pieces, its depth behind its name if it has one."""
+    kind, _, depth = schedule.partition(" ")
+    return {"kind": kind, "depth": int(depth or 1)}
 
 
 def split_in(pieces, cut):
@@ -288,7 +296,7 @@ def test_split_training_gives_the_bits_of_plain_training(
         **merged(
             split_in(pieces, cut),
             {
-                "schedule": {"kind": schedule},
+                "schedule": ordered(schedule),
                 "policy": {"kind": "fixed", "cut": cut, "codec": "fp32"},
             },
         ),
@@ -304,6 +312,19 @@ def test_split_training_gives_the_bits_of_plain_training(
     for name in ("train_loss", "train_accuracy", "steps", "examples"):
         assert [row[name] for row in got.rows] == [row[name] for row in expected.rows]
     assert (got.rows[-1].get("sparsity", 0.0) > 0.35) == (feature in PRUNED)
+
+
+def test_bounded_rows_take_an_order_of_their_own():
+    """A row that left `depth` at 1 trained in the order of `sequential`, whatever it was called."""
+    rows = [r for r in TABLE if r[2][1].startswith("bounded")]
+    assert len({r[2] for r in rows}) >= 2
+    for pieces, schedule in {r[2] for r in rows}:
+        for tail in (False, True):
+            orders = [
+                tuple(operations(made["kind"], pieces, made["depth"], tail=tail))
+                for made in map(ordered, (schedule, "sequential", "pipelined"))
+            ]
+            assert orders[0] not in orders[1:]
 
 
 def test_any_two_values_of_two_columns_meet_in_some_row():
