@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedsys import data, models, training
-from fedsys.config import Config, Spec
+from fedsys.config import Config
 from fedsys.data import Dataset
 from fedsys.errors import ConfigError
 from fedsys.randomness import Address, check_keyed
@@ -116,9 +116,3 @@ def check_model(model: nn.Module, dataset: Dataset) -> None:
     """
     x = torch.randn((2, *dataset.input_shape), generator=Address(0).torch("check"))
     check_keyed(model, x)
-
-
-def partition_spec(config: Config) -> Spec:
-    """Return the group that says how the training part is divided."""
-    group: Spec = config.data["partition"]
-    return group

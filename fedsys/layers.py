@@ -45,7 +45,6 @@ from fedsys.states import fill, join
 __all__ = [
     "LayeredModel",
     "Unit",
-    "describe",
     "fill",
     "fractions",
     "join",
@@ -226,25 +225,6 @@ def fractions(model: LayeredModel) -> list[float]:
     return [done / work[-1] for done in work]
 
 
-def describe(model: LayeredModel) -> str:
-    """Return the chain as a table for people; useful cuts (after a unit) have a star."""
-    rows = [("", "unit", "out", "bytes", "MACs", "params", "done", "cut")]
-    for index, (unit, share) in enumerate(zip(model.units, fractions(model), strict=True)):
-        shape = "x".join(map(str, unit.out_shape)) or "-"
-        numbers = (f"{unit.bytes_out:,}", f"{unit.macs:,}", f"{unit.params:,}", f"{share:.4f}")
-        star = "*" if index + 1 in model.cuts else ""
-        rows.append((str(index), unit.name, shape, *numbers, f"{index + 1}{star}"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (
-        "  ".join(
-            cell.ljust(width) if column in (1, 7) else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
-    return "\n".join(line.rstrip() for line in lines)
-
-
 # --------------------------------------------------------------------------------------------------
 # Cuts
 
@@ -267,8 +247,9 @@ def resolve_cut(model: LayeredModel, cut: int | float | str) -> int:
     elif isinstance(cut, int) and not isinstance(cut, bool):
         index = cut
         if not 0 <= index <= len(model):
+            units = ", ".join(unit.name for unit in model.units)
             raise ConfigError.of(
-                "cut", cut, f"must be in 0 … {len(model)}, the number of units", "see describe()"
+                "cut", cut, f"must be in 0 … {len(model)}, the number of units", f"units: {units}"
             )
     elif isinstance(cut, float) and 0.0 < cut < 1.0:
         if not model.cuts:

@@ -234,9 +234,10 @@ def _sealed(channel: Channel, data: bytes) -> list[memoryview]:
 
 
 class TcpServer:
-    """Accepts links at ``host:port``; the arguments are those of `fedsys.link.serve`."""
+    """Accepts links at ``host:port`` in one thread and greets each in one of its own.
 
-    """Accepts connections in one thread and greets each in one of its own."""
+    The arguments are those of `fedsys.link.serve`.
+    """
 
     def __init__(
         self,

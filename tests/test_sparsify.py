@@ -468,10 +468,14 @@ def test_grasp_keeps_what_the_gradient_flow_needs() -> None:
         assert float(score[place]) == pytest.approx(lost / 2, rel=1e-3, abs=1e-9)
 
 
+def synflow(model: nn.Module, input_shape: tuple[int, ...]) -> scores.Scores:
+    return scores.flow(scores.linear_copy(model), input_shape)
+
+
 def test_synflow_on_a_chain_is_the_product_of_sums_over_paths() -> None:
     model = chain(3, 4, 5, 2)
     a, b, c = (layer.weight.detach().double().abs() for layer in model)
-    score = scores.synflow(model, (3,))
+    score = synflow(model, (3,))
     ones = torch.ones(3, dtype=torch.float64)
     torch.testing.assert_close(score["0.weight"], a * (c @ b).sum(0)[:, None] * ones)
     torch.testing.assert_close(score["1.weight"], b * c.sum(0)[:, None] * (a @ ones))
@@ -493,14 +497,14 @@ def test_synflow_is_the_same_with_any_batch_norm_bias_sign_and_activation() -> N
     assert isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None
     norm.running_mean += 5.0
     norm.weight.data *= -3.0
-    expected = list(scores.synflow(plain, SHAPE).values())
-    got = list(scores.synflow(bent, SHAPE).values())
+    expected = list(synflow(plain, SHAPE).values())
+    got = list(synflow(bent, SHAPE).values())
     assert all(torch.equal(one, other) for one, other in zip(expected, got, strict=True))
 
 
 def test_synflow_in_steps_spares_layers_that_one_step_kills() -> None:
     model = chain(64, 100, 4, 100, 10)
-    score = scores.synflow(model, (64,))
+    score = synflow(model, (64,))
     with pytest.raises(ModelError, match="leave none"):
         prune(Masks.dense(model), score, 0.99)
     masks = synflow_masks(model, (64,), Masks.dense(model), 0.99)
@@ -513,7 +517,7 @@ def test_a_flow_beyond_float64_is_an_error() -> None:
     for layer in model:
         layer.double().weight.data.fill_(1e200)
     with pytest.raises(ModelError, match="exceeds float64"):
-        scores.synflow(model, (2,))
+        synflow(model, (2,))
 
 
 def test_gradual_sparsities_rise_by_equal_shares_of_what_is_left() -> None:

@@ -150,7 +150,6 @@ class Stream:
         self.moments: list[float] = []
         self._stop = threading.Event()
         self._lock = threading.Lock()
-        self._futures: list[Future[Served]] = []
         self._thread = threading.Thread(target=self._send, name="load", daemon=True)
         self._thread.start()
 

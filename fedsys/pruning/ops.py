@@ -65,10 +65,6 @@ class Kind(Enum):
     OUTPUT = "output"
 
 
-ELEMENTWISE = (Kind.SCALE, Kind.SAME, Kind.ADD, Kind.MUL)
-"""Kinds whose inputs and output have the same channels."""
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Op:
     """One node of the graph, understood.

@@ -11,7 +11,7 @@
 `snip`                    |w g|: Lee et al., "SNIP", ICLR 2019
 `grasp`                   w H g: Wang et al., "Picking Winning Tickets … by Preserving Gradient
                           Flow", ICLR 2020
-`synflow`                 |w dR/dw|: Tanaka et al., "Pruning neural networks without any data by
+`flow`                    |w dR/dw|: Tanaka et al., "Pruning neural networks without any data by
                           iteratively conserving synaptic flow", NeurIPS 2020
 ========================  =====================================================================
 
@@ -322,22 +322,6 @@ def _grad(
 # Of the flow through the network
 
 
-def synflow(model: nn.Module, input_shape: Sequence[int]) -> Scores:
-    """Return |w dR/dw| for R the flow of ones through the network of |w|.
-
-    Tanaka et al. (2020), equation 3; meant to be repeated while pruning, see
-    `fedsys.pruning.sparsify.synflow_masks`.
-
-    Args:
-        model: The model; only its weights count.
-        input_shape: Of one input without the batch.
-
-    Raises:
-        ModelError: The flow is too large for float64.
-    """
-    return flow(linear_copy(model), input_shape)
-
-
 def linear_copy(model: nn.Module) -> nn.Module:
     """Return the network whose outputs on ones are sums, over paths, of products of |w|.
 
@@ -362,7 +346,13 @@ def linear_copy(model: nn.Module) -> nn.Module:
 
 
 def flow(linear: nn.Module, input_shape: Sequence[int]) -> Scores:
-    """Return |w dR/dw| for a network that `linear_copy` returned.
+    """Return |w dR/dw| for R the flow of ones through a network that `linear_copy` returned.
+
+    Tanaka et al. (2020), equation 3; `fedsys.pruning.sparsify.synflow_masks` repeats it.
+
+    Args:
+        linear: The network.
+        input_shape: Of one input without the batch.
 
     Raises:
         ModelError: The flow is too large for float64.
