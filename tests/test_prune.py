@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -25,7 +28,7 @@ from fedsys.pruning.architecture import load
 from fedsys.pruning.levels import Level, recipes, refined, spread
 from fedsys.pruning.masks import Masks
 from fedsys.pruning.measuring import front, in_turns, latencies, peak_bytes
-from fedsys.pruning.portfolio import MANIFEST, PARENT, Latency, Portfolio, Variant, run
+from fedsys.pruning.portfolio import MANIFEST, PARENT, Latency, Portfolio, Variant, ordered, run
 
 FAST = ("prune.batch_sizes=[1,4]", "prune.threads=[1]", "prune.memory=false", "json=true")
 
@@ -124,6 +127,92 @@ def test_batchnorm_is_folded_in_all_that_answer_unless_it_shall_stay(
         assert any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
         torch.testing.assert_close(run(answers, images), run(model, images), rtol=0, atol=1e-5)
     assert any(isinstance(m, nn.BatchNorm2d) for m in kept.module(PARENT).modules())
+
+
+@pytest.fixture
+def everything_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep all candidates, as if none were slow: what this machine is fast at decides no test."""
+    monkeypatch.setattr("fedsys.pruning.making.front", lambda variants, *_: (ordered(variants), {}))
+
+
+def test_variants_of_fewer_bits_are_made_loaded_and_answer(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], everything_stays: None
+) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    options = ("pruning.sparsity=[0.8]", "prune.precisions=[bfloat16,float16,int8]")
+    status, out, err = call(
+        capsys, "prune", f"run={trained}", *FAST, *options, f"run.dir={tmp_path / 'a'}"
+    )
+    assert status == 0, err
+    result = json.loads(out.splitlines()[-1])
+    assert result["refused"] == {}
+    portfolio = Portfolio.load(Path(result["portfolio"]))
+    images = torch.randn(
+        5, *portfolio.about.input_shape, generator=torch.Generator().manual_seed(0)
+    )
+    for plain in (PARENT, "group_norm-80"):
+        expected = run(portfolio.module(plain), images)
+        for precision, near in (("bfloat16", 0.05), ("float16", 0.005), ("int8", math.inf)):
+            variant = portfolio.variant(f"{plain}-{precision}")
+            assert variant.precision == precision and variant.made.endswith(f", in {precision}")
+            assert 0.0 < variant.max_abs_diff <= near * max(1.0, variant.max_abs_output)
+            # scales of int8 are of images, not of the extremes that conversions are compared on
+            assert variant.accuracy == pytest.approx(portfolio.variant(plain).accuracy, abs=0.05)
+            answers = run(portfolio.module(variant.name), images)
+            assert answers.dtype is torch.float32 and answers.isfinite().all()
+            error = (answers - expected).abs().max()
+            assert 0.0 < error <= near * max(1.0, float(expected.abs().max()))
+
+
+def test_a_variant_whose_numbers_are_too_large_for_its_precision_leaves_the_others(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], everything_stays: None
+) -> None:
+    """Its difference was not a number, and the portfolio unreadable when all had been measured."""
+    folder = tmp_path / "large"
+    shutil.copytree(trained, folder)
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        about = file.metadata()
+    weights = load_file(folder / "model.safetensors")
+    norm = next(name for name, w in weights.items() if w.dim() == 1 and "norm.weight" in name)
+    weights[norm] = 1e6 * weights[norm]
+    weights[norm.replace("weight", "bias")] *= 1e6
+    save_file(weights, folder / "model.safetensors", about)
+    options = (
+        "pruning.sparsity=[0.5]",
+        "prune.precisions=[float16,bfloat16]",
+        "prune.recalibrate=0",
+    )
+    status, out, err = call(
+        capsys, "prune", f"run={folder}", *FAST, *options, f"run.dir={tmp_path / 'a'}"
+    )
+    assert status == 0, err
+    result = json.loads(out.splitlines()[-1])
+    portfolio = Portfolio.load(Path(result["portfolio"]))
+    plain = {PARENT, "group_norm-50"}
+    assert {v.name for v in portfolio.variants} == plain | {f"{name}-bfloat16" for name in plain}
+    assert result["refused"].keys() == {f"{name}-float16" for name in plain}
+    assert all("some outputs are not finite" in why for why in result["refused"].values())
+
+
+def test_a_precision_that_cannot_be_made_leaves_the_others(
+    trained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    everything_stays: None,
+) -> None:
+    """Without the packages of int8, or with one operation that it has not, all was lost."""
+    monkeypatch.setitem(sys.modules, "onnxruntime.quantization", None)
+    options = ("pruning.sparsity=[0.5]", "prune.precisions=[int8,bfloat16]")
+    status, out, err = call(
+        capsys, "prune", f"run={trained}", *FAST, *options, f"run.dir={tmp_path / 'a'}"
+    )
+    assert status == 0, err
+    result = json.loads(out.splitlines()[-1])
+    assert {row["precision"] for row in result["variants"]} == {"float32", "bfloat16"}
+    assert result["refused"].keys() == {f"{PARENT}-int8", "group_norm-50-int8"}
+    assert "pip install 'fedsys[export]'" in err
 
 
 def test_masks_that_a_run_trained_with_are_those_of_its_variant(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
@@ -148,11 +149,17 @@ def _as_saved(model: fx.GraphModule) -> fx.GraphModule:
         return load_dense(save_dense(model, name))
 
 
+def lowered_name(candidate: Candidate, precision: str) -> str:
+    """Return the name of a candidate in another precision."""
+    return f"{candidate.variant.name}-{precision}"
+
+
 def lower(candidate: Candidate, precision: str, dataset: Dataset) -> Candidate:
     """Return a candidate of float32 in another precision.
 
     Raises:
-        ModelError: int8 needs a package that is not installed, or an operation that it has not.
+        ModelError: int8 needs a package that is not installed; an operation is not there in this
+            precision; or some number is too large for it, so that outputs are not finite.
     """
     model = candidate.module
     assert isinstance(model, fx.GraphModule)  # lower precisions are made of float32 alone
@@ -164,12 +171,20 @@ def lower(candidate: Candidate, precision: str, dataset: Dataset) -> Candidate:
         some = spread(dataset.train, CALIBRATION)
         content = int8(model, [x for x, _ in data.eval_batches(some, dataset, 64)])
         module = OnnxModule(content)
+    try:
+        difference = _difference(model, module, dataset.input_shape)
+    except RuntimeError as error:  # of torch, for an operation that has no such kernel
+        raise ModelError(f"the model does not run in {precision}: {error}") from error
+    if not math.isfinite(difference):
+        raise ModelError(
+            f"in {precision} some outputs are not finite: numbers of the model are too large for it"
+        )
     variant = dataclasses.replace(
         candidate.variant,
-        name=f"{candidate.variant.name}-{precision}",
+        name=lowered_name(candidate, precision),
         precision=precision,
         made=f"{candidate.variant.made}, in {precision}",
-        max_abs_diff=_difference(model, module, dataset.input_shape),
+        max_abs_diff=difference,
     )
     return Candidate(variant, content, module)
 

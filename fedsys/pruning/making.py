@@ -23,7 +23,7 @@ from fedsys import data, training
 from fedsys.config import Config, PruneConfig
 from fedsys.data import Dataset, Images
 from fedsys.errors import ConfigError, ModelError
-from fedsys.pruning.candidates import Candidate, convert, lower, parent_candidate
+from fedsys.pruning.candidates import Candidate, convert, lower, lowered_name, parent_candidate
 from fedsys.pruning.levels import EVAL_BATCH, Recipe, refined
 from fedsys.pruning.measuring import front, latencies, machine, peak_bytes
 from fedsys.pruning.plan import Plan
@@ -125,7 +125,8 @@ def make(
 
     Args:
         parent: The unpruned model, trained.
-        masked: How its levels are made. One that cannot be made is refused like one that is slow.
+        masked: How its levels are made. One that cannot be made is refused like one that is slow,
+            and so is one of fewer bits.
         config: The groups ``prune``, ``pruning``, ``client``, ``model`` and the seed.
         dataset: Validation chooses, test is scored once.
         folder: Of the portfolio.
@@ -151,10 +152,16 @@ def make(
     if failed and len(candidates) == 1:
         raise next(iter(failed.values()))
     with watch.of("precision"):
+        plain = tuple(candidates)
         for precision in options.precisions:
-            plain = [c for c in candidates if c.variant.precision == "float32"]
             say(f"making {len(plain)} variants of {precision}")
-            candidates += [lower(c, precision, dataset) for c in plain]
+            for candidate in plain:
+                try:
+                    candidates.append(lower(candidate, precision, dataset))
+                except ModelError as error:
+                    name = lowered_name(candidate, precision)
+                    failed[name] = error
+                    say(f"{name}: {error}")
     say(f"measuring {len(candidates)} models on {machine()}")
     candidates = measured(candidates, options, dataset, watch)
     made = _chosen(candidates, config, dataset, folder, source, watch)

@@ -66,17 +66,20 @@ def int8(model: nn.Module, batches: Sequence[Tensor]) -> bytes:
         plain, small = Path(name) / "plain.onnx", Path(name) / "int8.onnx"
         export_onnx(model, batches[0], plain)
         given = _open(plain.read_bytes(), 1).get_inputs()[0].name
-        quantization.quantize_static(
-            str(plain),
-            str(small),
-            _Examples(given, batches),
-            quant_format=quantization.QuantFormat.QDQ,
-            per_channel=True,
-            # Without VNNI, products of two bytes are summed in 16 bits, which 7 bits cannot exceed.
-            reduce_range=True,
-            activation_type=quantization.QuantType.QUInt8,
-            weight_type=quantization.QuantType.QInt8,
-        )
+        try:
+            quantization.quantize_static(
+                str(plain),
+                str(small),
+                _Examples(given, batches),
+                quant_format=quantization.QuantFormat.QDQ,
+                per_channel=True,
+                # Without VNNI, products of two bytes are summed in 16 bits; 7 bits never exceed it.
+                reduce_range=True,
+                activation_type=quantization.QuantType.QUInt8,
+                weight_type=quantization.QuantType.QInt8,
+            )
+        except Exception as error:  # it has no class of its own for what it cannot quantize
+            raise ModelError(f"ONNX Runtime cannot make int8 of the model: {error}") from error
         return small.read_bytes()
 
 
