@@ -41,6 +41,7 @@ class Command:
         paths: Word for the folders that stand behind the verb instead; empty for none.
         group: File of the group of its name that holds its options; empty for none.
         aliases: Keys of the command line that are short for others.
+        implied: Choices by the key of which they follow, where their group is not chosen.
         section: Part of ``conf/config.yaml`` that alone counts, which ``--help`` then shows.
     """
 
@@ -51,6 +52,7 @@ class Command:
     paths: str = ""
     group: str = ""
     aliases: Mapping[str, str] = field(default_factory=dict)
+    implied: Mapping[str, str] = field(default_factory=dict)
     section: str = ""
 
 
@@ -92,6 +94,7 @@ COMMANDS: dict[str, Command] = {
             "codecs": "error, bytes and speed of each codec, and the accuracy of training with it",
         },
         aliases={"virtual": "bench.virtual"},
+        implied={"data.root": "data=image_folder"},
     ),
     "prune": Command(
         "fedsys.prune",
@@ -230,7 +233,12 @@ class Invocation:
                 f"for instance fedsys {self.verb} {next(iter(names))}"
             )
         rest = [self._unaliased(a) for a in arguments if a != given[0]]
-        return [*rest, f"+{self.verb}={given[0]}"]
+        return [*rest, *self._implied(rest), f"+{self.verb}={given[0]}"]
+
+    def _implied(self, arguments: list[str]) -> list[str]:
+        given = {argument.partition("=")[0] for argument in arguments}
+        choices = [choice for key, choice in self.command.implied.items() if key in given]
+        return [choice for choice in choices if choice.partition("=")[0] not in given]
 
     def _unaliased(self, argument: str) -> str:
         key, equals, value = argument.partition("=")

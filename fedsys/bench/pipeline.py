@@ -48,6 +48,9 @@ VOID: Final = 0.5
 LEAST: Final = 2
 """Iterations of a device that have a median and a spread."""
 
+ACCURACY_ROUNDS: Final = 5
+"""Rounds of training with real images; synthetic ones say nothing of accuracy."""
+
 _OFFLOADED: Final = {"pipar", "auto_offloaded"}  # PiPar's rule cannot say "do not split"
 
 
@@ -333,21 +336,23 @@ def _accuracies(
     config: Config, options: Mapping[str, Any], cells: Sequence[Cell], edge: EdgeProcess,
     folder: Path,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Train each codec for the same steps, without waiting, and score the models."""
-    rounds = int(options["accuracy_rounds"])
-    split = [cell for cell in cells if cell.method == "auto_offloaded"]
+    """Train each codec by one plan for the same steps, without waiting, and score the models."""
+    rounds = options["accuracy_rounds"]
+    if rounds is None:
+        rounds = 0 if config.data.get("source") == "synthetic" else ACCURACY_ROUNDS
+    split = [cell for cell in cells if not cell.alone]
+    split.sort(key=lambda cell: cell.method != "auto_offloaded")  # the first of these, if any
     scores = []
     for codec in options["codecs"] if rounds and split else ():
-        chosen = next(cell for cell in split if cell.codec == codec)
         _, accuracy = watched_round(
             config,
             edge,
             run={"dir": str(folder / f"accuracy-{codec}"), "plots": False},
-            rounds=rounds,
-            policy=_policy(split[0].plan, chosen.codec),
+            rounds=int(rounds),
+            policy=_policy(split[0].plan, str(codec)),
             schedule={"kind": "pipelined"},
         )
-        scores.append({"codec": codec, "rounds": rounds, "accuracy": accuracy})
+        scores.append({"codec": codec, "rounds": int(rounds), "accuracy": accuracy})
     return scores
 
 
