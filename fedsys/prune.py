@@ -134,6 +134,8 @@ def _figures(variant: Variant, parent: Variant) -> dict[str, Any]:
         "p95_ms": variant.p95_ms,
         "max_abs_diff": variant.max_abs_diff,
         "max_abs_output": variant.max_abs_output,
+        "compared_images": variant.compared_images,
+        "other_answers": variant.other_answers,
     }
 
 

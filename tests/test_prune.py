@@ -21,9 +21,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fedsys import federation
+from fedsys.config import PruneConfig
 from fedsys.data import Images
+from fedsys.errors import ModelError
 from fedsys.main import main
 from fedsys.prune import fill
+from fedsys.pruning import candidates
 from fedsys.pruning.architecture import load
 from fedsys.pruning.levels import Level, recipes, refined, spread
 from fedsys.pruning.masks import Masks
@@ -86,6 +89,7 @@ def test_a_run_becomes_a_portfolio_of_its_model(
     assert [row["name"] for row in result["variants"]] == [v.name for v in portfolio.variants]
     for row in result["variants"]:
         assert row["max_abs_diff"] <= 1e-5 * max(1.0, row["max_abs_output"])
+        assert row["compared_images"] > 0 and row["other_answers"] == 0
         assert row["params"] <= row["parent_params"]
         assert row["p50_ms"] <= portfolio.parent.p50_ms
     assert all(v.peak_bytes > 0 for v in portfolio.variants)
@@ -412,10 +416,60 @@ def test_training_under_the_mask_leaves_pruned_weights_at_zero(configure: Any) -
 
 
 def test_a_state_of_another_model_is_refused(trained: Path) -> None:
-    from fedsys.errors import ModelError
-
     with pytest.raises(ModelError, match="does not fit the model"):
         fill(nn.Linear(2, 2), trained / "model.safetensors")
+
+
+# --------------------------------------------------------------------------------------------------
+# Verification on images
+
+
+class Off(nn.Module):
+    """A model that is off by `much` in its first output where the first pixel of an image is 7."""
+
+    def __init__(self, inner: nn.Module, much: float) -> None:
+        super().__init__()
+        self.inner, self.much = inner, much
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.inner(x)
+        outputs[:, 0] += self.much * (x[:, 0, 0, 0] == 7.0)
+        return outputs
+
+
+@pytest.mark.parametrize("much", [0.0, 1e-6, 1.0])
+def test_a_dense_model_is_compared_on_images_too(
+    much: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only random and extreme inputs were compared, of which no validation image is any."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    head = net[1]
+    assert isinstance(head, nn.Linear)
+    with torch.no_grad():  # of two outputs that tie, the first is the answer
+        head.weight[2], head.bias[2] = head.weight[0], head.bias[0]
+        head.bias[1] = -100.0
+    level = Level("a", net, Masks({}), "made")
+    images = torch.randn(5, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    images[1:, 0, 0, 0] = 7.0
+    answering = candidates.answering
+    monkeypatch.setattr(
+        candidates, "answering", lambda *a, **more: Off(answering(*a, **more), -much)
+    )
+    made: list[Any] = []
+
+    def convert() -> None:
+        options = PruneConfig()
+        made.append(candidates.convert(level, options, (3, 2, 2), lambda plan: None, images)[0])
+
+    if much == 1.0:
+        with pytest.raises(ModelError, match=r"differs .* by 1 on 5 validation images"):
+            convert()
+        return
+    convert()
+    variant = made[0].variant
+    assert variant.compared_images == 5
+    assert variant.other_answers == (4 if much else 0)  # ties, in which rounding decides
+    assert variant.max_abs_diff == pytest.approx(much, abs=5e-7)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from fedsys.pruning.measuring import macs
 from fedsys.pruning.plan import Plan, evaluation_graph, masked_copy, probes
 from fedsys.pruning.portfolio import PARENT, Content, Variant
 from fedsys.pruning.precision import HALVES, OnnxModule, halved, int8
-from fedsys.pruning.shrink import Shrunk, count_parameters, shrink
+from fedsys.pruning.shrink import Shrunk, compared, count_parameters, shrink, tolerance_of
 
 CALIBRATION = 512
 """Training images on which the scales of int8 are found."""
@@ -48,15 +48,24 @@ class Candidate:
 
 
 def parent_candidate(
-    model: nn.Module, options: PruneConfig, input_shape: Sequence[int]
+    model: nn.Module,
+    options: PruneConfig,
+    input_shape: Sequence[int],
+    images: Tensor | None = None,
 ) -> Candidate:
     """Return the unpruned model as a candidate: its graph in evaluation, in float32.
 
     BatchNorm is folded as in its variants, so that they are not faster by that alone.
 
+    Args:
+        model: The model.
+        options: How BatchNorm is treated.
+        input_shape: Of one input without the batch.
+        images: What it is compared on besides the probes, as for `convert`.
+
     Raises:
         ModelError: It does not trace, run on such an input or return one tensor, or folding
-            changes its outputs (`fedsys.pruning.fold.check_folding`).
+            changes its outputs (`fedsys.pruning.fold.check_folding`) or answers.
     """
     graph = evaluation_graph(masked_copy(model, None)).float()
     try:
@@ -82,11 +91,15 @@ def parent_candidate(
         max_abs_diff=_difference(graph, module, input_shape),
         max_abs_output=float(output.abs().max()),
     )
-    return Candidate(variant, content, module)
+    return Candidate(_compared(variant, graph, module, images), content, module)
 
 
 def convert(
-    level: Level, options: PruneConfig, input_shape: Sequence[int], say: Callable[[Plan], None]
+    level: Level,
+    options: PruneConfig,
+    input_shape: Sequence[int],
+    say: Callable[[Plan], None],
+    images: Tensor | None = None,
 ) -> tuple[Candidate, Shrunk]:
     """Return the dense model of a level, verified.
 
@@ -95,9 +108,12 @@ def convert(
         options: How borders, sums, numbers of channels and BatchNorm are treated.
         input_shape: Of one input without the batch.
         say: Is told what will be removed, before it is.
+        images: Real images, normalised, ``(n, …)``, on which what answers is compared with the
+            masked model too; None leaves it at the probes.
 
     Raises:
-        ModelError: As `fedsys.pruning.shrink.shrink` and `fedsys.pruning.fold.check_folding`.
+        ModelError: As `fedsys.pruning.shrink.shrink` and `fedsys.pruning.fold.check_folding`, or
+            outputs or answers for an image differ.
     """
     small = shrink(
         level.model,
@@ -111,8 +127,8 @@ def convert(
     content = _as_saved(small.model)
     module, folded, made = _answering(content, options, input_shape)
     difference = small.report.max_abs_diff
+    masked = masked_copy(level.model, level.masks)
     if folded:
-        masked = masked_copy(level.model, level.masks)
         difference = _difference(masked, module, input_shape)
     variant = Variant(
         name=level.name,
@@ -129,7 +145,48 @@ def convert(
         max_abs_output=small.report.max_abs_output,
         channels=tuple((edit.name, edit.before, edit.after) for edit in small.plan.edits),
     )
-    return Candidate(variant, content, module), small
+    return Candidate(_compared(variant, masked, module, images), content, module), small
+
+
+def _compared(
+    variant: Variant, masked: nn.Module, module: nn.Module, images: Tensor | None
+) -> Variant:
+    """Compare what answers with the model that it was made of on real images.
+
+    Returns:
+        The variant with the largest difference and output so far, and the answers that differ.
+
+    Raises:
+        ModelError: A difference exceeds the tolerance, or an answer differs that is no tie.
+    """
+    if images is None or not len(images):
+        return variant
+    dtype = next((p.dtype for p in masked.parameters()), torch.float32)
+    expected, got = (_outputs(m, images.to(dtype)).flatten(1) for m in (masked, module))
+    difference, passes = compared(expected, got)
+    tolerance = tolerance_of(dtype)
+    if not passes:
+        raise ModelError(
+            f"verification: the dense model differs from the masked one by {difference:.3g} on "
+            f"{len(images)} validation images in {dtype}, more than {tolerance:g} x max(1, "
+            "max|output|); its numbers may be too large for this type: "
+            "try prune.fold_batchnorm=false"
+        )
+    other = expected.argmax(1) != got.argmax(1)
+    gap = expected.amax(1) - expected.gather(1, got.argmax(1, keepdim=True)).squeeze(1)
+    tie = gap <= tolerance * expected.abs().amax(1).clamp(min=1.0)
+    if wrong := int((other & ~tie).sum()):
+        raise ModelError(
+            f"verification: {wrong} of {len(images)} validation images are answered otherwise by "
+            "the dense model than by the masked one; this is a defect: please report it"
+        )
+    return dataclasses.replace(
+        variant,
+        max_abs_diff=max(variant.max_abs_diff, difference),
+        max_abs_output=max(variant.max_abs_output, float(expected.abs().max())),
+        compared_images=len(images),
+        other_answers=int(other.sum()),
+    )
 
 
 def _answering(
@@ -185,6 +242,8 @@ def lower(candidate: Candidate, precision: str, dataset: Dataset) -> Candidate:
         precision=precision,
         made=f"{candidate.variant.made}, in {precision}",
         max_abs_diff=difference,
+        compared_images=0,
+        other_answers=0,
     )
     return Candidate(variant, content, module)
 

@@ -17,19 +17,22 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fedsys import data, training
 from fedsys.config import Config, PruneConfig
 from fedsys.data import Dataset, Images
 from fedsys.errors import ConfigError, ModelError
 from fedsys.pruning.candidates import Candidate, convert, lower, lowered_name, parent_candidate
-from fedsys.pruning.levels import EVAL_BATCH, Recipe, refined
+from fedsys.pruning.levels import EVAL_BATCH, Recipe, refined, spread
 from fedsys.pruning.measuring import front, latencies, machine, peak_bytes
 from fedsys.pruning.plan import Plan
 from fedsys.pruning.portfolio import About, Latency, Portfolio, Variant
 
 Say = Callable[[str], None]
+
+COMPARED = 32
+"""Images of the validation part on which a dense model is compared with its masked one."""
 
 
 @dataclass(slots=True)
@@ -78,14 +81,7 @@ def score(module: nn.Module, images: Images, dataset: Dataset) -> float:
 def measured(
     candidates: Sequence[Candidate], options: PruneConfig, dataset: Dataset, watch: Stopwatch
 ) -> list[Candidate]:
-    """Return the candidates with validation accuracy and latency.
-
-    Raises:
-        ConfigError: There is no validation part to choose by.
-    """
-    if not len(dataset.validation):
-        rule = "must be above 0: variants are chosen on the validation part"
-        raise ConfigError.of("data.validation", 0.0, rule, "try data.validation=0.1")
+    """Return the candidates with validation accuracy and latency."""
     with watch.of("accuracy"):
         accuracies = [score(c.module, dataset.validation, dataset) for c in candidates]
     with watch.of("latency"):
@@ -140,8 +136,10 @@ def make(
         RunError: A file cannot be written.
     """
     options, watch = config.prune, Stopwatch()
+    _check_validation(dataset)
     with watch.of("convert"):
-        candidates = [parent_candidate(parent, options, dataset.input_shape)]
+        images = _some(dataset)
+        candidates = [parent_candidate(parent, options, dataset.input_shape, images)]
     failed: dict[str, ModelError] = {}
     for recipe in masked:
         try:
@@ -169,6 +167,18 @@ def make(
     return dataclasses.replace(made, refused={**made.refused, **reasons})
 
 
+def _check_validation(dataset: Dataset) -> None:
+    if not len(dataset.validation):
+        rule = "must be above 0: variants are chosen on the validation part"
+        raise ConfigError.of("data.validation", 0.0, rule, "try data.validation=0.1")
+
+
+def _some(dataset: Dataset) -> Tensor:
+    """Return the images on which dense models are compared with masked ones."""
+    ((images, _),) = data.eval_batches(spread(dataset.validation, COMPARED), dataset, COMPARED)
+    return images
+
+
 def _candidate(
     recipe: Recipe, config: Config, dataset: Dataset, watch: Stopwatch, say: Say
 ) -> Candidate:
@@ -178,12 +188,15 @@ def _candidate(
         level = refined(level, config, dataset)
     with watch.of("convert"):
         announce = _announcing(level.name, say)
-        candidate, small = convert(level, config.prune, dataset.input_shape, announce)
-    report = small.report
+        candidate, small = convert(
+            level, config.prune, dataset.input_shape, announce, _some(dataset)
+        )
+    report, variant = small.report, candidate.variant
     say(
         f"{level.name}: {report.parameters:,} of {report.parameters_before:,} parameters in "
-        f"{report.seconds:.2f} s, difference {report.max_abs_diff:.1e} at outputs up to "
-        f"{report.max_abs_output:.3g}"
+        f"{report.seconds:.2f} s, difference {variant.max_abs_diff:.1e} at outputs up to "
+        f"{variant.max_abs_output:.3g}, {variant.other_answers} of {variant.compared_images} "
+        "validation images answered otherwise"
     )
     return candidate
 

@@ -129,8 +129,8 @@ class Sparsity:
 
     @property
     def sparsity(self) -> float:
-        """Share of the weights that is pruned, in [0, 1]."""
-        return 1.0 - self.kept / self.weights
+        """Share of the weights that is pruned, in [0, 1]; 0 if there are no masks."""
+        return 1.0 - self.kept / self.weights if self.layers else 0.0
 
     @property
     def dead_channels(self) -> float:

@@ -89,9 +89,12 @@ class Variant:
         test_accuracy: Share of the test part; scored once, when all choices had been made. None
             if there is no test part.
         max_abs_diff: Largest difference of its outputs to those of the masked model that it was
-            converted from, in the type of that model, on the probes of the conversion, as it
-            answers.
+            converted from, in the type of that model, on the probes of the conversion and, in
+            float32, on `compared_images`, as it answers.
         max_abs_output: Largest output of that masked model there.
+        compared_images: Images of the validation part on which both were compared.
+        other_answers: Those of them that the masked model answers otherwise: ties in which
+            rounding decides, or the conversion is refused.
         channels: Outputs of each convolution and linear layer: name, before, after.
         files: SHA-256 of each of its files, by name.
     """
@@ -110,6 +113,8 @@ class Variant:
     test_accuracy: float | None = None
     max_abs_diff: float = 0.0
     max_abs_output: float = 0.0
+    compared_images: int = 0
+    other_answers: int = 0
     channels: tuple[tuple[str, int, int], ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
 
@@ -392,6 +397,8 @@ def _variant(given: Mapping[str, Any]) -> Variant:
         test_accuracy=None if test is None else _number(test),
         max_abs_diff=_number(given["max_abs_diff"]),
         max_abs_output=_number(given["max_abs_output"]),
+        compared_images=_count(given.get("compared_images", 0)),
+        other_answers=_count(given.get("other_answers", 0)),
         channels=_each(given["channels"], lambda c: (_text(c[0]), _count(c[1]), _count(c[2]))),
         files=files,
     )
