@@ -7,6 +7,7 @@ connect before.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -64,6 +65,22 @@ def network_of(config: NetworkConfig) -> Network:
     return Network(rates[0], rates[1], config.latency_ms / 1e3, trace, config.period_s)
 
 
+def links_of(config: Config) -> tuple[NetworkConfig, ...]:
+    """Return the connections of the devices of a run, repeated if there are more devices.
+
+    Planner, clock and emulation ask here. ``network=`` comes before the links of the fleet file, as
+    what is said for a run comes before what is said of machines.
+    """
+    network = dataclasses.replace(config.network, emulate=False)
+    return (config.network,) if network != NetworkConfig() else config.fleet.links or (network,)
+
+
+def link_of(config: Config, partition: int) -> NetworkConfig:
+    """Return the connection of one device."""
+    links = links_of(config)
+    return links[partition % len(links)]
+
+
 def dialler_of(
     config: Config, node_config: Mapping[str, Any], faults: Iterable[Fault] = ()
 ) -> Dialler:
@@ -71,17 +88,19 @@ def dialler_of(
 
     Args:
         config: The run.
-        node_config: Of the node; its ``credentials`` come before those of the run.
+        node_config: Of the node; its ``credentials`` come before those of the run, and its
+            ``partition-id`` says which device it is.
         faults: What strikes the device in this round.
 
     Raises:
         SecurityError: The credentials are missing or not valid.
     """
     folder = node_config.get("credentials") or config.link.credentials
+    link = link_of(config, int(str(node_config.get("partition-id", 0))))
     return Dialler(
         Credentials.load(Path(str(folder))) if folder else None,
         faults,
-        network_of(config.network) if config.network.emulate else None,
+        network_of(link) if config.network.emulate else None,
     )
 
 

@@ -20,9 +20,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedsys.config import Config, FleetConfig, NetworkConfig
+from fedsys.config import Config
 from fedsys.costs import MachineClass, MachineCosts, Messaging
-from fedsys.dialling import network_of
+from fedsys.dialling import link_of, network_of
 from fedsys.errors import ConfigError, did_you_mean
 from fedsys.layers import LayeredModel
 from fedsys.shaping import Network
@@ -86,7 +86,7 @@ def hardware(config: Config, layers: LayeredModel) -> Hardware | None:
             machine(f"fleet.devices[{i % len(fleet.devices)}]", name)
             for i, name in enumerate(_repeated(fleet.devices, config.num_clients))
         ),
-        tuple(network_of(link) for link in _links(config, fleet)),
+        tuple(network_of(link_of(config, k)) for k in range(config.num_clients)),
         tuple(
             machine(f"fleet.servers[{i % len(servers)}]", name)
             for i, name in enumerate(_repeated(servers, edges))
@@ -96,11 +96,6 @@ def hardware(config: Config, layers: LayeredModel) -> Hardware | None:
 
 def _repeated(names: tuple[str, ...], count: int) -> list[str]:
     return [names[i % len(names)] for i in range(count)]
-
-
-def _links(config: Config, fleet: FleetConfig) -> list[NetworkConfig]:
-    own = fleet.links or (config.network,)
-    return [own[i % len(own)] for i in range(config.num_clients)]
 
 
 def machine_costs(path: str, values: object, layers: LayeredModel) -> MachineCosts:

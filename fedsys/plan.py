@@ -13,7 +13,8 @@ from typing import Any
 
 from fedsys import config as configuration
 from fedsys import federation
-from fedsys.config import Config
+from fedsys.config import Config, NetworkConfig
+from fedsys.dialling import link_of
 from fedsys.layers import LayeredModel
 from fedsys.planner import Plan, best_static, next_best, plan
 from fedsys.planning import PLANNED, PlanOptions, machines_of, run_workload
@@ -74,10 +75,12 @@ def figures(config: Config, layers: LayeredModel, examples: Sequence[int]) -> di
     whole = plan(load, "classic")
     static = best_static(load, offload=options.offload)
     others = next_best(load, made, offload=options.offload)
+    links = [_link_name(link_of(config, k)) for k in range(len(load.devices))]
     devices = [
         {
             "device": device.name,
             "machine": device.costs.name.rpartition(".")[2],
+            "network": links[k],
             **_choice(layers, made.choices[k]),
             "iteration_s": made.iteration_s[k],
             "round_s": made.round_s[k],
@@ -92,7 +95,7 @@ def figures(config: Config, layers: LayeredModel, examples: Sequence[int]) -> di
     return {
         "method": made.method,
         "model": str(config.model.get("name") or config.model["_target_"]).rpartition(".")[2],
-        "network": config.network.name,
+        "network": ", ".join(dict.fromkeys(links)),
         "predicted_s": made.seconds,
         "all_on_device_s": whole.seconds,
         "best_static_s": static.seconds,
@@ -102,6 +105,12 @@ def figures(config: Config, layers: LayeredModel, examples: Sequence[int]) -> di
         "why": _summary(load, made, whole),
         "devices": devices,
     }
+
+
+def _link_name(link: NetworkConfig) -> str:
+    if link.name != NetworkConfig().name or link.up_mbit_s is None or link.down_mbit_s is None:
+        return link.name
+    return f"{link.up_mbit_s:g}/{link.down_mbit_s:g} Mbit/s"
 
 
 def _choice(layers: LayeredModel, choice: Choice) -> dict[str, Any]:
@@ -180,10 +189,11 @@ def show(found: Mapping[str, Any]) -> None:
     headings = ("device", "choice", "round", "device / up / edge / down", "next best")
     for column in (*headings, "alone", "static"):
         table.add_column(column, no_wrap=True)
+    several = len({row["network"] for row in found["devices"]}) > 1
     for row in found["devices"]:
         other = row["next_best"]
         table.add_row(
-            f"{row['device']} {row['machine']}",
+            " ".join([row["device"], row["machine"], *([row["network"]] if several else [])]),
             _words(row),
             seconds_text(row["round_s"]),
             " / ".join(f"{1e3 * row[f'{name}_s']:.3g}" for name in RESOURCES) + " ms",

@@ -3,11 +3,14 @@ import math
 import pytest
 
 from fedsys.config import NetworkConfig, options_of
-from fedsys.dialling import Dialler, dialler_of, link_fault, network_of
+from fedsys.dialling import Dialler, dialler_of, link_fault, link_of, network_of
 from fedsys.errors import ConfigError, LinkClosed, SecurityError
 from fedsys.faults import AT_EDGE, KINDS, Fault, check
+from fedsys.federation import federation
+from fedsys.hardware import hardware
 from fedsys.link import dial, serve
 from fedsys.security import Authority
+from fedsys.session import layered_model
 from fedsys.shaping import Shaped
 from fedsys.wire import Frame
 
@@ -156,3 +159,25 @@ def test_missing_credentials_are_said_before_anything_is_dialled(tmp_path, confi
 
 def test_the_default_network_is_none(configure):
     assert configure().network == NetworkConfig()
+
+
+LINKS = "fleet.links=[{name: near, up_mbit_s: 40, down_mbit_s: 50}, {up_mbit_s: 2, down_mbit_s: 4}]"
+
+
+def test_planner_clock_and_emulation_know_one_link_of_each_device(configure, echo):
+    """Links were emulated by ``network=`` and planned by ``fleet.links``, whatever it was."""
+    config = configure("fleet=nominal", LINKS, "num_clients=3", "network.emulate=true")
+    fed = federation(config)
+    layers = layered_model(config, fed.dataset.input_shape, fed.dataset.num_classes)
+    planned = hardware(config, layers)
+    assert [network.up_bits_s for network in planned.networks] == [40e6, 2e6, 40e6]
+    for partition, network in enumerate(planned.networks):
+        assert dialler_of(config, {"partition-id": partition})._network == network
+
+
+def test_a_network_that_is_chosen_comes_before_the_links_of_a_fleet(configure):
+    """A fleet file with links went over ``network=4g``, and `fedsys plan` said "4g"."""
+    chosen = configure("fleet=nominal", LINKS, "network=4g")
+    assert {link_of(chosen, k).name for k in range(3)} == {"4g"}
+    own = configure("fleet=nominal", LINKS)
+    assert [link_of(own, k).up_mbit_s for k in range(3)] == [40, 2, 40]

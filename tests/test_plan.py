@@ -34,6 +34,20 @@ def test_the_table_is_for_people(capsys):
     assert "next best" in out and "best for all alike" in out and "client 1 pi3" in out
 
 
+def test_a_plan_says_which_link_each_device_has(capsys):
+    """It said the name of ``network=`` while it planned for the links of the fleet file."""
+    near = "{name: near, up_mbit_s: 500, down_mbit_s: 500}"
+    links = f"fleet.links=[{near}, {{up_mbit_s: 1, down_mbit_s: 2}}]"
+    own = planned(capsys, "fleet=pi3_lab", links, "num_clients=2")
+    assert own["network"] == "near, 1/2 Mbit/s"
+    assert [row["network"] for row in own["devices"]] == ["near", "1/2 Mbit/s"]
+    assert own["devices"][0]["round_s"] < own["devices"][1]["round_s"]
+    chosen = planned(capsys, "fleet=pi3_lab", links, "num_clients=2", "network=4g")
+    assert chosen["network"] == "4g"
+    plain = planned(capsys, "fleet=pi3_lab", "num_clients=2", "network=4g")
+    assert chosen["predicted_s"] == plain["predicted_s"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "names"),
     [
@@ -41,6 +55,22 @@ def test_the_table_is_for_people(capsys):
         (["fleet=pi_lab", "fleet.devices=[pi5]"], "fleet.devices[0]=pi5: must be one of"),
         (["fleet=pi_lab", "fleet.machines.pi4.macs_per_s=0"], "macs_per_s=0: must be more than 0"),
         (["fleet=pi_lab", "~fleet.machines.pi4.macs_per_s"], "macs_per_s=None: must be given"),
+        (
+            ["fleet=pi_lab", "fleet.links=[{name: a}]"],
+            "fleet.links[0].up_mbit_s=None: must be given",
+        ),
+        (
+            ["fleet=pi_lab", "fleet.links=[{up_mbit_s: 1, down_mbit_s: 0}]"],
+            "fleet.links[0].down_mbit_s=0.0: must be given, above 0",
+        ),
+        (
+            ["fleet=pi_lab", "fleet.links=[{up_mbit_s: 1, down_mbit_s: 1, emulate: true}]"],
+            "fleet.links[0].emulate=True: must be left out",
+        ),
+        (
+            ["fleet=pi_lab", "fleet.links=[{up_mbit_s: 1, down_mbit_s: 1, latency_ms: -1}]"],
+            "fleet.links[0].latency_ms=-1.0: must not be negative",
+        ),
         (["fleet=pi_lab", "fleet.servers=[]"], "fleet.servers=[]: must name"),
         (["fleet=pi_lab", "policy=auto", "policy.codec=zip"], "policy.codec=zip: must be one of"),
         (

@@ -110,9 +110,33 @@ def check(config: Config) -> None:
         if not test(value):
             raise ConfigError.of(path, value, rule, way_out)
     pruning_settings.check(config.pruning)
+    _check_links(config)
     if config.schedule.micro_batches > config.client.batch_size:
         raise ConfigError.of(
             "schedule.micro_batches",
             config.schedule.micro_batches,
             f"must not exceed client.batch_size={config.client.batch_size}",
         )
+
+
+def _check_links(config: Config) -> None:
+    """Raise a ConfigError for the first link of the fleet that breaks a rule."""
+    for index, link in enumerate(config.fleet.links):
+        path = f"fleet.links[{index}]"
+        for key in ("up_mbit_s", "down_mbit_s"):
+            rate = getattr(link, key)
+            if rate is None or not rate > 0:
+                raise ConfigError.of(
+                    f"{path}.{key}", rate, "must be given, above 0", "its rate in Mbit/s"
+                )
+        for key, test, rule, way_out in (
+            (rule[0].removeprefix("network."), *rule[1:])
+            for rule in RULES
+            if rule[0] in ("network.latency_ms", "network.trace")
+        ):
+            if not test(getattr(link, key)):
+                raise ConfigError.of(f"{path}.{key}", getattr(link, key), rule, way_out)
+        if link.emulate:
+            raise ConfigError.of(
+                f"{path}.emulate", True, "must be left out", "network.emulate=true is for all links"
+            )

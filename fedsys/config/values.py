@@ -158,8 +158,8 @@ class NetworkConfig:
         latency_ms: One way, in milliseconds.
         trace: ``[second, up, down]``, ascending; rates in Mbit/s from then on.
         period_s: Seconds after which the trace repeats; None: its last rates stay.
-        emulate: Whether the links of this run are made as slow as this network, in real time. The
-            trace begins anew with each message to a device.
+        emulate: Whether the links of this run are made as slow as this network, or as the links of
+            the fleet, in real time. A trace begins anew with each message to a device.
     """
 
     name: str = "none"
@@ -194,7 +194,8 @@ class FleetConfig:
         machines: Costs by name: nominal rates or a profile (`fedsys.hardware`).
         devices: Machine of each device, repeated if there are more; empty: none is modelled.
         servers: Machine of each edge server, repeated if there are more.
-        links: Connection of each device, repeated; empty: that of the group ``network``.
+        links: Connection of each device, repeated, with both rates; empty: that of the group
+            ``network``, which comes before them if it is chosen.
         emulate: Whether devices and edge servers take as long as those machines would, in real
             time, by waiting (`fedsys.emulation`).
     """
