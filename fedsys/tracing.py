@@ -225,15 +225,26 @@ def unpack(data: bytes) -> list[Event]:
     ]
 
 
-def perfetto(devices: Mapping[str, Sequence[Event]]) -> dict[str, Any]:
+def span_of(start_s: float, end_s: float) -> dict[str, float]:
+    """Return begin and length of an event of a trace in microseconds, in whole nanoseconds.
+
+    Both ends are rounded, not the length: an event that begins when another one ends would else
+    overlap it by a digit, and Perfetto drops what overlaps within a thread.
+    """
+    start, end = round(1e9 * start_s), round(1e9 * end_s)
+    return {"ts": start / 1000, "dur": (end - start) / 1000}
+
+
+def perfetto(devices: Mapping[str, Sequence[Event]], first: int = 1) -> dict[str, Any]:
     """Return the trace as Perfetto and ``chrome://tracing`` read it.
 
     Args:
         devices: Events by name of the device; each is a process with a thread for each lane.
+        first: Number of the first process.
     """
     origin = min((e.start_s for events in devices.values() for e in events), default=0.0)
     made: list[dict[str, Any]] = []
-    for pid, (device, events) in enumerate(devices.items(), start=1):
+    for pid, (device, events) in enumerate(devices.items(), start=first):
         made.append({"name": "process_name", "ph": "M", "pid": pid, "args": {"name": device}})
         for tid, lane in enumerate(LANES, start=1):
             named = {"ph": "M", "pid": pid, "tid": tid}
@@ -246,8 +257,7 @@ def perfetto(devices: Mapping[str, Sequence[Event]]) -> dict[str, Any]:
                 "ph": "X",
                 "pid": pid,
                 "tid": LANES.index(e.lane) + 1,
-                "ts": round(1e6 * (e.start_s - origin), 1),
-                "dur": round(1e6 * (e.end_s - e.start_s), 1),
+                **span_of(e.start_s - origin, e.end_s - origin),
                 "args": {"mini-batch": e.step},
             }
             for e in events

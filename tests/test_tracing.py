@@ -1,5 +1,6 @@
 """The trace of a round: what devices and edges note, as lanes, sums, and a file for Perfetto."""
 
+import itertools
 import json
 
 import pytest
@@ -113,3 +114,13 @@ def test_a_device_that_waits_is_idle():
     shares = trace_plots.idle_shares({"device 0": recorded().events()})["device 0"]
     assert shares["device"] == pytest.approx(1 - 10 / 18)
     assert shares["edge"] == pytest.approx(1 - 3 / 18)
+
+
+@given(st.lists(st.floats(0, 1e4), min_size=3, max_size=20))
+def test_what_follows_without_a_gap_does_not_overlap_in_the_trace(moments):
+    """Begin and length were rounded each on its own; Perfetto drops events that overlap."""
+    ends = sorted(moments)
+    many = [Event("device", "forward", 0, 0, a, b) for a, b in itertools.pairwise(ends)]
+    spans = [e for e in perfetto({"device 0": many})["traceEvents"] if e["ph"] == "X"]
+    for one, other in itertools.pairwise(spans):
+        assert round(1000 * (one["ts"] + one["dur"])) <= round(1000 * other["ts"])
