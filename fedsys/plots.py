@@ -177,13 +177,30 @@ def draw(path: Path, paint: Paint, size: tuple[float, float] = (6.4, 4.0)) -> Pa
     Raises:
         RunError: The file cannot be written.
     """
+    return draw_panels(path, [(paint, size[1])], size[0])
+
+
+def draw_panels(path: Path, panels: Sequence[tuple[Paint, float]], width: float = 6.4) -> Path:
+    """Draw panels below each other as one picture, in the house style, and return its path.
+
+    Args:
+        path: The PNG file; its folder is made.
+        panels: What draws each, as for `draw`, and its height in inches.
+        width: Of the picture in inches, at 150 dots per inch.
+
+    Raises:
+        RunError: The file cannot be written.
+    """
+    heights = [height for _, height in panels]
     with _house_style():
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=size, dpi=150, layout="constrained")
+        figure = Figure(figsize=(width, sum(heights)), dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
-        paint(figure.add_subplot())
+        axes = figure.subplots(len(panels), squeeze=False, height_ratios=heights)
+        for (paint, _), (own,) in zip(panels, axes, strict=True):
+            paint(own)
         data = io.BytesIO()
         figure.savefig(data, format="png")
     with writing(path):

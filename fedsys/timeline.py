@@ -14,7 +14,6 @@ import heapq
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from fedsys.errors import ConfigError
 from fedsys.jobs import Job, Turn
@@ -99,36 +98,6 @@ class Timeline:
             path.append(self.events[at])
             at = self.events[at].cause
         return tuple(reversed(path))
-
-    def trace(self) -> dict[str, Any]:
-        """Return the trace as Perfetto and ``chrome://tracing`` read it, one lane per resource.
-
-        Workers of one edge overlap in its lane only if it has several.
-        """
-        lanes = {name: i for i, name in enumerate(dict.fromkeys(e.resource for e in self.events))}
-        critical = set(map(id, self.critical_path()))
-        names = [
-            {"name": "thread_name", "ph": "M", "pid": 0, "tid": tid, "args": {"name": name}}
-            for name, tid in lanes.items()
-        ]
-        spans = [
-            {
-                "name": event.name if event.piece < 0 else f"{event.name} {event.piece}",
-                "cat": event.resource.partition(":")[0],
-                "ph": "X",
-                "pid": 0,
-                "tid": lanes[event.resource],
-                "ts": 1e6 * event.start_s,
-                "dur": 1e6 * (event.end_s - event.start_s),
-                "args": {
-                    "job": event.job,
-                    "iteration": event.iteration,
-                    "critical": id(event) in critical,
-                },
-            }
-            for event in self.events
-        ]
-        return {"traceEvents": names + spans, "displayTimeUnit": "ms"}
 
 
 # --------------------------------------------------------------------------------------------------

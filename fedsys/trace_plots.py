@@ -1,21 +1,27 @@
 """The pictures of a trace: the lanes of one mini-batch, and what share of the time nothing is done.
 
 Both are drawn from the events of the last round (`fedsys.tracing`): the first for the device whose
-mini-batches take longest, of which its median one is shown.
+mini-batches take longest, of which its median one is shown. Where a fleet is modelled, trace and
+pictures have a part for it (`fedsys.fleet_trace`), before the measured one unless time is real.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from fedsys import plots
+from fedsys import fleet_plots, fleet_trace, plots
 from fedsys.files import json_text, write_atomic
+from fedsys.fleet_trace import FleetRound
 from fedsys.tracing import LANES, Event, perfetto
 
 Traces = Mapping[str, Sequence[Event]]
+Panel = tuple[plots.Paint, float]
+
+HEIGHT = 4.0
+"""Of a panel, in inches."""
 
 _SHADES = {
     "load": plots.COLORS[6],
@@ -28,12 +34,16 @@ _SHADES = {
 }
 
 
-def write(folder: Path, traces: Traces, *, draw: bool = True) -> list[Path]:
+def write(
+    folder: Path, traces: Traces, fleet: FleetRound | None = None, *, draw: bool = True
+) -> list[Path]:
     """Write ``trace.json``, and ``plots/timeline.png`` and ``plots/idle.png``.
 
     Args:
         folder: Of the run.
-        traces: Events by device; nothing is written if there are none.
+        traces: Events by device, as they were measured.
+        fleet: The round on the modelled fleet; None if there is none. Nothing is written if there
+            are no events either.
         draw: Whether pictures are drawn.
 
     Returns:
@@ -43,18 +53,58 @@ def write(folder: Path, traces: Traces, *, draw: bool = True) -> list[Path]:
         RunError: A file cannot be written.
     """
     held = {device: events for device, events in traces.items() if events}
-    if not held:
+    if not held and fleet is None:
         return []
     path = folder / "trace.json"
-    write_atomic(path, json_text(perfetto(held)).encode())
+    write_atomic(path, json_text(_trace(held, fleet)).encode())
     drawn = [path]
-    spans = {device: span for device, events in held.items() if (span := _typical(events))}
-    if spans and draw:
-        slowest = max(spans, key=lambda device: spans[device][1] - spans[device][0])
-        paint = _lanes_painter(slowest, held[slowest], spans[slowest])
-        drawn.append(plots.draw(folder / "plots" / "timeline.png", paint))
-        drawn.append(plots.draw(folder / "plots" / "idle.png", _idle_painter(idle_shares(held))))
+    if draw and (panels := _lanes_panels(held, fleet)):
+        drawn.append(plots.draw_panels(folder / "plots" / "timeline.png", panels))
+        width = 6.4 if fleet is None else fleet_plots.idle_width(fleet)
+        panels = _idle_panels(held, fleet)
+        drawn.append(plots.draw_panels(folder / "plots" / "idle.png", panels, width))
     return drawn
+
+
+def _trace(held: Traces, fleet: FleetRound | None) -> dict[str, Any]:
+    if fleet is None:
+        return perfetto(held)
+    named = {f"{fleet.own}: {device}": events for device, events in held.items()}
+    if fleet.real:
+        trace = perfetto(named)
+        trace["traceEvents"] += fleet_trace.perfetto(fleet, len(named) + 1)
+        return trace
+    trace = perfetto(named, 2)
+    trace["traceEvents"] = fleet_trace.perfetto(fleet) + trace["traceEvents"]
+    return trace
+
+
+def _lanes_panels(held: Traces, fleet: FleetRound | None) -> list[Panel]:
+    panels: list[Panel] = []
+    spans = {device: span for device, events in held.items() if (span := _typical(events))}
+    if spans:
+        slowest = max(spans, key=lambda device: spans[device][1] - spans[device][0])
+        paint = _lanes_painter(slowest, held[slowest], spans[slowest], _whose(fleet))
+        panels.append((paint, HEIGHT))
+    return _with_fleet(panels, fleet, fleet_plots.lanes_panel)
+
+
+def _idle_panels(held: Traces, fleet: FleetRound | None) -> list[Panel]:
+    shares = idle_shares(held)
+    panels = [(_idle_painter(shares, _whose(fleet)), HEIGHT)] if shares else []
+    return _with_fleet(panels, fleet, fleet_plots.idle_panel)
+
+
+def _with_fleet(
+    measured: list[Panel], fleet: FleetRound | None, panel_of: Callable[[FleetRound], Panel]
+) -> list[Panel]:
+    if fleet is None:
+        return measured
+    return [*measured, panel_of(fleet)] if fleet.real else [panel_of(fleet), *measured]
+
+
+def _whose(fleet: FleetRound | None) -> str:
+    return "" if fleet is None else f"{fleet.own}: ".capitalize()
 
 
 def _typical(events: Sequence[Event]) -> tuple[float, float] | None:
@@ -99,7 +149,9 @@ def _works(event: Event) -> bool:
     return event.name not in ("wait", "send")
 
 
-def _lanes_painter(device: str, events: Sequence[Event], span: tuple[float, float]) -> plots.Paint:
+def _lanes_painter(
+    device: str, events: Sequence[Event], span: tuple[float, float], whose: str
+) -> plots.Paint:
     begin, end = span
 
     def paint(axes: Any) -> None:
@@ -123,13 +175,14 @@ def _lanes_painter(device: str, events: Sequence[Event], span: tuple[float, floa
         axes.invert_yaxis()
         axes.set_xlim(0.0, end - begin)
         axes.grid(visible=False, axis="y")
-        axes.set(title=f"One mini-batch of {device}: {end - begin:.3g} s", xlabel="seconds")
+        title = f"{whose}one mini-batch of {device}: {end - begin:.3g} s"
+        axes.set(title=title[:1].upper() + title[1:], xlabel="seconds")
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=len(named))
 
     return paint
 
 
-def _idle_painter(shares: Mapping[str, Mapping[str, float]]) -> plots.Paint:
+def _idle_painter(shares: Mapping[str, Mapping[str, float]], whose: str) -> plots.Paint:
     def paint(axes: Any) -> None:
         width = 0.8 / len(LANES)
         for i, lane in enumerate(LANES):
@@ -140,7 +193,8 @@ def _idle_painter(shares: Mapping[str, Mapping[str, float]]) -> plots.Paint:
         axes.set_xticks(range(0, len(shares), step), list(shares)[::step])
         axes.set_ylim(0, 100)
         axes.grid(visible=False, axis="x")
-        axes.set(title="Share of the time in which nothing is done", ylabel="percent")
+        title = f"{whose}share of the time in which nothing is done"
+        axes.set(title=title[:1].upper() + title[1:], ylabel="percent")
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=len(LANES))
 
     return paint

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from strategies import Roster, build, pruned
 from strategies.clock import RoundClock, totals
 from strategies.gathering import gather
 from strategies.keeper import Keeper, opened
-from strategies.rounds import RoundResult, Row, play
+from strategies.rounds import RoundResult, play
 from strategies.told import figures, offload_in, recoveries, traces
 from strategies.totals import in_words
 
@@ -98,6 +98,7 @@ def _train(
     clock.rounds_begin()
     progress.start(config.rounds, _title(config, model), keeper.done)
 
+    virtual = _virtual(config, fed, strategy, folder.rounds())
     arrays = play(
         strategy,
         grid,
@@ -109,12 +110,13 @@ def _train(
         judge=judge.validation,
         done=Teller(config, strategy, keeper, progress).tell,
         faults=keeper.faults,
-        timed=_virtual(config, fed, strategy, folder.rounds()),
+        timed=None if virtual is None else virtual.row,
     )
     drawing = ", drawing plots" if config.run.plots else ""
     progress.phase(f"scoring the test part{drawing}")
     seconds = keeper.seconds + time.perf_counter() - started
-    trace_plots.write(folder.path, traces(strategy), draw=config.run.plots)
+    fleet_round = None if virtual is None else virtual.last
+    trace_plots.write(folder.path, traces(strategy), fleet_round, draw=config.run.plots)
     pruned.keep_masks(strategy, folder.path)
     more = {**figures(strategy), **pruned.figures(strategy), **totals(folder.rounds())}
     return _conclude(config, fed, keeper, arrays, judge, more, seconds)
@@ -122,7 +124,7 @@ def _train(
 
 def _virtual(
     config: Config, fed: Federation, strategy: Strategy, rows: Sequence[Mapping[str, Any]]
-) -> Callable[[Sequence[int]], Row] | None:
+) -> RoundClock | None:
     """Return what knows the virtual time of a round; None if no fleet is modelled."""
     if not config.fleet.devices:
         return None
@@ -133,7 +135,7 @@ def _virtual(
         [len(part) for part in fed.parts],
         offload_in(strategy),
         totals(rows).get("virtual_s", 0.0),
-    ).row
+    )
 
 
 class Teller:

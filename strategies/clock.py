@@ -13,10 +13,11 @@ from typing import Any
 
 from fedsys.clock import KINDS, predicted_iterations, virtual_round
 from fedsys.config import Config
+from fedsys.fleet_trace import FleetRound
 from fedsys.hardware import hardware
 from fedsys.layers import LayeredModel
 from fedsys.planning import run_workload
-from fedsys.workload import Choice, Workload
+from fedsys.workload import Choice, Device, Workload
 from strategies.offload import Offload
 from strategies.planned import Planned
 
@@ -34,6 +35,9 @@ class RoundClock:
         examples: Examples of each client.
         offload: The strategy that offloads; None if none does.
         elapsed_s: Virtual seconds of the rounds before the first one.
+
+    Attributes:
+        last: The last round that was told; None before the first one.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class RoundClock:
     ) -> None:
         self._config, self._layers, self._examples = config, layers, examples
         self._offload, self._now_s = offload, elapsed_s
+        self.last: FleetRound | None = None
         self._machines = None if config.client.label_private else hardware(config, layers)
         self._real = config.runtime.kind == "deployment" or (
             config.network.emulate and config.fleet.emulate
@@ -68,6 +73,12 @@ class RoundClock:
         load = run_workload(self._config, self._layers, self._machines, self._examples, clients=who)
         played = virtual_round(load, choices, self._now_s)
         expected = self._expected(load, choices, who)
+        self.last = FleetRound(
+            played,
+            tuple(f"device {c} {_machine(d)}" for c, d in zip(who, load.devices, strict=True)),
+            tuple(edge.workers for edge in load.edges),
+            self._real,
+        )
         row: Row = {f"idle_{kind}": played.idle[kind] for kind in KINDS}
         if self._real:
             errors = self._errors_of_measured(dict(zip(who, expected, strict=True)))
@@ -105,6 +116,10 @@ class RoundClock:
             return []
         measured = {c: self._offload.seen_of(c).iteration_s for c in expected}
         return [abs(expected[c] / seconds - 1) for c, seconds in measured.items() if seconds > 0]
+
+
+def _machine(device: Device) -> str:
+    return device.costs.name.rpartition(".")[2]
 
 
 def totals(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

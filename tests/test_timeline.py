@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 
 import hypothesis.strategies as st
 import numpy as np
@@ -170,16 +169,6 @@ def test_the_last_mini_batch_may_be_smaller():
 
     assert len(stages(3)) == 3
     assert play([job(stages(10))]).seconds == pytest.approx(closed(stages(10)))
-
-
-def test_the_trace_is_json_with_a_lane_for_each_resource():
-    played = play([job([(1.0, 1.0, 1.0, 1.0, 1.0)] * 2)])
-    trace = json.loads(json.dumps(played.trace()))["traceEvents"]
-    names = {e["args"]["name"] for e in trace if e["ph"] == "M"}
-    assert names == {"device:a", "up:a", "edge:0", "down:a"}
-    spans = [e for e in trace if e["ph"] == "X"]
-    assert len(spans) == len(played.events) == 10
-    assert sum(e["dur"] for e in spans) == pytest.approx(1e7)
 
 
 def test_no_jobs_take_no_time():
