@@ -25,7 +25,7 @@ def portfolio(portfolio_folder):
 def test_the_benchmark_compares_ways_and_contenders(portfolio_folder, tmp_path, capsys):
     call = [
         "bench", "switch", "json=true", f"run.dir={tmp_path / 'run'}",
-        f"portfolio={portfolio_folder}", "bench.ways=[beside,slimmable]", "bench.switches=4",
+        f"portfolio={portfolio_folder}", "bench.switches=4",
         "bench.other_switches=2", "bench.quiet_seconds=0.2", "bench.segments=2",
         "bench.segment_seconds=0.3", "bench.traces=[balanced,drawn]",
     ]  # fmt: skip
@@ -35,12 +35,13 @@ def test_the_benchmark_compares_ways_and_contenders(portfolio_folder, tmp_path, 
     contenders = ["switching", "parent", "half", "tenth"]
     assert order == contenders + contenders[::-1]  # what drifts is as hard on one as on the other
     figures = json.loads(out.splitlines()[-1])
-    ours, other = figures["ways"]
-    assert (ours["way"], other["way"]) == ("beside", "slimmable")
+    ours = figures["ways"][0]
+    ways = [row["way"] for row in figures["ways"]]
+    assert ways == ["beside", "instead", "resident", "slimmable"]
     assert ours["switches"] == 5  # the last one goes back to the parent
     assert figures["lost_or_mixed"] == 0
     assert figures["goal_requests"] is True
-    assert [row["way"] for row in figures["ratios"]] == ["slimmable"]
+    assert [row["way"] for row in figures["ratios"]] == ways[1:]
     assert all(r["requests"] == r["answered"] + r["failed"] for r in figures["requests"])
     assert [row["trace"] for row in figures["traces"]] == ["balanced", "drawn"]
     names = [row["contender"] for row in figures["contenders"]]

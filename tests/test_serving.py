@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from contextlib import closing
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -68,6 +69,7 @@ class Sums:
     """An engine that can be held: scores are the sum of the pixels times 0, 1, 2, 3."""
 
     card, watch = CARD, Idle()
+    ready = True
 
     def __init__(self):
         self.go = threading.Event()
@@ -266,7 +268,7 @@ def test_raw_files_with_wrong_lengths_are_refused(shape, raw, told):
         read(tensor("BYTES", shape, binary_data_size=len(raw)), raw)
 
 
-@pytest.mark.parametrize("length", ["-1", "1e3", "999999", "x"])
+@pytest.mark.parametrize("length", ["-1", "1e3", "999999", "x", "9" * 5000])
 def test_a_wrong_length_of_the_json_is_refused(length):
     with pytest.raises(RequestError, match=v2.HEADER_LENGTH):
         v2.read(b"{}", length, CARD, max_rows=1)
@@ -482,6 +484,38 @@ def test_a_body_of_1_gb_is_refused_without_taking_memory(endpoint):
     assert got["Connection"] == "close"
     assert peak[0] - before < 64 << 20
     assert infer(endpoint, tensor("FP32", ONE, [0.0] * 192))[0] == 200
+
+
+def test_an_answer_is_bounded_as_the_request_is(endpoint):
+    """A body of 16 MB could ask for one output 900,000 times: tens of gigabytes of answer."""
+    wanted = [{"name": "scores"}] * 1000
+    status, tree = infer(endpoint, tensor("FP32", ONE, [0.0] * 192) | {"outputs": wanted})
+    assert status == 400
+    assert tree["error"] == "outputs: 'scores': must be asked for once"
+
+
+def test_large_answers_are_the_same_as_small_ones():
+    """Answers of many numbers are written in a thread of their own."""
+    engine = Sums()
+    options = dataclasses.replace(ANYWHERE, max_batch=2048, max_rows=2048)
+    with closing(Endpoint(engine, options)) as endpoint:
+        rows = torch.arange(2000 * 192, dtype=torch.float32).reshape(2000, 3, 8, 8) / 1e6
+        body = tensor("FP32", [2000, 3, 8, 8], binary_data_size=rows.numel() * 4)
+        _, tree = infer(endpoint, body, rows.numpy().tobytes())
+        scores = {out["name"]: out for out in tree["outputs"]}["scores"]
+        assert scores["shape"] == [2000, 4]
+        expected = rows.sum((1, 2, 3))[:, None] * torch.arange(4.0)
+        assert torch.equal(torch.tensor(scores["data"]).reshape(2000, 4), expected)
+
+
+def test_an_engine_that_cannot_answer_is_not_ready():
+    engine = Sums()
+    with closing(Endpoint(engine, ANYWHERE)) as endpoint:
+        assert call(endpoint, "GET", "/v2/health/ready")[0] == 200
+        engine.ready = False
+        status, body, _ = call(endpoint, "GET", "/v2/health/ready")
+        assert (status, json.loads(body)) == (503, {"ready": False})
+        assert call(endpoint, "GET", "/v2/health/live")[0] == 200
 
 
 def test_a_body_without_a_length_is_bounded_as_well(endpoint):
@@ -710,6 +744,27 @@ def test_query_says_that_nobody_is_there(tmp_path, capsys):
     told = capsys.readouterr().err
     assert f"no endpoint is ready at {address}" in told
     assert "fedsys serve portfolio=DIR" in told
+
+
+@pytest.mark.slow
+def test_what_is_seen_is_told_also_where_one_variant_alone_answers(portfolio_folder):
+    """No loop looked then: signals stayed those of the start, and every request took memory."""
+    call_ = [sys.executable, "-m", "fedsys.main", "serve", f"portfolio={portfolio_folder}",
+             "serving.address=http://127.0.0.1:0", "serving.variant=half", "serving.interval_s=0.1",
+             "json=true"]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(call_, stdout=subprocess.PIPE, text=True, env=environment) as server:
+        assert server.stdout is not None
+        address = json.loads(server.stdout.readline())["ready"]["address"]
+        there, seen = SimpleNamespace(address=address), {}
+        patience = time.monotonic() + 60
+        while not seen.get("p95_ms") and time.monotonic() < patience:
+            _, tree = infer(there, tensor("FP32", ONE, [0.0] * 192))
+            assert tree["parameters"]["variant"] == "half"
+            seen = json.loads(call(there, "GET", "/status")[1])["signals"]
+        server.send_signal(signal.SIGTERM)
+    assert seen["p95_ms"] > 0
+    assert seen["arrival_rate"] > 0
 
 
 @pytest.mark.slow

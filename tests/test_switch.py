@@ -281,6 +281,60 @@ def test_a_variant_that_cannot_be_loaded_leaves_the_old_one_answering(portfolio,
         assert torch.equal(active.run(x), expected(portfolio, x)["parent"])
 
 
+def test_where_nothing_can_be_loaded_requests_wait_for_the_next_switch(portfolio):
+    """The old variant, freed and empty, was put back: requests turned in circles for ever."""
+    broken, x = set(), images()
+
+    def load(name):
+        if name in broken:
+            raise ModelError(f"{name} is gone")
+        return portfolio.module(name)
+
+    switcher = Loaded(load, "parent")
+    broken |= {"parent", "half"}
+    with pytest.raises(ModelError, match="parent is gone"):
+        switcher.switch("half", beside=False)
+    assert not switcher.ready
+    answers = []
+
+    def ask():
+        with switcher.lease() as active:
+            answers.append((active.name, active.run(x)))
+
+    waiting = threading.Thread(target=ask, daemon=True)
+    waiting.start()
+    for again in ("parent", "half"):
+        with pytest.raises(ModelError, match=f"{again} is gone"):
+            switcher.switch(again)
+    assert not answers and waiting.is_alive()
+    cost = switcher.switch("tenth")
+    waiting.join(30)
+    assert switcher.ready and switcher.current == "tenth"
+    assert (cost.before, cost.after) == ("parent", "tenth")
+    ((name, outputs),) = answers
+    assert name == "tenth"
+    assert torch.equal(outputs, expected(portfolio, x)["tenth"])
+    switcher.close()
+    assert not switcher.ready
+
+
+def test_a_switcher_with_nothing_in_memory_can_be_closed(portfolio):
+    broken = set()
+
+    def load(name):
+        if broken:
+            raise ModelError("the folder is gone")
+        return portfolio.module(name)
+
+    switcher = Loaded(load, "parent")
+    broken.add("all")
+    with pytest.raises(ModelError, match="the folder is gone"):
+        switcher.switch("half", beside=False)
+    switcher.close()
+    with pytest.raises(RuntimeFailure, match="closed"), switcher.lease():
+        pass
+
+
 def test_the_same_variant_again_costs_nothing(portfolio):
     switcher = Loaded(portfolio.module, "half")
     assert switcher.switch("half").total_ms == 0
@@ -568,6 +622,61 @@ def test_a_variant_that_cannot_be_loaded_is_left_alone_for_a_while(portfolio):
     control.step()  # of the others the smallest answers
     assert switcher.current == "half"
     assert not control.standing.meets
+
+
+def test_the_loop_tries_again_when_nothing_is_in_memory(portfolio):
+    """It saw the name of the old variant, took it for what answers, and left requests waiting."""
+    broken = set()
+
+    def load(name):
+        if name in broken:
+            raise ModelError(f"{name} is gone")
+        return portfolio.module(name)
+
+    size = {v.name: profile_of(v, 1).peak_bytes for v in portfolio.variants}
+    tight = Signals(10.0, slowdown=2.0, free_memory=0)  # no room for two: stop, load, start
+    stream = [dataclasses.replace(tight, time_s=10.0 + t) for t in range(4)]
+    switcher, control, told = controlled(portfolio, stream, load, down_dwell_s=0.0)
+    control.aim(
+        dataclasses.replace(control.objective, p95_ms=5.0, memory_bytes=int(1.3 * size["tenth"]))
+    )
+    broken |= {"parent", "half", "tenth"}
+    assert control.step().how is How.COLD
+    assert not switcher.ready
+    assert told[-1].error == "parent is gone"
+    control.step()
+    assert not switcher.ready
+    assert told[-1].cost is None
+    broken.clear()
+    control.step()
+    assert switcher.ready
+    assert switcher.current == control.standing.current == told[-1].cost.after
+    control.step()
+    assert switcher.ready
+    switcher.close()
+
+
+def test_a_variant_in_memory_is_not_read_again_where_memory_is_short(portfolio):
+    """Standbys were given up before a switch without room for two: also the one that was wanted."""
+    read = []
+
+    def load(name):
+        read.append(name)
+        return portfolio.module(name)
+
+    switcher = Loaded(load, "parent")
+    switcher.keep(["tenth", "half"])
+    profiles = [profile_of(v, 1) for v in portfolio.variants]
+    seen = Signals(20.0, slowdown=6.0, free_memory=0)
+    control = Control(switcher, profiles, Objective(p95_ms=20.0), lambda: seen)
+    before = list(read)
+    decision = control.step()
+    assert decision.how is How.COLD
+    assert switcher.current == decision.after == "tenth"
+    assert read == before
+    assert switcher.spare == ()
+    control.close()
+    switcher.close()
 
 
 def test_a_budget_that_shrinks_while_it_runs_is_kept(portfolio):

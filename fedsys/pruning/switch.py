@@ -77,6 +77,10 @@ class Switcher(Protocol):
     def spare(self) -> tuple[str, ...]:
         """Names of the others that are in memory and could answer at once."""
 
+    @property
+    def ready(self) -> bool:
+        """Whether requests are answered; else they wait, also until a switch has succeeded."""
+
     def lease(self, name: str | None = None) -> AbstractContextManager[Active]:
         """Give a request a variant, from its beginning to its end: `name` if it is in memory."""
 
@@ -135,13 +139,19 @@ class Loaded:
         self._one_keeper = threading.Lock()
         self._wanted: frozenset[str] = frozenset()
         self._spare: Mapping[str, _Held] = {}  # never changed in place: read without a lock
-        self._held = self._prepare(first)
+        self._name = first
+        self._held: _Held | None = self._prepare(first)
         self._pointer.put(self._held.active)
 
     @property
     def current(self) -> str:
-        """Name of the variant that requests get now."""
-        return self._held.active.name
+        """Name of the variant that requests get now; of the last one while none is there."""
+        return self._name
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are answered; else they wait."""
+        return self._pointer.active is not None
 
     @property
     def spare(self) -> tuple[str, ...]:
@@ -178,13 +188,14 @@ class Loaded:
                     _free(held.module)
             del gone
             for name in names:
-                if name not in self._spare and name != self.current:
+                if name not in self._spare and name != self._name:
                     self._add(self._prepare(name))
 
     def _add(self, held: _Held) -> None:
         name = held.active.name
         with self._one_at_a_time:
-            if name == self.current or name in self._spare or self._pointer.closed:
+            there = self._held is not None and name == self._name
+            if there or name in self._spare or self._pointer.closed:
                 _free(held.module)
             else:
                 self._spare = {**self._spare, name: held}
@@ -206,22 +217,33 @@ class Loaded:
             What it took; returns when the old one has been freed, unless it is kept.
 
         Raises:
-            FedsysError: The variant cannot be read; the old one answers on.
+            FedsysError: The variant cannot be read. The old one answers on; or requests wait for
+                the next switch that succeeds, if it had been freed and cannot be read again.
         """
         with self._one_at_a_time:
-            if name == self.current:
+            if self._held is None:
+                return self._again(name)
+            if name == self._name:
                 return Cost(name, name, 0.0, 0.0)
             there = name in self._spare
-            return self._beside(name) if beside or there else self._instead(name)
+            return (
+                self._beside(self._held, name)
+                if beside or there
+                else self._instead(self._held, name)
+            )
 
-    def _beside(self, name: str) -> Cost:
+    def _answer_by(self, held: _Held) -> None:
+        self._pointer.put(held.active)
+        self._name, self._held = held.active.name, held
+
+    def _beside(self, left: _Held, name: str) -> Cost:
         start = time.perf_counter()
         fresh = self._take(name) if name in self._spare else self._prepare(name)
         loading_ms, fresh.loading_ms = fresh.loading_ms, 0.0
         ready = time.perf_counter()
         self._pointer.put(fresh.active)
         swapped = time.perf_counter()
-        left, self._held = self._held, fresh
+        self._name, self._held = name, fresh
         before = left.active.name
         if before in self._wanted:
             self._spare = {**self._spare, before: left.again()}
@@ -236,30 +258,39 @@ class Loaded:
             (empty - swapped) * 1e3, (end - empty) * 1e3, drained,
         )  # fmt: skip
 
-    def _instead(self, name: str) -> Cost:
-        before, start = self.current, time.perf_counter()
+    def _instead(self, left: _Held, name: str) -> Cost:
+        before, start = self._name, time.perf_counter()
         self._pointer.take()
-        drained = self._held.drain()
+        drained = left.drain()
         empty = time.perf_counter()
         if not drained:  # what is stuck in it may end; others must not wait
-            self._held = self._held.again()
-            self._pointer.put(self._held.active)
+            self._answer_by(left.again())
             raise RuntimeFailure(f"requests are stuck in {before}: it cannot be replaced")
-        _free(self._held.module)
+        self._held = None
+        _free(left.module)
         freed = time.perf_counter()
         try:
-            self._held = self._prepare(name)
+            self._answer_by(self._load_alone(name))
         except BaseException:
-            self._held = self._prepare(before)
+            self._answer_by(self._load_alone(before))
             raise
-        finally:
-            self._held.loading_ms = 0.0
-            self._pointer.put(self._held.active)
         end = time.perf_counter()
         return Cost(
             before, name, (end - freed) * 1e3, (end - start) * 1e3,
             (empty - start) * 1e3, (freed - empty) * 1e3,
         )  # fmt: skip
+
+    def _again(self, name: str) -> Cost:
+        """Answer after a switch that left nothing in memory."""
+        before, start = self._name, time.perf_counter()
+        self._answer_by(self._take(name) if name in self._spare else self._load_alone(name))
+        took = (time.perf_counter() - start) * 1e3
+        return Cost(before, name, took, took)
+
+    def _load_alone(self, name: str) -> _Held:
+        held = self._prepare(name)
+        held.loading_ms = 0.0  # the switch tells it
+        return held
 
     def _prepare(self, name: str) -> _Held:
         start = time.perf_counter()
@@ -274,7 +305,7 @@ class Loaded:
         with self._one_at_a_time:
             self._pointer.close()
             for held in (self._held, *self._spare.values()):
-                if held.drain():
+                if held is not None and held.drain():
                     _free(held.module)
             self._spare = {}
 
@@ -318,6 +349,11 @@ class Resident:
     def spare(self) -> tuple[str, ...]:
         """Names of the others."""
         return tuple(self._spare)
+
+    @property
+    def ready(self) -> bool:
+        """True, until it is closed."""
+        return self._pointer.active is not None
 
     def lease(self, name: str | None = None) -> AbstractContextManager[Active]:
         """Give a request the variant `name`, or the current one, from its beginning to its end.

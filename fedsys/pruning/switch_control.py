@@ -161,7 +161,7 @@ class Control:
         standing, decision = decide(self.standing, seen, usable, self._objective, tails)
         self._complete(seen)
         self.last = decision
-        if decision.after == self._switcher.current:
+        if decision.after == self._switcher.current and self._switcher.ready:
             self.standing = standing
             self._keep(decision, usable)
         elif self._is_urgent(decision) or decision.after in self._switcher.spare:
@@ -179,6 +179,8 @@ class Control:
 
     def _is_urgent(self, decision: Decision) -> bool:
         now = decision.predicted.get(decision.before or "")
+        if not self._switcher.ready:  # a switch failed and left nothing in memory
+            return True
         return decision.how is How.COLD or now is None or not now.meets(self._objective)
 
     def _follow(self, decision: Decision, standing: Standing, usable: Sequence[Profile]) -> None:
@@ -212,8 +214,9 @@ class Control:
         expected, before = self._expected_ms(decision.after), decision.signals.p95_ms
         try:
             cold = decision.how is How.COLD
-            if cold:
-                self._switcher.keep(())
+            if cold:  # what is there need not be read again
+                there = decision.after in self._switcher.spare
+                self._switcher.keep((decision.after,) if there else ())
             cost = self._switcher.switch(decision.after, beside=not cold)
         except Exception as error:  # of a file, of torch, for want of memory: the record says it
             return self._failed(decision, error)

@@ -60,8 +60,7 @@ def job(tree: Any) -> Mapping[str, Any]:
     except BaseException:
         engine.close()
         raise
-    if config.serving.variant is None:
-        engine.control.start(config.serving.interval_s)
+    engine.control.start(config.serving.interval_s)
     # What is here now stays: a collection need not look at it, and so is short.
     gc.collect()
     gc.freeze()

@@ -93,6 +93,10 @@ class Engine(Protocol):
     def watch(self) -> Watch:
         """Who is told what happens at the endpoint."""
 
+    @property
+    def ready(self) -> bool:
+        """Whether requests are answered now; else they wait."""
+
     def answer(self, images: Tensor, pressure: Pressure = CALM) -> Answer:
         """Return the scores of normalised float32 images ``(batch, C, H, W)``."""
 

@@ -48,6 +48,7 @@ A client hears the refusal only after it has sent its body, and whoever closes b
 KEEP_ALIVE_S = 30
 _IMAGES = ("image/png", "image/jpeg")
 _AT_ONCE = 32_768  # bytes of a body that are read without a thread: handing over takes longer
+_FEW = 4096  # numbers of an answer that are written without a thread
 _CLOSE = {"Connection": "close"}
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -145,7 +146,7 @@ class Endpoint:
 
     async def _ready(self, request: Request) -> Response:
         self._check_name(request)
-        ready = not self._draining
+        ready = self._engine.ready and not self._draining
         return JSONResponse({"ready": ready}, 200 if ready else 503)
 
     async def _model(self, request: Request) -> Response:
@@ -186,7 +187,7 @@ class Endpoint:
             raise RequestError(503, "the endpoint is about to end; ask another one")
         body = await self._body(request)
         self._engine.watch.received(len(body), time.perf_counter() - began)
-        if len(body) < _AT_ONCE:
+        if len(body) < _AT_ONCE and not self._options.resize:  # a small file may be a large image
             inference = self._read(request, body)
         else:
             inference = await asyncio.to_thread(self._read, request, body)
@@ -201,7 +202,11 @@ class Endpoint:
             **served.facts,
         }
         card, name = self._engine.card, self._options.name
-        content, head = v2.write(inference, served.scores, card, name, facts)
+        answer = inference, served.scores, card, name, facts
+        if served.scores.numel() <= _FEW:
+            content, head = v2.write(*answer)
+        else:
+            content, head = await asyncio.to_thread(v2.write, *answer)
         self.metrics.answered(served.by, rows, served.batch, took)
         headers = {"fedsys-variant": served.by}
         if head is None:

@@ -75,6 +75,11 @@ class PortfolioEngine:
         self._relieved = 0
         self._process = psutil.Process()
 
+    @property
+    def ready(self) -> bool:
+        """Whether a variant is in memory that answers; else requests wait for one."""
+        return self._switcher.ready
+
     def answer(self, images: Tensor, pressure: Pressure = CALM) -> Answer:
         """Return the scores, all by one variant: that of the policy, or one that relieves it."""
         backlog = Backlog(images.shape[0], pressure.waited_ms, pressure.behind)
@@ -100,7 +105,8 @@ class PortfolioEngine:
     @property
     def in_memory(self) -> list[str]:
         """Names of the variants in memory, the one that answers first."""
-        return [self._switcher.current, *self._switcher.spare]
+        answering = [self._switcher.current] if self._switcher.ready else []
+        return [*answering, *self._switcher.spare]
 
     def status(self) -> Mapping[str, Any]:
         """Return what answers, why, what was seen, and the switches so far."""
@@ -108,6 +114,7 @@ class PortfolioEngine:
         records = list(self.control.records)
         return {
             "variant": self._switcher.current,
+            "ready": self.ready,
             "meets_objective": last is not None and last.meets,
             "reason": last.reason if last else "",
             "signals": vars(last.signals) if last else {},

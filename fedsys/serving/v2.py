@@ -41,6 +41,7 @@ HEADER_LENGTH = "Inference-Header-Content-Length"
 INPUT = "input"
 SCORES, PROBABILITIES, LABEL = "scores", "probabilities", "label"
 OUTPUTS = (SCORES, PROBABILITIES, LABEL)
+_DIGITS = 18  # of a length in bytes
 MAX_JSON_DEPTH = 8  # of nested data; deeper than any tensor here
 
 
@@ -130,7 +131,8 @@ def read(
     view = memoryview(body)
     end = len(view)
     if header_length is not None:
-        if not header_length.isdecimal() or int(header_length) > len(view):
+        said = header_length.isdecimal() and len(header_length) <= _DIGITS
+        if not said or int(header_length) > len(view):
             refuse(f"{HEADER_LENGTH}: {header_length[:30]}: must be at most the length of the body")
         end = int(header_length)
     tree = _json(bytes(view[:end]))
@@ -164,11 +166,15 @@ def _wanted(tree: Mapping[str, Any], card: Card) -> tuple[Wanted, ...]:
         return tuple(Wanted(name, bool(default)) for name in OUTPUTS)
     if not isinstance(outputs, list) or not all(isinstance(o, dict) for o in outputs):
         refuse("outputs: must be a list of objects")
-    result = []
+    result: list[Wanted] = []
     for output in outputs:
         name = output.get("name")
         if name not in OUTPUTS:
-            refuse(f"outputs: {name!r}: must be one of {', '.join(OUTPUTS)}")
+            refuse(f"outputs: {repr(name)[:60]}: must be one of {', '.join(OUTPUTS)}")
+        if any(
+            name == wanted.name for wanted in result
+        ):  # or a short request has an endless answer
+            refuse(f"outputs: {name!r}: must be asked for once")
         parameters = _parameters(output, f"outputs: {name}")
         top = parameters.get("classification", 0)
         if isinstance(top, bool) or not isinstance(top, int) or top < 0 or (top and name == LABEL):
