@@ -113,6 +113,11 @@ class LeasedEngine:
         self._switcher = switcher
         self.waits_ms: list[float] = []
 
+    @property
+    def ready(self) -> bool:
+        """Whether a variant is in memory."""
+        return self._switcher.ready
+
     def answer(self, images: Tensor, pressure: Pressure = CALM) -> Answer:
         """Compute the scores."""
         asked = time.perf_counter()
