@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor, nn
 
 from fedsys import data, federation, optimizers, records, training
 from fedsys.config import Config
+from fedsys.costs import MachineCosts
 from fedsys.emulation import Pace, device_costs
 from fedsys.faults import Doom
 from fedsys.pruning import settings as pruning
 from fedsys.pruning.masks import Masks, held
 from fedsys.pruning.penalty import Penalty
 from fedsys.randomness import Address
+from fedsys.remote import Traffic
 from fedsys.session import layered_model, penalty_of
-from fedsys.tracing import Recorder
+from fedsys.tracing import Recorder, Sums
 from fedsys.training import pieces
 
 EVALUATION_BATCH = 500
@@ -50,7 +54,8 @@ class LocalClient:
                 weights are pruned.
 
         Returns:
-            Records ``arrays``, ``metrics`` and, if the optimizer is kept, ``optimizer``.
+            Records ``arrays``, ``metrics``, ``observation`` and, if the optimizer is kept,
+            ``optimizer``.
         """
         began = time.perf_counter()
         client = self.config.client
@@ -67,9 +72,7 @@ class LocalClient:
         address = Address(self.config.seed, self.partition, round_)
         doom = Doom.of(content.config_records.get("faults"))
         size, recorder = micro_batches(self.config, settings), Recorder()
-        batches = own_batches(self.config, self.partition, address)
-        if self.config.fleet.emulate:
-            batches = self._paced(batches, size, recorder)
+        batches = self._paced(own_batches(self.config, self.partition, address), size, recorder)
         packed = records.from_record(content.array_records.get("masks", ArrayRecord()))
         with held(Masks.unpacked(packed, named), model, optimizer), _frozen(model, client.frozen):
             score = training.train(
@@ -82,8 +85,14 @@ class LocalClient:
                 anchor=_anchor(model, settings),
                 penalty=self._penalty(round_),
             )
-        metrics = train_metrics(score, client.epochs, time.perf_counter() - began)
-        reply = RecordDict({"arrays": records.to_record(model.state_dict()), "metrics": metrics})
+        seconds = time.perf_counter() - began
+        reply = RecordDict(
+            {
+                "arrays": records.to_record(model.state_dict()),
+                "metrics": train_metrics(score, client.epochs, seconds),
+                "observation": observation(score.steps, seconds, recorder.sums()),
+            }
+        )
         if client.keep_optimizer:
             state = optimizers.pack_optimizer(optimizer, named)
             reply["optimizer"] = records.to_record(state)
@@ -115,22 +124,28 @@ class LocalClient:
         return penalty_of(self.config, layers, round_)
 
     def _paced(self, batches: Batches, micro_batches: int, recorder: Recorder) -> Batches:
-        """Yield mini-batches at the pace of the machine that this device stands for."""
-        fed = federation.federation(self.config)
-        dataset = fed.dataset
-        layers = layered_model(self.config, dataset.input_shape, dataset.num_classes)
-        costs = device_costs(self.config, layers, self.partition)
-        assert costs is not None
-        pace = Pace(costs)
+        """Yield mini-batches, note how long they take, and wait as long as who is stood for."""
+        pace = Pace(self._costs())
         for step, (x, y) in enumerate(batches):
             pace.begin()
             yield x, y
-            sizes = [stop - start for start, stop in pieces(len(y), micro_batches)]
-            seconds = sum(costs.update_s) + sum(sum(costs.seconds(n)) for n in sizes)
+            seconds, load_s = 0.0, 0.0
+            if (costs := pace.costs) is not None:
+                sizes = [stop - start for start, stop in pieces(len(y), micro_batches)]
+                seconds = sum(costs.update_s) + sum(sum(costs.seconds(n)) for n in sizes)
+                load_s = len(y) * costs.load_s
             recorder.note("step", step, -1, pace.end(seconds))
-            pace.owe(len(y) * costs.load_s)
+            pace.owe(load_s)
             recorder.note("load", step, -1, pace.settle())
             recorder.finished(pace.real(), pace.late_s)
+
+    def _costs(self) -> MachineCosts | None:
+        """Return the costs of the machine that this device stands for; None: of itself."""
+        if not self.config.fleet.emulate:
+            return None
+        dataset = federation.federation(self.config).dataset
+        layers = layered_model(self.config, dataset.input_shape, dataset.num_classes)
+        return device_costs(self.config, layers, self.partition)
 
     def _model(self) -> nn.Module:
         """Return this thread's model; its state is overwritten by every message."""
@@ -207,5 +222,32 @@ def train_metrics(score: training.Score, epochs: int, seconds: float) -> MetricR
             "train_accuracy": score.accuracy,
             "steps": score.steps,
             "client_seconds": seconds,
+        }
+    )
+
+
+def observation(
+    steps: int, seconds: float, sums: Sums, traffic: Traffic | None = None, stranded: str = ""
+) -> ConfigRecord:
+    """Return what a client tells the server app of its time; the same keys from every kind.
+
+    Args:
+        steps: Optimizer steps.
+        seconds: What they took.
+        sums: What a mini-batch took.
+        traffic: What went over the links of its session; None: it had none.
+        stranded: Why no edge has its session any more.
+    """
+    traffic = traffic or Traffic()
+    return ConfigRecord(
+        {
+            "steps": steps,
+            "seconds": seconds,
+            "waited-s": traffic.waited_s,
+            "bytes-up": traffic.bytes_up,
+            "bytes-down": traffic.bytes_down,
+            "recoveries": json.dumps(traffic.recoveries),
+            "stranded": stranded,
+            **{name.replace("_", "-"): value for name, value in asdict(sums).items()},
         }
     )

@@ -7,16 +7,15 @@ last units stay here too, and with them the labels.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor, nn
 
-from clients.local import micro_batches, own_batches, train_metrics
+from clients.local import micro_batches, observation, own_batches, train_metrics
 from clients.steps import Batches, Split, Steps, Tally
 from fedsys import data, federation, records, training
 from fedsys.codecs import decode_activation, encode_activation
@@ -26,7 +25,7 @@ from fedsys.faults import SPARED, Doom
 from fedsys.halves import Part, filled_stages
 from fedsys.link import Link
 from fedsys.randomness import Address
-from fedsys.remote import EdgesLost, Moved, Remote, Traffic
+from fedsys.remote import EdgesLost, Moved, Remote
 from fedsys.session import layered_model, penalty_of
 from fedsys.tracing import Recorder
 from fedsys.training import Score
@@ -139,8 +138,8 @@ class OffloadClient:
             return self._stranded(str(error), time.perf_counter() - began)
         finally:
             self._remote.close()
-        observation = self._observation(0, time.perf_counter() - began)
-        return RecordDict({"metrics": metrics, "observation": observation})
+        seen = self._observation(0, time.perf_counter() - began)
+        return RecordDict({"metrics": metrics, "observation": seen})
 
     @torch.inference_mode()
     def _evaluate(self) -> MetricRecord:
@@ -301,17 +300,4 @@ class OffloadClient:
         return RecordDict({"observation": self._observation(self._reached, seconds, reason)})
 
     def _observation(self, steps: int, seconds: float, stranded: str = "") -> ConfigRecord:
-        traffic: Traffic = self._remote.traffic
-        sums = self._recorder.sums()
-        return ConfigRecord(
-            {
-                "steps": steps,
-                "seconds": seconds,
-                "waited-s": traffic.waited_s,
-                "bytes-up": traffic.bytes_up,
-                "bytes-down": traffic.bytes_down,
-                "recoveries": json.dumps(traffic.recoveries),
-                "stranded": stranded,
-                **{name.replace("_", "-"): value for name, value in asdict(sums).items()},
-            }
-        )
+        return observation(steps, seconds, self._recorder.sums(), self._remote.traffic, stranded)

@@ -3,6 +3,8 @@
 Every device works through its real number of mini-batches, the smaller one at the end of an epoch
 included, on links that follow their traces; `fedsys.timeline.play` decides when what happens. The
 clock depends on the configuration alone, not on the machine, its load, or the number of workers.
+Every device first receives its part of the model and returns it at the end, over its network; a
+round that is emulated in real time takes no time for that.
 """
 
 from __future__ import annotations

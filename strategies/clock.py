@@ -2,6 +2,10 @@
 
 Where time is not real (``local`` and ``simulation`` without emulation), the policy is told what its
 devices would have measured on the fleet, so that it plans for that fleet and not for this machine.
+
+A virtual round begins and ends with the exchange of the model, and is compared with a prediction
+that has it too. In real time iterations are compared, which have it in neither: emulation shapes
+the links of sessions, not the messages that bring models.
 """
 
 from __future__ import annotations
@@ -56,11 +60,12 @@ class RoundClock:
             config.network.emulate and config.fleet.emulate
         )
 
-    def row(self, clients: Sequence[int]) -> Row:
+    def row(self, clients: Sequence[int], took: Mapping[int, float] | None = None) -> Row:
         """Return the columns of a round, and tell the policy what was measured.
 
         Args:
             clients: Who took part.
+            took: Seconds of an iteration of those that measured it; an `Offload` knows better.
 
         Returns:
             ``virtual_s``, ``idle_device``, ``idle_up``, ``idle_edge``, ``idle_down`` and
@@ -81,7 +86,9 @@ class RoundClock:
         )
         row: Row = {f"idle_{kind}": played.idle[kind] for kind in KINDS}
         if self._real:
-            errors = self._errors_of_measured(dict(zip(who, expected, strict=True)))
+            if self._offload is not None:
+                took = {client: self._offload.seen_of(client).iteration_s for client in who}
+            errors = errors_of(dict(zip(who, expected, strict=True)), took or {})
         else:
             exchange = load.exchange_s()
             errors = [
@@ -111,11 +118,18 @@ class RoundClock:
             return self._offload.policy.predicted(self._offload.policy_state, who).iteration_s
         return predicted_iterations(load, choices)
 
-    def _errors_of_measured(self, expected: Mapping[int, float]) -> list[float]:
-        if self._offload is None:
-            return []
-        measured = {c: self._offload.seen_of(c).iteration_s for c in expected}
-        return [abs(expected[c] / seconds - 1) for c, seconds in measured.items() if seconds > 0]
+
+def errors_of(expected: Mapping[int, float], measured: Mapping[int, float]) -> list[float]:
+    """Return by how much of what was measured expectations were off, where something was.
+
+    >>> errors_of({0: 1.25, 1: 1.0, 2: 1.0}, {0: 1.0, 1: 2.0, 2: 0.0})
+    [0.25, 0.5]
+    """
+    return [
+        abs(expected[client] / seconds - 1)
+        for client, seconds in measured.items()
+        if seconds > 0 and client in expected
+    ]
 
 
 def _machine(device: Device) -> str:

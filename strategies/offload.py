@@ -33,13 +33,12 @@ from fedsys.security import new_token
 from fedsys.session import SessionSpec, Snapshot, layered_model
 from fedsys.tracing import Event, unpack
 from strategies.joining import halved, joined, with_pieces, without
-from strategies.policies import Assignment, Observation, OffloadPolicy, PolicyState
+from strategies.policies import OBSERVATION, Assignment, Observation, OffloadPolicy, PolicyState
 from strategies.roster import Roster
 from strategies.totals import Totals
 
 ARRAYS, OPTIMIZER, MASKS = "arrays", "optimizer", "masks"
-ASSIGNMENT, OBSERVATION = "assignment", "observation"
-TRACE = "trace"
+ASSIGNMENT, TRACE = "assignment", "trace"
 
 _log = logging.getLogger("fedsys.offload")
 
@@ -120,6 +119,8 @@ class Offload(Strategy):
         seen = {client: self.seen_of(client) for client in clients}
         self._policy_state, plan = self.policy.plan(self._policy_state, seen)
         self.assigned = plan
+        for client in clients:  # what it does not tell of this round is not known
+            self._seen.pop(client, None)
         for client, message in zip(clients, messages, strict=True):
             assignment = plan[client]
             self._note_cut(client, assignment.cut)
@@ -146,8 +147,7 @@ class Offload(Strategy):
         self.traces = {}
         for reply in replies:
             client = self.roster.partition_of(reply.metadata.src_node_id)
-            self._take_trace(client, reply)
-            if client not in self._sent or self._joined(client, reply):
+            if self._joined(client, reply):
                 done[client] = reply
             else:
                 again.append(client)
@@ -293,8 +293,11 @@ class Offload(Strategy):
     # --- the way back -----------------------------------------------------------------------------
 
     def _joined(self, client: int, reply: Message) -> bool:
-        """Join the halves of a client in its reply; return whether there are both."""
-        sent = self._sent.pop(client)
+        """Join the halves of a client in its reply; return whether the whole model is there."""
+        self._take_trace(client, reply)
+        if (sent := self._sent.pop(client, None)) is None:
+            self._observe_alone(client, reply)
+            return True
         seen = reply.content.config_records[OBSERVATION]
         del reply.content[OBSERVATION]
         self._observe(client, seen, sent.spec.round)
@@ -327,6 +330,15 @@ class Offload(Strategy):
             for end in ("from", "to"):
                 entry[end] = self._edge_at.get(str(entry[end]), entry[end])
             self._note(round_, client, entry)
+
+    def _observe_alone(self, client: int, reply: Message) -> None:
+        """Take in what a device measured with the whole model, unless another cut was planned."""
+        self._seen.pop(client, None)
+        if OBSERVATION in reply.content:
+            if self.assigned[client].cut == len(self._layers):
+                seen = Observation.of(reply.content.config_records[OBSERVATION])
+                self._seen[client] = dataclasses.asdict(seen)
+            del reply.content[OBSERVATION]
 
     @property
     def policy_state(self) -> PolicyState:
@@ -375,8 +387,7 @@ class Offload(Strategy):
             if reply.has_error():
                 continue
             client = self.roster.partition_of(reply.metadata.src_node_id)
-            self._take_trace(client, reply)
-            if client not in self._sent or self._joined(client, reply):
+            if self._joined(client, reply):
                 finished.append((client, reply))
                 seconds = time.perf_counter() - began
                 self._note(round_, client, {**entries[client], "seconds": seconds})

@@ -2,9 +2,9 @@
 
 What a fleet file says of machines and networks is what is believed at first. What is measured in a
 round replaces it where it differs by more than ``policy.drift``; then a new plan is made, and taken
-if it saves ``policy.hysteresis`` of the time of the old one. A device that trains alone measures no
-link: after ``policy.forget`` rounds the fleet file is believed again. PiPar's code decides once, at
-the start (Zhang et al., JPDC 2024).
+if it saves ``policy.hysteresis`` of the time of the old one. A device that trains alone measures
+how fast it computes, but no link: after ``policy.forget`` rounds the fleet file is believed again
+of that. PiPar's code decides once, at the start (Zhang et al., JPDC 2024).
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Planned:
     ) -> tuple[State, Mapping[int, Assignment]]:
         """Take in what was measured, and plan anew if that or who takes part has changed."""
         clients = sorted(seen)
-        state = self._forgetful(self._informed(state, seen), clients)
+        state = self._forgetful(self._informed(state, seen), clients, seen)
         if clients and (state["drifted"] or state["clients"] != clients):
             state = self._replanned(state, clients)
         chosen = {client: Choice(*state["choices"][client]) for client in clients}
@@ -180,17 +180,25 @@ class Planned:
                 factors[edge], drifted = factor, True
         return state | {"beliefs": beliefs, "edges": factors, "drifted": drifted}
 
-    def _forgetful(self, state: State, clients: Sequence[int]) -> State:
+    def _forgetful(
+        self, state: State, clients: Sequence[int], seen: Mapping[int, Observation]
+    ) -> State:
         """Return the state without beliefs about links that were long not measured."""
         alone, beliefs, drifted = dict(state["alone"]), dict(state["beliefs"]), state["drifted"]
-        units = len(self._layers or ())
-        for client in clients:
-            if client not in beliefs or state["choices"][client][0] < units:
+        if not any(client in beliefs for client in clients):
+            return state
+        load = self._load(clients)
+        for client, device in zip(clients, load.devices, strict=True):
+            belief = beliefs.get(client)
+            rates = self._belief({"beliefs": {}}, client, device)[:DEVICE]
+            measured = state["choices"].get(client, [0])[0] < load.units or seen[client].up_bit_s
+            if belief is None or measured or belief[:DEVICE] == rates:
                 alone.pop(client, None)
                 continue
             alone[client] = alone.get(client, 0) + 1
             if alone[client] > self._options.forget:
-                del alone[client], beliefs[client]
+                del alone[client]
+                beliefs[client] = [*rates, belief[DEVICE]]
                 drifted = True
         return state | {"alone": alone, "beliefs": beliefs, "drifted": drifted}
 

@@ -24,6 +24,9 @@ from fedsys.errors import ConfigError, did_you_mean
 from fedsys.layers import LayeredModel, resolve_cut
 from fedsys.planning import PLANNED
 
+OBSERVATION = "observation"
+"""Name of the record in which a device tells what it measured."""
+
 PolicyState = Any
 """Whatever a policy wants to remember, of plain values: it is kept in checkpoints."""
 

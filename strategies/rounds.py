@@ -20,6 +20,7 @@ from fedsys import records
 from fedsys.errors import ConfigError
 from fedsys.faults import Fault, Faults, encode, from_json
 from fedsys.training import Score
+from strategies.policies import OBSERVATION
 from strategies.roster import Roster
 from strategies.sampling import Sampled
 
@@ -77,7 +78,7 @@ def play(
     done: Callable[[RoundResult], None],
     elapsed_s: float = 0.0,
     faults: Faults | None = None,
-    timed: Callable[[Sequence[int]], Row] | None = None,
+    timed: Callable[[Sequence[int], Mapping[int, float]], Row] | None = None,
 ) -> ArrayRecord:
     """Play rounds `first` to `last` and return the global model after them.
 
@@ -92,7 +93,8 @@ def play(
         done: Called after each round.
         elapsed_s: Seconds that the rounds before `first` took.
         faults: What is to strike; None for nothing.
-        timed: Given the clients of a round, returns columns about its virtual time.
+        timed: Given the clients of a round, and what an iteration took those that measured it,
+            returns columns about its time.
 
     Raises:
         ConfigError: The strategy makes no model although every client answered.
@@ -118,7 +120,7 @@ def play(
             "seconds_round": watch.total(),
             "seconds_elapsed": time.perf_counter() - began,
             **watch.seconds,
-            **({} if timed is None else timed(sorted(trained.clients))),
+            **({} if timed is None else timed(sorted(trained.clients), trained.took)),
             "bytes_down": trained.bytes_down,
             "bytes_up": trained.bytes_up,
         }
@@ -128,7 +130,10 @@ def play(
 
 @dataclass(frozen=True)
 class _Trained:
-    """What came of the first phase of a round; `clients` are those that contributed."""
+    """What came of the first phase of a round.
+
+    `clients` are those that contributed, `took` is what an iteration took some of them.
+    """
 
     arrays: ArrayRecord | None
     metrics: MetricRecord | None
@@ -138,6 +143,7 @@ class _Trained:
     steps: int
     bytes_down: int
     bytes_up: int
+    took: Mapping[int, float]
 
 
 def _train(
@@ -162,6 +168,7 @@ def _train(
     bytes_up = sum(records.size_of(r.content) for r in replies if r.has_content())
     examples = _total("num-examples", replies)
     steps = _total("steps", replies)
+    took = _took(replies, strategy.roster)
     aggregate, metrics = strategy.aggregate_train(number, replies)
     lost = dict(strategy.lost)
     if aggregate is None and not lost:  # and so it would be in every round
@@ -176,7 +183,7 @@ def _train(
             faults.fire(fault)
     watch.lap("aggregate")
     clients = _clients(messages, strategy.roster) - set(lost)
-    return _Trained(aggregate, metrics, clients, lost, examples, steps, bytes_down, bytes_up)
+    return _Trained(aggregate, metrics, clients, lost, examples, steps, bytes_down, bytes_up, took)
 
 
 def arm(messages: Iterable[Message], doomed: Iterable[Fault], roster: Roster) -> None:
@@ -229,3 +236,13 @@ def _clients(messages: Iterable[Message], roster: Roster) -> set[int]:
 def _total(metric: str, replies: Iterable[Message]) -> int:
     records_ = [m for r in replies if r.has_content() for m in r.content.metric_records.values()]
     return sum(int(str(m.get(metric, 0))) for m in records_)
+
+
+def _took(replies: Iterable[Message], roster: Roster) -> dict[int, float]:
+    found = {}
+    for reply in replies:
+        told = reply.content.config_records.get(OBSERVATION) if reply.has_content() else None
+        if told is not None:
+            client = roster.partition_of(reply.metadata.src_node_id)
+            found[client] = float(str(told.get("iteration-s", 0.0)))
+    return found

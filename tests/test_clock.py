@@ -6,11 +6,14 @@ import pytest
 
 from fedsys.clock import KINDS, predicted_iterations, virtual_round
 from fedsys.costs import Crossing, MachineCosts
+from fedsys.hardware import hardware
+from fedsys.planning import run_workload
 from fedsys.run import RunFolder
 from fedsys.runtime import run
+from fedsys.session import layered_model
 from fedsys.shaping import Network
 from fedsys.workload import Choice, Device, Workload
-from strategies.clock import totals
+from strategies.clock import RoundClock, totals
 
 ONE = MachineCosts("m", (1,), ((0.1, 0.2, 0.3),), ((0.2, 0.4, 0.6),), (0.0,) * 3)
 CROSSINGS = tuple(Crossing(n, 1) for n in (300, 100, 10))
@@ -80,6 +83,34 @@ def test_totals_are_weighted_by_time():
     assert told["virtual_s"] == 4.0 and told["prediction_error"] is None
     assert told["idle"] == pytest.approx(dict.fromkeys(KINDS, 0.75))
     assert totals([{"round": 1.0}]) == {}
+
+
+EMULATED = (
+    "fleet=nominal", "fleet.devices=[pi3]", "fleet.emulate=true", "network=ethernet",
+    "network.emulate=true", "num_clients=2", "rounds=2", "data=synthetic", "data.examples=60",
+    "data.test_examples=10", "data.shape=[1,8,8]", "model=cnn", "model.width=4", "model.hidden=16",
+    "client.batch_size=10", "client.epochs=1", "json=true",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("policy", ["policy=none", "policy=fixed policy.cut=4"])
+def test_every_round_in_real_time_says_how_far_the_prediction_was_off(policy, configure, tmp_path):
+    """Devices with the whole model measured nothing, and so nothing was said of them."""
+    run(configure(*EMULATED, *policy.split(), f"run.dir={tmp_path / 'run'}"))
+    rows = RunFolder.open(tmp_path / "run").rounds()
+    assert [row["prediction_error"] >= 0 for row in rows] == [True, True]
+
+
+def test_what_is_predicted_is_compared_with_what_was_measured(configure):
+    config = configure(*EMULATED, "policy=none")
+    layers = layered_model(config, (1, 8, 8), 10)
+    clock = RoundClock(config, layers, [60, 60], None)
+    assert "prediction_error" not in clock.row([0, 1])  # neither measured anything
+    machines = hardware(config, layers)
+    load = run_workload(config, layers, machines, [60, 60])
+    takes = predicted_iterations(load, [Choice(len(layers))] * 2)
+    row = clock.row([0, 1], {0: takes[0] / 1.5, 1: takes[1] / 1.5})
+    assert row["prediction_error"] == pytest.approx(0.5)
 
 
 def test_a_run_tells_its_virtual_time_and_plans_anew_when_the_network_fails(configure, tmp_path):

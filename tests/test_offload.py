@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import ClassVar
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from fedsys.runtime.apps import check_mods
 from fedsys.session import layered_model
 from fedsys.training import pieces
 from strategies.joining import joined
+from strategies.policies import Assignment
+from strategies.told import offload_in
 from strategies.totals import Totals, in_words
 
 SMALL = (
@@ -127,6 +130,40 @@ def test_the_steps_of_the_edges_are_those_that_count_and_not_the_repeated_ones(t
     plain, struck = train(*more).figures, train(*more, "faults=edge_killed").figures
     assert struck["edge_steps"] == plain["edge_steps"]
     assert struck["bytes_up"] > plain["bytes_up"]  # the repeated steps were sent
+
+
+class Homeward:
+    """Offloads in the first round, and keeps the devices at home afterwards."""
+
+    told: ClassVar = []
+
+    def init(self, layers, nodes):
+        return {"whole": len(layers), "rounds": 0}
+
+    def plan(self, state, seen):
+        Homeward.told.append(seen)
+        cut = state["whole"] if state["rounds"] else 2
+        return state | {"rounds": state["rounds"] + 1}, {k: Assignment(cut, 0) for k in seen}
+
+
+def test_a_device_that_is_sent_home_is_measured_at_home(train):
+    """What it had measured with its edge stayed, and was taken for the whole model."""
+    Homeward.told.clear()
+    policy = f"+policy._target_={Homeward.__module__}.{Homeward.__qualname__}"
+    train("policy=none", "policy.kind=own", policy, "rounds=3")
+    first, away, home = (seen[0] for seen in Homeward.told)
+    assert first.steps == 0
+    assert away.bytes_up > 0 and away.edge_s > 0
+    assert home.steps > 0 and home.compute_s > 0 and home.iteration_s > 0
+    assert (home.bytes_up, home.edge_s, home.up_bit_s, home.down_bit_s) == (0, 0.0, 0.0, 0.0)
+
+
+def test_a_device_that_lost_its_edge_is_not_taken_for_one_that_offloads(edge_named, train):
+    """The times of its whole model would be divided by those of the units before its cut."""
+    run = train("policy=fixed", "policy.cut=2", "rounds=1", "faults=edge_killed",
+                "faults.list.0.round=1")  # fmt: skip
+    assert {entry["to"] for entry in run.figures["recoveries"]} == {"device"}
+    assert offload_in(run.strategy).seen_of(0).iteration_s == 0.0
 
 
 def test_edges_that_are_full_are_an_error_before_a_device_begins(edge_named, configure, carry_out):

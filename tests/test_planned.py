@@ -77,6 +77,21 @@ def test_a_device_that_trains_alone_tries_its_link_again():
     assert cuts[0] == len(LAYERS) and cuts[-1] == first[0].cut
 
 
+def test_what_a_device_computes_at_home_is_not_forgotten_with_its_link():
+    """It tells how fast it computes in every round alone; only its link is no longer measured."""
+    made, state = policy(forget=2)
+    state, _ = made.plan(state, NOTHING)
+    state, plan = made.plan(state, {0: seen(1.0, 1.0), 1: seen()})
+    assert plan[0].cut == len(LAYERS)
+    whole = sum(made.predicted(state, [0]).iteration_s)
+    home = Observation(iteration_s=2 * whole, compute_s=2 * whole)  # loading is next to nothing
+    state, _ = made.plan(state, {0: home, 1: seen()})
+    assert state["beliefs"][0] == pytest.approx([1e6, 1e6, 2.0], rel=0.01)
+    state, _ = made.plan(state, {0: home, 1: seen()})
+    state, _ = made.plan(state, {0: home, 1: seen()})
+    assert state["beliefs"][0] == pytest.approx([50e6, 50e6, 2.0], rel=0.01)
+
+
 def test_models_too_large_for_a_device_are_offloaded_whatever_it_takes():
     slow = dataclasses.replace(CONFIG.network, up_mbit_s=0.1, down_mbit_s=0.1)
     alone = Planned(dataclasses.replace(CONFIG, network=slow), [1000])

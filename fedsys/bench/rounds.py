@@ -175,7 +175,7 @@ class Watching:
         )
         device = int(str(context.node_config["partition-id"]))
         records = reply.content.config_records
-        if "observation" in records:
+        if "observation" in records and records["observation"]["bytes-up"]:
             watch.observations[device] = dict(records["observation"])
         if "trace" in records:
             ends = records["trace"]["ends"]
