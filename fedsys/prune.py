@@ -9,12 +9,14 @@ accuracy, everything from what the conversion makes of its masks.
 from __future__ import annotations
 
 import copy
+import re
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -56,6 +58,9 @@ def job(tree: Any) -> Mapping[str, Any]:
     """
     began = time.perf_counter()
     run = Path(str(tree.prune.run)).absolute() if tree.prune.run else None
+    if tree.prune.trained and run is None:
+        rule = "must come with run=PARENT: their variants join those of that run"
+        raise ConfigError.of("prune.trained", list(tree.prune.trained), rule)
     values = _of_run(tree, run) if run else configuration.plain(tree)
     configuration.parse(configuration.to_text(values))  # said before a folder is made
     path = Path(tree.run.dir or default_path(Path("outputs"), "prune")).absolute()
@@ -94,7 +99,9 @@ def _make(config: Config, run: Path | None, folder: Path) -> Made:
             source=source,
             say=_say,
         )
-    parent, masked = of_run(run, model, config, dataset)
+    further = any(key.partition(".")[0] == "pruning" for key in configuration.given_keys())
+    parent, masked = of_run(run, model, config, dataset, further=further)
+    masked += trained_further(config, dataset)
     return make(parent, masked, config, dataset, folder, source=f"run {run.name}", say=_say)
 
 
@@ -130,6 +137,7 @@ def _figures(variant: Variant, parent: Variant) -> dict[str, Any]:
         "peak_bytes": variant.peak_bytes,
         "precision": variant.precision,
         "sparsity": variant.sparsity,
+        "source": variant.source,
         "p50_ms": variant.p50_ms,
         "p95_ms": variant.p95_ms,
         "max_abs_diff": variant.max_abs_diff,
@@ -176,8 +184,12 @@ def _at(tree: Any, key: str) -> Any:
     return tree
 
 
-def run_config(run: Path) -> dict[str, Any]:
+def run_config(run: Path, key: str = "run") -> dict[str, Any]:
     """Return the configuration that the model of a finished run belongs to.
+
+    Args:
+        run: Its folder.
+        key: What named it.
 
     Raises:
         ConfigError: The folder does not exist, or is not that of a finished ``fedsys train``.
@@ -186,11 +198,11 @@ def run_config(run: Path) -> dict[str, Any]:
     try:
         info = RunFolder.open(run).info
     except RunError as error:
-        raise ConfigError.of("run", run, rule, str(error)) from error
+        raise ConfigError.of(key, run, rule, str(error)) from error
     if not (run / MODEL).is_file():
         status = info["status"]
         missing = f"this run is {status}" if status != "finished" else f"this one has no {MODEL}"
-        raise ConfigError.of("run", run, rule, missing)
+        raise ConfigError.of(key, run, rule, missing)
     try:
         with safe_open(run / MODEL, framework="pt") as file:
             own = yaml.safe_load((file.metadata() or {})["config"])
@@ -204,15 +216,16 @@ def run_config(run: Path) -> dict[str, Any]:
 
 
 def of_run(
-    run: Path, model: nn.Module, config: Config, dataset: Dataset
+    run: Path, model: nn.Module, config: Config, dataset: Dataset, *, further: bool = False
 ) -> tuple[nn.Module, list[Recipe]]:
     """Return the parent and the levels of a run: its own masks if it has some, else new ones.
 
     Args:
         run: Folder of the run.
         model: Of its architecture; gets its weights.
-        config: ``pruning`` says what is pruned beyond what the run has pruned.
+        config: ``pruning`` says what is pruned.
         dataset: Its data.
+        further: Whether a run that has pruned is pruned beyond its masks, the last of several, too.
 
     Raises:
         ModelError: A file is damaged, or does not fit the model.
@@ -221,14 +234,83 @@ def of_run(
     trained = sorted((run / LEVELS).glob("level-*.masks.safetensors"))
     if trained:
         parent = _like(model, trained[0].with_name(trained[0].name.replace(".masks", "")))
-        return parent, _trained_levels(model, trained)
+        found = _trained_levels(model, trained)
+        if further and config.pruning.active:
+            last = _like(model, trained[-1].with_name(trained[-1].name.replace(".masks", "")))
+            found += recipes(last, config, dataset, Masks.load(trained[-1]))
+        return parent, found
     if (run / MASKS).is_file():
         masks = Masks.load(run / MASKS)
         sparsity = 100 * masks.figures().sparsity
         made = f"{sparsity:.4g} % of the weights pruned in training"
         level = Level(f"trained-{sparsity:.4g}", model, masks, made, trained=True)
-        return model, [Recipe(level.name, lambda: level)]
+        found = [Recipe(level.name, lambda: level)]
+        if further and config.pruning.active:
+            found += recipes(model, config, dataset, masks)
+        return model, found
+    if config.prune.trained and not config.pruning.active:
+        return model, []
     return model, recipes(model, config, dataset)
+
+
+def trained_further(config: Config, dataset: Dataset) -> list[Recipe]:
+    """Return the models of ``prune.trained``: runs that went on from variants of a portfolio.
+
+    Args:
+        config: ``prune.trained``.
+        dataset: The parent's data.
+
+    Raises:
+        ConfigError: A folder is not that of a finished ``fedsys train``, or its data are not those
+            of the parent: it may have trained on what it would be chosen by.
+        ModelError: A file is damaged.
+    """
+    found: list[Recipe] = []
+    for given in config.prune.trained:
+        run = Path(given).expanduser().absolute()
+        own = run_config(run, "prune.trained")
+        settings = configuration.parse(configuration.to_text({**own, "resume": None}))
+        _check_data(run, federation.federation(settings).dataset, dataset)
+        taken = {recipe.name for recipe in found}
+        found.append(_trained_further(run, settings, dataset, taken))
+    return found
+
+
+def _check_data(run: Path, own: Dataset, dataset: Dataset) -> None:
+    same = (own.classes, own.mean, own.std) == (dataset.classes, dataset.mean, dataset.std)
+    for part in ("validation", "test"):
+        mine, other = getattr(own, part), getattr(dataset, part)
+        same = same and torch.equal(mine.pixels, other.pixels)
+        same = same and torch.equal(mine.labels, other.labels)
+    if not same:
+        rule = "must have trained on the data of run=, with the same validation and test parts"
+        raise ConfigError.of("prune.trained", run, rule, "give it the data= and seed= of that run")
+
+
+def _trained_further(run: Path, own: Config, dataset: Dataset, taken: set[str]) -> Recipe:
+    model = federation.build_model(own, dataset, initial=False)
+    path = own.model.get("path")
+    kind = Path(str(path)).name if path else str(own.model["_target_"]).rpartition(".")[2]
+    stem = f"{re.sub(r'[^A-Za-z0-9._-]', '-', kind)}-trained"
+    count = sum(name == stem or name.startswith(f"{stem}-") for name in taken)
+    name = f"{stem}-{count + 1}" if count else stem
+
+    def level() -> Level:
+        fill(model, run / MODEL)
+        masks = Masks.load(run / MASKS) if (run / MASKS).is_file() else Masks({})
+        made = f"{kind}, trained further in run {run.name}"
+        return Level(name, model, masks, made, True, source=str(run), origin=_origin(path))
+
+    return Recipe(name, level)
+
+
+def _origin(path: object) -> Variant | None:
+    """Return the variant in a folder, or None if its portfolio is not there any more."""
+    folder = Path(str(path)).expanduser()
+    try:
+        return Portfolio.load(folder.parents[1]).variant(folder.name)
+    except (ConfigError, ModelError, IndexError):
+        return None
 
 
 def _trained_levels(model: nn.Module, files: list[Path]) -> list[Recipe]:

@@ -261,6 +261,110 @@ def test_every_level_of_a_run_that_rewound_is_a_variant_of_its_own(
     assert len(named) == 3 and sum(name.startswith("level-") for name in named) == 2
 
 
+def test_a_run_that_has_pruned_is_pruned_further_if_pruning_is_given(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], everything_stays: None
+) -> None:
+    """What the command line said of pruning was not looked at, without a word.
+
+    And a sparsity for which no mask can be made ended all, where one that kills a layer did not.
+    """
+    folder = tmp_path / "masked"
+    shutil.copytree(trained, folder)
+    weights = load_file(folder / "model.safetensors")
+    masks = {n: torch.ones_like(w, dtype=torch.bool) for n, w in weights.items() if w.dim() == 4}
+    first = next(iter(masks))
+    masks[first][:8] = False
+    Masks(masks).save(folder / "masks.safetensors")
+    gone, sizes = int((~masks[first]).sum()), [w.numel() for w in weights.values() if w.dim() > 1]
+    options = (
+        "pruning=magnitude",
+        "pruning.sparsity=[0.001,0.5,0.9999]",
+        "pruning.keep_channels=9",
+    )
+    status, out, err = call(
+        capsys, "prune", f"run={folder}", *FAST, *options, f"run.dir={tmp_path / 'a'}"
+    )
+    assert status == 0, err
+    result = json.loads(out.splitlines()[-1])
+    by_name = {row["name"]: row for row in result["variants"]}
+    (own,) = by_name.keys() - {PARENT, "magnitude-50"}
+    assert own.startswith("trained-") and by_name[own]["params"] > by_name["magnitude-50"]["params"]
+    assert by_name["magnitude-50"]["sparsity"] == pytest.approx(0.5, abs=1e-4)
+    further = Portfolio.load(Path(result["portfolio"])).variant("magnitude-50")
+    assert re.search(r"50 % .* by magnitude, .* % of them in training", further.made)
+    left = {name: after for name, _, after in further.channels}
+    assert left[first.removesuffix(".weight")] <= 9  # eight, and one that carries constants
+    assert gone / sum(sizes) > 0.001
+    assert "must be above" in result["refused"]["magnitude-0.1"]
+    assert "pruning.keep_channels=9" in result["refused"]["magnitude-99.99"]
+
+
+def test_rounded_channels_are_measured_beside_exact_ones(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], everything_stays: None
+) -> None:
+    """Rounding was taken for faster, and never measured against what it rounds."""
+    options = ("pruning.sparsity=[0.8]", "prune.round_to=8")
+    status, out, err = call(
+        capsys, "prune", f"run={trained}", *FAST, *options, f"run.dir={tmp_path / 'a'}"
+    )
+    assert status == 0, err
+    portfolio = Portfolio.load(Path(json.loads(out.splitlines()[-1])["portfolio"]))
+    exact, rounded = (portfolio.variant(f"group_norm-80{end}") for end in ("", "-round8"))
+    assert exact.params < rounded.params and rounded.accuracy == exact.accuracy
+    assert "multiples of 8" in rounded.made
+    assert all(after % 8 == 0 or after == before for _, before, after in rounded.channels)
+
+
+def test_variants_that_were_trained_further_come_back_to_the_portfolio(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], everything_stays: None
+) -> None:
+    run_folder, prune = tmp_path / "tuned", ("prune", f"run={trained}", *FAST)
+    status, out, err = call(capsys, *prune, "pruning.sparsity=[0.8]", f"run.dir={tmp_path / 'a'}")
+    assert status == 0, err
+    first = Path(json.loads(out.splitlines()[-1])["portfolio"])
+    path = first / "variants" / "group_norm-80"
+    train = ("train", "model=variant", f"model.path={path}", "num_clients=2", "rounds=2")
+    train = (*train, "client.lr=0.02", "run.plots=false", f"run.dir={run_folder}")
+    assert call(capsys, *train)[0] == 0
+    again = (f"prune.trained=[{run_folder}]", f"run.dir={tmp_path / 'b'}")
+    status, out, err = call(capsys, *prune, "pruning.sparsity=[0.8]", *again)
+    assert status == 0, err
+    result = json.loads(out.splitlines()[-1])
+    names = {row["name"] for row in result["variants"]}
+    assert names == {PARENT, "group_norm-80", "group_norm-80-trained"}
+    row = next(row for row in result["variants"] if row["name"].endswith("-trained"))
+    assert row["source"] == str(run_folder)
+    portfolio = Portfolio.load(Path(result["portfolio"]))
+    tuned, plain = portfolio.variant("group_norm-80-trained"), portfolio.variant("group_norm-80")
+    info = json.loads((run_folder / "run.json").read_text())["result"]
+    assert tuned.accuracy == pytest.approx(info["val_accuracy"])
+    assert tuned.test_accuracy == pytest.approx(info["accuracy"])
+    assert tuned.sparsity == pytest.approx(plain.sparsity) and tuned.channels == plain.channels
+    assert tuned.params == plain.params and tuned.compared_images > 0
+    assert tuned.source == str(run_folder) and "trained further in run tuned" in tuned.made
+    model = fill(load(path), run_folder / "model.safetensors").eval()
+    images = torch.randn(4, *portfolio.about.input_shape)
+    answers = run(portfolio.module(tuned.name), images)
+    torch.testing.assert_close(answers, run(model, images), rtol=1e-5, atol=1e-5)
+    # alone, and several of one variant
+    both = (
+        "pruning=none",
+        f"prune.trained=[{run_folder},{run_folder}]",
+        f"run.dir={tmp_path / 'c'}",
+    )
+    status, out, err = call(capsys, *prune, *both)
+    assert status == 0, err
+    names = {row["name"] for row in json.loads(out.splitlines()[-1])["variants"]}
+    assert names == {PARENT, "group_norm-80-trained", "group_norm-80-trained-2"}
+    said = refused(capsys, f"prune.trained=[{run_folder}]")
+    assert "must come with run=PARENT" in said
+    said = refused(capsys, f"run={trained}", f"prune.trained=[{tmp_path}]")
+    assert "prune.trained" in said and "must be the folder of a finished fedsys train" in said
+    other = (f"run={trained}", "data.validation=0.2", f"prune.trained=[{run_folder}]")
+    said = refused(capsys, *other, f"run.dir={tmp_path / 'd'}")
+    assert "must have trained on the data of run=" in said
+
+
 def test_an_untrained_model_needs_no_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

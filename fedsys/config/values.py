@@ -279,7 +279,9 @@ class PruneConfig:
 
     Attributes:
         run: Folder of the run whose model is pruned; None: an untrained model.
-        round_to: Multiple that numbers of channels are rounded up to.
+        trained: Folders of runs that trained its variants further; each gives a candidate, too.
+        round_to: Multiple that numbers of channels are rounded up to, in a second candidate of
+            each level.
         borders: ``carrier`` or ``map``: see `fedsys.pruning.constants.Borders`.
         coupling: ``group`` or ``scatter``: see `fedsys.pruning.channels.Coupling`.
         precisions: Types of further variants: bfloat16, float16, int8.
@@ -297,6 +299,7 @@ class PruneConfig:
     """
 
     run: str | None = None
+    trained: tuple[str, ...] = ()
     round_to: int = 1
     borders: str = "carrier"
     coupling: str = "group"

@@ -138,14 +138,29 @@ def convert(
         bytes=0,
         peak_bytes=0,
         latencies=(),
-        sparsity=level.masks.figures().sparsity,
+        sparsity=_sparsity(level),
         folded=folded,
         made=f"{level.made}{made}",
         max_abs_diff=difference,
         max_abs_output=small.report.max_abs_output,
-        channels=tuple((edit.name, edit.before, edit.after) for edit in small.plan.edits),
+        source=level.source,
+        channels=_channels(level, small.plan),
     )
     return Candidate(_compared(variant, masked, module, images), content, module), small
+
+
+def _sparsity(level: Level) -> float:
+    """Return the share of the parent's weights that is pruned, before and by the level's masks."""
+    sparsity = level.masks.figures().sparsity
+    if level.origin is None:
+        return sparsity
+    return 1.0 - (1.0 - level.origin.sparsity) * (1.0 - sparsity)
+
+
+def _channels(level: Level, plan: Plan) -> tuple[tuple[str, int, int], ...]:
+    """Return the outputs of each layer, in the parent and in the dense model."""
+    before = {} if level.origin is None else {n: of for n, of, _ in level.origin.channels}
+    return tuple((e.name, before.get(e.name, e.before), e.after) for e in plan.edits)
 
 
 def _compared(

@@ -6,6 +6,7 @@ What training there is happens before the conversion, so that each dense model e
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -21,6 +22,7 @@ from fedsys.config import Config
 from fedsys.data import Dataset, Images
 from fedsys.errors import ConfigError
 from fedsys.pruning.masks import Masks, held, last_layer
+from fedsys.pruning.portfolio import Variant
 from fedsys.pruning.sparsify import one_shot
 from fedsys.pruning.structure import structure
 from fedsys.randomness import Address
@@ -39,6 +41,8 @@ class Level:
         masks: What is pruned.
         made: How, in words.
         trained: Whether it was trained under the mask, and BatchNorm's statistics with it.
+        source: The run that trained it, if that began from a variant and not from the parent.
+        origin: That variant, if its portfolio is still there.
     """
 
     name: str
@@ -46,6 +50,8 @@ class Level:
     masks: Masks
     made: str
     trained: bool = False
+    source: str = ""
+    origin: Variant | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +67,17 @@ class Recipe:
     make: Callable[[], Level]
 
 
-def recipes(model: nn.Module, config: Config, dataset: Dataset) -> list[Recipe]:
+def recipes(
+    model: nn.Module, config: Config, dataset: Dataset, pruned: Masks | None = None
+) -> list[Recipe]:
     """Prune `model` to every sparsity of ``pruning.sparsity``, each from the model as it is.
+
+    Args:
+        model: The model.
+        config: ``pruning`` says what goes.
+        dataset: Its data.
+        pruned: What is pruned already, and stays so; it counts, and a sparsity that is not above
+            it makes no level (a ConfigError when it is made).
 
     Raises:
         ConfigError: ``pruning.leave`` fits no layer, or there is nothing to prune by.
@@ -76,14 +91,26 @@ def recipes(model: nn.Module, config: Config, dataset: Dataset) -> list[Recipe]:
             "make them by fedsys train pruning=iterative num_clients=1, then fedsys prune run=RUN",
         )  # fmt: skip
     leave = last_layer(model) if pruning.leave is None else pruning.leave
-    dense = Masks.dense(model, leave)
+    start, before = Masks.dense(model, leave), pruned or Masks({})
+    if before:
+        start = Masks({name: before.get(name, mask) for name, mask in start.items()})
+        model = copy.deepcopy(model)
+        before.apply(model)
+    gone = start.figures().sparsity
+
+    def level(name: str, sparsity: float) -> Level:
+        made = f"{100 * sparsity:g} % of the weights pruned by {pruning.method}"
+        if before:
+            made += f", {100 * gone:.4g} % of them in training"
+            if sparsity <= gone:
+                rule = f"must be above {gone:.4g}, the share that is pruned already"
+                raise ConfigError.of("pruning.sparsity", sparsity, rule)
+        masks = _mask(model, start, sparsity, config, dataset)
+        return Level(name, model, Masks({**before, **masks}), made)
 
     def recipe(sparsity: float) -> Recipe:
         name = f"{pruning.method}-{100 * sparsity:g}"
-        made = f"{100 * sparsity:g} % of the weights pruned by {pruning.method}"
-        return Recipe(
-            name, lambda: Level(name, model, _mask(model, dense, sparsity, config, dataset), made)
-        )
+        return Recipe(name, lambda: level(name, sparsity))
 
     return [recipe(sparsity) for sparsity in pruning.sparsities]
 
@@ -131,7 +158,7 @@ def refined(level: Level, config: Config, dataset: Dataset) -> Level:
     if recalibrates:
         _recalibrate(model, options.recalibrate, dataset)
         made += ", BatchNorm re-calibrated"
-    return Level(level.name, model, level.masks, made, level.trained)
+    return dataclasses.replace(level, model=model, made=made)
 
 
 def _tracks(module: nn.Module) -> bool:

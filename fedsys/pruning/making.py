@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from fedsys import data, training
 from fedsys.config import Config, PruneConfig
 from fedsys.data import Dataset, Images
-from fedsys.errors import ConfigError, ModelError
+from fedsys.errors import ConfigError, FedsysError, ModelError
 from fedsys.pruning.candidates import Candidate, convert, lower, lowered_name, parent_candidate
-from fedsys.pruning.levels import EVAL_BATCH, Recipe, refined, spread
+from fedsys.pruning.levels import EVAL_BATCH, Level, Recipe, refined, spread
 from fedsys.pruning.measuring import front, latencies, machine, peak_bytes
 from fedsys.pruning.plan import Plan
 from fedsys.pruning.portfolio import About, Latency, Portfolio, Variant
@@ -140,11 +140,11 @@ def make(
     with watch.of("convert"):
         images = _some(dataset)
         candidates = [parent_candidate(parent, options, dataset.input_shape, images)]
-    failed: dict[str, ModelError] = {}
+    failed: dict[str, FedsysError] = {}
     for recipe in masked:
         try:
-            candidates.append(_candidate(recipe, config, dataset, watch, say))
-        except ModelError as error:
+            candidates += _candidates(recipe, config, dataset, watch, say)
+        except (ConfigError, ModelError) as error:
             failed[recipe.name] = error
             say(f"{recipe.name}: {error}")
     if failed and len(candidates) == 1:
@@ -179,17 +179,38 @@ def _some(dataset: Dataset) -> Tensor:
     return images
 
 
-def _candidate(
+def _candidates(
     recipe: Recipe, config: Config, dataset: Dataset, watch: Stopwatch, say: Say
-) -> Candidate:
+) -> list[Candidate]:
+    """Return the dense model of a level and, if channels shall be rounded, one with more of them.
+
+    Both are measured: more channels are faster on some processors only.
+    """
+    options = config.prune
     with watch.of("mask"):
         level = recipe.make()
     with watch.of("refine"):
         level = refined(level, config, dataset)
+    plain = dataclasses.replace(options, round_to=1)
+    candidates = [_converted(level, plain, dataset, watch, say)]
+    if options.round_to > 1:
+        rounded = dataclasses.replace(
+            level,
+            name=f"{level.name}-round{options.round_to}",
+            made=f"{level.made}, channels rounded up to multiples of {options.round_to}",
+        )
+        more = _converted(rounded, options, dataset, watch, say)
+        if more.variant.channels != candidates[0].variant.channels:
+            candidates.append(more)
+    return candidates
+
+
+def _converted(
+    level: Level, options: PruneConfig, dataset: Dataset, watch: Stopwatch, say: Say
+) -> Candidate:
     with watch.of("convert"):
-        announce = _announcing(level.name, say)
         candidate, small = convert(
-            level, config.prune, dataset.input_shape, announce, _some(dataset)
+            level, options, dataset.input_shape, _announcing(level.name, say), _some(dataset)
         )
     report, variant = small.report, candidate.variant
     say(

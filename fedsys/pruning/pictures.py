@@ -117,9 +117,10 @@ def _channels_painter(pruned: Sequence[Variant]) -> Callable[[Any], None]:
     def paint(axes: Any) -> None:
         places = range(len(layers))
         for index, variant in enumerate(pruned):
+            left = {name: after / before for name, before, after in variant.channels}
             axes.plot(
                 places,
-                [100.0 * after / before for _, before, after in variant.channels],
+                [100.0 * left.get(name, 0.0) for name in layers],
                 color=COLORS[index % len(COLORS)],
                 marker="o",
                 label=variant.name,

@@ -86,6 +86,7 @@ class Variant:
         folded: BatchNorms that are folded into the layer before them when it is read to answer;
             its files have them still.
         made: How it was made, in words.
+        source: Path of the run that trained it further, if that began from a variant; else empty.
         test_accuracy: Share of the test part; scored once, when all choices had been made. None
             if there is no test part.
         max_abs_diff: Largest difference of its outputs to those of the masked model that it was
@@ -110,6 +111,7 @@ class Variant:
     sparsity: float = 0.0
     folded: int = 0
     made: str = ""
+    source: str = ""
     test_accuracy: float | None = None
     max_abs_diff: float = 0.0
     max_abs_output: float = 0.0
@@ -394,6 +396,7 @@ def _variant(given: Mapping[str, Any]) -> Variant:
         sparsity=_number(given["sparsity"]),
         folded=_count(given.get("folded", 0)),  # absent in portfolios made before it was
         made=_text(given["made"]),
+        source=_text(given.get("source", "")),
         test_accuracy=None if test is None else _number(test),
         max_abs_diff=_number(given["max_abs_diff"]),
         max_abs_output=_number(given["max_abs_output"]),
