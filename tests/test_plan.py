@@ -71,6 +71,14 @@ def test_a_plan_says_which_link_each_device_has(capsys):
             ["fleet=pi_lab", "fleet.links=[{up_mbit_s: 1, down_mbit_s: 1, latency_ms: -1}]"],
             "fleet.links[0].latency_ms=-1.0: must not be negative",
         ),
+        (
+            [
+                "fleet=pi_lab",
+                "fleet.links=[{up_mbit_s: 1, down_mbit_s: 1}]",
+                "network.latency_ms=5",
+            ],
+            "network=none: must be chosen",
+        ),
         (["fleet=pi_lab", "fleet.servers=[]"], "fleet.servers=[]: must name"),
         (["fleet=pi_lab", "policy=auto", "policy.codec=zip"], "policy.codec=zip: must be one of"),
         (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fedsys.config.values import Config
+from fedsys.config.values import Config, NetworkConfig
 from fedsys.errors import ConfigError
 from fedsys.pruning import settings as pruning_settings
 from fedsys.serving.options import RULES as SERVING_RULES
@@ -121,6 +121,12 @@ def check(config: Config) -> None:
 
 def _check_links(config: Config) -> None:
     """Raise a ConfigError for the first link of the fleet that breaks a rule."""
+    unnamed = NetworkConfig(emulate=config.network.emulate)
+    if config.fleet.links and config.network.name == unnamed.name and config.network != unnamed:
+        raise ConfigError.of(
+            "network", unnamed.name, "must be chosen to have options where the fleet has links",
+            "give them in fleet.links, or choose as in network=4g",
+        )  # fmt: skip
     for index, link in enumerate(config.fleet.links):
         path = f"fleet.links[{index}]"
         for key in ("up_mbit_s", "down_mbit_s"):
