@@ -28,6 +28,8 @@ from fedsys.wire import Frame
 
 _SMALL: Final = Crossing(64, 8)
 _ENDLESS_S: Final = 120.0
+MOST: Final = 1 << 26
+"""Bytes of an answer, whatever was asked for."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def answer(link: Link) -> None:
             frame = link.recv()
             size = frame.meta.get("reply")
             if type(size) is int:
-                reply = {"x": torch.zeros(min(max(size, 1), 1 << 26), dtype=torch.uint8)}
+                reply = {"x": torch.zeros(min(max(size, 1), MOST), dtype=torch.uint8)}
                 link.send(Frame("reply", {}, reply))
             else:
                 link.send(Frame("reply", dict(frame.meta), dict(frame.tensors)))
@@ -151,21 +153,26 @@ def _rates(link: Link, nbytes: int, repeats: int) -> tuple[float, float, float]:
     little = torch.zeros(1, dtype=torch.uint8)
     much = torch.zeros(max(nbytes, 1 << 16), dtype=torch.uint8)
 
-    def seconds(sent: torch.Tensor, asked: int) -> float:
-        def once() -> float:
+    def seconds(sent: torch.Tensor, asked: int) -> tuple[float, int]:
+        """Return the median seconds of an answer, and the bytes that came: not more than MOST."""
+
+        def once() -> tuple[float, int]:
             began = time.perf_counter()
             link.send(Frame("ask", {"reply": asked}, {"x": sent}))
-            link.recv(_ENDLESS_S)
-            return time.perf_counter() - began
+            reply = link.recv(_ENDLESS_S)
+            return time.perf_counter() - began, len(reply.tensors["x"])
 
-        return median(once() for _ in range(repeats))
+        found = [once() for _ in range(repeats)]
+        return median(took for took, _ in found), min(came for _, came in found)
 
-    there_and_back = seconds(little, 1)
-    bits = 8.0 * len(much)
-    least = 1e-9 * bits  # a terabit per second: more cannot be told from nothing
-    up = bits / max(seconds(much, 1) - there_and_back, least / 1e3)
-    down = bits / max(seconds(little, len(much)) - there_and_back, least / 1e3)
-    return up, down, there_and_back / 2
+    def rate(nbytes: int, took: float) -> float:
+        bits = 8.0 * nbytes
+        return bits / max(took - there_and_back, 1e-12 * bits)  # more cannot be told from nothing
+
+    there_and_back, _ = seconds(little, 1)
+    there, _ = seconds(much, 1)
+    back, came = seconds(little, len(much))
+    return rate(len(much), there), rate(came, back), there_and_back / 2
 
 
 def _main(arguments: Sequence[str]) -> None:
