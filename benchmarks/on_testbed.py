@@ -63,12 +63,11 @@ def main() -> None:
     host = machine_costs("host", found, layers)
     slow = slowed(host, 1.0 / given.cpu)
     network = Network(given.up * 1e6 * PAYLOAD, given.down * 1e6 * PAYLOAD)
-    edge = dataclasses.replace(host, workers=os.cpu_count() or 1)
     choice = Choice(given.cut, given.micro_batches, given.codec)
     load = workload(
         layers,
         [Device(f"device{i}", slow, network, 1) for i in range(given.devices)],
-        [edge],
+        [host],
         config.client.batch_size,
         micro_batches=[choice.micro_batches],
         codecs=[choice.codec],
@@ -274,7 +273,7 @@ def emulate(
                 "emulate": True,
             },
             fleet={
-                "machines": {"slow": slow, "host": {**host, "workers": os.cpu_count() or 1}},
+                "machines": {"slow": slow, "host": host},
                 "devices": ["slow"],
                 "servers": ["host"],
                 "emulate": True,

@@ -9,7 +9,9 @@ take: by the nominal rates of a class, or as ``fedsys profile`` measured it::
     devices: [pi3, bench]
     servers: [bench]
 
-A profile holds for the units that it was measured with, and is refused for any others.
+A profile holds for the units, the version of fedsys, the threads and the memory format that it was
+measured with, and is refused for any others. The version of torch is that of the machine: it is
+written down and not compared.
 """
 
 from __future__ import annotations
@@ -20,17 +22,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedsys.config import Config
+from torch import fx
+
+from fedsys.config import ClientConfig, Config
 from fedsys.costs import MachineClass, MachineCosts, Messaging
 from fedsys.dialling import link_of, network_of
 from fedsys.errors import ConfigError, did_you_mean
+from fedsys.identity import package_version
 from fedsys.layers import LayeredModel
 from fedsys.shaping import Network
 
 PROFILE_KEYS = (
     *("rows", "forward_s", "backward_s", "update_s"),  # needed
     *("model", "units", "batch_size", "operation_s", "load_s", "message_s", "byte_s", "workers"),
-    *("spread", "source"),
+    *("spread", "forward_spread", "backward_spread", "bytes_at_cuts", "names"),
+    *("source", "fedsys", "torch", "threads", "memory_format"),
 )
 NEEDED = 4
 
@@ -71,7 +77,9 @@ def hardware(config: Config, layers: LayeredModel) -> Hardware | None:
             known = ", ".join(fleet.machines) or "none"
             raise ConfigError.of(path, name, "must be one of fleet.machines", f"{hint}{known}")
         if name not in costs:
-            costs[name] = machine_costs(f"fleet.machines.{name}", fleet.machines[name], layers)
+            costs[name] = machine_costs(
+                f"fleet.machines.{name}", fleet.machines[name], layers, config.client
+            )
         return costs[name]
 
     servers = fleet.servers or fleet.devices[:0]
@@ -98,16 +106,20 @@ def _repeated(names: tuple[str, ...], count: int) -> list[str]:
     return [names[i % len(names)] for i in range(count)]
 
 
-def machine_costs(path: str, values: object, layers: LayeredModel) -> MachineCosts:
+def machine_costs(
+    path: str, values: object, layers: LayeredModel, client: ClientConfig | None = None
+) -> MachineCosts:
     """Return what a machine takes for a model, from its entry in a fleet file.
 
     Args:
         path: Key of the entry, for messages.
         values: The entry: rates of a class, or a profile.
         layers: The model.
+        client: How it is trained; None: as it was when it was profiled.
 
     Raises:
-        ConfigError: A key is missing, unknown or not usable, or the profile is of other units.
+        ConfigError: A key is missing, unknown or not usable, or the profile is of other units, or
+            was measured in another way.
     """
     if not isinstance(values, Mapping):
         raise ConfigError.of(path, values, "must be a group of keys", "give its macs_per_s")
@@ -120,6 +132,8 @@ def machine_costs(path: str, values: object, layers: LayeredModel) -> MachineCos
     for key in PROFILE_KEYS[:NEEDED]:
         if key not in values:
             raise ConfigError.of(f"{path}.{key}", None, "must be given", "profile the machine anew")
+    if client is not None:
+        _check_made_for(path, values, client)
     _check_units(path, values, layers)
     return MachineCosts(
         path,
@@ -152,10 +166,43 @@ def _check_units(path: str, values: Mapping[str, Any], layers: LayeredModel) -> 
         )  # fmt: skip
 
 
+def made_for(client: ClientConfig) -> dict[str, Any]:
+    """Return what seconds depend on beside the machine and the model, as a profile notes it."""
+    return {
+        "fedsys": package_version("fedsys"),
+        "threads": client.threads,
+        "memory_format": client.memory_format,
+    }
+
+
+def _check_made_for(path: str, values: Mapping[str, Any], client: ClientConfig) -> None:
+    for key, expected in made_for(client).items():
+        found = values.get(key, expected)
+        if found != expected:
+            ours = key == "fedsys"
+            whose = "the version in use" if ours else f"client.{key} of this run"
+            raise ConfigError.of(
+                f"{path}.{key}", found, f"must be {expected}, {whose}: costs differ between them",
+                f"profile the machine anew{'' if ours else f', with client.{key}={expected}'}",
+            )  # fmt: skip
+
+
 def units_sha256(layers: LayeredModel) -> str:
-    """Return the first 16 digits of a hash of all units: name, work, parameters and output."""
-    units = [(u.name, u.macs, u.params, list(u.out_shape)) for u in layers.units]
+    """Return the first 16 digits of a hash of all units: name, work, parameters, output, kinds."""
+    nodes = {node.name: node for node in layers.graph.graph.nodes}
+    units = [
+        (u.name, u.macs, u.params, list(u.out_shape), [_kinds(layers, nodes[n]) for n in u.nodes])
+        for u in layers.units
+    ]
     return hashlib.sha256(json.dumps(units).encode()).hexdigest()[:16]
+
+
+def _kinds(layers: LayeredModel, node: fx.Node) -> list[str]:
+    """Return the kinds of all that computes at a node: norms of any kind have the same work."""
+    if node.op == "call_module":
+        module = layers.graph.get_submodule(str(node.target))
+        return [type(inner).__name__ for inner in module.modules()]
+    return [str(getattr(node.target, "__name__", node.target))]
 
 
 # --------------------------------------------------------------------------------------------------

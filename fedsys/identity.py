@@ -71,7 +71,10 @@ def environment() -> dict[str, Any]:
 
     packages = ("fedsys", "torch", "torchvision", "flwr", "numpy", "safetensors", "hydra-core")
     return {
-        "versions": {"python": platform.python_version()} | {p: _version(p) for p in packages},
+        "versions": {
+            "python": platform.python_version(),
+            **{package: package_version(package) for package in packages},
+        },
         "platform": platform.platform(),
         "cpu": _cpu_model(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
@@ -127,7 +130,8 @@ def _math_libraries() -> dict[str, bool]:
     }
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """Return the version of an installed package; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

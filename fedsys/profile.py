@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -21,12 +22,14 @@ from torch import Tensor
 
 from fedsys import config as configuration
 from fedsys import data, federation, optimizers, training
+from fedsys.codecs import CODECS
 from fedsys.config import Config
 from fedsys.costs import crossings, tensor_bytes
 from fedsys.errors import ConfigError
 from fedsys.halves import safe_input
-from fedsys.hardware import units_sha256
+from fedsys.hardware import made_for, units_sha256
 from fedsys.layers import LayeredModel, layered, stages
+from fedsys.processors import usable_cores
 from fedsys.profile_link import LinkCosts, measure_link, other_end, serve_for_ever
 from fedsys.randomness import Address, drawing
 from fedsys.run import RunFolder, default_path, write_atomic
@@ -63,12 +66,44 @@ def job(tree: Any) -> Mapping[str, Any]:
         found = profile(config, options, credentials)
         file = path / "profile.yaml"
         head = "# Written by fedsys profile: use it as fleet=THIS_FILE\n"
-        write_atomic(file, (head + yaml.safe_dump(found["fleet"], sort_keys=False)).encode())
+        write_atomic(file, (head + fleet_text(found["fleet"])).encode())
         result = {**found, "file": str(file), "run_dir": str(path)}
         folder.finish(result)
     if not tree.json:
         print(f"{found['summary']}\nuse it with fleet={file}")
     return result
+
+
+def fleet_text(fleet: Mapping[str, Any]) -> str:
+    """Return a fleet as YAML, each list of numbers and each small group on a line of its own."""
+    return yaml.dump(fleet, Dumper=_Dumper, sort_keys=False, width=2**20)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what holds single values only on one line."""
+
+    def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> Any:
+        return super().represent_sequence(tag, sequence, _single(sequence))
+
+    def represent_mapping(self, tag: str, mapping: Any, flow_style: bool | None = None) -> Any:
+        # a dict comes as it is, or as its items
+        values = mapping.values() if isinstance(mapping, Mapping) else [v for _, v in mapping]
+        return super().represent_mapping(tag, mapping, _single(values) and len(values) <= _SMALL)
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_SMALL = 6  # as many keys as fit on a line
+
+
+def _short(seconds: float) -> float:
+    """Return as many digits as a measurement has, for whoever reads the file."""
+    return float(f"{seconds:.5g}")
+
+
+def _single(values: Any) -> bool:
+    return not any(isinstance(value, Mapping | list | tuple) for value in values)
 
 
 def _announce(address: str) -> None:
@@ -115,9 +150,9 @@ def profile(
     forward, backward = timed.passes(sizes, repeats)
     update = timed.updates(repeats)
     sizes_at_cuts = {
-        str(cut): {
+        cut: {
             codec: tensor_bytes(crossings(layers)[cut - 1], config.client.batch_size, codec)
-            for codec in ("fp32", "fp16", "bf16", "int8")
+            for codec in CODECS
         }
         for cut in layers.cuts
     }
@@ -127,15 +162,22 @@ def profile(
         "model": str(config.model.get("name") or config.model["_target_"]).rpartition(".")[2],
         "units": units_sha256(layers),
         "batch_size": config.client.batch_size,
+        **made_for(config.client),
+        "torch": str(torch.__version__),
         "source": f"measured: {config.client.threads} threads, {device}, torch {torch.__version__}",
+        "workers": _workers(config, device),
         "spread": round(spread, 4),
+        "names": [unit.name for unit in layers.units],
         "rows": sizes,
         "forward_s": [timed.by_unit(forward[n]) for n in sizes],
         "backward_s": [timed.by_unit(backward[n]) for n in sizes],
+        "forward_spread": [timed.spread_by_unit(forward[n]) for n in sizes],
+        "backward_spread": [timed.spread_by_unit(backward[n]) for n in sizes],
         "update_s": timed.by_unit(update),
-        "load_s": _load_s(config, repeats),
-        "message_s": link.message_s,
-        "byte_s": link.byte_s,
+        "load_s": _short(_load_s(config, repeats)),
+        "message_s": _short(link.message_s),
+        "byte_s": {codec: _short(seconds) for codec, seconds in link.byte_s.items()},
+        "bytes_at_cuts": sizes_at_cuts,
     }
     fleet: dict[str, Any] = {"machines": {name: machine}, "devices": [name], "servers": [name]}
     if options["edge"]:
@@ -173,6 +215,14 @@ def sizes_of(batch_size: int) -> list[int]:
     ([2, 6, 25, 100], [1])
     """
     return sorted({min(batch_size, max(2, batch_size // part)) for part in (1, 4, 16, 64)})
+
+
+def _workers(config: Config, device: torch.device) -> int:
+    """Return how many sessions an edge server computes at once here, at the speed of one.
+
+    As many as there are cores for (`fedsys.processors`); on a GPU they share what one has alone.
+    """
+    return 1 if device.type == "cuda" else max(1, usable_cores() // config.client.threads)
 
 
 def _spread(samples: Sequence[Sequence[float]]) -> float:
@@ -302,8 +352,15 @@ class _Timed:
             units = self._layers.units[first:last]
             work = [unit.macs for unit in units]
             whole = sum(work)
-            found += [seconds * (w / whole if whole else 1 / len(work)) for w in work]
+            found += [_short(seconds * (w / whole if whole else 1 / len(work))) for w in work]
         return found
+
+    def spread_by_unit(self, samples: Sequence[Sequence[float]]) -> list[float]:
+        """Return the spread of the part that each unit is in, as a share of its median."""
+        bounds = [0, *self._layers.cuts, len(self._layers)]
+        sizes = [last - first for first, last in pairwise(bounds)]
+        parts = zip(sizes, samples, strict=True)
+        return [round(_spread([part]), 4) for size, part in parts for _ in range(size)]
 
     def _now(self) -> float:
         if self._device.type == "cuda":

@@ -7,10 +7,13 @@ import json
 import pytest
 import yaml
 
+from fedsys import profile_link
 from fedsys.costs import Crossing
-from fedsys.link import serve
+from fedsys.link import dial, serve
 from fedsys.main import main
+from fedsys.processors import usable_cores
 from fedsys.profile_link import answer, measure_link
+from fedsys.shaping import Network, Shaped
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +37,37 @@ def test_a_profile_has_seconds_of_each_unit_and_costs_of_messages(profiled):
     assert len(machine["update_s"]) == 4
     assert machine["load_s"] > 0 and machine["message_s"] > 0
     assert set(machine["byte_s"]) == {"fp32", "fp16", "bf16", "int8"}
+
+
+def test_a_profile_says_how_sure_it_is_of_each_unit_and_how_it_was_made(profiled):
+    """It had one spread for all, no bytes at cuts, no versions, and one worker on any machine."""
+    text = profiled.read_text()
+    machine = yaml.safe_load(text)["machines"]["bench"]
+    for spread in (machine["forward_spread"], machine["backward_spread"]):
+        assert len(spread) == 3 and {len(row) for row in spread} == {4}
+        assert all(value >= 0 for row in spread for value in row)
+    first = machine["bytes_at_cuts"][1]
+    assert first["fp32"] == 2 * first["fp16"] and first["fp32"] > 3 * first["int8"] > 0
+    assert machine["workers"] == usable_cores()  # one thread for each session
+    assert machine["fedsys"] and machine["torch"] and len(machine["names"]) == 4
+    assert (machine["threads"], machine["memory_format"]) == (1, "contiguous")
+    assert "update_s: [" in text and len(text.splitlines()) < 50  # for people to read
+
+
+@pytest.mark.parametrize(
+    ("argument", "names"),
+    [
+        ("client.threads=2", "fleet.machines.bench.threads=1: must be 2, client.threads of this"),
+        ("client.memory_format=channels_last", "memory_format=contiguous: must be channels_last"),
+        ("fleet.machines.bench.fedsys=0.0.1", "bench.fedsys=0.0.1: must be "),
+        ("model.norm=group", "a profile of another model"),
+        ("model.norm=deferred", "a profile of another model"),
+    ],
+)
+def test_a_profile_made_in_another_way_is_refused(profiled, capsys, argument, names):
+    """One made with BatchNorm passed for GroupNorm, with one thread for two."""
+    assert main(["plan", f"fleet={profiled}", argument]) == 2
+    assert names in capsys.readouterr().err
 
 
 def test_a_profile_is_a_fleet(profiled, capsys):
@@ -75,6 +109,19 @@ def test_the_other_end_is_measured_over_the_link():
         server.stop()
     assert found.message_s > 0 and found.latency_s > 0
     assert found.up_bits_s > 0 and found.down_bits_s > 0
+
+
+def test_a_rate_is_that_of_the_bytes_that_came(monkeypatch):
+    """Answers are bounded: beyond, the downlink seemed faster than it is, 1.6 times for 105 MB."""
+    monkeypatch.setattr(profile_link, "MOST", 1 << 16)
+    server = serve("memory://bounded", answer)
+    link = Shaped(dial("memory://bounded"), Network(down_bits_s=4e6))
+    try:
+        _, down, _ = profile_link._rates(link, 1 << 18, 3)
+    finally:
+        link.close()
+        server.stop()
+    assert down < 8e6  # four times as fast, if it were divided by what was asked for
 
 
 def test_options_of_a_profile_are_checked(capsys, tmp_path):
