@@ -20,6 +20,7 @@ from clients.steps import Batches, Split, Steps, Tally
 from fedsys import data, federation, records, training
 from fedsys.codecs import decode_activation, encode_activation
 from fedsys.config import Config
+from fedsys.dialling import link_of, network_of
 from fedsys.emulation import Pace, device_costs
 from fedsys.faults import SPARED, Doom
 from fedsys.halves import Part, filled_stages
@@ -300,4 +301,5 @@ class OffloadClient:
         return RecordDict({"observation": self._observation(self._reached, seconds, reason)})
 
     def _observation(self, steps: int, seconds: float, stranded: str = "") -> ConfigRecord:
-        return observation(steps, seconds, self._recorder.sums(), self._remote.traffic, stranded)
+        sums = self._recorder.sums(network_of(link_of(self._config, self._partition)).latency_s)
+        return observation(steps, seconds, sums, self._remote.traffic, stranded)

@@ -33,7 +33,7 @@ class Seen:
         compute_s: Seconds of a mini-batch in which it computes.
         up_bit_s: Seconds that a bit takes on the uplink; 0 if nothing was sent.
         down_bit_s: On the downlink.
-        edge_s: Seconds of a mini-batch in which its edge computes for it.
+        edge_s: Seconds of a mini-batch in which its edge computes for it, optimizer not included.
         iteration_s: Seconds of a mini-batch.
     """
 
@@ -114,8 +114,8 @@ def _seen(
 ) -> tuple[Seen, ...]:
     busy = [dict.fromkeys(("device", "up", "down", "edge"), 0.0) for _ in jobs]
     for event in timeline.events:
-        if event.name != "load":
-            kind = event.resource.partition(":")[0]
+        kind = event.resource.partition(":")[0]
+        if event.name != "load" and (kind, event.name) != ("edge", "update"):
             busy[event.job][kind] += event.end_s - event.start_s
     found = []
     for k, job in enumerate(jobs):

@@ -203,8 +203,7 @@ class SessionPace:
         """
         self._received_s = received_s
         if self._costs is None:
-            self._span = (self._clock(), 0.0)
-            self._middle_s = self._span[0]
+            self.served()
             return
         ahead, back, answer = self._seconds(rows)
         done = ahead if both or forward else 0.0
@@ -213,6 +212,12 @@ class SessionPace:
         at = max(received_s, self._free_s)
         self._span = self._workers.take(at, seconds + messages, self._costs.workers)
         self._middle_s = self._span[0] + done
+
+    def served(self) -> None:
+        """A processor is there: to wait for it was not yet work."""
+        if self._costs is None:
+            self._span = (self._clock(), 0.0)
+            self._middle_s = self._span[0]
 
     def turn(self) -> None:
         """The forward is done, and the backward begins."""

@@ -282,6 +282,7 @@ class Session:
 
         def done() -> T:
             training.set_threads(self._threads)
+            self._pace.served()
             return work()
 
         return self._processors.do(done, self._threads)

@@ -12,6 +12,7 @@ taken to be equal.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -58,12 +59,12 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """What a mini-batch took, and what a bit took on its way; medians, 0 where unknown.
+    """What a mini-batch took, and what a bit took on its way; 0 where unknown.
 
     Attributes:
-        iteration_s: From one mini-batch to the next.
-        compute_s: In which the device computed.
-        edge_s: In which the edge computed.
+        iteration_s: From one mini-batch to the next; the median.
+        compute_s: In which the device computed, loading not included; the mean.
+        edge_s: In which the edge computed, its optimizer step not included; the mean.
         up_bit_s: Seconds for a bit to the edge.
         down_bit_s: Seconds for a bit from it.
     """
@@ -153,12 +154,18 @@ class Recorder:
             up, down = received, answer.arrived_s
         return sorted((e for e in found if e.end_s > e.start_s), key=lambda e: (e.start_s, e.end_s))
 
-    def sums(self) -> Sums:
-        """Return what a mini-batch took."""
+    def sums(self, latency_s: float = 0.0) -> Sums:
+        """Return what a mini-batch took.
+
+        Args:
+            latency_s: What is known to be no part of the time of bits, one way.
+        """
         steps = max(1, len(self._ends))
         offset = _offset(self._answers)
         computed = sum(
-            end - start for name, _, _, start, end in self._own if name not in ("wait", "send")
+            end - start
+            for name, _, _, start, end in self._own
+            if name not in ("wait", "send", "load")
         )
         edge = sum(answer.told[3] - answer.told[1] for answer in self._answers) / 1e6
         ways = [
@@ -169,8 +176,8 @@ class Recorder:
             median(self.iterations()) if len(self._ends) > 1 else 0.0,
             computed / steps,
             edge / steps,
-            _bit_s([(sent, received, n) for sent, received, n, *_ in ways]),
-            _bit_s([(sent, received, n) for *_, sent, received, n in ways]),
+            _bit_s([(sent, received, n) for sent, received, n, *_ in ways], latency_s),
+            _bit_s([(sent, received, n) for *_, sent, received, n in ways], latency_s),
         )
 
     def record(self) -> dict[str, bytes | list[float] | float]:
@@ -188,20 +195,21 @@ def _offset(answers: Iterable[_Answer]) -> float:
     return (min(up) - min(down)) / 2
 
 
-def _bit_s(ways: Sequence[tuple[float, float, int]]) -> float:
+def _bit_s(ways: Sequence[tuple[float, float, int]], latency_s: float) -> float:
     """Return the seconds of a bit, from transfers ``(sent, received, bytes)`` in a row.
 
     Where a transfer waited for the one before it, the latency of both is the same and drops out.
     """
     queued, all_ = [], []
-    before = 0.0
+    free = -math.inf  # when the last bit of the one before was on its way
     for sent, received, nbytes in sorted(ways, key=lambda way: way[1]):
-        if nbytes and received > max(sent, before):
-            took = (received - max(sent, before)) / (8.0 * nbytes)
+        left = received - latency_s
+        if nbytes and left > max(sent, free):
+            took = (left - max(sent, free)) / (8.0 * nbytes)
             all_.append(took)
-            if sent < before:
+            if sent < free:
                 queued.append(took)
-        before = received
+        free = left
     return median(queued or all_) if all_ else 0.0
 
 

@@ -161,7 +161,7 @@ class Planned:
             choice, got = Choice(*state["choices"][client]), seen[client]
             s = Menu(load, [choice]).stages(device)
             own = float(s.pieces[0] * (s.forward[0] + s.backward[0]) + s.device_update[0])
-            there = float(s.pieces[0] * s.edge[0] + s.edge_update[0])
+            there = float(s.pieces[0] * s.edge[0])
             now = (
                 1 / got.up_bit_s if got.up_bit_s > 0 else None,
                 1 / got.down_bit_s if got.down_bit_s > 0 else None,

@@ -61,10 +61,12 @@ class Observation:
         waited_s: Of these, seconds in which it waited for its edge.
         bytes_up: Bytes sent to the edge.
         bytes_down: Bytes received from it.
-        compute_s: Seconds of a mini-batch in which the device computed; 0 here and below: unknown.
-        up_bit_s: Seconds that a bit took to the edge.
+        compute_s: Seconds of a mini-batch in which the device computed, without loading; 0 here
+            and below: unknown.
+        up_bit_s: Seconds that a bit took to the edge, without the latency of ``network=``.
         down_bit_s: Seconds that a bit took from it.
-        edge_s: Seconds of a mini-batch in which the edge computed for this device.
+        edge_s: Seconds of a mini-batch in which the edge computed for this device, without waiting
+            for a processor and without its optimizer.
         iteration_s: Seconds from one mini-batch to the next; the median.
     """
 

@@ -1,14 +1,18 @@
 import copy
 import dataclasses
+import threading
+import time
 
 import pytest
 import torch
 
 from fedsys import models, training
 from fedsys.config import parse, with_values
+from fedsys.emulation import Workers
 from fedsys.errors import FrameError, ModelError, SessionError
 from fedsys.halves import Part, filled_stages, names_between, safe_input
 from fedsys.optimizers import make_optimizer
+from fedsys.processors import Processors
 from fedsys.randomness import Address, drawing, rows
 from fedsys.session import Session, SessionSpec, Snapshot, layered_model
 from fedsys.training import Proximal, pieces
@@ -480,3 +484,28 @@ def test_a_state_that_is_not_that_of_the_units_is_refused(settings):
     stray = {"elsewhere.weight|momentum_buffer": torch.zeros(2)}
     with pytest.raises(ModelError, match="no parameter"):
         Session(spec_of(config, 2, 4), Snapshot(0, mine, stray), CPU)
+
+
+def test_waiting_for_a_processor_is_not_computing(last_layer):
+    """It was taken for a slow edge, which sent devices home, and counted twice with contention."""
+    workers = Workers("edge")
+    workers.processors = Processors(1)
+    session = Session(last_layer.spec(), last_layer.start(), CPU, workers=workers)
+    taken, free = threading.Event(), threading.Event()
+    other = threading.Thread(
+        target=workers.processors.do, args=(lambda: (taken.set(), free.wait(30)), 1)
+    )
+    replies = []
+    ours = threading.Thread(target=lambda: replies.extend(session.handle(last_layer.activation(0))))
+    other.start()
+    assert taken.wait(30)
+    ours.start()
+    while not session.at_work():
+        time.sleep(0.01)
+    time.sleep(0.05)  # it comes to the processor meanwhile
+    freed_s = time.monotonic()
+    free.set()
+    ours.join(30)
+    other.join(30)
+    _, began, middle, ended = replies[0].meta["at_us"]
+    assert 1e6 * freed_s - 1 <= began <= middle <= ended

@@ -74,6 +74,35 @@ def test_sums_are_per_mini_batch_and_bits_are_timed_where_they_queued():
     assert sums.down_bit_s == pytest.approx(1.0 / 4000)
 
 
+def test_loading_is_not_computing():
+    """Planners count it beside what a device computes, so a device looked slower than it was."""
+    recorder = recorded()
+    recorder.note("load", 0, -1, (108.0, 109.5))
+    assert recorder.sums().compute_s == pytest.approx(5.0)
+
+
+def test_latency_is_no_time_of_bits_where_no_transfer_waited_for_another():
+    """One small piece after the other over 4G looked like a link many times slower."""
+    recorder = Recorder()
+    for step, t in ((0, 100.0), (1, 110.0)):  # 1 s of bits and 3 s of latency, each way
+        recorder.answer(step, 0, (t, 1000), (t + 9, 500), us(t + 4, t + 4, t + 4.5, t + 5))
+    sums = recorder.sums(3.0)
+    assert sums.up_bit_s == pytest.approx(1.0 / 8000)
+    assert sums.down_bit_s == pytest.approx(1.0 / 4000)
+    assert recorder.sums(6.0).up_bit_s == 0.0  # it says nothing of bits
+
+
+@pytest.mark.parametrize("wait", [0.0, 1.0, 4.0, 6.0])
+def test_a_bit_takes_the_same_time_however_soon_the_next_transfer_follows(wait):
+    """Whoever sent before the last one had arrived was taken to have waited for it."""
+    recorder, sent, left = Recorder(), 100.0, 0.0
+    for piece in range(4):  # 2 s of bits, 3 s of latency
+        left = max(sent, left) + 2
+        recorder.answer(0, piece, (sent, 1000), (left + 9, 0), us(*[left + 3] * 3, left + 4))
+        sent += wait
+    assert recorder.sums(3.0).up_bit_s == pytest.approx(2.0 / 8000)
+
+
 def test_what_an_edge_tells_is_not_believed_when_it_makes_no_sense():
     recorder = Recorder()
     for told in (None, [1, 2, 3], ["a"] * 4, [True] * 4):
