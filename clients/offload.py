@@ -85,8 +85,8 @@ class OffloadClient:
         self._recorder = Recorder()
         pace = Pace(device_costs(config, self._layers, partition))
         cut, tail = self._cuts
-        codec = str(self._plan["codec-up"])
-        split = Split(cut, tail, len(self._layers), pieces, codec, config.schedule)
+        codecs = str(self._plan["codec-up"]), str(self._plan["codec-down"])
+        split = Split(cut, tail, len(self._layers), pieces, *codecs, config.schedule)
         self._steps = Steps(split, self._address, self._remote, pace, self._recorder, self._device)
         self._reached = 0  # the step in work
 

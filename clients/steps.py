@@ -78,6 +78,7 @@ class Split:
         units: Number of units, L.
         micro_batches: Pieces of a mini-batch.
         codec: How the device writes what it sends.
+        codec_down: How the edge writes what it returns.
         schedule: Order of the pieces.
     """
 
@@ -86,6 +87,7 @@ class Split:
     units: int
     micro_batches: int
     codec: str
+    codec_down: str
     schedule: ScheduleConfig
 
     @property
@@ -187,7 +189,7 @@ class Steps:
             tensors = {**tensors, "labels": labels}
         meta = {**codec, "batch": size, "needs_gradient": z.requires_grad}
         nbytes = self._remote.prepare("activation", self._step, piece, meta, tensors)
-        self._end("forward", piece, 0, len(labels), 0, self._split.cut, nbytes)
+        self._end("forward", piece, 0, len(labels), 0, self._split.cut, up=nbytes)
         self._sent[piece] = z
         self._post("activation", piece, nbytes)
 
@@ -202,8 +204,8 @@ class Steps:
         tensors, codec = encode_activation(gradient, self._split.codec)
         nbytes = self._remote.prepare("gradient", self._step, piece, codec, tensors)
         self._returned[piece] = loss.detach(), (outputs.detach().argmax(1) == labels).sum()
-        down = answer.encoded_bytes
-        self._end("tail", piece, 2, len(labels), self._split.tail, self._split.units, nbytes, down)
+        down, split = answer.encoded_bytes, self._split
+        self._end("tail", piece, 2, len(labels), split.tail, split.units, up=nbytes, down=down)
         self._post("gradient", piece, nbytes)
 
     def _backward(self, piece: int, size: int) -> tuple[Tensor, int]:
@@ -212,7 +214,7 @@ class Steps:
         z = self._sent.pop(piece)
         if z.requires_grad:
             z.backward(self._decoded(answer))  # type: ignore[no-untyped-call]  # no type in torch
-        self._end("backward", piece, 1, size, 0, self._split.cut, answer.encoded_bytes)
+        self._end("backward", piece, 1, size, 0, self._split.cut, down=answer.encoded_bytes)
         if self._split.private:
             loss, hits = self._returned.pop(piece)
             return loss.cpu(), int(hits)
@@ -255,14 +257,19 @@ class Steps:
         return answer
 
     def _end(
-        self, name: str, piece: int, which: int, rows_: int, first: int, last: int, *nbytes: int
-    ) -> None:
-        """End an operation: `which` is 0 for a forward, 1 for a backward, 2 for both."""
+        self, name: str, piece: int, which: int, rows_: int, first: int, last: int,
+        *, up: int = 0, down: int = 0,
+    ) -> None:  # fmt: skip
+        """End an operation: `which` is 0 for a forward, 1 for a backward, 2 for both.
+
+        `up` and `down` are the bytes of its messages, 0 for none.
+        """
         costs, seconds = self._pace.costs, 0.0
         if costs is not None:
             both = costs.seconds(rows_, first, last)
             seconds = sum(both) if which == 2 else both[which]
-            seconds += sum(costs.messaging.seconds(n, self._split.codec) for n in nbytes)
+            ways = ((up, self._split.codec), (down, self._split.codec_down))
+            seconds += sum(costs.messaging.seconds(n, codec) for n, codec in ways if n)
         self._recorder.note(name, self._step, piece, self._pace.end(seconds))
 
     def _decoded(self, answer: Frame) -> Tensor:

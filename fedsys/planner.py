@@ -163,9 +163,9 @@ def next_best(
     for k, (device, own) in enumerate(zip(load.devices, made.choices, strict=True)):
         key = (id(device.costs), device.network, device.examples, own)
         if key not in known:
-            like = (own.cut, own.micro_batches, own.codec)
+            like = (own.cut, own.micro_batches, own.codecs)
             others = [
-                i for i, c in enumerate(table.choices) if (c.cut, c.micro_batches, c.codec) != like
+                i for i, c in enumerate(table.choices) if (c.cut, c.micro_batches, c.codecs) != like
             ]
             rows = np.repeat(picked[None], len(others), axis=0)
             rows[:, k] = others

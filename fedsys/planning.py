@@ -57,7 +57,7 @@ class PlanOptions:
                 raise ConfigError.of(f"policy.{key}", spec[key], "must be a known key", hint)
         codecs = _listed(spec.get("codec", "fp32"))
         for codec in codecs:
-            if codec not in CODECS:
+            if str(codec) not in CODECS:
                 hint = did_you_mean(str(codec), CODECS)
                 rule = f"must be one of {', '.join(CODECS)}, or a list of them to choose from"
                 raise ConfigError.of("policy.codec", codec, rule, hint.strip())

@@ -58,11 +58,11 @@ class Table:
     def _pick_courses(self) -> None:
         like = {id(costs): i for i, costs in reversed(list(enumerate(self.load.edges)))}
         kind = [like[id(costs)] for costs in self.load.edges]
-        found: dict[tuple[int, int, str, int], int] = {}
+        found: dict[tuple[int, int, tuple[str, str], int], int] = {}
         self._first: list[int] = []
         self.course = np.zeros(len(self.choices), dtype=np.int64)
         for i, c in enumerate(self.choices):
-            key = (c.cut, c.micro_batches, c.codec, kind[c.edge])
+            key = (c.cut, c.micro_batches, c.codecs, kind[c.edge])
             self.course[i] = found.setdefault(key, len(found))
             if self.course[i] == len(self._first):
                 self._first.append(i)

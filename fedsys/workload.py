@@ -7,7 +7,7 @@ of a message is charged to the machine that spends it: to the device in f and b,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -33,14 +33,21 @@ class Choice:
     Attributes:
         cut: Units ``[0, cut)`` are on the device.
         micro_batches: Pieces of a mini-batch.
-        codec: How tensors are written at the cut, both ways.
+        codec: How activations are written at the cut.
         edge: Index of the edge server.
+        codec_down: How their gradients are written; empty: as `codec`.
     """
 
     cut: int
     micro_batches: int = 1
     codec: str = "fp32"
     edge: int = 0
+    codec_down: str = ""
+
+    @property
+    def codecs(self) -> tuple[str, str]:
+        """How tensors are written on the way up, and down."""
+        return self.codec, self.codec_down or self.codec
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,19 +265,28 @@ class Menu:
         self.pieces = np.array([float(choice.micro_batches) for choice in choices])
         self.offloaded = self.cut < load.units
         self._sizes, self._size = np.unique(load.batch_size / self.pieces, return_inverse=True)
-        self._codecs = sorted({choice.codec for choice in choices})
-        self._codec = np.array([self._codecs.index(choice.codec) for choice in choices])
+        self._codecs = sorted({codec for choice in choices for codec in choice.codecs})
+        index = {codec: i for i, codec in enumerate(self._codecs)}
+        self._up_codec, self._down_codec = (
+            np.array([index[choice.codecs[way]] for choice in choices]) for way in (0, 1)
+        )
         rows = self._sizes[self._size]
-        self._down_bytes = np.zeros(len(choices))
-        for index, codec in enumerate(self._codecs):
-            mine = self.offloaded & (self._codec == index)
-            slope, fixed = _frame_table(load, codec)
-            at = self.cut[mine] - 1
-            self._down_bytes[mine] = slope[at] * rows[mine] + fixed[at]
-        self._up_bytes = np.where(self.offloaded, self._down_bytes + LABEL_BYTES * rows, 0.0)
+        labels = np.where(self.offloaded, LABEL_BYTES * rows, 0.0)
+        self._up_bytes = self._frame_bytes(self._up_codec, rows) + labels
+        self._down_bytes = self._frame_bytes(self._down_codec, rows)
         self._edge_s, self._edge_update_s = np.zeros(len(choices)), np.zeros(len(choices))
         for index in np.unique(self.edge[self.offloaded]):
             self._cost_edge(int(index))
+
+    def _frame_bytes(self, codecs: NDArray[np.int64], rows: Array) -> Array:
+        """Return the bytes of a frame of each choice without labels."""
+        found = np.zeros(len(self.choices))
+        for index, codec in enumerate(self._codecs):
+            mine = self.offloaded & (codecs == index)
+            slope, fixed = _frame_table(self.load, codec)
+            at = self.cut[mine] - 1
+            found[mine] = slope[at] * rows[mine] + fixed[at]
+        return found
 
     def _cost_edge(self, index: int) -> None:
         costs = self.load.edges[index]
@@ -278,30 +294,34 @@ class Menu:
         forward, backward = costs.done_after(self._sizes)
         both = (forward[:, -1:] - forward) + (backward[:, -1:] - backward)
         message_s = costs.messaging.message_s
-        byte_s = self._by_codec(costs.messaging.byte_s)
+        up_s, down_s = self._message_bytes_s(costs)
         seconds = both[self._size, self.cut] + 2 * (costs.operation_s + message_s)
-        seconds += (self._up_bytes + self._down_bytes) * byte_s
+        seconds += up_s + down_s
         self._edge_s[mine] = seconds[mine]
         self._edge_update_s[mine] = _after(costs.update_s)[self.cut[mine]]
 
-    def _by_codec(self, byte_s: Mapping[str, float]) -> Array:
-        values: Array = np.array([byte_s.get(codec, 0.0) for codec in self._codecs])[self._codec]
-        return values
+    def _message_bytes_s(self, costs: MachineCosts) -> tuple[Array, Array]:
+        """Return the CPU seconds that a machine spends on the bytes of a message, up and down."""
+        by_codec = np.array([costs.messaging.byte_s.get(codec, 0.0) for codec in self._codecs])
+        return (
+            self._up_bytes * by_codec[self._up_codec],
+            self._down_bytes * by_codec[self._down_codec],
+        )
 
     def stages(self, device: Device) -> Stages:
         """Return the stages of a device; one entry for each choice."""
         costs, network = device.costs, device.network
         forward, backward = (t[self._size, self.cut] for t in costs.done_after(self._sizes))
         message_s = np.where(self.offloaded, costs.messaging.message_s, 0.0)
-        byte_s = self._by_codec(costs.messaging.byte_s)
+        up_s, down_s = self._message_bytes_s(costs)
         fixed = np.where(self.cut > 0, costs.operation_s, 0.0)
         after = _after(costs.update_s)
         return Stages(
-            forward=forward + fixed + message_s + self._up_bytes * byte_s,
+            forward=forward + fixed + message_s + up_s,
             up=8.0 * self._up_bytes / network.up_bits_s,
             edge=self._edge_s,
             down=8.0 * self._down_bytes / network.down_bits_s,
-            backward=backward + fixed + message_s + self._down_bytes * byte_s,
+            backward=backward + fixed + message_s + down_s,
             pieces=self.pieces,
             device_update=after[0] - after[self.cut],
             edge_update=self._edge_update_s,
@@ -371,18 +391,18 @@ def _turns(load: Workload, device: Device, choice: Choice, size: int) -> tuple[T
             for index, name in enumerate(("forward", "backward"))
         )
     own, there = device.costs.messaging, load.edges[choice.edge].messaging
-    crossing, codec = load.crossings[choice.cut - 1], choice.codec
+    crossing, (codec, back) = load.crossings[choice.cut - 1], choice.codecs
     turns = []
     for name, piece in operations(load.schedule, len(sizes), load.depth, tail=False):
         n = sizes[piece]
         up = frame_bytes(crossing, n, codec, labels=True)
-        down = frame_bytes(crossing, n, codec)
+        down = frame_bytes(crossing, n, back)
         forward, backward = device.costs.seconds(n, 0, choice.cut)
         if name == "forward":
             edge_s = sum(load.edges[choice.edge].seconds(n, choice.cut))
-            edge_s += there.seconds(up, codec) + there.seconds(down, codec)
+            edge_s += there.seconds(up, codec) + there.seconds(down, back)
             exchange = Exchange(up, edge_s, down)
             turns.append(Turn(name, piece, forward + own.seconds(up, codec), exchange))
         else:
-            turns.append(Turn(name, piece, backward + own.seconds(down, codec)))
+            turns.append(Turn(name, piece, backward + own.seconds(down, back)))
     return tuple(turns)

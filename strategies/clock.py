@@ -110,7 +110,9 @@ class RoundClock:
             return Choice(len(self._layers), self._config.schedule.micro_batches)
         a = self._offload.assigned[client]
         pieces = a.micro_batches or self._config.schedule.micro_batches
-        return Choice(a.cut, pieces, a.codec_up, a.edge % len(self._offload.fleet.edges))
+        return Choice(
+            a.cut, pieces, a.codec_up, a.edge % len(self._offload.fleet.edges), a.codec_down
+        )
 
     def _expected(self, load: Workload, choices: list[Choice], who: list[int]) -> Sequence[float]:
         """Return the seconds of iterations that the policy expected, or the fleet file gives."""

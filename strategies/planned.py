@@ -80,7 +80,7 @@ class Planned:
             state = self._replanned(state, clients)
         chosen = {client: Choice(*state["choices"][client]) for client in clients}
         return state | {"drifted": False}, {
-            client: Assignment(c.cut, c.edge, c.codec, c.codec, c.micro_batches)
+            client: Assignment(c.cut, c.edge, *c.codecs, c.micro_batches)
             for client, c in chosen.items()
         }
 

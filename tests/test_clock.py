@@ -131,3 +131,23 @@ def test_a_run_tells_its_virtual_time_and_plans_anew_when_the_network_fails(conf
     # Offloaded while the network was fast, and alone at the end
     assert results[0]["edge_steps"] > 0
     assert all(cut["device_share"] == 1.0 for cut in results[0]["cuts"].values())
+
+
+def test_each_way_takes_as_long_as_its_own_codec_makes_it(configure, tmp_path):
+    """The clock took the codec of activations for gradients, too: int8 up made both ways fast."""
+    options = (
+        "policy=fixed", "policy.cut=1", "fleet=nominal", "fleet.devices=[pi3]", "network=4g",
+        "num_clients=1", "rounds=1", "data=synthetic", "data.examples=32", "model=cnn",
+        "client.batch_size=16", "client.epochs=1",
+    )  # fmt: skip
+    took = {}
+    for up, down in (("fp32", "fp32"), ("int8", "fp32"), ("fp32", "int8"), ("int8", "int8")):
+        folder = tmp_path / f"{up}-{down}"
+        given = (*options, f"policy.codec={{up:{up},down:{down}}}", f"run.dir={folder}")
+        run(configure(*given))
+        took[up, down] = RunFolder.open(folder).info["result"]["virtual_s"]
+    saved_up = took["fp32", "fp32"] - took["int8", "fp32"]
+    saved_down = took["fp32", "fp32"] - took["fp32", "int8"]
+    assert saved_up > 1.5 * saved_down > 0  # the uplink of 4G is slower
+    both = took["fp32", "fp32"] - took["int8", "int8"]
+    assert saved_up + saved_down == pytest.approx(both)

@@ -43,6 +43,7 @@ choices = st.builds(
     st.sampled_from(COUNTS),
     st.sampled_from(["fp32", "int8"]),
     st.integers(0, 1),
+    st.sampled_from(["", "fp32", "int8"]),
 )
 
 

@@ -107,6 +107,10 @@ def test_models_too_large_for_a_device_are_offloaded_whatever_it_takes():
     ("options", "names"),
     [
         ({"codec": ["fp32", "zip"]}, r"policy\.codec=zip: must be one of .* or a list"),
+        (
+            {"codec": {"up": "int8", "down": "fp32"}},
+            r"policy\.codec=.*: must be one of .* or a list",
+        ),
         ({"micro_batches": [0]}, r"policy\.micro_batches=\[0\]: must be whole numbers"),
         ({"micro_batches": [200]}, r"micro_batches=200: must be from 1 to client.batch_size=100"),
         ({"offload": "never"}, r"policy\.offload=never: must be free or forced"),
