@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from contextlib import closing
 from types import SimpleNamespace
 
@@ -165,9 +166,22 @@ def test_what_is_no_image_is_refused(data, told):
         decode(data, CARD)
 
 
-def test_a_small_file_with_a_huge_image_is_refused_before_it_is_decoded():
+def test_colours_with_transparency_are_decoded_as_in_training():
+    """A warning of Pillow about them was taken for an error: an image was called damaged."""
     out = io.BytesIO()
-    Image.new("1", (9_000, 9_000)).save(out, "PNG")
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.save(out, "PNG", transparency=bytes([0, 128]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        got = decode(out.getvalue(), CARD)
+    assert got[:, 0, 0].tolist() == [40, 50, 60]
+
+
+@pytest.mark.parametrize("width", [9_000, 10_500, 20_000])  # Pillow itself warns, and refuses
+def test_a_small_file_with_a_huge_image_is_refused_before_it_is_decoded(width):
+    out = io.BytesIO()
+    Image.new("1", (width, 9_000)).save(out, "PNG")
     assert len(out.getvalue()) < 1 << 20
     with pytest.raises(RequestError, match="more than 64,000,000 pixels"):
         decode(out.getvalue(), CARD, resize=True)
@@ -707,6 +721,7 @@ def test_a_portfolio_that_takes_no_images_is_refused(portfolio):
         (["serve", "serving.objective.margin=2"], "serving.objective.margin=2.0: must be in"),
         (["serve", "serving.max_bacht=1"], "serving.max_bacht"),
         (["query"], "input=None: must name an image"),
+        (["query", "input="], "input=: must name an image"),
         (["query", "input=nowhere.png"], "input=nowhere.png: must be an image"),
     ],
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 
 import numpy as np
 import torch
@@ -18,6 +17,8 @@ FORMATS = ("PNG", "JPEG")
 
 MAX_PIXELS = 64_000_000
 """An image that is to be resized may have so many: a small file can hold a huge image."""
+
+_TOO_MANY = f"{{}} has more than {MAX_PIXELS:,} pixels"
 
 
 def decode(data: bytes, card: Card, *, resize: bool = False, where: str = "image") -> Tensor:
@@ -34,22 +35,23 @@ def decode(data: bytes, card: Card, *, resize: bool = False, where: str = "image
     """
     channels, height, width = card.input_shape
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # of Pillow, about what may be an attack
-            with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-                if opened.size != (width, height) and not resize:
-                    raise RequestError(
-                        400, f"{where} has {opened.width}x{opened.height} pixels, and must have "
-                        f"{width}x{height}; serving.resize=true resizes images",
-                    )  # fmt: skip
-                if opened.width * opened.height > MAX_PIXELS:
-                    raise RequestError(400, f"{where} has more than {MAX_PIXELS:,} pixels")
-                image = opened.convert("RGB" if channels == 3 else "L")
-                if image.size != (width, height):
-                    image = image.resize((width, height), Image.Resampling.BILINEAR)
-                pixels = np.array(image, dtype=np.uint8)
+        # No filter of warnings: these are of the whole process, and files are decoded by threads.
+        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+            if opened.size != (width, height) and not resize:
+                raise RequestError(
+                    400, f"{where} has {opened.width}x{opened.height} pixels, and must have "
+                    f"{width}x{height}; serving.resize=true resizes images",
+                )  # fmt: skip
+            if opened.width * opened.height > MAX_PIXELS:
+                raise RequestError(400, _TOO_MANY.format(where))
+            image = opened.convert("RGB" if channels == 3 else "L")
+            if image.size != (width, height):
+                image = image.resize((width, height), Image.Resampling.BILINEAR)
+            pixels = np.array(image, dtype=np.uint8)
     except RequestError:
         raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise RequestError(400, _TOO_MANY.format(where)) from error
     except UnidentifiedImageError as error:
         known = " or ".join(FORMATS)
         raise RequestError(400, f"{where} ({len(data):,} bytes) is no {known} file") from error

@@ -65,8 +65,8 @@ def job(tree: Any) -> Mapping[str, Any]:
 
 
 def _files(config: Config) -> tuple[list[Path], bool]:
-    if config.input is None:
-        raise ConfigError.of("input", None, "must name an image or a folder of images")
+    if not config.input:
+        raise ConfigError.of("input", config.input, "must name an image or a folder of images")
     place = Path(config.input).expanduser()
     if place.is_file():
         return [place], True
