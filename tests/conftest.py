@@ -2,6 +2,7 @@
 
 import os
 import shlex
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,7 +24,20 @@ os.environ |= {
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 
+_LONG = ("deployment", "ray", "slow")
+
 _composed: dict[tuple[str, ...], str] = {}
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the files with the most long tests begin, then those with the most tests.
+
+    A file is the work of one worker: a long one that begins last leaves the others idle.
+    """
+    tests = Counter(item.path for item in items)
+    long = Counter(item.path for item in items if any(map(item.get_closest_marker, _LONG)))
+    items.sort(key=lambda item: (-long[item.path], -tests[item.path], item.path))
 
 
 @pytest.fixture

@@ -242,6 +242,7 @@ def test_scale_needs_a_round_that_counts(configure):
         scale.run(config, config.bench)
 
 
+@pytest.mark.slow
 def test_split_gives_each_cut_its_ratio_and_the_memory_of_its_device(tmp_path, capsys):
     figures = job("split", capsys, tmp_path / "run")
     assert [row["cut"] for row in figures["cuts"]] == [1, 2, 3]
@@ -328,6 +329,7 @@ def test_planning_needs_a_fleet_whose_costs_are_known(configure):
         planning.run(config, config.bench)
 
 
+@pytest.mark.slow
 def test_start_divides_the_time_of_a_command(tmp_path, capsys):
     figures = job("start", capsys, tmp_path / "run")
     (case,) = figures["cases"]

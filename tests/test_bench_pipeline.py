@@ -88,6 +88,7 @@ def test_the_comparison_is_that_of_valid_cells_of_one_setting():
     assert found["void_cells"] == 2
 
 
+@pytest.mark.slow
 def test_one_cell_is_measured_on_real_links_and_shared_by_methods_with_one_plan(
     configure, tmp_path
 ):

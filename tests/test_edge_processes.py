@@ -149,6 +149,7 @@ def test_an_edge_that_is_told_to_stop_hands_its_sessions_over(edges, train, undi
     assert last_line(edges, "edge-0")["saved"] == 0
 
 
+@pytest.mark.slow
 def test_an_edge_that_freezes_is_left_without_waiting_for_its_links_to_end(
     edges, train, undisturbed
 ):
@@ -215,6 +216,7 @@ def test_strangers_are_refused_with_a_reason_and_counted_and_nobody_else_notices
     server.close()
 
 
+@pytest.mark.slow
 def test_sessions_that_nobody_takes_back_are_saved_and_taken_up_again(edges, last_layer, tmp_path):
     """SIGTERM while the server app is away."""
     command = edges.launched._command("edge-0", edges.links / "edge-0")

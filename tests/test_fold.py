@@ -406,7 +406,6 @@ def test_reading_a_variant_leaves_no_source_text_behind(tmp_path: Path) -> None:
     assert outputs(module, torch.randn(1, *SMALL)).shape == (1, 4)
 
 
-@pytest.mark.slow
 def test_onnx_runtime_gives_the_same_outputs(tmp_path: Path) -> None:
     graph = classifier()
     file = tmp_path / "model.onnx"

@@ -290,6 +290,7 @@ def test_what_a_page_links_to_or_names_exists(page):
         assert (ROOT / path).exists(), path
 
 
+@pytest.mark.slow
 def test_the_page_on_extending_works_as_written(tmp_path, monkeypatch, capsys):
     from PIL import Image
 

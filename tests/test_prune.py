@@ -75,6 +75,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # The command
 
 
+@pytest.mark.slow
 def test_a_run_becomes_a_portfolio_of_its_model(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -206,6 +206,7 @@ def fedsys(tmp_path_factory):
     runner.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_killed_at_random_moments_ends_with_the_same_model(fedsys, case):
     whole = fedsys.reference(case)

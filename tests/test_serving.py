@@ -761,7 +761,6 @@ def test_query_says_that_nobody_is_there(tmp_path, capsys):
     assert "fedsys serve portfolio=DIR" in told
 
 
-@pytest.mark.slow
 def test_what_is_seen_is_told_also_where_one_variant_alone_answers(portfolio_folder):
     """No loop looked then: signals stayed those of the start, and every request took memory."""
     call_ = [sys.executable, "-m", "fedsys.main", "serve", f"portfolio={portfolio_folder}",
@@ -782,7 +781,6 @@ def test_what_is_seen_is_told_also_where_one_variant_alone_answers(portfolio_fol
     assert seen["arrival_rate"] > 0
 
 
-@pytest.mark.slow
 def test_serve_drains_when_it_is_terminated(portfolio_folder, tmp_path):
     """Requests come before and after the signal: each is answered, or its client knows."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
