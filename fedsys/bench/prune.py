@@ -16,6 +16,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -40,12 +41,13 @@ from fedsys.prune import fill, of_run, run_config
 from fedsys.pruning.candidates import convert
 from fedsys.pruning.levels import Level, Recipe, recipes, refined, spread
 from fedsys.pruning.making import Made, make
-from fedsys.pruning.masks import last_layer
+from fedsys.pruning.masks import Masks, last_layer
 from fedsys.pruning.measuring import in_turns, speedup
 from fedsys.pruning.plan import masked_copy
 from fedsys.pruning.reference import reference_rule_parameters
+from fedsys.pruning.scores import random
 from fedsys.pruning.shrink import shrink
-from fedsys.pruning.sparsify import one_shot
+from fedsys.pruning.sparsify import one_shot, prune
 from fedsys.randomness import Address
 from fedsys.run import RunFolder
 
@@ -70,8 +72,8 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
     dataset = federation.federation(config).dataset
     images = _images(dataset, int(options["images"]))
     exact = [
-        _exactness(name, sparsity, images, config.seed)
-        for name, sparsities in options["families"]
+        _exactness(name, sparsity, images, config.seed, *alive)
+        for name, sparsities, *alive in options["families"]
         for sparsity in sparsities
     ]
     conversions = [
@@ -123,13 +125,14 @@ def _images(dataset: Dataset, count: int) -> Tensor:
 # Exactness and conversion
 
 
-def _exactness(name: str, sparsity: float, images: Tensor, seed: int) -> Row:
+def _exactness(name: str, sparsity: float, images: Tensor, seed: int, alive: int = 0) -> Row:
     model = as_trained(built(name, seed), seed)
-    row: Row = {"model": name, "sparsity": sparsity}
-    leave, address = last_layer(model), Address(seed)
+    row: Row = {"model": name, "sparsity": sparsity, "alive": alive}
     _say(f"exactness of {name} at {sparsity:.1%}")
     try:
-        masks = one_shot("random", model, sparsity, leave=leave, address=address)
+        masks = random_masks(model, sparsity, Address(seed), alive)
+        if alive:
+            _strengthen(model, masks)
         small = shrink(model, (3, 32, 32), masks=masks)
     except ModelError as error:
         return row | {"refused": str(error)[:60]}
@@ -141,9 +144,41 @@ def _exactness(name: str, sparsity: float, images: Tensor, seed: int) -> Row:
         "max_abs_output": float(expected.abs().max()),
         "images": len(images),
         "other_answers": int((expected.argmax(1) != got.argmax(1)).sum()),
+        "spread": float(expected.std(0).max()),
         "params": small.report.parameters,
         "parent_params": small.report.parameters_before,
     }
+
+
+def random_masks(model: nn.Module, sparsity: float, address: Address, alive: int = 0) -> Masks:
+    """Prune weights at random, all of the last layer left.
+
+    Args:
+        model: Its weights are not looked at.
+        sparsity: Share of them that goes; exact.
+        address: Of the draws.
+        alive: So many channels of every layer keep all weights to as many of the next, so that
+            images reach the outputs where hardly a weight is left; 0 leaves all to chance.
+
+    Raises:
+        ModelError: A layer would lose all its weights.
+    """
+    scores = random(model, address)
+    for score in scores.values():
+        score[:alive, :alive] = math.inf
+    return prune(Masks.dense(model, last_layer(model)), scores, sparsity)
+
+
+@torch.no_grad()
+def _strengthen(model: nn.Module, masks: Masks) -> None:
+    """Scale the weights left in each channel to a norm of √2, as if they had been drawn for it.
+
+    Where few are left, outputs would hardly depend on the image, and agree whatever went.
+    """
+    for name, mask in masks.items():
+        weight = model.get_parameter(name)
+        norms = (weight * mask).flatten(1).norm(dim=1).clamp(min=1e-9)
+        weight *= (2.0**0.5 / norms).view(-1, *[1] * (weight.dim() - 1))
 
 
 def _answers(model: nn.Module, images: Tensor) -> Tensor:
