@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -575,6 +576,16 @@ def test_a_dense_model_is_compared_on_images_too(
     assert variant.compared_images == 5
     assert variant.other_answers == (4 if much else 0)  # ties, in which rounding decides
     assert variant.max_abs_diff == pytest.approx(much, abs=5e-7)
+
+
+def test_rounding_of_a_deep_model_is_no_defect_of_its_dense_one() -> None:
+    """A ResNet-50 was refused for 1.3e-05, but its dense model was nearer to float64 than it."""
+    net = nn.Linear(4, 3)
+    images = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    exact = run(copy.deepcopy(net).double(), images.double())
+    rounded = (exact + 3e-5).float()  # what a masked model far from float64 might say
+    assert candidates._as_near(net, images, rounded, (exact - 2e-5).float())
+    assert not candidates._as_near(net, images, rounded, (exact - 2e-4).float())
 
 
 # --------------------------------------------------------------------------------------------------

@@ -178,7 +178,7 @@ def _strengthen(model: nn.Module, masks: Masks) -> None:
     for name, mask in masks.items():
         weight = model.get_parameter(name)
         norms = (weight * mask).flatten(1).norm(dim=1).clamp(min=1e-9)
-        weight *= (2.0**0.5 / norms).view(-1, *[1] * (weight.dim() - 1))
+        weight.mul_((2.0**0.5 / norms).view(-1, *[1] * (weight.dim() - 1)))
 
 
 def _answers(model: nn.Module, images: Tensor) -> Tensor:

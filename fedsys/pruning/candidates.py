@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -163,6 +164,16 @@ def _channels(level: Level, plan: Plan) -> tuple[tuple[str, int, int], ...]:
     return tuple((e.name, before.get(e.name, e.before), e.after) for e in plan.edits)
 
 
+def _as_near(masked: nn.Module, images: Tensor, expected: Tensor, got: Tensor) -> bool:
+    """Say whether `got` is as near as `expected` to what the masked model computes in float64.
+
+    Rounding alone moves outputs of deep models by more than the tolerance.
+    """
+    exact = _outputs(copy.deepcopy(masked).double(), images.double()).flatten(1)
+    own, other = ((outputs - exact).abs().max() for outputs in (expected, got))
+    return bool(other <= 2.0 * own)
+
+
 def _compared(
     variant: Variant, masked: nn.Module, module: nn.Module, images: Tensor | None
 ) -> Variant:
@@ -172,7 +183,8 @@ def _compared(
         The variant with the largest difference and output so far, and the answers that differ.
 
     Raises:
-        ModelError: A difference exceeds the tolerance, or an answer differs that is no tie.
+        ModelError: A difference exceeds the tolerance and what rounding does to the masked model,
+            or an answer differs that is no tie.
     """
     if images is None or not len(images):
         return variant
@@ -180,7 +192,7 @@ def _compared(
     expected, got = (_outputs(m, images.to(dtype)).flatten(1) for m in (masked, module))
     difference, passes = compared(expected, got)
     tolerance = tolerance_of(dtype)
-    if not passes:
+    if not passes and not _as_near(masked, images, expected, got):
         raise ModelError(
             f"verification: the dense model differs from the masked one by {difference:.3g} on "
             f"{len(images)} validation images in {dtype}, more than {tolerance:g} x max(1, "
@@ -189,7 +201,7 @@ def _compared(
         )
     other = expected.argmax(1) != got.argmax(1)
     gap = expected.amax(1) - expected.gather(1, got.argmax(1, keepdim=True)).squeeze(1)
-    tie = gap <= tolerance * expected.abs().amax(1).clamp(min=1.0)
+    tie = gap <= torch.clamp(tolerance * expected.abs().amax(1).clamp(min=1.0), min=difference)
     if wrong := int((other & ~tie).sum()):
         raise ModelError(
             f"verification: {wrong} of {len(images)} validation images are answered otherwise by "
