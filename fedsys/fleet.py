@@ -16,7 +16,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from fedsys.edge_client import EdgeClient, Hooks
-from fedsys.errors import FedsysError, LinkError, LinkRefused, SecurityError, SessionError
+from fedsys.errors import (
+    FedsysError,
+    LinkError,
+    LinkRefused,
+    LinkTimeout,
+    SecurityError,
+    SessionError,
+)
 from fedsys.faults import AT_EDGE, Faults, from_json, to_json
 from fedsys.link import Link, dial
 from fedsys.patience import Patience
@@ -266,9 +273,14 @@ class Fleet:
         while not self._closing.wait(BEAT_S):
             for name, edge in list(self._edges.items()):
                 if edge.is_late() and not self._answers(name):
-                    with self._lock:
-                        mine = [s for s, held in self._held.items() if held.edge == name]
-                    edge.abandon(mine)
+                    self._give_up(name, edge)
+
+    def _give_up(self, name: str, edge: EdgeClient) -> None:
+        if edge.lost:
+            return
+        with self._lock:
+            mine = [s for s, held in self._held.items() if held.edge == name]
+        edge.abandon(mine)
 
     def _answers(self, name: str) -> bool:
         """Ask an edge over a new link whether it is alive."""
@@ -321,7 +333,12 @@ class Fleet:
         snapshot: Snapshot | None = None,
     ) -> Frame:
         tensors = snapshot.tensors() if snapshot is not None else {}
-        return self._edges[edge].request(kind, meta, tensors)
+        client = self._edges[edge]
+        try:
+            return client.request(kind, meta, tensors)
+        except LinkTimeout:  # it was asked; the next request need not find out again
+            self._give_up(edge, client)
+            raise
 
     def _on_replica(self, frame: Frame) -> None:
         snapshot = Snapshot.from_frame(frame)

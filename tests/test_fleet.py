@@ -276,11 +276,8 @@ class Cable:
         return getattr(self._link, name)
 
 
-def test_an_edge_that_falls_silent_is_given_up(place, monkeypatch):
-    """The power of its machine is gone: no link is closed, and nobody refuses new ones.
-
-    Only the keepalive of the connection noticed that, after longer than a device asks around.
-    """
+def unplug_a(monkeypatch):
+    """Return an event after which edge server a is there no more."""
     unplugged = threading.Event()
 
     def dial_a(address, **more):
@@ -291,6 +288,15 @@ def test_an_edge_that_falls_silent_is_given_up(place, monkeypatch):
         return Cable(dial(address, **more), unplugged)
 
     monkeypatch.setattr(module, "dial", dial_a)
+    return unplugged
+
+
+def test_an_edge_that_falls_silent_is_given_up(place, monkeypatch):
+    """The power of its machine is gone: no link is closed, and nobody refuses new ones.
+
+    Only the keepalive of the connection noticed that, after longer than a device asks around.
+    """
+    unplugged = unplug_a(monkeypatch)
     monkeypatch.setattr(module, "BEAT_S", 0.05)
     place.start("a")
     place.start("b")
@@ -299,6 +305,21 @@ def test_an_edge_that_falls_silent_is_given_up(place, monkeypatch):
     unplugged.set()
     until(lambda: place.edges["b"].sessions == ["s"])
     assert fleet.alive == ["b"]
+
+
+def test_an_edge_that_falls_silent_in_a_request_is_given_up(place, monkeypatch):
+    """Each request found out anew, in minutes: no heartbeat is due while one is under way."""
+    unplugged = unplug_a(monkeypatch)
+    monkeypatch.setattr(module, "BEAT_S", 1000.0)
+    monkeypatch.setattr("fedsys.edge_client.ASK_S", 0.05)
+    place.start("a")
+    place.start("b")
+    fleet = place.fleet("a", "b")
+    fleet.open(place.layer.spec(), place.layer.start(), "a")
+    unplugged.set()
+    assert fleet.open(place.layer.spec("t"), place.layer.start(), "a") == "b"
+    assert fleet.alive == ["b"]
+    until(lambda: sorted(place.edges["b"].sessions) == ["s", "t"])
 
 
 def test_an_edge_that_is_only_busy_is_not_given_up(place, monkeypatch):
@@ -371,5 +392,5 @@ def test_faults_go_with_the_sessions_that_they_strike_and_are_noted_when_they_do
 def test_an_edge_that_may_not_be_struck_refuses_sessions_with_faults(place):
     place.start("a")
     fleet = place.fleet("a", faults=Faults([Fault("edge_killed", 1, "a", 1, "after_step")]))
-    with pytest.raises(SessionError, match=r"edge\.faults=true lets it be"):
+    with pytest.raises(SessionError, match=r"start it with edge\.faults=true"):
         fleet.open(place.layer.spec(), place.layer.start(), "a")
