@@ -147,20 +147,5 @@ def _exchange(load: Workload, k: int, job: Job) -> float:
 
 
 def predicted_iterations(load: Workload, choices: Sequence[Choice]) -> tuple[float, ...]:
-    """Return the seconds that an iteration of each device is expected to take.
-
-    By the closed form where the schedule is one that it knows, else by the simulator.
-    """
-    known = load.schedule == "pipelined" or all(
-        choice.micro_batches == 1
-        or (load.schedule == "bounded" and choice.micro_batches <= load.depth)
-        for choice in choices
-    )
-    if known:
-        return evaluate(load, choices).iteration_s
-    alone = dataclasses.replace(load, exchange=False)
-    jobs = [
-        job_of(alone, device, choice, iterations=1)
-        for device, choice in zip(load.devices, choices, strict=True)
-    ]
-    return play(jobs, [edge.workers for edge in load.edges]).ends_s
+    """Return the seconds that an iteration of each device is expected to take."""
+    return evaluate(load, choices).iteration_s

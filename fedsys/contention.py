@@ -8,17 +8,21 @@ so are, for a device alone, those after it, so that the last backward ends at
     C_N = max(N f + N b,  D_1 + l + N b,  D_N + l + b)
     D_i = f + u + l + s + d + (i - 1) max(f, u, s, d)
 
+Devices with fewer pieces in flight than they have take the way of `fedsys.windowed`.
+
 Edges serve in order of arrival. `fedsys.timeline.play` gives the same times, piece by piece.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsys.windowed import windowed_s
 from fedsys.workload import Array, Stages
 
 Indices = NDArray[np.int64]
@@ -26,11 +30,12 @@ Indices = NDArray[np.int64]
 _MANY = 4  # plans from which on arrays are faster than a loop
 
 
-def alone_s(s: Stages) -> Array:
+def alone_s(s: Stages, depth: int | None = None) -> Array:
     """Return the seconds of an iteration of a device that has its edge to itself.
 
     Args:
         s: The stages, of any shape.
+        depth: Pieces in flight at most; None: all.
 
     Returns:
         Seconds, of that shape.
@@ -41,7 +46,25 @@ def alone_s(s: Stages) -> Array:
     last = first + (n - 1) * np.maximum(np.maximum(slowest, s.edge), s.down)
     done = np.maximum(first + n * s.backward, last + s.backward) + s.latency
     served = arrival + s.edge + (n - 1) * np.maximum(slowest, s.edge)
-    return _whole(s, np.where(s.offloaded, done, 0.0), served + s.edge_update)
+    seconds = _whole(s, np.where(s.offloaded, done, 0.0), served + s.edge_update)
+    late = _windowed(s, depth)
+    if depth is not None and late.any():
+        each = _part(s, late, axis=1)
+        edge = np.zeros(each.pieces.shape, dtype=np.int64)
+        seconds[late] = _whole(each, *windowed_s(each, edge, [1], depth))[:, 0]
+    return seconds
+
+
+def _windowed(s: Stages, depth: int | None) -> NDArray[np.bool_]:
+    """Return where a device has more pieces than may be in flight."""
+    late: NDArray[np.bool_] = s.offloaded & (s.pieces > (np.inf if depth is None else depth))
+    return late
+
+
+def _part(s: Stages, where: NDArray[np.bool_], axis: int | None = None) -> Stages:
+    """Return some entries, with one axis more if it is given."""
+    found = {f.name: getattr(s, f.name)[where] for f in dataclasses.fields(Stages)}
+    return Stages(**{n: x if axis is None else np.expand_dims(x, axis) for n, x in found.items()})
 
 
 def _whole(s: Stages, done: Array, edge_end: Array) -> Array:
@@ -51,17 +74,25 @@ def _whole(s: Stages, done: Array, edge_end: Array) -> Array:
     return np.where(s.offloaded, np.maximum(device, edge_end), device)
 
 
-def together_s(s: Stages, edge: Indices, workers: Sequence[int]) -> Array:
+def together_s(s: Stages, edge: Indices, workers: Sequence[int], depth: int | None = None) -> Array:
     """Return the seconds of an iteration of devices that share edges, for many plans at once.
 
     Args:
         s: The stages, ``(C, K)``: C plans for K devices.
         edge: Index of the edge of each device, ``(C, K)``.
         workers: Sessions that each edge computes at the same time.
+        depth: Pieces in flight at most; None: all.
 
     Returns:
         Seconds, ``(C, K)``.
     """
+    late: NDArray[np.bool_] = np.any(_windowed(s, depth), axis=-1)
+    if depth is not None and late.any():
+        seconds, some = np.empty(edge.shape), _part(s, late)
+        seconds[late] = _whole(some, *windowed_s(some, edge[late], workers, depth))
+        if not late.all():
+            seconds[~late] = together_s(_part(s, ~late), edge[~late], workers)
+        return seconds
     lengths = np.where(s.offloaded, s.pieces, 0).max(axis=0).astype(np.int64)
     if not lengths.any():
         return alone_s(s)

@@ -261,7 +261,7 @@ def _pipar_choice(load: Workload, device: Device, edge: int, offload: bool) -> C
             count = load.batch_size // (load.batch_size // count)
             choices.append(Choice(cut, min(count, load.batch_size), codec, edge))
     menu = Menu(load, choices)
-    seconds = alone_s(menu.stages(device))
+    seconds = alone_s(menu.stages(device), load.in_flight)
     return choices[int(np.argmin(seconds))]
 
 

@@ -162,14 +162,10 @@ def run_workload(
 def _pieces(config: Config, options: PlanOptions) -> tuple[int, ...]:
     """Return the numbers of pieces that may be chosen.
 
-    One after the other, they save nothing; of a bounded schedule those are considered that are all
-    in flight at once, as in the pipelined one.
+    One after the other, they save nothing: then there is one, unless others are asked for.
     """
     if options.micro_batches:
         return options.micro_batches
     if config.schedule.kind == "sequential":
         return (1,)
-    found = counts(config.client.batch_size)
-    if config.schedule.kind == "bounded":
-        return tuple(count for count in found if count <= config.schedule.depth)
-    return found
+    return counts(config.client.batch_size)

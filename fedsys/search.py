@@ -22,7 +22,7 @@ from fedsys.workload import Array
 _BUDGET = 150_000  # pieces that are timed in one look
 _EFFORT = 300_000  # pieces that are timed in all of a small fleet
 _LOOK = 10_000  # pieces that could be timed in what each look takes beside them
-_SLOWER = 20  # times, where an edge computes several sessions at a time, but not all
+_SLOWER = 20  # times, for several sessions at a time on an edge but not all, or few in flight
 _LIMITS = 16  # starts
 _FEW = 10  # choices of a device that are looked at
 
@@ -59,7 +59,8 @@ def _by_groups(table: Table, groups: Sequence[Indices]) -> Indices:
     alone, loads = small.alone(), small.loads()
     start = _best(small, _limited_starts(small, alone, loads))
     short = _worthwhile(small, alone, loads)
-    chosen = improved(small, start, short, effort=_EFFORT / len(small.workers))
+    effort = _EFFORT / len(small.workers) / (4 if _windowed(small) else 1)
+    chosen = improved(small, start, short, effort=effort)
     picked = np.empty(len(table.kind), dtype=chosen.dtype)
     for group, choice in zip(groups, chosen, strict=True):
         picked[group] = choice
@@ -191,10 +192,16 @@ def improved(
     return picked
 
 
+def _windowed(table: Table) -> bool:
+    """Return whether a device may have more pieces than are in flight, which is slow to time."""
+    limit = table.load.in_flight
+    return limit is not None and max(table.load.micro_batches) > limit
+
+
 def _affordable(table: Table, picked: Indices, short: Sequence[Indices], budget: float) -> float:
     """Return for how many devices all choices can be tried."""
     devices = len(picked)
     pieces = float(table.stages(picked[None]).pieces.max())
-    if any(1 < workers < devices for workers in table.workers):
+    if _windowed(table) or any(1 < workers < devices for workers in table.workers):
         budget /= _SLOWER
     return budget / (devices * max(pieces, 1.0) * max(len(s) for s in short))

@@ -99,7 +99,9 @@ class Table:
 
     def times(self, picked: Indices) -> tuple[Array, Array]:
         """Return the seconds of an iteration and of a round in company, ``(P, K)``."""
-        iteration = together_s(self.stages(picked), self.edge[picked], self.workers)
+        iteration = together_s(
+            self.stages(picked), self.edge[picked], self.workers, self.load.in_flight
+        )
         exchange = self.exchange[np.arange(len(self.steps)), self.course[picked]]
         return iteration, iteration * self.steps + exchange
 
@@ -126,7 +128,7 @@ class Table:
 
     def alone(self) -> Array:
         """Return the seconds of a round of each device for each course, ``(K, O)``."""
-        seconds = alone_s(Stages(**self._stages))[self.kind]
+        seconds = alone_s(Stages(**self._stages), self.load.in_flight)[self.kind]
         total: Array = seconds * self.steps[:, None] + self.exchange
         return total
 

@@ -83,7 +83,7 @@ class Workload:
         epochs: Passes over the examples of a device in a round.
         exchange: Whether devices receive and return their part of the model over their network in
             each round, so that the plan takes its time into account.
-        schedule: Order of the pieces; planners take it for ``pipelined``, see `fedsys.planning`.
+        schedule: Order of the pieces.
         depth: ``bounded``: pieces in flight at most.
 
     Raises:
@@ -124,6 +124,11 @@ class Workload:
     def units(self) -> int:
         """Number of units, L."""
         return len(self.crossings)
+
+    @property
+    def in_flight(self) -> int | None:
+        """Pieces that a device has in flight at most; None: all of a mini-batch."""
+        return {"pipelined": None, "sequential": 1}.get(self.schedule, self.depth)
 
     def iterations(self, device: Device) -> int:
         """Return the optimizer steps of a device in a round."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -64,32 +66,59 @@ def stacked(load, plan):
     return Stages(**{f: np.array([[getattr(s, f)[0] for s in each]]) for f in fields})
 
 
+def in_order(load, schedule):
+    kind, depth = schedule
+    return dataclasses.replace(load, schedule=kind, depth=depth)
+
+
+schedules = st.sampled_from(
+    [("pipelined", 1), ("sequential", 7), *(("bounded", depth) for depth in (1, 2, 3, 5))]
+)
+
+
 def played(load, plan):
     jobs = [job_of(load, d, c, iterations=1) for d, c in zip(load.devices, plan, strict=True)]
     return np.array(play(jobs, [e.workers for e in load.edges]).ends_s)
 
 
 @settings(max_examples=40, deadline=None)
-@given(loads(most=1), st.data())
-def test_the_closed_form_for_one_device_equals_the_simulator(load, data):
+@given(loads(most=1), schedules, st.data())
+def test_the_closed_form_for_one_device_equals_the_simulator(load, schedule, data):
+    load = in_order(load, schedule)
     plan = [data.draw(choices)]
     expected = played(load, plan)
-    assert alone_s(stacked(load, plan))[0] == pytest.approx(expected, rel=1e-9)
+    assert alone_s(stacked(load, plan), load.in_flight)[0] == pytest.approx(expected, rel=1e-9)
 
 
 @settings(max_examples=80, deadline=None)
-@given(loads(), st.data())
-def test_several_devices_on_shared_edges_take_as_long_as_in_the_simulator(load, data):
+@given(loads(), schedules, st.data())
+def test_several_devices_on_shared_edges_take_as_long_as_in_the_simulator(load, schedule, data):
+    load = in_order(load, schedule)
     plan = [data.draw(choices) for _ in load.devices]
     edge = np.array([[choice.edge for choice in plan]])
     workers = [e.workers for e in load.edges]
-    got = together_s(stacked(load, plan), edge, workers)[0]
+    got = together_s(stacked(load, plan), edge, workers, load.in_flight)[0]
     assert got == pytest.approx(played(load, plan), rel=1e-9)
-    assert (got >= alone_s(stacked(load, plan))[0] - 1e-9).all()
+    assert (got >= alone_s(stacked(load, plan), load.in_flight)[0] - 1e-9).all()
 
 
+@settings(max_examples=30, deadline=None)
+@given(loads(), schedules, st.data())
+def test_plans_that_are_timed_together_take_as_long_as_by_themselves(load, schedule, data):
+    load = in_order(load, schedule)
+    plans = data.draw(st.lists(st.tuples(*[choices] * len(load.devices)), min_size=2, max_size=6))
+    rows = [stacked(load, plan) for plan in plans]
+    fields = Stages.__dataclass_fields__
+    both = Stages(**{f: np.concatenate([getattr(s, f) for s in rows]) for f in fields})
+    edge = np.array([[choice.edge for choice in plan] for plan in plans])
+    got = together_s(both, edge, [e.workers for e in load.edges], load.in_flight)
+    for row, plan in zip(got, plans, strict=True):
+        assert row == pytest.approx(played(load, plan), rel=1e-9)
+
+
+@pytest.mark.parametrize("schedule", [("pipelined", 1), ("sequential", 1), ("bounded", 2)])
 @pytest.mark.parametrize("workers", [1, 2, 3])
-def test_devices_of_one_kind_whose_moments_coincide(workers):
+def test_devices_of_one_kind_whose_moments_coincide(workers, schedule):
     # Ties: every arrival of a device coincides with those of all others
     one = MachineCosts("m", (1,), ((0.5,) * 3,), ((0.5,) * 3,), (0.0,) * 3, workers=workers)
     devices = tuple(Device(str(i), one, Network(1e4, 1e4), BATCH) for i in range(4))
@@ -97,6 +126,7 @@ def test_devices_of_one_kind_whose_moments_coincide(workers):
         tuple(Crossing(n, 1) for n in (300, 100, 10)), (0,) * 3, (1, 2), BATCH, devices, (one,),
         exchange=False,
     )  # fmt: skip
-    plan = [Choice(1, 4)] * 4
-    got = together_s(stacked(load, plan), np.zeros((1, 4), dtype=int), [workers])[0]
+    load, plan = in_order(load, schedule), [Choice(1, 4)] * 4
+    edge = np.zeros((1, 4), dtype=int)
+    got = together_s(stacked(load, plan), edge, [workers], load.in_flight)[0]
     assert got == pytest.approx(played(load, plan), rel=1e-9)

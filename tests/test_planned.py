@@ -6,9 +6,12 @@ import dataclasses
 
 import pytest
 
+from fedsys.clock import virtual_round
 from fedsys.config import compose_text, parse
 from fedsys.errors import ConfigError
+from fedsys.planning import PlanOptions, machines_of, run_workload
 from fedsys.session import layered_model
+from fedsys.workload import Choice
 from strategies.planned import Planned
 from strategies.policies import Observation, build_policy
 
@@ -47,6 +50,40 @@ def test_a_link_that_breaks_down_brings_the_device_home_in_the_next_round():
     state, second = made.plan(state, {0: seen(1.0, 1.0), 1: seen()})
     assert second[0].cut == len(LAYERS) and second[1].cut == first[1].cut
     assert state["beliefs"][0] == pytest.approx([1e6, 1e6, 1.0])
+
+
+@pytest.mark.parametrize(("kind", "depth"), [("sequential", 1), ("bounded", 2)])
+@pytest.mark.parametrize("pieces", [[10], [1, 4, 20]])
+def test_plans_are_predicted_by_the_schedule_that_runs(kind, depth, pieces):
+    """A list of numbers was timed as if pipelined: plans were promised that took longer than none.
+
+    And without a list, plans for a bounded schedule had the whole mini-batch in flight.
+    """
+    schedule = dataclasses.replace(CONFIG.schedule, kind=kind, depth=depth)
+    made = Planned(
+        dataclasses.replace(
+            CONFIG, schedule=schedule, policy={**CONFIG.policy, "micro_batches": pieces}
+        ),
+        [100, 100],
+    )
+    state, chosen = made.plan(made.init(LAYERS, range(2)), NOTHING)
+    load = run_workload(
+        made._config, LAYERS, machines_of(made._config, LAYERS), [100], PlanOptions()
+    )
+    load = dataclasses.replace(load, exchange=False, epochs=1)
+    choices = [Choice(a.cut, a.micro_batches or 1, a.codec_up, a.edge) for a in chosen.values()]
+    alone = virtual_round(load, [Choice(len(LAYERS))] * 2)
+    round_ = virtual_round(load, choices)
+    expected = made.predicted(state, [0, 1]).iteration_s
+    assert expected == pytest.approx(round_.device_s)
+    assert round_.seconds <= alone.seconds
+
+
+def test_a_bounded_schedule_is_planned_with_more_pieces_than_are_in_flight():
+    schedule = dataclasses.replace(CONFIG.schedule, kind="bounded", depth=2)
+    made = Planned(dataclasses.replace(CONFIG, schedule=schedule), [1000, 1000])
+    _, chosen = made.plan(made.init(LAYERS, range(2)), NOTHING)
+    assert chosen[0].cut < len(LAYERS) and chosen[0].micro_batches > 2
 
 
 def test_a_new_plan_must_save_enough():
