@@ -177,6 +177,45 @@ def test_both_peers_may_send_first_with_any_size(ends):
     assert sorted(finished) == [[1, 1, 1], [2, 2, 2]]
 
 
+@pytest.mark.parametrize("transport", NETWORKS)
+def test_fifty_megabytes_each_way_through_buffers_of_16_kb_end(transport, monkeypatch):
+    """Of gRPC the queues alone are so small: it does not let the buffers of sockets be set."""
+    small, sizes = 16 << 10, []
+    blocking = socket.socket.setblocking
+
+    def prepared(connection, flag):
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            connection.setsockopt(socket.SOL_SOCKET, option, small)
+            sizes.append(connection.getsockopt(socket.SOL_SOCKET, option))
+        blocking(connection, flag)
+
+    if transport == "tcp":
+        monkeypatch.setattr(socket.socket, "setblocking", prepared, raising=False)
+    pair = Ends(transport, WRAPPERS["plain"], queue_bytes=small)
+    got = {}
+
+    def both(link, name):
+        sender = threading.Thread(
+            target=lambda: [link.send(tensor_frame("data", 1 << 20, i)) for i in range(50)],
+            daemon=True,
+        )
+        sender.start()
+        got[name] = [link.recv(SOON).meta["fill"] for _ in range(50)]
+        sender.join(SOON)
+
+    threads = [
+        threading.Thread(target=both, args=args, daemon=True)
+        for args in ((pair.near, "near"), (pair.far, "far"))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(SOON)
+    pair.stop()
+    assert got == {"near": list(range(50)), "far": list(range(50))}
+    assert transport != "tcp" or (sizes and max(sizes) <= 4 * small)
+
+
 def test_a_sender_waits_for_a_slow_receiver_and_memory_stays_bounded(ends):
     pair = ends(queue_bytes=1 << 20)
     sent = []
