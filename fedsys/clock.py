@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from fedsys.jobs import Job
 from fedsys.planner import evaluate
 from fedsys.timeline import Timeline, play
-from fedsys.workload import Choice, Workload, job_of
+from fedsys.workload import Choice, Workload, job_of, mini_batches
 
 KINDS = ("device", "up", "edge", "down")
 """Kinds of resources."""
@@ -146,6 +146,24 @@ def _exchange(load: Workload, k: int, job: Job) -> float:
     return bits / network.up_bits_s + bits / network.down_bits_s + 2 * network.latency_s
 
 
-def predicted_iterations(load: Workload, choices: Sequence[Choice]) -> tuple[float, ...]:
-    """Return the seconds that an iteration of each device is expected to take."""
-    return evaluate(load, choices).iteration_s
+def predicted_iterations(load: Workload, choices: Sequence[Choice]) -> list[list[float]]:
+    """Return the seconds that each iteration of each device in a round is expected to take."""
+    made = evaluate(load, choices)
+    return iterations_of(load, made.iteration_s, made.rest_s)
+
+
+def iterations_of(
+    load: Workload, iteration_s: Sequence[float], rest_s: Sequence[float]
+) -> list[list[float]]:
+    """Return the seconds of each iteration of each device in a round.
+
+    Args:
+        load: What is trained.
+        iteration_s: Seconds of one of full size, of each device.
+        rest_s: Of the last one of an epoch.
+    """
+    counts = [len(mini_batches(device.examples, load.batch_size)) for device in load.devices]
+    return [
+        ([full] * (count - 1) + [rest]) * load.epochs
+        for count, full, rest in zip(counts, iteration_s, rest_s, strict=True)
+    ]

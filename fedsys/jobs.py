@@ -60,6 +60,7 @@ class Job:
         return_bytes: Bytes of the model that it sends at the end.
         rest_turns: The iteration that works on what is left of an epoch; empty for none.
         epoch: Iterations in an epoch; its last one is `rest_turns`.
+        rest_load_s: As `load_s`, in that iteration.
     """
 
     name: str
@@ -75,8 +76,15 @@ class Job:
     return_bytes: float = 0.0
     rest_turns: tuple[Turn, ...] = ()
     epoch: int = 0
+    rest_load_s: float = 0.0
 
     def turns_of(self, iteration: int) -> tuple[Turn, ...]:
         """Return the turns of an iteration, counted from 0."""
-        rest = self.rest_turns and self.epoch and (iteration + 1) % self.epoch == 0
-        return self.rest_turns if rest else self.turns
+        return self.rest_turns if self._is_rest(iteration) else self.turns
+
+    def load_of(self, iteration: int) -> float:
+        """Return the seconds of loading in an iteration, counted from 0."""
+        return self.rest_load_s if self._is_rest(iteration) else self.load_s
+
+    def _is_rest(self, iteration: int) -> bool:
+        return bool(self.rest_turns and self.epoch and (iteration + 1) % self.epoch == 0)

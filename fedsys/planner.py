@@ -49,7 +49,8 @@ class Plan:
     Attributes:
         method: Who made it.
         choices: For each device.
-        iteration_s: Predicted seconds of an iteration of each device.
+        iteration_s: Predicted seconds of an iteration of each device, of a full mini-batch.
+        rest_s: Likewise, of the last mini-batch of an epoch.
         round_s: Predicted seconds of its round.
         how: How far it was searched, in words.
         planned_s: Seconds that planning took.
@@ -60,6 +61,7 @@ class Plan:
     iteration_s: tuple[float, ...]
     round_s: tuple[float, ...]
     how: str
+    rest_s: tuple[float, ...] = ()
     planned_s: float = dataclasses.field(default=0.0, compare=False)
 
     @property
@@ -105,8 +107,11 @@ def _listed(load: Workload, choices: Sequence[Choice]) -> tuple[Table, Indices]:
 
 def _as_plan(table: Table, picked: Indices, method: str, how: str) -> Plan:
     iteration, round_ = table.times_of(picked)
+    rest = iteration * table.rest[np.arange(len(picked)), table.course[picked]]
     choices = tuple(table.choices[i] for i in picked)
-    return Plan(method, choices, tuple(iteration.tolist()), tuple(round_.tolist()), how)
+    times = (tuple(seconds.tolist()) for seconds in (iteration, round_, rest))
+    iteration_s, round_s, rest_s = times
+    return Plan(method, choices, iteration_s, round_s, how, rest_s)
 
 
 def options(load: Workload, *, offload: bool = False) -> list[Choice]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from fedsys.contention import Indices, alone_s, together_s
 from fedsys.shaping import Network
-from fedsys.workload import Array, Choice, Menu, Stages, Workload
+from fedsys.workload import Array, Choice, Menu, Stages, Workload, mini_batches
 
 MEAN = 1e-3  # weight of the mean beside the slowest device
 _ENTRIES = 4_000_000  # numbers in one array
@@ -33,6 +33,9 @@ class Table:
         choice_at: Index of the choice by course and edge, ``(O, E)``; -1 where there is none.
         kind: Number of the kind of each device, ``(K,)``: the same costs and network.
         steps: Iterations of each device in a round, ``(K,)``.
+        rest: Time of the last iteration of an epoch, of one of full size, ``(K, O)``: as it is of a
+            device alone.
+        worth: How many iterations of full size a round is worth, ``(K, O)``.
     """
 
     def __init__(self, load: Workload, choices: Sequence[Choice]) -> None:
@@ -53,7 +56,25 @@ class Table:
         names = [f.name for f in dataclasses.fields(Stages)]
         self._stages = {name: np.stack([getattr(s, name) for s in made]) for name in names}
         self.steps = np.array([load.iterations(device) for device in load.devices], dtype=float)
+        self.rest = self._rests()
+        self.worth = self.steps[:, None] - load.epochs * (1.0 - self.rest)
         self.exchange = load.exchange_s()[:, menu.cut]
+
+    def _rests(self) -> Array:
+        load, choices = self.load, [self.choices[i] for i in self._first]
+        full = alone_s(Stages(**self._stages), load.in_flight)
+        last = np.array([mini_batches(d.examples, load.batch_size)[-1] for d in load.devices])
+        rest = np.ones((len(load.devices), len(choices)))
+        for kind in np.unique(self.kind[last != load.batch_size]):
+            mine = np.flatnonzero((self.kind == kind) & (last != load.batch_size))
+            sizes, which = np.unique(last[mine], return_inverse=True)
+            menu = Menu(load, choices * len(sizes), np.repeat(sizes, len(choices)))
+            stages = menu.stages(load.devices[mine[0]])
+            took = alone_s(stages, load.in_flight).reshape(len(sizes), -1)
+            rest[mine] = np.divide(took, full[kind], out=np.ones_like(took), where=full[kind] > 0)[
+                which
+            ]
+        return rest
 
     def _pick_courses(self) -> None:
         like = {id(costs): i for i, costs in reversed(list(enumerate(self.load.edges)))}
@@ -102,8 +123,8 @@ class Table:
         iteration = together_s(
             self.stages(picked), self.edge[picked], self.workers, self.load.in_flight
         )
-        exchange = self.exchange[np.arange(len(self.steps)), self.course[picked]]
-        return iteration, iteration * self.steps + exchange
+        at = np.arange(len(self.steps)), self.course[picked]
+        return iteration, iteration * self.worth[at] + self.exchange[at]
 
     def score(self, picked: Indices) -> float:
         """Return the score of one plan ``(K,)``."""
@@ -129,14 +150,14 @@ class Table:
     def alone(self) -> Array:
         """Return the seconds of a round of each device for each course, ``(K, O)``."""
         seconds = alone_s(Stages(**self._stages), self.load.in_flight)[self.kind]
-        total: Array = seconds * self.steps[:, None] + self.exchange
+        total: Array = seconds * self.worth + self.exchange
         return total
 
     def loads(self) -> Array:
         """Return the seconds of an edge in a round of each device, ``(K, O)``."""
         s = self._stages
         seconds = np.where(s["offloaded"], s["pieces"] * s["edge"] + s["edge_update"], 0.0)
-        total: Array = seconds[self.kind] * self.steps[:, None]
+        total: Array = seconds[self.kind] * self.worth
         return total
 
     def with_edges(self, courses: Indices) -> Indices:

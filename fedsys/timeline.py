@@ -279,7 +279,7 @@ class _Simulation:
                 )
                 run.free_s = end
         run.iteration += 1
-        run.turn, run.load_left_s = 0, run.job.load_s
+        run.turn, run.load_left_s = 0, run.job.load_of(run.iteration)
 
     # --- the edge ---------------------------------------------------------------------------------
 
@@ -341,7 +341,7 @@ def _started(job: Job, index: int) -> _Run:
         _Lane(f"down:{job.name}", job.network.down, job.start_s),
         {len(turns): _last_sending(turns) for turns in (job.rest_turns, job.turns)},
         free_s=job.start_s,
-        load_left_s=job.load_s,
+        load_left_s=job.load_of(0),
         end_s=job.start_s,
     )
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from fedsys.costs import LABEL_BYTES, Crossing, MachineCosts, crossings, frame_bytes, state_bytes
 from fedsys.errors import ConfigError
@@ -261,15 +261,19 @@ class Menu:
     Args:
         load: What is trained.
         choices: The choices.
+        sizes: Examples of a mini-batch for each choice; None: ``batch_size``.
     """
 
-    def __init__(self, load: Workload, choices: Sequence[Choice]) -> None:
+    def __init__(
+        self, load: Workload, choices: Sequence[Choice], sizes: ArrayLike | None = None
+    ) -> None:
         self.load, self.choices = load, tuple(choices)
         self.cut = np.array([choice.cut for choice in choices])
         self.edge = np.array([choice.edge for choice in choices])
-        self.pieces = np.array([float(choice.micro_batches) for choice in choices])
+        self._batch = np.array([load.batch_size] * len(choices) if sizes is None else sizes, float)
+        self.pieces = np.minimum([float(choice.micro_batches) for choice in choices], self._batch)
         self.offloaded = self.cut < load.units
-        self._sizes, self._size = np.unique(load.batch_size / self.pieces, return_inverse=True)
+        self._sizes, self._size = np.unique(self._batch / self.pieces, return_inverse=True)
         self._codecs = sorted({codec for choice in choices for codec in choice.codecs})
         index = {codec: i for i, codec in enumerate(self._codecs)}
         self._up_codec, self._down_codec = (
@@ -330,7 +334,7 @@ class Menu:
             pieces=self.pieces,
             device_update=after[0] - after[self.cut],
             edge_update=self._edge_update_s,
-            load=np.full(len(self.choices), costs.load_s * self.load.batch_size),
+            load=costs.load_s * self._batch,
             latency=np.where(self.offloaded, network.latency_s, 0.0),
             offloaded=self.offloaded,
         )
@@ -383,6 +387,7 @@ def job_of(
         whole,
         () if full else _turns(load, device, choice, rest),
         len(sizes),
+        0.0 if full else device.costs.load_s * rest,
     )
 
 

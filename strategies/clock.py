@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from fedsys.clock import KINDS, predicted_iterations, virtual_round
+from fedsys.clock import KINDS, iterations_of, predicted_iterations, virtual_round
 from fedsys.config import Config
 from fedsys.fleet_trace import FleetRound
 from fedsys.hardware import hardware
@@ -88,15 +88,16 @@ class RoundClock:
         if self._real:
             if self._offload is not None:
                 took = {client: self._offload.seen_of(client).iteration_s for client in who}
-            errors = errors_of(dict(zip(who, expected, strict=True)), took or {})
+            medians = {c: median(e[1:]) for c, e in zip(who, expected, strict=True) if e[1:]}
+            errors = errors_of(medians, took or {})
         else:
             exchange = load.exchange_s()
             errors = [
-                abs((seconds * load.iterations(device) + exchange[k, choice.cut]) / took - 1)
-                for k, (seconds, device, choice, took) in enumerate(
-                    zip(expected, load.devices, choices, played.device_s, strict=True)
+                abs((sum(seconds) + exchange[k, choice.cut]) / whole - 1)
+                for k, (seconds, choice, whole) in enumerate(
+                    zip(expected, choices, played.device_s, strict=True)
                 )
-                if took > 0
+                if whole > 0
             ]
             for client, seen in zip(who, played.seen, strict=True):
                 if self._offload is not None:
@@ -114,10 +115,11 @@ class RoundClock:
             a.cut, pieces, a.codec_up, a.edge % len(self._offload.fleet.edges), a.codec_down
         )
 
-    def _expected(self, load: Workload, choices: list[Choice], who: list[int]) -> Sequence[float]:
+    def _expected(self, load: Workload, choices: list[Choice], who: list[int]) -> list[list[float]]:
         """Return the seconds of iterations that the policy expected, or the fleet file gives."""
         if self._offload is not None and isinstance(self._offload.policy, Planned):
-            return self._offload.policy.predicted(self._offload.policy_state, who).iteration_s
+            made = self._offload.policy.predicted(self._offload.policy_state, who)
+            return iterations_of(load, made.iteration_s, made.rest_s)
         return predicted_iterations(load, choices)
 
 

@@ -25,7 +25,7 @@ from fedsys.planner import Plan, evaluate, plan
 from fedsys.planning import PlanOptions, machines_of, run_workload
 from fedsys.shaping import Network
 from fedsys.tables import score
-from fedsys.workload import Choice, Device, Menu, Workload
+from fedsys.workload import Choice, Device, Menu, Workload, mini_batches
 from strategies.policies import Assignment, Observation
 
 State = dict[str, Any]
@@ -159,9 +159,7 @@ class Planned:
         edges: dict[int, list[float]] = {}
         for client, device in zip(measured, load.devices, strict=True):
             choice, got = Choice(*state["choices"][client]), seen[client]
-            s = Menu(load, [choice]).stages(device)
-            own = float(s.pieces[0] * (s.forward[0] + s.backward[0]) + s.device_update[0])
-            there = float(s.pieces[0] * s.edge[0])
+            own, there = _busy(load, device, choice)
             now = (
                 1 / got.up_bit_s if got.up_bit_s > 0 else None,
                 1 / got.down_bit_s if got.down_bit_s > 0 else None,
@@ -213,3 +211,11 @@ class Planned:
 
 def _scored(made: Plan) -> float:
     return float(score(np.array([made.round_s]))[0])
+
+
+def _busy(load: Workload, device: Device, choice: Choice) -> tuple[float, float]:
+    """Return the seconds in which device and edge compute in a mini-batch: means, as measured."""
+    sizes = mini_batches(device.examples, load.batch_size)
+    s = Menu(load, [choice] * len(sizes), sizes).stages(device)
+    own = s.pieces * (s.forward + s.backward) + s.device_update
+    return float(own.mean()), float((s.pieces * s.edge).mean())

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from fedsys.clock import KINDS, predicted_iterations, virtual_round
 from fedsys.costs import Crossing, MachineCosts
 from fedsys.hardware import hardware
+from fedsys.planner import evaluate
 from fedsys.planning import run_workload
 from fedsys.run import RunFolder
 from fedsys.runtime import run
@@ -67,11 +70,29 @@ def test_rates_are_those_of_the_moment_of_the_round():
 
 def test_iterations_are_predicted_for_every_schedule():
     plan = [Choice(1, 2)]
-    pipelined = predicted_iterations(load_of(4), plan)[0]
-    bounded = predicted_iterations(load_of(4, schedule="bounded", depth=2), plan)[0]
-    one_by_one = predicted_iterations(load_of(4, schedule="sequential"), plan)[0]
+    ((pipelined,),) = predicted_iterations(load_of(4), plan)
+    ((bounded,),) = predicted_iterations(load_of(4, schedule="bounded", depth=2), plan)
+    ((one_by_one,),) = predicted_iterations(load_of(4, schedule="sequential"), plan)
     assert pipelined == pytest.approx(bounded)
     assert one_by_one > pipelined
+
+
+@pytest.mark.parametrize("schedule", ["pipelined", "sequential"])
+@pytest.mark.parametrize("choice", [Choice(3, 2), Choice(1, 2), Choice(2, 1)])
+@pytest.mark.parametrize("examples", [2, 6, 9, 10])
+def test_what_is_left_of_an_epoch_is_predicted_as_it_is_played(examples, choice, schedule):
+    """A last mini-batch counted as a full one: of two examples, a device took twice too long."""
+    machine = dataclasses.replace(ONE, operation_s=0.01, load_s=0.02, update_s=(0.01, 0.0, 0.02))
+    load = load_of(examples, epochs=2, schedule=schedule, exchange=False)
+    load = dataclasses.replace(load, devices=(dataclasses.replace(load.devices[0], costs=machine),))
+    (steps,) = predicted_iterations(load, [choice])
+    played = virtual_round(load, [choice])
+    assert len(steps) == load.iterations(load.devices[0])
+    # pieces of unlike size (five examples in two) are taken to be of one
+    close = 0.02 if examples == 9 else 1e-6
+    assert sum(steps) == pytest.approx(played.seconds, rel=close)
+    if schedule == "pipelined":
+        assert evaluate(load, [choice]).round_s[0] == pytest.approx(sum(steps))
 
 
 def test_totals_are_weighted_by_time():
@@ -109,7 +130,7 @@ def test_what_is_predicted_is_compared_with_what_was_measured(configure):
     machines = hardware(config, layers)
     load = run_workload(config, layers, machines, [60, 60])
     takes = predicted_iterations(load, [Choice(len(layers))] * 2)
-    row = clock.row([0, 1], {0: takes[0] / 1.5, 1: takes[1] / 1.5})
+    row = clock.row([0, 1], {k: steps[1] / 1.5 for k, steps in enumerate(takes)})
     assert row["prediction_error"] == pytest.approx(0.5)
 
 

@@ -103,6 +103,20 @@ def test_a_slow_device_and_a_slow_edge_are_believed():
     assert made.predicted(state, [0, 1]).seconds > before.seconds
 
 
+@pytest.mark.parametrize("examples", [20, 130, 1000])
+def test_what_is_measured_on_the_fleet_that_is_believed_changes_no_belief(examples):
+    """Measured were mini-batches as they came, expected full ones, with the edge's optimizer."""
+    options = {**CONFIG.policy, "drift": 1e-3, "offload": "forced"}
+    made = Planned(dataclasses.replace(CONFIG, policy=options), [examples])
+    state, plan = made.plan(made.init(LAYERS, range(2)), NOTHING)
+    load = run_workload(CONFIG, LAYERS, machines_of(CONFIG, LAYERS), [examples])
+    choices = [Choice(a.cut, a.micro_batches, a.codec_up, a.edge) for a in plan.values()]
+    played = virtual_round(load, choices)
+    told = {k: Observation(**dataclasses.asdict(s)) for k, s in enumerate(played.seen)}
+    state, _ = made.plan(state, told)
+    assert (state["beliefs"], state["edges"], state["plans"]) == ({}, {}, 1)
+
+
 def test_a_device_that_trains_alone_tries_its_link_again():
     made, state = policy(forget=2)
     state, first = made.plan(state, NOTHING)
