@@ -222,23 +222,21 @@ class OffloadClient:
         """Train from a step to the end of the round; return the number of steps."""
         every = self._config.fleet.replicate_every
         source = own_batches(self._config, self._partition, self._address)
-        batches, step = Batches(source, self._device), 0
-        while True:
-            if step >= first:
-                self._steps.load(step, batches)
-            else:
-                batches.load()
-            batch = batches.take()
-            if batch is None:
-                return step
-            doom.reach("before", step)
-            if step >= first:
-                self._reached = step
-                self._step_anywhere(step, part, batch, sums, batches)
-                if every and (step + 1) % every == 0:
-                    self._keep_point(points, step + 1, part, sums)
-            doom.reach("after", step)
-            step += 1
+        step = 0
+        with Batches(source, self._device) as batches:
+            while True:
+                new = step >= first
+                batch = self._steps.take(step, batches) if new else batches.take()
+                if batch is None:
+                    return step
+                doom.reach("before", step)
+                if new:
+                    self._reached = step
+                    self._step_anywhere(step, part, (batch.x, batch.y), sums, batches)
+                    if every and (step + 1) % every == 0:
+                        self._keep_point(points, step + 1, part, sums)
+                doom.reach("after", step)
+                step += 1
 
     def _step_anywhere(
         self, step: int, part: Part, batch: tuple[Tensor, Tensor], sums: Tally, batches: Batches

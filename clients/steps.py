@@ -1,14 +1,19 @@
 """One mini-batch of a device that trains together with an edge: its operations in their order.
 
 What is sent is on its way while the next operation computes, and the mini-batch after this one is
-loaded while answers are awaited. More cannot be done ahead: the first forward of the next
-mini-batch needs the parameters after this one's optimizer step, which needs the last gradient.
+loaded by another thread from the moment at which the first answer is awaited: earlier it would
+compete with the forwards, and in this thread it would delay a backward whose answer is there. More
+cannot be done ahead: the first forward of the next mini-batch needs the parameters after this one's
+optimizer step, which needs the last gradient.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,33 +44,63 @@ class Tally:
         return Tally(self.loss.clone(), self.hits, self.examples)
 
 
+class Loaded(NamedTuple):
+    """A mini-batch, and when it was loaded.
+
+    Attributes:
+        x: Inputs ``(batch, …)``.
+        y: Labels ``(batch,)``.
+        span: Begin and end, in seconds of the monotonic clock.
+    """
+
+    x: Tensor
+    y: Tensor
+    span: tuple[float, float]
+
+
 class Batches:
-    """The mini-batches of a round, of which the next one can be loaded ahead.
+    """The mini-batches of a round, loaded one ahead by a thread that ends with the context.
 
     Args:
-        source: Inputs and labels.
+        source: Inputs and labels; only that thread asks for them.
         device: Where they are needed.
     """
 
     def __init__(self, source: Iterator[tuple[Tensor, Tensor]], device: torch.device) -> None:
         self._source, self._device = source, device
-        self._next: tuple[Tensor, Tensor] | None = None
-        self._loaded = False
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="loads")
+        self._next: Future[Loaded | None] | None = None
 
-    def load(self) -> int:
-        """Load the next mini-batch unless that was done; return its examples, 0 if it was."""
-        if self._loaded:
-            return 0
-        self._loaded = True
-        found = next(self._source, None)
-        if found is not None:
-            self._next = found[0].to(self._device), found[1].to(self._device)
-        return 0 if self._next is None else len(self._next[1])
+    def __enter__(self) -> Batches:
+        return self
 
-    def take(self) -> tuple[Tensor, Tensor] | None:
-        """Return the mini-batch that was loaded; None after the last one."""
-        taken, self._next, self._loaded = self._next, None, False
-        return taken
+    def __exit__(self, *_: object) -> None:
+        self._loader.shutdown(cancel_futures=True)
+
+    def load(self) -> Future[Loaded | None] | None:
+        """Begin to load the next mini-batch; return None if that was begun already."""
+        if self._next is not None:
+            return None
+        self._next = self._loader.submit(self._load)
+        return self._next
+
+    def take(self) -> Loaded | None:
+        """Return the next mini-batch once it is loaded; None after the last one.
+
+        Raises:
+            Exception: What the source raised.
+        """
+        self.load()
+        assert self._next is not None
+        taken, self._next = self._next, None
+        return taken.result()
+
+    def _load(self) -> Loaded | None:
+        began = time.monotonic()
+        if (found := next(self._source, None)) is None:
+            return None
+        x, y = found[0].to(self._device), found[1].to(self._device)
+        return Loaded(x, y, (began, time.monotonic()))
 
 
 @dataclass(frozen=True)
@@ -125,15 +160,13 @@ class Steps:
         self._posted: dict[tuple[str, int], tuple[float, int]] = {}  # when, and how many bytes
         self._returned: dict[int, tuple[Tensor, Tensor]] = {}  # label-private: loss and hits
 
-    def load(self, step: int, batches: Batches) -> None:
-        """Load the next mini-batch ahead, unless that was done."""
-        if self._pace.costs is None:
-            self._pace.begin()
-        loaded = batches.load()
-        if self._pace.costs is not None:
-            self._pace.owe(loaded * self._pace.costs.load_s)
-        elif loaded:
-            self._recorder.note("load", step, -1, self._pace.end())
+    def take(self, step: int, batches: Batches) -> Loaded | None:
+        """Return the mini-batch of a step, loaded ahead or now; None after the last one."""
+        self._load(batches)
+        loaded = batches.take()
+        if loaded is not None and self._pace.costs is None:
+            self._recorder.note("load", step, -1, loaded.span, "loader")
+        return loaded
 
     def do(
         self, step: int, part: Part, x: Tensor, y: Tensor, tally: Tally, batches: Batches
@@ -168,7 +201,7 @@ class Steps:
                     if operation == "forward":
                         self._forward(piece, size, front, *inputs[piece])
                         continue
-                    self.load(step, batches)  # while the first answer is awaited
+                    self._load(batches)  # while the first answer is awaited
                     if operation == "tail":
                         labels = inputs[piece][1]
                         self._tail(piece, back, labels, len(labels) / size)
@@ -178,6 +211,13 @@ class Steps:
                         tally.hits += hits
         self._update(part)
         tally.examples += size
+
+    def _load(self, batches: Batches) -> None:
+        """Begin to load the next mini-batch, unless that was done."""
+        begun = batches.load()
+        if begun is not None and self._pace.costs is not None:
+            loaded = begun.result()
+            self._pace.owe(0.0 if loaded is None else len(loaded.y) * self._pace.costs.load_s)
 
     # --- operations -------------------------------------------------------------------------------
 

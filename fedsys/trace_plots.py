@@ -15,7 +15,7 @@ from typing import Any
 from fedsys import fleet_plots, fleet_trace, plots
 from fedsys.files import json_text, write_atomic
 from fedsys.fleet_trace import FleetRound
-from fedsys.tracing import LANES, Event, perfetto
+from fedsys.tracing import LANES, Event, lanes_in, perfetto
 
 Traces = Mapping[str, Sequence[Event]]
 Panel = tuple[plots.Paint, float]
@@ -131,7 +131,9 @@ def idle_shares(traces: Traces) -> dict[str, dict[str, float]]:
         begin = min((e.start_s for e in events), default=0.0)
         whole = max((e.end_s for e in events), default=0.0) - begin
         if whole > 0:
-            shares[device] = {lane: max(0.0, 1.0 - _busy(events, lane) / whole) for lane in LANES}
+            shares[device] = {
+                lane: max(0.0, 1.0 - _busy(events, lane) / whole) for lane in lanes_in(events)
+            }
     return shares
 
 
@@ -152,7 +154,7 @@ def _works(event: Event) -> bool:
 def _lanes_painter(
     device: str, events: Sequence[Event], span: tuple[float, float], whose: str
 ) -> plots.Paint:
-    begin, end = span
+    (begin, end), lanes = span, lanes_in(events)
 
     def paint(axes: Any) -> None:
         named: set[str] = set()
@@ -161,7 +163,7 @@ def _lanes_painter(
                 continue
             start = max(event.start_s, begin) - begin
             axes.barh(
-                LANES.index(event.lane),
+                lanes.index(event.lane),
                 min(event.end_s, end) - begin - start,
                 left=start,
                 height=0.62,
@@ -171,7 +173,7 @@ def _lanes_painter(
                 label=None if event.name in named else event.name,
             )
             named.add(event.name)
-        axes.set_yticks(range(len(LANES)), LANES)
+        axes.set_yticks(range(len(lanes)), lanes)
         axes.invert_yaxis()
         axes.set_xlim(0.0, end - begin)
         axes.grid(visible=False, axis="y")
@@ -183,11 +185,13 @@ def _lanes_painter(
 
 
 def _idle_painter(shares: Mapping[str, Mapping[str, float]], whose: str) -> plots.Paint:
+    lanes = [lane for lane in LANES if any(lane in by_lane for by_lane in shares.values())]
+
     def paint(axes: Any) -> None:
-        width = 0.8 / len(LANES)
-        for i, lane in enumerate(LANES):
-            places = [n + (i - (len(LANES) - 1) / 2) * width for n in range(len(shares))]
-            values = [100 * by_lane[lane] for by_lane in shares.values()]
+        width = 0.8 / len(lanes)
+        for i, lane in enumerate(lanes):
+            places = [n + (i - (len(lanes) - 1) / 2) * width for n in range(len(shares))]
+            values = [100 * by_lane.get(lane, 1.0) for by_lane in shares.values()]
             axes.bar(places, values, width, label=lane, color=plots.COLORS[i])
         step = max(1, len(shares) // 10)
         axes.set_xticks(range(0, len(shares), step), list(shares)[::step])
@@ -195,6 +199,6 @@ def _idle_painter(shares: Mapping[str, Mapping[str, float]], whose: str) -> plot
         axes.grid(visible=False, axis="x")
         title = f"{whose}share of the time in which nothing is done"
         axes.set(title=title[:1].upper() + title[1:], ylabel="percent")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=len(LANES))
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=len(lanes))
 
     return paint

@@ -1,9 +1,10 @@
 """What a device and its edge did in a round, moment by moment, as a trace and as sums.
 
 A device notes its own operations, and each answer of its edge tells when that received, computed
-and answered. Together they give four lanes: device, uplink, edge, downlink. A transfer begins when
-it is sent, or when the one before it has arrived, and ends when it arrives, so its latency is part
-of it.
+and answered. Together they give four lanes: device, uplink, edge, downlink. A fifth one is that of
+the thread which loads mini-batches; an emulated device is charged for loading in its own lane. A
+transfer begins when it is sent, or when the one before it has arrived, and ends when it arrives, so
+its latency is part of it.
 
 The clock of an edge on another machine has another origin. If no transfer would then arrive before
 it was sent, origins are taken to be one; otherwise the shortest transfers of both directions are
@@ -20,7 +21,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-LANES: Final = ("device", "uplink", "edge", "downlink")
+LANES: Final = ("device", "uplink", "edge", "downlink", "loader")
 NAMES: Final = ("load", "forward", "tail", "send", "wait", "backward", "update", "step", "transfer")
 MOST_EVENTS: Final = 4000
 """Events of one device and round that are kept; those of its first mini-batches."""
@@ -92,15 +93,25 @@ class Recorder:
     """Notes what one device does in one round. For one thread."""
 
     def __init__(self) -> None:
-        self._own: list[tuple[str, int, int, float, float]] = []
+        self._own: list[tuple[str, str, int, int, float, float]] = []
         self._answers: list[_Answer] = []
         self._ends: list[float] = []
         self._late_s = 0.0
 
-    def note(self, name: str, step: int, piece: int, span: tuple[float, float]) -> None:
-        """Note an operation of the device."""
+    def note(
+        self, name: str, step: int, piece: int, span: tuple[float, float], lane: str = "device"
+    ) -> None:
+        """Note an operation of the device, or of its loader.
+
+        Args:
+            name: One of `NAMES`.
+            step: Index of the mini-batch.
+            piece: Index of the micro-batch; -1 for none.
+            span: Begin and end in seconds; nothing is noted if it is empty.
+            lane: ``device`` or ``loader``.
+        """
         if span[1] > span[0]:
-            self._own.append((name, step, piece, *span))
+            self._own.append((lane, name, step, piece, *span))
 
     def answer(
         self,
@@ -140,7 +151,7 @@ class Recorder:
     def events(self) -> list[Event]:
         """Return all events in the order of their begin."""
         offset = _offset(self._answers)
-        found = [Event("device", n, step, piece, a, b) for n, step, piece, a, b in self._own]
+        found = [Event(*own) for own in self._own]
         up = down = 0.0
         for answer in sorted(self._answers, key=lambda a: a.told[0]):
             received, began, middle, ended = (n / 1e6 - offset for n in answer.told)
@@ -164,7 +175,7 @@ class Recorder:
         offset = _offset(self._answers)
         computed = sum(
             end - start
-            for name, _, _, start, end in self._own
+            for _, name, _, _, start, end in self._own
             if name not in ("wait", "send", "load")
         )
         edge = sum(answer.told[3] - answer.told[1] for answer in self._answers) / 1e6
@@ -211,6 +222,12 @@ def _bit_s(ways: Sequence[tuple[float, float, int]], latency_s: float) -> float:
                 queued.append(took)
         free = left
     return median(queued or all_) if all_ else 0.0
+
+
+def lanes_in(events: Iterable[Event]) -> list[str]:
+    """Return the lanes that have events, in their order."""
+    found = {event.lane for event in events}
+    return [lane for lane in LANES if lane in found]
 
 
 def pack(events: Iterable[Event]) -> bytes:

@@ -8,9 +8,11 @@ import itertools
 import threading
 
 import pytest
+import torch
 
 from clients import offload
-from fedsys import training
+from clients.steps import Batches
+from fedsys import trace_plots, training
 from fedsys.config import parse, with_values
 from fedsys.randomness import piece_of
 from strategies.told import offload_in
@@ -110,12 +112,6 @@ def at_once(one, other):
     return one[0] < other[1] and other[0] < one[1]
 
 
-def loaded(of):
-    """Return when the mini-batch after this one was loaded; the first one is loaded before."""
-    (span,) = [s for (_, name), found in of.items() if name == "load" for s in found[-1:]]
-    return span
-
-
 @pytest.mark.parametrize(("kind", "depth"), [("pipelined", PIECES), ("bounded", 2)])
 def test_device_links_and_edge_are_at_work_at_once(kind, depth, traced):
     events = traced(kind, depth)
@@ -135,7 +131,7 @@ def test_the_next_mini_batch_is_loaded_while_an_answer_is_awaited(kind, depth, t
     events = traced(kind, depth)
     for step in range(STEPS - 1):
         of = spans(events, step)
-        begun, ended = loaded(of)
+        ((begun, ended),) = spans(events, step + 1)["loader", "load"]
         assert begun >= of["device", "forward"][depth - 1][1]
         assert begun < of["downlink", "transfer"][depth - 1][1] <= of["device", "backward"][-1][0]
         assert ended <= spans(events, step + 1)["device", "forward"][0][0]
@@ -158,3 +154,27 @@ def test_nothing_overlaps_within_a_lane(kind, depth, traced):
     for lane in {e.lane for e in events}:
         for one, other in itertools.pairwise(e for e in events if e.lane == lane):
             assert one.end_s <= other.start_s, (lane, one, other)
+    (shares,) = trace_plots.idle_shares({"device": events}).values()
+    assert set(shares) == {"device", "uplink", "edge", "downlink", "loader"}
+    assert all(0.0 < share < 1.0 for share in shares.values())
+
+
+def test_what_fails_while_loading_fails_in_the_round_and_the_thread_ends_with_it():
+    def source():
+        yield torch.zeros(2, 1), torch.zeros(2)
+        raise OSError("the disk is gone")
+
+    before = set(threading.enumerate())
+    with Batches(source(), torch.device("cpu")) as batches:
+        assert batches.take() is not None
+        batches.load()
+        assert set(threading.enumerate()) > before
+        with pytest.raises(OSError, match="the disk is gone"):
+            batches.take()
+    assert set(threading.enumerate()) <= before
+
+
+def test_the_last_mini_batch_is_followed_by_none_however_often_it_is_asked_for():
+    with Batches(iter([(torch.zeros(2, 1), torch.zeros(2))]), torch.device("cpu")) as batches:
+        assert batches.load() is not None and batches.load() is None
+        assert [batches.take() is None for _ in range(3)] == [False, True, True]

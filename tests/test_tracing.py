@@ -77,7 +77,8 @@ def test_sums_are_per_mini_batch_and_bits_are_timed_where_they_queued():
 def test_loading_is_not_computing():
     """Planners count it beside what a device computes, so a device looked slower than it was."""
     recorder = recorded()
-    recorder.note("load", 0, -1, (108.0, 109.5))
+    recorder.note("load", 0, -1, (108.0, 109.5))  # on an emulated device
+    recorder.note("load", 1, -1, (102.0, 104.0), "loader")
     assert recorder.sums().compute_s == pytest.approx(5.0)
 
 
