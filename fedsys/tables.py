@@ -56,20 +56,19 @@ class Table:
         names = [f.name for f in dataclasses.fields(Stages)]
         self._stages = {name: np.stack([getattr(s, name) for s in made]) for name in names}
         self.steps = np.array([load.iterations(device) for device in load.devices], dtype=float)
-        self.rest = self._rests()
+        self.rest = self._rests(menu)
         self.worth = self.steps[:, None] - load.epochs * (1.0 - self.rest)
         self.exchange = load.exchange_s()[:, menu.cut]
 
-    def _rests(self) -> Array:
-        load, choices = self.load, [self.choices[i] for i in self._first]
+    def _rests(self, menu: Menu) -> Array:
+        load = self.load
         full = alone_s(Stages(**self._stages), load.in_flight)
         last = np.array([mini_batches(d.examples, load.batch_size)[-1] for d in load.devices])
-        rest = np.ones((len(load.devices), len(choices)))
+        rest = np.ones((len(load.devices), len(self._first)))
         for kind in np.unique(self.kind[last != load.batch_size]):
             mine = np.flatnonzero((self.kind == kind) & (last != load.batch_size))
             sizes, which = np.unique(last[mine], return_inverse=True)
-            menu = Menu(load, choices * len(sizes), np.repeat(sizes, len(choices)))
-            stages = menu.stages(load.devices[mine[0]])
+            stages = menu.resized(sizes.tolist()).stages(load.devices[mine[0]])
             took = alone_s(stages, load.in_flight).reshape(len(sizes), -1)
             rest[mine] = np.divide(took, full[kind], out=np.ones_like(took), where=full[kind] > 0)[
                 which

@@ -7,11 +7,12 @@ of a message is charged to the machine that spends it: to the device in f and b,
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from fedsys.costs import LABEL_BYTES, Crossing, MachineCosts, crossings, frame_bytes, state_bytes
 from fedsys.errors import ConfigError
@@ -261,35 +262,45 @@ class Menu:
     Args:
         load: What is trained.
         choices: The choices.
-        sizes: Examples of a mini-batch for each choice; None: ``batch_size``.
     """
 
-    def __init__(
-        self, load: Workload, choices: Sequence[Choice], sizes: ArrayLike | None = None
-    ) -> None:
+    def __init__(self, load: Workload, choices: Sequence[Choice]) -> None:
         self.load, self.choices = load, tuple(choices)
         self.cut = np.array([choice.cut for choice in choices])
         self.edge = np.array([choice.edge for choice in choices])
-        self._batch = np.array([load.batch_size] * len(choices) if sizes is None else sizes, float)
-        self.pieces = np.minimum([float(choice.micro_batches) for choice in choices], self._batch)
-        self.offloaded = self.cut < load.units
-        self._sizes, self._size = np.unique(self._batch / self.pieces, return_inverse=True)
+        self._wanted = np.array([float(choice.micro_batches) for choice in choices])
         self._codecs = sorted({codec for choice in choices for codec in choice.codecs})
         index = {codec: i for i, codec in enumerate(self._codecs)}
         self._up_codec, self._down_codec = (
             np.array([index[choice.codecs[way]] for choice in choices]) for way in (0, 1)
         )
+        self._price(np.full(len(choices), float(load.batch_size)))
+
+    def resized(self, sizes: Sequence[int]) -> Menu:
+        """Return all choices for mini-batches of each of these sizes, one size after the other."""
+        made = copy.copy(self)
+        made.choices = self.choices * len(sizes)
+        for name in ("cut", "edge", "_wanted", "_up_codec", "_down_codec"):
+            setattr(made, name, np.tile(getattr(self, name), len(sizes)))
+        made._price(np.repeat(np.array(sizes, dtype=float), len(self.cut)))
+        return made
+
+    def _price(self, batch: Array) -> None:
+        self._batch = batch
+        self.pieces = np.minimum(self._wanted, batch)
+        self.offloaded = self.cut < self.load.units
+        self._sizes, self._size = np.unique(batch / self.pieces, return_inverse=True)
         rows = self._sizes[self._size]
         labels = np.where(self.offloaded, LABEL_BYTES * rows, 0.0)
         self._up_bytes = self._frame_bytes(self._up_codec, rows) + labels
         self._down_bytes = self._frame_bytes(self._down_codec, rows)
-        self._edge_s, self._edge_update_s = np.zeros(len(choices)), np.zeros(len(choices))
+        self._edge_s, self._edge_update_s = np.zeros(len(batch)), np.zeros(len(batch))
         for index in np.unique(self.edge[self.offloaded]):
             self._cost_edge(int(index))
 
     def _frame_bytes(self, codecs: NDArray[np.int64], rows: Array) -> Array:
         """Return the bytes of a frame of each choice without labels."""
-        found = np.zeros(len(self.choices))
+        found = np.zeros(len(rows))
         for index, codec in enumerate(self._codecs):
             mine = self.offloaded & (codecs == index)
             slope, fixed = _frame_table(self.load, codec)

@@ -216,6 +216,6 @@ def _scored(made: Plan) -> float:
 def _busy(load: Workload, device: Device, choice: Choice) -> tuple[float, float]:
     """Return the seconds in which device and edge compute in a mini-batch: means, as measured."""
     sizes = mini_batches(device.examples, load.batch_size)
-    s = Menu(load, [choice] * len(sizes), sizes).stages(device)
+    s = Menu(load, [choice]).resized(sizes).stages(device)
     own = s.pieces * (s.forward + s.backward) + s.device_update
     return float(own.mean()), float((s.pieces * s.edge).mean())
