@@ -20,6 +20,9 @@ T = TypeVar("T")
 RELAXED_FACTOR: Final = 8
 """How many times its bound a mailbox holds at most while it is relaxed."""
 
+STALLED_S: Final = 5.0
+"""How long a relaxed mailbox that holds so much waits for something to be taken, in seconds."""
+
 
 class Mailbox(Generic[T]):
     """First in, first out; any number of threads on both sides.
@@ -35,7 +38,7 @@ class Mailbox(Generic[T]):
     def __init__(self, limit_bytes: int) -> None:
         self._limit = limit_bytes
         self._items: SimpleQueue[tuple[T, int] | None] = SimpleQueue()  # None: the end
-        self._held = self._relaxed = self._putting = 0
+        self._held = self._relaxed = self._putting = self._takes = 0
         self._reason: LinkError | None = None
         self._discard = False
         self._freed = threading.Condition(threading.Lock())
@@ -67,21 +70,37 @@ class Mailbox(Generic[T]):
         """Add an item of `nbytes`, waiting until there is room.
 
         Raises:
-            LinkClosed: It stays full although it is relaxed to `RELAXED_FACTOR` times its bound.
+            LinkClosed: It is relaxed to `RELAXED_FACTOR` times its bound, is full all the same, and
+                nothing was taken for `STALLED_S`.
             LinkError: The mailbox has ended; of the kind and text given to `end`.
         """
         with self._freed:
             self._putting += 1
-            while not self._has_room(nbytes) and not self._relaxed and not self.ended:
-                self._freed.wait()
-            self._putting -= 1
+            try:
+                while not self._admits(nbytes) and not self.ended:
+                    self._wait()
+            finally:
+                self._putting -= 1
             self.raise_if_ended()
-            if not self._has_room(nbytes) and self._held + nbytes > RELAXED_FACTOR * self._limit:
-                raise LinkClosed(
-                    f"both ends send and neither receives: {self._held} bytes wait here; "
-                    "receive between sends, or raise queue_bytes"
-                )
             self._add(item, nbytes)
+
+    def _admits(self, nbytes: int) -> bool:
+        most = RELAXED_FACTOR * self._limit
+        return self._has_room(nbytes) or bool(self._relaxed and self._held + nbytes <= most)
+
+    def _wait(self) -> None:
+        """Wait until something has changed that may give room."""
+        if not self._relaxed:
+            self._freed.wait()
+            return
+        before = self._takes
+        if not self._freed.wait_for(
+            lambda: self._takes != before or not self._relaxed or self.ended, STALLED_S
+        ):
+            raise LinkClosed(
+                f"both ends send and neither receives: {self._held} bytes wait here; "
+                "receive between sends, or raise queue_bytes"
+            )
 
     def get(self, timeout_s: float | None = None) -> T:
         """Take the oldest item, waiting up to `timeout_s` seconds (None: without limit).
@@ -117,6 +136,7 @@ class Mailbox(Generic[T]):
         item, nbytes = entry
         with self._freed:
             self._held -= nbytes
+            self._takes += 1
             if self._putting:
                 self._freed.notify_all()
         return item
