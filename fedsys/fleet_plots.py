@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from fedsys import plots
 from fedsys.clock import KINDS
-from fedsys.fleet_trace import FleetRound, Shown, by_resource, one_iteration, workers
+from fedsys.fleet_trace import ROLES, FleetRound, Shown, by_resource, one_iteration, workers
 from fedsys.timeline import Event
 
 MOST_DRAWN: Final = 8
@@ -20,15 +20,6 @@ MOST_BARS: Final = 10
 MOST_EDGES: Final = 4
 """Edge servers in a picture: those that work most."""
 
-_ROLES: Final = {"device": "device", "up": "uplink", "edge": "edge", "down": "downlink"}
-_SHADES: Final = {
-    "forward": plots.COLORS[0],
-    "backward": plots.COLORS[1],
-    "transfer": plots.COLORS[2],
-    "edge": plots.COLORS[5],
-    "load": plots.COLORS[6],
-    "update": plots.COLORS[7],
-}
 _WORDS: Final = {"edge": "work of the edge"}
 _CRITICAL: Final = plots.COLORS[3]
 
@@ -49,7 +40,7 @@ def lanes_of(shown: FleetRound, part: Shown) -> list[Lane]:
         if kind == "edge":
             edges[index] = events
         elif events or kind == "device":
-            name = shown.names[index] if kind == "device" else _ROLES[kind]
+            name = shown.names[index] if kind == "device" else ROLES[kind]
             lanes.append((name, [events]))
     most = sorted(edges, key=lambda index: -sum(e.end_s - e.start_s for e in edges[index]))
     return lanes + [(f"edge {index}", workers(edges[index])) for index in sorted(most[:MOST_EDGES])]
@@ -77,8 +68,11 @@ def lanes_panel(shown: FleetRound) -> tuple[plots.Paint, float]:
         axes.grid(visible=False, axis="y")
         took = f"{(part.end_s - part.begin_s) / scale:.3g} {unit}"
         title = f"{shown.title}: one mini-batch of {shown.names[part.device]}\n{took}"
-        axes.set(title=_upper(title) + _shown_of(shown, MOST_DRAWN, "; "), xlabel=f"time ({unit})")
-        _legend(axes, [name for name in _SHADES if name in seen])
+        axes.set(
+            title=plots.capitalised(title) + _shown_of(shown, MOST_DRAWN, "; "),
+            xlabel=f"time ({unit})",
+        )
+        _legend(axes, [name for name in plots.SHADES if name in seen])
 
     return paint, 1.7 + 0.24 * len(lanes)
 
@@ -96,7 +90,7 @@ def _bars(
         # What is narrow would vanish behind the white between it and the next one
         wide = median(length for _, length in spans) * scale > 0.01 * (part.end_s - part.begin_s)
         line = {"edgecolor": "white", "linewidth": 0.3} if wide else {"linewidth": 0.0}
-        axes.broken_barh(spans, place, facecolor=_SHADES[shade], **line)
+        axes.broken_barh(spans, place, facecolor=plots.SHADES[shade], **line)
     seen |= set(by_shade)
 
 
@@ -126,7 +120,7 @@ def _legend(axes: Any, seen: Iterable[str]) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    handles: list[Any] = [Patch(color=_SHADES[n], label=_WORDS.get(n, n)) for n in seen]
+    handles: list[Any] = [Patch(color=plots.SHADES[n], label=_WORDS.get(n, n)) for n in seen]
     handles.append(Line2D([], [], color=_CRITICAL, linewidth=1.8, label="critical path"))
     axes.legend(handles=handles, **_below(4))
 
@@ -145,10 +139,6 @@ def _shown_of(shown: FleetRound, most: int, between: str = "\n") -> str:
     )
 
 
-def _upper(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
 def idle_panel(shown: FleetRound) -> tuple[plots.Paint, float]:
     """Return what paints the idle shares of resources and their mean, and its height in inches."""
     groups = idle_groups(shown)
@@ -165,7 +155,7 @@ def idle_panel(shown: FleetRound) -> tuple[plots.Paint, float]:
                 [x for x, _ in bars],
                 [100 * share for _, share in bars],
                 width,
-                label=_ROLES[kind],
+                label=ROLES[kind],
                 color=plots.COLORS[i],
             )
             axes.bar_label(drawn, fmt="%.0f", fontsize=6)
@@ -173,7 +163,7 @@ def idle_panel(shown: FleetRound) -> tuple[plots.Paint, float]:
         axes.set_ylim(0, 106)
         axes.grid(visible=False, axis="x")
         title = f"{shown.title}: share of the round in which nothing is done"
-        axes.set(title=_upper(title) + _shown_of(shown, MOST_BARS), ylabel="percent")
+        axes.set(title=plots.capitalised(title) + _shown_of(shown, MOST_BARS), ylabel="percent")
         axes.legend(**_below(len(KINDS), 38.0))
 
     return paint, 3.4

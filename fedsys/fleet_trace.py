@@ -22,7 +22,10 @@ MOST_DEVICES: Final = 40
 MOST_EVENTS: Final = 20_000
 """Events that a trace shows, the first ones; at about 130 bytes each."""
 
-KINDS: Final = {"device": "", "up": " uplink", "down": " downlink"}
+ROLES: Final = {"device": "device", "up": "uplink", "edge": "edge", "down": "downlink"}
+"""What people call each kind of resource."""
+
+_OF_DEVICES: Final = ("device", "up", "down")
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ def by_resource(
     Returns:
         By kind (``device``, ``up``, ``down``, ``edge``) and index of the device or the edge.
     """
-    found: dict[tuple[str, int], list[Event]] = {(k, d): [] for d in devices for k in KINDS}
+    found: dict[tuple[str, int], list[Event]] = {(k, d): [] for d in devices for k in _OF_DEVICES}
     edges: dict[tuple[str, int], list[Event]] = {}
     for event in events:
         kind, _, name = event.resource.partition(":")
@@ -167,7 +170,8 @@ def perfetto(shown: FleetRound, pid: int = 1) -> list[dict[str, Any]]:
     ]
     for (kind, index), events in by_resource(held, devices).items():
         if kind != "edge":
-            lanes += [(shown.names[index] + KINDS[kind], events)] if events else []
+            role = "" if kind == "device" else f" {ROLES[kind]}"
+            lanes += [(shown.names[index] + role, events)] if events else []
             continue
         several = workers(events)
         for number, lane in enumerate(several):

@@ -27,6 +27,18 @@ Paint = Callable[[Any], None]
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000")
 """Okabe and Ito's colours, without their yellow, which is too light for lines, and with a grey."""
 
+SHADES = {
+    "forward": COLORS[0],
+    "backward": COLORS[1],
+    "tail": COLORS[3],
+    "step": COLORS[0],
+    "transfer": COLORS[2],
+    "edge": COLORS[5],
+    "load": COLORS[6],
+    "update": COLORS[7],
+}
+"""What a device, a link or an edge does, in the colour that it has in all pictures."""
+
 _STYLE: Any = {
     "axes.axisbelow": True,
     "axes.edgecolor": "#4D4D4D",
@@ -164,6 +176,11 @@ def _house_style() -> Iterator[None]:
 
     with matplotlib.rc_context(_STYLE):
         yield
+
+
+def capitalised(text: str) -> str:
+    """Return a text that begins with a capital letter, the rest as it is."""
+    return text[:1].upper() + text[1:]
 
 
 def draw(path: Path, paint: Paint, size: tuple[float, float] = (6.4, 4.0)) -> Path:

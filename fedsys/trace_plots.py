@@ -23,16 +23,6 @@ Panel = tuple[plots.Paint, float]
 HEIGHT = 4.0
 """Of a panel, in inches."""
 
-_SHADES = {
-    "load": plots.COLORS[6],
-    "forward": plots.COLORS[0],
-    "tail": plots.COLORS[3],
-    "backward": plots.COLORS[1],
-    "update": plots.COLORS[7],
-    "step": plots.COLORS[0],
-    "transfer": plots.COLORS[2],
-}
-
 
 def write(
     folder: Path, traces: Traces, fleet: FleetRound | None = None, *, draw: bool = True
@@ -167,7 +157,7 @@ def _lanes_painter(
                 min(event.end_s, end) - begin - start,
                 left=start,
                 height=0.62,
-                color=_SHADES[event.name],
+                color=plots.SHADES[event.name],
                 edgecolor="white",
                 linewidth=0.5,
                 label=None if event.name in named else event.name,
@@ -178,7 +168,7 @@ def _lanes_painter(
         axes.set_xlim(0.0, end - begin)
         axes.grid(visible=False, axis="y")
         title = f"{whose}one mini-batch of {device}: {end - begin:.3g} s"
-        axes.set(title=title[:1].upper() + title[1:], xlabel="seconds")
+        axes.set(title=plots.capitalised(title), xlabel="seconds")
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=len(named))
 
     return paint
@@ -198,7 +188,7 @@ def _idle_painter(shares: Mapping[str, Mapping[str, float]], whose: str) -> plot
         axes.set_ylim(0, 100)
         axes.grid(visible=False, axis="x")
         title = f"{whose}share of the time in which nothing is done"
-        axes.set(title=title[:1].upper() + title[1:], ylabel="percent")
+        axes.set(title=plots.capitalised(title), ylabel="percent")
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=len(lanes))
 
     return paint

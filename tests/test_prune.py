@@ -62,6 +62,13 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
     return status, captured.out, captured.err
 
 
+def pruned(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    """Return what `fedsys prune` says at its end, measured fast; it must succeed."""
+    status, out, err = call(capsys, "prune", *FAST, *arguments)
+    assert status == 0, err
+    return json.loads(out.splitlines()[-1])
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "trained"
@@ -147,11 +154,7 @@ def test_variants_of_fewer_bits_are_made_loaded_and_answer(
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     options = ("pruning.sparsity=[0.8]", "prune.precisions=[bfloat16,float16,int8]")
-    status, out, err = call(
-        capsys, "prune", f"run={trained}", *FAST, *options, f"run.dir={tmp_path / 'a'}"
-    )
-    assert status == 0, err
-    result = json.loads(out.splitlines()[-1])
+    result = pruned(capsys, f"run={trained}", *options, f"run.dir={tmp_path / 'a'}")
     assert result["refused"] == {}
     portfolio = Portfolio.load(Path(result["portfolio"]))
     images = torch.randn(
@@ -189,11 +192,7 @@ def test_a_variant_whose_numbers_are_too_large_for_its_precision_leaves_the_othe
         "prune.precisions=[float16,bfloat16]",
         "prune.recalibrate=0",
     )
-    status, out, err = call(
-        capsys, "prune", f"run={folder}", *FAST, *options, f"run.dir={tmp_path / 'a'}"
-    )
-    assert status == 0, err
-    result = json.loads(out.splitlines()[-1])
+    result = pruned(capsys, f"run={folder}", *options, f"run.dir={tmp_path / 'a'}")
     portfolio = Portfolio.load(Path(result["portfolio"]))
     plain = {PARENT, "group_norm-50"}
     assert {v.name for v in portfolio.variants} == plain | {f"{name}-bfloat16" for name in plain}
@@ -256,9 +255,7 @@ def test_every_level_of_a_run_that_rewound_is_a_variant_of_its_own(
             mask[half:] = False
         Masks(kept).save(stem.with_suffix(".masks.safetensors"))
         save_file({n: w * (1 + level) for n, w in weights.items()}, f"{stem}.safetensors")
-    status, out, err = call(capsys, "prune", f"run={folder}", *FAST, f"run.dir={tmp_path / 'a'}")
-    assert status == 0, err
-    result = json.loads(out.splitlines()[-1])
+    result = pruned(capsys, f"run={folder}", f"run.dir={tmp_path / 'a'}")
     named = {row["name"] for row in result["variants"]} | set(result["refused"])
     assert len(named) == 3 and sum(name.startswith("level-") for name in named) == 2
 
@@ -283,11 +280,7 @@ def test_a_run_that_has_pruned_is_pruned_further_if_pruning_is_given(
         "pruning.sparsity=[0.001,0.5,0.9999]",
         "pruning.keep_channels=9",
     )
-    status, out, err = call(
-        capsys, "prune", f"run={folder}", *FAST, *options, f"run.dir={tmp_path / 'a'}"
-    )
-    assert status == 0, err
-    result = json.loads(out.splitlines()[-1])
+    result = pruned(capsys, f"run={folder}", *options, f"run.dir={tmp_path / 'a'}")
     by_name = {row["name"]: row for row in result["variants"]}
     (own,) = by_name.keys() - {PARENT, "magnitude-50"}
     assert own.startswith("trained-") and by_name[own]["params"] > by_name["magnitude-50"]["params"]

@@ -135,13 +135,12 @@ def _check_links(config: Config) -> None:
                 raise ConfigError.of(
                     f"{path}.{key}", rate, "must be given, above 0", "its rate in Mbit/s"
                 )
-        for key, test, rule, way_out in (
-            (rule[0].removeprefix("network."), *rule[1:])
-            for rule in RULES
-            if rule[0] in ("network.latency_ms", "network.trace")
-        ):
-            if not test(getattr(link, key)):
-                raise ConfigError.of(f"{path}.{key}", getattr(link, key), rule, way_out)
+        for name, test, rule, way_out in RULES:
+            group, _, key = name.partition(".")
+            if group == "network" and key in ("latency_ms", "trace"):
+                value = getattr(link, key)
+                if not test(value):
+                    raise ConfigError.of(f"{path}.{key}", value, rule, way_out)
         if link.emulate:
             raise ConfigError.of(
                 f"{path}.emulate", True, "must be left out", "network.emulate=true is for all links"

@@ -143,7 +143,7 @@ def make(
     failed: dict[str, FedsysError] = {}
     for recipe in masked:
         try:
-            candidates += _candidates(recipe, config, dataset, watch, say)
+            candidates += _candidates(recipe, config, dataset, images, watch, say)
         except (ConfigError, ModelError) as error:
             failed[recipe.name] = error
             say(f"{recipe.name}: {error}")
@@ -180,7 +180,7 @@ def _some(dataset: Dataset) -> Tensor:
 
 
 def _candidates(
-    recipe: Recipe, config: Config, dataset: Dataset, watch: Stopwatch, say: Say
+    recipe: Recipe, config: Config, dataset: Dataset, images: Tensor, watch: Stopwatch, say: Say
 ) -> list[Candidate]:
     """Return the dense model of a level and, if channels shall be rounded, one with more of them.
 
@@ -192,26 +192,25 @@ def _candidates(
     with watch.of("refine"):
         level = refined(level, config, dataset)
     plain = dataclasses.replace(options, round_to=1)
-    candidates = [_converted(level, plain, dataset, watch, say)]
+    candidates = [_converted(level, plain, images, watch, say)]
     if options.round_to > 1:
         rounded = dataclasses.replace(
             level,
             name=f"{level.name}-round{options.round_to}",
             made=f"{level.made}, channels rounded up to multiples of {options.round_to}",
         )
-        more = _converted(rounded, options, dataset, watch, say)
+        more = _converted(rounded, options, images, watch, say)
         if more.variant.channels != candidates[0].variant.channels:
             candidates.append(more)
     return candidates
 
 
 def _converted(
-    level: Level, options: PruneConfig, dataset: Dataset, watch: Stopwatch, say: Say
+    level: Level, options: PruneConfig, images: Tensor, watch: Stopwatch, say: Say
 ) -> Candidate:
     with watch.of("convert"):
-        candidate, small = convert(
-            level, options, dataset.input_shape, _announcing(level.name, say), _some(dataset)
-        )
+        announce = _announcing(level.name, say)
+        candidate, small = convert(level, options, images.shape[1:], announce, images)
     report, variant = small.report, candidate.variant
     say(
         f"{level.name}: {report.parameters:,} of {report.parameters_before:,} parameters in "

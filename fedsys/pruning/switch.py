@@ -225,25 +225,21 @@ class Loaded:
                 return self._again(name)
             if name == self._name:
                 return Cost(name, name, 0.0, 0.0)
-            there = name in self._spare
-            return (
-                self._beside(self._held, name)
-                if beside or there
-                else self._instead(self._held, name)
-            )
+            if beside or name in self._spare:
+                return self._beside(self._held, name)
+            return self._instead(self._held, name)
 
     def _answer_by(self, held: _Held) -> None:
         self._pointer.put(held.active)
         self._name, self._held = held.active.name, held
+        held.loading_ms = 0.0  # the switch tells it
 
     def _beside(self, left: _Held, name: str) -> Cost:
         start = time.perf_counter()
         fresh = self._take(name) if name in self._spare else self._prepare(name)
-        loading_ms, fresh.loading_ms = fresh.loading_ms, 0.0
-        ready = time.perf_counter()
-        self._pointer.put(fresh.active)
+        loading_ms, ready = fresh.loading_ms, time.perf_counter()
+        self._answer_by(fresh)
         swapped = time.perf_counter()
-        self._name, self._held = name, fresh
         before = left.active.name
         if before in self._wanted:
             self._spare = {**self._spare, before: left.again()}
@@ -270,9 +266,9 @@ class Loaded:
         _free(left.module)
         freed = time.perf_counter()
         try:
-            self._answer_by(self._load_alone(name))
+            self._answer_by(self._prepare(name))
         except BaseException:
-            self._answer_by(self._load_alone(before))
+            self._answer_by(self._prepare(before))
             raise
         end = time.perf_counter()
         return Cost(
@@ -283,14 +279,9 @@ class Loaded:
     def _again(self, name: str) -> Cost:
         """Answer after a switch that left nothing in memory."""
         before, start = self._name, time.perf_counter()
-        self._answer_by(self._take(name) if name in self._spare else self._load_alone(name))
+        self._answer_by(self._take(name) if name in self._spare else self._prepare(name))
         took = (time.perf_counter() - start) * 1e3
         return Cost(before, name, took, took)
-
-    def _load_alone(self, name: str) -> _Held:
-        held = self._prepare(name)
-        held.loading_ms = 0.0  # the switch tells it
-        return held
 
     def _prepare(self, name: str) -> _Held:
         start = time.perf_counter()

@@ -171,9 +171,7 @@ def _wanted(tree: Mapping[str, Any], card: Card) -> tuple[Wanted, ...]:
         name = output.get("name")
         if name not in OUTPUTS:
             refuse(f"outputs: {repr(name)[:60]}: must be one of {', '.join(OUTPUTS)}")
-        if any(
-            name == wanted.name for wanted in result
-        ):  # or a short request has an endless answer
+        if name in {wanted.name for wanted in result}:  # a short request has no endless answer
             refuse(f"outputs: {name!r}: must be asked for once")
         parameters = _parameters(output, f"outputs: {name}")
         top = parameters.get("classification", 0)
