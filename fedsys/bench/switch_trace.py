@@ -12,7 +12,7 @@ kinds (`TRACES`), which differ in the load:
   to a part of what the fastest can, each factor as likely as any other. Fast segments then hold
   nearly all requests, so this is close to a load for small variants alone.
 
-Policy, options and traces were made while looking at seeds 0 to 3; others are held out.
+Policy, options and traces were made while looking at seeds 0 to 6; others are held out.
 
 Each contender plays the whole trace: the portfolio that switches, and every variant alone. In the
 next turn they play in the reverse order, so that a machine whose speed drifts is as fast for one as

@@ -157,8 +157,9 @@ class Control:
             v for v in self._variants.values() if self._shunned.get(v.name, 0.0) <= seen.time_s
         ]
         usable = usable or [smallest([*self._variants.values()])]
-        tails = tails_of(usable, self._helper())
-        standing, decision = decide(self.standing, seen, usable, self._objective, tails)
+        helper = self._helper()
+        tails = tails_of(usable, helper)
+        standing, decision = decide(self.standing, seen, usable, self._objective, tails, helper)
         self._complete(seen)
         self.last = decision
         if decision.after == self._switcher.current and self._switcher.ready:

@@ -8,6 +8,8 @@ objective. The paper leaves the signals and the prediction open; here they are
 * waiting by the arrival rate: the exponential tail of an M/D/1 queue in heavy traffic
   (Kingman, "The single server queue in heavy traffic", 1961), the batch in work, and the queue that
   is there now;
+* what small variants in memory take over (`fedsys.pruning.switch_relief`): a variant that alone
+  could not do the load stays where both together can;
 * the transfer of one input over the link, if its rate is known.
 
 A better variant must meet the objective even if all signals are worse by a margin m, and none is
@@ -187,6 +189,7 @@ def decide(
     variants: Sequence[Profile],
     objective: Objective,
     tails: Mapping[str, float] | None = None,
+    helper: Profile | None = None,
 ) -> tuple[Standing, Decision]:
     """Take the most accurate variant that meets the objective; the smallest if none does.
 
@@ -197,6 +200,7 @@ def decide(
         objective: What is asked for.
         tails: Share of the requests of each variant, by its name, that may take longer because
             others help (`fedsys.pruning.switch_relief.tails_of`); `TAIL` where none is given.
+        helper: Computes those; None for nobody.
 
     Returns:
         The new state, and the decision with its reason and the prediction for each variant.
@@ -206,10 +210,12 @@ def decide(
     room = room_of(signals, objective, current)
     tails = {v.name: TAIL for v in ranked} | dict(tails or {})
     predicted = {
-        v.name: Predicted(predict_ms(v, signals, objective, tails[v.name]), v.peak_bytes <= room)
+        v.name: Predicted(
+            predict_ms(v, signals, objective, tails[v.name], helper), v.peak_bytes <= room
+        )
         for v in ranked
     }
-    view = _View(standing, signals, ranked, current, predicted, objective, room, tails)
+    view = _View(standing, signals, ranked, current, predicted, objective, room, tails, helper)
     chosen, reason = _choose(view)
     meets = predicted[chosen.name].meets(objective)
     how = How.STAY if chosen is current else How.HOT
@@ -245,6 +251,7 @@ class _View:
     objective: Objective
     room: float
     tails: Mapping[str, float]
+    helper: Profile | None
 
 
 def _choose(view: _View) -> tuple[Profile, str]:
@@ -257,8 +264,8 @@ def _choose(view: _View) -> tuple[Profile, str]:
 
     def is_safe(variant: Profile) -> bool:
         fits = variant.peak_bytes * (1 + objective.margin) <= room
-        tail = view.tails[variant.name]
-        return fits and predict_ms(variant, worse, objective, tail) <= objective.p95_ms
+        expected = predict_ms(variant, worse, objective, view.tails[variant.name], view.helper)
+        return fits and expected <= objective.p95_ms
 
     safe = next((v for v in ranked if is_safe(v)), None)
     bare = next((v for v in ranked if meets(v)), None)
@@ -322,7 +329,11 @@ def profile_of(variant: Variant, threads: int) -> Profile:
 
 
 def predict_ms(
-    variant: Profile, signals: Signals, objective: Objective, tail: float = TAIL
+    variant: Profile,
+    signals: Signals,
+    objective: Objective,
+    tail: float = TAIL,
+    helper: Profile | None = None,
 ) -> float:
     """Return the time from arrival to answer that a share `tail` is expected to exceed.
 
@@ -333,20 +344,25 @@ def predict_ms(
         signals: Load and machine.
         objective: Gives batch and input size.
         tail: In (0, 1).
+        helper: Takes over the share `tail`, and the load of it, where that is above `TAIL`.
 
     Returns:
         The least over the batch sizes; infinite if the load is too high at each of them.
     """
     slow, transfer = slowdown(signals), transfer_ms(signals, objective)
     sizes = {row.batch for row in variant.latency if row.batch <= objective.max_batch}
+    others_share, others_ms = 0.0, 0.0
+    if helper is not None and helper is not variant and tail > TAIL:
+        most = objective.max_batch
+        others_share, others_ms = tail, latency_at(helper, most).p50_ms * slow / most
     best = math.inf
     for size in sorted(sizes | {objective.max_batch}):
         row = latency_at(variant, size)
         service = row.p50_ms * slow
-        busy = signals.arrival_rate / 1e3 * service / row.batch
+        each = (1 - others_share) * service / row.batch + others_share * others_ms
+        busy = signals.arrival_rate / 1e3 * each
         # Gaps even out over the b arrivals of a batch: Kingman's bound is b times less.
-        waiting = tail_wait_ms(busy, service / row.batch, tail)
-        waiting = max(waiting, signals.queue / row.batch * service)
+        waiting = max(tail_wait_ms(busy, each, tail), signals.queue * each)
         if row.batch > 1:  # the batch that runs when an example comes is not in it
             waiting += busy * service
         best = min(best, waiting + row.p95_ms * slow + transfer)
