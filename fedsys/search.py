@@ -40,24 +40,19 @@ def promising(table: Table) -> tuple[Indices, str]:
         found = [starts[0], _by_groups(table, groups)]
         how = f"worthwhile choices, improved for {len(groups)} groups of devices of one kind"
     else:
-        found = [improved(table, _best(table, starts), short, budget=_BUDGET)]
+        found = [improved(table, table.best_of(starts), short, budget=_BUDGET)]
         how = "worthwhile choices, improved one by one"
     whole = np.where(loads == 0, alone, np.inf)
     if np.isfinite(whole.min(axis=1)).all():
         found.append(table.choice_at[whole.argmin(axis=1), 0])
-    return _best(table, found), how
-
-
-def _best(table: Table, plans: Sequence[Indices]) -> Indices:
-    """Return the best plan; of equal ones the first."""
-    return min(plans, key=table.score)
+    return table.best_of(found), how
 
 
 def _by_groups(table: Table, groups: Sequence[Indices]) -> Indices:
     """Return the plan that is best for a small fleet, one device for each group."""
     small = table.part([group[0] for group in groups], share=min(table.workers))
     alone, loads = small.alone(), small.loads()
-    start = _best(small, _limited_starts(small, alone, loads))
+    start = small.best_of(_limited_starts(small, alone, loads))
     short = _worthwhile(small, alone, loads)
     effort = _EFFORT / len(small.workers) / (4 if _windowed(small) else 1)
     chosen = improved(small, start, short, effort=effort)
@@ -88,45 +83,53 @@ def _limited_starts(table: Table, alone: Array, loads: Array) -> list[Indices]:
     time of a round and that of choices made alone. A plan takes as long as its slowest device
     alone, or as its busiest edge.
     """
-    best = alone.min(axis=1)
-    local = np.where(loads == 0, alone, np.inf).min(axis=1)
-    highest = np.where(np.isfinite(local), local, alone.max(axis=1)).max()
+    _, some, like = np.unique(table.like, return_index=True, return_inverse=True)
+    own, work = alone[some], loads[some]
+    best = own.min(axis=1)
+    local = np.where(work == 0, own, np.inf).min(axis=1)
+    highest = np.where(np.isfinite(local), local, own.max(axis=1)).max()
     limits = np.geomspace(max(best.max(), 1e-12), max(highest, best.max(), 1e-12), _LIMITS - 1)
-    rows, here = [alone.argmin(axis=1)], np.arange(len(alone))
+    least = work + 1e-9 * own
+    rows = [own.argmin(axis=1)]
     for limit in limits:
-        within = alone <= np.maximum(limit, best)[:, None] * (1 + 1e-9)
-        rows.append((np.where(within, loads, np.inf) + 1e-9 * alone).argmin(axis=1))
-    found: dict[bytes, tuple[float, Indices]] = {}
-    for row in rows:
-        if row.tobytes() not in found:
-            picked, busiest = spread(table, row, loads)
-            estimate = np.maximum(alone[here, row], busiest * (loads[here, row] > 0))
-            found[row.tobytes()] = float(score(estimate)), picked
-    promising = sorted(found.values(), key=lambda entry: entry[0])[:2]
-    return [picked for _, picked in promising]
+        within = own <= np.maximum(limit, best)[:, None] * (1 + 1e-9)
+        rows.append(np.where(within, least, np.inf).argmin(axis=1))
+    courses = np.array(list({row.tobytes(): row for row in rows}.values()))[:, like]
+    picked, busiest = spread(table, courses, loads)
+    here = np.arange(len(alone))
+    takes = np.maximum(alone[here, courses], busiest[:, None] * (loads[here, courses] > 0))
+    return list(picked[np.argsort(score(takes), kind="stable")[:2]])
 
 
-def spread(table: Table, courses: Indices, loads: Array) -> tuple[Indices, float]:
+def spread(table: Table, courses: Indices, loads: Array) -> tuple[Indices, Array]:
     """Distribute devices over edges, the largest load first, to the edge that is done earliest.
 
+    Args:
+        table: All choices.
+        courses: Of each device, ``(P, K)``: P plans.
+        loads: Seconds of an edge, ``(K, O)``.
+
     Returns:
-        The choices, and the seconds of the busiest edge.
+        The choices, ``(P, K)``, and the seconds of the busiest edge of each plan.
     """
-    own = loads[np.arange(len(courses)), courses]
+    own = loads[np.arange(courses.shape[1]), courses]
     if len(table.load.edges) == 1:
-        return table.choice_at[courses, 0], float(own.sum() / table.workers[0])
-    rates, seconds = [1.0 / workers for workers in table.workers], own.tolist()
-    options = table.choice_at[courses].tolist()
-    picked, busy = np.empty_like(courses), [0.0] * len(rates)
-    for k in np.argsort(-own, kind="stable").tolist():
-        ends = [
-            busy[e] + seconds[k] * rates[e] if choice >= 0 else math.inf
-            for e, choice in enumerate(options[k])
-        ]
-        edge = ends.index(min(ends))
-        busy[edge] = ends[edge]
-        picked[k] = options[k][edge]
-    return picked, max(busy)
+        return table.choice_at[courses, 0], own.sum(axis=-1) / table.workers[0]
+    order = np.argsort(-own, axis=-1, kind="stable")
+    options = np.take_along_axis(table.choice_at[courses], order[:, :, None], axis=1)
+    rates = 1.0 / np.array(table.workers)
+    seconds = np.take_along_axis(own, order, axis=-1)[:, :, None] * rates
+    seconds[options < 0] = np.inf
+    plans, edge = np.arange(len(courses)), np.empty_like(order)
+    busy = np.zeros((len(courses), len(rates)))
+    for turn in range(order.shape[1]):
+        ends = busy + seconds[:, turn]
+        edge[:, turn] = ends.argmin(axis=-1)
+        busy[plans, edge[:, turn]] = ends[plans, edge[:, turn]]
+    picked = np.empty_like(courses)
+    chosen = np.take_along_axis(options, edge[:, :, None], axis=-1)[:, :, 0]
+    np.put_along_axis(picked, order, chosen, axis=-1)
+    return picked, busy.max(axis=-1)
 
 
 def _worthwhile(table: Table, alone: Array, loads: Array) -> list[Indices]:
@@ -135,19 +138,17 @@ def _worthwhile(table: Table, alone: Array, loads: Array) -> list[Indices]:
     A course that another one betters both alone and in what it takes of the edge is left out, but
     for the few that are fastest alone, and those that take nothing of an edge.
     """
-    kept: dict[bytes, Indices] = {}
-    result = []
-    for own, load in zip(alone, loads, strict=True):
-        key = own.tobytes() + load.tobytes()
-        if key not in kept:
+    kept: dict[int, Indices] = {}
+    for k, like in enumerate(table.like.tolist()):
+        if like not in kept:
+            own, load = alone[k], loads[k]
             order = np.lexsort((load, own))
             least = np.minimum.accumulate(load[order])
             front = order[np.r_[True, least[1:] < least[:-1]]]
             near, local = order[:_FEW], np.flatnonzero(load == 0)
             courses = np.unique(np.concatenate([front[:_FEW], near, local]))
-            kept[key] = table.with_edges(courses)
-        result.append(kept[key])
-    return result
+            kept[like] = table.with_edges(courses)
+    return [kept[like] for like in table.like.tolist()]
 
 
 def improved(
@@ -169,7 +170,7 @@ def improved(
         effort: Pieces that may be timed in all.
     """
     devices = len(picked)
-    best = table.score(picked)
+    best, alone = table.score(picked), table.alone()
     affordable = _affordable(table, picked, short, budget)
     everyone = affordable >= devices
     if affordable < 1:
@@ -178,8 +179,13 @@ def improved(
         before = best
         order = np.argsort(-table.times_of(picked)[1], kind="stable")
         for k in order[: int(min(affordable, devices))]:
-            tried = np.repeat(picked[None], len(short[k]), axis=0)
-            tried[:, k] = short[k]
+            # In company nothing is faster than alone, and a plan is as slow as its slowest device
+            worth = short[k][alone[k, table.course[short[k]]] < best]
+            worth = worth[worth != picked[k]]
+            if not len(worth):
+                continue
+            tried = np.repeat(picked[None], len(worth), axis=0)
+            tried[:, k] = worth
             effort -= table.pieces(tried) + _LOOK
             if effort < 0:
                 return picked

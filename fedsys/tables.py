@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 
@@ -32,6 +33,7 @@ class Table:
         course: Index of the course of each choice.
         choice_at: Index of the choice by course and edge, ``(O, E)``; -1 where there is none.
         kind: Number of the kind of each device, ``(K,)``: the same costs and network.
+        like: Number of its class, ``(K,)``: of one kind, and with as many examples.
         steps: Iterations of each device in a round, ``(K,)``.
         rest: Time of the last iteration of an epoch, of one of full size, ``(K, O)``: as it is of a
             device alone.
@@ -47,10 +49,12 @@ class Table:
         menu = Menu(load, [self.choices[i] for i in self._first])
         kinds: dict[tuple[int, Network], int] = {}
         made: list[Stages] = []
-        self.kind = np.zeros(len(load.devices), dtype=np.int64)
+        classes: dict[tuple[int, int], int] = {}
+        self.kind, self.like = np.zeros((2, len(load.devices)), dtype=np.int64)
         for k, device in enumerate(load.devices):
             kind = kinds.setdefault((id(device.costs), device.network), len(kinds))
             self.kind[k] = kind
+            self.like[k] = classes.setdefault((kind, device.examples), len(classes))
             if kind == len(made):
                 made.append(menu.stages(device))
         names = [f.name for f in dataclasses.fields(Stages)]
@@ -96,16 +100,15 @@ class Table:
             devices: Indices of the devices.
             share: What the edges' workers are divided by.
         """
-        edges = {
-            id(edge): dataclasses.replace(edge, workers=max(1, round(edge.workers / share)))
-            for edge in self.load.edges
-        }
-        load = dataclasses.replace(
-            self.load,
-            devices=tuple(self.load.devices[k] for k in devices),
-            edges=tuple(edges[id(edge)] for edge in self.load.edges),
+        made, mine = copy.copy(self), np.array(devices)
+        made.workers = [max(1, round(workers / share)) for workers in self.workers]
+        made._known = {}
+        made.load = dataclasses.replace(
+            self.load, devices=tuple(self.load.devices[k] for k in devices)
         )
-        return Table(load, self.choices)
+        for name in ("kind", "like", "steps", "rest", "worth", "exchange"):
+            setattr(made, name, getattr(self, name)[mine])
+        return made
 
     def stages(self, picked: Indices) -> Stages:
         """Return the stages of plans, ``(P, K)`` indices of choices."""
@@ -128,6 +131,14 @@ class Table:
     def score(self, picked: Indices) -> float:
         """Return the score of one plan ``(K,)``."""
         return float(score(self.times_of(picked)[1]))
+
+    def best_of(self, plans: Sequence[Indices]) -> Indices:
+        """Return the best of some plans ``(K,)``, timed at once; of equal ones the first."""
+        fresh = {p.tobytes(): p for p in plans if p.tobytes() not in self._known}
+        if fresh:
+            times = self.times(np.stack(list(fresh.values())))
+            self._known |= zip(fresh, zip(*times, strict=True), strict=True)
+        return min(plans, key=self.score)
 
     def times_of(self, picked: Indices) -> tuple[Array, Array]:
         """Return what `times` gives for one plan ``(K,)``; known plans are not timed again."""

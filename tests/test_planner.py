@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis.extra.numpy import arrays
 
 from fedsys.config import compose_text, parse
 from fedsys.costs import Crossing, MachineClass, MachineCosts
 from fedsys.errors import ConfigError
 from fedsys.planner import METHODS, MOST_COMBINATIONS, evaluate, options, plan
+from fedsys.search import improved, spread
 from fedsys.session import layered_model
 from fedsys.shaping import Network
-from fedsys.tables import score
+from fedsys.tables import Table, score
 from fedsys.timeline import play
 from fedsys.workload import Choice, Device, Workload, counts, job_of, workload
 
@@ -103,6 +106,64 @@ def test_every_method_plans_for_every_device_the_same_way_each_time(load):
             assert 0 <= choice.edge < len(load.edges)
         again = evaluate(load, made.choices)
         assert again.round_s == pytest.approx(made.round_s)
+
+
+@settings(max_examples=30, deadline=None)
+@given(fleets(most=5), st.data())
+def test_a_part_of_a_table_is_the_table_of_that_part(load, data):
+    """A part takes the rows that it needs, without pricing all choices again."""
+    devices = data.draw(st.lists(st.sampled_from(range(len(load.devices))), min_size=1))
+    edges = [dataclasses.replace(load.edges[0], workers=max(1, load.edges[0].workers // 2))]
+    small = dataclasses.replace(
+        load,
+        devices=tuple(load.devices[k] for k in devices),
+        edges=tuple(edges * len(load.edges)),
+    )
+    part, whole = Table(load, options(load)).part(devices, share=2), Table(small, options(load))
+    picked = data.draw(arrays(np.int64, (3, len(devices)), elements=st.integers(0, 6)))
+    for found, expected in zip(part.times(picked), whole.times(picked), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(part.loads(), whole.loads())
+    np.testing.assert_array_equal(part.alone(), whole.alone())
+    assert part.workers == whole.workers
+
+
+@settings(max_examples=50, deadline=None)
+@given(fleets(most=5), st.data())
+def test_spreading_gives_the_largest_load_first_to_the_edge_that_is_done_earliest(load, data):
+    table = Table(load, options(load))
+    shape = (data.draw(st.integers(1, 4)), len(load.devices))
+    courses = data.draw(arrays(np.int64, shape, elements=st.integers(0, len(table.choice_at) - 1)))
+    picked, busiest = spread(table, courses, table.loads())
+    for plan_, row, most in zip(picked, courses, busiest, strict=True):
+        own = table.loads()[np.arange(len(row)), row]
+        busy = np.zeros(len(load.edges))
+        for k in sorted(range(len(row)), key=lambda k: -own[k]):
+            ends = [
+                (busy[e] + own[k] * (1 / edge.workers), e)
+                for e, edge in enumerate(load.edges)
+                if table.choice_at[row[k], e] >= 0
+            ]
+            end, e = min(ends)
+            busy[e] = end
+            assert plan_[k] == table.choice_at[row[k], e]
+        assert most == pytest.approx(busy.max())
+
+
+@settings(max_examples=30, deadline=None)
+@given(fleets(most=4))
+def test_improving_leaves_out_only_what_cannot_be_better(load):
+    """What takes longer alone than the whole plan is not timed; no single change helps after it."""
+    table = Table(load, options(load))
+    everything = [np.arange(len(table.choices))] * len(load.devices)
+    start = table.alone().argmin(axis=1)
+    made = improved(table, table.choice_at[start, 0], everything)
+    best = table.score(made)
+    assert best <= table.score(table.choice_at[start, 0])
+    for k in range(len(made)):
+        others = np.repeat(made[None], len(table.choices), axis=0)
+        others[:, k] = everything[k]
+        assert table.scores(others).min() >= best * (1 - 1e-9)
 
 
 # --------------------------------------------------------------------------------------------------
