@@ -108,20 +108,25 @@ def together_s(s: Stages, edge: Indices, workers: Sequence[int], depth: int | No
     held = np.where(real, s.edge[:, device] + stepping, 0.0)
     freed = np.full(arrival.shape, -np.inf)  # when the edge has finished a piece, its step included
     for index, several in enumerate(workers):
-        mine = real & (edge == index)[:, device]
-        if not mine.any():
+        served = s.offloaded & (edge == index)
+        here = served.any(axis=0)  # a device that is elsewhere in all plans is left out
+        if not here.any():
             continue
-        at, work = np.where(mine, arrival, np.inf), np.where(mine, held, 0.0)
-        if several >= edge.shape[-1]:
+        places, own = np.flatnonzero(here[device]), lengths[here]
+        mine = real[:, places] & served[:, device[places]]
+        at = np.where(mine, arrival[:, places], np.inf)
+        work = np.where(mine, held[:, places], 0.0)
+        begins = np.cumsum(own) - own
+        if several >= len(own):
             end = np.empty_like(at)
-            for places in _alike(starts, lengths):
-                end[:, places] = _queue(at[:, places], work[:, places])
+            for alike in _alike(begins, own):
+                end[:, alike] = _queue(at[:, alike], work[:, alike])
         elif several == 1:
             end = _one_worker(at, work)
         else:
-            counts = np.where(s.offloaded & (edge == index), s.pieces, 0).astype(np.int64)
-            end = _some_workers(at, work, starts, counts, several)
-        freed = np.where(mine, end, freed)
+            counts = np.where(served[:, here], s.pieces[:, here], 0).astype(np.int64)
+            end = _some_workers(at, work, begins, counts, several)
+        freed[:, places] = np.where(mine, end, freed[:, places])
     down = s.down[:, device]
     returned = freed - stepping - piece * down
     for places in _alike(starts, lengths):

@@ -1,11 +1,10 @@
 """The search of `policy=auto` for a good plan, in a time that hundreds of devices allow.
 
 Starts give all devices one limit of time; then the choice of one device after the other is changed
-for a better plan. A large fleet has too many devices for that where an edge computes several
-sessions at a time. It is made smaller: of every W devices of a kind one stands for all, on edges
-that compute a W-th of the sessions at a time. Queues of both are alike, and that of one worker is
-found without going from piece to piece. What is best for the small fleet is given to the large one,
-and taken if it is better there than the best start.
+for a better plan. A large fleet has too many devices for that, so it is made smaller: one device
+stands for a group of its kind, and an edge computes for a group as long as for all that are in it.
+A few large groups are planned first, then more small ones from there. What is best for the small
+fleet is given to the large one, and taken if it is better there than all on the devices.
 """
 
 from __future__ import annotations
@@ -19,12 +18,15 @@ from fedsys.contention import Indices
 from fedsys.tables import Table, score
 from fedsys.workload import Array
 
-_BUDGET = 150_000  # pieces that are timed in one look
-_EFFORT = 300_000  # pieces that are timed in all of a small fleet
+_EFFORT = 80_000  # pieces that are timed for a fleet
 _LOOK = 10_000  # pieces that could be timed in what each look takes beside them
-_SLOWER = 20  # times, for several sessions at a time on an edge but not all, or few in flight
+_WINDOWED = 12  # times as long takes a piece where few are in flight
+_SEVERAL = 20  # and where an edge computes several sessions at a time, but not all
 _LIMITS = 16  # starts
+_GROUPS = (8, 25)  # of devices, about
 _FEW = 10  # choices of a device that are looked at
+_POWER = 16  # of the mean of the devices' times, by which plans are compared at first
+_LEAST = 1e-3  # what a change has to bring there
 
 
 def promising(table: Table) -> tuple[Indices, str]:
@@ -33,47 +35,57 @@ def promising(table: Table) -> tuple[Indices, str]:
     Args:
         table: All choices.
     """
-    alone, loads = table.alone(), table.loads()
-    starts, short = _limited_starts(table, alone, loads), _worthwhile(table, alone, loads)
-    groups = _groups(table)
-    if groups and _affordable(table, starts[0], short, _BUDGET) < len(alone):
-        found = [starts[0], _by_groups(table, groups)]
-        how = f"worthwhile choices, improved for {len(groups)} groups of devices of one kind"
+    if levels := _levels(table):
+        found = [_by_groups(table, levels)]
+        how = f"worthwhile choices, improved for {len(levels[-1])} groups of devices of one kind"
     else:
-        found = [improved(table, table.best_of(starts), short, budget=_BUDGET)]
+        found = [_one_by_one(table, [], effort=4 * _EFFORT)]
         how = "worthwhile choices, improved one by one"
-    whole = np.where(loads == 0, alone, np.inf)
+    whole = np.where(table.loads() == 0, table.alone(), np.inf)
     if np.isfinite(whole.min(axis=1)).all():
         found.append(table.choice_at[whole.argmin(axis=1), 0])
     return table.best_of(found), how
 
 
-def _by_groups(table: Table, groups: Sequence[Indices]) -> Indices:
-    """Return the plan that is best for a small fleet, one device for each group."""
-    small = table.part([group[0] for group in groups], share=min(table.workers))
-    alone, loads = small.alone(), small.loads()
-    start = small.best_of(_limited_starts(small, alone, loads))
-    short = _worthwhile(small, alone, loads)
-    effort = _EFFORT / len(small.workers) / (4 if _windowed(small) else 1)
-    chosen = improved(small, start, short, effort=effort)
-    picked = np.empty(len(table.kind), dtype=chosen.dtype)
-    for group, choice in zip(groups, chosen, strict=True):
-        picked[group] = choice
-    return picked
+def _one_by_one(table: Table, starts: Sequence[Indices], effort: float) -> Indices:
+    """Return the best start, improved."""
+    alone, loads = table.alone(), table.loads()
+    start = table.best_of([*starts, *_limited_starts(table, alone, loads)])
+    return improved(table, start, _worthwhile(table, alone, loads), effort=effort)
 
 
-def _groups(table: Table) -> list[Indices]:
-    """Return devices of one kind in groups, one group for as many as an edge computes at a time.
+def _by_groups(table: Table, levels: Sequence[Sequence[Indices]]) -> Indices:
+    """Return the plan that is best for small fleets, one device for each group."""
+    plans: list[Indices] = []
+    for groups in levels:
+        small = table.part(groups)
+        starts = [plan[[group[0] for group in groups]] for plan in plans]
+        chosen = _one_by_one(small, starts, _EFFORT)
+        picked = np.empty(len(table.kind), dtype=chosen.dtype)
+        for group, choice in zip(groups, chosen, strict=True):
+            picked[group] = choice
+        plans = [picked]
+    return plans[-1]
 
-    Empty if edges compute one session at a time, or if there are too many kinds for such groups.
+
+def _levels(table: Table) -> list[list[Indices]]:
+    """Return devices of one kind in groups: few large ones, and more small ones.
+
+    A group has as many devices as an edge computes at a time, or more. Empty for a small fleet, and
+    if there are too many kinds for such groups.
     """
-    size = min(table.workers)
-    found: list[Indices] = []
-    for kind in np.unique(table.kind):
-        members = np.flatnonzero(table.kind == kind)
-        members = members[np.argsort(table.steps[members], kind="stable")]
-        found += np.array_split(members, max(1, round(len(members) / size)))
-    return found if size > 1 and size * len(found) <= 1.2 * len(table.kind) else []
+    devices = len(table.kind)
+    levels: list[list[Indices]] = []
+    for count in _GROUPS if devices > _GROUPS[0] else ():
+        size = max(min(table.workers), math.ceil(devices / count))
+        found: list[Indices] = []
+        for kind in np.unique(table.kind):
+            members = np.flatnonzero(table.kind == kind)
+            members = members[np.argsort(table.steps[members], kind="stable")]
+            found += np.array_split(members, max(1, round(len(members) / size)))
+        if size * len(found) <= 1.2 * devices and (not levels or len(found) > len(levels[-1])):
+            levels.append(found)
+    return levels
 
 
 def _limited_starts(table: Table, alone: Array, loads: Array) -> list[Indices]:
@@ -152,62 +164,56 @@ def _worthwhile(table: Table, alone: Array, loads: Array) -> list[Indices]:
 
 
 def improved(
-    table: Table,
-    picked: Indices,
-    short: Sequence[Indices],
-    *,
-    budget: float = math.inf,
-    effort: float = math.inf,
+    table: Table, picked: Indices, short: Sequence[Indices], *, effort: float = math.inf
 ) -> Indices:
     """Change the choice of one device after the other for a better plan, until none is better.
+
+    Where several devices are equally slow, no single change makes the slowest faster. So plans are
+    compared by a mean with a high power of the devices' times at first, in which each of the
+    slowest counts, and by their score at the end.
 
     Args:
         table: All choices.
         picked: The plan to begin with.
         short: The choices that are tried of each device.
-        budget: Pieces that may be timed in one pass; if all devices are too many for it, the
-            slowest ones are looked at, or none.
         effort: Pieces that may be timed in all.
     """
-    devices = len(picked)
-    best, alone = table.score(picked), table.alone()
-    affordable = _affordable(table, picked, short, budget)
-    everyone = affordable >= devices
-    if affordable < 1:
-        return picked
-    for _ in range(4 * devices if everyone else 2):
-        before = best
-        order = np.argsort(-table.times_of(picked)[1], kind="stable")
-        for k in order[: int(min(affordable, devices))]:
-            # In company nothing is faster than alone, and a plan is as slow as its slowest device
-            worth = short[k][alone[k, table.course[short[k]]] < best]
-            worth = worth[worth != picked[k]]
-            if not len(worth):
-                continue
-            tried = np.repeat(picked[None], len(worth), axis=0)
-            tried[:, k] = worth
-            effort -= table.pieces(tried) + _LOOK
-            if effort < 0:
-                return picked
-            scores = table.scores(tried)
-            i = int(scores.argmin())
-            if scores[i] < best * (1 - 1e-12):
-                picked, best = tried[i], float(scores[i])
-        if best >= before * (1 - 1e-12):
-            break
+    alone, dear = table.alone(), _dear(table)
+    for measure, least in ((_slow_ones, _LEAST), (score, 1e-12)):
+        better = True
+        while better:
+            better = False
+            times = table.times_of(picked)[1]
+            best, slowest = float(measure(times)), float(times.max())
+            for k in np.argsort(-times, kind="stable"):
+                # In company nothing is faster than alone
+                worth = short[k][alone[k, table.course[short[k]]] < slowest]
+                worth = worth[worth != picked[k]]
+                if not len(worth):
+                    continue
+                tried = np.repeat(picked[None], len(worth), axis=0)
+                tried[:, k] = worth
+                effort -= dear * table.pieces(tried) + _LOOK
+                if effort < 0:
+                    return picked
+                scores = table.scores(tried, measure)
+                i = int(scores.argmin())
+                if scores[i] < best * (1 - least):
+                    picked, best, better = tried[i], float(scores[i]), True
     return picked
 
 
-def _windowed(table: Table) -> bool:
-    """Return whether a device may have more pieces than are in flight, which is slow to time."""
+def _slow_ones(round_s: Array) -> Array:
+    """Return a mean of the times of devices, ``(C, K)``, to which the slowest ones give most."""
+    most = round_s.max(axis=-1)
+    shares = round_s / np.maximum(most, 1e-300)[..., None]
+    mean: Array = most * (shares**_POWER).mean(axis=-1) ** (1 / _POWER)
+    return mean
+
+
+def _dear(table: Table) -> int:
+    """Return how many times as long a piece takes as one of a closed form."""
     limit = table.load.in_flight
-    return limit is not None and max(table.load.micro_batches) > limit
-
-
-def _affordable(table: Table, picked: Indices, short: Sequence[Indices], budget: float) -> float:
-    """Return for how many devices all choices can be tried."""
-    devices = len(picked)
-    pieces = float(table.stages(picked[None]).pieces.max())
-    if _windowed(table) or any(1 < workers < devices for workers in table.workers):
-        budget /= _SLOWER
-    return budget / (devices * max(pieces, 1.0) * max(len(s) for s in short))
+    if limit is not None and max(table.load.micro_batches) > limit:
+        return _WINDOWED
+    return _SEVERAL if any(1 < workers < len(table.kind) for workers in table.workers) else 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -44,6 +44,7 @@ class Table:
         self.load, self.choices = load, tuple(choices)
         self.workers = [edge.workers for edge in load.edges]
         self._known: dict[bytes, tuple[Array, Array]] = {}
+        self._alone: Array | None = None
         self.edge: Indices = np.array([choice.edge for choice in choices])
         self._pick_courses()
         menu = Menu(load, [self.choices[i] for i in self._first])
@@ -93,21 +94,34 @@ class Table:
         self.choice_at = np.full((len(found), len(self.load.edges)), -1)
         self.choice_at[self.course, self.edge] = np.arange(len(self.choices))
 
-    def part(self, devices: Sequence[int], share: int) -> Table:
-        """Return the table of some devices and of edges that compute fewer sessions at a time.
+    def part(self, groups: Sequence[Indices]) -> Table:
+        """Return the table in which one device stands for each group.
+
+        Devices that are alike send at the same moments, so what an edge takes for a piece of each,
+        one after the other, is what it takes for one piece that is as much longer. An edge that
+        computes as many sessions at a time takes as long as for one.
 
         Args:
-            devices: Indices of the devices.
-            share: What the edges' workers are divided by.
+            groups: Indices of the devices of each group; the first one stands for it.
         """
-        made, mine = copy.copy(self), np.array(devices)
-        made.workers = [max(1, round(workers / share)) for workers in self.workers]
-        made._known = {}
+        made, mine = copy.copy(self), np.array([group[0] for group in groups])
+        sizes = np.array([len(group) for group in groups])
+        many = np.array(self.workers)
+        fewer = np.maximum(1, np.rint(many / sizes.mean()).astype(int))
+        made.workers = fewer.tolist()
+        made._known, made._alone = {}, None
         made.load = dataclasses.replace(
-            self.load, devices=tuple(self.load.devices[k] for k in devices)
+            self.load, devices=tuple(self.load.devices[k] for k in mine)
         )
-        for name in ("kind", "like", "steps", "rest", "worth", "exchange"):
+        for name in ("steps", "rest", "worth", "exchange"):
             setattr(made, name, getattr(self, name)[mine])
+        made._stages = {name: table[self.kind[mine]] for name, table in self._stages.items()}
+        longer = np.maximum(1.0, np.outer(sizes, (fewer / many)[self.edge[self._first]]))
+        for name in ("edge", "edge_update"):
+            made._stages[name] = made._stages[name] * longer
+        made.kind = np.arange(len(groups))
+        classes = np.stack([self.like[mine], sizes])
+        made.like = np.unique(classes, axis=1, return_inverse=True)[1].ravel()
         return made
 
     def stages(self, picked: Indices) -> Stages:
@@ -148,20 +162,27 @@ class Table:
             self._known[key] = iteration[0], round_[0]
         return self._known[key]
 
-    def scores(self, picked: Indices) -> Array:
-        """Return the scores of plans ``(P, K)``, in parts that fit into memory."""
+    def scores(self, picked: Indices, measure: Callable[[Array], Array] | None = None) -> Array:
+        """Return the scores of plans ``(P, K)``, in parts that fit into memory.
+
+        Args:
+            picked: The plans.
+            measure: Something else than `fedsys.tables.score` to be made of the times of devices.
+        """
+        measure = measure or score
         if not len(picked):
             return np.zeros(0)
         pieces = self._stages["pieces"].max()
         size = max(1, int(_ENTRIES / (picked.shape[1] * pieces)))
         parts = [picked[i : i + size] for i in range(0, len(picked), size)]
-        return np.concatenate([score(self.times(part)[1]) for part in parts])
+        return np.concatenate([measure(self.times(part)[1]) for part in parts])
 
     def alone(self) -> Array:
         """Return the seconds of a round of each device for each course, ``(K, O)``."""
-        seconds = alone_s(Stages(**self._stages), self.load.in_flight)[self.kind]
-        total: Array = seconds * self.worth + self.exchange
-        return total
+        if self._alone is None:
+            seconds = alone_s(Stages(**self._stages), self.load.in_flight)[self.kind]
+            self._alone = seconds * self.worth + self.exchange
+        return self._alone
 
     def loads(self) -> Array:
         """Return the seconds of an edge in a round of each device, ``(K, O)``."""

@@ -78,6 +78,7 @@ SMALL = {
         "bench.codecs=[[fp32,int8]]",
         "bench.devices=[2,6]",
         "bench.edges=[1]",
+        "bench.workers=[null]",
         "bench.repeats=2",
         "bench.exhaustive=2",
     ],
@@ -316,6 +317,7 @@ def test_planning_is_timed_and_compared_with_the_optimum_of_few_devices(tmp_path
     figures = job("planning", capsys, tmp_path / "run")
     few, many = figures["rows"]
     assert (few["devices"], many["devices"], few["units"]) == (2, 6, 5)
+    assert few["workers"] == many["workers"] == 4  # as fleet=pi_lab says
     assert 1 <= few["over"] == few["auto_s"] / few["exhaustive_s"] <= 1.02
     assert many["over"] is None
     for row in figures["rows"]:

@@ -108,24 +108,21 @@ def test_every_method_plans_for_every_device_the_same_way_each_time(load):
         assert again.round_s == pytest.approx(made.round_s)
 
 
-@settings(max_examples=30, deadline=None)
-@given(fleets(most=5), st.data())
-def test_a_part_of_a_table_is_the_table_of_that_part(load, data):
-    """A part takes the rows that it needs, without pricing all choices again."""
-    devices = data.draw(st.lists(st.sampled_from(range(len(load.devices))), min_size=1))
-    edges = [dataclasses.replace(load.edges[0], workers=max(1, load.edges[0].workers // 2))]
-    small = dataclasses.replace(
-        load,
-        devices=tuple(load.devices[k] for k in devices),
-        edges=tuple(edges * len(load.edges)),
+@settings(max_examples=50, deadline=None)
+@given(fleets(), st.data())
+def test_a_group_takes_as_long_as_the_last_of_its_devices(load, data):
+    """So a plan for a group of like devices is a plan for each of them."""
+    size = data.draw(st.integers(1, 3)) * load.edges[0].workers
+    many = dataclasses.replace(load, devices=load.devices * size)
+    groups = [np.arange(k, len(many.devices), len(load.devices)) for k in range(len(load.devices))]
+    whole = Table(many, options(many))
+    picked = data.draw(
+        arrays(np.int64, (3, len(groups)), elements=st.integers(0, len(whole.choices) - 1))
     )
-    part, whole = Table(load, options(load)).part(devices, share=2), Table(small, options(load))
-    picked = data.draw(arrays(np.int64, (3, len(devices)), elements=st.integers(0, 6)))
-    for found, expected in zip(part.times(picked), whole.times(picked), strict=True):
-        np.testing.assert_array_equal(found, expected)
-    np.testing.assert_array_equal(part.loads(), whole.loads())
-    np.testing.assert_array_equal(part.alone(), whole.alone())
-    assert part.workers == whole.workers
+    each = np.tile(picked, size)  # of the devices, in the order of `many`
+    for found, expected in zip(whole.part(groups).times(picked), whole.times(each), strict=True):
+        last = expected.reshape(len(picked), size, -1).max(axis=1)
+        np.testing.assert_allclose(found, last, rtol=1e-9)
 
 
 @settings(max_examples=50, deadline=None)
@@ -242,6 +239,23 @@ def test_a_large_fleet_is_planned_by_groups_of_devices_of_one_kind(vgg5):
         assert made.seconds <= plan(load, "classic").seconds
         assert made.seconds <= plan(load, "exhaustive").seconds * 1.05
     assert found["fp32", "int8"].seconds <= found["fp32",].seconds
+
+
+def test_a_hundred_devices_on_edges_of_one_session_at_a_time_are_planned_by_groups():
+    """They were changed one by one, for which there was time for the slowest few of them.
+
+    96 devices on four edges took 0.51 of the time of classic learning, planned in 0.2 s; with one
+    device for four, and few large groups first, it is 0.40, planned in 0.04 s.
+    """
+    vgg16 = layered_model(parse(compose_text("model=vgg16")), (3, 32, 32), 10)
+    edge = MachineClass("edge", 2e10).costs(vgg16)
+    kinds = [MachineClass(str(r), r, operation_s=1e-3).costs(vgg16) for r in (1e9, 2e9, 4e9)]
+    network = Network(20e6, 40e6, 0.02)
+    fleet = [Device(str(i), kinds[i % 3], network, 500) for i in range(96)]
+    load = workload(vgg16, fleet, [edge] * 4, 100)
+    made = plan(load)
+    assert "24 groups of devices of one kind" in made.how
+    assert made.seconds <= 0.45 * plan(load, "classic").seconds
 
 
 def test_a_fleet_of_as_many_kinds_as_devices_has_no_groups(vgg5):

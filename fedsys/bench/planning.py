@@ -6,6 +6,7 @@ the fleet names them. Where a row has few devices the exhaustive planner stands 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from itertools import product
 from statistics import median
@@ -27,7 +28,8 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         config: The fleet, and the size of a mini-batch.
-        options: ``models``, ``networks``, ``devices`` (numbers), ``edges`` (numbers), ``codecs``
+        options: ``models``, ``networks``, ``devices`` (numbers), ``edges`` (numbers), ``workers``
+            (sessions that each edge computes at a time; null: those of the fleet), ``codecs``
             (lists), ``examples`` of each device, ``repeats``, and ``exhaustive``: up to how many
             devices the optimum is searched for.
 
@@ -61,7 +63,9 @@ def _loads(
     machines = machines_of(config, layers)
     for network, codecs in product(options["networks"], options["codecs"]):
         link = network_of(parse(compose_text(f"network={network}")).network)
-        for count, edges in product(options["devices"], options["edges"]):
+        for count, edges, workers in product(
+            options["devices"], options["edges"], options["workers"]
+        ):
             devices = [
                 Device(
                     f"client {k}",
@@ -71,7 +75,11 @@ def _loads(
                 )
                 for k in range(int(count))
             ]
-            servers = [machines.edges[k % len(machines.edges)] for k in range(int(edges))]
+            ends = [
+                dataclasses.replace(edge, workers=int(workers or edge.workers))
+                for edge in machines.edges
+            ]
+            servers = [ends[k % len(ends)] for k in range(int(edges))]
             load = workload(
                 layers, devices, servers, config.client.batch_size, codecs=tuple(codecs)
             )
@@ -84,6 +92,7 @@ def _loads(
                     "codecs": "+".join(codecs),
                     "devices": int(count),
                     "edges": int(edges),
+                    "workers": max(edge.workers for edge in servers),
                 },
             )
 
