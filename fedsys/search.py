@@ -24,7 +24,7 @@ _WINDOWED = 12  # times as long takes a piece where few are in flight
 _SEVERAL = 20  # and where an edge computes several sessions at a time, but not all
 _LIMITS = 16  # starts
 _GROUPS = (8, 25)  # of devices, about
-_FEW = 10  # choices of a device that are looked at
+_FEW = 10  # choices of a device that are looked at: the fastest, and as many with least load
 _POWER = 16  # of the mean of the devices' times, by which plans are compared at first
 _LEAST = 1e-3  # what a change has to bring there
 
@@ -35,19 +35,32 @@ def promising(table: Table) -> tuple[Indices, str]:
     Args:
         table: All choices.
     """
-    if levels := _levels(table):
+    how = "worthwhile choices, improved one by one"
+    if len(table.kind) <= _GROUPS[0]:
+        found = [_from_each_start(table)]
+        how = "worthwhile choices from each start, then all choices, improved one by one"
+    elif levels := _levels(table):
         found = [_by_groups(table, levels)]
         how = f"worthwhile choices, improved for {len(levels[-1])} groups of devices of one kind"
     else:
-        found = [_one_by_one(table, [], effort=4 * _EFFORT)]
-        how = "worthwhile choices, improved one by one"
+        found = [_from_best_start(table, [], effort=4 * _EFFORT)]
     whole = np.where(table.loads() == 0, table.alone(), np.inf)
     if np.isfinite(whole.min(axis=1)).all():
         found.append(table.choice_at[whole.argmin(axis=1), 0])
     return table.best_of(found), how
 
 
-def _one_by_one(table: Table, starts: Sequence[Indices], effort: float) -> Indices:
+def _from_each_start(table: Table) -> Indices:
+    """Return the best plan of a small fleet, for which there is time for more than one start."""
+    alone, loads = table.alone(), table.loads()
+    fastest, _ = spread(table, alone.argmin(axis=1)[None], loads)
+    short, starts = _worthwhile(table, alone, loads), _limited_starts(table, alone, loads)
+    found = [improved(table, start, short, effort=_EFFORT) for start in [*starts, fastest[0]]]
+    everything = [np.arange(len(table.choices))] * len(alone)
+    return improved(table, table.best_of(found), everything, effort=2 * _EFFORT)
+
+
+def _from_best_start(table: Table, starts: Sequence[Indices], effort: float) -> Indices:
     """Return the best start, improved."""
     alone, loads = table.alone(), table.loads()
     start = table.best_of([*starts, *_limited_starts(table, alone, loads)])
@@ -60,7 +73,7 @@ def _by_groups(table: Table, levels: Sequence[Sequence[Indices]]) -> Indices:
     for groups in levels:
         small = table.part(groups)
         starts = [plan[[group[0] for group in groups]] for plan in plans]
-        chosen = _one_by_one(small, starts, _EFFORT)
+        chosen = _from_best_start(small, starts, _EFFORT)
         picked = np.empty(len(table.kind), dtype=chosen.dtype)
         for group, choice in zip(groups, chosen, strict=True):
             picked[group] = choice
@@ -76,7 +89,7 @@ def _levels(table: Table) -> list[list[Indices]]:
     """
     devices = len(table.kind)
     levels: list[list[Indices]] = []
-    for count in _GROUPS if devices > _GROUPS[0] else ():
+    for count in _GROUPS:
         size = max(min(table.workers), math.ceil(devices / count))
         found: list[Indices] = []
         for kind in np.unique(table.kind):
@@ -148,7 +161,8 @@ def _worthwhile(table: Table, alone: Array, loads: Array) -> list[Indices]:
     """Return for each device the choices that are best at something.
 
     A course that another one betters both alone and in what it takes of the edge is left out, but
-    for the few that are fastest alone, and those that take nothing of an edge.
+    for the few that are fastest alone, and those that take nothing of an edge. Of many that are
+    left, a few stand for all, from the fastest to that of the least load.
     """
     kept: dict[int, Indices] = {}
     for k, like in enumerate(table.like.tolist()):
@@ -157,8 +171,9 @@ def _worthwhile(table: Table, alone: Array, loads: Array) -> list[Indices]:
             order = np.lexsort((load, own))
             least = np.minimum.accumulate(load[order])
             front = order[np.r_[True, least[1:] < least[:-1]]]
+            some = front[np.unique(np.linspace(0, len(front) - 1, _FEW).astype(int))]
             near, local = order[:_FEW], np.flatnonzero(load == 0)
-            courses = np.unique(np.concatenate([front[:_FEW], near, local]))
+            courses = np.unique(np.concatenate([some, near, local]))
             kept[like] = table.with_edges(courses)
     return [kept[like] for like in table.like.tolist()]
 
