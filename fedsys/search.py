@@ -2,9 +2,10 @@
 
 Starts give all devices one limit of time; then the choice of one device after the other is changed
 for a better plan. A large fleet has too many devices for that, so it is made smaller: one device
-stands for a group of its kind, and an edge computes for a group as long as for all that are in it.
-A few large groups are planned first, then more small ones from there. What is best for the small
-fleet is given to the large one, and taken if it is better there than all on the devices.
+stands for a group of its kind, or of about its speed where there are many kinds, and an edge
+computes for a group as long as for all that are in it. A few large groups are planned first, then
+more small ones from there. What is best for the small fleet is given to the large one, and taken if
+it is better there than all on the devices.
 """
 
 from __future__ import annotations
@@ -35,15 +36,13 @@ def promising(table: Table) -> tuple[Indices, str]:
     Args:
         table: All choices.
     """
-    how = "worthwhile choices, improved one by one"
     if len(table.kind) <= _GROUPS[0]:
         found = [_from_each_start(table)]
         how = "worthwhile choices from each start, then all choices, improved one by one"
-    elif levels := _levels(table):
-        found = [_by_groups(table, levels)]
-        how = f"worthwhile choices, improved for {len(levels[-1])} groups of devices of one kind"
     else:
-        found = [_from_best_start(table, [], effort=4 * _EFFORT)]
+        levels = _levels(table)
+        found = [_by_groups(table, levels)]
+        how = f"worthwhile choices, improved for {len(levels[-1])} groups of like devices"
     whole = np.where(table.loads() == 0, table.alone(), np.inf)
     if np.isfinite(whole.min(axis=1)).all():
         found.append(table.choice_at[whole.argmin(axis=1), 0])
@@ -60,45 +59,51 @@ def _from_each_start(table: Table) -> Indices:
     return improved(table, table.best_of(found), everything, effort=2 * _EFFORT)
 
 
-def _from_best_start(table: Table, starts: Sequence[Indices], effort: float) -> Indices:
-    """Return the best start, improved."""
-    alone, loads = table.alone(), table.loads()
-    start = table.best_of([*starts, *_limited_starts(table, alone, loads)])
-    return improved(table, start, _worthwhile(table, alone, loads), effort=effort)
-
-
 def _by_groups(table: Table, levels: Sequence[Sequence[Indices]]) -> Indices:
     """Return the plan that is best for small fleets, one device for each group."""
-    plans: list[Indices] = []
+    picked: Indices | None = None
     for groups in levels:
         small = table.part(groups)
-        starts = [plan[[group[0] for group in groups]] for plan in plans]
-        chosen = _from_best_start(small, starts, _EFFORT)
+        alone, loads = small.alone(), small.loads()
+        starts = _limited_starts(small, alone, loads)
+        if picked is not None:
+            starts.append(picked[[group[0] for group in groups]])
+        short = _worthwhile(small, alone, loads)
+        chosen = improved(small, small.best_of(starts), short, effort=_EFFORT)
         picked = np.empty(len(table.kind), dtype=chosen.dtype)
         for group, choice in zip(groups, chosen, strict=True):
             picked[group] = choice
-        plans = [picked]
-    return plans[-1]
+    assert picked is not None  # there is a level
+    return picked
 
 
 def _levels(table: Table) -> list[list[Indices]]:
-    """Return devices of one kind in groups: few large ones, and more small ones.
+    """Return like devices in groups: few large ones, and more small ones.
 
-    A group has as many devices as an edge computes at a time, or more. Empty for a small fleet, and
-    if there are too many kinds for such groups.
+    A group has as many devices as an edge computes at a time, or more, all of one kind. Where there
+    are too many kinds for that, their neighbours in speed make a group.
     """
     devices = len(table.kind)
     levels: list[list[Indices]] = []
     for count in _GROUPS:
         size = max(min(table.workers), math.ceil(devices / count))
-        found: list[Indices] = []
-        for kind in np.unique(table.kind):
-            members = np.flatnonzero(table.kind == kind)
-            members = members[np.argsort(table.steps[members], kind="stable")]
-            found += np.array_split(members, max(1, round(len(members) / size)))
-        if size * len(found) <= 1.2 * devices and (not levels or len(found) > len(levels[-1])):
+        found = _groups(table, table.kind, size)
+        if size * len(found) > 1.2 * devices:
+            found = _groups(table, np.zeros_like(table.kind), size)
+        if not levels or len(found) > len(levels[-1]):
             levels.append(found)
     return levels
+
+
+def _groups(table: Table, kind: Indices, size: int) -> list[Indices]:
+    """Return groups of about that size within each kind; the slowest of a group is its first."""
+    seconds = table.alone().mean(axis=1)
+    found: list[Indices] = []
+    for one in np.unique(kind):
+        members = np.flatnonzero(kind == one)
+        members = members[np.argsort(-seconds[members], kind="stable")]
+        found += np.array_split(members, max(1, round(len(members) / size)))
+    return found
 
 
 def _limited_starts(table: Table, alone: Array, loads: Array) -> list[Indices]:

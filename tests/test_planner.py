@@ -235,7 +235,7 @@ def test_a_large_fleet_is_planned_by_groups_of_devices_of_one_kind(vgg5):
     for codecs in (("fp32",), ("fp32", "int8")):
         load = workload(vgg5, fleet, [edge], 100, codecs=codecs, micro_batches=[1, 2, 4, 10])
         made = found[codecs] = plan(load)
-        assert "10 groups of devices of one kind" in made.how
+        assert "10 groups of like devices" in made.how
         assert made.seconds <= plan(load, "classic").seconds
         assert made.seconds <= plan(load, "exhaustive").seconds * 1.05
     assert found["fp32", "int8"].seconds <= found["fp32",].seconds
@@ -254,19 +254,22 @@ def test_a_hundred_devices_on_edges_of_one_session_at_a_time_are_planned_by_grou
     fleet = [Device(str(i), kinds[i % 3], network, 500) for i in range(96)]
     load = workload(vgg16, fleet, [edge] * 4, 100)
     made = plan(load)
-    assert "24 groups of devices of one kind" in made.how
+    assert "24 groups of like devices" in made.how
     assert made.seconds <= 0.45 * plan(load, "classic").seconds
 
 
-def test_a_fleet_of_as_many_kinds_as_devices_has_no_groups(vgg5):
+def test_a_fleet_of_as_many_kinds_as_devices_is_planned_by_groups_of_like_speed(vgg5):
+    """Each was changed by itself, with time for the slowest few: 0.15 longer for VGG-16."""
     edge = MachineClass("edge", 2e10, workers=4).costs(vgg5)
     network = Network(20e6, 40e6, 0.02)
     fleet = [
-        Device(str(i), MachineClass(str(i), (1 + i) * 1e8).costs(vgg5), network, 500)
+        Device(str(i), MachineClass(str(i), (1 + 2 * i) * 1e8).costs(vgg5), network, 500)
         for i in range(40)
     ]
-    made = plan(workload(vgg5, fleet, [edge], 100, micro_batches=[1, 2, 4, 10]))
-    assert "one by one" in made.how
+    load = workload(vgg5, fleet, [edge], 100, micro_batches=[1, 2, 4, 10])
+    made = plan(load)
+    assert "10 groups of like devices" in made.how
+    assert made.seconds <= plan(load, "exhaustive").seconds * 1.05
 
 
 def test_above_the_bound_a_search_says_that_it_is_not_exact(vgg5):
