@@ -132,11 +132,14 @@ def _below(columns: int, points: float = 30.0) -> dict[str, Any]:
 
 
 def _shown_of(shown: FleetRound, most: int, between: str = "\n") -> str:
-    return (
-        f"{between}the {most} slowest of {len(shown.names)} devices"
-        if len(shown.names) > most
-        else ""
-    )
+    """Return what a title says of devices and edge servers that are not drawn."""
+    edges = {e.resource for e in shown.played.timeline.events if e.resource.startswith("edge:")}
+    parts = []
+    if len(shown.names) > most:
+        parts.append(f"the {most} slowest of {len(shown.names)} devices")
+    if len(edges) > MOST_EDGES:
+        parts.append(f"the {MOST_EDGES} busiest of {len(edges)} edge servers")
+    return between + " and ".join(parts) if parts else ""
 
 
 def idle_panel(shown: FleetRound) -> tuple[plots.Paint, float]:

@@ -1,5 +1,6 @@
 import copy
 import csv
+import io
 import json
 import math
 
@@ -160,6 +161,16 @@ def test_figures_are_shown_to_a_person_on_standard_error(tmp_path, capsys):
     assert shown.out == ""
     assert "full_local_ms" in shown.err
     assert "num_clients  3" in shown.err
+
+
+def test_a_table_of_many_columns_is_whole_on_a_narrow_screen(tmp_path):
+    """Each of twenty columns was one letter and an ellipsis where 80 characters were found."""
+    rows = [{f"seconds_of_column_{i}": 1234.5 + i for i in range(20)}]
+    stream = io.StringIO()
+    bench.show("any", {"rows": rows}, tmp_path, stream)
+    assert "…" not in stream.getvalue()
+    assert all(f"seconds_of_column_{i}" in stream.getvalue() for i in range(20))
+    assert "1,254" in stream.getvalue()
 
 
 def test_a_failed_benchmark_says_so_in_its_folder(tmp_path, capsys):

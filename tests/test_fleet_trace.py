@@ -7,11 +7,12 @@ import json
 from collections import Counter
 
 import pytest
+from matplotlib.figure import Figure
 
 from fedsys import fleet_trace, trace_plots
 from fedsys.clock import virtual_round
 from fedsys.costs import Crossing, MachineCosts
-from fedsys.fleet_plots import MOST_BARS, MOST_DRAWN, idle_groups, lanes_of
+from fedsys.fleet_plots import MOST_BARS, MOST_DRAWN, idle_groups, idle_panel, lanes_of, lanes_panel
 from fedsys.fleet_trace import FleetRound, one_iteration, perfetto, workers
 from fedsys.run import RunFolder
 from fedsys.runtime import run
@@ -26,13 +27,13 @@ EDGE = MachineCosts(
 SPLIT, ALONE = Choice(1, 2), Choice(3)
 
 
-def played(*choices, examples=16, real=False):
+def played(*choices, examples=16, real=False, edges=1):
     network = Network(1e5, 2e5, 0.01)
     crossings = tuple(Crossing(n, 1) for n in (300, 100, 10))
     devices = tuple(Device(str(i), DEVICE, network, examples) for i in range(len(choices)))
-    load = Workload(crossings, (40, 80, 8), (1, 2), 4, devices, (EDGE,), (1, 2), epochs=2)
+    load = Workload(crossings, (40, 80, 8), (1, 2), 4, devices, (EDGE,) * edges, (1, 2), epochs=2)
     names = tuple(f"device {i} pi" for i in range(len(choices)))
-    return FleetRound(virtual_round(load, choices, 5.0), names, (2,), real)
+    return FleetRound(virtual_round(load, choices, 5.0), names, (2,) * edges, real)
 
 
 def lanes(trace):
@@ -95,6 +96,20 @@ def test_of_large_fleets_and_long_rounds_a_part_is_shown_and_it_says_so(monkeypa
     assert len(idle_groups(shown)) == MOST_BARS + 2
     drawn = trace_plots.write(tmp_path, {}, shown)
     assert [path.name for path in drawn] == ["trace.json", "timeline.png", "idle.png"]
+
+
+def test_titles_say_which_devices_and_edge_servers_are_not_drawn(tmp_path):
+    """Of six edge servers four were drawn, and nothing said so."""
+    shown = played(*(Choice(1, 2, edge=k % 6) for k in range(12)), edges=6)
+    titles = []
+    for paint, _ in (lanes_panel(shown), idle_panel(shown)):
+        figure = Figure()
+        axes = figure.subplots()
+        paint(axes)
+        titles.append(" ".join(axes.get_title().split()))
+    assert len([name for name, _ in lanes_of(shown, one_iteration(shown)) if "edge" in name]) <= 4
+    assert "the 8 slowest of 12 devices and the 4 busiest of 6 edge servers" in titles[0]
+    assert "the 10 slowest of 12 devices and the 4 busiest of 6 edge servers" in titles[1]
 
 
 def test_idle_shares_are_those_of_the_round():

@@ -126,7 +126,10 @@ def show(name: str, figures: Mapping[str, Any], folder: Path, stream: TextIO) ->
             table = Table(*columns, title=title, title_justify="left", box=None)
             for row in rows:
                 table.add_row(*(_cell(row.get(column)) for column in columns))
-        console.print(table)
+        # A terminal that is narrower wraps lines; cells that are cut to nothing say nothing
+        natural = console.measure(table, options=console.options.update(width=10_000)).maximum
+        console.width = max(console.width, natural)
+        console.print(table, crop=False)
     console.print(f"figures in {folder}", markup=False)
 
 
