@@ -18,7 +18,7 @@ MOST_BARS: Final = 10
 """Devices in a picture of idle shares: the slowest ones."""
 
 MOST_EDGES: Final = 4
-"""Edge servers in a picture: those that work most."""
+"""Edge servers in a picture: that of the critical path, and those that work most."""
 
 _WORDS: Final = {"edge": "work of the edge"}
 _CRITICAL: Final = plots.COLORS[3]
@@ -42,7 +42,13 @@ def lanes_of(shown: FleetRound, part: Shown) -> list[Lane]:
         elif events or kind == "device":
             name = shown.names[index] if kind == "device" else ROLES[kind]
             lanes.append((name, [events]))
-    most = sorted(edges, key=lambda index: -sum(e.end_s - e.start_s for e in edges[index]))
+    critical = {id(event) for event in shown.critical_path}
+
+    def last(index: int) -> tuple[bool, float]:
+        own = edges[index]
+        return not any(id(e) in critical for e in own), -sum(e.end_s - e.start_s for e in own)
+
+    most = sorted(edges, key=last)
     return lanes + [(f"edge {index}", workers(edges[index])) for index in sorted(most[:MOST_EDGES])]
 
 
@@ -69,7 +75,7 @@ def lanes_panel(shown: FleetRound) -> tuple[plots.Paint, float]:
         took = f"{(part.end_s - part.begin_s) / scale:.3g} {unit}"
         title = f"{shown.title}: one mini-batch of {shown.names[part.device]}\n{took}"
         axes.set(
-            title=plots.capitalised(title) + _shown_of(shown, MOST_DRAWN, "; "),
+            title=plots.capitalised(title) + _shown_of(shown, MOST_DRAWN),
             xlabel=f"time ({unit})",
         )
         _legend(axes, [name for name in plots.SHADES if name in seen])
@@ -131,15 +137,15 @@ def _below(columns: int, points: float = 30.0) -> dict[str, Any]:
             "borderaxespad": points / 9.5}  # fmt: skip
 
 
-def _shown_of(shown: FleetRound, most: int, between: str = "\n") -> str:
+def _shown_of(shown: FleetRound, most: int) -> str:
     """Return what a title says of devices and edge servers that are not drawn."""
     edges = {e.resource for e in shown.played.timeline.events if e.resource.startswith("edge:")}
     parts = []
     if len(shown.names) > most:
         parts.append(f"the {most} slowest of {len(shown.names)} devices")
     if len(edges) > MOST_EDGES:
-        parts.append(f"the {MOST_EDGES} busiest of {len(edges)} edge servers")
-    return between + " and ".join(parts) if parts else ""
+        parts.append(f"{MOST_EDGES} of {len(edges)} edge servers")
+    return "\n" + " and ".join(parts) if parts else ""
 
 
 def idle_panel(shown: FleetRound) -> tuple[plots.Paint, float]:
