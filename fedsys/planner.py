@@ -207,9 +207,8 @@ def _exhaustive(load: Workload, offload: bool) -> _Found:
     combinations = count**devices
     if combinations > MOST_COMBINATIONS:
         everything = [np.arange(count)] * devices
-        fastest, _ = search.spread(table, table.alone().argmin(axis=1)[None], table.loads())
-        found = [search.improved(table, s, everything) for s in (start, fastest[0])]
-        picked = min(found, key=lambda p: table.score(p))
+        starts = (start, search.fastest_alone(table))
+        picked = table.best_of([search.improved(table, s, everything) for s in starts])
         how = f"each device in turn over {count} choices until none changed: not proved the best"
     else:
         picked = _joint(table, start, combinations)

@@ -24,8 +24,8 @@ _LOOK = 10_000  # pieces that could be timed in what each look takes beside them
 _WINDOWED = 12  # times as long takes a piece where few are in flight
 _SEVERAL = 20  # and where an edge computes several sessions at a time, but not all
 _LIMITS = 16  # starts
-_GROUPS = (8, 25)  # of devices, about
-_FEW = 10  # choices of a device that are looked at: the fastest, and as many with least load
+_LEVELS = (8, 25)  # groups of devices, about: few large ones, then more small ones
+_FEW = 10  # choices of a device: the fastest ones, and as many down to that of the least load
 _POWER = 16  # of the mean of the devices' times, by which plans are compared at first
 _LEAST = 1e-3  # what a change has to bring there
 
@@ -36,7 +36,7 @@ def promising(table: Table) -> tuple[Indices, str]:
     Args:
         table: All choices.
     """
-    if len(table.kind) <= _GROUPS[0]:
+    if len(table.kind) <= _LEVELS[0]:
         found = [_from_each_start(table)]
         how = "worthwhile choices from each start, then all choices, improved one by one"
     else:
@@ -52,9 +52,9 @@ def promising(table: Table) -> tuple[Indices, str]:
 def _from_each_start(table: Table) -> Indices:
     """Return the best plan of a small fleet, for which there is time for more than one start."""
     alone, loads = table.alone(), table.loads()
-    fastest, _ = spread(table, alone.argmin(axis=1)[None], loads)
     short, starts = _worthwhile(table, alone, loads), _limited_starts(table, alone, loads)
-    found = [improved(table, start, short, effort=_EFFORT) for start in [*starts, fastest[0]]]
+    starts.append(fastest_alone(table))
+    found = [improved(table, start, short, effort=_EFFORT) for start in starts]
     everything = [np.arange(len(table.choices))] * len(alone)
     return improved(table, table.best_of(found), everything, effort=2 * _EFFORT)
 
@@ -85,7 +85,7 @@ def _levels(table: Table) -> list[list[Indices]]:
     """
     devices = len(table.kind)
     levels: list[list[Indices]] = []
-    for count in _GROUPS:
+    for count in _LEVELS:
         size = max(min(table.workers), math.ceil(devices / count))
         found = _groups(table, table.kind, size)
         if size * len(found) > 1.2 * devices:
@@ -162,6 +162,13 @@ def spread(table: Table, courses: Indices, loads: Array) -> tuple[Indices, Array
     return picked, busy.max(axis=-1)
 
 
+def fastest_alone(table: Table) -> Indices:
+    """Return the plan in which each device has the course that is fastest alone, ``(K,)``."""
+    picked, _ = spread(table, table.alone().argmin(axis=1)[None], table.loads())
+    own: Indices = picked[0]
+    return own
+
+
 def _worthwhile(table: Table, alone: Array, loads: Array) -> list[Indices]:
     """Return for each device the choices that are best at something.
 
@@ -190,7 +197,7 @@ def improved(
 
     Where several devices are equally slow, no single change makes the slowest faster. So plans are
     compared by a mean with a high power of the devices' times at first, in which each of the
-    slowest counts, and by their score at the end.
+    slowest counts, and by their score at the end. What is returned is no worse than `picked`.
 
     Args:
         table: All choices.
@@ -198,7 +205,7 @@ def improved(
         short: The choices that are tried of each device.
         effort: Pieces that may be timed in all.
     """
-    alone, dear = table.alone(), _dear(table)
+    alone, cost, start = table.alone(), _cost_of_piece(table), picked
     for measure, least in ((_slow_ones, _LEAST), (score, 1e-12)):
         better = True
         while better:
@@ -213,14 +220,14 @@ def improved(
                     continue
                 tried = np.repeat(picked[None], len(worth), axis=0)
                 tried[:, k] = worth
-                effort -= dear * table.pieces(tried) + _LOOK
+                effort -= cost * table.pieces(tried) + _LOOK
                 if effort < 0:
-                    return picked
+                    return table.best_of([picked, start])
                 scores = table.scores(tried, measure)
                 i = int(scores.argmin())
                 if scores[i] < best * (1 - least):
                     picked, best, better = tried[i], float(scores[i]), True
-    return picked
+    return table.best_of([picked, start])
 
 
 def _slow_ones(round_s: Array) -> Array:
@@ -231,7 +238,7 @@ def _slow_ones(round_s: Array) -> Array:
     return mean
 
 
-def _dear(table: Table) -> int:
+def _cost_of_piece(table: Table) -> int:
     """Return how many times as long a piece takes as one of a closed form."""
     limit = table.load.in_flight
     if limit is not None and max(table.load.micro_batches) > limit:

@@ -75,11 +75,12 @@ def _loads(
                 )
                 for k in range(int(count))
             ]
-            ends = [
+            # One object for each kind: by it the planner sees which edge servers are alike
+            kinds = [
                 dataclasses.replace(edge, workers=int(workers or edge.workers))
                 for edge in machines.edges
             ]
-            servers = [ends[k % len(ends)] for k in range(int(edges))]
+            servers = [kinds[k % len(kinds)] for k in range(int(edges))]
             load = workload(
                 layers, devices, servers, config.client.batch_size, codecs=tuple(codecs)
             )
