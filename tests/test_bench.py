@@ -3,6 +3,7 @@ import csv
 import io
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -334,6 +335,23 @@ def test_planning_is_timed_and_compared_with_the_optimum_of_few_devices(tmp_path
     for row in figures["rows"]:
         assert row["auto_s"] <= row["classic_s"]
         assert 0 < row["least_ms"] <= row["ms"] <= row["most_ms"]
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "said"),
+    [
+        ("planning", "bench.workers=3", "bench.workers=3: must be a list"),
+        ("planning", "bench.repeats=[1]", r"bench\.repeats=\[1\]: must be a number"),
+        ("pipeline", "bench.virtual=7", "bench.virtual=7: must be true or false"),
+        ("planning", "bench.workers=[0]", "workers=0: must be at least 1"),
+    ],
+)
+def test_an_option_of_another_kind_is_one_clear_error(name, option, said, tmp_path, capsys):
+    """Each was a traceback, and 0 sessions meant those of the fleet."""
+    small = [value for value in SMALL[name] if not value.startswith(option.split("=")[0])]
+    assert main(["bench", name, *small, option, f"run.dir={tmp_path / 'run'}"]) == 2
+    shown = capsys.readouterr().err
+    assert re.search(said, shown) and "Traceback" not in shown
 
 
 def test_planning_needs_a_fleet_whose_costs_are_known(configure):

@@ -21,10 +21,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+import yaml
+
 from fedsys import config as configuration
+from fedsys.errors import ConfigError
 from fedsys.run import RunFolder, default_path, write_atomic
 
 _ROOM = 90  # characters that fit below a picture side by side
+_KINDS = (
+    ((list, tuple), "a list", "[1,2]"),
+    (Mapping, "a mapping", "{a: 1}"),
+    (bool, "true or false", "true"),
+    ((int, float), "a number", "3"),
+)
 SINGLE = "figures"
 """Name of the table whose one row has the figures that stand in no other table."""
 
@@ -73,6 +82,7 @@ def job(tree: Any) -> Mapping[str, Any]:
     tree.run.dir = str(path)
     config = configuration.parse(configuration.to_text(tree))
     module = importlib.import_module(f"fedsys.bench.{name}")
+    _check_kinds(name, config.bench)
     with RunFolder.create(path) as folder:
         folder.log_config(config.text)
         options = {key: value for key, value in config.bench.items() if key != "name"}
@@ -86,6 +96,19 @@ def job(tree: Any) -> Mapping[str, Any]:
         folder.finish(result)
     show(name, figures, path, sys.stderr)
     return result
+
+
+def _check_kinds(name: str, options: Mapping[str, Any]) -> None:
+    """Raise a ConfigError if an option is of another kind than its default in ``conf/bench/``."""
+    text = (configuration.CONF / "bench" / f"{name}.yaml").read_text(encoding="utf-8")
+    for key, default in yaml.safe_load(text)["bench"].items():
+        value = options.get(key)
+        for kind, word, example in _KINDS:
+            if isinstance(default, kind):
+                if value is not None and not isinstance(value, kind):
+                    rule = f"must be {word}"
+                    raise ConfigError.of(f"bench.{key}", value, rule, f"for instance {example}")
+                break
 
 
 def tables_of(figures: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:

@@ -77,7 +77,7 @@ def _loads(
             ]
             # One object for each kind: by it the planner sees which edge servers are alike
             kinds = [
-                dataclasses.replace(edge, workers=int(workers or edge.workers))
+                edge if workers is None else dataclasses.replace(edge, workers=int(workers))
                 for edge in machines.edges
             ]
             servers = [kinds[k % len(kinds)] for k in range(int(edges))]
