@@ -42,9 +42,9 @@ from fedsys.planner import evaluate
 from fedsys.profile import OPTIONS, profile
 from fedsys.runtime.apps import load_apps
 from fedsys.runtime.local import play_local
-from fedsys.security import Authority
+from fedsys.transport.security import Authority
 from fedsys.session import layered_model
-from fedsys.shaping import Network
+from fedsys.transport.shaping import Network
 from fedsys.workload import Choice, Device, Workload, workload
 
 PAYLOAD = 0.956

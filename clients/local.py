@@ -12,7 +12,8 @@ from dataclasses import asdict
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor, nn
 
-from fedsys import data, federation, optimizers, records, training
+from fedsys.transport import records
+from fedsys import data, federation, optimizers, training
 from fedsys.config import Config
 from fedsys.costs import MachineCosts
 from fedsys.emulation import Pace, device_costs

@@ -12,7 +12,7 @@ from flwr.app import Context, Error, Message
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.common.constant import ErrorCode
 
-from fedsys import packing
+from fedsys.transport import packing
 
 
 def explain_errors(message: Message, context: Context, call_next: ClientAppCallable) -> Message:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsys import training
-from fedsys.codecs import decode_activation, encode_activation
+from fedsys.transport.codecs import decode_activation, encode_activation
 from fedsys.config import ScheduleConfig
 from fedsys.emulation import Pace
 from fedsys.halves import Part, safe_input
@@ -28,7 +28,7 @@ from fedsys.remote import Remote
 from fedsys.schedule import operations
 from fedsys.tracing import Recorder
 from fedsys.training import pieces
-from fedsys.wire import Frame
+from fedsys.transport.wire import Frame
 
 
 @dataclass

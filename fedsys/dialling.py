@@ -17,16 +17,16 @@ from typing import Any
 from fedsys.config import Config, NetworkConfig
 from fedsys.errors import LinkClosed, LinkRefused
 from fedsys.faults import AT_EDGE, Fault
-from fedsys.faulty import Faulty, LinkFault
-from fedsys.link import Link, dial
-from fedsys.patience import Patience
-from fedsys.security import Credentials
-from fedsys.shaping import Network, RealClock, Shaped
-from fedsys.wire import Buffer, Frame, decode, encode_parts
+from fedsys.transport.faulty import Faulty, LinkFault
+from fedsys.transport.link import Link, dial
+from fedsys.transport.patience import Patience
+from fedsys.transport.security import Credentials
+from fedsys.transport.shaping import Network, RealClock, Shaped
+from fedsys.transport.wire import Buffer, Frame, decode, encode_parts
 
 CONNECT_S = 10.0
 """How long the first edge server may take to accept a link: before it, nothing is known of the
-network. Later ones may take what `fedsys.patience` makes of those before."""
+network. Later ones may take what `fedsys.transport.patience` makes of those before."""
 
 LEAST_CONNECT_S = 1.0
 """Shortest time limit for a link: certificates are checked on machines that are busy."""

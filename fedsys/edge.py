@@ -33,10 +33,10 @@ from fedsys.errors import (
     SessionError,
 )
 from fedsys.identity import arithmetic
-from fedsys.link import Link, Server, serve
-from fedsys.security import Credentials, same_token
+from fedsys.transport.link import Link, Server, serve
+from fedsys.transport.security import Credentials, same_token
 from fedsys.session import Session, SessionSpec, Snapshot
-from fedsys.wire import DEFAULT_LIMITS, Frame, Limits
+from fedsys.transport.wire import DEFAULT_LIMITS, Frame, Limits
 
 CONTROLLER = "server"
 """Name in the certificate of a server app, unless the edge is told another."""

@@ -23,8 +23,8 @@ from fedsys.config import EdgeConfig
 from fedsys.edge import EdgeLimits, EdgeServer
 from fedsys.edge_metrics import Endpoint
 from fedsys.errors import ConfigError, FedsysError
-from fedsys.security import Credentials
-from fedsys.wire import Limits
+from fedsys.transport.security import Credentials
+from fedsys.transport.wire import Limits
 
 
 def job(tree: Any) -> Mapping[str, Any]:

@@ -1,7 +1,7 @@
 """The server app's end of the link to one edge server: requests, replies, and its heartbeat.
 
 What is late is not lost: before a request or a heartbeat is given up, the edge is asked over a new
-link whether it is alive (`fedsys.patience` says when).
+link whether it is alive (`fedsys.transport.patience` says when).
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from fedsys.errors import FedsysError, LinkClosed, LinkError, LinkTimeout, SessionError
-from fedsys.link import Link
-from fedsys.patience import Patience
+from fedsys.transport.link import Link
+from fedsys.transport.patience import Patience
 from fedsys.session import State
-from fedsys.wire import Frame
+from fedsys.transport.wire import Frame
 
 ASK_S = 5.0
 """How long a request takes until the edge is asked whether it is alive; then twice as long."""

@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 from fedsys.errors import FrameError, LinkClosed, SessionError
 from fedsys.faults import Fault, from_json, to_json
-from fedsys.link import Link
-from fedsys.wire import Frame
+from fedsys.transport.link import Link
+from fedsys.transport.wire import Frame
 
 _NOTED_S = 10.0  # for the controller to take note of a fault
 

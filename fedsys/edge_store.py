@@ -18,7 +18,7 @@ from safetensors.torch import save
 
 from fedsys.errors import ConfigError, FedsysError, RunError
 from fedsys.session import SessionSpec, Snapshot
-from fedsys.wire import Frame
+from fedsys.transport.wire import Frame
 
 _log = logging.getLogger("fedsys.edge")
 

@@ -12,7 +12,7 @@ from fedsys.edge import EdgeServer
 from fedsys.errors import ConfigError
 from fedsys.faults import Faults
 from fedsys.fleet import EdgeAddress, Fleet
-from fedsys.security import Credentials, new_token
+from fedsys.transport.security import Credentials, new_token
 
 
 @contextmanager

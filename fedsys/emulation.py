@@ -4,7 +4,7 @@ An operation is done at once and for real; then its machine waits for the moment
 machine that it stands for would have finished (`fedsys.costs.MachineCosts`). Moments follow from
 moments, not from when a wait or the real work happened to end, so that what ends late does not add
 up: the next operation has its own moment to keep. What came late over a link is late. Loading
-and the CPU time of messages are charged as well. With `fedsys.shaping` for the links, a run takes
+and the CPU time of messages are charged as well. With `fedsys.transport.shaping` for the links, a run takes
 the time that it would take on the fleet that it names, as long as this machine is faster, but for
 the exchange of models between rounds, which is not slowed down.
 

@@ -25,11 +25,11 @@ from fedsys.errors import (
     SessionError,
 )
 from fedsys.faults import AT_EDGE, Faults, from_json, to_json
-from fedsys.link import Link, dial
-from fedsys.patience import Patience
-from fedsys.security import Credentials
+from fedsys.transport.link import Link, dial
+from fedsys.transport.patience import Patience
+from fedsys.transport.security import Credentials
 from fedsys.session import SessionSpec, Snapshot
-from fedsys.wire import Frame
+from fedsys.transport.wire import Frame
 
 REDIAL_S = (0.0, 0.2, 0.5)
 """Waits before the attempts to reach an edge again whose link was lost and that does not refuse."""

@@ -30,7 +30,7 @@ from fedsys.dialling import link_of, network_of
 from fedsys.errors import ConfigError, did_you_mean
 from fedsys.identity import package_version
 from fedsys.layers import LayeredModel
-from fedsys.shaping import Network
+from fedsys.transport.shaping import Network
 
 PROFILE_KEYS = (
     *("rows", "forward_s", "backward_s", "update_s"),  # needed

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from fedsys.shaping import Network
+from fedsys.transport.shaping import Network
 
 NO_LIMIT: Final = Network()
 

@@ -34,7 +34,7 @@ import numpy as np
 from fedsys import search
 from fedsys.contention import Indices, alone_s
 from fedsys.errors import ConfigError
-from fedsys.shaping import Network
+from fedsys.transport.shaping import Network
 from fedsys.tables import MEAN, Table
 from fedsys.workload import MOST_PIECES, Choice, Device, Menu, Workload
 

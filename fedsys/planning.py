@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedsys.codecs import CODECS
+from fedsys.transport.codecs import CODECS
 from fedsys.config import Config, Spec
 from fedsys.errors import ConfigError, did_you_mean
 from fedsys.hardware import Hardware, hardware

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fedsys import config as configuration
 from fedsys import data, federation, optimizers, training
-from fedsys.codecs import CODECS
+from fedsys.transport.codecs import CODECS
 from fedsys.config import Config
 from fedsys.costs import crossings, tensor_bytes
 from fedsys.errors import ConfigError
@@ -33,7 +33,7 @@ from fedsys.processors import usable_cores
 from fedsys.profile_link import LinkCosts, measure_link, other_end, serve_for_ever
 from fedsys.randomness import Address, drawing
 from fedsys.run import RunFolder, default_path, write_atomic
-from fedsys.security import Credentials
+from fedsys.transport.security import Credentials
 
 OPTIONS: Mapping[str, Any] = {"repeats": 15, "edge": None, "serve": None, "name": None}
 

@@ -19,12 +19,12 @@ from typing import Final
 
 import torch
 
-from fedsys.codecs import CODECS, decode_activation, encode_activation
+from fedsys.transport.codecs import CODECS, decode_activation, encode_activation
 from fedsys.costs import Crossing, tensor_bytes
 from fedsys.errors import LinkClosed, RuntimeFailure
-from fedsys.link import Link, dial, serve
-from fedsys.security import Credentials
-from fedsys.wire import Frame
+from fedsys.transport.link import Link, dial, serve
+from fedsys.transport.security import Credentials
+from fedsys.transport.wire import Frame
 
 _SMALL: Final = Crossing(64, 8)
 _ENDLESS_S: Final = 120.0

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from fedsys import config as configuration
 from fedsys import models, training
-from fedsys.codecs import decode_activation, encode_activation
+from fedsys.transport.codecs import decode_activation, encode_activation
 from fedsys.config import Config
 from fedsys.emulation import Workers, session_pace
 from fedsys.errors import FrameError, LinkClosed, SessionError
@@ -41,10 +41,10 @@ from fedsys.layers import LayeredModel, layered
 from fedsys.pruning import settings as pruning
 from fedsys.pruning.penalty import Penalty
 from fedsys.randomness import Address, drawing, rows
-from fedsys.security import new_token
+from fedsys.transport.security import new_token
 from fedsys.session_state import SessionSpec, Snapshot, State, natural
 from fedsys.training import pieces
-from fedsys.wire import Frame
+from fedsys.transport.wire import Frame
 
 T = TypeVar("T")
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from fedsys.codecs import CODECS
+from fedsys.transport.codecs import CODECS
 from fedsys.errors import FrameError
-from fedsys.wire import Frame
+from fedsys.transport.wire import Frame
 
 State = Mapping[str, Tensor]
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from fedsys.contention import Indices, alone_s, together_s
-from fedsys.shaping import Network
+from fedsys.transport.shaping import Network
 from fedsys.workload import Array, Choice, Menu, Stages, Workload, mini_batches
 
 MEAN = 1e-3  # weight of the mean beside the slowest device

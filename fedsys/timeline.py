@@ -3,7 +3,7 @@
 A device works through its turns in the order of a schedule (`fedsys.schedule`). What it sends takes
 its place in the queue of its uplink, then waits for a worker of its edge server, in order of
 arrival; the answer takes its place in the queue of the downlink. Links are those of
-`fedsys.shaping`: a lane with one server, the rate of the moment, then the latency.
+`fedsys.transport.shaping`: a lane with one server, the rate of the moment, then the latency.
 
 For one device and constant rates `fedsys.recurrences.iteration_s` gives the same times.
 """
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from fedsys.errors import ConfigError
 from fedsys.jobs import Job, Turn
-from fedsys.shaping import Rate, finish_time
+from fedsys.transport.shaping import Rate, finish_time
 
 
 @dataclass(frozen=True, slots=True)

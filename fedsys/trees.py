@@ -16,7 +16,7 @@ import torch
 from flwr.app import ArrayRecord
 from numpy.typing import NDArray
 
-from fedsys import records
+from fedsys.transport import records
 
 Tree = Any
 """One of the values above."""

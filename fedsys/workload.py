@@ -19,7 +19,7 @@ from fedsys.errors import ConfigError
 from fedsys.jobs import Exchange, Job, Turn
 from fedsys.layers import LayeredModel
 from fedsys.schedule import operations
-from fedsys.shaping import Network
+from fedsys.transport.shaping import Network
 from fedsys.training import pieces
 
 Array = NDArray[np.float64]

@@ -14,7 +14,8 @@ from flwr.serverapp.strategy import Strategy
 from torch import nn
 
 from fedsys import config as configuration
-from fedsys import data, federation, plots, records, stages, trace_plots, training
+from fedsys.transport import records
+from fedsys import data, federation, plots, stages, trace_plots, training
 from fedsys.config import Config
 from fedsys.data import Images
 from fedsys.edges import open_fleet

@@ -27,7 +27,7 @@ from flwr.serverapp.strategy import (
 )
 from numpy.typing import NDArray
 
-from fedsys import records
+from fedsys.transport import records
 
 ARRAYS = "arrays"
 METRICS = "metrics"

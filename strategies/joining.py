@@ -11,7 +11,7 @@ from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
-from fedsys import records
+from fedsys.transport import records
 from fedsys.errors import ConfigError, ModelError
 
 MICRO_BATCHES = "micro-batches"

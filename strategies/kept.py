@@ -13,7 +13,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from fedsys import records
+from fedsys.transport import records
 from strategies.roster import Roster
 
 OPTIMIZER = "optimizer"

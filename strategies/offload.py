@@ -23,13 +23,13 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from fedsys import records
+from fedsys.transport import records
 from fedsys.config import Config
 from fedsys.errors import ConfigError, FedsysError, RuntimeFailure, SessionError
 from fedsys.fleet import Fleet
 from fedsys.halves import names_between
 from fedsys.layers import LayeredModel, fractions
-from fedsys.security import new_token
+from fedsys.transport.security import new_token
 from fedsys.session import SessionSpec, Snapshot, layered_model
 from fedsys.tracing import Event, unpack
 from strategies.joining import halved, joined, with_pieces, without

@@ -23,7 +23,7 @@ from fedsys.hardware import Hardware
 from fedsys.layers import LayeredModel
 from fedsys.planner import Plan, evaluate, plan
 from fedsys.planning import PlanOptions, machines_of, run_workload
-from fedsys.shaping import Network
+from fedsys.transport.shaping import Network
 from fedsys.tables import score
 from fedsys.workload import Choice, Device, Menu, Workload, mini_batches
 from strategies.policies import Assignment, Observation

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
-from fedsys.codecs import CODECS
+from fedsys.transport.codecs import CODECS
 from fedsys.config import Config, Spec, call_target
 from fedsys.errors import ConfigError, did_you_mean
 from fedsys.layers import LayeredModel, resolve_cut
@@ -38,7 +38,7 @@ class Assignment:
     Attributes:
         cut: Units ``[0, cut)`` are on the device; all of them: classic federated learning.
         edge: Index of the edge server that has the others.
-        codec_up: How activations are written, a name in `fedsys.codecs.CODECS`.
+        codec_up: How activations are written, a name in `fedsys.transport.codecs.CODECS`.
         codec_down: How activation gradients are written.
         micro_batches: Pieces of a mini-batch; None: ``schedule.micro_batches``. It holds for whole
             models too, because BatchNorm sees each piece by itself.

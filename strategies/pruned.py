@@ -24,7 +24,8 @@ from flwr.serverapp.strategy import Strategy
 from safetensors.torch import save
 from torch import nn
 
-from fedsys import data, records
+from fedsys.transport import records
+from fedsys import data
 from fedsys.checkpoint import StrategyState
 from fedsys.config import Config
 from fedsys.data import Dataset

@@ -16,7 +16,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from fedsys import records
+from fedsys.transport import records
 from fedsys.errors import ConfigError
 from fedsys.faults import Fault, Faults, encode, from_json
 from fedsys.training import Score

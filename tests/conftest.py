@@ -71,7 +71,8 @@ def identity() -> None:
 @pytest.fixture
 def carry_out(identity: None) -> "Callable[..., SimpleNamespace]":
     """Play the rounds of a configuration in this process, without a folder, scores or plots."""
-    from fedsys import federation, records, training
+    from fedsys.transport import records
+    from fedsys import federation, training
     from fedsys.edges import open_fleet
     from fedsys.faults import Faults
     from fedsys.identity import state_sha256
@@ -128,7 +129,7 @@ def last_layer(configure: "Callable[..., Config]") -> SimpleNamespace:
     from fedsys import models
     from fedsys.config import parse, with_values
     from fedsys.session import SessionSpec, Snapshot
-    from fedsys.wire import Frame
+    from fedsys.transport.wire import Frame
 
     base = configure("data=synthetic", "model=cnn")
     config = parse(with_values(base.text, model={"width": 4, "hidden": 16}))

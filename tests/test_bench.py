@@ -8,7 +8,8 @@ import re
 import pytest
 import torch
 
-from fedsys import bench, federation, records
+from fedsys.transport import records
+from fedsys import bench, federation
 from fedsys.bench import codecs, link, memory, planning, scale, sessions, simulation, training
 from fedsys.config import CONF, locate
 from fedsys.errors import ConfigError, ModelError

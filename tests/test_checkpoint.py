@@ -4,7 +4,7 @@ import os
 import numpy as np
 import pytest
 
-from fedsys import records
+from fedsys.transport import records
 from fedsys.checkpoint import Checkpoint, Checkpoints, StrategyState, layers_of
 from fedsys.errors import RunError
 

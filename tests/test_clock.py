@@ -14,7 +14,7 @@ from fedsys.planning import run_workload
 from fedsys.run import RunFolder
 from fedsys.runtime import run
 from fedsys.session import layered_model
-from fedsys.shaping import Network
+from fedsys.transport.shaping import Network
 from fedsys.workload import Choice, Device, Workload
 from strategies.clock import RoundClock, totals
 

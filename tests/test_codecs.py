@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from fedsys.codecs import CODECS, LEAST_PER_SCALE, decode_activation, encode_activation
+from fedsys.transport.codecs import CODECS, LEAST_PER_SCALE, decode_activation, encode_activation
 from fedsys.errors import ConfigError, FrameError, ModelError
-from fedsys.wire import Frame, decode, encode
+from fedsys.transport.wire import Frame, decode, encode
 
 
 def there_and_back(x, codec, **options):

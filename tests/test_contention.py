@@ -11,7 +11,7 @@ from hypothesis import given, settings
 
 from fedsys.contention import alone_s, together_s
 from fedsys.costs import Crossing, MachineCosts, Messaging
-from fedsys.shaping import Network
+from fedsys.transport.shaping import Network
 from fedsys.timeline import play
 from fedsys.workload import Choice, Device, Menu, Stages, Workload, job_of
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fedsys.codecs import CODECS, encode_activation
+from fedsys.transport.codecs import CODECS, encode_activation
 from fedsys.costs import (
     FRAME_BYTES,
     Crossing,
@@ -20,7 +20,7 @@ from fedsys.costs import (
 from fedsys.errors import ConfigError
 from fedsys.layers import layered
 from fedsys.models import skeleton
-from fedsys.wire import Frame, encode_parts
+from fedsys.transport.wire import Frame, encode_parts
 
 VGG5 = {"_target_": "fedsys.models.vgg.vgg5"}
 

@@ -23,7 +23,7 @@ from fedsys.runtime import launch, run
 from fedsys.runtime.control import Control
 from fedsys.runtime.launch import Deployment, write_node_key
 from fedsys.runtime.processes import Processes, free_ports
-from fedsys.security import Authority
+from fedsys.transport.security import Authority
 
 pytestmark = [
     pytest.mark.deployment,

@@ -8,11 +8,11 @@ from fedsys.errors import ConfigError, LinkClosed, SecurityError
 from fedsys.faults import AT_EDGE, KINDS, Fault, check
 from fedsys.federation import federation
 from fedsys.hardware import hardware
-from fedsys.link import dial, serve
-from fedsys.security import Authority
+from fedsys.transport.link import dial, serve
+from fedsys.transport.security import Authority
 from fedsys.session import layered_model
-from fedsys.shaping import Shaped
-from fedsys.wire import Frame
+from fedsys.transport.shaping import Shaped
+from fedsys.transport.wire import Frame
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from fedsys.edge import EdgeServer
 from fedsys.identity import arithmetic
 from fedsys.main import main
 from fedsys.runtime.control import _field
-from fedsys.security import Authority
+from fedsys.transport.security import Authority
 from fedsys.serving.options import ServingConfig
 
 

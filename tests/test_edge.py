@@ -10,13 +10,13 @@ import torch
 
 from fedsys.edge import CONTROLLER, EdgeLimits, EdgeServer
 from fedsys.errors import LinkClosed, LinkError, RemoteError, SecurityError
-from fedsys.grpc_link import _SERVICE
-from fedsys.link import dial
-from fedsys.security import Authority
+from fedsys.transport.grpc_link import _SERVICE
+from fedsys.transport.link import dial
+from fedsys.transport.security import Authority
 from fedsys.session import Session, Snapshot
-from fedsys.tcp_flows import Last, last_word
-from fedsys.tcp_link import GREETING
-from fedsys.wire import Frame, Limits, encode
+from fedsys.transport.tcp_flows import Last, last_word
+from fedsys.transport.tcp_link import GREETING
+from fedsys.transport.wire import Frame, Limits, encode
 
 TOKEN = "token of the controller"
 WAIT_S = 60.0

@@ -17,13 +17,13 @@ from fedsys.edge_client import EdgeClient, Hooks
 from fedsys.errors import RemoteError, SecurityError
 from fedsys.faults import Faults
 from fedsys.fleet import EdgeAddress, Fleet
-from fedsys.link import dial
+from fedsys.transport.link import dial
 from fedsys.runtime import launch
 from fedsys.runtime.edges import EdgeProcesses, credentials_of_device
 from fedsys.runtime.processes import Processes
-from fedsys.security import Authority, Credentials
+from fedsys.transport.security import Authority, Credentials
 from fedsys.session import Session, Snapshot
-from fedsys.wire import Frame
+from fedsys.transport.wire import Frame
 
 WAIT_S = 60.0
 SMALL = (

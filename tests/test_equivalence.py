@@ -11,8 +11,8 @@ import pytest
 
 from fedsys import edges, fleet
 from fedsys.config import parse, with_values
-from fedsys.faulty import Faulty, LinkFault
-from fedsys.link import dial
+from fedsys.transport.faulty import Faulty, LinkFault
+from fedsys.transport.link import dial
 from fedsys.schedule import operations
 
 COMMON = {

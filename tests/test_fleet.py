@@ -12,10 +12,10 @@ from fedsys.edge import EdgeLimits, EdgeServer
 from fedsys.errors import LinkClosed, LinkError, RemoteError, SessionError
 from fedsys.faults import Fault, Faults
 from fedsys.fleet import EdgeAddress, Fleet
-from fedsys.link import dial
-from fedsys.patience import Patience
+from fedsys.transport.link import dial
+from fedsys.transport.patience import Patience
 from fedsys.session import Session
-from fedsys.wire import Frame
+from fedsys.transport.wire import Frame
 
 TOKEN = "control"
 WAIT_S = 60.0

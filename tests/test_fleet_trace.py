@@ -16,7 +16,7 @@ from fedsys.fleet_plots import MOST_BARS, MOST_DRAWN, idle_groups, idle_panel, l
 from fedsys.fleet_trace import FleetRound, one_iteration, perfetto, workers
 from fedsys.run import RunFolder
 from fedsys.runtime import run
-from fedsys.shaping import Network
+from fedsys.transport.shaping import Network
 from fedsys.tracing import Event
 from fedsys.workload import Choice, Device, Workload
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fedsys import security
+from fedsys.transport import security
 from fedsys.errors import SecurityError
 from fedsys.main import main
 from fedsys.runtime.control import Address, Control
 from fedsys.runtime.launch import Deployment, environment
 from fedsys.runtime.processes import Processes, free_ports
-from fedsys.security import Authority, Credentials
+from fedsys.transport.security import Authority, Credentials
 
 # Flower builds its bundles with a class that the library of that class is about to rename.
 pytestmark = pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")

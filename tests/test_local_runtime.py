@@ -6,7 +6,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedsys import records
+from fedsys.transport import records
 from fedsys.errors import ConfigError
 from fedsys.runtime import run
 from fedsys.runtime.apps import load_apps, load_client

@@ -2,9 +2,9 @@ import threading
 
 import pytest
 
-from fedsys import mailbox
+from fedsys.transport import mailbox
 from fedsys.errors import LinkClosed, LinkTimeout
-from fedsys.mailbox import RELAXED_FACTOR, Mailbox
+from fedsys.transport.mailbox import RELAXED_FACTOR, Mailbox
 
 SOON = 30.0
 

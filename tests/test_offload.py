@@ -10,7 +10,8 @@ from flwr.app import Array, ArrayRecord
 from flwr.clientapp import mod as flower_mods
 
 from clients.app import app
-from fedsys import federation, records
+from fedsys.transport import records
+from fedsys import federation
 from fedsys.edge import EdgeLimits, EdgeServer
 from fedsys.errors import ConfigError, ModelError, SessionError
 from fedsys.faults import KINDS

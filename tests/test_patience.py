@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsys.patience import FIRST_S, LEAST_S, MOST_S, Patience
+from fedsys.transport.patience import FIRST_S, LEAST_S, MOST_S, Patience
 
 seconds = st.floats(1e-4, 1e3)
 

@@ -17,7 +17,7 @@ from fedsys.errors import ConfigError
 from fedsys.planner import METHODS, MOST_COMBINATIONS, evaluate, options, plan
 from fedsys.search import improved, spread
 from fedsys.session import layered_model
-from fedsys.shaping import Network
+from fedsys.transport.shaping import Network
 from fedsys.tables import Table, score
 from fedsys.timeline import play
 from fedsys.workload import Choice, Device, Workload, counts, job_of, workload

@@ -9,11 +9,11 @@ import yaml
 
 from fedsys import profile_link
 from fedsys.costs import Crossing
-from fedsys.link import dial, serve
+from fedsys.transport.link import dial, serve
 from fedsys.main import main
 from fedsys.processors import usable_cores
 from fedsys.profile_link import answer, measure_link
-from fedsys.shaping import Network, Shaped
+from fedsys.transport.shaping import Network, Shaped
 
 
 @pytest.fixture(scope="module")

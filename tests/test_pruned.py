@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from clients.local import own_batches
-from fedsys import federation, optimizers, records, training
+from fedsys.transport import records
+from fedsys import federation, optimizers, training
 from fedsys.config import parse, with_values
 from fedsys.errors import ConfigError, ModelError
 from fedsys.graph import trace

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import nn
 
-from fedsys import records
+from fedsys.transport import records
 from fedsys.errors import ModelError
 
 DTYPES = ["float16", "float32", "float64", "complex64", "bool", "uint8", "int8", "int16", "int64"]

@@ -9,10 +9,10 @@ import torch
 
 from fedsys.edge import EdgeServer
 from fedsys.errors import LinkClosed, LinkTimeout, SessionError
-from fedsys.faulty import Faulty, LinkFault
+from fedsys.transport.faulty import Faulty, LinkFault
 from fedsys.fleet import EdgeAddress, Fleet
-from fedsys.link import dial
-from fedsys.patience import Patience
+from fedsys.transport.link import dial
+from fedsys.transport.patience import Patience
 from fedsys.remote import FRUITLESS, EdgesLost, Moved, Remote
 from fedsys.session import Session
 

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.verification import PolicyBuilder, Store
 
 from fedsys.errors import SecurityError
-from fedsys.security import Authority, Credentials, check, new_token, same_token
+from fedsys.transport.security import Authority, Credentials, check, new_token, same_token
 
 AUTHORITY = Authority.create("test authority", days=30)
 EDGE = AUTHORITY.issue("edge-a", ["edge-a.example", "10.0.0.7", "::1"], role="server")

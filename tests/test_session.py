@@ -16,7 +16,7 @@ from fedsys.processors import Processors
 from fedsys.randomness import Address, drawing, rows
 from fedsys.session import Session, SessionSpec, Snapshot, layered_model
 from fedsys.training import Proximal, pieces
-from fedsys.wire import Frame, decode, encode
+from fedsys.transport.wire import Frame, decode, encode
 
 SHAPE, CLASSES, ROUND, CLIENT = (1, 8, 8), 10, 3, 2
 CPU = torch.device("cpu")

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsys.errors import ConfigError, FrameError, LinkClosed, LinkTimeout
-from fedsys.faulty import Faulty, LinkFault
-from fedsys.link import dial, serve
-from fedsys.shaping import Lane, Network, Rate, Shaped, finish_time
-from fedsys.wire import Frame, decode, encode
+from fedsys.transport.faulty import Faulty, LinkFault
+from fedsys.transport.link import dial, serve
+from fedsys.transport.shaping import Lane, Network, Rate, Shaped, finish_time
+from fedsys.transport.wire import Frame, decode, encode
 
 SOON = 20.0
 

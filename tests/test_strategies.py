@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fedsys import records
+from fedsys.transport import records
 from fedsys.config import options_of
 from fedsys.errors import ConfigError, RuntimeFailure
 from fedsys.identity import arithmetic

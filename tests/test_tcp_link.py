@@ -10,14 +10,15 @@ import time
 import pytest
 import torch
 
-from fedsys import standby, tcp_link
+from fedsys.transport import tcp_standby as standby
+from fedsys.transport import tcp_link
 from fedsys.errors import LinkClosed, RemoteError, SecurityError
-from fedsys.link import dial, serve
-from fedsys.mailbox import Mailbox
-from fedsys.security import Authority
-from fedsys.tcp_channel import TlsChannel, client_context, prepare
-from fedsys.tcp_link import GREETING
-from fedsys.wire import Frame, encode
+from fedsys.transport.link import dial, serve
+from fedsys.transport.mailbox import Mailbox
+from fedsys.transport.security import Authority
+from fedsys.transport.tcp_channel import TlsChannel, client_context, prepare
+from fedsys.transport.tcp_link import GREETING
+from fedsys.transport.wire import Frame, encode
 
 WAIT_S = 20.0
 

@@ -11,7 +11,7 @@ from fedsys.errors import ConfigError
 from fedsys.jobs import Exchange, Job, Turn
 from fedsys.recurrences import iteration_s
 from fedsys.schedule import operations
-from fedsys.shaping import Network, finish_time
+from fedsys.transport.shaping import Network, finish_time
 from fedsys.timeline import lanes, play
 from fedsys.training import pieces
 

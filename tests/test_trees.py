@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fedsys import records
+from fedsys.transport import records
 from fedsys.trees import NotKeepable, array_sha256, decode, encode, keepable
 
 PLAIN = (

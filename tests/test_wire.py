@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsys.errors import FrameError
-from fedsys.wire import (
+from fedsys.transport.wire import (
     ALIGNMENT,
     DTYPES,
     Assembler,

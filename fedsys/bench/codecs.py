@@ -2,7 +2,7 @@
 
 The tensors are what crosses each cut of the model for one mini-batch of the data: the activation,
 and the gradient that comes back. Of each the largest error of an element is given as a share of the
-bound that `fedsys.codecs` states for it (above 1, the statement would be wrong), and the root of
+bound that `fedsys.transport.codecs` states for it (above 1, the statement would be wrong), and the root of
 the mean squared error beside that of the tensor itself. Rates are in bytes of the tensor as it is
 in memory, so that codecs compare; a frame is not part of them (``fedsys bench link``).
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fedsys import data, federation, runtime, training
 from fedsys.bench import Chart
-from fedsys.codecs import LEAST_PER_SCALE, decode_activation, encode_activation
+from fedsys.transport.codecs import LEAST_PER_SCALE, decode_activation, encode_activation
 from fedsys.config import Config, parse, with_values
 from fedsys.halves import safe_input
 from fedsys.layers import layered, split
@@ -113,7 +113,7 @@ def _case(codec: str, cut: str, direction: str, x: Tensor, turns: int) -> dict[s
 
 
 def _bound(x: Tensor, codec: str) -> Tensor | None:
-    """Return the error that `fedsys.codecs` states for each element; None for fp32."""
+    """Return the error that `fedsys.transport.codecs` states for each element; None for fp32."""
     match codec:
         case "fp16":
             return (x.abs() * 2**-11).clamp(min=2**-25)

@@ -33,10 +33,10 @@ import torch
 from fedsys.bench import Chart
 from fedsys.config import Config
 from fedsys.errors import ConfigError, RuntimeFailure
-from fedsys.link import Link, dial, serve
-from fedsys.security import Authority, Credentials
-from fedsys.shaping import Network, Shaped
-from fedsys.wire import Frame
+from fedsys.transport.link import Link, dial, serve
+from fedsys.transport.security import Authority, Credentials
+from fedsys.transport.shaping import Network, Shaped
+from fedsys.transport.wire import Frame
 
 DEFAULTS: Final[Mapping[str, Any]] = {
     "links": ["grpc", "tcp", "grpc_tls", "tcp_tls"],  # the latter with mutual TLS

@@ -25,7 +25,7 @@ from fedsys.config import BETWEEN_PROCESSES, Config
 from fedsys.errors import RuntimeFailure
 from fedsys.runtime.apps import load_apps
 from fedsys.runtime.local import ClientFunction, play_local
-from fedsys.security import new_token
+from fedsys.transport.security import new_token
 
 END_S = 20.0
 """Seconds that an edge server has to end when it is told to."""

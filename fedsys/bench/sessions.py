@@ -34,12 +34,12 @@ from fedsys.errors import ConfigError, RuntimeFailure
 from fedsys.fleet import EdgeAddress, Fleet
 from fedsys.halves import filled_stages, names_between, safe_input
 from fedsys.layers import LayeredModel
-from fedsys.link import Link, dial
+from fedsys.transport.link import Link, dial
 from fedsys.processors import usable_cores
 from fedsys.randomness import Address, drawing
-from fedsys.security import new_token
+from fedsys.transport.security import new_token
 from fedsys.session import SessionSpec, Snapshot, layered_model
-from fedsys.wire import Frame
+from fedsys.transport.wire import Frame
 
 _PATIENCE_S: Final = 600.0
 

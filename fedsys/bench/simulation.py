@@ -37,7 +37,8 @@ from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 from torch import nn
 
-from fedsys import records, training
+from fedsys.transport import records
+from fedsys import training
 from fedsys.bench import Chart
 from fedsys.config import Config, locate
 from fedsys.errors import ConfigError, RuntimeFailure

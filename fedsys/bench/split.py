@@ -29,15 +29,16 @@ from flwr.app import ConfigRecord, RecordDict
 from safetensors.torch import load_file, save_file
 
 from fedsys import config as configuration
-from fedsys import federation, records, training
+from fedsys.transport import records
+from fedsys import federation, training
 from fedsys.bench import Chart
 from fedsys.config import Config, locate
 from fedsys.edge import EdgeServer
 from fedsys.errors import RuntimeFailure
 from fedsys.fleet import EdgeAddress, Fleet
 from fedsys.halves import names_between
-from fedsys.link import dial
-from fedsys.security import new_token
+from fedsys.transport.link import dial
+from fedsys.transport.security import new_token
 from fedsys.session import SessionSpec, Snapshot, layered_model
 
 State = Mapping[str, torch.Tensor]

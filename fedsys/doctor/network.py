@@ -48,7 +48,7 @@ def certificates(config: Config) -> Iterator[Check]:
     file = config.runtime.root_certificates
     if file is not None:
         yield certificate(Path(file).expanduser(), "runtime.root_certificates")
-    from fedsys.security import Credentials
+    from fedsys.transport.security import Credentials
 
     folders = {
         "link.credentials": config.link.credentials,
@@ -138,8 +138,8 @@ def _computes_alike(config: Config, name: str, address: str) -> Check:
     from fedsys.edge_client import EdgeClient, Hooks
     from fedsys.fleet import ANSWER_S
     from fedsys.identity import arithmetic, differences
-    from fedsys.link import dial
-    from fedsys.security import Credentials
+    from fedsys.transport.link import dial
+    from fedsys.transport.security import Credentials
 
     title, folder = f"edge {name}, bits", config.fleet.credentials or config.link.credentials
     idle = Hooks(lambda frame: None, lambda frame: None, lambda name: None, lambda name: False)

@@ -25,7 +25,7 @@ import httpx
 from fedsys.config import Config, EdgeAddressConfig, edge_names
 from fedsys.errors import ConfigError, RuntimeFailure
 from fedsys.runtime.processes import Processes
-from fedsys.security import Authority
+from fedsys.transport.security import Authority
 
 HOST: Final = "127.0.0.1"
 START_S: Final = 120.0

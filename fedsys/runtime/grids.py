@@ -17,7 +17,7 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
-from fedsys import packing
+from fedsys.transport import packing
 
 POLL_S = 0.2
 """Seconds between two looks for replies; Flower's own grid takes 3."""
@@ -58,7 +58,7 @@ def before_exit(grid: Grid, handler: Callable[[], None]) -> None:
 class AttentiveGrid(Grid):
     """Looks for replies every `POLL_S` seconds, and names the node that an error is about.
 
-    Contents travel packed (`fedsys.packing`); the client app unpacks them and packs its reply.
+    Contents travel packed (`fedsys.transport.packing`); the client app unpacks them and packs its reply.
 
     A node that does not reply is nudged (`NUDGE_S`).
 

@@ -36,7 +36,7 @@ from fedsys.progress import Progress
 from fedsys.runtime.control import Address, Control
 from fedsys.runtime.edges import EdgeProcesses, credentials_of_device
 from fedsys.runtime.processes import Processes, free_ports, is_free
-from fedsys.security import Authority
+from fedsys.transport.security import Authority
 
 HOST = "127.0.0.1"
 START_S = 120.0

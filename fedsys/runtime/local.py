@@ -21,7 +21,8 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedsys import records, stages
+from fedsys.transport import records
+from fedsys import stages
 from fedsys.config import Config
 from fedsys.runtime.apps import load_apps
 

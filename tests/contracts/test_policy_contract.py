@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsys import models
-from fedsys.codecs import CODECS
+from fedsys.transport.codecs import CODECS
 from fedsys.config import compose_text, parse
 from fedsys.errors import ConfigError, ModelError
 from fedsys.layers import layered

@@ -20,9 +20,9 @@ from pathlib import Path
 import atheris
 import msgpack
 
-with atheris.instrument_imports(include=["fedsys.wire", "fedsys.layout"]):
+with atheris.instrument_imports(include=["fedsys.transport.wire", "fedsys.transport.tensors"]):
     from fedsys.errors import FrameError
-    from fedsys.wire import (
+    from fedsys.transport.wire import (
         _CRC_AT,
         _PREAMBLE,
         ALIGNMENT,

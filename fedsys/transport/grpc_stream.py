@@ -6,7 +6,7 @@ into the inbox from there; and an accepted link sends a small frame in the threa
 long as nothing waits in its outbox and the network takes what it gets. (An end that dialled has
 gRPC's own writer, which can only be handed to.)
 
-A frame is cut into messages (`fedsys.pieces`): copying one piece overlaps with sending the one
+A frame is cut into messages (`fedsys.transport.buffers`): copying one piece overlaps with sending the one
 before, which a single large message does not allow.
 """
 
@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
 from fedsys.errors import LinkError
-from fedsys.mailbox import Mailbox
-from fedsys.pieces import pieces
-from fedsys.wire import Assembler, Buffer, Frame, Limits
+from fedsys.transport.mailbox import Mailbox
+from fedsys.transport.buffers import pieces
+from fedsys.transport.wire import Assembler, Buffer, Frame, Limits
 
 AT_ONCE_BYTES: Final = 128 << 10
 """Largest message that is worked on in the thread that has it."""
@@ -43,7 +43,7 @@ class Stream:
         self._late: Frame | None = None
 
     def send(self, parts: Sequence[Buffer]) -> None:
-        """Send the bytes of a frame; see `fedsys.link.Link`."""
+        """Send the bytes of a frame; see `fedsys.transport.link.Link`."""
         self.inbox.raise_if_ended()
         with self.sending:
             if self.sender is not None and self.sender.send_now(parts, self.inbox):

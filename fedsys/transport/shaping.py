@@ -19,9 +19,9 @@ from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 from fedsys.errors import ConfigError, LinkClosed, LinkError, LinkTimeout
-from fedsys.link import QUEUE_BYTES, Link
-from fedsys.mailbox import Mailbox
-from fedsys.wire import Buffer, Frame, encode_parts
+from fedsys.transport.link import QUEUE_BYTES, Link
+from fedsys.transport.mailbox import Mailbox
+from fedsys.transport.wire import Buffer, Frame, encode_parts
 
 _LINGER_S: Final = 5.0  # for frames under way when this end closes
 
@@ -245,11 +245,11 @@ class Shaped:
         return self._link.peer
 
     def send(self, frame: Frame) -> None:
-        """Put a frame on the way; see `fedsys.link.Link`."""
+        """Put a frame on the way; see `fedsys.transport.link.Link`."""
         self.send_encoded(encode_parts(frame))
 
     def send_encoded(self, parts: Sequence[Buffer]) -> None:
-        """Put the bytes of a frame on the way; see `fedsys.link.Link`."""
+        """Put the bytes of a frame on the way; see `fedsys.transport.link.Link`."""
         self._inbox.raise_if_ended()
         data = b"".join(parts)
         with self._sending:
@@ -259,7 +259,7 @@ class Shaped:
                     self._outbox.put(item, len(data))
 
     def recv(self, timeout_s: float | None = None) -> Frame:
-        """Return the next frame once it has arrived; see `fedsys.link.Link`."""
+        """Return the next frame once it has arrived; see `fedsys.transport.link.Link`."""
         deadline = math.inf if timeout_s is None else self._clock.now() + timeout_s
         with self._receiving:
             if self._first is None:

@@ -8,12 +8,12 @@
                   ◀─ inbox ◀─ reader ◀─ socket        while nobody is in recv
 
 Handing a frame from thread to thread costs more than anything else that is done to a small one, so
-the threads of the link work only where its promises (`fedsys.link`) need them: the writer while the
+the threads of the link work only where its promises (`fedsys.transport.link`) need them: the writer while the
 network is slower than the sender, the reader while the owner of the link does something else
-(`fedsys.standby`). Measured on two busy cores, a round trip of 1 kB takes 240 µs, and 145 µs of
+(`fedsys.transport.tcp_standby`). Measured on two busy cores, a round trip of 1 kB takes 240 µs, and 145 µs of
 processor time at each end; with a reader that takes every frame, as it was first, 400 and 240.
 
-Who has said its last word (`fedsys.tcp_flows`) shuts its direction and drops what still comes until
+Who has said its last word (`fedsys.transport.tcp_flows`) shuts its direction and drops what still comes until
 the other does the same, so that the connection is not reset while frames are under way.
 """
 
@@ -27,12 +27,12 @@ from collections.abc import Sequence
 from queue import SimpleQueue
 from typing import Final
 
-from fedsys import standby
+from fedsys.transport import tcp_standby as standby
 from fedsys.errors import FrameError, LinkClosed, LinkError, LinkTimeout
-from fedsys.mailbox import Mailbox
-from fedsys.tcp_channel import SILENCE_S, Channel, Silence, drain
-from fedsys.tcp_flows import Intake, Last, Outflow, last_word
-from fedsys.wire import Buffer, Frame, Limits, encode_parts
+from fedsys.transport.mailbox import Mailbox
+from fedsys.transport.tcp_channel import SILENCE_S, Channel, Silence, drain
+from fedsys.transport.tcp_flows import Intake, Last, Outflow, last_word
+from fedsys.transport.wire import Buffer, Frame, Limits, encode_parts
 
 LINGER_S: Final = 5.0
 """Longest time for frames under way when this end closes, in seconds."""
@@ -41,7 +41,7 @@ _LOOK_S: Final = SILENCE_S / 4  # between two looks whether the peer still answe
 
 
 class TcpLink:
-    """A link on a channel whose ends have greeted each other; see `fedsys.link.FailingLink`.
+    """A link on a channel whose ends have greeted each other; see `fedsys.transport.link.FailingLink`.
 
     Args:
         channel: The socket, prepared.
@@ -93,16 +93,16 @@ class TcpLink:
         standby.watch(self)
 
     def send(self, frame: Frame) -> None:
-        """Send a frame; see `fedsys.link.Link`."""
+        """Send a frame; see `fedsys.transport.link.Link`."""
         self.send_encoded(encode_parts(frame, self._limits))
 
     def send_encoded(self, parts: Sequence[Buffer]) -> None:
-        """Send the bytes of a frame; see `fedsys.link.Link`."""
+        """Send the bytes of a frame; see `fedsys.transport.link.Link`."""
         self._inbox.raise_if_ended()
         self._outflow.send(parts, self._inbox)
 
     def recv(self, timeout_s: float | None = None) -> Frame:
-        """Return the next frame; see `fedsys.link.Link`."""
+        """Return the next frame; see `fedsys.transport.link.Link`."""
         if not self._role.acquire(blocking=False):
             return self._follow(timeout_s)
         try:
@@ -115,11 +115,11 @@ class TcpLink:
         return frame
 
     def fail(self, reason: str) -> None:
-        """End the link with a reason for the peer; see `fedsys.link.FailingLink`."""
+        """End the link with a reason for the peer; see `fedsys.transport.link.FailingLink`."""
         self._end(_closed_here(), last_word(Last.FAILED, reason), discard=True)
 
     def close(self) -> None:
-        """End the link; see `fedsys.link.Link`."""
+        """End the link; see `fedsys.transport.link.Link`."""
         self._end(_closed_here(), last_word(Last.CLOSED), discard=True)
         if self._linger and threading.current_thread() is not self._reader:
             self._over.wait(LINGER_S)

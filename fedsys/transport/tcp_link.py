@@ -1,7 +1,7 @@
-"""Links over TCP: how the ends reach, check and greet each other. `fedsys.tcp_stream` is the rest.
+"""Links over TCP: how the ends reach, check and greet each other. `fedsys.transport.tcp_stream` is the rest.
 
 The end that dials says ``FSYS-LINK 0001`` and a line end; the other says the same if it takes the
-link, or why not as a last word (`fedsys.tcp_flows`). With credentials all of it is inside of TLS
+link, or why not as a last word (`fedsys.transport.tcp_flows`). With credentials all of it is inside of TLS
 1.3, in which both ends show certificates; an end that finds the other without TLS says so outside
 of it. Who greets otherwise, or not within `GREETING_S`, is sent away and holds nothing: until then
 a connection counts among those that wait, of which there are at most as many as links; if there are
@@ -22,9 +22,9 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from fedsys.errors import ConfigError, LinkClosed, LinkError, LinkRefused, SecurityError
-from fedsys.link import Handler, HandlerThreads, Link
-from fedsys.security import Credentials, check
-from fedsys.tcp_channel import (
+from fedsys.transport.link import Handler, HandlerThreads, Link
+from fedsys.transport.security import Credentials, check
+from fedsys.transport.tcp_channel import (
     Channel,
     PlainChannel,
     TlsChannel,
@@ -36,9 +36,9 @@ from fedsys.tcp_channel import (
     wait_and_read,
     write_all,
 )
-from fedsys.tcp_flows import Last, is_last, last_word, read_last
-from fedsys.tcp_stream import LINGER_S, TcpLink
-from fedsys.wire import PREAMBLE_BYTES, Limits
+from fedsys.transport.tcp_flows import Last, is_last, last_word, read_last
+from fedsys.transport.tcp_stream import LINGER_S, TcpLink
+from fedsys.transport.wire import PREAMBLE_BYTES, Limits
 
 GREETING: Final = b"FSYS-LINK 0001\r\n"
 GREETING_S: Final = 10.0
@@ -75,7 +75,7 @@ def dial(
     timeout_s: float,
     retry: bool = True,
 ) -> Link:
-    """Connect to ``host:port``; see `fedsys.link.dial`."""
+    """Connect to ``host:port``; see `fedsys.transport.link.dial`."""
     context = None
     if credentials is not None:
         check(credentials, role="client")
@@ -236,7 +236,7 @@ def _sealed(channel: Channel, data: bytes) -> list[memoryview]:
 class TcpServer:
     """Accepts links at ``host:port`` in one thread and greets each in one of its own.
 
-    The arguments are those of `fedsys.link.serve`.
+    The arguments are those of `fedsys.transport.link.serve`.
     """
 
     def __init__(
@@ -374,7 +374,7 @@ class TcpServer:
         raise error(text)
 
     def stop(self, grace_s: float = 0.0) -> None:
-        """Accept no more, and end; see `fedsys.link.Server`."""
+        """Accept no more, and end; see `fedsys.transport.link.Server`."""
         with self._lock:
             first, self._stopped = not self._stopped, True
             for connection in self._greeting:

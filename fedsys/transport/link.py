@@ -3,7 +3,7 @@
 `dial` and `serve` choose by address: ``memory://edge-a`` connects threads of one process,
 ``tcp://edge-a:9443`` and ``grpc://edge-a:9443`` connect processes and machines: TCP costs less,
 gRPC passes what understands HTTP/2 only. All pass every frame through the same encoder, so what
-works in one works in the others. `fedsys.shaping` and `fedsys.faulty` wrap a link.
+works in one works in the others. `fedsys.transport.shaping` and `fedsys.transport.faulty` wrap a link.
 
 What `send` promises, the same for all:
 
@@ -11,7 +11,7 @@ What `send` promises, the same for all:
 * It waits only while that queue holds `queue_bytes`, that is, while the network or the peer is
   slower than the sender: back-pressure. One frame is always admitted to an empty queue.
 * It never waits for the peer's own sends. While it waits, this end goes on reading, up to
-  `fedsys.mailbox.RELAXED_FACTOR` times `queue_bytes`; so peers that both send first, any number
+  `fedsys.transport.mailbox.RELAXED_FACTOR` times `queue_bytes`; so peers that both send first, any number
   of frames of any size, do not block each other. Beyond that both ends have sent that much without
   a single receive: the link fails and says so. Memory stays bounded in every case.
 
@@ -39,9 +39,9 @@ from fedsys.errors import (
     RemoteError,
     SecurityError,
 )
-from fedsys.mailbox import Mailbox
-from fedsys.security import Credentials
-from fedsys.wire import DEFAULT_LIMITS, Assembler, Buffer, Frame, Limits, encode_parts
+from fedsys.transport.mailbox import Mailbox
+from fedsys.transport.security import Credentials
+from fedsys.transport.wire import DEFAULT_LIMITS, Assembler, Buffer, Frame, Limits, encode_parts
 
 QUEUE_BYTES: Final = 256 << 20
 """Bytes that each direction of a link holds before `send` waits, unless told otherwise."""
@@ -157,10 +157,10 @@ def dial(
         return _dial_memory(place, limits, queue_bytes)
     _require_tls(address, place, credentials, plain)
     if kind == "tcp":
-        from fedsys import tcp_link
+        from fedsys.transport import tcp_link
 
         return tcp_link.dial(place, credentials, limits, queue_bytes, timeout_s, retry)
-    from fedsys import grpc_link  # importing grpc takes longer than all else here
+    from fedsys.transport import grpc_link
 
     return grpc_link.dial(place, credentials, limits, queue_bytes, timeout_s, retry)
 
@@ -200,10 +200,10 @@ def serve(
         return _MemoryServer(place, handler, limits, queue_bytes, max_links)
     _require_tls(address, place, credentials, plain)
     if kind == "tcp":
-        from fedsys import tcp_link
+        from fedsys.transport import tcp_link
 
         return tcp_link.TcpServer(place, handler, credentials, limits, queue_bytes, max_links)
-    from fedsys import grpc_link  # importing grpc takes longer than all else here
+    from fedsys.transport import grpc_link
 
     return grpc_link.GrpcServer(place, handler, credentials, limits, queue_bytes, max_links)
 

@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 
 from fedsys.errors import FrameError
-from fedsys.layout import DTYPES, dense_bytes, dense_strides, tensor_at
+from fedsys.transport.tensors import DTYPES, dense_bytes, dense_strides, tensor_at
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from fedsys.errors import LinkClosed
-from fedsys.pieces import pieces
-from fedsys.security import Credentials, holder_of
-from fedsys.wire import Buffer
+from fedsys.transport.buffers import pieces
+from fedsys.transport.security import Credentials, holder_of
+from fedsys.transport.wire import Buffer
 
 SILENCE_S: Final = 20
 """Seconds after which a peer that answers nothing is taken for lost."""

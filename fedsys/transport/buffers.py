@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from fedsys.wire import Buffer
+from fedsys.transport.wire import Buffer
 
 PIECE_BYTES: Final = 1 << 20
 

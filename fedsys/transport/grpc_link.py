@@ -6,8 +6,8 @@ there is no generated code. Two threads serve one end besides its callers::
     caller of send ─▶ outbox ─▶ writer ══▶ stream ══▶ reader ─▶ inbox ─▶ caller of recv
 
 The reader takes messages off the stream whatever the callers do, so that two peers that both send
-first do not block each other; both queues are bounded (see `fedsys.link`). What both ends have in
-common is in `fedsys.grpc_stream`; here is how they are reached, protected and ended.
+first do not block each other; both queues are bounded (see `fedsys.transport.link`). What both ends have in
+common is in `fedsys.transport.grpc_stream`; here is how they are reached, protected and ended.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from fedsys.errors import (
     RemoteError,
     SecurityError,
 )
-from fedsys.grpc_stream import Sender, Stream
-from fedsys.link import Handler, HandlerThreads, Link
-from fedsys.pieces import PIECE_BYTES
-from fedsys.security import Credentials, check
-from fedsys.wire import Buffer, Frame, Limits, encode_parts
+from fedsys.transport.grpc_stream import Sender, Stream
+from fedsys.transport.link import Handler, HandlerThreads, Link
+from fedsys.transport.buffers import PIECE_BYTES
+from fedsys.transport.security import Credentials, check
+from fedsys.transport.wire import Buffer, Frame, Limits, encode_parts
 
 _SERVICE: Final = "fedsys.Link"
 _METHOD: Final = "Connect"
@@ -153,7 +153,7 @@ def dial(
     timeout_s: float,
     retry: bool = True,
 ) -> Link:
-    """Connect to ``host:port``; see `fedsys.link.dial`."""
+    """Connect to ``host:port``; see `fedsys.transport.link.dial`."""
     if credentials is not None:
         check(credentials, role="client")
     deadline = time.monotonic() + timeout_s
@@ -225,7 +225,7 @@ class _Method(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no type
 
 
 class GrpcServer:
-    """Accepts links at ``host:port``; the arguments are those of `fedsys.link.serve`."""
+    """Accepts links at ``host:port``; the arguments are those of `fedsys.transport.link.serve`."""
 
     def __init__(
         self,
@@ -296,7 +296,7 @@ class GrpcServer:
             stream.end(LinkClosed("the link to the peer was lost"))
 
     def stop(self, grace_s: float = 0.0) -> None:
-        """Accept no more, and end; see `fedsys.link.Server`."""
+        """Accept no more, and end; see `fedsys.transport.link.Server`."""
         refused = self._server.stop(grace_s + _LINGER_S)
         self._handlers.stop(grace_s)
         refused.wait(_LINGER_S)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from fedsys.errors import ConfigError, FrameError, LinkClosed, LinkTimeout
-from fedsys.link import Link
-from fedsys.wire import Buffer, Frame, decode, encode, encode_parts, kind_of
+from fedsys.transport.link import Link
+from fedsys.transport.wire import Buffer, Frame, decode, encode, encode_parts, kind_of
 
 OVERTAKING_S = 0.1
 """How long a received frame waits for one that overtakes it."""

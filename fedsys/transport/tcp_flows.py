@@ -23,10 +23,10 @@ from collections.abc import Sequence
 from typing import Final
 
 from fedsys.errors import LinkClosed, LinkError, RemoteError
-from fedsys.mailbox import Mailbox
-from fedsys.pieces import after, pieces
-from fedsys.tcp_channel import Channel
-from fedsys.wire import PREAMBLE_BYTES, Assembler, Buffer, Frame, Limits, frame_bytes
+from fedsys.transport.mailbox import Mailbox
+from fedsys.transport.buffers import after, pieces
+from fedsys.transport.tcp_channel import Channel
+from fedsys.transport.wire import PREAMBLE_BYTES, Assembler, Buffer, Frame, Limits, frame_bytes
 
 _LAST: Final = struct.Struct("<4sHH16x")
 _LAST_MAGIC: Final = b"FEND"
@@ -93,7 +93,7 @@ class Outflow:
         self._decided = threading.Event()
 
     def send(self, parts: Sequence[Buffer], inbox: Mailbox[Frame]) -> None:
-        """Send the bytes of a frame; see `fedsys.link.Link`."""
+        """Send the bytes of a frame; see `fedsys.transport.link.Link`."""
         with self.lock:
             self._outbox.raise_if_ended()
             self._torn = True

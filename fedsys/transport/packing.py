@@ -14,7 +14,7 @@ from typing import cast
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
-from fedsys import records
+from fedsys.transport import records
 from fedsys.errors import ModelError
 
 INDEX = "packed-index"
