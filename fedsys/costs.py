@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from fedsys.transport.codecs import CODECS, LEAST_PER_SCALE
 from fedsys.errors import ConfigError, did_you_mean
-from fedsys.layers import LayeredModel
+from fedsys.models.layered import LayeredModel
 
 Array = NDArray[np.float64]
 

@@ -22,7 +22,7 @@ from fedsys.config import Config, edge_names
 from fedsys.costs import MachineCosts, crossings, frame_bytes
 from fedsys.errors import ConfigError
 from fedsys.hardware import Hardware, hardware
-from fedsys.layers import LayeredModel
+from fedsys.models.layered import LayeredModel
 from fedsys.processors import Processors
 from fedsys.session_state import SessionSpec
 

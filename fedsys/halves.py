@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from fedsys import optimizers, training
 from fedsys.config import Config
 from fedsys.errors import ModelError
-from fedsys.layers import LayeredModel, fill, stages
+from fedsys.models.layered import LayeredModel, fill, stages
 from fedsys.pruning import settings as pruning
 from fedsys.pruning.masks import Holding, Masks
 from fedsys.pruning.penalty import Penalty

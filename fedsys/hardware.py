@@ -29,7 +29,7 @@ from fedsys.costs import MachineClass, MachineCosts, Messaging
 from fedsys.dialling import link_of, network_of
 from fedsys.errors import ConfigError, did_you_mean
 from fedsys.identity import package_version
-from fedsys.layers import LayeredModel
+from fedsys.models.layered import LayeredModel
 from fedsys.transport.shaping import Network
 
 PROFILE_KEYS = (

@@ -15,7 +15,7 @@ from fedsys import config as configuration
 from fedsys import federation
 from fedsys.config import Config, NetworkConfig
 from fedsys.dialling import link_of
-from fedsys.layers import LayeredModel
+from fedsys.models.layered import LayeredModel
 from fedsys.planner import Plan, best_static, next_best, plan
 from fedsys.planning import PLANNED, PlanOptions, machines_of, run_workload
 from fedsys.progress import seconds_text

@@ -11,7 +11,7 @@ from fedsys.transport.codecs import CODECS
 from fedsys.config import Config, Spec
 from fedsys.errors import ConfigError, did_you_mean
 from fedsys.hardware import Hardware, hardware
-from fedsys.layers import LayeredModel
+from fedsys.models.layered import LayeredModel
 from fedsys.planner import METHODS
 from fedsys.workload import Device, Workload, counts, workload
 

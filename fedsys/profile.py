@@ -28,7 +28,7 @@ from fedsys.costs import crossings, tensor_bytes
 from fedsys.errors import ConfigError
 from fedsys.halves import safe_input
 from fedsys.hardware import made_for, units_sha256
-from fedsys.layers import LayeredModel, layered, stages
+from fedsys.models.layered import LayeredModel, layered, stages
 from fedsys.processors import usable_cores
 from fedsys.profile_link import LinkCosts, measure_link, other_end, serve_for_ever
 from fedsys.randomness import Address, drawing

@@ -37,7 +37,7 @@ from fedsys.config import Config
 from fedsys.emulation import Workers, session_pace
 from fedsys.errors import FrameError, LinkClosed, SessionError
 from fedsys.halves import Part, filled_stages, safe_input
-from fedsys.layers import LayeredModel, layered
+from fedsys.models.layered import LayeredModel, layered
 from fedsys.pruning import settings as pruning
 from fedsys.pruning.penalty import Penalty
 from fedsys.randomness import Address, drawing, rows

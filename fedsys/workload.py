@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from fedsys.costs import LABEL_BYTES, Crossing, MachineCosts, crossings, frame_bytes, state_bytes
 from fedsys.errors import ConfigError
 from fedsys.jobs import Exchange, Job, Turn
-from fedsys.layers import LayeredModel
+from fedsys.models.layered import LayeredModel
 from fedsys.schedule import operations
 from fedsys.transport.shaping import Network
 from fedsys.training import pieces

@@ -19,7 +19,7 @@ from fedsys.clock import KINDS, iterations_of, predicted_iterations, virtual_rou
 from fedsys.config import Config
 from fedsys.fleet_trace import FleetRound
 from fedsys.hardware import hardware
-from fedsys.layers import LayeredModel
+from fedsys.models.layered import LayeredModel
 from fedsys.planning import run_workload
 from fedsys.workload import Choice, Device, Workload
 from strategies.offload import Offload

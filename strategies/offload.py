@@ -28,7 +28,7 @@ from fedsys.config import Config
 from fedsys.errors import ConfigError, FedsysError, RuntimeFailure, SessionError
 from fedsys.fleet import Fleet
 from fedsys.halves import names_between
-from fedsys.layers import LayeredModel, fractions
+from fedsys.models.layered import LayeredModel, fractions
 from fedsys.transport.security import new_token
 from fedsys.session import SessionSpec, Snapshot, layered_model
 from fedsys.tracing import Event, unpack

@@ -20,7 +20,7 @@ from fedsys.config import Config
 from fedsys.costs import MachineCosts
 from fedsys.errors import ConfigError
 from fedsys.hardware import Hardware
-from fedsys.layers import LayeredModel
+from fedsys.models.layered import LayeredModel
 from fedsys.planner import Plan, evaluate, plan
 from fedsys.planning import PlanOptions, machines_of, run_workload
 from fedsys.transport.shaping import Network

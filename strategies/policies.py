@@ -21,7 +21,7 @@ from typing import Any, Protocol, cast
 from fedsys.transport.codecs import CODECS
 from fedsys.config import Config, Spec, call_target
 from fedsys.errors import ConfigError, did_you_mean
-from fedsys.layers import LayeredModel, resolve_cut
+from fedsys.models.layered import LayeredModel, resolve_cut
 from fedsys.planning import PLANNED
 
 OBSERVATION = "observation"
@@ -127,7 +127,7 @@ class Fixed:
 
     Args:
         cut: An index, the name of a unit, or a fraction of the work (see
-            `fedsys.layers.resolve_cut`); or a list with one of these for each device, which is
+            `fedsys.models.layered.resolve_cut`); or a list with one of these for each device, which is
             repeated if there are more devices.
         codec: Name of a codec, or ``{up: …, down: …}``.
         num_edges: Number of edge servers; device i is at edge ``i mod num_edges``.

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from fedsys.batchnorm import DeferredBatchNorm
-from fedsys.graph import trace
+from fedsys.models.batchnorm import DeferredBatchNorm
+from fedsys.models.graph import trace
 from fedsys.models import convert_norm
 from fedsys.pruning.architecture import load, save
 from fedsys.randomness import Address, drawing, rows

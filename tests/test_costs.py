@@ -18,7 +18,7 @@ from fedsys.costs import (
     tensor_bytes,
 )
 from fedsys.errors import ConfigError
-from fedsys.layers import layered
+from fedsys.models.layered import layered
 from fedsys.models import skeleton
 from fedsys.transport.wire import Frame, encode_parts
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
-from fedsys.batchnorm import DeferredBatchNorm
+from fedsys.models.batchnorm import DeferredBatchNorm
 from fedsys.bench.prune_models import as_trained, built
 from fedsys.errors import ModelError
 from fedsys.pruning.architecture import load, save

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedsys.errors import ModelError
-from fedsys.graph import trace, trace_evaluation
+from fedsys.models.graph import trace, trace_evaluation
 from fedsys.randomness import Address, drawing, key_modules, seeded_default_generator
 
 

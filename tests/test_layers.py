@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from torch import Tensor, fx, nn
 
 from fedsys.errors import ConfigError, ModelError
-from fedsys.layers import fill, fractions, join, layered, resolve_cut, split, stages
+from fedsys.models.layered import fill, fractions, join, layered, resolve_cut, split, stages
 from fedsys.models import build, skeleton
 from fedsys.randomness import Address, drawing, key_modules, rows, seeded_default_generator
 

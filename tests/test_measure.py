@@ -6,8 +6,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedsys.errors import ModelError
-from fedsys.graph import trace
-from fedsys.measure import Measured, measure
+from fedsys.models.graph import trace
+from fedsys.models.measure import Measured, measure
 from fedsys.randomness import Address, key_modules
 
 

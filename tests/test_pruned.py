@@ -15,7 +15,7 @@ from fedsys.transport import records
 from fedsys import federation, optimizers, training
 from fedsys.config import parse, with_values
 from fedsys.errors import ConfigError, ModelError
-from fedsys.graph import trace
+from fedsys.models.graph import trace
 from fedsys.models import build
 from fedsys.optimizers import make_optimizer
 from fedsys.pruning import architecture, settings

@@ -4,7 +4,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedsys.shapes import module_for, result_of
+from fedsys.models.shapes import module_for, result_of
 
 CASES = [
     (nn.Linear(6, 4), (3, 6)),

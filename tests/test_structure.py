@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedsys.errors import ConfigError, ModelError
-from fedsys.graph import trace
+from fedsys.models.graph import trace
 from fedsys.models import build
 from fedsys.pruning import settings
 from fedsys.pruning.masks import Masks

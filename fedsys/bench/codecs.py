@@ -26,7 +26,7 @@ from fedsys.bench import Chart
 from fedsys.transport.codecs import LEAST_PER_SCALE, decode_activation, encode_activation
 from fedsys.config import Config, parse, with_values
 from fedsys.halves import safe_input
-from fedsys.layers import layered, split
+from fedsys.models.layered import layered, split
 from fedsys.randomness import Address, drawing
 from fedsys.run import RunFolder
 

@@ -34,7 +34,7 @@ from fedsys.config import Config
 from fedsys.costs import MachineCosts, Messaging
 from fedsys.errors import ConfigError, did_you_mean
 from fedsys.files import json_text, write_atomic
-from fedsys.layers import LayeredModel
+from fedsys.models.layered import LayeredModel
 from fedsys.planner import Plan, evaluate, plan
 from fedsys.planning import PlanOptions, machines_of, run_workload
 from fedsys.session import layered_model

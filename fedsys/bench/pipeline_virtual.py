@@ -16,7 +16,7 @@ from fedsys.clock import virtual_round
 from fedsys.config import Config, compose_text, parse
 from fedsys.dialling import network_of
 from fedsys.hardware import machine_costs
-from fedsys.layers import LayeredModel
+from fedsys.models.layered import LayeredModel
 from fedsys.planner import plan
 from fedsys.session import layered_model
 from fedsys.workload import Choice, Device, Menu, Workload, workload

@@ -16,7 +16,7 @@ from fedsys.bench import Chart
 from fedsys.bench.pipeline_virtual import CLASSES, SHAPE
 from fedsys.config import Config, compose_text, parse
 from fedsys.dialling import network_of
-from fedsys.layers import LayeredModel
+from fedsys.models.layered import LayeredModel
 from fedsys.planner import plan
 from fedsys.planning import machines_of
 from fedsys.session import layered_model

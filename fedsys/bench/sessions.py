@@ -33,7 +33,7 @@ from fedsys.config import Config, parse, with_values
 from fedsys.errors import ConfigError, RuntimeFailure
 from fedsys.fleet import EdgeAddress, Fleet
 from fedsys.halves import filled_stages, names_between, safe_input
-from fedsys.layers import LayeredModel
+from fedsys.models.layered import LayeredModel
 from fedsys.transport.link import Link, dial
 from fedsys.processors import usable_cores
 from fedsys.randomness import Address, drawing

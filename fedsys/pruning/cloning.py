@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fedsys.assemble import copy_modules
+from fedsys.models.assemble import copy_modules
 from fedsys.pruning.vocabulary import LAYERS
 
 _PLAIN = frozenset(LAYERS.values())

@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fedsys.batchnorm import DeferredBatchNorm
+from fedsys.models.batchnorm import DeferredBatchNorm
 from fedsys.errors import ModelError
-from fedsys.measure import Measured, measure
+from fedsys.models.measure import Measured, measure
 from fedsys.pruning.cloning import clone
 from fedsys.pruning.plan import probes
 from fedsys.pruning.shrink import compared, tolerance_of

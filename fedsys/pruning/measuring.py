@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 
 from fedsys.errors import ModelError
 from fedsys.identity import environment
-from fedsys.measure import measure
+from fedsys.models.measure import measure
 from fedsys.pruning.portfolio import PARENT, Latency, Variant, ordered
 
 WARM_UP = 3

@@ -26,7 +26,7 @@ def norms_behind(graph: fx.GraphModule) -> dict[str, str]:
     """Return for each layer that only a normalisation with scales reads the name of that.
 
     Args:
-        graph: A traced model (`fedsys.graph.trace`).
+        graph: A traced model (`fedsys.models.graph.trace`).
     """
     calls = [node for node in graph.graph.nodes if node.op == "call_module"]
     modules = {node: graph.get_submodule(str(node.target)) for node in calls}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fedsys.errors import ConfigError, ModelError
-from fedsys.graph import trace_evaluation
+from fedsys.models.graph import trace_evaluation
 from fedsys.pruning.channels import Coupling, Needs, keep, needs
 from fedsys.pruning.cloning import clone_model
 from fedsys.pruning.constants import Borders, Reading, read
@@ -108,7 +108,7 @@ def make_plan(
     """Find which channels of `model` can go, by the zeros of its parameters.
 
     Args:
-        model: Any model that `fedsys.graph.trace` traces.
+        model: Any model that `fedsys.models.graph.trace` traces.
         inputs: A batch of inputs, ``(rows, …)``.
         borders: What to do where constants meet zero padding.
         coupling: What to do where operands of sums have different channels.

@@ -199,7 +199,7 @@ def coupled_layers(
     """Return the layers whose outputs only go together: by sums, or by depthwise convolution.
 
     Args:
-        model: Any model that `fedsys.graph.trace` traces.
+        model: Any model that `fedsys.models.graph.trace` traces.
         example: A batch of inputs, or the shape of one input without the batch.
 
     Raises:

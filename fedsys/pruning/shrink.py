@@ -96,7 +96,7 @@ def shrink(
     """Convert a masked model to a plain dense one with equal outputs in evaluation.
 
     Args:
-        model: Any model that `fedsys.graph.trace` traces. It is left as it was.
+        model: Any model that `fedsys.models.graph.trace` traces. It is left as it was.
         example: A batch of inputs, or the shape of one input without the batch.
         masks: Names of parameters to masks of their shapes; where a mask is zero, so is the
             parameter. Without masks the zeros of the parameters count.

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsys.errors import ConfigError, ModelError, did_you_mean
-from fedsys.graph import trace
+from fedsys.models.graph import trace
 from fedsys.pruning import scores as score_functions
 from fedsys.pruning.masks import Masks
 from fedsys.pruning.penalty import output_layers

@@ -18,8 +18,8 @@ import torch
 from torch import fx, nn
 
 from fedsys.errors import ConfigError, did_you_mean
-from fedsys.graph import trace, trace_evaluation
-from fedsys.measure import measure
+from fedsys.models.graph import trace, trace_evaluation
+from fedsys.models.measure import measure
 from fedsys.pruning.ops import Kind, Op, describe
 from fedsys.pruning.penalty import channel_scales
 from fedsys.pruning.plan import masked_copy
@@ -36,7 +36,7 @@ def structure(
 
     Args:
         pruning: Its method and cost say what is needed; nothing is, unless channels are scored.
-        model: Any model that `fedsys.graph.trace` traces.
+        model: Any model that `fedsys.models.graph.trace` traces.
         input_shape: Of one input without the batch.
 
     Raises:
@@ -57,7 +57,7 @@ def channel_costs(model: nn.Module, input_shape: Sequence[int], cost: str) -> di
     """Return what one channel costs, by the name of its layer.
 
     Args:
-        model: Any model that `fedsys.graph.trace` traces; its weights do not count.
+        model: Any model that `fedsys.models.graph.trace` traces; its weights do not count.
         input_shape: Of one input without the batch.
         cost: ``macs``: multiply-accumulates of one example. ``params``: weights of convolutions
             and linear layers.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fedsys.errors import ConfigError, ModelError
-from fedsys.graph import trace
+from fedsys.models.graph import trace
 
 _SHARED = (nn.Conv2d, nn.Linear)
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fedsys.batchnorm import DeferredBatchNorm
+from fedsys.models.batchnorm import DeferredBatchNorm
 from fedsys.randomness import KeyedDropout
 
 _LAYER_NAMES = (

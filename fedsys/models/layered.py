@@ -27,8 +27,8 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor, fx, nn
 
-from fedsys.assemble import copy_modules, stage
-from fedsys.chain import (
+from fedsys.models.assemble import copy_modules, stage
+from fedsys.models.chain import (
     Link,
     cuts_in_fc_block,
     find_chain,
@@ -37,10 +37,10 @@ from fedsys.chain import (
     owners,
 )
 from fedsys.errors import ConfigError, ModelError, did_you_mean
-from fedsys.graph import module_paths, trace
-from fedsys.measure import Measured, measure
+from fedsys.models.graph import module_paths, trace
+from fedsys.models.measure import Measured, measure
 from fedsys.randomness import Address
-from fedsys.states import fill, join
+from fedsys.models.states import fill, join
 
 __all__ = [
     "LayeredModel",
@@ -115,7 +115,7 @@ def layered(
     """See `model` as a chain of units.
 
     Args:
-        model: Any module that `fedsys.graph.trace` traces, or a chain of the modules in `units`.
+        model: Any module that `fedsys.models.graph.trace` traces, or a chain of the modules in `units`.
             May be on the ``meta`` device.
         example: A batch of inputs, or the shape of one example without the batch.
         units: For what cannot be traced: the units as lists of module names, called in this order

@@ -22,10 +22,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fedsys.assemble import copy_modules, graph_module
+from fedsys.models.assemble import copy_modules, graph_module
 from fedsys.errors import ModelError, did_you_mean
-from fedsys.graph import module_paths, sourceless
-from fedsys.measure import Measured
+from fedsys.models.graph import module_paths, sourceless
+from fedsys.models.measure import Measured
 
 Costs = Mapping[str, Measured]
 
