@@ -18,7 +18,7 @@ from fedsys.config import Config
 from fedsys.costs import MachineCosts
 from fedsys.emulation import Pace, device_costs
 from fedsys.faults import Doom
-from fedsys.pruning import settings as pruning
+from fedsys.config import pruning
 from fedsys.pruning.masks import Masks, held
 from fedsys.pruning.penalty import Penalty
 from fedsys.randomness import Address

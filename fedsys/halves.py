@@ -17,7 +17,7 @@ from fedsys import optimizers, training
 from fedsys.config import Config
 from fedsys.errors import ModelError
 from fedsys.models.layered import LayeredModel, fill, stages
-from fedsys.pruning import settings as pruning
+from fedsys.config import pruning
 from fedsys.pruning.masks import Holding, Masks
 from fedsys.pruning.penalty import Penalty
 from fedsys.training import Proximal

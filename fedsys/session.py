@@ -38,7 +38,7 @@ from fedsys.emulation import Workers, session_pace
 from fedsys.errors import FrameError, LinkClosed, SessionError
 from fedsys.halves import Part, filled_stages, safe_input
 from fedsys.models.layered import LayeredModel, layered
-from fedsys.pruning import settings as pruning
+from fedsys.config import pruning
 from fedsys.pruning.penalty import Penalty
 from fedsys.randomness import Address, drawing, rows
 from fedsys.transport.security import new_token

@@ -10,7 +10,7 @@ from typing import Any
 from fedsys import config as configuration
 from fedsys import resume, stages
 from fedsys.config import Config
-from fedsys.pruning.settings import check_rounds
+from fedsys.config.pruning import check_rounds
 from fedsys.run import RunFolder, default_path
 
 

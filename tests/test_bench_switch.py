@@ -13,7 +13,7 @@ from fedsys.pruning.portfolio import Portfolio
 from fedsys.pruning.switch import Loaded
 from fedsys.pruning.switch_policy import profile_of
 from fedsys.serving.batching import Batcher, Limits
-from fedsys.serving.options import ObjectiveConfig, ServingConfig
+from fedsys.config.serving import ObjectiveConfig, ServingConfig
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from fedsys.identity import arithmetic
 from fedsys.main import main
 from fedsys.runtime.control import _field
 from fedsys.transport.security import Authority
-from fedsys.serving.options import ServingConfig
+from fedsys.config.serving import ServingConfig
 
 
 def statuses(found):

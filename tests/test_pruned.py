@@ -18,12 +18,13 @@ from fedsys.errors import ConfigError, ModelError
 from fedsys.models.graph import trace
 from fedsys.models import build
 from fedsys.optimizers import make_optimizer
-from fedsys.pruning import architecture, settings
+from fedsys.config import pruning as settings
+from fedsys.pruning import architecture
 from fedsys.pruning.masks import Masks, held
 from fedsys.pruning.penalty import Penalty, channel_scales, norms_behind, output_layers
 from fedsys.pruning.rewinding import Ticket, levels
 from fedsys.pruning.scores import group_norm
-from fedsys.pruning.settings import PruningConfig
+from fedsys.config.pruning import PruningConfig
 from fedsys.pruning.shrink import shrink
 from fedsys.pruning.sparsify import gradual, left_alone, one_shot
 from fedsys.randomness import Address

@@ -35,7 +35,7 @@ from fedsys.serving.batching import Batcher, Limits
 from fedsys.serving.engine import CALM, Answer, Card
 from fedsys.serving.http import Endpoint, listen
 from fedsys.serving.images import decode, normalise
-from fedsys.serving.options import ObjectiveConfig, ServingConfig
+from fedsys.config.serving import ObjectiveConfig, ServingConfig
 from fedsys.serving.portfolio import PortfolioEngine
 
 CARD = Card(("cat", "dog", "owl", "elk"), (3, 8, 8), (0.5,) * 3, (0.25,) * 3, "test")

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from fedsys.errors import ConfigError, ModelError
 from fedsys.models.graph import trace
 from fedsys.models import build
-from fedsys.pruning import settings
+from fedsys.config import pruning as settings
 from fedsys.pruning.masks import Masks
 from fedsys.pruning.penalty import channel_scales
 from fedsys.pruning.scores import coupled_layers, group_norm, magnitude_channel, per_cost
-from fedsys.pruning.settings import COSTS, METHODS, PruningConfig
+from fedsys.config.pruning import COSTS, METHODS, PruningConfig
 from fedsys.pruning.shrink import shrink
 from fedsys.pruning.sparsify import gradual, one_shot, prune
 from fedsys.pruning.structure import channel_costs, structure

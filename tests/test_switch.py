@@ -32,7 +32,7 @@ from fedsys.pruning.switch_policy import (
 from fedsys.pruning.switch_relief import Backlog
 from fedsys.pruning.switch_signals import Meter
 from fedsys.pruning.switch_slimmable import slimmable
-from fedsys.serving.options import ServingConfig
+from fedsys.config.serving import ServingConfig
 from fedsys.serving.portfolio import PortfolioEngine
 
 NAMES = ("parent", "half", "tenth")

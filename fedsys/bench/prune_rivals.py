@@ -33,7 +33,7 @@ from fedsys.pruning.levels import Level
 from fedsys.pruning.masks import Masks, last_layer
 from fedsys.pruning.measuring import in_turns, macs, speedup
 from fedsys.pruning.plan import evaluation_graph, make_plan, masked_copy, probes
-from fedsys.pruning.settings import PruningConfig, check
+from fedsys.config.pruning import PruningConfig, check
 from fedsys.pruning.shrink import count_parameters
 from fedsys.pruning.sparsify import one_shot
 from fedsys.pruning.structure import structure

@@ -31,7 +31,7 @@ from fedsys.errors import ConfigError
 from fedsys.pruning.portfolio import Portfolio
 from fedsys.pruning.switch_policy import profile_of
 from fedsys.serving.app import SWITCH_S
-from fedsys.serving.options import ServingConfig
+from fedsys.config.serving import ServingConfig
 
 _OURS = "beside"
 REQUESTS = (

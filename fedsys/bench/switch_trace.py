@@ -51,7 +51,7 @@ from fedsys.pruning.measuring import quantile
 from fedsys.pruning.portfolio import Portfolio
 from fedsys.pruning.switch_policy import Profile
 from fedsys.serving.batching import Batcher, Limits, Served
-from fedsys.serving.options import ServingConfig
+from fedsys.config.serving import ServingConfig
 from fedsys.serving.portfolio import PortfolioEngine
 
 _BUSY = 0.25  # share of segments with busy processes beside

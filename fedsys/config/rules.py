@@ -7,8 +7,8 @@ from typing import Any
 
 from fedsys.config.values import Config, NetworkConfig
 from fedsys.errors import ConfigError
-from fedsys.pruning import settings as pruning_settings
-from fedsys.serving.options import RULES as SERVING_RULES
+from fedsys.config import pruning as pruning_settings
+from fedsys.config.serving import RULES as SERVING_RULES
 
 Rule = tuple[str, Callable[[Any], bool], str, str]
 """Path of the value, test, the rule in words, and the way out."""

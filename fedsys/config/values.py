@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from fedsys import faults
-from fedsys.pruning.settings import PruningConfig
-from fedsys.serving.options import ServingConfig
+from fedsys.config.pruning import PruningConfig
+from fedsys.config.serving import ServingConfig
 
 Spec = Mapping[str, Any]
 """A group whose keys belong to what its ``_target_`` (or kind) names, as a plain dict."""

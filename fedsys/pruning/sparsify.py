@@ -26,7 +26,7 @@ from fedsys.pruning import scores as score_functions
 from fedsys.pruning.masks import Masks
 from fedsys.pruning.penalty import output_layers
 from fedsys.pruning.scores import Groups, Scores
-from fedsys.pruning.settings import METHODS, SCOPES, check_cost
+from fedsys.config.pruning import METHODS, SCOPES, check_cost
 from fedsys.randomness import Address
 from fedsys.training import Batches
 

@@ -24,7 +24,7 @@ from fedsys.pruning.ops import Kind, Op, describe
 from fedsys.pruning.penalty import channel_scales
 from fedsys.pruning.plan import masked_copy
 from fedsys.pruning.scores import coupled_layers
-from fedsys.pruning.settings import CHANNEL_METHODS, PruningConfig
+from fedsys.config.pruning import CHANNEL_METHODS, PruningConfig
 
 _TYING = (Kind.SCALE, Kind.SAME, Kind.NORM, Kind.ADD, Kind.MUL)
 

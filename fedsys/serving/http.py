@@ -37,7 +37,7 @@ from fedsys.serving.batching import Batcher, Limits, Served
 from fedsys.serving.engine import Engine
 from fedsys.serving.images import decode, normalise
 from fedsys.serving.metrics import Metrics
-from fedsys.serving.options import ServingConfig
+from fedsys.config.serving import ServingConfig
 
 DISCARD_S = 60.0
 """How long the rest of a body that is too large is read and dropped, in seconds.

@@ -20,7 +20,7 @@ from fedsys.pruning.switch_policy import Objective, Signals, Standing, decide, p
 from fedsys.pruning.switch_relief import Backlog
 from fedsys.pruning.switch_signals import Meter
 from fedsys.serving.engine import CALM, Answer, Card, Pressure
-from fedsys.serving.options import ServingConfig
+from fedsys.config.serving import ServingConfig
 
 
 @final

@@ -19,7 +19,7 @@ from fedsys import config as configuration
 from fedsys.config import Config
 from fedsys.errors import ConfigError, DataError, RequestError, RuntimeFailure
 from fedsys.serving import v2
-from fedsys.serving.options import ServingConfig
+from fedsys.config.serving import ServingConfig
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 _PAUSE_S = 0.1
