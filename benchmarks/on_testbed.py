@@ -33,7 +33,7 @@ from statistics import median
 from typing import Any
 
 from fedsys import config as configuration
-from fedsys import federation
+from fedsys.training import federation
 from fedsys.bench.rounds import Watching, edge_process, watched_round
 from fedsys.config import Config
 from fedsys.costs import MachineCosts, Messaging

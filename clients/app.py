@@ -11,7 +11,7 @@ from clients import mods
 from clients.local import LocalClient
 from clients.offload import OffloadClient
 from fedsys import config as configuration
-from fedsys import federation
+from fedsys.training import federation
 from fedsys.config import Config
 from fedsys.dialling import Dialler, dialler_of
 from fedsys.errors import ConfigError

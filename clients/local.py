@@ -13,19 +13,22 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor, nn
 
 from fedsys.transport import records
-from fedsys import data, federation, optimizers, training
+from fedsys.training import federation
+from fedsys.training import optimizers
+from fedsys.training import plain as training
+from fedsys import data
 from fedsys.config import Config
 from fedsys.costs import MachineCosts
 from fedsys.emulation import Pace, device_costs
 from fedsys.faults import Doom
 from fedsys.config import pruning
-from fedsys.pruning.masks import Masks, held
-from fedsys.pruning.penalty import Penalty
+from fedsys.training.masks import Masks, held
+from fedsys.training.penalty import Penalty
 from fedsys.randomness import Address
 from fedsys.remote import Traffic
 from fedsys.session import layered_model, penalty_of
 from fedsys.tracing import Recorder, Sums
-from fedsys.training import pieces
+from fedsys.training.plain import pieces
 
 EVALUATION_BATCH = 500
 

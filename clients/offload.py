@@ -18,19 +18,21 @@ from torch import Tensor, nn
 from clients.local import micro_batches, observation, own_batches, train_metrics
 from clients.steps import Batches, Split, Steps, Tally
 from fedsys.transport import records
-from fedsys import data, federation, training
+from fedsys.training import federation
+from fedsys.training import plain as training
+from fedsys import data
 from fedsys.transport.codecs import decode_activation, encode_activation
 from fedsys.config import Config
 from fedsys.dialling import link_of, network_of
 from fedsys.emulation import Pace, device_costs
 from fedsys.faults import SPARED, Doom
-from fedsys.halves import Part, filled_stages
+from fedsys.training.part import Part, filled_stages
 from fedsys.transport.link import Link
 from fedsys.randomness import Address
 from fedsys.remote import EdgesLost, Moved, Remote
 from fedsys.session import layered_model, penalty_of
 from fedsys.tracing import Recorder
-from fedsys.training import Score
+from fedsys.training.plain import Score
 
 EVALUATION_BATCH = 500
 

@@ -18,16 +18,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fedsys import training
+from fedsys.training import plain as training
 from fedsys.transport.codecs import decode_activation, encode_activation
 from fedsys.config import ScheduleConfig
 from fedsys.emulation import Pace
-from fedsys.halves import Part, safe_input
+from fedsys.training.part import Part, safe_input
 from fedsys.randomness import Address, drawing, rows
 from fedsys.remote import Remote
-from fedsys.schedule import operations
+from fedsys.training.schedule import operations
 from fedsys.tracing import Recorder
-from fedsys.training import pieces
+from fedsys.training.plain import pieces
 from fedsys.transport.wire import Frame
 
 

@@ -18,7 +18,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from fedsys import config as configuration
-from fedsys import edge_store, training
+from fedsys.training import plain as training
+from fedsys import edge_store
 from fedsys.config import EdgeConfig
 from fedsys.edge import EdgeLimits, EdgeServer
 from fedsys.edge_metrics import Endpoint

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from fedsys import training
+from fedsys.training import plain as training
 from fedsys.config import Config, edge_names
 from fedsys.edge import EdgeServer
 from fedsys.errors import ConfigError

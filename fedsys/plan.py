@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedsys import config as configuration
-from fedsys import federation
+from fedsys.training import federation
 from fedsys.config import Config, NetworkConfig
 from fedsys.dialling import link_of
 from fedsys.models.layered import LayeredModel

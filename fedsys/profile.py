@@ -21,12 +21,15 @@ import yaml
 from torch import Tensor
 
 from fedsys import config as configuration
-from fedsys import data, federation, optimizers, training
+from fedsys.training import federation
+from fedsys.training import optimizers
+from fedsys.training import plain as training
+from fedsys import data
 from fedsys.transport.codecs import CODECS
 from fedsys.config import Config
 from fedsys.costs import crossings, tensor_bytes
 from fedsys.errors import ConfigError
-from fedsys.halves import safe_input
+from fedsys.training.part import safe_input
 from fedsys.hardware import made_for, units_sha256
 from fedsys.models.layered import LayeredModel, layered, stages
 from fedsys.processors import usable_cores

@@ -43,7 +43,7 @@ def iteration_s(
         down_s: Time on the downlink.
         backward_s: Backward on the device.
         latency_s: One way, ``(...)`` or a number.
-        depth: Pieces in flight at most; None: all (`fedsys.schedule.pipelined`).
+        depth: Pieces in flight at most; None: all (`fedsys.training.schedule.pipelined`).
 
     Returns:
         Seconds, ``(...)``.

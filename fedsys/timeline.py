@@ -1,6 +1,6 @@
 """A round as events on resources: device compute, uplink, edge compute, downlink.
 
-A device works through its turns in the order of a schedule (`fedsys.schedule`). What it sends takes
+A device works through its turns in the order of a schedule (`fedsys.training.schedule`). What it sends takes
 its place in the queue of its uplink, then waits for a worker of its edge server, in order of
 arrival; the answer takes its place in the queue of the downlink. Links are those of
 `fedsys.transport.shaping`: a lane with one server, the rate of the moment, then the latency.

@@ -18,9 +18,9 @@ from fedsys.costs import LABEL_BYTES, Crossing, MachineCosts, crossings, frame_b
 from fedsys.errors import ConfigError
 from fedsys.jobs import Exchange, Job, Turn
 from fedsys.models.layered import LayeredModel
-from fedsys.schedule import operations
+from fedsys.training.schedule import operations
 from fedsys.transport.shaping import Network
-from fedsys.training import pieces
+from fedsys.training.plain import pieces
 
 Array = NDArray[np.float64]
 

@@ -17,12 +17,12 @@ from typing import Any
 from flwr.serverapp.strategy import Strategy
 from torch import nn
 
-from fedsys import federation
+from fedsys.training import federation
 from fedsys.config import Config, call_target, edge_names
 from fedsys.data import Dataset
 from fedsys.errors import ConfigError
 from fedsys.fleet import Fleet
-from fedsys.optimizers import make_optimizer
+from fedsys.training.optimizers import make_optimizer
 from fedsys.runtime.apps import check_mods
 from strategies.buffers import TypedBuffers
 from strategies.kept import KeptState

@@ -15,11 +15,13 @@ from torch import nn
 
 from fedsys import config as configuration
 from fedsys.transport import records
-from fedsys import data, federation, plots, stages, trace_plots, training
+from fedsys.training import federation
+from fedsys.training import plain as training
+from fedsys import data, plots, stages, trace_plots
 from fedsys.config import Config
 from fedsys.data import Images
 from fedsys.edges import open_fleet
-from fedsys.federation import Federation
+from fedsys.training.federation import Federation
 from fedsys.fleet import Fleet
 from fedsys.progress import Progress, choose
 from fedsys.run import default_path, state_sha256

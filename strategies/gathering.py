@@ -14,7 +14,7 @@ from flwr.app import ConfigRecord
 from flwr.serverapp import Grid
 
 from fedsys import config as configuration
-from fedsys import federation
+from fedsys.training import federation
 from fedsys.config import Config
 from fedsys.runtime.grids import AnnotatedGrid, AttentiveGrid
 from strategies.roster import Roster

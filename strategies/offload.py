@@ -27,7 +27,7 @@ from fedsys.transport import records
 from fedsys.config import Config
 from fedsys.errors import ConfigError, FedsysError, RuntimeFailure, SessionError
 from fedsys.fleet import Fleet
-from fedsys.halves import names_between
+from fedsys.training.part import names_between
 from fedsys.models.layered import LayeredModel, fractions
 from fedsys.transport.security import new_token
 from fedsys.session import SessionSpec, Snapshot, layered_model

@@ -31,7 +31,7 @@ from fedsys.config import Config
 from fedsys.data import Dataset
 from fedsys.files import write_atomic
 from fedsys.config import pruning as settings
-from fedsys.pruning.masks import Masks
+from fedsys.training.masks import Masks
 from fedsys.pruning.sparsify import gradual, left_alone, one_shot, sparsity_after
 from fedsys.pruning.structure import structure
 from fedsys.randomness import Address

@@ -19,7 +19,7 @@ from flwr.serverapp.strategy import Strategy
 from fedsys.transport import records
 from fedsys.errors import ConfigError
 from fedsys.faults import Fault, Faults, encode, from_json
-from fedsys.training import Score
+from fedsys.training.plain import Score
 from strategies.policies import OBSERVATION
 from strategies.roster import Roster
 from strategies.sampling import Sampled

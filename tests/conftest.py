@@ -72,7 +72,8 @@ def identity() -> None:
 def carry_out(identity: None) -> "Callable[..., SimpleNamespace]":
     """Play the rounds of a configuration in this process, without a folder, scores or plots."""
     from fedsys.transport import records
-    from fedsys import federation, training
+    from fedsys.training import federation
+    from fedsys.training import plain as training
     from fedsys.edges import open_fleet
     from fedsys.faults import Faults
     from fedsys.identity import state_sha256

@@ -9,7 +9,7 @@ from fedsys.models.graph import trace
 from fedsys.models import convert_norm
 from fedsys.pruning.architecture import load, save
 from fedsys.randomness import Address, drawing, rows
-from fedsys.training import pieces
+from fedsys.training.plain import pieces
 
 SIZES = (11, 7, 6, 9)
 SHAPES = {"maps": (3, 5, 5), "features": (3,), "tokens": (3, 6)}

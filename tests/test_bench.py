@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fedsys.transport import records
-from fedsys import bench, federation
+from fedsys.training import federation
+from fedsys import bench
 from fedsys.bench import codecs, link, memory, planning, scale, sessions, simulation, training
 from fedsys.config import CONF, locate
 from fedsys.errors import ConfigError, ModelError

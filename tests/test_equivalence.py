@@ -13,7 +13,7 @@ from fedsys import edges, fleet
 from fedsys.config import parse, with_values
 from fedsys.transport.faulty import Faulty, LinkFault
 from fedsys.transport.link import dial
-from fedsys.schedule import operations
+from fedsys.training.schedule import operations
 
 COMMON = {
     "num_clients": 3,

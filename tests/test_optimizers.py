@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fedsys.config import ClientConfig, LearningRate
 from fedsys.errors import ConfigError, ModelError
-from fedsys.optimizers import (
+from fedsys.training.optimizers import (
     learning_rate,
     make_optimizer,
     pack_optimizer,
@@ -140,7 +140,7 @@ def test_an_optimizer_is_made_and_stepped_without_torchs_compiler():
     code = (
         "import sys, torch\n"
         "from fedsys.config import ClientConfig\n"
-        "from fedsys.optimizers import make_optimizer, step\n"
+        "from fedsys.training.optimizers import make_optimizer, step\n"
         "p = torch.nn.Parameter(torch.ones(2))\n"
         "o = make_optimizer([p], ClientConfig(), 0.1)\n"
         "o.zero_grad(); p.sum().backward(); step(o)\n"

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fedsys import federation
+from fedsys.training import federation
 from fedsys.config import PruneConfig
 from fedsys.data import Images
 from fedsys.errors import ModelError
@@ -30,7 +30,7 @@ from fedsys.prune import fill
 from fedsys.pruning import candidates
 from fedsys.pruning.architecture import load
 from fedsys.pruning.levels import Level, recipes, refined, spread
-from fedsys.pruning.masks import Masks
+from fedsys.training.masks import Masks
 from fedsys.pruning.measuring import front, in_turns, latencies, peak_bytes
 from fedsys.pruning.portfolio import MANIFEST, PARENT, Latency, Portfolio, Variant, ordered, run
 

@@ -12,16 +12,18 @@ from torch import nn
 
 from clients.local import own_batches
 from fedsys.transport import records
-from fedsys import federation, optimizers, training
+from fedsys.training import federation
+from fedsys.training import optimizers
+from fedsys.training import plain as training
 from fedsys.config import parse, with_values
 from fedsys.errors import ConfigError, ModelError
 from fedsys.models.graph import trace
 from fedsys.models import build
-from fedsys.optimizers import make_optimizer
+from fedsys.training.optimizers import make_optimizer
 from fedsys.config import pruning as settings
 from fedsys.pruning import architecture
-from fedsys.pruning.masks import Masks, held
-from fedsys.pruning.penalty import Penalty, channel_scales, norms_behind, output_layers
+from fedsys.training.masks import Masks, held
+from fedsys.training.penalty import Penalty, channel_scales, norms_behind, output_layers
 from fedsys.pruning.rewinding import Ticket, levels
 from fedsys.pruning.scores import group_norm
 from fedsys.config.pruning import PruningConfig

@@ -574,12 +574,12 @@ def test_the_log_holds_what_the_loggers_of_the_package_say(tmp_path: Path) -> No
     root = logging.getLogger("fedsys")
     before = root.level, list(root.handlers)
     with RunFolder.create(tmp_path) as run:
-        logging.getLogger("fedsys.training").info("hello %d", 3)
+        logging.getLogger("fedsys.training.plain").info("hello %d", 3)
         logging.getLogger("elsewhere").error("not mine")
         run.close()
         logging.getLogger("fedsys").warning("too late")
     text = (tmp_path / "run.log").read_text()
-    assert "INFO    fedsys.training: hello 3" in text
+    assert "INFO    fedsys.training.plain: hello 3" in text
     assert "not mine" not in text
     assert "too late" not in text
     assert (root.level, root.handlers) == before

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsys import schedule
-from fedsys.schedule import bounded, operations, pipelined, sequential
+from fedsys.training import schedule
+from fedsys.training.schedule import bounded, operations, pipelined, sequential
 
 micro_batches = st.integers(1, 40)
 depths = st.integers(1, 12)

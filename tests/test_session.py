@@ -6,16 +6,17 @@ import time
 import pytest
 import torch
 
-from fedsys import models, training
+from fedsys.training import plain as training
+from fedsys import models
 from fedsys.config import parse, with_values
 from fedsys.emulation import Workers
 from fedsys.errors import FrameError, ModelError, SessionError
-from fedsys.halves import Part, filled_stages, names_between, safe_input
-from fedsys.optimizers import make_optimizer
+from fedsys.training.part import Part, filled_stages, names_between, safe_input
+from fedsys.training.optimizers import make_optimizer
 from fedsys.processors import Processors
 from fedsys.randomness import Address, drawing, rows
 from fedsys.session import Session, SessionSpec, Snapshot, layered_model
-from fedsys.training import Proximal, pieces
+from fedsys.training.plain import Proximal, pieces
 from fedsys.transport.wire import Frame, decode, encode
 
 SHAPE, CLASSES, ROUND, CLIENT = (1, 8, 8), 10, 3, 2

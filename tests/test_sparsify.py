@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedsys import training
+from fedsys.training import plain as training
 from fedsys.errors import ConfigError, ModelError
 from fedsys.models import build
-from fedsys.optimizers import pack_optimizer
+from fedsys.training.optimizers import pack_optimizer
 from fedsys.pruning import scores
-from fedsys.pruning.masks import Masks, held, prunable
+from fedsys.training.masks import Masks, held, prunable
 from fedsys.pruning.rewinding import Ticket, Trained, levels, prune_level
 from fedsys.pruning.shrink import shrink
 from fedsys.pruning.sparsify import (

@@ -22,7 +22,7 @@ from fedsys.config import options_of
 from fedsys.errors import ConfigError, RuntimeFailure
 from fedsys.identity import arithmetic
 from fedsys.randomness import Address
-from fedsys.training import Score
+from fedsys.training.plain import Score
 from strategies import Roster, Sampling, build
 from strategies import roster as roster_module
 from strategies.buffers import with_type

@@ -17,8 +17,8 @@ from fedsys.errors import ConfigError, ModelError
 from fedsys.models.graph import trace
 from fedsys.models import build
 from fedsys.config import pruning as settings
-from fedsys.pruning.masks import Masks
-from fedsys.pruning.penalty import channel_scales
+from fedsys.training.masks import Masks
+from fedsys.training.penalty import channel_scales
 from fedsys.pruning.scores import coupled_layers, group_norm, magnitude_channel, per_cost
 from fedsys.config.pruning import COSTS, METHODS, PruningConfig
 from fedsys.pruning.shrink import shrink
@@ -295,7 +295,7 @@ def test_a_run_prunes_by_costs_as_the_plain_function_does(configure: Any, carry_
     overrides = ("data=synthetic", "model=cnn", "num_clients=2", "client.epochs=1", "rounds=1",
                  "data.examples=40", "data.test_examples=10", "pruning=group_norm",
                  "pruning.start=0", "pruning.steps=1", "pruning.sparsity=0.5")  # fmt: skip
-    from fedsys import federation
+    from fedsys.training import federation
     from strategies.pruned import pruned_in
 
     kept = {}

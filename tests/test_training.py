@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fedsys.errors import ConfigError, ModelError
 from fedsys.randomness import Address, KeyedDropout
-from fedsys.training import (
+from fedsys.training.plain import (
     Proximal,
     clip_gradients,
     device_of,

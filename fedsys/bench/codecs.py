@@ -21,11 +21,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fedsys import data, federation, runtime, training
+from fedsys.training import federation
+from fedsys.training import plain as training
+from fedsys import data, runtime
 from fedsys.bench import Chart
 from fedsys.transport.codecs import LEAST_PER_SCALE, decode_activation, encode_activation
 from fedsys.config import Config, parse, with_values
-from fedsys.halves import safe_input
+from fedsys.training.part import safe_input
 from fedsys.models.layered import layered, split
 from fedsys.randomness import Address, drawing
 from fedsys.run import RunFolder

@@ -27,7 +27,7 @@ from statistics import median, quantiles
 from typing import Any, Final
 
 from fedsys import config as configuration
-from fedsys import federation
+from fedsys.training import federation
 from fedsys.bench import Chart, pipeline_cpu, pipeline_virtual
 from fedsys.bench.rounds import BEFORE, EdgeProcess, Watch, edge_process, watched_round
 from fedsys.config import Config

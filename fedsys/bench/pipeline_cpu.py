@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedsys import federation, training
+from fedsys.training import federation
+from fedsys.training import plain as training
 from fedsys.bench.rounds import EdgeProcess, watched_round
 from fedsys.config import Config
-from fedsys.halves import filled_stages, names_between
+from fedsys.training.part import filled_stages, names_between
 from fedsys.randomness import Address, drawing, rows
 from fedsys.session import layered_model
-from fedsys.training import pieces
+from fedsys.training.plain import pieces
 
 
 def measured(

@@ -30,7 +30,10 @@ import torch
 from torch import Tensor, nn
 
 from fedsys import config as configuration
-from fedsys import data, federation, optimizers, training
+from fedsys.training import federation
+from fedsys.training import optimizers
+from fedsys.training import plain as training
+from fedsys import data
 from fedsys.bench import Chart
 from fedsys.bench.prune_models import as_trained, built, one_thread
 from fedsys.bench.prune_rivals import rivals
@@ -41,7 +44,7 @@ from fedsys.prune import fill, of_run, run_config
 from fedsys.pruning.candidates import convert
 from fedsys.pruning.levels import Level, Recipe, recipes, refined, spread
 from fedsys.pruning.making import Made, make
-from fedsys.pruning.masks import Masks, last_layer
+from fedsys.training.masks import Masks, last_layer
 from fedsys.pruning.measuring import in_turns, speedup
 from fedsys.pruning.plan import masked_copy
 from fedsys.pruning.reference import reference_rule_parameters

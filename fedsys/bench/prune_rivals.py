@@ -30,7 +30,7 @@ from fedsys.errors import ConfigError, ModelError
 from fedsys.pruning.candidates import convert
 from fedsys.pruning.fold import answering
 from fedsys.pruning.levels import Level
-from fedsys.pruning.masks import Masks, last_layer
+from fedsys.training.masks import Masks, last_layer
 from fedsys.pruning.measuring import in_turns, macs, speedup
 from fedsys.pruning.plan import evaluation_graph, make_plan, masked_copy, probes
 from fedsys.config.pruning import PruningConfig, check

@@ -26,13 +26,14 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from fedsys import federation, training
+from fedsys.training import federation
+from fedsys.training import plain as training
 from fedsys.bench import Chart
 from fedsys.bench.rounds import edge_process
 from fedsys.config import Config, parse, with_values
 from fedsys.errors import ConfigError, RuntimeFailure
 from fedsys.fleet import EdgeAddress, Fleet
-from fedsys.halves import filled_stages, names_between, safe_input
+from fedsys.training.part import filled_stages, names_between, safe_input
 from fedsys.models.layered import LayeredModel
 from fedsys.transport.link import Link, dial
 from fedsys.processors import usable_cores

@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedsys.transport import records
-from fedsys import training
+from fedsys.training import plain as training
 from fedsys.bench import Chart
 from fedsys.config import Config, locate
 from fedsys.errors import ConfigError, RuntimeFailure

@@ -30,13 +30,14 @@ from safetensors.torch import load_file, save_file
 
 from fedsys import config as configuration
 from fedsys.transport import records
-from fedsys import federation, training
+from fedsys.training import federation
+from fedsys.training import plain as training
 from fedsys.bench import Chart
 from fedsys.config import Config, locate
 from fedsys.edge import EdgeServer
 from fedsys.errors import RuntimeFailure
 from fedsys.fleet import EdgeAddress, Fleet
-from fedsys.halves import names_between
+from fedsys.training.part import names_between
 from fedsys.transport.link import dial
 from fedsys.transport.security import new_token
 from fedsys.session import SessionSpec, Snapshot, layered_model

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fedsys import data, federation, optimizers, training
+from fedsys.training import federation
+from fedsys.training import optimizers
+from fedsys.training import plain as training
+from fedsys import data
 from fedsys.config import Config
 from fedsys.pruning.levels import recipes
 from fedsys.pruning.making import make

@@ -62,7 +62,7 @@ class PruningConfig:
         rounds_per_level: Rounds of a level; 0 prunes gradually, without rewinding.
         share: Levels: share of the survivors that each pruning takes, in (0, 1).
         rewind: Levels: round whose weights every level starts from; 0 for those at the start.
-        group_lasso: Weight of the penalty on channels (`fedsys.pruning.penalty`), until the last
+        group_lasso: Weight of the penalty on channels (`fedsys.training.penalty`), until the last
             pruning of a gradual schedule and in all levels; 0 for none.
     """
 

@@ -17,7 +17,8 @@ BENCHMARK_S = 1.0
 
 def data_and_model(config: Config) -> Iterator[Check]:
     """Load the data, build the model, train it for a second, and say what to expect."""
-    from fedsys import federation, training
+    from fedsys.training import federation
+    from fedsys.training import plain as training
 
     try:
         fed = federation.federation(config)
@@ -61,7 +62,10 @@ def expectation(config: Config, parts: list[int], per_step: float) -> str:
 
 def seconds_per_step(config: Config) -> float:
     """Return the seconds of one optimizer step of a client, measured for about a second."""
-    from fedsys import data, federation, optimizers, training
+    from fedsys.training import federation
+    from fedsys.training import optimizers
+    from fedsys.training import plain as training
+    from fedsys import data
     from fedsys.randomness import Address
 
     fed = federation.federation(config)

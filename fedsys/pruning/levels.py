@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedsys import data, optimizers, training
+from fedsys.training import optimizers
+from fedsys.training import plain as training
+from fedsys import data
 from fedsys.config import Config
 from fedsys.data import Dataset, Images
 from fedsys.errors import ConfigError
-from fedsys.pruning.masks import Masks, held, last_layer
+from fedsys.training.masks import Masks, held, last_layer
 from fedsys.pruning.portfolio import Variant
 from fedsys.pruning.sparsify import one_shot
 from fedsys.pruning.structure import structure

@@ -19,7 +19,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fedsys import data, training
+from fedsys.training import plain as training
+from fedsys import data
 from fedsys.config import Config, PruneConfig
 from fedsys.data import Dataset, Images
 from fedsys.errors import ConfigError, FedsysError, ModelError

@@ -21,7 +21,7 @@ from typing import final
 from torch import Tensor, nn
 
 from fedsys.errors import ConfigError, ModelError
-from fedsys.pruning.masks import Masks, read_tensors, write_tensors
+from fedsys.training.masks import Masks, read_tensors, write_tensors
 from fedsys.pruning.scores import Scores, magnitude
 from fedsys.pruning.sparsify import prune_share
 
@@ -157,7 +157,7 @@ def levels(
         model: Trained in place; its weights are those of the ticket at each start.
         train: Trains a rewound model, from the step that the ticket rewinds to until the end.
             Everything that it draws should follow from the ticket's level, so that resuming repeats
-            it. It keeps pruned weights at zero with `fedsys.pruning.masks.held`.
+            it. It keeps pruned weights at zero with `fedsys.training.masks.held`.
         last: The level of the last training.
         sparsity_per_level: As for `prune_level`.
         score: As for `prune_level`.

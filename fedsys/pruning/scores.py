@@ -32,10 +32,10 @@ from torch.nn import functional as F
 from torch.nn.modules import activation, batchnorm, instancenorm
 
 from fedsys.errors import ConfigError, ModelError
-from fedsys.pruning.masks import prunable
+from fedsys.training.masks import prunable
 from fedsys.pruning.plan import make_plan, masked_copy, probes
 from fedsys.randomness import Address, drawing
-from fedsys.training import Batches, device_of, forward
+from fedsys.training.plain import Batches, device_of, forward
 
 Scores = dict[str, Tensor]
 Groups = Sequence[Sequence[str]]
@@ -77,7 +77,7 @@ def channel_norm(
         groups: Layers that share their channels, such as the operands of residual sums, from
             `coupled_layers`: a channel is then as large as its filters in all of them.
         scales: Factors of the channels of layers by name, ``(channels,)``, such as those of the
-            BatchNorm behind them (`fedsys.pruning.penalty.channel_scales`).
+            BatchNorm behind them (`fedsys.training.penalty.channel_scales`).
 
     Raises:
         ConfigError: For an `order` other than 1 and 2.

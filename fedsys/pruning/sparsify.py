@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from fedsys.errors import ConfigError, ModelError, did_you_mean
 from fedsys.models.graph import trace
 from fedsys.pruning import scores as score_functions
-from fedsys.pruning.masks import Masks
-from fedsys.pruning.penalty import output_layers
+from fedsys.training.masks import Masks
+from fedsys.training.penalty import output_layers
 from fedsys.pruning.scores import Groups, Scores
 from fedsys.config.pruning import METHODS, SCOPES, check_cost
 from fedsys.randomness import Address
-from fedsys.training import Batches
+from fedsys.training.plain import Batches
 
 # --------------------------------------------------------------------------------------------------
 # The decision

@@ -21,12 +21,12 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from fedsys import optimizers
+from fedsys.training import optimizers
 from fedsys.errors import ConfigError, ModelError
 from fedsys.randomness import Address, drawing, rows
 
 if TYPE_CHECKING:
-    from fedsys.pruning.penalty import Penalty
+    from fedsys.training.penalty import Penalty
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 

@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedsys import data, models, training
+from fedsys.training import plain as training
+from fedsys import data, models
 from fedsys.config import Config
 from fedsys.data import Dataset
 from fedsys.errors import ConfigError

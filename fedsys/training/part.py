@@ -1,6 +1,6 @@
 """A part of a model in training: what a device and an edge server both do with theirs.
 
-The plain loop (`fedsys.training.train`) does to the whole model, per parameter and in the order of
+The plain loop (`fedsys.training.plain.train`) does to the whole model, per parameter and in the order of
 names, what `Part` does to the parameters of one machine. Only clipping needs to know of the other
 parts, and only one number per parameter: its squared norm.
 """
@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fedsys import optimizers, training
+from fedsys.training import optimizers
+from fedsys.training import plain as training
 from fedsys.config import Config
 from fedsys.errors import ModelError
 from fedsys.models.layered import LayeredModel, fill, stages
 from fedsys.config import pruning
-from fedsys.pruning.masks import Holding, Masks
-from fedsys.pruning.penalty import Penalty
-from fedsys.training import Proximal
+from fedsys.training.masks import Holding, Masks
+from fedsys.training.penalty import Penalty
+from fedsys.training.plain import Proximal
 
 
 class Part:
@@ -32,7 +33,7 @@ class Part:
         round_: The round, which decides the learning rate.
         proximal_mu: Weight of FedProx's term; 0 for none.
         optimizer_state: State by global name, of these parameters; None to begin anew.
-        masks: What is pruned, packed (`fedsys.pruning.masks.Masks.packed`), by global name.
+        masks: What is pruned, packed (`fedsys.training.masks.Masks.packed`), by global name.
         penalty: On channels, so that they die; None for none.
         anchor: Parameters by global name towards which FedProx's term pulls; None: those that the
             modules have now, at the start of the round.

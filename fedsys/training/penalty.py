@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedsys.pruning.masks import LAYERS, prunable
+from fedsys.training.masks import LAYERS, prunable
 
 NORMS = (_BatchNorm, nn.GroupNorm)
 
