@@ -36,16 +36,16 @@ from fedsys import config as configuration
 from fedsys.training import federation
 from fedsys.bench.rounds import Watching, edge_process, watched_round
 from fedsys.config import Config
-from fedsys.costs import MachineCosts, Messaging
-from fedsys.hardware import machine_costs
-from fedsys.planner import evaluate
+from fedsys.planning.costs import MachineCosts, Messaging
+from fedsys.planning.hardware import machine_costs
+from fedsys.planning.planner import evaluate
 from fedsys.profile import OPTIONS, profile
 from fedsys.runtime.apps import load_apps
 from fedsys.runtime.local import play_local
 from fedsys.transport.security import Authority
 from fedsys.session import layered_model
 from fedsys.transport.shaping import Network
-from fedsys.workload import Choice, Device, Workload, workload
+from fedsys.planning.workload import Choice, Device, Workload, workload
 
 PAYLOAD = 0.956
 """Share of an Ethernet frame of 1514 bytes that is payload of TCP."""

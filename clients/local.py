@@ -18,7 +18,7 @@ from fedsys.training import optimizers
 from fedsys.training import plain as training
 from fedsys import data
 from fedsys.config import Config
-from fedsys.costs import MachineCosts
+from fedsys.planning.costs import MachineCosts
 from fedsys.emulation import Pace, device_costs
 from fedsys.faults import Doom
 from fedsys.config import pruning

@@ -1,7 +1,7 @@
 """Machines slower than this one, in real time: who computes waits until they would be done.
 
 An operation is done at once and for real; then its machine waits for the moment at which the
-machine that it stands for would have finished (`fedsys.costs.MachineCosts`). Moments follow from
+machine that it stands for would have finished (`fedsys.planning.costs.MachineCosts`). Moments follow from
 moments, not from when a wait or the real work happened to end, so that what ends late does not add
 up: the next operation has its own moment to keep. What came late over a link is late. Loading
 and the CPU time of messages are charged as well. With `fedsys.transport.shaping` for the links, a run takes
@@ -19,9 +19,9 @@ from collections.abc import Callable
 from typing import Final
 
 from fedsys.config import Config, edge_names
-from fedsys.costs import MachineCosts, crossings, frame_bytes
+from fedsys.planning.costs import MachineCosts, crossings, frame_bytes
 from fedsys.errors import ConfigError
-from fedsys.hardware import Hardware, hardware
+from fedsys.planning.hardware import Hardware, hardware
 from fedsys.models.layered import LayeredModel
 from fedsys.processors import Processors
 from fedsys.session_state import SessionSpec

@@ -7,9 +7,9 @@ from statistics import median
 from typing import Any, Final
 
 from fedsys import plots
-from fedsys.clock import KINDS
+from fedsys.planning.virtual_clock import KINDS
 from fedsys.fleet_trace import ROLES, FleetRound, Shown, by_resource, one_iteration, workers
-from fedsys.timeline import Event
+from fedsys.planning.timeline import Event
 
 MOST_DRAWN: Final = 8
 """Devices in a picture of lanes: the slowest ones."""

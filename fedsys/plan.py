@@ -16,11 +16,11 @@ from fedsys.training import federation
 from fedsys.config import Config, NetworkConfig
 from fedsys.dialling import link_of
 from fedsys.models.layered import LayeredModel
-from fedsys.planner import Plan, best_static, next_best, plan
-from fedsys.planning import PLANNED, PlanOptions, machines_of, run_workload
+from fedsys.planning.planner import Plan, best_static, next_best, plan
+from fedsys.planning.options import PLANNED, PlanOptions, machines_of, run_workload
 from fedsys.progress import seconds_text
 from fedsys.session import layered_model
-from fedsys.workload import Choice, Device, Menu, Workload
+from fedsys.planning.workload import Choice, Device, Menu, Workload
 
 WIDTH = 170
 """Columns of the table where no terminal says how many there are."""

@@ -27,10 +27,10 @@ from fedsys.training import plain as training
 from fedsys import data
 from fedsys.transport.codecs import CODECS
 from fedsys.config import Config
-from fedsys.costs import crossings, tensor_bytes
+from fedsys.planning.costs import crossings, tensor_bytes
 from fedsys.errors import ConfigError
 from fedsys.training.part import safe_input
-from fedsys.hardware import made_for, units_sha256
+from fedsys.planning.hardware import made_for, units_sha256
 from fedsys.models.layered import LayeredModel, layered, stages
 from fedsys.processors import usable_cores
 from fedsys.profile_link import LinkCosts, measure_link, other_end, serve_for_ever

@@ -20,7 +20,7 @@ from typing import Final
 import torch
 
 from fedsys.transport.codecs import CODECS, decode_activation, encode_activation
-from fedsys.costs import Crossing, tensor_bytes
+from fedsys.planning.costs import Crossing, tensor_bytes
 from fedsys.errors import LinkClosed, RuntimeFailure
 from fedsys.transport.link import Link, dial, serve
 from fedsys.transport.security import Credentials

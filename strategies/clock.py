@@ -15,13 +15,13 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from fedsys.clock import KINDS, iterations_of, predicted_iterations, virtual_round
+from fedsys.planning.virtual_clock import KINDS, iterations_of, predicted_iterations, virtual_round
 from fedsys.config import Config
 from fedsys.fleet_trace import FleetRound
-from fedsys.hardware import hardware
+from fedsys.planning.hardware import hardware
 from fedsys.models.layered import LayeredModel
-from fedsys.planning import run_workload
-from fedsys.workload import Choice, Device, Workload
+from fedsys.planning.options import run_workload
+from fedsys.planning.workload import Choice, Device, Workload
 from strategies.offload import Offload
 from strategies.planned import Planned
 

@@ -22,7 +22,7 @@ from fedsys.transport.codecs import CODECS
 from fedsys.config import Config, Spec, call_target
 from fedsys.errors import ConfigError, did_you_mean
 from fedsys.models.layered import LayeredModel, resolve_cut
-from fedsys.planning import PLANNED
+from fedsys.planning.options import PLANNED
 
 OBSERVATION = "observation"
 """Name of the record in which a device tells what it measured."""

@@ -6,16 +6,16 @@ import dataclasses
 
 import pytest
 
-from fedsys.clock import KINDS, predicted_iterations, virtual_round
-from fedsys.costs import Crossing, MachineCosts
-from fedsys.hardware import hardware
-from fedsys.planner import evaluate
-from fedsys.planning import run_workload
+from fedsys.planning.virtual_clock import KINDS, predicted_iterations, virtual_round
+from fedsys.planning.costs import Crossing, MachineCosts
+from fedsys.planning.hardware import hardware
+from fedsys.planning.planner import evaluate
+from fedsys.planning.options import run_workload
 from fedsys.run import RunFolder
 from fedsys.runtime import run
 from fedsys.session import layered_model
 from fedsys.transport.shaping import Network
-from fedsys.workload import Choice, Device, Workload
+from fedsys.planning.workload import Choice, Device, Workload
 from strategies.clock import RoundClock, totals
 
 ONE = MachineCosts("m", (1,), ((0.1, 0.2, 0.3),), ((0.2, 0.4, 0.6),), (0.0,) * 3)

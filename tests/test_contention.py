@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from fedsys.contention import alone_s, together_s
-from fedsys.costs import Crossing, MachineCosts, Messaging
+from fedsys.planning.contention import alone_s, together_s
+from fedsys.planning.costs import Crossing, MachineCosts, Messaging
 from fedsys.transport.shaping import Network
-from fedsys.timeline import play
-from fedsys.workload import Choice, Device, Menu, Stages, Workload, job_of
+from fedsys.planning.timeline import play
+from fedsys.planning.workload import Choice, Device, Menu, Stages, Workload, job_of
 
 BATCH = 12
 UNITS = 3

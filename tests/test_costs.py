@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedsys.transport.codecs import CODECS, encode_activation
-from fedsys.costs import (
+from fedsys.planning.costs import (
     FRAME_BYTES,
     Crossing,
     MachineClass,

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from fedsys import emulation
 from fedsys.config import parse, with_values
-from fedsys.costs import MachineCosts, Messaging
+from fedsys.planning.costs import MachineCosts, Messaging
 from fedsys.emulation import LATE_S, Pace, SessionPace, Workers
 from fedsys.errors import ConfigError
 from fedsys.session import layered_model

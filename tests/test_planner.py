@@ -12,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis.extra.numpy import arrays
 
 from fedsys.config import compose_text, parse
-from fedsys.costs import Crossing, MachineClass, MachineCosts
+from fedsys.planning.costs import Crossing, MachineClass, MachineCosts
 from fedsys.errors import ConfigError
-from fedsys.planner import METHODS, MOST_COMBINATIONS, evaluate, options, plan
-from fedsys.search import improved, spread
+from fedsys.planning.planner import METHODS, MOST_COMBINATIONS, evaluate, options, plan
+from fedsys.planning.search import improved, spread
 from fedsys.session import layered_model
 from fedsys.transport.shaping import Network
-from fedsys.tables import Table, score
-from fedsys.timeline import play
-from fedsys.workload import Choice, Device, Workload, counts, job_of, workload
+from fedsys.planning.tables import Table, score
+from fedsys.planning.timeline import play
+from fedsys.planning.workload import Choice, Device, Workload, counts, job_of, workload
 
 rates = st.floats(0.3, 300.0)
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from fedsys import profile_link
-from fedsys.costs import Crossing
+from fedsys.planning.costs import Crossing
 from fedsys.transport.link import dial, serve
 from fedsys.main import main
 from fedsys.processors import usable_cores

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 
 from fedsys.errors import ConfigError
-from fedsys.jobs import Exchange, Job, Turn
+from fedsys.planning.jobs import Exchange, Job, Turn
 from fedsys.recurrences import iteration_s
 from fedsys.training.schedule import operations
 from fedsys.transport.shaping import Network, finish_time
-from fedsys.timeline import lanes, play
+from fedsys.planning.timeline import lanes, play
 from fedsys.training.plain import pieces
 
 SECONDS = st.floats(0.001, 3.0)

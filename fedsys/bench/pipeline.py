@@ -31,15 +31,15 @@ from fedsys.training import federation
 from fedsys.bench import Chart, pipeline_cpu, pipeline_virtual
 from fedsys.bench.rounds import BEFORE, EdgeProcess, Watch, edge_process, watched_round
 from fedsys.config import Config
-from fedsys.costs import MachineCosts, Messaging
+from fedsys.planning.costs import MachineCosts, Messaging
 from fedsys.errors import ConfigError, did_you_mean
 from fedsys.files import json_text, write_atomic
 from fedsys.models.layered import LayeredModel
-from fedsys.planner import Plan, evaluate, plan
-from fedsys.planning import PlanOptions, machines_of, run_workload
+from fedsys.planning.planner import Plan, evaluate, plan
+from fedsys.planning.options import PlanOptions, machines_of, run_workload
 from fedsys.session import layered_model
-from fedsys.timeline import play
-from fedsys.workload import Choice, Workload, counts, job_of
+from fedsys.planning.timeline import play
+from fedsys.planning.workload import Choice, Workload, counts, job_of
 
 METHODS: Final = ("classic", "splitfed", "pipar", "exhaustive", "auto", "auto_offloaded")
 VOID: Final = 0.5

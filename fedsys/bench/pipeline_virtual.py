@@ -12,14 +12,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from fedsys.bench import Chart
-from fedsys.clock import virtual_round
+from fedsys.planning.virtual_clock import virtual_round
 from fedsys.config import Config, compose_text, parse
 from fedsys.dialling import network_of
-from fedsys.hardware import machine_costs
+from fedsys.planning.hardware import machine_costs
 from fedsys.models.layered import LayeredModel
-from fedsys.planner import plan
+from fedsys.planning.planner import plan
 from fedsys.session import layered_model
-from fedsys.workload import Choice, Device, Menu, Workload, workload
+from fedsys.planning.workload import Choice, Device, Menu, Workload, workload
 
 DEFAULTS: Final[Mapping[str, Any]] = {
     "models": ["vgg5", "vgg11", "vgg16", "resnet18", "resnet50", "mobilenet_v3_large"],

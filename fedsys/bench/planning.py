@@ -17,10 +17,10 @@ from fedsys.bench.pipeline_virtual import CLASSES, SHAPE
 from fedsys.config import Config, compose_text, parse
 from fedsys.dialling import network_of
 from fedsys.models.layered import LayeredModel
-from fedsys.planner import plan
-from fedsys.planning import machines_of
+from fedsys.planning.planner import plan
+from fedsys.planning.options import machines_of
 from fedsys.session import layered_model
-from fedsys.workload import Device, Workload, workload
+from fedsys.planning.workload import Device, Workload, workload
 
 
 def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -191,7 +191,7 @@ class FleetConfig:
             is lost; 0: it continues from the start of the round.
         credentials: Folder with the server app's certificate for mutual TLS; None: that of `link`.
         control_token: What edge servers that exist already want to hear instead of one.
-        machines: Costs by name: nominal rates or a profile (`fedsys.hardware`).
+        machines: Costs by name: nominal rates or a profile (`fedsys.planning.hardware`).
         devices: Machine of each device, repeated if there are more; empty: none is modelled.
         servers: Machine of each edge server, repeated if there are more.
         links: Connection of each device, repeated, with both rates; empty: that of the group

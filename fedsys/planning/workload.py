@@ -1,7 +1,7 @@
 """What is to be trained, and how one device may go about it: the records that planners work on.
 
 A `Choice` says how a device trains; a `Menu` says how long its five stages take for one micro-batch
-(letters as in `fedsys.recurrences`), `job_of` makes it a device of `fedsys.timeline.play`. CPU time
+(letters as in `fedsys.recurrences`), `job_of` makes it a device of `fedsys.planning.timeline.play`. CPU time
 of a message is charged to the machine that spends it: to the device in f and b, to the edge in s.
 """
 
@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsys.costs import LABEL_BYTES, Crossing, MachineCosts, crossings, frame_bytes, state_bytes
+from fedsys.planning.costs import LABEL_BYTES, Crossing, MachineCosts, crossings, frame_bytes, state_bytes
 from fedsys.errors import ConfigError
-from fedsys.jobs import Exchange, Job, Turn
+from fedsys.planning.jobs import Exchange, Job, Turn
 from fedsys.models.layered import LayeredModel
 from fedsys.training.schedule import operations
 from fedsys.transport.shaping import Network

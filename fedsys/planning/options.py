@@ -1,4 +1,4 @@
-"""The workload of a run: what `fedsys.planner` is to plan for, from the configuration."""
+"""The workload of a run: what `fedsys.planning.planner` is to plan for, from the configuration."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 from fedsys.transport.codecs import CODECS
 from fedsys.config import Config, Spec
 from fedsys.errors import ConfigError, did_you_mean
-from fedsys.hardware import Hardware, hardware
+from fedsys.planning.hardware import Hardware, hardware
 from fedsys.models.layered import LayeredModel
-from fedsys.planner import METHODS
-from fedsys.workload import Device, Workload, counts, workload
+from fedsys.planning.planner import METHODS
+from fedsys.planning.workload import Device, Workload, counts, workload
 
 PLANNED = tuple(method for method in METHODS if method != "classic")
 """Policies that plan."""
@@ -24,9 +24,9 @@ class PlanOptions:
     """How a policy plans: the ``policy`` group of those in `PLANNED`.
 
     Attributes:
-        kind: The method, a name of `fedsys.planner.METHODS`.
+        kind: The method, a name of `fedsys.planning.planner.METHODS`.
         codec: Codecs that may be chosen.
-        micro_batches: Numbers of pieces that may be chosen; empty: `fedsys.workload.counts`.
+        micro_batches: Numbers of pieces that may be chosen; empty: `fedsys.planning.workload.counts`.
         offload: Whether each device must offload.
         objective: ``round``: iterations and the exchange of models; ``iteration``: without it.
         drift: Relative change of a measured rate from which on it is believed.

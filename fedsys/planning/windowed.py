@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsys.workload import Array, Stages
+from fedsys.planning.workload import Array, Stages
 
 Indices = NDArray[np.int64]
 

@@ -25,7 +25,7 @@ from typing import Any
 from torch import fx
 
 from fedsys.config import ClientConfig, Config
-from fedsys.costs import MachineClass, MachineCosts, Messaging
+from fedsys.planning.costs import MachineClass, MachineCosts, Messaging
 from fedsys.dialling import link_of, network_of
 from fedsys.errors import ConfigError, did_you_mean
 from fedsys.identity import package_version

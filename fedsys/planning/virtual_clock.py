@@ -1,7 +1,7 @@
 """The virtual clock: the time that a round would take on the fleet and network of a run.
 
 Every device works through its real number of mini-batches, the smaller one at the end of an epoch
-included, on links that follow their traces; `fedsys.timeline.play` decides when what happens. The
+included, on links that follow their traces; `fedsys.planning.timeline.play` decides when what happens. The
 clock depends on the configuration alone, not on the machine, its load, or the number of workers.
 Every device first receives its part of the model and returns it at the end, over its network; a
 round that is emulated in real time takes no time for that.
@@ -13,10 +13,10 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedsys.jobs import Job
-from fedsys.planner import evaluate
-from fedsys.timeline import Timeline, play
-from fedsys.workload import Choice, Workload, job_of, mini_batches
+from fedsys.planning.jobs import Job
+from fedsys.planning.planner import evaluate
+from fedsys.planning.timeline import Timeline, play
+from fedsys.planning.workload import Choice, Workload, job_of, mini_batches
 
 KINDS = ("device", "up", "edge", "down")
 """Kinds of resources."""

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedsys.contention import Indices
-from fedsys.tables import Table, score
-from fedsys.workload import Array
+from fedsys.planning.contention import Indices
+from fedsys.planning.tables import Table, score
+from fedsys.planning.workload import Array
 
 _EFFORT = 80_000  # pieces that are timed for a fleet
 _LOOK = 10_000  # pieces that could be timed in what each look takes beside them

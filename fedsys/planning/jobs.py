@@ -1,4 +1,4 @@
-"""What a device does in a round, as `fedsys.timeline` plays it: turns, and what they send."""
+"""What a device does in a round, as `fedsys.planning.timeline` plays it: turns, and what they send."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedsys.errors import ConfigError
-from fedsys.jobs import Job, Turn
+from fedsys.planning.jobs import Job, Turn
 from fedsys.transport.shaping import Rate, finish_time
 
 

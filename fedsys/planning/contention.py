@@ -8,9 +8,9 @@ so are, for a device alone, those after it, so that the last backward ends at
     C_N = max(N f + N b,  D_1 + l + N b,  D_N + l + b)
     D_i = f + u + l + s + d + (i - 1) max(f, u, s, d)
 
-Devices with fewer pieces in flight than they have take the way of `fedsys.windowed`.
+Devices with fewer pieces in flight than they have take the way of `fedsys.planning.windowed`.
 
-Edges serve in order of arrival. `fedsys.timeline.play` gives the same times, piece by piece.
+Edges serve in order of arrival. `fedsys.planning.timeline.play` gives the same times, piece by piece.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsys.windowed import windowed_s
-from fedsys.workload import Array, Stages
+from fedsys.planning.windowed import windowed_s
+from fedsys.planning.workload import Array, Stages
 
 Indices = NDArray[np.int64]
 
