@@ -43,7 +43,7 @@ from fedsys.profile import OPTIONS, profile
 from fedsys.runtime.apps import load_apps
 from fedsys.runtime.local import play_local
 from fedsys.transport.security import Authority
-from fedsys.session import layered_model
+from fedsys.offload.session import layered_model
 from fedsys.transport.shaping import Network
 from fedsys.planning.workload import Choice, Device, Workload, workload
 

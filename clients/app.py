@@ -13,7 +13,7 @@ from clients.offload import OffloadClient
 from fedsys import config as configuration
 from fedsys.training import federation
 from fedsys.config import Config
-from fedsys.dialling import Dialler, dialler_of
+from fedsys.offload.dialling import Dialler, dialler_of
 from fedsys.errors import ConfigError
 from fedsys.faults import SPARED, Doom, to_json
 from fedsys.identity import arithmetic

@@ -19,14 +19,14 @@ from fedsys.training import plain as training
 from fedsys import data
 from fedsys.config import Config
 from fedsys.planning.costs import MachineCosts
-from fedsys.emulation import Pace, device_costs
+from fedsys.offload.emulation import Pace, device_costs
 from fedsys.faults import Doom
 from fedsys.config import pruning
 from fedsys.training.masks import Masks, held
 from fedsys.training.penalty import Penalty
 from fedsys.randomness import Address
-from fedsys.remote import Traffic
-from fedsys.session import layered_model, penalty_of
+from fedsys.offload.remote import Traffic
+from fedsys.offload.session import layered_model, penalty_of
 from fedsys.tracing import Recorder, Sums
 from fedsys.training.plain import pieces
 

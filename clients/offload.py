@@ -23,14 +23,14 @@ from fedsys.training import plain as training
 from fedsys import data
 from fedsys.transport.codecs import decode_activation, encode_activation
 from fedsys.config import Config
-from fedsys.dialling import link_of, network_of
-from fedsys.emulation import Pace, device_costs
+from fedsys.offload.dialling import link_of, network_of
+from fedsys.offload.emulation import Pace, device_costs
 from fedsys.faults import SPARED, Doom
 from fedsys.training.part import Part, filled_stages
 from fedsys.transport.link import Link
 from fedsys.randomness import Address
-from fedsys.remote import EdgesLost, Moved, Remote
-from fedsys.session import layered_model, penalty_of
+from fedsys.offload.remote import EdgesLost, Moved, Remote
+from fedsys.offload.session import layered_model, penalty_of
 from fedsys.tracing import Recorder
 from fedsys.training.plain import Score
 

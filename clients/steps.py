@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from fedsys.training import plain as training
 from fedsys.transport.codecs import decode_activation, encode_activation
 from fedsys.config import ScheduleConfig
-from fedsys.emulation import Pace
+from fedsys.offload.emulation import Pace
 from fedsys.training.part import Part, safe_input
 from fedsys.randomness import Address, drawing, rows
-from fedsys.remote import Remote
+from fedsys.offload.remote import Remote
 from fedsys.training.schedule import operations
 from fedsys.tracing import Recorder
 from fedsys.training.plain import pieces

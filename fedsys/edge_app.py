@@ -19,10 +19,10 @@ from urllib.parse import urlsplit
 
 from fedsys import config as configuration
 from fedsys.training import plain as training
-from fedsys import edge_store
+from fedsys.offload import edge_store
 from fedsys.config import EdgeConfig
-from fedsys.edge import EdgeLimits, EdgeServer
-from fedsys.edge_metrics import Endpoint
+from fedsys.offload.edge import EdgeLimits, EdgeServer
+from fedsys.offload.edge_metrics import Endpoint
 from fedsys.errors import ConfigError, FedsysError
 from fedsys.transport.security import Credentials
 from fedsys.transport.wire import Limits

@@ -32,7 +32,7 @@ from fedsys.errors import ConfigError
 from fedsys.training.part import safe_input
 from fedsys.planning.hardware import made_for, units_sha256
 from fedsys.models.layered import LayeredModel, layered, stages
-from fedsys.processors import usable_cores
+from fedsys.offload.processors import usable_cores
 from fedsys.profile_link import LinkCosts, measure_link, other_end, serve_for_ever
 from fedsys.randomness import Address, drawing
 from fedsys.run import RunFolder, default_path, write_atomic
@@ -223,7 +223,7 @@ def sizes_of(batch_size: int) -> list[int]:
 def _workers(config: Config, device: torch.device) -> int:
     """Return how many sessions an edge server computes at once here, at the speed of one.
 
-    As many as there are cores for (`fedsys.processors`); on a GPU they share what one has alone.
+    As many as there are cores for (`fedsys.offload.processors`); on a GPU they share what one has alone.
     """
     return 1 if device.type == "cuda" else max(1, usable_cores() // config.client.threads)
 

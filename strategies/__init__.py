@@ -21,7 +21,7 @@ from fedsys.training import federation
 from fedsys.config import Config, call_target, edge_names
 from fedsys.data import Dataset
 from fedsys.errors import ConfigError
-from fedsys.fleet import Fleet
+from fedsys.offload.fleet import Fleet
 from fedsys.training.optimizers import make_optimizer
 from fedsys.runtime.apps import check_mods
 from strategies.buffers import TypedBuffers

@@ -20,15 +20,15 @@ from fedsys.training import plain as training
 from fedsys import data, plots, stages, trace_plots
 from fedsys.config import Config
 from fedsys.data import Images
-from fedsys.edges import open_fleet
+from fedsys.offload.opening import open_fleet
 from fedsys.training.federation import Federation
-from fedsys.fleet import Fleet
+from fedsys.offload.fleet import Fleet
 from fedsys.progress import Progress, choose
 from fedsys.run import default_path, state_sha256
 from fedsys.runtime.edges import with_launched
 from fedsys.runtime.grids import attentive, before_exit
 from fedsys.runtime.relay import Relay
-from fedsys.session import layered_model
+from fedsys.offload.session import layered_model
 from strategies import Roster, build, pruned
 from strategies.clock import RoundClock, totals
 from strategies.gathering import gather

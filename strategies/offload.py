@@ -26,11 +26,11 @@ from flwr.serverapp.strategy import Strategy
 from fedsys.transport import records
 from fedsys.config import Config
 from fedsys.errors import ConfigError, FedsysError, RuntimeFailure, SessionError
-from fedsys.fleet import Fleet
+from fedsys.offload.fleet import Fleet
 from fedsys.training.part import names_between
 from fedsys.models.layered import LayeredModel, fractions
 from fedsys.transport.security import new_token
-from fedsys.session import SessionSpec, Snapshot, layered_model
+from fedsys.offload.session import SessionSpec, Snapshot, layered_model
 from fedsys.tracing import Event, unpack
 from strategies.joining import halved, joined, with_pieces, without
 from strategies.policies import OBSERVATION, Assignment, Observation, OffloadPolicy, PolicyState

@@ -74,7 +74,7 @@ def carry_out(identity: None) -> "Callable[..., SimpleNamespace]":
     from fedsys.transport import records
     from fedsys.training import federation
     from fedsys.training import plain as training
-    from fedsys.edges import open_fleet
+    from fedsys.offload.opening import open_fleet
     from fedsys.faults import Faults
     from fedsys.identity import state_sha256
     from fedsys.runtime.apps import load_client
@@ -129,7 +129,7 @@ def last_layer(configure: "Callable[..., Config]") -> SimpleNamespace:
     """Describe sessions with the last linear layer of a small CNN: inputs are made by hand."""
     from fedsys import models
     from fedsys.config import parse, with_values
-    from fedsys.session import SessionSpec, Snapshot
+    from fedsys.offload.session import SessionSpec, Snapshot
     from fedsys.transport.wire import Frame
 
     base = configure("data=synthetic", "model=cnn")

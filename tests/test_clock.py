@@ -13,7 +13,7 @@ from fedsys.planning.planner import evaluate
 from fedsys.planning.options import run_workload
 from fedsys.run import RunFolder
 from fedsys.runtime import run
-from fedsys.session import layered_model
+from fedsys.offload.session import layered_model
 from fedsys.transport.shaping import Network
 from fedsys.planning.workload import Choice, Device, Workload
 from strategies.clock import RoundClock, totals

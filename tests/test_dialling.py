@@ -3,14 +3,14 @@ import math
 import pytest
 
 from fedsys.config import NetworkConfig, options_of
-from fedsys.dialling import Dialler, dialler_of, link_fault, link_of, network_of
+from fedsys.offload.dialling import Dialler, dialler_of, link_fault, link_of, network_of
 from fedsys.errors import ConfigError, LinkClosed, SecurityError
 from fedsys.faults import AT_EDGE, KINDS, Fault, check
 from fedsys.training.federation import federation
 from fedsys.planning.hardware import hardware
 from fedsys.transport.link import dial, serve
 from fedsys.transport.security import Authority
-from fedsys.session import layered_model
+from fedsys.offload.session import layered_model
 from fedsys.transport.shaping import Shaped
 from fedsys.transport.wire import Frame
 

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fedsys.edge import CONTROLLER, EdgeLimits, EdgeServer
+from fedsys.offload.edge import CONTROLLER, EdgeLimits, EdgeServer
 from fedsys.errors import LinkClosed, LinkError, RemoteError, SecurityError
 from fedsys.transport.grpc_link import _SERVICE
 from fedsys.transport.link import dial
 from fedsys.transport.security import Authority
-from fedsys.session import Session, Snapshot
+from fedsys.offload.session import Session, Snapshot
 from fedsys.transport.tcp_flows import Last, last_word
 from fedsys.transport.tcp_link import GREETING
 from fedsys.transport.wire import Frame, Limits, encode

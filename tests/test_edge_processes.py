@@ -13,16 +13,16 @@ import httpx
 import pytest
 import torch
 
-from fedsys.edge_client import EdgeClient, Hooks
+from fedsys.offload.edge_client import EdgeClient, Hooks
 from fedsys.errors import RemoteError, SecurityError
 from fedsys.faults import Faults
-from fedsys.fleet import EdgeAddress, Fleet
+from fedsys.offload.fleet import EdgeAddress, Fleet
 from fedsys.transport.link import dial
 from fedsys.runtime import launch
 from fedsys.runtime.edges import EdgeProcesses, credentials_of_device
 from fedsys.runtime.processes import Processes
 from fedsys.transport.security import Authority, Credentials
-from fedsys.session import Session, Snapshot
+from fedsys.offload.session import Session, Snapshot
 from fedsys.transport.wire import Frame
 
 WAIT_S = 60.0

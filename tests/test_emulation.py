@@ -4,12 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsys import emulation
+from fedsys.offload import emulation
 from fedsys.config import parse, with_values
 from fedsys.planning.costs import MachineCosts, Messaging
-from fedsys.emulation import LATE_S, Pace, SessionPace, Workers
+from fedsys.offload.emulation import LATE_S, Pace, SessionPace, Workers
 from fedsys.errors import ConfigError
-from fedsys.session import layered_model
+from fedsys.offload.session import layered_model
 
 COSTS = MachineCosts("slow", (1,), ((0.1, 0.2),), ((0.3, 0.4),), (0.01, 0.02), load_s=0.05)
 seconds = st.floats(0.001, 2.0)

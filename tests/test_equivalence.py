@@ -9,7 +9,8 @@ import itertools
 
 import pytest
 
-from fedsys import edges, fleet
+from fedsys.offload import opening as edges
+from fedsys.offload import fleet
 from fedsys.config import parse, with_values
 from fedsys.transport.faulty import Faulty, LinkFault
 from fedsys.transport.link import dial
@@ -239,7 +240,7 @@ def interrupt(monkeypatch):
             seen.add("first")
             return Killing(link, {s.address: s for s in servers}[address], struck, fault)
 
-        monkeypatch.setattr("fedsys.dialling.dial", connect)
+        monkeypatch.setattr("fedsys.offload.dialling.dial", connect)
         return struck
 
     monkeypatch.setattr(edges, "_start", started)

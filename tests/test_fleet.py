@@ -7,14 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fedsys import fleet as module
-from fedsys.edge import EdgeLimits, EdgeServer
+from fedsys.offload import fleet as module
+from fedsys.offload.edge import EdgeLimits, EdgeServer
 from fedsys.errors import LinkClosed, LinkError, RemoteError, SessionError
 from fedsys.faults import Fault, Faults
-from fedsys.fleet import EdgeAddress, Fleet
+from fedsys.offload.fleet import EdgeAddress, Fleet
 from fedsys.transport.link import dial
 from fedsys.transport.patience import Patience
-from fedsys.session import Session
+from fedsys.offload.session import Session
 from fedsys.transport.wire import Frame
 
 TOKEN = "control"
@@ -311,7 +311,7 @@ def test_an_edge_that_falls_silent_in_a_request_is_given_up(place, monkeypatch):
     """Each request found out anew, in minutes: no heartbeat is due while one is under way."""
     unplugged = unplug_a(monkeypatch)
     monkeypatch.setattr(module, "BEAT_S", 1000.0)
-    monkeypatch.setattr("fedsys.edge_client.ASK_S", 0.05)
+    monkeypatch.setattr("fedsys.offload.edge_client.ASK_S", 0.05)
     place.start("a")
     place.start("b")
     fleet = place.fleet("a", "b")
@@ -334,7 +334,7 @@ def test_an_edge_that_is_only_busy_is_not_given_up(place, monkeypatch):
 
     monkeypatch.setattr(EdgeServer, "_control", slowly)
     monkeypatch.setattr(module, "BEAT_S", 0.05)
-    monkeypatch.setattr("fedsys.edge_client.Patience", lambda: Patience(0.05, 0.05))
+    monkeypatch.setattr("fedsys.offload.edge_client.Patience", lambda: Patience(0.05, 0.05))
     place.start("a")
     fleet = place.fleet("a")
     edge = fleet._edges["a"]

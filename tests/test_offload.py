@@ -12,12 +12,12 @@ from flwr.clientapp import mod as flower_mods
 from clients.app import app
 from fedsys.transport import records
 from fedsys.training import federation
-from fedsys.edge import EdgeLimits, EdgeServer
+from fedsys.offload.edge import EdgeLimits, EdgeServer
 from fedsys.errors import ConfigError, ModelError, SessionError
 from fedsys.faults import KINDS
-from fedsys.fleet import EdgeAddress, Fleet
+from fedsys.offload.fleet import EdgeAddress, Fleet
 from fedsys.runtime.apps import check_mods
-from fedsys.session import layered_model
+from fedsys.offload.session import layered_model
 from fedsys.training.plain import pieces
 from strategies.joining import joined
 from strategies.policies import Assignment

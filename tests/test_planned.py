@@ -10,7 +10,7 @@ from fedsys.planning.virtual_clock import virtual_round
 from fedsys.config import compose_text, parse
 from fedsys.errors import ConfigError
 from fedsys.planning.options import PlanOptions, machines_of, run_workload
-from fedsys.session import layered_model
+from fedsys.offload.session import layered_model
 from fedsys.planning.workload import Choice
 from strategies.planned import Planned
 from strategies.policies import Observation, build_policy

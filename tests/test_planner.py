@@ -16,7 +16,7 @@ from fedsys.planning.costs import Crossing, MachineClass, MachineCosts
 from fedsys.errors import ConfigError
 from fedsys.planning.planner import METHODS, MOST_COMBINATIONS, evaluate, options, plan
 from fedsys.planning.search import improved, spread
-from fedsys.session import layered_model
+from fedsys.offload.session import layered_model
 from fedsys.transport.shaping import Network
 from fedsys.planning.tables import Table, score
 from fedsys.planning.timeline import play

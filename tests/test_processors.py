@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from fedsys.processors import Processors, usable_cores
+from fedsys.offload.processors import Processors, usable_cores
 
 WAIT_S = 60.0
 

@@ -11,7 +11,7 @@ from fedsys import profile_link
 from fedsys.planning.costs import Crossing
 from fedsys.transport.link import dial, serve
 from fedsys.main import main
-from fedsys.processors import usable_cores
+from fedsys.offload.processors import usable_cores
 from fedsys.profile_link import answer, measure_link
 from fedsys.transport.shaping import Network, Shaped
 

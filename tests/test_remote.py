@@ -7,14 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fedsys.edge import EdgeServer
+from fedsys.offload.edge import EdgeServer
 from fedsys.errors import LinkClosed, LinkTimeout, SessionError
 from fedsys.transport.faulty import Faulty, LinkFault
-from fedsys.fleet import EdgeAddress, Fleet
+from fedsys.offload.fleet import EdgeAddress, Fleet
 from fedsys.transport.link import dial
 from fedsys.transport.patience import Patience
-from fedsys.remote import FRUITLESS, EdgesLost, Moved, Remote
-from fedsys.session import Session
+from fedsys.offload.remote import FRUITLESS, EdgesLost, Moved, Remote
+from fedsys.offload.session import Session
 
 TOKEN = "control"
 

@@ -9,13 +9,13 @@ import torch
 from fedsys.training import plain as training
 from fedsys import models
 from fedsys.config import parse, with_values
-from fedsys.emulation import Workers
+from fedsys.offload.emulation import Workers
 from fedsys.errors import FrameError, ModelError, SessionError
 from fedsys.training.part import Part, filled_stages, names_between, safe_input
 from fedsys.training.optimizers import make_optimizer
-from fedsys.processors import Processors
+from fedsys.offload.processors import Processors
 from fedsys.randomness import Address, drawing, rows
-from fedsys.session import Session, SessionSpec, Snapshot, layered_model
+from fedsys.offload.session import Session, SessionSpec, Snapshot, layered_model
 from fedsys.training.plain import Proximal, pieces
 from fedsys.transport.wire import Frame, decode, encode
 

@@ -37,7 +37,7 @@ from fedsys.files import json_text, write_atomic
 from fedsys.models.layered import LayeredModel
 from fedsys.planning.planner import Plan, evaluate, plan
 from fedsys.planning.options import PlanOptions, machines_of, run_workload
-from fedsys.session import layered_model
+from fedsys.offload.session import layered_model
 from fedsys.planning.timeline import play
 from fedsys.planning.workload import Choice, Workload, counts, job_of
 

@@ -22,7 +22,7 @@ from fedsys.bench.rounds import EdgeProcess, watched_round
 from fedsys.config import Config
 from fedsys.training.part import filled_stages, names_between
 from fedsys.randomness import Address, drawing, rows
-from fedsys.session import layered_model
+from fedsys.offload.session import layered_model
 from fedsys.training.plain import pieces
 
 

@@ -14,11 +14,11 @@ from typing import Any, Final
 from fedsys.bench import Chart
 from fedsys.planning.virtual_clock import virtual_round
 from fedsys.config import Config, compose_text, parse
-from fedsys.dialling import network_of
+from fedsys.offload.dialling import network_of
 from fedsys.planning.hardware import machine_costs
 from fedsys.models.layered import LayeredModel
 from fedsys.planning.planner import plan
-from fedsys.session import layered_model
+from fedsys.offload.session import layered_model
 from fedsys.planning.workload import Choice, Device, Menu, Workload, workload
 
 DEFAULTS: Final[Mapping[str, Any]] = {

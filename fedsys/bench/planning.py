@@ -15,11 +15,11 @@ from typing import Any
 from fedsys.bench import Chart
 from fedsys.bench.pipeline_virtual import CLASSES, SHAPE
 from fedsys.config import Config, compose_text, parse
-from fedsys.dialling import network_of
+from fedsys.offload.dialling import network_of
 from fedsys.models.layered import LayeredModel
 from fedsys.planning.planner import plan
 from fedsys.planning.options import machines_of
-from fedsys.session import layered_model
+from fedsys.offload.session import layered_model
 from fedsys.planning.workload import Device, Workload, workload
 
 

@@ -32,14 +32,14 @@ from fedsys.bench import Chart
 from fedsys.bench.rounds import edge_process
 from fedsys.config import Config, parse, with_values
 from fedsys.errors import ConfigError, RuntimeFailure
-from fedsys.fleet import EdgeAddress, Fleet
+from fedsys.offload.fleet import EdgeAddress, Fleet
 from fedsys.training.part import filled_stages, names_between, safe_input
 from fedsys.models.layered import LayeredModel
 from fedsys.transport.link import Link, dial
-from fedsys.processors import usable_cores
+from fedsys.offload.processors import usable_cores
 from fedsys.randomness import Address, drawing
 from fedsys.transport.security import new_token
-from fedsys.session import SessionSpec, Snapshot, layered_model
+from fedsys.offload.session import SessionSpec, Snapshot, layered_model
 from fedsys.transport.wire import Frame
 
 _PATIENCE_S: Final = 600.0

@@ -34,13 +34,13 @@ from fedsys.training import federation
 from fedsys.training import plain as training
 from fedsys.bench import Chart
 from fedsys.config import Config, locate
-from fedsys.edge import EdgeServer
+from fedsys.offload.edge import EdgeServer
 from fedsys.errors import RuntimeFailure
-from fedsys.fleet import EdgeAddress, Fleet
+from fedsys.offload.fleet import EdgeAddress, Fleet
 from fedsys.training.part import names_between
 from fedsys.transport.link import dial
 from fedsys.transport.security import new_token
-from fedsys.session import SessionSpec, Snapshot, layered_model
+from fedsys.offload.session import SessionSpec, Snapshot, layered_model
 
 State = Mapping[str, torch.Tensor]
 

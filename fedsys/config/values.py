@@ -197,7 +197,7 @@ class FleetConfig:
         links: Connection of each device, repeated, with both rates; empty: that of the group
             ``network``, which comes before them if it is chosen.
         emulate: Whether devices and edge servers take as long as those machines would, in real
-            time, by waiting (`fedsys.emulation`).
+            time, by waiting (`fedsys.offload.emulation`).
     """
 
     edges: tuple[EdgeAddressConfig, ...] = ()

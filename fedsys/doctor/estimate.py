@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from fedsys.config import Config
 from fedsys.doctor.checks import Check
 from fedsys.errors import FedsysError
-from fedsys.processors import usable_cores
+from fedsys.offload.processors import usable_cores
 from fedsys.progress import seconds_text
 
 BENCHMARK_S = 1.0

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fedsys.config import Config
 from fedsys.doctor.checks import Check
-from fedsys.processors import usable_cores
+from fedsys.offload.processors import usable_cores
 
 MB = 2**20
 LEAST_MEMORY, GOOD_MEMORY = 512 * MB, 2048 * MB

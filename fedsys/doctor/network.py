@@ -135,8 +135,8 @@ def edges(config: Config) -> Iterator[Check]:
 
 def _computes_alike(config: Config, name: str, address: str) -> Check:
     """Check that an edge server obeys this run, and that its sums have the bits of this machine."""
-    from fedsys.edge_client import EdgeClient, Hooks
-    from fedsys.fleet import ANSWER_S
+    from fedsys.offload.edge_client import EdgeClient, Hooks
+    from fedsys.offload.fleet import ANSWER_S
     from fedsys.identity import arithmetic, differences
     from fedsys.transport.link import dial
     from fedsys.transport.security import Credentials

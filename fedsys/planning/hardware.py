@@ -26,7 +26,7 @@ from torch import fx
 
 from fedsys.config import ClientConfig, Config
 from fedsys.planning.costs import MachineClass, MachineCosts, Messaging
-from fedsys.dialling import link_of, network_of
+from fedsys.offload.dialling import link_of, network_of
 from fedsys.errors import ConfigError, did_you_mean
 from fedsys.identity import package_version
 from fedsys.models.layered import LayeredModel

@@ -35,7 +35,7 @@ from fedsys.training import plain as training
 from fedsys import models
 from fedsys.transport.codecs import decode_activation, encode_activation
 from fedsys.config import Config
-from fedsys.emulation import Workers, session_pace
+from fedsys.offload.emulation import Workers, session_pace
 from fedsys.errors import FrameError, LinkClosed, SessionError
 from fedsys.training.part import Part, filled_stages, safe_input
 from fedsys.models.layered import LayeredModel, layered
@@ -43,7 +43,7 @@ from fedsys.config import pruning
 from fedsys.training.penalty import Penalty
 from fedsys.randomness import Address, drawing, rows
 from fedsys.transport.security import new_token
-from fedsys.session_state import SessionSpec, Snapshot, State, natural
+from fedsys.offload.snapshot import SessionSpec, Snapshot, State, natural
 from fedsys.training.plain import pieces
 from fedsys.transport.wire import Frame
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from fedsys.edge_client import EdgeClient, Hooks
+from fedsys.offload.edge_client import EdgeClient, Hooks
 from fedsys.errors import (
     FedsysError,
     LinkError,
@@ -28,7 +28,7 @@ from fedsys.faults import AT_EDGE, Faults, from_json, to_json
 from fedsys.transport.link import Link, dial
 from fedsys.transport.patience import Patience
 from fedsys.transport.security import Credentials
-from fedsys.session import SessionSpec, Snapshot
+from fedsys.offload.session import SessionSpec, Snapshot
 from fedsys.transport.wire import Frame
 
 REDIAL_S = (0.0, 0.2, 0.5)
@@ -46,7 +46,7 @@ BEAT_S = 1.0
 ASKED = 2
 """How many times an edge whose heartbeat is late is asked over new links, until it is given up."""
 
-_log = logging.getLogger("fedsys.fleet")
+_log = logging.getLogger("fedsys.offload.fleet")
 
 
 @dataclass(frozen=True)

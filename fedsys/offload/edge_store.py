@@ -17,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from fedsys.errors import ConfigError, FedsysError, RunError
-from fedsys.session import SessionSpec, Snapshot
+from fedsys.offload.session import SessionSpec, Snapshot
 from fedsys.transport.wire import Frame
 
-_log = logging.getLogger("fedsys.edge")
+_log = logging.getLogger("fedsys.offload.edge")
 
 
 def keep(folder: Path, spec: SessionSpec, snapshot: Snapshot) -> Path:

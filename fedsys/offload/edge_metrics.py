@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import ThreadingWSGIServer
 
-from fedsys.edge import EdgeServer
+from fedsys.offload.edge import EdgeServer
 from fedsys.errors import ConfigError
 
 READ_S = 10.0

@@ -30,7 +30,7 @@ from fedsys.errors import (
 )
 from fedsys.transport.link import Link
 from fedsys.transport.patience import Patience
-from fedsys.session import natural
+from fedsys.offload.session import natural
 from fedsys.transport.wire import Frame, encode_parts
 
 ASKING_S = 20.0

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from fedsys.training import plain as training
 from fedsys.config import Config, edge_names
-from fedsys.edge import EdgeServer
+from fedsys.offload.edge import EdgeServer
 from fedsys.errors import ConfigError
 from fedsys.faults import Faults
-from fedsys.fleet import EdgeAddress, Fleet
+from fedsys.offload.fleet import EdgeAddress, Fleet
 from fedsys.transport.security import Credentials, new_token
 
 

@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from fedsys.edge_faults import EdgeFaults
-from fedsys.emulation import Workers
+from fedsys.offload.edge_faults import EdgeFaults
+from fedsys.offload.emulation import Workers
 from fedsys.errors import (
     FedsysError,
     FrameError,
@@ -35,7 +35,7 @@ from fedsys.errors import (
 from fedsys.identity import arithmetic
 from fedsys.transport.link import Link, Server, serve
 from fedsys.transport.security import Credentials, same_token
-from fedsys.session import Session, SessionSpec, Snapshot
+from fedsys.offload.session import Session, SessionSpec, Snapshot
 from fedsys.transport.wire import DEFAULT_LIMITS, Frame, Limits
 
 CONTROLLER = "server"

@@ -23,8 +23,8 @@ from fedsys.planning.costs import MachineCosts, crossings, frame_bytes
 from fedsys.errors import ConfigError
 from fedsys.planning.hardware import Hardware, hardware
 from fedsys.models.layered import LayeredModel
-from fedsys.processors import Processors
-from fedsys.session_state import SessionSpec
+from fedsys.offload.processors import Processors
+from fedsys.offload.snapshot import SessionSpec
 
 LATE_S: Final = 2e-3
 """How far real work may be behind without being called late."""
