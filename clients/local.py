@@ -27,7 +27,7 @@ from fedsys.training.penalty import Penalty
 from fedsys.randomness import Address
 from fedsys.offload.remote import Traffic
 from fedsys.offload.session import layered_model, penalty_of
-from fedsys.tracing import Recorder, Sums
+from fedsys.runs.tracing import Recorder, Sums
 from fedsys.training.plain import pieces
 
 EVALUATION_BATCH = 500

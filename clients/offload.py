@@ -31,7 +31,7 @@ from fedsys.transport.link import Link
 from fedsys.randomness import Address
 from fedsys.offload.remote import EdgesLost, Moved, Remote
 from fedsys.offload.session import layered_model, penalty_of
-from fedsys.tracing import Recorder
+from fedsys.runs.tracing import Recorder
 from fedsys.training.plain import Score
 
 EVALUATION_BATCH = 500

@@ -26,7 +26,7 @@ from fedsys.training.part import Part, safe_input
 from fedsys.randomness import Address, drawing, rows
 from fedsys.offload.remote import Remote
 from fedsys.training.schedule import operations
-from fedsys.tracing import Recorder
+from fedsys.runs.tracing import Recorder
 from fedsys.training.plain import pieces
 from fedsys.transport.wire import Frame
 

@@ -18,7 +18,7 @@ from fedsys.offload.dialling import link_of
 from fedsys.models.layered import LayeredModel
 from fedsys.planning.planner import Plan, best_static, next_best, plan
 from fedsys.planning.options import PLANNED, PlanOptions, machines_of, run_workload
-from fedsys.progress import seconds_text
+from fedsys.runs.progress import seconds_text
 from fedsys.offload.session import layered_model
 from fedsys.planning.workload import Choice, Device, Menu, Workload
 

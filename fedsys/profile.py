@@ -35,7 +35,7 @@ from fedsys.models.layered import LayeredModel, layered, stages
 from fedsys.offload.processors import usable_cores
 from fedsys.profile_link import LinkCosts, measure_link, other_end, serve_for_ever
 from fedsys.randomness import Address, drawing
-from fedsys.run import RunFolder, default_path, write_atomic
+from fedsys.runs.folder import RunFolder, default_path, write_atomic
 from fedsys.transport.security import Credentials
 
 OPTIONS: Mapping[str, Any] = {"repeats": 15, "edge": None, "serve": None, "name": None}

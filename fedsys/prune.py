@@ -34,7 +34,7 @@ from fedsys.pruning.making import Made, make
 from fedsys.training.masks import Masks
 from fedsys.pruning.pictures import draw_all
 from fedsys.pruning.portfolio import Portfolio, Variant
-from fedsys.run import RunFolder, default_path
+from fedsys.runs.folder import RunFolder, default_path
 
 MODEL = "model.safetensors"
 MASKS = "masks.safetensors"

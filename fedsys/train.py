@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from fedsys import config as configuration
-from fedsys import resume, stages
+from fedsys.runs import resume
+from fedsys.runs import startup as stages
 from fedsys.config import Config
 from fedsys.config.pruning import check_rounds
-from fedsys.run import RunFolder, default_path
+from fedsys.runs.folder import RunFolder, default_path
 
 
 def job(tree: Any) -> Mapping[str, Any]:

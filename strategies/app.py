@@ -17,14 +17,17 @@ from fedsys import config as configuration
 from fedsys.transport import records
 from fedsys.training import federation
 from fedsys.training import plain as training
-from fedsys import data, plots, stages, trace_plots
+from fedsys.runs import plots
+from fedsys.runs import startup as stages
+from fedsys.runs import trace_plots
+from fedsys import data
 from fedsys.config import Config
 from fedsys.data import Images
 from fedsys.offload.opening import open_fleet
 from fedsys.training.federation import Federation
 from fedsys.offload.fleet import Fleet
-from fedsys.progress import Progress, choose
-from fedsys.run import default_path, state_sha256
+from fedsys.runs.progress import Progress, choose
+from fedsys.runs.folder import default_path, state_sha256
 from fedsys.runtime.edges import with_launched
 from fedsys.runtime.grids import attentive, before_exit
 from fedsys.runtime.relay import Relay

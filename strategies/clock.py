@@ -17,7 +17,7 @@ from typing import Any
 
 from fedsys.planning.virtual_clock import KINDS, iterations_of, predicted_iterations, virtual_round
 from fedsys.config import Config
-from fedsys.fleet_trace import FleetRound
+from fedsys.runs.virtual_trace import FleetRound
 from fedsys.planning.hardware import hardware
 from fedsys.models.layered import LayeredModel
 from fedsys.planning.options import run_workload

@@ -31,7 +31,7 @@ from fedsys.training.part import names_between
 from fedsys.models.layered import LayeredModel, fractions
 from fedsys.transport.security import new_token
 from fedsys.offload.session import SessionSpec, Snapshot, layered_model
-from fedsys.tracing import Event, unpack
+from fedsys.runs.tracing import Event, unpack
 from strategies.joining import halved, joined, with_pieces, without
 from strategies.policies import OBSERVATION, Assignment, Observation, OffloadPolicy, PolicyState
 from strategies.roster import Roster

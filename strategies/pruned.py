@@ -26,7 +26,7 @@ from torch import nn
 
 from fedsys.transport import records
 from fedsys import data
-from fedsys.checkpoint import StrategyState
+from fedsys.runs.checkpoint import StrategyState
 from fedsys.config import Config
 from fedsys.data import Dataset
 from fedsys.files import write_atomic
@@ -35,7 +35,7 @@ from fedsys.training.masks import Masks
 from fedsys.pruning.sparsify import gradual, left_alone, one_shot, sparsity_after
 from fedsys.pruning.structure import structure
 from fedsys.randomness import Address
-from fedsys.trees import Tree
+from fedsys.runs.trees import Tree
 
 MASKS = "masks"
 SCORE_BATCH = 128

@@ -8,7 +8,7 @@ from typing import Any
 
 from flwr.serverapp.strategy import Strategy
 
-from fedsys.tracing import Event
+from fedsys.runs.tracing import Event
 from strategies.offload import Offload
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from fedsys.transport import records
-from fedsys.checkpoint import Checkpoint, Checkpoints, StrategyState, layers_of
+from fedsys.runs.checkpoint import Checkpoint, Checkpoints, StrategyState, layers_of
 from fedsys.errors import RunError
 
 
@@ -108,7 +108,7 @@ def test_if_none_is_good_that_is_an_error(held):
 
 
 def test_a_checkpoint_of_a_later_format_is_refused(held, monkeypatch):
-    monkeypatch.setattr("fedsys.checkpoint.FORMAT", 2)
+    monkeypatch.setattr("fedsys.runs.checkpoint.FORMAT", 2)
     held.write(checkpoint(1))
     monkeypatch.undo()
     with pytest.raises(RunError, match="has format 2; this version reads 1"):

@@ -11,7 +11,7 @@ from fedsys.planning.costs import Crossing, MachineCosts
 from fedsys.planning.hardware import hardware
 from fedsys.planning.planner import evaluate
 from fedsys.planning.options import run_workload
-from fedsys.run import RunFolder
+from fedsys.runs.folder import RunFolder
 from fedsys.runtime import run
 from fedsys.offload.session import layered_model
 from fedsys.transport.shaping import Network

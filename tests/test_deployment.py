@@ -18,7 +18,7 @@ import pytest
 
 from fedsys.config import Config
 from fedsys.errors import ConfigError, FedsysError, RuntimeFailure, SecurityError
-from fedsys.run import RunFolder
+from fedsys.runs.folder import RunFolder
 from fedsys.runtime import launch, run
 from fedsys.runtime.control import Control
 from fedsys.runtime.launch import Deployment, write_node_key

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedsys.run import RunFolder
+from fedsys.runs.folder import RunFolder
 from fedsys.runtime import run
 from fedsys.runtime.local import LocalGrid
 

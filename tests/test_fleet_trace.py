@@ -9,15 +9,16 @@ from collections import Counter
 import pytest
 from matplotlib.figure import Figure
 
-from fedsys import fleet_trace, trace_plots
+from fedsys.runs import virtual_trace as fleet_trace
+from fedsys.runs import trace_plots
 from fedsys.planning.virtual_clock import virtual_round
 from fedsys.planning.costs import Crossing, MachineCosts
-from fedsys.fleet_plots import MOST_BARS, MOST_DRAWN, idle_groups, idle_panel, lanes_of, lanes_panel
-from fedsys.fleet_trace import FleetRound, one_iteration, perfetto, workers
-from fedsys.run import RunFolder
+from fedsys.runs.virtual_plots import MOST_BARS, MOST_DRAWN, idle_groups, idle_panel, lanes_of, lanes_panel
+from fedsys.runs.virtual_trace import FleetRound, one_iteration, perfetto, workers
+from fedsys.runs.folder import RunFolder
 from fedsys.runtime import run
 from fedsys.transport.shaping import Network
-from fedsys.tracing import Event
+from fedsys.runs.tracing import Event
 from fedsys.planning.workload import Choice, Device, Workload
 
 DEVICE = MachineCosts("m", (1,), ((0.1, 0.2, 0.3),), ((0.2, 0.4, 0.6),), (0.01,) * 3, load_s=0.01)

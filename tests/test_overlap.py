@@ -13,7 +13,7 @@ import torch
 from clients import offload
 from clients.steps import Batches
 from fedsys.training import plain as training
-from fedsys import trace_plots
+from fedsys.runs import trace_plots
 from fedsys.config import parse, with_values
 from fedsys.randomness import piece_of
 from strategies.told import offload_in

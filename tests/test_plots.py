@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsys.errors import RunError
-from fedsys.plots import COLORS, curves_of, draw, draw_all, time_parts, time_unit
-from fedsys.run import RunFolder
+from fedsys.runs.plots import COLORS, curves_of, draw, draw_all, time_parts, time_unit
+from fedsys.runs.folder import RunFolder
 
 ALL = [
     "accuracy_by_round.png",
@@ -104,14 +104,14 @@ def test_a_picture_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> 
 
 
 def test_importing_the_module_imports_neither_matplotlib_nor_torch() -> None:
-    code = "import sys, fedsys.plots; assert not {'matplotlib', 'torch'} & set(sys.modules)"
+    code = "import sys, fedsys.runs.plots; assert not {'matplotlib', 'torch'} & set(sys.modules)"
     root = Path(__file__).resolve().parents[1]
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
 
 
 def test_drawing_does_not_import_pyplot(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from fedsys.plots import draw; "
+        "import sys; from pathlib import Path; from fedsys.runs.plots import draw; "
         f"draw(Path({str(tmp_path / 'x.png')!r}), lambda axes: axes.plot([1], [1])); "
         "assert 'matplotlib.pyplot' not in sys.modules"
     )

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsys.progress import (
+from fedsys.runs.progress import (
     LineProgress,
     Progress,
     RichProgress,
@@ -299,7 +299,7 @@ def test_an_error_gives_the_cursor_back() -> None:
 def test_ctrl_c_gives_the_cursor_back() -> None:
     code = (
         "import sys, signal\n"
-        "from fedsys.progress import choose\n"
+        "from fedsys.runs.progress import choose\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "try:\n"
         "    with choose(json=True) as progress:\n"
@@ -326,5 +326,5 @@ def test_ctrl_c_gives_the_cursor_back() -> None:
 
 
 def test_importing_the_module_imports_no_display_library() -> None:
-    code = "import sys, fedsys.progress; assert not {'rich', 'torch'} & set(sys.modules)"
+    code = "import sys, fedsys.runs.progress; assert not {'rich', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

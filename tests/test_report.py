@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsys.checkpoint import Checkpoints
+from fedsys.runs.checkpoint import Checkpoints
 from fedsys.main import main
-from fedsys.report.charts import Curve, heat_map, lines, number, stacked, ticks
-from fedsys.report.page import page
-from fedsys.report.runs import differences, load, named
-from fedsys.run import RunFolder
+from fedsys.runs.report.charts import Curve, heat_map, lines, number, stacked, ticks
+from fedsys.runs.report.page import page
+from fedsys.runs.report.loading import differences, load, named
+from fedsys.runs.folder import RunFolder
 
 NOW = datetime(2026, 11, 23, 14, 3)
 

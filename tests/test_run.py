@@ -26,7 +26,7 @@ from safetensors import safe_open
 
 from fedsys.errors import ConfigError, RunError
 from fedsys.identity import _little_endian
-from fedsys.run import (
+from fedsys.runs.folder import (
     RunFolder,
     default_path,
     environment,
@@ -34,7 +34,7 @@ from fedsys.run import (
     state_sha256,
     write_atomic,
 )
-from fedsys.scalars import from_cell, scalar_tag, to_cell
+from fedsys.runs.scalars import from_cell, scalar_tag, to_cell
 
 NOON = datetime(2026, 11, 23, 14, 3, 55)
 
@@ -651,7 +651,7 @@ def test_writing_scalars_imports_neither_torch_nor_tensorflow_nor_a_summary_writ
     tmp_path: Path,
 ) -> None:
     code = (
-        "import sys; from pathlib import Path; from fedsys.scalars import Scalars; "
+        "import sys; from pathlib import Path; from fedsys.runs.scalars import Scalars; "
         f"s = Scalars(Path({str(tmp_path)!r})); s.add(1, {{'loss': 1.0}}); s.close(); "
         "bad = {'torch', 'tensorflow', 'matplotlib', 'torchvision'} & set(sys.modules); "
         "assert not bad, bad"

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from fedsys.errors import FedsysError
-from fedsys.run import RunFolder
+from fedsys.runs.folder import RunFolder
 from fedsys.runtime import run
 
 pytestmark = [

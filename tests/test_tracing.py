@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsys import trace_plots
-from fedsys.tracing import LANES, NAMES, Event, Recorder, pack, perfetto, unpack
+from fedsys.runs import trace_plots
+from fedsys.runs.tracing import LANES, NAMES, Event, Recorder, pack, perfetto, unpack
 
 events = st.builds(
     Event,

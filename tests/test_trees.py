@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from fedsys.transport import records
-from fedsys.trees import NotKeepable, array_sha256, decode, encode, keepable
+from fedsys.runs.trees import NotKeepable, array_sha256, decode, encode, keepable
 
 PLAIN = (
     st.none()

@@ -25,7 +25,7 @@ import yaml
 
 from fedsys import config as configuration
 from fedsys.errors import ConfigError
-from fedsys.run import RunFolder, default_path, write_atomic
+from fedsys.runs.folder import RunFolder, default_path, write_atomic
 
 _ROOM = 90  # characters that fit below a picture side by side
 _KINDS = (
@@ -164,7 +164,7 @@ def _cell(value: object) -> str:
 
 def draw(chart: Chart, path: Path) -> Path:
     """Draw a chart in the style of all pictures and return its path."""
-    from fedsys import plots
+    from fedsys.runs import plots
 
     def paint(axes: Any) -> None:
         places = range(len(chart.labels))

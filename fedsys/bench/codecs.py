@@ -30,7 +30,7 @@ from fedsys.config import Config, parse, with_values
 from fedsys.training.part import safe_input
 from fedsys.models.layered import layered, split
 from fedsys.randomness import Address, drawing
-from fedsys.run import RunFolder
+from fedsys.runs.folder import RunFolder
 
 
 def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -52,7 +52,7 @@ from fedsys.pruning.scores import random
 from fedsys.pruning.shrink import shrink
 from fedsys.pruning.sparsify import one_shot, prune
 from fedsys.randomness import Address
-from fedsys.run import RunFolder
+from fedsys.runs.folder import RunFolder
 
 RUNS = 30
 """Timed runs of each model in a comparison."""

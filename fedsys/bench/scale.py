@@ -21,7 +21,7 @@ from fedsys import config as configuration
 from fedsys.bench import Chart
 from fedsys.config import Config
 from fedsys.errors import ConfigError, RuntimeFailure
-from fedsys.run import RunFolder
+from fedsys.runs.folder import RunFolder
 
 LOOK_S = 1.0
 """Seconds between two looks at the memory."""

@@ -19,7 +19,7 @@ from typing import Any
 from fedsys.bench import Chart
 from fedsys.config import Config
 from fedsys.errors import RuntimeFailure
-from fedsys.run import RunFolder
+from fedsys.runs.folder import RunFolder
 
 
 def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:

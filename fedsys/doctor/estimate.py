@@ -10,7 +10,7 @@ from fedsys.config import Config
 from fedsys.doctor.checks import Check
 from fedsys.errors import FedsysError
 from fedsys.offload.processors import usable_cores
-from fedsys.progress import seconds_text
+from fedsys.runs.progress import seconds_text
 
 BENCHMARK_S = 1.0
 

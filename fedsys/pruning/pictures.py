@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedsys.plots import COLORS, draw
+from fedsys.runs.plots import COLORS, draw
 from fedsys.pruning.portfolio import Portfolio, Variant
 
 _LAYERS = 40

@@ -29,10 +29,10 @@ import httpx
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedsys import stages
+from fedsys.runs import startup as stages
 from fedsys.config import Config
 from fedsys.errors import ConfigError, RuntimeFailure
-from fedsys.progress import Progress
+from fedsys.runs.progress import Progress
 from fedsys.runtime.control import Address, Control
 from fedsys.runtime.edges import EdgeProcesses, credentials_of_device
 from fedsys.runtime.processes import Processes, free_ports, is_free

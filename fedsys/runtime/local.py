@@ -22,7 +22,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedsys.transport import records
-from fedsys import stages
+from fedsys.runs import startup as stages
 from fedsys.config import Config
 from fedsys.runtime.apps import load_apps
 

@@ -13,9 +13,10 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self, TextIO
 
-from fedsys import errors, stages
+from fedsys.runs import startup as stages
+from fedsys import errors
 from fedsys.errors import FedsysError, RuntimeFailure
-from fedsys.progress import Progress, Row
+from fedsys.runs.progress import Progress, Row
 
 PREFIX = "fedsys> "
 """Begins each line of a relay, among all that Flower logs."""

@@ -36,7 +36,7 @@ from flwr.proto.task_pb2 import Task
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
-from fedsys import stages
+from fedsys.runs import startup as stages
 from fedsys.config import Config
 from fedsys.errors import RuntimeFailure
 from fedsys.runtime.apps import load_apps, load_client

@@ -12,7 +12,7 @@ from fedsys.transport.codecs import CODECS
 from fedsys.config import compose_text, parse
 from fedsys.errors import ConfigError, ModelError
 from fedsys.models.layered import layered
-from fedsys.trees import keepable
+from fedsys.runs.trees import keepable
 from strategies.policies import Assignment, Fixed, Observation, build_policy, codecs_of
 
 EDGES = 3

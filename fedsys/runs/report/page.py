@@ -8,12 +8,12 @@ from datetime import datetime
 from html import escape
 from typing import Any
 
-from fedsys.plots import curves_of, time_parts
-from fedsys.progress import seconds_text
-from fedsys.report import charts
-from fedsys.report.charts import COLORS, Curve
-from fedsys.report.runs import Run, differences
-from fedsys.report.style import CSS
+from fedsys.runs.plots import curves_of, time_parts
+from fedsys.runs.progress import seconds_text
+from fedsys.runs.report import charts
+from fedsys.runs.report.charts import COLORS, Curve
+from fedsys.runs.report.loading import Run, differences
+from fedsys.runs.report.style import CSS
 
 _NAMES = {"val": "validation", "train": "training", "clients_eval": "clients' own examples"}
 _TOLD = ("accuracy", "loss", "val_accuracy", "val_loss", "rounds", "seconds", "model_sha256")

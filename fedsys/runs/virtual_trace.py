@@ -1,6 +1,6 @@
 """A round of the modelled fleet as a trace for Perfetto, and which part of it is worth a picture.
 
-The events are those that the virtual clock played (`fedsys.planning.timeline`). `fedsys.tracing` has the
+The events are those that the virtual clock played (`fedsys.planning.timeline`). `fedsys.runs.tracing` has the
 other trace, of what was measured.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 
 from fedsys.planning.virtual_clock import VirtualRound
 from fedsys.planning.timeline import Event
-from fedsys.tracing import span_of
+from fedsys.runs.tracing import span_of
 
 MOST_DEVICES: Final = 40
 """Devices that a trace shows, the slowest ones."""

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsys.files import write_atomic, writing
-from fedsys.progress import seconds_text
+from fedsys.runs.progress import seconds_text
 
 if TYPE_CHECKING:
-    from fedsys.run import RunFolder
+    from fedsys.runs.folder import RunFolder
 
 Rows = Sequence[Mapping[str, float | str]]
 Points = tuple[list[float], list[float]]

@@ -33,7 +33,7 @@ from flwr.app import ArrayRecord
 
 from fedsys.errors import RunError
 from fedsys.files import ELSEWHERE, replacing, write_atomic, writing
-from fedsys.trees import Arrays, NotKeepable, Tree, array_sha256, decode, encode, keepable
+from fedsys.runs.trees import Arrays, NotKeepable, Tree, array_sha256, decode, encode, keepable
 
 logger = logging.getLogger("fedsys")
 
@@ -142,7 +142,7 @@ class Checkpoint:
         arrays: The global model after that round.
         strategy: What `StrategyState.take` returned: server optimizers, state kept for clients.
         seconds: How long the run has taken until here, interruptions left out.
-        config_sha256: Digest of the configuration (`fedsys.resume.digest`).
+        config_sha256: Digest of the configuration (`fedsys.runs.resume.digest`).
     """
 
     round: int

@@ -9,7 +9,7 @@
     ├── events.jsonl        faults, lost clients, decisions; one JSON object per line
     ├── run.log             what the ``fedsys`` logger said
     ├── tensorboard/        the numbers of metrics.csv for TensorBoard
-    ├── plots/              pictures, drawn at the end (`fedsys.plots`)
+    ├── plots/              pictures, drawn at the end (`fedsys.runs.plots`)
     └── model.safetensors   the trained state, with its configuration
 
 A folder always says how far its run came: ``run.json`` claims the folder with the status
@@ -48,7 +48,7 @@ from fedsys.files import (
     writing,
 )
 from fedsys.identity import environment, state_sha256
-from fedsys.scalars import Scalars, from_cell, to_cell
+from fedsys.runs.scalars import Scalars, from_cell, to_cell
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from fedsys.plots import time_unit
-from fedsys.progress import seconds_text
+from fedsys.runs.plots import time_unit
+from fedsys.runs.progress import seconds_text
 
 WIDTH, HEIGHT = 460.0, 260.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 10.0, 12.0, 40.0

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any, Final
 
-from fedsys import plots
+from fedsys.runs import plots
 from fedsys.planning.virtual_clock import KINDS
-from fedsys.fleet_trace import ROLES, FleetRound, Shown, by_resource, one_iteration, workers
+from fedsys.runs.virtual_trace import ROLES, FleetRound, Shown, by_resource, one_iteration, workers
 from fedsys.planning.timeline import Event
 
 MOST_DRAWN: Final = 8

@@ -13,7 +13,7 @@ from typing import Any
 
 from fedsys.errors import RunError
 from fedsys.files import whole_lines
-from fedsys.run import RunFolder
+from fedsys.runs.folder import RunFolder
 
 Row = Mapping[str, float | str]
 
