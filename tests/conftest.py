@@ -162,7 +162,7 @@ def portfolio_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from torch import nn
 
     from fedsys.pruning import portfolio
-    from fedsys.pruning.shrink import shrink
+    from fedsys.pruning.dense.shrink import shrink
     from fedsys.randomness import seeded_default_generator
 
     with seeded_default_generator(7):

@@ -7,7 +7,7 @@ from torch import nn
 from fedsys.models.batchnorm import DeferredBatchNorm
 from fedsys.models.graph import trace
 from fedsys.models import convert_norm
-from fedsys.pruning.architecture import load, save
+from fedsys.pruning.dense.architecture import load, save
 from fedsys.randomness import Address, drawing, rows
 from fedsys.training.plain import pieces
 

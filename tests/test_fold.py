@@ -19,10 +19,10 @@ from torch import Tensor, fx, nn
 from fedsys.models.batchnorm import DeferredBatchNorm
 from fedsys.bench.prune_models import as_trained, built
 from fedsys.errors import ModelError
-from fedsys.pruning.architecture import load, save
+from fedsys.pruning.dense.architecture import load, save
 from fedsys.pruning.export import export_onnx
-from fedsys.pruning.fold import answering, check_folding, foldable
-from fedsys.pruning.plan import evaluation_graph, probes
+from fedsys.pruning.dense.fold import answering, check_folding, foldable
+from fedsys.pruning.dense.removal import evaluation_graph, probes
 from fedsys.pruning.portfolio import PARENT, About, Latency, Portfolio, Variant
 from fedsys.pruning.precision import halved
 

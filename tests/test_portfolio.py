@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from fedsys.errors import ConfigError, ModelError
 from fedsys.pruning.portfolio import MANIFEST, PARENT, About, Latency, Portfolio, Variant, run
 from fedsys.pruning.precision import halved, int8
-from fedsys.pruning.shrink import shrink
+from fedsys.pruning.dense.shrink import shrink
 from fedsys.randomness import seeded_default_generator
 
 ABOUT = About(

@@ -28,7 +28,7 @@ from fedsys.errors import ModelError
 from fedsys.main import main
 from fedsys.prune import fill
 from fedsys.pruning import candidates
-from fedsys.pruning.architecture import load
+from fedsys.pruning.dense.architecture import load
 from fedsys.pruning.levels import Level, recipes, refined, spread
 from fedsys.training.masks import Masks
 from fedsys.pruning.measuring import front, in_turns, latencies, peak_bytes
@@ -664,7 +664,7 @@ def test_latency_is_measured_for_every_batch_size_and_thread_count_and_threads_s
 
 def test_more_weights_take_more_memory(tmp_path: Path) -> None:
     from fedsys.pruning.portfolio import About
-    from fedsys.pruning.shrink import shrink
+    from fedsys.pruning.dense.shrink import shrink
 
     wide = nn.Sequential(nn.Flatten(), nn.Linear(12, 2_000), nn.ReLU(), nn.Linear(2_000, 2_000))
     models = {PARENT: wide, "small": nn.Sequential(nn.Flatten(), nn.Linear(12, 10))}

@@ -21,13 +21,13 @@ from fedsys.models.graph import trace
 from fedsys.models import build
 from fedsys.training.optimizers import make_optimizer
 from fedsys.config import pruning as settings
-from fedsys.pruning import architecture
+from fedsys.pruning.dense import architecture
 from fedsys.training.masks import Masks, held
 from fedsys.training.penalty import Penalty, channel_scales, norms_behind, output_layers
 from fedsys.pruning.rewinding import Ticket, levels
 from fedsys.pruning.scores import group_norm
 from fedsys.config.pruning import PruningConfig
-from fedsys.pruning.shrink import shrink
+from fedsys.pruning.dense.shrink import shrink
 from fedsys.pruning.sparsify import gradual, left_alone, one_shot
 from fedsys.randomness import Address
 from strategies.pruned import pruned_in

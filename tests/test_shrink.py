@@ -11,15 +11,15 @@ from torch import Tensor, fx, nn
 
 from fedsys.errors import ConfigError, ModelError
 from fedsys.models.vgg import vgg16
-from fedsys.pruning.architecture import ARCHITECTURE, WEIGHTS, build, describe, load, save
-from fedsys.pruning.channels import Coupling
-from fedsys.pruning.constants import Borders, read
+from fedsys.pruning.dense.architecture import ARCHITECTURE, WEIGHTS, build, describe, load, save
+from fedsys.pruning.dense.channels import Coupling
+from fedsys.pruning.dense.constants import Borders, read
 from fedsys.pruning.export import export_onnx
-from fedsys.pruning.ops import Kind
-from fedsys.pruning.plan import Plan, make_plan
-from fedsys.pruning.rebuild import rebuild
+from fedsys.pruning.dense.ops import Kind
+from fedsys.pruning.dense.removal import Plan, make_plan
+from fedsys.pruning.dense.rebuild import rebuild
 from fedsys.pruning.reference import reference_rule_parameters
-from fedsys.pruning.shrink import shrink
+from fedsys.pruning.dense.shrink import shrink
 from fedsys.randomness import seeded_default_generator
 
 T0: dict[str, object] = {"tuple": []}

@@ -21,7 +21,7 @@ from fedsys.training.masks import Masks
 from fedsys.training.penalty import channel_scales
 from fedsys.pruning.scores import coupled_layers, group_norm, magnitude_channel, per_cost
 from fedsys.config.pruning import COSTS, METHODS, PruningConfig
-from fedsys.pruning.shrink import shrink
+from fedsys.pruning.dense.shrink import shrink
 from fedsys.pruning.sparsify import gradual, one_shot, prune
 from fedsys.pruning.structure import channel_costs, structure
 

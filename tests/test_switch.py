@@ -19,7 +19,7 @@ from fedsys.errors import ConfigError, ModelError, RuntimeFailure
 from fedsys.pruning.portfolio import Portfolio
 from fedsys.pruning.switch import Loaded, Resident
 from fedsys.pruning.switch_control import Control
-from fedsys.pruning.switch_memory import free_memory, others_load, resident_bytes
+from fedsys.pruning.memory import free_memory, others_load, resident_bytes
 from fedsys.pruning.switch_policy import (
     How,
     Latency,

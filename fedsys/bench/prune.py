@@ -46,10 +46,10 @@ from fedsys.pruning.levels import Level, Recipe, recipes, refined, spread
 from fedsys.pruning.making import Made, make
 from fedsys.training.masks import Masks, last_layer
 from fedsys.pruning.measuring import in_turns, speedup
-from fedsys.pruning.plan import masked_copy
+from fedsys.pruning.dense.removal import masked_copy
 from fedsys.pruning.reference import reference_rule_parameters
 from fedsys.pruning.scores import random
-from fedsys.pruning.shrink import shrink
+from fedsys.pruning.dense.shrink import shrink
 from fedsys.pruning.sparsify import one_shot, prune
 from fedsys.randomness import Address
 from fedsys.runs.folder import RunFolder

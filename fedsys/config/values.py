@@ -282,8 +282,8 @@ class PruneConfig:
         trained: Folders of runs that trained its variants further; each gives a candidate, too.
         round_to: Multiple that numbers of channels are rounded up to, in a second candidate of
             each level.
-        borders: ``carrier`` or ``map``: see `fedsys.pruning.constants.Borders`.
-        coupling: ``group`` or ``scatter``: see `fedsys.pruning.channels.Coupling`.
+        borders: ``carrier`` or ``map``: see `fedsys.pruning.dense.constants.Borders`.
+        coupling: ``group`` or ``scatter``: see `fedsys.pruning.dense.channels.Coupling`.
         precisions: Types of further variants: bfloat16, float16, int8.
         recalibrate: Training images on which BatchNorm takes its statistics anew in variants that
             were not trained under their mask; 0 for none.

@@ -17,17 +17,17 @@ from fedsys import data
 from fedsys.config import PruneConfig
 from fedsys.data import Dataset
 from fedsys.errors import ModelError
-from fedsys.pruning.architecture import load as load_dense
-from fedsys.pruning.architecture import save as save_dense
-from fedsys.pruning.channels import Coupling
-from fedsys.pruning.constants import Borders
-from fedsys.pruning.fold import answering, check_folding, foldable
+from fedsys.pruning.dense.architecture import load as load_dense
+from fedsys.pruning.dense.architecture import save as save_dense
+from fedsys.pruning.dense.channels import Coupling
+from fedsys.pruning.dense.constants import Borders
+from fedsys.pruning.dense.fold import answering, check_folding, foldable
 from fedsys.pruning.levels import Level, spread
 from fedsys.pruning.measuring import macs
-from fedsys.pruning.plan import Plan, evaluation_graph, masked_copy, probes
+from fedsys.pruning.dense.removal import Plan, evaluation_graph, masked_copy, probes
 from fedsys.pruning.portfolio import PARENT, Content, Variant
 from fedsys.pruning.precision import HALVES, OnnxModule, halved, int8
-from fedsys.pruning.shrink import Shrunk, compared, count_parameters, shrink, tolerance_of
+from fedsys.pruning.dense.shrink import Shrunk, compared, count_parameters, shrink, tolerance_of
 
 CALIBRATION = 512
 """Training images on which the scales of int8 are found."""
@@ -66,7 +66,7 @@ def parent_candidate(
 
     Raises:
         ModelError: It does not trace, run on such an input or return one tensor, or folding
-            changes its outputs (`fedsys.pruning.fold.check_folding`) or answers.
+            changes its outputs (`fedsys.pruning.dense.fold.check_folding`) or answers.
     """
     graph = evaluation_graph(masked_copy(model, None)).float()
     try:
@@ -113,7 +113,7 @@ def convert(
             masked model too; None leaves it at the probes.
 
     Raises:
-        ModelError: As `fedsys.pruning.shrink.shrink` and `fedsys.pruning.fold.check_folding`, or
+        ModelError: As `fedsys.pruning.dense.shrink.shrink` and `fedsys.pruning.dense.fold.check_folding`, or
             outputs or answers for an image differ.
     """
     small = shrink(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsys.errors import ModelError
-from fedsys.pruning.plan import probes
+from fedsys.pruning.dense.removal import probes
 
 TOLERANCE = 1e-5
 """Largest difference to ONNX Runtime's outputs that passes, times max(1, largest output)."""

@@ -27,7 +27,7 @@ from fedsys.errors import ConfigError, FedsysError, ModelError
 from fedsys.pruning.candidates import Candidate, convert, lower, lowered_name, parent_candidate
 from fedsys.pruning.levels import EVAL_BATCH, Level, Recipe, refined, spread
 from fedsys.pruning.measuring import front, latencies, machine, peak_bytes
-from fedsys.pruning.plan import Plan
+from fedsys.pruning.dense.removal import Plan
 from fedsys.pruning.portfolio import About, Latency, Portfolio, Variant
 
 Say = Callable[[str], None]

@@ -3,7 +3,7 @@
 ::
 
     manifest.json     what all have in common, and every variant's figures and checksums
-    variants/NAME/    weights.safetensors and architecture.json (`fedsys.pruning.architecture`),
+    variants/NAME/    weights.safetensors and architecture.json (`fedsys.pruning.dense.architecture`),
                       or model.onnx for a variant of int8
 
 `Portfolio.load` checks every file against the manifest before anything is used, so a damaged one
@@ -30,9 +30,9 @@ from torch import Tensor, fx, nn
 
 from fedsys.errors import ConfigError, ModelError, did_you_mean
 from fedsys.files import json_text, write_atomic, writing
-from fedsys.pruning import architecture
-from fedsys.pruning.fold import answering
-from fedsys.pruning.switch_memory import discard
+from fedsys.pruning.dense import architecture
+from fedsys.pruning.dense.fold import answering
+from fedsys.pruning.memory import discard
 
 FORMAT = "fedsys-portfolio-1"
 MANIFEST = "manifest.json"
@@ -200,8 +200,8 @@ class Portfolio:
     def module(self, name: str) -> nn.Module:
         """Read a variant: a module in evaluation mode from float32 images to float32 outputs.
 
-        It has the form in which it answers (`fedsys.pruning.fold`). To train it, read its folder by
-        `fedsys.pruning.architecture.load`.
+        It has the form in which it answers (`fedsys.pruning.dense.fold`). To train it, read its folder by
+        `fedsys.pruning.dense.architecture.load`.
 
         Raises:
             ConfigError: There is no such variant.

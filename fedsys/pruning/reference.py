@@ -15,10 +15,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fedsys.pruning.channels import Coupling, settle
-from fedsys.pruning.constants import Borders, Reading, read
-from fedsys.pruning.ops import Kind, Op
-from fedsys.pruning.plan import evaluation_graph, masked_copy, probes
+from fedsys.pruning.dense.channels import Coupling, settle
+from fedsys.pruning.dense.constants import Borders, Reading, read
+from fedsys.pruning.dense.ops import Kind, Op
+from fedsys.pruning.dense.removal import evaluation_graph, masked_copy, probes
 
 
 def reference_rule_parameters(
@@ -30,9 +30,9 @@ def reference_rule_parameters(
     """Count the parameters that the public rule leaves.
 
     Args:
-        model: A masked model, as for `fedsys.pruning.shrink.shrink`.
+        model: A masked model, as for `fedsys.pruning.dense.shrink.shrink`.
         example: A batch of inputs, or the shape of one input without the batch.
-        masks: As for `fedsys.pruning.shrink.shrink`.
+        masks: As for `fedsys.pruning.dense.shrink.shrink`.
 
     Returns:
         The number of parameters, with those of BatchNorm: the public code folds them into the

@@ -20,9 +20,9 @@ from torch import fx, nn
 from fedsys.errors import ConfigError, did_you_mean
 from fedsys.models.graph import trace, trace_evaluation
 from fedsys.models.measure import measure
-from fedsys.pruning.ops import Kind, Op, describe
+from fedsys.pruning.dense.ops import Kind, Op, describe
 from fedsys.training.penalty import channel_scales
-from fedsys.pruning.plan import masked_copy
+from fedsys.pruning.dense.removal import masked_copy
 from fedsys.pruning.scores import coupled_layers
 from fedsys.config.pruning import CHANNEL_METHODS, PruningConfig
 

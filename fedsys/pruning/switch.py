@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsys.errors import ConfigError, RuntimeFailure
-from fedsys.pruning.switch_memory import dismantle, trim
+from fedsys.pruning.memory import dismantle, trim
 from fedsys.pruning.switch_pointer import Active, Pointer, Run, leased
 
 Load = Callable[[str], nn.Module]

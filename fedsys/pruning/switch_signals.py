@@ -12,7 +12,7 @@ from typing import final
 
 import psutil
 
-from fedsys.pruning.switch_memory import free_memory, others_load
+from fedsys.pruning.memory import free_memory, others_load
 from fedsys.pruning.switch_policy import Profile, Signals, latency_at
 
 WINDOW_S = 2.0

@@ -1,6 +1,6 @@
 """A dense variant of a portfolio as a model that can be trained (``model=variant``).
 
-Its architecture and weights are data (`fedsys.pruning.architecture`), so it is fine-tuned,
+Its architecture and weights are data (`fedsys.pruning.dense.architecture`), so it is fine-tuned,
 re-calibrated or pruned once more like any other model, also by federated and split training.
 """
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fedsys.errors import ConfigError, ModelError
-from fedsys.pruning import architecture
+from fedsys.pruning.dense import architecture
 
 
 def variant(input_shape: tuple[int, int, int], num_classes: int, *, path: str | None) -> nn.Module:

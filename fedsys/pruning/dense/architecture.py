@@ -2,7 +2,7 @@
 
 A folder holds ``weights.safetensors`` and ``architecture.json``. The JSON names operations with
 their arguments, layers by class and constructor arguments, and the checksum of the weights. Only
-words of `fedsys.pruning.vocabulary` can be used, so a file from an untrusted source can at most
+words of `fedsys.pruning.dense.vocabulary` can be used, so a file from an untrusted source can at most
 describe a strange model.
 """
 
@@ -25,7 +25,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, fx, nn
 
 from fedsys.errors import ModelError
-from fedsys.pruning.vocabulary import DTYPES, FUNCTION_NAMES, FUNCTIONS, LAYERS, METHODS
+from fedsys.pruning.dense.vocabulary import DTYPES, FUNCTION_NAMES, FUNCTIONS, LAYERS, METHODS
 
 WEIGHTS = "weights.safetensors"
 ARCHITECTURE = "architecture.json"
@@ -125,7 +125,7 @@ def save(model: fx.GraphModule, folder: str | os.PathLike[str]) -> Path:
     """Write `model` to `folder`, which is made if need be; return it.
 
     Args:
-        model: A dense model, as `fedsys.pruning.shrink` returns it.
+        model: A dense model, as `fedsys.pruning.dense.shrink` returns it.
         folder: Gets `ARCHITECTURE` and `WEIGHTS`.
 
     Raises:

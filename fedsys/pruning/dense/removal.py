@@ -10,11 +10,11 @@ from torch import Tensor, fx, nn
 
 from fedsys.errors import ConfigError, ModelError
 from fedsys.models.graph import trace_evaluation
-from fedsys.pruning.channels import Coupling, Needs, keep, needs
-from fedsys.pruning.cloning import clone_model
-from fedsys.pruning.constants import Borders, Reading, read
-from fedsys.pruning.ops import Kind
-from fedsys.pruning.rebuild import rebuild
+from fedsys.pruning.dense.channels import Coupling, Needs, keep, needs
+from fedsys.pruning.dense.cloning import clone_model
+from fedsys.pruning.dense.constants import Borders, Reading, read
+from fedsys.pruning.dense.ops import Kind
+from fedsys.pruning.dense.rebuild import rebuild
 from fedsys.randomness import Address
 
 _MUTE = (

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedsys.pruning.ops import Kind, Op
+from fedsys.pruning.dense.ops import Kind, Op
 
 CLOSING = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.ELU)
 """Activations that never fall, and are flat at an end."""

@@ -3,7 +3,7 @@
 One pass over the traced graph, in evaluation and float64, on a few probe inputs. Whether a channel
 is constant is decided from the structure alone: all weights on channels that vary are exactly
 zero, and so on through BatchNorm, activations, pooling, sums, products, concatenation and
-flattening; or an activation is flat wherever its input can be (`fedsys.pruning.bounds`). What it is
+flattening; or an activation is flat wherever its input can be (`fedsys.pruning.dense.bounds`). What it is
 constant at is then read off the computation itself, so every operation
 gives its constants exactly, however it works.
 
@@ -29,9 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fedsys.pruning.bounds import Bounds, bounds_of
-from fedsys.pruning.cloning import InFloat64
-from fedsys.pruning.ops import Kind, Op, describe, outputs_reading
+from fedsys.pruning.dense.bounds import Bounds, bounds_of
+from fedsys.pruning.dense.cloning import InFloat64
+from fedsys.pruning.dense.ops import Kind, Op, describe, outputs_reading
 
 
 class Borders(Enum):

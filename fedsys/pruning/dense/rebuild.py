@@ -19,10 +19,10 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedsys.pruning.channels import Needs
-from fedsys.pruning.cloning import clone, copied
-from fedsys.pruning.constants import Borders, Reading
-from fedsys.pruning.ops import Conv, Kind, Op
+from fedsys.pruning.dense.channels import Needs
+from fedsys.pruning.dense.cloning import clone, copied
+from fedsys.pruning.dense.constants import Borders, Reading
+from fedsys.pruning.dense.ops import Conv, Kind, Op
 
 
 def rebuild(reading: Reading, need: Needs, kept: Mapping[str, Tensor]) -> fx.GraphModule:

@@ -11,13 +11,13 @@ conversion is exact and complete, on the traced graph of any model::
     small.model(images)         # a plain torch.fx.GraphModule of dense torch.nn layers
     save(small.model, folder)   # safetensors and JSON; load(folder) gives the same bits
 
-`fedsys.pruning.constants` finds constants, `fedsys.pruning.channels` what must stay,
-`fedsys.pruning.rebuild` makes the model, `fedsys.pruning.architecture` saves it. Nothing removable
+`fedsys.pruning.dense.constants` finds constants, `fedsys.pruning.dense.channels` what must stay,
+`fedsys.pruning.dense.rebuild` makes the model, `fedsys.pruning.dense.architecture` saves it. Nothing removable
 is left: with ``borders=Borders.MAP, coupling=Coupling.SCATTER`` exactly those channels stay that
 vary with the input and that an output depends on. The defaults trade a few of them for speed: one
 carrier channel in front of a padded convolution instead of a constant map, and equal channels in
 all operands of a sum instead of an index. A ReLU counts as constant if bounds of each of its inputs
-keep it closed (`fedsys.pruning.bounds`); that several inputs together never open it is not found.
+keep it closed (`fedsys.pruning.dense.bounds`); that several inputs together never open it is not found.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from fedsys.errors import ModelError
-from fedsys.pruning.channels import Coupling
-from fedsys.pruning.cloning import InFloat64
-from fedsys.pruning.constants import Borders
-from fedsys.pruning.ops import Kind, Op
-from fedsys.pruning.plan import Plan, evaluation_graph, masked_copy, plan_graph, probes
+from fedsys.pruning.dense.channels import Coupling
+from fedsys.pruning.dense.cloning import InFloat64
+from fedsys.pruning.dense.constants import Borders
+from fedsys.pruning.dense.ops import Kind, Op
+from fedsys.pruning.dense.removal import Plan, evaluation_graph, masked_copy, plan_graph, probes
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 """Largest difference between outputs that passes, times max(1, largest output) of the example."""

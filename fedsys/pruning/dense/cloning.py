@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fedsys.models.assemble import copy_modules
-from fedsys.pruning.vocabulary import LAYERS
+from fedsys.pruning.dense.vocabulary import LAYERS
 
 _PLAIN = frozenset(LAYERS.values())
 _REGISTRY = (dict, set)

@@ -7,7 +7,7 @@ Backwards through the graph, from the outputs:
   a live output of a layer has, by definition, an input that varies, which is live in turn.
 * a channel is *held* if it is constant but its value must be there: as an operand of a sum whose
   other operand is live, as an output of the model, or as a carrier in front of a convolution with
-  zero padding (see `fedsys.pruning.constants`). The filter of a held channel is zero, its bias is
+  zero padding (see `fedsys.pruning.dense.constants`). The filter of a held channel is zero, its bias is
   the constant.
 * a channel is *tied* if it stays only because tensors must fit each other: operands of a sum have
   equal channels, the groups of a grouped convolution equal sizes. It computes zero. With
@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from fedsys.errors import ModelError
-from fedsys.pruning.constants import Borders, Fixed, Reading, dead_layers
-from fedsys.pruning.ops import Kind, Op, inputs_read_by
+from fedsys.pruning.dense.constants import Borders, Fixed, Reading, dead_layers
+from fedsys.pruning.dense.ops import Kind, Op, inputs_read_by
 
 
 class Coupling(Enum):

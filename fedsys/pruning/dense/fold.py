@@ -9,7 +9,7 @@ CVPR 2018, section 3.2)::
 and one pass over the outputs is saved. And the code that torch.fx generates looks each layer up by
 its path, in as many steps as the path is long, every time; names of one step save the rest.
 
-Both are done when a model is read to answer, not in the files (`fedsys.pruning.architecture`):
+Both are done when a model is read to answer, not in the files (`fedsys.pruning.dense.architecture`):
 there BatchNorm and names stay, so that a variant can be trained, re-calibrated and pruned like the
 model that it came from. New weights are computed in float64 by operations that IEEE 754 rounds in
 one way only, so the same files give the same bits everywhere.
@@ -29,9 +29,9 @@ from torch import Tensor, fx, nn
 from fedsys.models.batchnorm import DeferredBatchNorm
 from fedsys.errors import ModelError
 from fedsys.models.measure import Measured, measure
-from fedsys.pruning.cloning import clone
-from fedsys.pruning.plan import probes
-from fedsys.pruning.shrink import compared, tolerance_of
+from fedsys.pruning.dense.cloning import clone
+from fedsys.pruning.dense.removal import probes
+from fedsys.pruning.dense.shrink import compared, tolerance_of
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
@@ -108,7 +108,7 @@ def check_folding(
         The largest differences in the model's own type and, folded once more, in float64.
 
     Raises:
-        ModelError: One exceeds the tolerance of its type (`fedsys.pruning.shrink.TOLERANCE`) times
+        ModelError: One exceeds the tolerance of its type (`fedsys.pruning.dense.shrink.TOLERANCE`) times
             max(1, largest output) of the example.
     """
     inputs = probes(input_shape)

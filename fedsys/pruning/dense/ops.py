@@ -1,7 +1,7 @@
 """What each operation of a traced model does to channels.
 
 A *channel* is an index along dimension 1 of a tensor whose dimension 0 is the batch: a feature map
-of a convolution, a feature of a linear layer. The whole conversion of `fedsys.pruning.shrink`
+of a convolution, a feature of a linear layer. The whole conversion of `fedsys.pruning.dense.shrink`
 rests on a dozen kinds of operations:
 
 ========  =========================================  ===============================================
