@@ -10,8 +10,8 @@ from fedsys.bench.switch_portfolio import make_portfolio
 from fedsys.bench.switch_trace import arrivals, front, make_trace, play
 from fedsys.main import main
 from fedsys.pruning.portfolio import Portfolio
-from fedsys.pruning.switch import Loaded
-from fedsys.pruning.switch_policy import profile_of
+from fedsys.serving.switch.switcher import Loaded
+from fedsys.serving.switch.policy import profile_of
 from fedsys.serving.batching import Batcher, Limits
 from fedsys.config.serving import ObjectiveConfig, ServingConfig
 

@@ -17,10 +17,10 @@ from torch.fx import graph_module
 from fedsys import models
 from fedsys.errors import ConfigError, ModelError, RuntimeFailure
 from fedsys.pruning.portfolio import Portfolio
-from fedsys.pruning.switch import Loaded, Resident
-from fedsys.pruning.switch_control import Control
+from fedsys.serving.switch.switcher import Loaded, Resident
+from fedsys.serving.switch.control import Control
 from fedsys.pruning.memory import free_memory, others_load, resident_bytes
-from fedsys.pruning.switch_policy import (
+from fedsys.serving.switch.policy import (
     How,
     Latency,
     Objective,
@@ -29,9 +29,9 @@ from fedsys.pruning.switch_policy import (
     latency_at,
     profile_of,
 )
-from fedsys.pruning.switch_relief import Backlog
-from fedsys.pruning.switch_signals import Meter
-from fedsys.pruning.switch_slimmable import slimmable
+from fedsys.serving.switch.relief import Backlog
+from fedsys.serving.switch.signals import Meter
+from fedsys.serving.switch.slimmable import slimmable
 from fedsys.config.serving import ServingConfig
 from fedsys.serving.portfolio import PortfolioEngine
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fedsys.errors import ModelError
 from fedsys.pruning import portfolio
-from fedsys.pruning.switch_policy import (
+from fedsys.serving.switch.policy import (
     How,
     Latency,
     Objective,

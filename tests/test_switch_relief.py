@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsys.pruning.switch_policy import (
+from fedsys.serving.switch.policy import (
     Latency,
     Objective,
     Profile,
@@ -14,7 +14,7 @@ from fedsys.pruning.switch_policy import (
     decide,
     predict_ms,
 )
-from fedsys.pruning.switch_relief import Backlog, relieve, standbys, tails_of
+from fedsys.serving.switch.relief import Backlog, relieve, standbys, tails_of
 
 MB = 1_000_000
 

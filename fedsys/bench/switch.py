@@ -29,7 +29,7 @@ from fedsys.bench.switch_trace import TRACES, Played, Segment, make_trace, play
 from fedsys.config import Config
 from fedsys.errors import ConfigError
 from fedsys.pruning.portfolio import Portfolio
-from fedsys.pruning.switch_policy import profile_of
+from fedsys.serving.switch.policy import profile_of
 from fedsys.serving.app import SWITCH_S
 from fedsys.config.serving import ServingConfig
 

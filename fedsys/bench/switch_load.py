@@ -27,9 +27,9 @@ from fedsys.errors import RequestError, RuntimeFailure
 from fedsys.pruning.dense import architecture
 from fedsys.pruning.measuring import quantile
 from fedsys.pruning.portfolio import VARIANTS, Portfolio
-from fedsys.pruning.switch import Cost, Loaded, Resident, Switcher
+from fedsys.serving.switch.switcher import Cost, Loaded, Resident, Switcher
 from fedsys.pruning.memory import resident_bytes
-from fedsys.pruning.switch_slimmable import slimmable
+from fedsys.serving.switch.slimmable import slimmable
 from fedsys.serving.app import SWITCH_S
 from fedsys.serving.batching import Batcher, Limits, Served
 from fedsys.serving.engine import CALM, Answer, Pressure

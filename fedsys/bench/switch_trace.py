@@ -49,7 +49,7 @@ from torch import Tensor
 from fedsys.errors import RequestError
 from fedsys.pruning.measuring import quantile
 from fedsys.pruning.portfolio import Portfolio
-from fedsys.pruning.switch_policy import Profile
+from fedsys.serving.switch.policy import Profile
 from fedsys.serving.batching import Batcher, Limits, Served
 from fedsys.config.serving import ServingConfig
 from fedsys.serving.portfolio import PortfolioEngine

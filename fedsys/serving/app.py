@@ -23,7 +23,7 @@ from fedsys import config as configuration
 from fedsys.config import Config
 from fedsys.errors import ConfigError
 from fedsys.pruning.portfolio import Portfolio
-from fedsys.pruning.switch_control import Record
+from fedsys.serving.switch.control import Record
 from fedsys.serving.http import Endpoint
 from fedsys.serving.portfolio import PortfolioEngine
 

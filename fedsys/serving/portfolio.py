@@ -14,11 +14,11 @@ from torch import Tensor
 
 from fedsys.errors import ModelError
 from fedsys.pruning.portfolio import Portfolio
-from fedsys.pruning.switch import Loaded, Resident, Switcher
-from fedsys.pruning.switch_control import Control, Record
-from fedsys.pruning.switch_policy import Objective, Signals, Standing, decide, profile_of
-from fedsys.pruning.switch_relief import Backlog
-from fedsys.pruning.switch_signals import Meter
+from fedsys.serving.switch.switcher import Loaded, Resident, Switcher
+from fedsys.serving.switch.control import Control, Record
+from fedsys.serving.switch.policy import Objective, Signals, Standing, decide, profile_of
+from fedsys.serving.switch.relief import Backlog
+from fedsys.serving.switch.signals import Meter
 from fedsys.serving.engine import CALM, Answer, Card, Pressure
 from fedsys.config.serving import ServingConfig
 

@@ -8,7 +8,7 @@ objective. The paper leaves the signals and the prediction open; here they are
 * waiting by the arrival rate: the exponential tail of an M/D/1 queue in heavy traffic
   (Kingman, "The single server queue in heavy traffic", 1961), the batch in work, and the queue that
   is there now;
-* what small variants in memory take over (`fedsys.pruning.switch_relief`): a variant that alone
+* what small variants in memory take over (`fedsys.serving.switch.relief`): a variant that alone
   could not do the load stays where both together can;
 * the transfer of one input over the link, if its rate is known.
 
@@ -199,7 +199,7 @@ def decide(
         variants: The portfolio, at least one variant.
         objective: What is asked for.
         tails: Share of the requests of each variant, by its name, that may take longer because
-            others help (`fedsys.pruning.switch_relief.tails_of`); `TAIL` where none is given.
+            others help (`fedsys.serving.switch.relief.tails_of`); `TAIL` where none is given.
         helper: Computes those; None for nobody.
 
     Returns:

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from fedsys.errors import ConfigError, first_line
-from fedsys.pruning.switch import Cost, Switcher
-from fedsys.pruning.switch_policy import (
+from fedsys.serving.switch.switcher import Cost, Switcher
+from fedsys.serving.switch.policy import (
     Decision,
     How,
     Objective,
@@ -31,7 +31,7 @@ from fedsys.pruning.switch_policy import (
     room_of,
     smallest,
 )
-from fedsys.pruning.switch_relief import Backlog, relieve, standbys, tails_of
+from fedsys.serving.switch.relief import Backlog, relieve, standbys, tails_of
 
 KEPT = 1000
 """Records of switches that are kept."""

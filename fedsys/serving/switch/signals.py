@@ -13,7 +13,7 @@ from typing import final
 import psutil
 
 from fedsys.pruning.memory import free_memory, others_load
-from fedsys.pruning.switch_policy import Profile, Signals, latency_at
+from fedsys.serving.switch.policy import Profile, Signals, latency_at
 
 WINDOW_S = 2.0
 """How far back the signals look, in seconds.

@@ -12,7 +12,7 @@ conditions change; its public code has no switcher. Here::
 `Loaded` does that, and where there is no room for two, stop-load-start: requests wait meanwhile.
 What it is told to keep beside stays in memory and answers without being loaded. `Resident` has all
 variants in memory, for comparison: the pointer changes and nothing else. A slimmable network
-(`fedsys.pruning.switch_slimmable`) is a `Resident` whose variants share weights.
+(`fedsys.serving.switch.slimmable`) is a `Resident` whose variants share weights.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from fedsys.errors import ConfigError, RuntimeFailure
 from fedsys.pruning.memory import dismantle, trim
-from fedsys.pruning.switch_pointer import Active, Pointer, Run, leased
+from fedsys.serving.switch.pointer import Active, Pointer, Run, leased
 
 Load = Callable[[str], nn.Module]
 """The module of a variant by its name, read anew at each call."""

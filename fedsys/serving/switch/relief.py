@@ -1,6 +1,6 @@
 """Which variant computes the next batch, of those in memory: a pure function, asked at each batch.
 
-`fedsys.pruning.switch_policy` says which variant the load of the last seconds calls for. But loads
+`fedsys.serving.switch.policy` says which variant the load of the last seconds calls for. But loads
 jump, and a switch takes the time of loading: what comes meanwhile would wait for a variant that is
 too slow. So small variants stay in memory (`standbys`), and each batch is computed by the most
 accurate variant there with which neither the batch nor what waits behind it will be late
@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedsys.pruning.switch_policy import (
+from fedsys.serving.switch.policy import (
     TAIL,
     Objective,
     Profile,
