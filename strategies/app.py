@@ -28,7 +28,7 @@ from fedsys.training.federation import Federation
 from fedsys.offload.fleet import Fleet
 from fedsys.runs.progress import Progress, choose
 from fedsys.runs.folder import default_path, state_sha256
-from fedsys.runtime.edges import with_launched
+from fedsys.runtime.edge_processes import with_launched
 from fedsys.runtime.grids import attentive, before_exit
 from fedsys.runtime.relay import Relay
 from fedsys.offload.session import layered_model

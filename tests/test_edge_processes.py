@@ -19,7 +19,7 @@ from fedsys.faults import Faults
 from fedsys.offload.fleet import EdgeAddress, Fleet
 from fedsys.transport.link import dial
 from fedsys.runtime import launch
-from fedsys.runtime.edges import EdgeProcesses, credentials_of_device
+from fedsys.runtime.edge_processes import EdgeProcesses, credentials_of_device
 from fedsys.runtime.processes import Processes
 from fedsys.transport.security import Authority, Credentials
 from fedsys.offload.session import Session, Snapshot

@@ -20,7 +20,7 @@ from fedsys.runs.progress import Progress, choose
 from fedsys.runs.folder import RunFolder, check_free
 from fedsys.runtime import bundle
 from fedsys.runtime.control import Address, Control
-from fedsys.runtime.edges import check_reachable
+from fedsys.runtime.edge_processes import check_reachable
 from fedsys.runtime.launch import Launched, launched
 from fedsys.runtime.relay import Replay
 

@@ -34,7 +34,7 @@ from fedsys.config import Config
 from fedsys.errors import ConfigError, RuntimeFailure
 from fedsys.runs.progress import Progress
 from fedsys.runtime.control import Address, Control
-from fedsys.runtime.edges import EdgeProcesses, credentials_of_device
+from fedsys.runtime.edge_processes import EdgeProcesses, credentials_of_device
 from fedsys.runtime.processes import Processes, free_ports, is_free
 from fedsys.transport.security import Authority
 
