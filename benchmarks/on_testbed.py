@@ -34,12 +34,12 @@ from typing import Any
 
 from fedsys import config as configuration
 from fedsys.training import federation
-from fedsys.bench.rounds import Watching, edge_process, watched_round
+from fedsys.commands.bench.rounds import Watching, edge_process, watched_round
 from fedsys.config import Config
 from fedsys.planning.costs import MachineCosts, Messaging
 from fedsys.planning.hardware import machine_costs
 from fedsys.planning.planner import evaluate
-from fedsys.profile import OPTIONS, profile
+from fedsys.commands.profile import OPTIONS, profile
 from fedsys.runtime.apps import load_apps
 from fedsys.runtime.local import play_local
 from fedsys.transport.security import Authority

@@ -57,25 +57,25 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {
-    "train": Command("fedsys.train", "job", "train a model by federated learning"),
+    "train": Command("fedsys.commands.train", "job", "train a model by federated learning"),
     "edge": Command(
-        "fedsys.edge_app",
+        "fedsys.commands.edge",
         "job",
         "hold sessions of split training for many devices, until SIGTERM or Ctrl-C",
         section="edge",
     ),
     "serve": Command(
-        "fedsys.serving.app", "job", "answer requests over HTTP by the variants of a portfolio"
+        "fedsys.commands.serve", "job", "answer requests over HTTP by the variants of a portfolio"
     ),
-    "query": Command("fedsys.serving.query", "job", "ask an endpoint what is on an image"),
+    "query": Command("fedsys.commands.query", "job", "ask an endpoint what is on an image"),
     "plan": Command(
-        "fedsys.plan", "job", "say for each device where to cut, how long it takes, and why"
+        "fedsys.commands.plan", "job", "say for each device where to cut, how long it takes, and why"
     ),
     "profile": Command(
-        "fedsys.profile", "job", "measure what this machine takes for a model, as fleet= reads it"
+        "fedsys.commands.profile", "job", "measure what this machine takes for a model, as fleet= reads it"
     ),
     "bench": Command(
-        "fedsys.bench",
+        "fedsys.commands.bench",
         "job",
         "measure fedsys and its alternatives side by side",
         {
@@ -97,20 +97,20 @@ COMMANDS: dict[str, Command] = {
         implied={"data.root": "data=image_folder"},
     ),
     "prune": Command(
-        "fedsys.prune",
+        "fedsys.commands.prune",
         "job",
         "make a portfolio of small dense variants of a model",
         group="portfolio",
         aliases={"run": "prune.run"},
     ),
     "report": Command(
-        "fedsys.report",
+        "fedsys.commands.report",
         "job",
         "write an HTML page about a run, or about several compared",
         paths="RUN",
     ),
     "doctor": Command(
-        "fedsys.doctor", "job", "check whether the run can go, and say what to expect"
+        "fedsys.commands.doctor", "job", "check whether the run can go, and say what to expect"
     ),
 }
 

@@ -10,8 +10,15 @@ import torch
 
 from fedsys.transport import records
 from fedsys.training import federation
-from fedsys import bench
-from fedsys.bench import codecs, link, memory, planning, scale, sessions, simulation, training
+from fedsys.commands import bench
+from fedsys.commands.bench import codecs
+from fedsys.commands.bench import link
+from fedsys.commands.bench import memory
+from fedsys.commands.bench import planning
+from fedsys.commands.bench import scale
+from fedsys.commands.bench import sessions
+from fedsys.commands.bench import simulation
+from fedsys.commands.bench import training
 from fedsys.config import CONF, locate
 from fedsys.errors import ConfigError, ModelError
 from fedsys.main import COMMANDS, main
@@ -416,7 +423,7 @@ def test_prune_compares_dense_models_with_masked_ones(tmp_path, capsys):
 
 def test_torch_pruning_is_given_the_parameters_of_ours():
     pytest.importorskip("torch_pruning")
-    from fedsys.bench.prune_rivals import torch_pruning
+    from fedsys.commands.bench.prune_rivals import torch_pruning
     from fedsys.models.vgg import vgg5
 
     model = vgg5((3, 32, 32), 10)
@@ -440,7 +447,7 @@ def test_the_throughput_of_links_is_drawn(tmp_path):
 
 @pytest.mark.parametrize(("most", "expected"), [(100, 100), (37, 37), (7, None)])
 def test_rivals_are_the_largest_that_fit(most, expected):
-    from fedsys.bench.prune_rivals import largest
+    from fedsys.commands.bench.prune_rivals import largest
 
     def made(share):
         if share > 0.9:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedsys import bench
-from fedsys.bench import pipeline
+from fedsys.commands import bench
+from fedsys.commands.bench import pipeline
 from fedsys.config import parse, with_values
 from fedsys.errors import ConfigError
 from fedsys.main import main

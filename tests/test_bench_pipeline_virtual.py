@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from fedsys.bench import pipeline_virtual
+from fedsys.commands.bench import pipeline_virtual
 
 
 def test_ratios_stay_below_what_the_busiest_resource_allows():

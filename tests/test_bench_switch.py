@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedsys.bench.switch_load import LeasedEngine, Stream
-from fedsys.bench.switch_portfolio import make_portfolio
-from fedsys.bench.switch_trace import arrivals, front, make_trace, play
+from fedsys.commands.bench.switch_load import LeasedEngine, Stream
+from fedsys.commands.bench.switch_portfolio import make_portfolio
+from fedsys.commands.bench.switch_trace import arrivals, front, make_trace, play
 from fedsys.main import main
 from fedsys.pruning.portfolio import Portfolio
 from fedsys.serving.switch.switcher import Loaded

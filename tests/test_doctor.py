@@ -9,7 +9,10 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 
-from fedsys.doctor import checks, estimate, machine, network
+from fedsys.commands.doctor import checks
+from fedsys.commands.doctor import estimate
+from fedsys.commands.doctor import machine
+from fedsys.commands.doctor import network
 from fedsys.offload.edge import EdgeServer
 from fedsys.identity import arithmetic
 from fedsys.main import main

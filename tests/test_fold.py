@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from fedsys.models.batchnorm import DeferredBatchNorm
-from fedsys.bench.prune_models import as_trained, built
+from fedsys.commands.bench.prune_models import as_trained, built
 from fedsys.errors import ModelError
 from fedsys.pruning.dense.architecture import load, save
 from fedsys.pruning.export import export_onnx

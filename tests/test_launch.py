@@ -126,7 +126,7 @@ def test_what_a_killed_command_left_behind_does_not_stand_in_the_way(tmp_path):
 
 
 def test_whoever_submits_a_run_needs_no_torch():
-    code = "import sys, fedsys.train, fedsys.runtime.deployment; sys.exit('torch' in sys.modules)"
+    code = "import sys, fedsys.commands.train, fedsys.runtime.deployment; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

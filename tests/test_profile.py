@@ -7,12 +7,12 @@ import json
 import pytest
 import yaml
 
-from fedsys import profile_link
+from fedsys.commands import profile_link
 from fedsys.planning.costs import Crossing
 from fedsys.transport.link import dial, serve
 from fedsys.main import main
 from fedsys.offload.processors import usable_cores
-from fedsys.profile_link import answer, measure_link
+from fedsys.commands.profile_link import answer, measure_link
 from fedsys.transport.shaping import Network, Shaped
 
 

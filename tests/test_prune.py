@@ -26,7 +26,7 @@ from fedsys.config import PruneConfig
 from fedsys.data import Images
 from fedsys.errors import ModelError
 from fedsys.main import main
-from fedsys.prune import fill
+from fedsys.commands.prune import fill
 from fedsys.pruning import candidates
 from fedsys.pruning.dense.architecture import load
 from fedsys.pruning.levels import Level, recipes, refined, spread

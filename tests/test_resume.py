@@ -125,7 +125,7 @@ def test_the_digest_depends_on_the_model_and_not_on_how_it_is_run(configure):
 RUNNER = """
 import json, os, sys, time, signal
 import sklearn.datasets, tensorboard.summary.writer.record_writer
-import fedsys.train, fedsys.runtime.local, fedsys.runs.scalars, strategies.app, clients.app
+import fedsys.commands.train, fedsys.runtime.local, fedsys.runs.scalars, strategies.app, clients.app
 from fedsys.main import main
 fedsys.runtime.quiet_flower()
 fedsys.config.compose_text("")

@@ -18,7 +18,7 @@ from fedsys.pruning.export import export_onnx
 from fedsys.pruning.dense.ops import Kind
 from fedsys.pruning.dense.removal import Plan, make_plan
 from fedsys.pruning.dense.rebuild import rebuild
-from fedsys.pruning.reference import reference_rule_parameters
+from fedsys.commands.bench.prune_reference import reference_rule_parameters
 from fedsys.pruning.dense.shrink import shrink
 from fedsys.randomness import seeded_default_generator
 

@@ -39,7 +39,7 @@ from torch import nn
 
 from fedsys.transport import records
 from fedsys.training import plain as training
-from fedsys.bench import Chart
+from fedsys.commands.bench import Chart
 from fedsys.config import Config, locate
 from fedsys.errors import ConfigError, RuntimeFailure
 from fedsys.runtime.local import LocalGrid

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from fedsys.training import federation
 from fedsys.training import plain as training
-from fedsys.bench import Chart
-from fedsys.bench.rounds import edge_process
+from fedsys.commands.bench import Chart
+from fedsys.commands.bench.rounds import edge_process
 from fedsys.config import Config, parse, with_values
 from fedsys.errors import ConfigError, RuntimeFailure
 from fedsys.offload.fleet import EdgeAddress, Fleet

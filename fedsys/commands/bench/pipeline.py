@@ -28,8 +28,10 @@ from typing import Any, Final
 
 from fedsys import config as configuration
 from fedsys.training import federation
-from fedsys.bench import Chart, pipeline_cpu, pipeline_virtual
-from fedsys.bench.rounds import BEFORE, EdgeProcess, Watch, edge_process, watched_round
+from fedsys.commands.bench import pipeline_cpu
+from fedsys.commands.bench import pipeline_virtual
+from fedsys.commands.bench import Chart
+from fedsys.commands.bench.rounds import BEFORE, EdgeProcess, Watch, edge_process, watched_round
 from fedsys.config import Config
 from fedsys.planning.costs import MachineCosts, Messaging
 from fedsys.errors import ConfigError, did_you_mean
@@ -101,7 +103,7 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
         options: Of ``conf/bench/pipeline.yaml``.
 
     Returns:
-        ``cells``; ``accuracies`` and ``cpu`` (`fedsys.bench.pipeline_cpu`) if asked for; and the
+        ``cells``; ``accuracies`` and ``cpu`` (`fedsys.commands.bench.pipeline_cpu`) if asked for; and the
         figures of `summary`.
 
     Raises:

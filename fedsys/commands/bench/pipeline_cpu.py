@@ -18,7 +18,7 @@ from torch import nn
 
 from fedsys.training import federation
 from fedsys.training import plain as training
-from fedsys.bench.rounds import EdgeProcess, watched_round
+from fedsys.commands.bench.rounds import EdgeProcess, watched_round
 from fedsys.config import Config
 from fedsys.training.part import filled_stages, names_between
 from fedsys.randomness import Address, drawing, rows

@@ -12,8 +12,8 @@ from itertools import product
 from statistics import median
 from typing import Any
 
-from fedsys.bench import Chart
-from fedsys.bench.pipeline_virtual import CLASSES, SHAPE
+from fedsys.commands.bench import Chart
+from fedsys.commands.bench.pipeline_virtual import CLASSES, SHAPE
 from fedsys.config import Config, compose_text, parse
 from fedsys.offload.dialling import network_of
 from fedsys.models.layered import LayeredModel

@@ -81,7 +81,7 @@ def serve_for_ever(
 @contextmanager
 def other_end(kind: str) -> Iterator[str]:
     """Start a process that answers on loopback, by ``grpc`` or ``tcp``; yield its address."""
-    command = [sys.executable, "-m", "fedsys.profile_link", kind]
+    command = [sys.executable, "-m", "fedsys.commands.profile_link", kind]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin is not None and process.stdout is not None  # both are pipes
     try:

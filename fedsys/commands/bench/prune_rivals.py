@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from fedsys.bench.prune_models import one_thread
+from fedsys.commands.bench.prune_models import one_thread
 from fedsys.config import Config
 from fedsys.errors import ConfigError, ModelError
 from fedsys.pruning.candidates import convert

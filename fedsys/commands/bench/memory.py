@@ -18,7 +18,7 @@ import yaml
 from flwr.app import ConfigRecord, Context, Message
 
 from fedsys import config as configuration
-from fedsys.bench import Chart
+from fedsys.commands.bench import Chart
 from fedsys.config import Config
 from fedsys.errors import ConfigError
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedsys.bench import Chart
+from fedsys.commands.bench import Chart
 from fedsys.config import Config
 from fedsys.errors import RuntimeFailure
 from fedsys.runs.folder import RunFolder

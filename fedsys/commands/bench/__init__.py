@@ -81,7 +81,7 @@ def job(tree: Any) -> Mapping[str, Any]:
     path = Path(tree.run.dir or default_path(Path("outputs"), f"bench-{name}")).absolute()
     tree.run.dir = str(path)
     config = configuration.parse(configuration.to_text(tree))
-    module = importlib.import_module(f"fedsys.bench.{name}")
+    module = importlib.import_module(f"fedsys.commands.bench.{name}")
     _check_kinds(name, config.bench)
     with RunFolder.create(path) as folder:
         folder.log_config(config.text)

@@ -33,7 +33,7 @@ from fedsys.training.part import safe_input
 from fedsys.planning.hardware import made_for, units_sha256
 from fedsys.models.layered import LayeredModel, layered, stages
 from fedsys.offload.processors import usable_cores
-from fedsys.profile_link import LinkCosts, measure_link, other_end, serve_for_ever
+from fedsys.commands.profile_link import LinkCosts, measure_link, other_end, serve_for_ever
 from fedsys.randomness import Address, drawing
 from fedsys.runs.folder import RunFolder, default_path, write_atomic
 from fedsys.transport.security import Credentials

@@ -10,8 +10,10 @@ from typing import Any
 
 from fedsys import config as configuration
 from fedsys.config import Config
-from fedsys.doctor import estimate, machine, network
-from fedsys.doctor.checks import Check
+from fedsys.commands.doctor import estimate
+from fedsys.commands.doctor import machine
+from fedsys.commands.doctor import network
+from fedsys.commands.doctor.checks import Check
 
 __all__ = ["Check", "checks", "job"]
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 
 from fedsys.config import Config
-from fedsys.doctor.checks import Check
+from fedsys.commands.doctor.checks import Check
 from fedsys.errors import FedsysError
 from fedsys.offload.processors import usable_cores
 from fedsys.runs.progress import seconds_text

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from fedsys.bench import Chart
+from fedsys.commands.bench import Chart
 from fedsys.planning.virtual_clock import virtual_round
 from fedsys.config import Config, compose_text, parse
 from fedsys.offload.dialling import network_of

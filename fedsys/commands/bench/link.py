@@ -30,7 +30,7 @@ from typing import Any, Final, Protocol
 
 import torch
 
-from fedsys.bench import Chart
+from fedsys.commands.bench import Chart
 from fedsys.config import Config
 from fedsys.errors import ConfigError, RuntimeFailure
 from fedsys.transport.link import Link, dial, serve
@@ -158,7 +158,7 @@ class _Servers:
 
 @contextmanager
 def _server_process(prefix: Sequence[str], host: str = "127.0.0.1") -> Iterator[_Servers]:
-    command = [*prefix, sys.executable, "-m", "fedsys.bench.link", "--serve", host]
+    command = [*prefix, sys.executable, "-m", "fedsys.commands.bench.link", "--serve", host]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin is not None and process.stdout is not None  # both are pipes
     try:

@@ -24,7 +24,7 @@ from torch import Tensor
 from fedsys.training import federation
 from fedsys.training import plain as training
 from fedsys import data, runtime
-from fedsys.bench import Chart
+from fedsys.commands.bench import Chart
 from fedsys.transport.codecs import LEAST_PER_SCALE, decode_activation, encode_activation
 from fedsys.config import Config, parse, with_values
 from fedsys.training.part import safe_input

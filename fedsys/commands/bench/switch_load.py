@@ -30,7 +30,7 @@ from fedsys.pruning.portfolio import VARIANTS, Portfolio
 from fedsys.serving.switch.switcher import Cost, Loaded, Resident, Switcher
 from fedsys.pruning.memory import resident_bytes
 from fedsys.serving.switch.slimmable import slimmable
-from fedsys.serving.app import SWITCH_S
+from fedsys.commands.serve import SWITCH_S
 from fedsys.serving.batching import Batcher, Limits, Served
 from fedsys.serving.engine import CALM, Answer, Pressure
 from fedsys.serving.portfolio import card_of
@@ -69,7 +69,7 @@ def measure(case: Case) -> dict[str, Any]:
     Raises:
         RuntimeFailure: The process failed; with its last words.
     """
-    command = [sys.executable, "-m", "fedsys.bench.switch_load", json.dumps(asdict(case))]
+    command = [sys.executable, "-m", "fedsys.commands.bench.switch_load", json.dumps(asdict(case))]
     paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     done = subprocess.run(

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 from fedsys import config as configuration
-from fedsys.bench import Chart
+from fedsys.commands.bench import Chart
 from fedsys.config import Config
 from fedsys.errors import ConfigError, RuntimeFailure
 from fedsys.runs.folder import RunFolder

@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 from fedsys.config import Config
-from fedsys.doctor.checks import Check
+from fedsys.commands.doctor.checks import Check
 from fedsys.offload.processors import usable_cores
 
 MB = 2**20

@@ -24,7 +24,7 @@ from fedsys.training import federation
 from fedsys.training import optimizers
 from fedsys.training import plain as training
 from fedsys import data
-from fedsys.bench import Chart
+from fedsys.commands.bench import Chart
 from fedsys.config import Config
 from fedsys.errors import ConfigError
 from fedsys.training.federation import Federation

@@ -32,7 +32,7 @@ from fedsys import config as configuration
 from fedsys.transport import records
 from fedsys.training import federation
 from fedsys.training import plain as training
-from fedsys.bench import Chart
+from fedsys.commands.bench import Chart
 from fedsys.config import Config, locate
 from fedsys.offload.edge import EdgeServer
 from fedsys.errors import RuntimeFailure
@@ -232,7 +232,7 @@ def _in_process(config: Config, client: str, content: RecordDict) -> float:
         "part": str(folder / "part.safetensors"),
         "records": {name: dict(record) for name, record in content.config_records.items()},
     }
-    command = [sys.executable, "-m", "fedsys.bench.split"]
+    command = [sys.executable, "-m", "fedsys.commands.bench.split"]
     done = subprocess.run(
         command, input=json.dumps(told), capture_output=True, text=True, check=False
     )

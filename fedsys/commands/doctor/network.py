@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsys.config import Config
-from fedsys.doctor.checks import Check
+from fedsys.commands.doctor.checks import Check
 from fedsys.errors import FedsysError
 
 PORTS = {

@@ -4,9 +4,9 @@
   in float64 and float32, and their answers on test images.
 * ``conversions``: masks of the smallest magnitudes, all of the last layer left; seconds with
   verification, and how many parameters are left, beside the reference rule
-  (`fedsys.pruning.reference`).
+  (`fedsys.commands.bench.prune_reference`).
 * ``rivals``: our scores without and with costs, and Torch-Pruning's magnitude importance, all at
-  the same number of parameters; seconds, MACs and latency in turns (`fedsys.bench.prune_rivals`).
+  the same number of parameters; seconds, MACs and latency in turns (`fedsys.commands.bench.prune_rivals`).
 * ``effort``: six variants of one trained parent, from mask to written portfolio, against six times
   its measured training.
 * ``trained``: models that trained under masks against their dense variants: parameters, latency in
@@ -34,20 +34,20 @@ from fedsys.training import federation
 from fedsys.training import optimizers
 from fedsys.training import plain as training
 from fedsys import data
-from fedsys.bench import Chart
-from fedsys.bench.prune_models import as_trained, built, one_thread
-from fedsys.bench.prune_rivals import rivals
+from fedsys.commands.bench import Chart
+from fedsys.commands.bench.prune_models import as_trained, built, one_thread
+from fedsys.commands.bench.prune_rivals import rivals
 from fedsys.config import Config
 from fedsys.data import Dataset
 from fedsys.errors import ConfigError, ModelError
-from fedsys.prune import fill, of_run, run_config
+from fedsys.commands.prune import fill, of_run, run_config
 from fedsys.pruning.candidates import convert
 from fedsys.pruning.levels import Level, Recipe, recipes, refined, spread
 from fedsys.pruning.making import Made, make
 from fedsys.training.masks import Masks, last_layer
 from fedsys.pruning.measuring import in_turns, speedup
 from fedsys.pruning.dense.removal import masked_copy
-from fedsys.pruning.reference import reference_rule_parameters
+from fedsys.commands.bench.prune_reference import reference_rule_parameters
 from fedsys.pruning.scores import random
 from fedsys.pruning.dense.shrink import shrink
 from fedsys.pruning.sparsify import one_shot, prune
