@@ -25,9 +25,9 @@ from fedsys.offload.fleet import Fleet
 from fedsys.training.optimizers import make_optimizer
 from fedsys.runtime.apps import check_mods
 from strategies.buffers import TypedBuffers
-from strategies.kept import KeptState
+from strategies.optimizer_state import KeptState
 from strategies.offload import Offload
-from strategies.policies import build_policy
+from strategies.policies.policy import build_policy
 from strategies.pruned import Pruned
 from strategies.roster import Roster
 from strategies.sampling import Sampled, Sampling

@@ -33,12 +33,12 @@ from fedsys.runtime.grids import attentive, before_exit
 from fedsys.runtime.relay import Relay
 from fedsys.offload.session import layered_model
 from strategies import Roster, build, pruned
-from strategies.clock import RoundClock, totals
+from strategies.virtual_time import RoundClock, totals
 from strategies.gathering import gather
-from strategies.keeper import Keeper, opened
+from strategies.crash_safety import Keeper, opened
 from strategies.rounds import RoundResult, play
-from strategies.told import figures, offload_in, recoveries, traces
-from strategies.totals import in_words
+from strategies.offload_figures import figures, offload_in, recoveries, traces
+from strategies.offload_totals import in_words
 
 EVALUATION_BATCH = 500
 

@@ -32,10 +32,10 @@ from fedsys.models.layered import LayeredModel, fractions
 from fedsys.transport.security import new_token
 from fedsys.offload.session import SessionSpec, Snapshot, layered_model
 from fedsys.runs.tracing import Event, unpack
-from strategies.joining import halved, joined, with_pieces, without
-from strategies.policies import OBSERVATION, Assignment, Observation, OffloadPolicy, PolicyState
+from strategies.message_halves import halved, joined, with_pieces, without
+from strategies.policies.policy import OBSERVATION, Assignment, Observation, OffloadPolicy, PolicyState
 from strategies.roster import Roster
-from strategies.totals import Totals
+from strategies.offload_totals import Totals
 
 ARRAYS, OPTIMIZER, MASKS = "arrays", "optimizer", "masks"
 ASSIGNMENT, TRACE = "assignment", "trace"

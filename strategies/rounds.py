@@ -20,7 +20,7 @@ from fedsys.transport import records
 from fedsys.errors import ConfigError
 from fedsys.faults import Fault, Faults, encode, from_json
 from fedsys.training.plain import Score
-from strategies.policies import OBSERVATION
+from strategies.policies.policy import OBSERVATION
 from strategies.roster import Roster
 from strategies.sampling import Sampled
 

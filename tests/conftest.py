@@ -81,7 +81,7 @@ def carry_out(identity: None) -> "Callable[..., SimpleNamespace]":
     from fedsys.runtime.local import LocalGrid
     from strategies import Roster, build
     from strategies.rounds import play
-    from strategies.told import figures
+    from strategies.offload_figures import figures
 
     unscored = training.Score(0.0, 0.0, 1)
 

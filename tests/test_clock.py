@@ -16,7 +16,7 @@ from fedsys.runtime import run
 from fedsys.offload.session import layered_model
 from fedsys.transport.shaping import Network
 from fedsys.planning.workload import Choice, Device, Workload
-from strategies.clock import RoundClock, totals
+from strategies.virtual_time import RoundClock, totals
 
 ONE = MachineCosts("m", (1,), ((0.1, 0.2, 0.3),), ((0.2, 0.4, 0.6),), (0.0,) * 3)
 CROSSINGS = tuple(Crossing(n, 1) for n in (300, 100, 10))

@@ -19,10 +19,10 @@ from fedsys.offload.fleet import EdgeAddress, Fleet
 from fedsys.runtime.apps import check_mods
 from fedsys.offload.session import layered_model
 from fedsys.training.plain import pieces
-from strategies.joining import joined
-from strategies.policies import Assignment
-from strategies.told import offload_in
-from strategies.totals import Totals, in_words
+from strategies.message_halves import joined
+from strategies.policies.policy import Assignment
+from strategies.offload_figures import offload_in
+from strategies.offload_totals import Totals, in_words
 
 SMALL = (
     "data.max_examples=200",

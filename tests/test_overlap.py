@@ -16,7 +16,7 @@ from fedsys.training import plain as training
 from fedsys.runs import trace_plots
 from fedsys.config import parse, with_values
 from fedsys.randomness import piece_of
-from strategies.told import offload_in
+from strategies.offload_figures import offload_in
 
 SHAPE, PIECES, ROWS, STEPS = (1, 8, 8), 4, 5, 3
 MEET_S = 30.0

@@ -12,8 +12,8 @@ from fedsys.errors import ConfigError
 from fedsys.planning.options import PlanOptions, machines_of, run_workload
 from fedsys.offload.session import layered_model
 from fedsys.planning.workload import Choice
-from strategies.planned import Planned
-from strategies.policies import Observation, build_policy
+from strategies.policies.planned import Planned
+from strategies.policies.policy import Observation, build_policy
 
 CONFIG = parse(
     compose_text(

@@ -13,7 +13,7 @@ from fedsys.config import compose_text, parse
 from fedsys.errors import ConfigError, ModelError
 from fedsys.models.layered import layered
 from fedsys.runs.trees import keepable
-from strategies.policies import Assignment, Fixed, Observation, build_policy, codecs_of
+from strategies.policies.policy import Assignment, Fixed, Observation, build_policy, codecs_of
 
 EDGES = 3
 LAYERS = layered(

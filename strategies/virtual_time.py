@@ -23,7 +23,7 @@ from fedsys.models.layered import LayeredModel
 from fedsys.planning.options import run_workload
 from fedsys.planning.workload import Choice, Device, Workload
 from strategies.offload import Offload
-from strategies.planned import Planned
+from strategies.policies.planned import Planned
 
 Row = dict[str, Any]
 

@@ -218,7 +218,7 @@ def build_policy(
         pieces = spec.get("micro_batches")
         return Fixed(spec.get("cut"), spec.get("codec", "fp32"), num_edges, pieces)
     if kind in PLANNED and config is not None:
-        from strategies.planned import Planned  # it imports this module
+        from strategies.policies.planned import Planned  # it imports this module
 
         return Planned(config, examples)
     if kind == "own":

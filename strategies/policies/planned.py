@@ -26,7 +26,7 @@ from fedsys.planning.options import PlanOptions, machines_of, run_workload
 from fedsys.transport.shaping import Network
 from fedsys.planning.tables import score
 from fedsys.planning.workload import Choice, Device, Menu, Workload, mini_batches
-from strategies.policies import Assignment, Observation
+from strategies.policies.policy import Assignment, Observation
 
 State = dict[str, Any]
 
