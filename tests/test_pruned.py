@@ -24,7 +24,7 @@ from fedsys.config import pruning as settings
 from fedsys.pruning.dense import architecture
 from fedsys.training.masks import Masks, held
 from fedsys.training.penalty import Penalty, channel_scales, norms_behind, output_layers
-from fedsys.pruning.rewinding import Ticket, levels
+from tests.pruning.rewinding import Ticket, levels
 from fedsys.pruning.scores import group_norm
 from fedsys.config.pruning import PruningConfig
 from fedsys.pruning.dense.shrink import shrink
@@ -296,7 +296,7 @@ def test_one_client_that_prunes_by_levels_is_iterative_pruning_with_rewinding(
     )  # fmt: skip
     result = carry_out(config)
 
-    # The same by the plain loop of `fedsys.pruning.rewinding`, which knows no rounds.
+    # The same by the plain loop of `tests.pruning.rewinding`, which knows no rounds.
     fed = federation.federation(config)
     model = federation.build_model(config, fed.dataset)
 

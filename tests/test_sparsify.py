@@ -19,7 +19,7 @@ from fedsys.models import build
 from fedsys.training.optimizers import pack_optimizer
 from fedsys.pruning import scores
 from fedsys.training.masks import Masks, held, prunable
-from fedsys.pruning.rewinding import Ticket, Trained, levels, prune_level
+from tests.pruning.rewinding import Ticket, Trained, levels, prune_level
 from fedsys.pruning.dense.shrink import shrink
 from fedsys.pruning.sparsify import (
     METHODS,

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 
 from fedsys.errors import ConfigError
 from fedsys.planning.jobs import Exchange, Job, Turn
-from fedsys.recurrences import iteration_s
+from tests.planning.recurrences import iteration_s
 from fedsys.training.schedule import operations
 from fedsys.transport.shaping import Network, finish_time
 from fedsys.planning.timeline import lanes, play

@@ -4,7 +4,7 @@ Two schedules. *Gradual*: from dense to ``sparsity`` in ``steps`` prunings betwe
 which prunes an equal share of what is left; with one step before the first round it is pruning in
 one shot at initialisation. *Levels with rewinding* (``rounds_per_level``): train, prune
 ``share`` of the survivors, start again from the weights after round ``rewind``; as many levels as
-there are rounds for (`fedsys.pruning.rewinding` has the papers). Everything here is a function of
+there are rounds for (`tests.pruning.rewinding` has the papers). Everything here is a function of
 the configuration and the round, so server, clients and edge servers agree without a message.
 """
 

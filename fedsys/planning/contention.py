@@ -1,7 +1,7 @@
 """The time of an iteration in closed form: of one device alone, and of several that share edges.
 
 All devices begin an iteration together and work by the schedule `fedsys.training.schedule.pipelined`, with
-micro-batches of one size (letters as in `fedsys.recurrences`; N pieces, latency l). Then the
+micro-batches of one size (letters as in `tests.planning.recurrences`; N pieces, latency l). Then the
 moments of the stages before the edge are linear in the piece, U_i = f + u + (i - 1) max(f, u), and
 so are, for a device alone, those after it, so that the last backward ends at
 

@@ -1,7 +1,7 @@
 """What is to be trained, and how one device may go about it: the records that planners work on.
 
 A `Choice` says how a device trains; a `Menu` says how long its five stages take for one micro-batch
-(letters as in `fedsys.recurrences`), `job_of` makes it a device of `fedsys.planning.timeline.play`. CPU time
+(letters as in `tests.planning.recurrences`), `job_of` makes it a device of `fedsys.planning.timeline.play`. CPU time
 of a message is charged to the machine that spends it: to the device in f and b, to the edge in s.
 """
 
