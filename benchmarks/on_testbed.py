@@ -33,19 +33,19 @@ from statistics import median
 from typing import Any
 
 from fedsys import config as configuration
-from fedsys.training import federation
 from fedsys.commands.bench.rounds import Watching, edge_process, watched_round
+from fedsys.commands.profile import OPTIONS, profile
 from fedsys.config import Config
 from fedsys.planning.costs import MachineCosts, Messaging
 from fedsys.planning.hardware import machine_costs
 from fedsys.planning.planner import evaluate
-from fedsys.commands.profile import OPTIONS, profile
+from fedsys.planning.workload import Choice, Device, Workload, workload
 from fedsys.runtime.apps import load_apps
 from fedsys.runtime.local import play_local
+from fedsys.training import federation
+from fedsys.training.federation import layered_model
+from fedsys.transport.network import Network
 from fedsys.transport.security import Authority
-from fedsys.offload.session import layered_model
-from fedsys.transport.shaping import Network
-from fedsys.planning.workload import Choice, Device, Workload, workload
 
 PAYLOAD = 0.956
 """Share of an Ethernet frame of 1514 bytes that is payload of TCP."""

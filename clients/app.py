@@ -11,12 +11,12 @@ from clients import mods
 from clients.local import LocalClient
 from clients.offload import OffloadClient
 from fedsys import config as configuration
-from fedsys.training import federation
 from fedsys.config import Config
-from fedsys.offload.dialling import Dialler, dialler_of
 from fedsys.errors import ConfigError
 from fedsys.faults import SPARED, Doom, to_json
 from fedsys.identity import arithmetic
+from fedsys.offload.dialling import Dialler, dialler_of
+from fedsys.training import federation
 
 app = ClientApp(mods=[mods.explain_errors, mods.unpack_arrays])
 

@@ -12,23 +12,21 @@ from dataclasses import asdict
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor, nn
 
-from fedsys.transport import records
-from fedsys.training import federation
-from fedsys.training import optimizers
-from fedsys.training import plain as training
 from fedsys import data
-from fedsys.config import Config
-from fedsys.planning.costs import MachineCosts
-from fedsys.offload.emulation import Pace, device_costs
+from fedsys.config import Config, pruning
 from fedsys.faults import Doom
-from fedsys.config import pruning
+from fedsys.offload.emulation import Pace, device_costs
+from fedsys.offload.remote import Traffic
+from fedsys.planning.costs import MachineCosts
+from fedsys.randomness import Address
+from fedsys.runs.tracing import Recorder, Sums
+from fedsys.training import federation, optimizers
+from fedsys.training import plain as training
+from fedsys.training.federation import layered_model, penalty_of
 from fedsys.training.masks import Masks, held
 from fedsys.training.penalty import Penalty
-from fedsys.randomness import Address
-from fedsys.offload.remote import Traffic
-from fedsys.offload.session import layered_model, penalty_of
-from fedsys.runs.tracing import Recorder, Sums
-from fedsys.training.plain import pieces
+from fedsys.training.schedule import pieces
+from fedsys.transport import records
 
 EVALUATION_BATCH = 500
 

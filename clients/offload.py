@@ -17,22 +17,22 @@ from torch import Tensor, nn
 
 from clients.local import micro_batches, observation, own_batches, train_metrics
 from clients.steps import Batches, Split, Steps, Tally
-from fedsys.transport import records
+from fedsys import data
+from fedsys.config import Config
+from fedsys.faults import SPARED, Doom
+from fedsys.offload.emulation import Pace, device_costs
+from fedsys.offload.remote import EdgesLost, Moved, Remote
+from fedsys.planning.hardware import link_of, network_of
+from fedsys.randomness import Address
+from fedsys.runs.tracing import Recorder
 from fedsys.training import federation
 from fedsys.training import plain as training
-from fedsys import data
-from fedsys.transport.codecs import decode_activation, encode_activation
-from fedsys.config import Config
-from fedsys.offload.dialling import link_of, network_of
-from fedsys.offload.emulation import Pace, device_costs
-from fedsys.faults import SPARED, Doom
+from fedsys.training.federation import layered_model, penalty_of
 from fedsys.training.part import Part, filled_stages
-from fedsys.transport.link import Link
-from fedsys.randomness import Address
-from fedsys.offload.remote import EdgesLost, Moved, Remote
-from fedsys.offload.session import layered_model, penalty_of
-from fedsys.runs.tracing import Recorder
 from fedsys.training.plain import Score
+from fedsys.transport import records
+from fedsys.transport.codecs import decode_activation, encode_activation
+from fedsys.transport.link import Link
 
 EVALUATION_BATCH = 500
 

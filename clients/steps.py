@@ -18,16 +18,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fedsys.training import plain as training
-from fedsys.transport.codecs import decode_activation, encode_activation
 from fedsys.config import ScheduleConfig
 from fedsys.offload.emulation import Pace
-from fedsys.training.part import Part, safe_input
-from fedsys.randomness import Address, drawing, rows
 from fedsys.offload.remote import Remote
-from fedsys.training.schedule import operations
+from fedsys.randomness import Address, drawing, rows
 from fedsys.runs.tracing import Recorder
-from fedsys.training.plain import pieces
+from fedsys.training import plain as training
+from fedsys.training.part import Part, safe_input
+from fedsys.training.schedule import operations, pieces
+from fedsys.transport.codecs import decode_activation, encode_activation
 from fedsys.transport.wire import Frame
 
 

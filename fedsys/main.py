@@ -69,10 +69,14 @@ COMMANDS: dict[str, Command] = {
     ),
     "query": Command("fedsys.commands.query", "job", "ask an endpoint what is on an image"),
     "plan": Command(
-        "fedsys.commands.plan", "job", "say for each device where to cut, how long it takes, and why"
+        "fedsys.commands.plan",
+        "job",
+        "say for each device where to cut, how long it takes, and why",
     ),
     "profile": Command(
-        "fedsys.commands.profile", "job", "measure what this machine takes for a model, as fleet= reads it"
+        "fedsys.commands.profile",
+        "job",
+        "measure what this machine takes for a model, as fleet= reads it",
     ),
     "bench": Command(
         "fedsys.commands.bench",

@@ -17,17 +17,17 @@ from typing import Any
 from flwr.serverapp.strategy import Strategy
 from torch import nn
 
-from fedsys.training import federation
 from fedsys.config import Config, call_target, edge_names
 from fedsys.data import Dataset
 from fedsys.errors import ConfigError
 from fedsys.offload.fleet import Fleet
-from fedsys.training.optimizers import make_optimizer
 from fedsys.runtime.apps import check_mods
+from fedsys.training import federation
+from fedsys.training.optimizers import make_optimizer
 from strategies.buffers import TypedBuffers
-from strategies.optimizer_state import KeptState
 from strategies.offload import Offload
-from strategies.policies.policy import build_policy
+from strategies.optimizer_state import KeptState
+from strategies.policies import build_policy
 from strategies.pruned import Pruned
 from strategies.roster import Roster
 from strategies.sampling import Sampled, Sampling

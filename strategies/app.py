@@ -14,31 +14,29 @@ from flwr.serverapp.strategy import Strategy
 from torch import nn
 
 from fedsys import config as configuration
-from fedsys.transport import records
-from fedsys.training import federation
-from fedsys.training import plain as training
-from fedsys.runs import plots
-from fedsys.runs import startup as stages
-from fedsys.runs import trace_plots
 from fedsys import data
 from fedsys.config import Config
 from fedsys.data import Images
-from fedsys.offload.opening import open_fleet
-from fedsys.training.federation import Federation
 from fedsys.offload.fleet import Fleet
-from fedsys.runs.progress import Progress, choose
+from fedsys.offload.opening import open_fleet
+from fedsys.runs import plots, trace_plots
+from fedsys.runs import startup as stages
 from fedsys.runs.folder import default_path, state_sha256
+from fedsys.runs.progress import Progress, choose
 from fedsys.runtime.edge_processes import with_launched
 from fedsys.runtime.grids import attentive, before_exit
 from fedsys.runtime.relay import Relay
-from fedsys.offload.session import layered_model
+from fedsys.training import federation
+from fedsys.training import plain as training
+from fedsys.training.federation import Federation, layered_model
+from fedsys.transport import records
 from strategies import Roster, build, pruned
-from strategies.virtual_time import RoundClock, totals
-from strategies.gathering import gather
 from strategies.crash_safety import Keeper, opened
-from strategies.rounds import RoundResult, play
+from strategies.gathering import gather
 from strategies.offload_figures import figures, offload_in, recoveries, traces
 from strategies.offload_totals import in_words
+from strategies.rounds import RoundResult, play
+from strategies.virtual_time import RoundClock, totals
 
 EVALUATION_BATCH = 500
 

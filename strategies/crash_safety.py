@@ -16,13 +16,13 @@ from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import Strategy
 
 from fedsys import config as configuration
-from fedsys.runs import resume
-from fedsys.runs.checkpoint import Checkpoint, Checkpoints, StrategyState
 from fedsys.config import Config
 from fedsys.errors import ConfigError
 from fedsys.faults import Fault, Faults, struck_before
-from fedsys.runs.progress import Progress
+from fedsys.runs import resume
+from fedsys.runs.checkpoint import Checkpoint, Checkpoints, StrategyState
 from fedsys.runs.folder import RunFolder
+from fedsys.runs.progress import Progress
 from strategies.rounds import RoundResult
 
 

@@ -14,9 +14,9 @@ from flwr.app import ConfigRecord
 from flwr.serverapp import Grid
 
 from fedsys import config as configuration
-from fedsys.training import federation
 from fedsys.config import Config
 from fedsys.runtime.grids import AnnotatedGrid, AttentiveGrid
+from fedsys.training import federation
 from strategies.roster import Roster
 
 FEDERATION = "federation"

@@ -11,8 +11,8 @@ from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
-from fedsys.transport import records
 from fedsys.errors import ConfigError, ModelError
+from fedsys.transport import records
 
 MICRO_BATCHES = "micro-batches"
 

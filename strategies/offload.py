@@ -23,19 +23,26 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from fedsys.transport import records
 from fedsys.config import Config
 from fedsys.errors import ConfigError, FedsysError, RuntimeFailure, SessionError
-from fedsys.offload.fleet import Fleet
-from fedsys.training.part import names_between
 from fedsys.models.layered import LayeredModel, fractions
-from fedsys.transport.security import new_token
-from fedsys.offload.session import SessionSpec, Snapshot, layered_model
+from fedsys.offload.fleet import Fleet
+from fedsys.offload.session import SessionSpec, Snapshot
 from fedsys.runs.tracing import Event, unpack
+from fedsys.training.federation import layered_model
+from fedsys.training.part import names_between
+from fedsys.transport import records
+from fedsys.transport.security import new_token
 from strategies.message_halves import halved, joined, with_pieces, without
-from strategies.policies.policy import OBSERVATION, Assignment, Observation, OffloadPolicy, PolicyState
-from strategies.roster import Roster
 from strategies.offload_totals import Totals
+from strategies.policies.policy import (
+    OBSERVATION,
+    Assignment,
+    Observation,
+    OffloadPolicy,
+    PolicyState,
+)
+from strategies.roster import Roster
 
 ARRAYS, OPTIMIZER, MASKS = "arrays", "optimizer", "masks"
 ASSIGNMENT, TRACE = "assignment", "trace"

@@ -24,18 +24,18 @@ from flwr.serverapp.strategy import Strategy
 from safetensors.torch import save
 from torch import nn
 
-from fedsys.transport import records
 from fedsys import data
-from fedsys.runs.checkpoint import StrategyState
 from fedsys.config import Config
+from fedsys.config import pruning as settings
 from fedsys.data import Dataset
 from fedsys.files import write_atomic
-from fedsys.config import pruning as settings
-from fedsys.training.masks import Masks
 from fedsys.pruning.sparsify import gradual, left_alone, one_shot, sparsity_after
 from fedsys.pruning.structure import structure
 from fedsys.randomness import Address
+from fedsys.runs.checkpoint import StrategyState
 from fedsys.runs.trees import Tree
+from fedsys.training.masks import Masks
+from fedsys.transport import records
 
 MASKS = "masks"
 SCORE_BATCH = 128

@@ -16,10 +16,10 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from fedsys.transport import records
 from fedsys.errors import ConfigError
 from fedsys.faults import Fault, Faults, encode, from_json
 from fedsys.training.plain import Score
+from fedsys.transport import records
 from strategies.policies.policy import OBSERVATION
 from strategies.roster import Roster
 from strategies.sampling import Sampled

@@ -15,13 +15,13 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from fedsys.planning.virtual_clock import KINDS, iterations_of, predicted_iterations, virtual_round
 from fedsys.config import Config
-from fedsys.runs.virtual_trace import FleetRound
-from fedsys.planning.hardware import hardware
 from fedsys.models.layered import LayeredModel
+from fedsys.planning.hardware import hardware
 from fedsys.planning.options import run_workload
+from fedsys.planning.virtual_clock import KINDS, iterations_of, predicted_iterations, virtual_round
 from fedsys.planning.workload import Choice, Device, Workload
+from fedsys.runs.virtual_trace import FleetRound
 from strategies.offload import Offload
 from strategies.policies.planned import Planned
 

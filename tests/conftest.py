@@ -71,17 +71,17 @@ def identity() -> None:
 @pytest.fixture
 def carry_out(identity: None) -> "Callable[..., SimpleNamespace]":
     """Play the rounds of a configuration in this process, without a folder, scores or plots."""
-    from fedsys.transport import records
-    from fedsys.training import federation
-    from fedsys.training import plain as training
-    from fedsys.offload.opening import open_fleet
     from fedsys.faults import Faults
     from fedsys.identity import state_sha256
+    from fedsys.offload.opening import open_fleet
     from fedsys.runtime.apps import load_client
     from fedsys.runtime.local import LocalGrid
+    from fedsys.training import federation
+    from fedsys.training import plain as training
+    from fedsys.transport import records
     from strategies import Roster, build
-    from strategies.rounds import play
     from strategies.offload_figures import figures
+    from strategies.rounds import play
 
     unscored = training.Score(0.0, 0.0, 1)
 

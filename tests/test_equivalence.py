@@ -9,12 +9,12 @@ import itertools
 
 import pytest
 
-from fedsys.offload import opening as edges
-from fedsys.offload import fleet
 from fedsys.config import parse, with_values
-from fedsys.transport.faulty import Faulty, LinkFault
-from fedsys.transport.link import dial
+from fedsys.offload import fleet
+from fedsys.offload import opening as edges
 from fedsys.training.schedule import operations
+from fedsys.transport.dial import dial
+from fedsys.transport.faulty import Faulty, LinkFault
 
 COMMON = {
     "num_clients": 3,

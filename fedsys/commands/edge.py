@@ -18,12 +18,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from fedsys import config as configuration
-from fedsys.training import plain as training
-from fedsys.offload import edge_store
 from fedsys.config import EdgeConfig
+from fedsys.errors import ConfigError, FedsysError
+from fedsys.offload import edge_store
 from fedsys.offload.edge import EdgeLimits, EdgeServer
 from fedsys.offload.edge_metrics import Endpoint
-from fedsys.errors import ConfigError, FedsysError
+from fedsys.training import plain as training
 from fedsys.transport.security import Credentials
 from fedsys.transport.wire import Limits
 

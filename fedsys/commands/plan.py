@@ -12,15 +12,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedsys import config as configuration
-from fedsys.training import federation
 from fedsys.config import Config, NetworkConfig
-from fedsys.offload.dialling import link_of
 from fedsys.models.layered import LayeredModel
-from fedsys.planning.planner import Plan, best_static, next_best, plan
+from fedsys.planning.hardware import link_of
 from fedsys.planning.options import PLANNED, PlanOptions, machines_of, run_workload
-from fedsys.runs.progress import seconds_text
-from fedsys.offload.session import layered_model
+from fedsys.planning.planner import Plan, best_static, next_best, plan
 from fedsys.planning.workload import Choice, Device, Menu, Workload
+from fedsys.runs.progress import seconds_text
+from fedsys.training import federation
+from fedsys.training.federation import layered_model
 
 WIDTH = 170
 """Columns of the table where no terminal says how many there are."""

@@ -21,21 +21,20 @@ import yaml
 from torch import Tensor
 
 from fedsys import config as configuration
-from fedsys.training import federation
-from fedsys.training import optimizers
-from fedsys.training import plain as training
 from fedsys import data
-from fedsys.transport.codecs import CODECS
+from fedsys.commands.profile_link import LinkCosts, measure_link, other_end, serve_for_ever
 from fedsys.config import Config
-from fedsys.planning.costs import crossings, tensor_bytes
 from fedsys.errors import ConfigError
-from fedsys.training.part import safe_input
-from fedsys.planning.hardware import made_for, units_sha256
 from fedsys.models.layered import LayeredModel, layered, stages
 from fedsys.offload.processors import usable_cores
-from fedsys.commands.profile_link import LinkCosts, measure_link, other_end, serve_for_ever
+from fedsys.planning.costs import crossings, tensor_bytes
+from fedsys.planning.hardware import made_for, units_sha256
 from fedsys.randomness import Address, drawing
 from fedsys.runs.folder import RunFolder, default_path, write_atomic
+from fedsys.training import federation, optimizers
+from fedsys.training import plain as training
+from fedsys.training.part import safe_input
+from fedsys.transport.codecs import CODECS
 from fedsys.transport.security import Credentials
 
 OPTIONS: Mapping[str, Any] = {"repeats": 15, "edge": None, "serve": None, "name": None}
@@ -223,7 +222,8 @@ def sizes_of(batch_size: int) -> list[int]:
 def _workers(config: Config, device: torch.device) -> int:
     """Return how many sessions an edge server computes at once here, at the speed of one.
 
-    As many as there are cores for (`fedsys.offload.processors`); on a GPU they share what one has alone.
+    As many as there are cores for (`fedsys.offload.processors`); on a GPU they share what one has
+    alone.
     """
     return 1 if device.type == "cuda" else max(1, usable_cores() // config.client.threads)
 

@@ -19,10 +19,11 @@ from typing import Final
 
 import torch
 
-from fedsys.transport.codecs import CODECS, decode_activation, encode_activation
-from fedsys.planning.costs import Crossing, tensor_bytes
 from fedsys.errors import LinkClosed, RuntimeFailure
-from fedsys.transport.link import Link, dial, serve
+from fedsys.planning.costs import Crossing, tensor_bytes
+from fedsys.transport.codecs import CODECS, decode_activation, encode_activation
+from fedsys.transport.dial import dial, serve
+from fedsys.transport.link import Link
 from fedsys.transport.security import Credentials
 from fedsys.transport.wire import Frame
 

@@ -23,18 +23,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fedsys import config as configuration
-from fedsys.training import federation
-from fedsys.training import plain as training
 from fedsys.config import Config
 from fedsys.data import Dataset
 from fedsys.errors import ConfigError, ModelError, RunError
 from fedsys.pruning.export import export_onnx
 from fedsys.pruning.levels import Level, Recipe, recipes
 from fedsys.pruning.making import Made, make
-from fedsys.training.masks import Masks
 from fedsys.pruning.pictures import draw_all
 from fedsys.pruning.portfolio import Portfolio, Variant
 from fedsys.runs.folder import RunFolder, default_path
+from fedsys.training import federation
+from fedsys.training import plain as training
+from fedsys.training.masks import Masks
 
 MODEL = "model.safetensors"
 MASKS = "masks.safetensors"

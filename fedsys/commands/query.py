@@ -17,9 +17,9 @@ import numpy as np
 
 from fedsys import config as configuration
 from fedsys.config import Config
+from fedsys.config.serving import ServingConfig
 from fedsys.errors import ConfigError, DataError, RequestError, RuntimeFailure
 from fedsys.serving import v2
-from fedsys.config.serving import ServingConfig
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 _PAUSE_S = 0.1

@@ -10,8 +10,8 @@ from typing import Any
 from fedsys import config as configuration
 from fedsys.errors import ConfigError
 from fedsys.files import write_atomic
-from fedsys.runs.report.page import page
 from fedsys.runs.report.loading import as_json, load, named
+from fedsys.runs.report.page import page
 
 DEFAULT_NAME = "report.html"
 

@@ -23,9 +23,9 @@ from fedsys import config as configuration
 from fedsys.config import Config
 from fedsys.errors import ConfigError
 from fedsys.pruning.portfolio import Portfolio
-from fedsys.serving.switch.control import Record
 from fedsys.serving.http import Endpoint
 from fedsys.serving.portfolio import PortfolioEngine
+from fedsys.serving.switch.control import Record
 
 SWITCH_S = 0.0005
 """How long a thread of Python keeps others waiting: 5 ms, the default, is the time of an answer."""

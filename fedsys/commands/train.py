@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from fedsys import config as configuration
-from fedsys.runs import resume
-from fedsys.runs import startup as stages
 from fedsys.config import Config
 from fedsys.config.pruning import check_rounds
+from fedsys.runs import resume
+from fedsys.runs import startup as stages
 from fedsys.runs.folder import RunFolder, default_path
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fedsys.config.values import Config, NetworkConfig
-from fedsys.errors import ConfigError
 from fedsys.config import pruning as pruning_settings
 from fedsys.config.serving import RULES as SERVING_RULES
+from fedsys.config.values import Config, NetworkConfig
+from fedsys.errors import ConfigError
 
 Rule = tuple[str, Callable[[Any], bool], str, str]
 """Path of the value, test, the rule in words, and the way out."""

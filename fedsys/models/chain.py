@@ -22,8 +22,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fedsys.models.assemble import copy_modules, graph_module
 from fedsys.errors import ModelError, did_you_mean
+from fedsys.models.assemble import copy_modules, graph_module
 from fedsys.models.graph import module_paths, sourceless
 from fedsys.models.measure import Measured
 

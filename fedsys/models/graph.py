@@ -10,7 +10,8 @@ that split training and pruning depend on, and `trace` keeps them:
 * *the model*: the graph works on copies of the modules that share their tensors, so tracing,
   ``.train()`` and ``.eval()`` leave the model that was given alone.
 
-`fedsys.models.layered` sees such a graph as a chain of units; `fedsys.pruning` as channel dependencies.
+`fedsys.models.layered` sees such a graph as a chain of units; `fedsys.pruning` as channel
+dependencies.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fedsys.errors import ModelError
 from fedsys.models.assemble import copy_mode, copy_modules, graph_module
 from fedsys.models.batchnorm import DeferredBatchNorm
-from fedsys.errors import ModelError
 from fedsys.randomness import KeyedDropout
 
 _lock = threading.Lock()  # torch.fx patches nn.Module while it traces: one trace at a time

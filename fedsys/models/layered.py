@@ -27,6 +27,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor, fx, nn
 
+from fedsys.errors import ConfigError, ModelError, did_you_mean
 from fedsys.models.assemble import copy_modules, stage
 from fedsys.models.chain import (
     Link,
@@ -36,11 +37,10 @@ from fedsys.models.chain import (
     name_units,
     owners,
 )
-from fedsys.errors import ConfigError, ModelError, did_you_mean
 from fedsys.models.graph import module_paths, trace
 from fedsys.models.measure import Measured, measure
-from fedsys.randomness import Address
 from fedsys.models.states import fill, join
+from fedsys.randomness import Address
 
 __all__ = [
     "LayeredModel",
@@ -115,8 +115,8 @@ def layered(
     """See `model` as a chain of units.
 
     Args:
-        model: Any module that `fedsys.models.graph.trace` traces, or a chain of the modules in `units`.
-            May be on the ``meta`` device.
+        model: Any module that `fedsys.models.graph.trace` traces, or a chain of the modules in
+            `units`. May be on the ``meta`` device.
         example: A batch of inputs, or the shape of one example without the batch.
         units: For what cannot be traced: the units as lists of module names, called in this order
             one after the other. ``"features.0:features.4"`` stands for these two siblings and all

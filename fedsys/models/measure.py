@@ -15,10 +15,10 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fedsys.models.assemble import copy_modules
 from fedsys.errors import ModelError
-from fedsys.randomness import KeyedDropout
+from fedsys.models.assemble import copy_modules
 from fedsys.models.shapes import module_for, result_of
+from fedsys.randomness import KeyedDropout
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedsys.models.batchnorm import DeferredBatchNorm
 from fedsys.errors import ConfigError, did_you_mean
+from fedsys.models.batchnorm import DeferredBatchNorm
 
 NORMS = ("batch", "deferred", "group", "none")
 
@@ -39,8 +39,8 @@ def convert_norm(model: nn.Module, norm: str) -> nn.Module:
     Args:
         model: Any model, with or without BatchNorm.
         norm: ``"batch"`` leaves the model as it is, ``"deferred"`` lets running statistics be
-            those of mini-batches (`fedsys.models.batchnorm`), ``"group"`` puts a GroupNorm in place of
-            each BatchNorm, ``"none"`` an identity.
+            those of mini-batches (`fedsys.models.batchnorm`), ``"group"`` puts a GroupNorm in
+            place of each BatchNorm, ``"none"`` an identity.
 
     Raises:
         ConfigError: For any other `norm`.

@@ -7,21 +7,22 @@ connect before.
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedsys.config import Config, NetworkConfig
+from fedsys.config import Config
 from fedsys.errors import LinkClosed, LinkRefused
 from fedsys.faults import AT_EDGE, Fault
+from fedsys.planning.hardware import link_of, network_of
+from fedsys.transport.dial import dial
 from fedsys.transport.faulty import Faulty, LinkFault
-from fedsys.transport.link import Link, dial
+from fedsys.transport.link import Link
+from fedsys.transport.network import Network
 from fedsys.transport.patience import Patience
 from fedsys.transport.security import Credentials
-from fedsys.transport.shaping import Network, RealClock, Shaped
+from fedsys.transport.shaping import RealClock, Shaped
 from fedsys.transport.wire import Buffer, Frame, decode, encode_parts
 
 CONNECT_S = 10.0
@@ -52,33 +53,6 @@ def link_fault(fault: Fault) -> LinkFault:
             return LinkFault("delay", delay_s=fault.seconds or 0.0)
         return LinkFault("delay", direction="recv", delay_s=fault.seconds or 0.0)
     return _LINK_FAULTS[fault.kind, fault.position]
-
-
-def network_of(config: NetworkConfig) -> Network:
-    """Return the network of a run in bits and seconds.
-
-    Raises:
-        ConfigError: The trace is not usable.
-    """
-    trace = tuple((at, up * 1e6, down * 1e6) for at, up, down in config.trace)
-    rates = [math.inf if r is None else r * 1e6 for r in (config.up_mbit_s, config.down_mbit_s)]
-    return Network(rates[0], rates[1], config.latency_ms / 1e3, trace, config.period_s)
-
-
-def links_of(config: Config) -> tuple[NetworkConfig, ...]:
-    """Return the connections of the devices of a run, repeated if there are more devices.
-
-    Planner, clock and emulation ask here. ``network=`` comes before the links of the fleet file, as
-    what is said for a run comes before what is said of machines.
-    """
-    network = dataclasses.replace(config.network, emulate=False)
-    return (config.network,) if network != NetworkConfig() else config.fleet.links or (network,)
-
-
-def link_of(config: Config, partition: int) -> NetworkConfig:
-    """Return the connection of one device."""
-    links = links_of(config)
-    return links[partition % len(links)]
 
 
 def dialler_of(

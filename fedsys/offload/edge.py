@@ -22,8 +22,6 @@ from typing import Any
 
 import torch
 
-from fedsys.offload.edge_faults import EdgeFaults
-from fedsys.offload.emulation import Workers
 from fedsys.errors import (
     FedsysError,
     FrameError,
@@ -33,9 +31,12 @@ from fedsys.errors import (
     SessionError,
 )
 from fedsys.identity import arithmetic
-from fedsys.transport.link import Link, Server, serve
-from fedsys.transport.security import Credentials, same_token
+from fedsys.offload.edge_faults import EdgeFaults
+from fedsys.offload.emulation import Workers
 from fedsys.offload.session import Session, SessionSpec, Snapshot
+from fedsys.transport.dial import serve
+from fedsys.transport.link import Link, Server
+from fedsys.transport.security import Credentials, same_token
 from fedsys.transport.wire import DEFAULT_LIMITS, Frame, Limits
 
 CONTROLLER = "server"

@@ -17,8 +17,8 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import ThreadingWSGIServer
 
-from fedsys.offload.edge import EdgeServer
 from fedsys.errors import ConfigError
+from fedsys.offload.edge import EdgeServer
 
 READ_S = 10.0
 """How long a peer may take to send its request, in seconds."""

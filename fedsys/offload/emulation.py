@@ -1,12 +1,13 @@
 """Machines slower than this one, in real time: who computes waits until they would be done.
 
 An operation is done at once and for real; then its machine waits for the moment at which the
-machine that it stands for would have finished (`fedsys.planning.costs.MachineCosts`). Moments follow from
-moments, not from when a wait or the real work happened to end, so that what ends late does not add
+machine that it stands for would have finished (`fedsys.planning.costs.MachineCosts`). Moments
+follow from moments, not from when a wait or the real work happened to end, so that what ends late
+does not add
 up: the next operation has its own moment to keep. What came late over a link is late. Loading
-and the CPU time of messages are charged as well. With `fedsys.transport.shaping` for the links, a run takes
-the time that it would take on the fleet that it names, as long as this machine is faster, but for
-the exchange of models between rounds, which is not slowed down.
+and the CPU time of messages are charged as well. With `fedsys.transport.shaping` for the links, a
+run takes the time that it would take on the fleet that it names, as long as this machine is
+faster, but for the exchange of models between rounds, which is not slowed down.
 
 Without costs a pace waits for nothing and only says when operations began and ended.
 """
@@ -19,12 +20,12 @@ from collections.abc import Callable
 from typing import Final
 
 from fedsys.config import Config, edge_names
-from fedsys.planning.costs import MachineCosts, crossings, frame_bytes
 from fedsys.errors import ConfigError
-from fedsys.planning.hardware import Hardware, hardware
 from fedsys.models.layered import LayeredModel
 from fedsys.offload.processors import Processors
 from fedsys.offload.snapshot import SessionSpec
+from fedsys.planning.costs import MachineCosts, crossings, frame_bytes
+from fedsys.planning.hardware import Hardware, hardware
 
 LATE_S: Final = 2e-3
 """How far real work may be behind without being called late."""

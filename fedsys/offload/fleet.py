@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from fedsys.offload.edge_client import EdgeClient, Hooks
 from fedsys.errors import (
     FedsysError,
     LinkError,
@@ -25,10 +24,12 @@ from fedsys.errors import (
     SessionError,
 )
 from fedsys.faults import AT_EDGE, Faults, from_json, to_json
-from fedsys.transport.link import Link, dial
+from fedsys.offload.edge_client import EdgeClient, Hooks
+from fedsys.offload.session import SessionSpec, Snapshot
+from fedsys.transport.dial import dial
+from fedsys.transport.link import Link
 from fedsys.transport.patience import Patience
 from fedsys.transport.security import Credentials
-from fedsys.offload.session import SessionSpec, Snapshot
 from fedsys.transport.wire import Frame
 
 REDIAL_S = (0.0, 0.2, 0.5)

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from fedsys.training import plain as training
 from fedsys.config import Config, edge_names
-from fedsys.offload.edge import EdgeServer
 from fedsys.errors import ConfigError
 from fedsys.faults import Faults
+from fedsys.offload.edge import EdgeServer
 from fedsys.offload.fleet import EdgeAddress, Fleet
+from fedsys.training import plain as training
 from fedsys.transport.security import Credentials, new_token
 
 

@@ -6,9 +6,9 @@ itself is gone, the device asks at the edges of its assignment until one of them
 an earlier step; `Moved` then tells the trainer to which step to return. When no edge has it,
 `EdgesLost` says so.
 
-An answer that is late (`fedsys.transport.patience`) may be on its way over a slow link, or its edge may be
-gone without a word. The device asks over another link, and keeps the one that it has for as long as
-the edge says that the session is there.
+An answer that is late (`fedsys.transport.patience`) may be on its way over a slow link, or its
+edge may be gone without a word. The device asks over another link, and keeps the one that it has
+for as long as the edge says that the session is there.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from fedsys.errors import (
     RemoteError,
     SessionError,
 )
+from fedsys.offload.session import natural
 from fedsys.transport.link import Link
 from fedsys.transport.patience import Patience
-from fedsys.offload.session import natural
 from fedsys.transport.wire import Frame, encode_parts
 
 ASKING_S = 20.0

@@ -21,8 +21,6 @@ operation for any other position is refused.
 
 from __future__ import annotations
 
-import functools
-import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -31,46 +29,22 @@ import torch
 from torch import Tensor
 
 from fedsys import config as configuration
-from fedsys.training import plain as training
-from fedsys import models
-from fedsys.transport.codecs import decode_activation, encode_activation
-from fedsys.config import Config
-from fedsys.offload.emulation import Workers, session_pace
 from fedsys.errors import FrameError, LinkClosed, SessionError
-from fedsys.training.part import Part, filled_stages, safe_input
-from fedsys.models.layered import LayeredModel, layered
-from fedsys.config import pruning
-from fedsys.training.penalty import Penalty
-from fedsys.randomness import Address, drawing, rows
-from fedsys.transport.security import new_token
+from fedsys.models.layered import LayeredModel
+from fedsys.offload.emulation import Workers, session_pace
 from fedsys.offload.snapshot import SessionSpec, Snapshot, State, natural
-from fedsys.training.plain import pieces
+from fedsys.randomness import Address, drawing, rows
+from fedsys.training import plain as training
+from fedsys.training.federation import layered_model, penalty_of
+from fedsys.training.part import Part, filled_stages, safe_input
+from fedsys.training.schedule import pieces
+from fedsys.transport.codecs import decode_activation, encode_activation
+from fedsys.transport.security import new_token
 from fedsys.transport.wire import Frame
 
 T = TypeVar("T")
 
 __all__ = ["Session", "SessionSpec", "Snapshot", "State", "layered_model", "natural"]
-
-
-def layered_model(
-    config: Config, input_shape: tuple[int, int, int], num_classes: int
-) -> LayeredModel:
-    """Return the run's model on ``meta`` as a chain of units; kept per process and model."""
-    spec = json.dumps({**config.model, "init": None}, sort_keys=True)
-    return _layered(spec, tuple(input_shape), num_classes)
-
-
-@functools.lru_cache(maxsize=16)
-def _layered(spec: str, input_shape: tuple[int, int, int], num_classes: int) -> LayeredModel:
-    model = json.loads(spec)
-    skeleton = models.skeleton(model, input_shape=input_shape, num_classes=num_classes)
-    return layered(skeleton, input_shape)
-
-
-def penalty_of(config: Config, model: LayeredModel, round_: int) -> Penalty | None:
-    """Return the penalty on channels with which a round is trained; None for none."""
-    weight = pruning.penalty_weight(config, round_)
-    return Penalty.of(model.graph, weight, config.pruning.leave) if weight else None
 
 
 def _dtype_of(model: LayeredModel) -> torch.dtype:

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fedsys.transport.codecs import CODECS
 from fedsys.errors import FrameError
+from fedsys.transport.codecs import CODECS
 from fedsys.transport.wire import Frame
 
 State = Mapping[str, Tensor]

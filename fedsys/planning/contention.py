@@ -1,16 +1,18 @@
 """The time of an iteration in closed form: of one device alone, and of several that share edges.
 
-All devices begin an iteration together and work by the schedule `fedsys.training.schedule.pipelined`, with
-micro-batches of one size (letters as in `tests.planning.recurrences`; N pieces, latency l). Then the
-moments of the stages before the edge are linear in the piece, U_i = f + u + (i - 1) max(f, u), and
-so are, for a device alone, those after it, so that the last backward ends at
+All devices begin an iteration together and work by the schedule
+`fedsys.training.schedule.pipelined`, with micro-batches of one size (letters as in
+`tests.planning.recurrences`; N pieces, latency l). Then the moments of the stages before the edge
+are linear in the piece, U_i = f + u + (i - 1) max(f, u), and so are, for a device alone, those
+after it, so that the last backward ends at
 
     C_N = max(N f + N b,  D_1 + l + N b,  D_N + l + b)
     D_i = f + u + l + s + d + (i - 1) max(f, u, s, d)
 
 Devices with fewer pieces in flight than they have take the way of `fedsys.planning.windowed`.
 
-Edges serve in order of arrival. `fedsys.planning.timeline.play` gives the same times, piece by piece.
+Edges serve in order of arrival. `fedsys.planning.timeline.play` gives the same times, piece by
+piece.
 """
 
 from __future__ import annotations

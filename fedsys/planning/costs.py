@@ -6,7 +6,8 @@ Costs of a machine come from measurement, or from the nominal rates of its class
     pi.seconds(25, 0, 2)                             # forward and backward of 25 at cut 2
     frame_bytes(crossings(layers)[2], 25, "int8")    # a micro-batch of 25 at cut 2
 
-Time on a link is that of `fedsys.transport.shaping.finish_time`, and a link is a `fedsys.transport.shaping.Network`.
+Time on a link is that of `fedsys.transport.network.finish_time`, and a link is a
+`fedsys.transport.network.Network`.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsys.transport.codecs import CODECS, LEAST_PER_SCALE
 from fedsys.errors import ConfigError, did_you_mean
 from fedsys.models.layered import LayeredModel
+from fedsys.transport.codecs import CODECS, LEAST_PER_SCALE
 
 Array = NDArray[np.float64]
 
@@ -281,7 +282,7 @@ def crossings(layers: LayeredModel) -> tuple[Crossing, ...]:
 
 
 def tensor_bytes(crossing: Crossing, rows: int, codec: str) -> int:
-    """Return the bytes that `fedsys.transport.codecs.encode_activation` makes of `rows` examples."""
+    """Return the bytes that `fedsys.transport.codecs` makes of `rows` examples."""
     elements = crossing.elements * rows
     if codec == "fp32":
         return elements * crossing.itemsize

@@ -16,21 +16,22 @@ written down and not compared.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
-from fedsys.config import ClientConfig, Config
-from fedsys.planning.costs import MachineClass, MachineCosts, Messaging
-from fedsys.offload.dialling import link_of, network_of
+from fedsys.config import ClientConfig, Config, NetworkConfig
 from fedsys.errors import ConfigError, did_you_mean
 from fedsys.identity import package_version
 from fedsys.models.layered import LayeredModel
-from fedsys.transport.shaping import Network
+from fedsys.planning.costs import MachineClass, MachineCosts, Messaging
+from fedsys.transport.network import Network
 
 PROFILE_KEYS = (
     *("rows", "forward_s", "backward_s", "update_s"),  # needed
@@ -54,6 +55,33 @@ class Hardware:
     devices: tuple[MachineCosts, ...]
     networks: tuple[Network, ...]
     edges: tuple[MachineCosts, ...]
+
+
+def network_of(config: NetworkConfig) -> Network:
+    """Return the network of a run in bits and seconds.
+
+    Raises:
+        ConfigError: The trace is not usable.
+    """
+    trace = tuple((at, up * 1e6, down * 1e6) for at, up, down in config.trace)
+    rates = [math.inf if r is None else r * 1e6 for r in (config.up_mbit_s, config.down_mbit_s)]
+    return Network(rates[0], rates[1], config.latency_ms / 1e3, trace, config.period_s)
+
+
+def links_of(config: Config) -> tuple[NetworkConfig, ...]:
+    """Return the connections of the devices of a run, repeated if there are more devices.
+
+    Planner, clock and emulation ask here. ``network=`` comes before the links of the fleet file, as
+    what is said for a run comes before what is said of machines.
+    """
+    network = dataclasses.replace(config.network, emulate=False)
+    return (config.network,) if network != NetworkConfig() else config.fleet.links or (network,)
+
+
+def link_of(config: Config, partition: int) -> NetworkConfig:
+    """Return the connection of one device."""
+    links = links_of(config)
+    return links[partition % len(links)]
 
 
 def hardware(config: Config, layers: LayeredModel) -> Hardware | None:

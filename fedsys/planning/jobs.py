@@ -1,11 +1,11 @@
-"""What a device does in a round, as `fedsys.planning.timeline` plays it: turns, and what they send."""
+"""What a device does in a round, as the timeline plays it: turns, and what they send."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Final
 
-from fedsys.transport.shaping import Network
+from fedsys.transport.network import Network
 
 NO_LIMIT: Final = Network()
 

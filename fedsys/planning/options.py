@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedsys.transport.codecs import CODECS
 from fedsys.config import Config, Spec
 from fedsys.errors import ConfigError, did_you_mean
-from fedsys.planning.hardware import Hardware, hardware
 from fedsys.models.layered import LayeredModel
+from fedsys.planning.hardware import Hardware, hardware
 from fedsys.planning.planner import METHODS
 from fedsys.planning.workload import Device, Workload, counts, workload
+from fedsys.transport.codecs import CODECS
 
 PLANNED = tuple(method for method in METHODS if method != "classic")
 """Policies that plan."""
@@ -26,7 +26,8 @@ class PlanOptions:
     Attributes:
         kind: The method, a name of `fedsys.planning.planner.METHODS`.
         codec: Codecs that may be chosen.
-        micro_batches: Numbers of pieces that may be chosen; empty: `fedsys.planning.workload.counts`.
+        micro_batches: Numbers of pieces that may be chosen; empty:
+            `fedsys.planning.workload.counts`.
         offload: Whether each device must offload.
         objective: ``round``: iterations and the exchange of models; ``iteration``: without it.
         drift: Relative change of a measured rate from which on it is believed.

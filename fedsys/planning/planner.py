@@ -1,9 +1,9 @@
 """Plans: for each device the cut, the number of micro-batches, the codec and the edge server.
 
 A plan is judged by the time of a round: of each device, its iterations and the exchange of its part
-of the model, with contention for edges as in `fedsys.planning.contention`. Of two plans the one with the
-faster slowest device is better; a thousandth of the mean is added so that no other device waits
-without need. "All on the device" is always a candidate, unless offloading is forced.
+of the model, with contention for edges as in `fedsys.planning.contention`. Of two plans the one
+with the faster slowest device is better; a thousandth of the mean is added so that no other device
+waits without need. "All on the device" is always a candidate, unless offloading is forced.
 
 ========== =====================================================================================
 exhaustive the optimum over all choices of all devices, if there are at most 10^6 combinations;
@@ -31,12 +31,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fedsys.errors import ConfigError
 from fedsys.planning import search
 from fedsys.planning.contention import Indices, alone_s
-from fedsys.errors import ConfigError
-from fedsys.transport.shaping import Network
 from fedsys.planning.tables import MEAN, Table
 from fedsys.planning.workload import MOST_PIECES, Choice, Device, Menu, Workload
+from fedsys.transport.network import Network
 
 METHODS = ("auto", "exhaustive", "pipar", "splitfed", "classic")
 MOST_COMBINATIONS = 10**6

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from fedsys.planning.contention import Indices, alone_s, together_s
-from fedsys.transport.shaping import Network
 from fedsys.planning.workload import Array, Choice, Menu, Stages, Workload, mini_batches
+from fedsys.transport.network import Network
 
 MEAN = 1e-3  # weight of the mean beside the slowest device
 _ENTRIES = 4_000_000  # numbers in one array
@@ -167,7 +167,8 @@ class Table:
 
         Args:
             picked: The plans.
-            measure: Something else than `fedsys.planning.tables.score` to be made of the times of devices.
+            measure: Something else than `fedsys.planning.tables.score` to be made of the times of
+                devices.
         """
         measure = measure or score
         if not len(picked):

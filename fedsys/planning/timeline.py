@@ -1,8 +1,8 @@
 """A round as events on resources: device compute, uplink, edge compute, downlink.
 
-A device works through its turns in the order of a schedule (`fedsys.training.schedule`). What it sends takes
-its place in the queue of its uplink, then waits for a worker of its edge server, in order of
-arrival; the answer takes its place in the queue of the downlink. Links are those of
+A device works through its turns in the order of a schedule (`fedsys.training.schedule`). What it
+sends takes its place in the queue of its uplink, then waits for a worker of its edge server, in
+order of arrival; the answer takes its place in the queue of the downlink. Links are those of
 `fedsys.transport.shaping`: a lane with one server, the rate of the moment, then the latency.
 
 For one device and constant rates `tests.planning.recurrences.iteration_s` gives the same times.
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from fedsys.errors import ConfigError
 from fedsys.planning.jobs import Job, Turn
-from fedsys.transport.shaping import Rate, finish_time
+from fedsys.transport.network import Rate, finish_time
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,10 @@
 """The virtual clock: the time that a round would take on the fleet and network of a run.
 
 Every device works through its real number of mini-batches, the smaller one at the end of an epoch
-included, on links that follow their traces; `fedsys.planning.timeline.play` decides when what happens. The
-clock depends on the configuration alone, not on the machine, its load, or the number of workers.
-Every device first receives its part of the model and returns it at the end, over its network; a
-round that is emulated in real time takes no time for that.
+included, on links that follow their traces; `fedsys.planning.timeline.play` decides when what
+happens. The clock depends on the configuration alone, not on the machine, its load, or the number
+of workers. Every device first receives its part of the model and returns it at the end, over its
+network; a round that is emulated in real time takes no time for that.
 """
 
 from __future__ import annotations

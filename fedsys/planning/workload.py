@@ -1,8 +1,9 @@
 """What is to be trained, and how one device may go about it: the records that planners work on.
 
 A `Choice` says how a device trains; a `Menu` says how long its five stages take for one micro-batch
-(letters as in `tests.planning.recurrences`), `job_of` makes it a device of `fedsys.planning.timeline.play`. CPU time
-of a message is charged to the machine that spends it: to the device in f and b, to the edge in s.
+(letters as in `tests.planning.recurrences`), `job_of` makes it a device of
+`fedsys.planning.timeline.play`. CPU time of a message is charged to the machine that spends it: to
+the device in f and b, to the edge in s.
 """
 
 from __future__ import annotations
@@ -14,13 +15,19 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsys.planning.costs import LABEL_BYTES, Crossing, MachineCosts, crossings, frame_bytes, state_bytes
 from fedsys.errors import ConfigError
-from fedsys.planning.jobs import Exchange, Job, Turn
 from fedsys.models.layered import LayeredModel
-from fedsys.training.schedule import operations
-from fedsys.transport.shaping import Network
-from fedsys.training.plain import pieces
+from fedsys.planning.costs import (
+    LABEL_BYTES,
+    Crossing,
+    MachineCosts,
+    crossings,
+    frame_bytes,
+    state_bytes,
+)
+from fedsys.planning.jobs import Exchange, Job, Turn
+from fedsys.training.schedule import operations, pieces
+from fedsys.transport.network import Network
 
 Array = NDArray[np.float64]
 

@@ -22,12 +22,12 @@ from fedsys.pruning.dense.architecture import save as save_dense
 from fedsys.pruning.dense.channels import Coupling
 from fedsys.pruning.dense.constants import Borders
 from fedsys.pruning.dense.fold import answering, check_folding, foldable
+from fedsys.pruning.dense.removal import Plan, evaluation_graph, masked_copy, probes
+from fedsys.pruning.dense.shrink import Shrunk, compared, count_parameters, shrink, tolerance_of
 from fedsys.pruning.levels import Level, spread
 from fedsys.pruning.measuring import macs
-from fedsys.pruning.dense.removal import Plan, evaluation_graph, masked_copy, probes
 from fedsys.pruning.portfolio import PARENT, Content, Variant
 from fedsys.pruning.precision import HALVES, OnnxModule, halved, int8
-from fedsys.pruning.dense.shrink import Shrunk, compared, count_parameters, shrink, tolerance_of
 
 CALIBRATION = 512
 """Training images on which the scales of int8 are found."""
@@ -113,8 +113,8 @@ def convert(
             masked model too; None leaves it at the probes.
 
     Raises:
-        ModelError: As `fedsys.pruning.dense.shrink.shrink` and `fedsys.pruning.dense.fold.check_folding`, or
-            outputs or answers for an image differ.
+        ModelError: As `fedsys.pruning.dense.shrink.shrink` and
+            `fedsys.pruning.dense.fold.check_folding`, or outputs or answers for an image differ.
     """
     small = shrink(
         level.model,

@@ -17,17 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedsys.training import optimizers
-from fedsys.training import plain as training
 from fedsys import data
 from fedsys.config import Config
 from fedsys.data import Dataset, Images
 from fedsys.errors import ConfigError
-from fedsys.training.masks import Masks, held, last_layer
 from fedsys.pruning.portfolio import Variant
 from fedsys.pruning.sparsify import one_shot
 from fedsys.pruning.structure import structure
 from fedsys.randomness import Address
+from fedsys.training import optimizers
+from fedsys.training import plain as training
+from fedsys.training.masks import Masks, held, last_layer
 
 EVAL_BATCH = 250
 """Images that are scored at a time."""

@@ -19,16 +19,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fedsys.training import plain as training
 from fedsys import data
 from fedsys.config import Config, PruneConfig
 from fedsys.data import Dataset, Images
 from fedsys.errors import ConfigError, FedsysError, ModelError
 from fedsys.pruning.candidates import Candidate, convert, lower, lowered_name, parent_candidate
+from fedsys.pruning.dense.removal import Plan
 from fedsys.pruning.levels import EVAL_BATCH, Level, Recipe, refined, spread
 from fedsys.pruning.measuring import front, latencies, machine, peak_bytes
-from fedsys.pruning.dense.removal import Plan
 from fedsys.pruning.portfolio import About, Latency, Portfolio, Variant
+from fedsys.training import plain as training
 
 Say = Callable[[str], None]
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedsys.runs.plots import COLORS, draw
 from fedsys.pruning.portfolio import Portfolio, Variant
+from fedsys.runs.plots import COLORS, draw
 
 _LAYERS = 40
 """Layers up to which each has its name below the picture."""

@@ -3,7 +3,8 @@
 ::
 
     manifest.json     what all have in common, and every variant's figures and checksums
-    variants/NAME/    weights.safetensors and architecture.json (`fedsys.pruning.dense.architecture`),
+    variants/NAME/    weights.safetensors and architecture.json
+    (`fedsys.pruning.dense.architecture`),
                       or model.onnx for a variant of int8
 
 `Portfolio.load` checks every file against the manifest before anything is used, so a damaged one
@@ -200,8 +201,8 @@ class Portfolio:
     def module(self, name: str) -> nn.Module:
         """Read a variant: a module in evaluation mode from float32 images to float32 outputs.
 
-        It has the form in which it answers (`fedsys.pruning.dense.fold`). To train it, read its folder by
-        `fedsys.pruning.dense.architecture.load`.
+        It has the form in which it answers (`fedsys.pruning.dense.fold`). To train it, read its
+        folder by `fedsys.pruning.dense.architecture.load`.
 
         Raises:
             ConfigError: There is no such variant.

@@ -32,9 +32,9 @@ from torch.nn import functional as F
 from torch.nn.modules import activation, batchnorm, instancenorm
 
 from fedsys.errors import ConfigError, ModelError
-from fedsys.training.masks import prunable
 from fedsys.pruning.dense.removal import make_plan, masked_copy, probes
 from fedsys.randomness import Address, drawing
+from fedsys.training.masks import prunable
 from fedsys.training.plain import Batches, device_of, forward
 
 Scores = dict[str, Tensor]

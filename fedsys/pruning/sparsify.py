@@ -20,14 +20,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from fedsys.config.pruning import METHODS, SCOPES, check_cost
 from fedsys.errors import ConfigError, ModelError, did_you_mean
 from fedsys.models.graph import trace
 from fedsys.pruning import scores as score_functions
+from fedsys.pruning.scores import Groups, Scores
+from fedsys.randomness import Address
 from fedsys.training.masks import Masks
 from fedsys.training.penalty import output_layers
-from fedsys.pruning.scores import Groups, Scores
-from fedsys.config.pruning import METHODS, SCOPES, check_cost
-from fedsys.randomness import Address
 from fedsys.training.plain import Batches
 
 # --------------------------------------------------------------------------------------------------

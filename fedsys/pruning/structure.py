@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fedsys.config.pruning import CHANNEL_METHODS, PruningConfig
 from fedsys.errors import ConfigError, did_you_mean
 from fedsys.models.graph import trace, trace_evaluation
 from fedsys.models.measure import measure
 from fedsys.pruning.dense.ops import Kind, Op, describe
-from fedsys.training.penalty import channel_scales
 from fedsys.pruning.dense.removal import masked_copy
 from fedsys.pruning.scores import coupled_layers
-from fedsys.config.pruning import CHANNEL_METHODS, PruningConfig
+from fedsys.training.penalty import channel_scales
 
 _TYING = (Kind.SCALE, Kind.SAME, Kind.NORM, Kind.ADD, Kind.MUL)
 

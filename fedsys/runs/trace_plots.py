@@ -1,8 +1,9 @@
 """The pictures of a trace: the lanes of one mini-batch, and what share of the time nothing is done.
 
-Both are drawn from the events of the last round (`fedsys.runs.tracing`): the first for the device whose
-mini-batches take longest, of which its median one is shown. Where a fleet is modelled, trace and
-pictures have a part for it (`fedsys.runs.virtual_trace`), before the measured one unless time is real.
+Both are drawn from the events of the last round (`fedsys.runs.tracing`): the first for the device
+whose mini-batches take longest, of which its median one is shown. Where a fleet is modelled, trace
+and pictures have a part for it (`fedsys.runs.virtual_trace`), before the measured one unless time
+is real.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from fedsys.files import json_text, write_atomic
+from fedsys.runs import plots
 from fedsys.runs import virtual_plots as fleet_plots
 from fedsys.runs import virtual_trace as fleet_trace
-from fedsys.runs import plots
-from fedsys.files import json_text, write_atomic
-from fedsys.runs.virtual_trace import FleetRound
 from fedsys.runs.tracing import LANES, Event, lanes_in, perfetto
+from fedsys.runs.virtual_trace import FleetRound
 
 Traces = Mapping[str, Sequence[Event]]
 Panel = tuple[plots.Paint, float]

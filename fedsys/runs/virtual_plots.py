@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any, Final
 
-from fedsys.runs import plots
-from fedsys.planning.virtual_clock import KINDS
-from fedsys.runs.virtual_trace import ROLES, FleetRound, Shown, by_resource, one_iteration, workers
 from fedsys.planning.timeline import Event
+from fedsys.planning.virtual_clock import KINDS
+from fedsys.runs import plots
+from fedsys.runs.virtual_trace import ROLES, FleetRound, Shown, by_resource, one_iteration, workers
 
 MOST_DRAWN: Final = 8
 """Devices in a picture of lanes: the slowest ones."""

@@ -1,7 +1,7 @@
 """A round of the modelled fleet as a trace for Perfetto, and which part of it is worth a picture.
 
-The events are those that the virtual clock played (`fedsys.planning.timeline`). `fedsys.runs.tracing` has the
-other trace, of what was measured.
+The events are those that the virtual clock played (`fedsys.planning.timeline`).
+`fedsys.runs.tracing` has the other trace, of what was measured.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from functools import cached_property
 from statistics import median
 from typing import Any, Final, NamedTuple
 
-from fedsys.planning.virtual_clock import VirtualRound
 from fedsys.planning.timeline import Event
+from fedsys.planning.virtual_clock import VirtualRound
 from fedsys.runs.tracing import span_of
 
 MOST_DEVICES: Final = 40

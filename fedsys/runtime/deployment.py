@@ -13,11 +13,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fedsys.runs import startup as stages
 from fedsys.config import Config
 from fedsys.errors import ConfigError, RunError, RuntimeFailure
-from fedsys.runs.progress import Progress, choose
+from fedsys.runs import startup as stages
 from fedsys.runs.folder import RunFolder, check_free
+from fedsys.runs.progress import Progress, choose
 from fedsys.runtime import bundle
 from fedsys.runtime.control import Address, Control
 from fedsys.runtime.edge_processes import check_reachable
@@ -75,7 +75,9 @@ def _settled(config: Config) -> Iterator[None]:
         with suppress(RunError):  # no run, or one that another process is at work on
             folder = RunFolder.open(path)
             if folder.info["status"] == "running":
-                from fedsys.runs.checkpoint import Checkpoints  # imports torch, which nothing else needs
+                from fedsys.runs.checkpoint import (
+                    Checkpoints,  # imports torch, which nothing else needs
+                )
 
                 with Checkpoints(path):
                     folder.fail(error)

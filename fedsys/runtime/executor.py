@@ -4,7 +4,7 @@ Takes the same arguments. What `fedsys.runtime.forks` says about time is for the
 of all: one starts for each message to a client.
 
 What is private in Flower and used here: `get_executor` of SuperExec, and the executor that it
-returns for subprocesses. `tests/test_deployment.py` fails when one of them changes.
+returns for subprocesses. `tests/runtime/test_deployment.py` fails when one of them changes.
 """
 
 from __future__ import annotations

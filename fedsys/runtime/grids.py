@@ -58,7 +58,8 @@ def before_exit(grid: Grid, handler: Callable[[], None]) -> None:
 class AttentiveGrid(Grid):
     """Looks for replies every `POLL_S` seconds, and names the node that an error is about.
 
-    Contents travel packed (`fedsys.transport.packing`); the client app unpacks them and packs its reply.
+    Contents travel packed (`fedsys.transport.packing`); the client app unpacks them and packs its
+    reply.
 
     A node that does not reply is nudged (`NUDGE_S`).
 

@@ -29,9 +29,9 @@ import httpx
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedsys.runs import startup as stages
 from fedsys.config import Config
 from fedsys.errors import ConfigError, RuntimeFailure
+from fedsys.runs import startup as stages
 from fedsys.runs.progress import Progress
 from fedsys.runtime.control import Address, Control
 from fedsys.runtime.edge_processes import EdgeProcesses, credentials_of_device

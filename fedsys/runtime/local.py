@@ -2,7 +2,7 @@
 
 What is private in Flower and used here: `TaskIdentity` (a message cannot be built without one) and
 the id inside a message's metadata (Flower's own grids set it when a message is pushed).
-`tests/test_local_runtime.py` fails when either changes.
+`tests/runtime/test_local.py` fails when either changes.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedsys.transport import records
-from fedsys.runs import startup as stages
 from fedsys.config import Config
+from fedsys.runs import startup as stages
 from fedsys.runtime.apps import load_apps
+from fedsys.transport import records
 
 FIRST_NODE_ID = SUPERLINK_NODE_ID + 1
 

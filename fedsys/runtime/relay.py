@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self, TextIO
 
-from fedsys.runs import startup as stages
 from fedsys import errors
 from fedsys.errors import FedsysError, RuntimeFailure
+from fedsys.runs import startup as stages
 from fedsys.runs.progress import Progress, Row
 
 PREFIX = "fedsys> "

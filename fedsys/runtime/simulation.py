@@ -6,7 +6,7 @@ the nodes' contexts hold the run config, which `flwr.simulation.run_simulation` 
 
 What is private in Flower and used here: `run_api` and `_register_nodes` of the engine, the stores
 of the nodes' contexts, the pool of its backend, the in-memory link state and its grid.
-`tests/test_simulation.py` fails when one of them changes.
+`tests/runtime/test_simulation.py` fails when one of them changes.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from flwr.proto.task_pb2 import Task
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
-from fedsys.runs import startup as stages
 from fedsys.config import Config
 from fedsys.errors import RuntimeFailure
+from fedsys.runs import startup as stages
 from fedsys.runtime.apps import load_apps, load_client
 from fedsys.runtime.local import identify_process
 

@@ -30,6 +30,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from fedsys.config.serving import ServingConfig
 from fedsys.errors import ConfigError, RequestError, RuntimeFailure
 from fedsys.files import json_text
 from fedsys.serving import v2
@@ -37,7 +38,6 @@ from fedsys.serving.batching import Batcher, Limits, Served
 from fedsys.serving.engine import Engine
 from fedsys.serving.images import decode, normalise
 from fedsys.serving.metrics import Metrics
-from fedsys.config.serving import ServingConfig
 
 DISCARD_S = 60.0
 """How long the rest of a body that is too large is read and dropped, in seconds.

@@ -12,15 +12,15 @@ import psutil
 import torch
 from torch import Tensor
 
+from fedsys.config.serving import ServingConfig
 from fedsys.errors import ModelError
 from fedsys.pruning.portfolio import Portfolio
-from fedsys.serving.switch.switcher import Loaded, Resident, Switcher
+from fedsys.serving.engine import CALM, Answer, Card, Pressure
 from fedsys.serving.switch.control import Control, Record
 from fedsys.serving.switch.policy import Objective, Signals, Standing, decide, profile_of
 from fedsys.serving.switch.relief import Backlog
 from fedsys.serving.switch.signals import Meter
-from fedsys.serving.engine import CALM, Answer, Card, Pressure
-from fedsys.config.serving import ServingConfig
+from fedsys.serving.switch.switcher import Loaded, Resident, Switcher
 
 
 @final

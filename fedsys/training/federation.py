@@ -17,12 +17,14 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedsys.training import plain as training
 from fedsys import data, models
-from fedsys.config import Config
+from fedsys.config import Config, pruning
 from fedsys.data import Dataset
 from fedsys.errors import ConfigError
+from fedsys.models.layered import LayeredModel, layered
 from fedsys.randomness import Address, check_keyed
+from fedsys.training import plain as training
+from fedsys.training.penalty import Penalty
 
 OWN = "own"
 """Kind of the partition in which one client has everything that there is."""
@@ -107,6 +109,27 @@ def build_model(config: Config, dataset: Dataset, *, initial: bool = True) -> nn
         seed=config.seed,
     )
     return training.lay_out(model, config.client.memory_format)
+
+
+def layered_model(
+    config: Config, input_shape: tuple[int, int, int], num_classes: int
+) -> LayeredModel:
+    """Return the run's model on ``meta`` as a chain of units; kept per process and model."""
+    spec = json.dumps({**config.model, "init": None}, sort_keys=True)
+    return _layered(spec, tuple(input_shape), num_classes)
+
+
+@functools.lru_cache(maxsize=16)
+def _layered(spec: str, input_shape: tuple[int, int, int], num_classes: int) -> LayeredModel:
+    model = json.loads(spec)
+    skeleton = models.skeleton(model, input_shape=input_shape, num_classes=num_classes)
+    return layered(skeleton, input_shape)
+
+
+def penalty_of(config: Config, model: LayeredModel, round_: int) -> Penalty | None:
+    """Return the penalty on channels with which a round is trained; None for none."""
+    weight = pruning.penalty_weight(config, round_)
+    return Penalty.of(model.graph, weight, config.pruning.leave) if weight else None
 
 
 def check_model(model: nn.Module, dataset: Dataset) -> None:

@@ -1,8 +1,8 @@
 """A part of a model in training: what a device and an edge server both do with theirs.
 
-The plain loop (`fedsys.training.plain.train`) does to the whole model, per parameter and in the order of
-names, what `Part` does to the parameters of one machine. Only clipping needs to know of the other
-parts, and only one number per parameter: its squared norm.
+The plain loop (`fedsys.training.plain.train`) does to the whole model, per parameter and in the
+order of names, what `Part` does to the parameters of one machine. Only clipping needs to know of
+the other parts, and only one number per parameter: its squared norm.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fedsys.training import optimizers
-from fedsys.training import plain as training
-from fedsys.config import Config
+from fedsys.config import Config, pruning
 from fedsys.errors import ModelError
 from fedsys.models.layered import LayeredModel, fill, stages
-from fedsys.config import pruning
+from fedsys.training import optimizers
+from fedsys.training import plain as training
 from fedsys.training.masks import Holding, Masks
 from fedsys.training.penalty import Penalty
 from fedsys.training.plain import Proximal

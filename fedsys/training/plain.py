@@ -10,7 +10,7 @@ written per parameter, in the order of names.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from traceback import walk_tb
 from typing import TYPE_CHECKING
@@ -21,9 +21,10 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from fedsys.training import optimizers
 from fedsys.errors import ConfigError, ModelError
 from fedsys.randomness import Address, drawing, rows
+from fedsys.training import optimizers
+from fedsys.training.schedule import pieces
 
 if TYPE_CHECKING:
     from fedsys.training.penalty import Penalty
@@ -46,26 +47,6 @@ class Score:
     accuracy: float
     examples: int
     steps: int = 0
-
-
-def pieces(batch_size: int, micro_batches: int) -> Iterator[tuple[int, int]]:
-    """Yield the rows ``[start, stop)`` of each micro-batch.
-
-    Sizes differ by one at most, larger ones first; a mini-batch with fewer examples than
-    `micro_batches` gives one example to each.
-
-    >>> list(pieces(10, 4))
-    [(0, 3), (3, 6), (6, 8), (8, 10)]
-    >>> list(pieces(2, 4))
-    [(0, 1), (1, 2)]
-    """
-    count = min(batch_size, micro_batches)
-    size, larger = divmod(batch_size, count)
-    start = 0
-    for i in range(count):
-        stop = start + size + (i < larger)
-        yield start, stop
-        start = stop
 
 
 def loss_of(outputs: Tensor, labels: Tensor, weight: float) -> Tensor:

@@ -6,8 +6,9 @@ there is no generated code. Two threads serve one end besides its callers::
     caller of send ─▶ outbox ─▶ writer ══▶ stream ══▶ reader ─▶ inbox ─▶ caller of recv
 
 The reader takes messages off the stream whatever the callers do, so that two peers that both send
-first do not block each other; both queues are bounded (see `fedsys.transport.link`). What both ends have in
-common is in `fedsys.transport.grpc_stream`; here is how they are reached, protected and ended.
+first do not block each other; both queues are bounded (see `fedsys.transport.link`). What both
+ends have in common is in `fedsys.transport.grpc_stream`; here is how they are reached, protected
+and ended.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from fedsys.errors import (
     RemoteError,
     SecurityError,
 )
+from fedsys.transport.buffers import PIECE_BYTES
 from fedsys.transport.grpc_stream import Sender, Stream
 from fedsys.transport.link import Handler, HandlerThreads, Link
-from fedsys.transport.buffers import PIECE_BYTES
 from fedsys.transport.security import Credentials, check
 from fedsys.transport.wire import Buffer, Frame, Limits, encode_parts
 
@@ -153,7 +154,7 @@ def dial(
     timeout_s: float,
     retry: bool = True,
 ) -> Link:
-    """Connect to ``host:port``; see `fedsys.transport.link.dial`."""
+    """Connect to ``host:port``; see `fedsys.transport.dial.dial`."""
     if credentials is not None:
         check(credentials, role="client")
     deadline = time.monotonic() + timeout_s
@@ -225,7 +226,7 @@ class _Method(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no type
 
 
 class GrpcServer:
-    """Accepts links at ``host:port``; the arguments are those of `fedsys.transport.link.serve`."""
+    """Accepts links at ``host:port``; the arguments are those of `fedsys.transport.dial.serve`."""
 
     def __init__(
         self,

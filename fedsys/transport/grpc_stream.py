@@ -6,8 +6,8 @@ into the inbox from there; and an accepted link sends a small frame in the threa
 long as nothing waits in its outbox and the network takes what it gets. (An end that dialled has
 gRPC's own writer, which can only be handed to.)
 
-A frame is cut into messages (`fedsys.transport.buffers`): copying one piece overlaps with sending the one
-before, which a single large message does not allow.
+A frame is cut into messages (`fedsys.transport.buffers`): copying one piece overlaps with sending
+the one before, which a single large message does not allow.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
 from fedsys.errors import LinkError
-from fedsys.transport.mailbox import Mailbox
 from fedsys.transport.buffers import pieces
+from fedsys.transport.mailbox import Mailbox
 from fedsys.transport.wire import Assembler, Buffer, Frame, Limits
 
 AT_ONCE_BYTES: Final = 128 << 10

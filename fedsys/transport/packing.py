@@ -14,8 +14,8 @@ from typing import cast
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
-from fedsys.transport import records
 from fedsys.errors import ModelError
+from fedsys.transport import records
 
 INDEX = "packed-index"
 """Name of the record that says what was packed."""

@@ -23,8 +23,8 @@ from collections.abc import Sequence
 from typing import Final
 
 from fedsys.errors import LinkClosed, LinkError, RemoteError
-from fedsys.transport.mailbox import Mailbox
 from fedsys.transport.buffers import after, pieces
+from fedsys.transport.mailbox import Mailbox
 from fedsys.transport.tcp_channel import Channel
 from fedsys.transport.wire import PREAMBLE_BYTES, Assembler, Buffer, Frame, Limits, frame_bytes
 

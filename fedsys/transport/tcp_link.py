@@ -1,11 +1,13 @@
-"""Links over TCP: how the ends reach, check and greet each other. `fedsys.transport.tcp_stream` is the rest.
+"""Links over TCP: how the ends reach, check and greet each other.
+
+What passes between them then is in `fedsys.transport.tcp_stream`.
 
 The end that dials says ``FSYS-LINK 0001`` and a line end; the other says the same if it takes the
-link, or why not as a last word (`fedsys.transport.tcp_flows`). With credentials all of it is inside of TLS
-1.3, in which both ends show certificates; an end that finds the other without TLS says so outside
-of it. Who greets otherwise, or not within `GREETING_S`, is sent away and holds nothing: until then
-a connection counts among those that wait, of which there are at most as many as links; if there are
-more, the oldest goes.
+link, or why not as a last word (`fedsys.transport.tcp_flows`). With credentials all of it is
+inside of TLS 1.3, in which both ends show certificates; an end that finds the other without TLS
+says so outside of it. Who greets otherwise, or not within `GREETING_S`, is sent away and holds
+nothing: until then a connection counts among those that wait, of which there are at most as many
+as links; if there are more, the oldest goes.
 """
 
 from __future__ import annotations
@@ -75,7 +77,7 @@ def dial(
     timeout_s: float,
     retry: bool = True,
 ) -> Link:
-    """Connect to ``host:port``; see `fedsys.transport.link.dial`."""
+    """Connect to ``host:port``; see `fedsys.transport.dial.dial`."""
     context = None
     if credentials is not None:
         check(credentials, role="client")
@@ -236,7 +238,7 @@ def _sealed(channel: Channel, data: bytes) -> list[memoryview]:
 class TcpServer:
     """Accepts links at ``host:port`` in one thread and greets each in one of its own.
 
-    The arguments are those of `fedsys.transport.link.serve`.
+    The arguments are those of `fedsys.transport.dial.serve`.
     """
 
     def __init__(

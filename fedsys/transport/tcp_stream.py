@@ -8,13 +8,14 @@
                   ◀─ inbox ◀─ reader ◀─ socket        while nobody is in recv
 
 Handing a frame from thread to thread costs more than anything else that is done to a small one, so
-the threads of the link work only where its promises (`fedsys.transport.link`) need them: the writer while the
-network is slower than the sender, the reader while the owner of the link does something else
-(`fedsys.transport.tcp_standby`). Measured on two busy cores, a round trip of 1 kB takes 240 µs, and 145 µs of
-processor time at each end; with a reader that takes every frame, as it was first, 400 and 240.
+the threads of the link work only where its promises (`fedsys.transport.link`) need them: the
+writer while the network is slower than the sender, the reader while the owner of the link does
+something else (`fedsys.transport.tcp_standby`). Measured on two busy cores, a round trip of 1 kB
+takes 240 µs, and 145 µs of processor time at each end; with a reader that takes every frame, as it
+was first, 400 and 240.
 
-Who has said its last word (`fedsys.transport.tcp_flows`) shuts its direction and drops what still comes until
-the other does the same, so that the connection is not reset while frames are under way.
+Who has said its last word (`fedsys.transport.tcp_flows`) shuts its direction and drops what still
+comes until the other does the same, so that the connection is not reset while frames are under way.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from collections.abc import Sequence
 from queue import SimpleQueue
 from typing import Final
 
-from fedsys.transport import tcp_standby as standby
 from fedsys.errors import FrameError, LinkClosed, LinkError, LinkTimeout
+from fedsys.transport import tcp_standby as standby
 from fedsys.transport.mailbox import Mailbox
 from fedsys.transport.tcp_channel import SILENCE_S, Channel, Silence, drain
 from fedsys.transport.tcp_flows import Intake, Last, Outflow, last_word
@@ -41,7 +42,7 @@ _LOOK_S: Final = SILENCE_S / 4  # between two looks whether the peer still answe
 
 
 class TcpLink:
-    """A link on a channel whose ends have greeted each other; see `fedsys.transport.link.FailingLink`.
+    """A `fedsys.transport.link.FailingLink` on a channel whose ends have greeted each other.
 
     Args:
         channel: The socket, prepared.

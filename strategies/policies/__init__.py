@@ -1,1 +1,45 @@
-"""."""
+"""Offloading policies, built from the ``policy`` group of the configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+from fedsys.config import Config, Spec, call_target
+from fedsys.errors import ConfigError, did_you_mean
+from fedsys.planning.options import PLANNED
+from strategies.policies.fixed import Fixed
+from strategies.policies.planned import Planned
+from strategies.policies.policy import OffloadPolicy
+
+
+def build_policy(
+    spec: Spec, num_edges: int, config: Config | None = None, examples: Sequence[int] = ()
+) -> OffloadPolicy | None:
+    """Return the policy of the ``policy`` group; None where everything stays on the devices.
+
+    Args:
+        spec: The group; of kind ``own`` its ``_target_`` names the policy, which may take the
+            other arguments too.
+        num_edges: Number of edge servers.
+        config: The run; needed by policies that plan.
+        examples: Examples of each client; likewise.
+
+    Raises:
+        ConfigError: There is no such policy, or an argument is not usable.
+    """
+    kind = spec.get("kind", "none")
+    if kind == "none":
+        return None
+    if kind == "fixed":
+        pieces = spec.get("micro_batches")
+        return Fixed(spec.get("cut"), spec.get("codec", "fp32"), num_edges, pieces)
+    if kind in PLANNED and config is not None:
+        return Planned(config, examples)
+    if kind == "own":
+        target = {key: value for key, value in spec.items() if key != "kind"}
+        given = {"num_edges": num_edges, "config": config, "examples": examples}
+        return cast(OffloadPolicy, call_target(target, "policy", **given))
+    known = ("none", "fixed", *PLANNED, "own")
+    hint = did_you_mean(str(kind), known)
+    raise ConfigError.of("policy.kind", kind, f"must be one of {', '.join(known)}", hint.strip())

@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 
 from fedsys.config import Config
-from fedsys.planning.costs import MachineCosts
 from fedsys.errors import ConfigError
-from fedsys.planning.hardware import Hardware
 from fedsys.models.layered import LayeredModel
-from fedsys.planning.planner import Plan, evaluate, plan
+from fedsys.planning.costs import MachineCosts
+from fedsys.planning.hardware import Hardware
 from fedsys.planning.options import PlanOptions, machines_of, run_workload
-from fedsys.transport.shaping import Network
+from fedsys.planning.planner import Plan, evaluate, plan
 from fedsys.planning.tables import score
 from fedsys.planning.workload import Choice, Device, Menu, Workload, mini_batches
+from fedsys.transport.network import Network
 from strategies.policies.policy import Assignment, Observation
 
 State = dict[str, Any]

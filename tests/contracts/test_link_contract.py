@@ -22,10 +22,11 @@ from fedsys.errors import (
     RemoteError,
     SecurityError,
 )
+from fedsys.transport.dial import dial, serve
 from fedsys.transport.faulty import Faulty
-from fedsys.transport.link import dial, serve
+from fedsys.transport.network import Network
 from fedsys.transport.security import Authority, Credentials
-from fedsys.transport.shaping import Network, Shaped
+from fedsys.transport.shaping import Shaped
 from fedsys.transport.wire import Frame, Limits, encode_parts
 
 SOON = 20.0  # seconds after which a blocked call is a failure

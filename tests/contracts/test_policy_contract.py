@@ -8,12 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsys import models
-from fedsys.transport.codecs import CODECS
 from fedsys.config import compose_text, parse
 from fedsys.errors import ConfigError, ModelError
 from fedsys.models.layered import layered
 from fedsys.runs.trees import keepable
-from strategies.policies.policy import Assignment, Fixed, Observation, build_policy, codecs_of
+from fedsys.transport.codecs import CODECS
+from strategies.policies import build_policy
+from strategies.policies.fixed import Fixed, codecs_of
+from strategies.policies.policy import Assignment, Observation
 
 EDGES = 3
 LAYERS = layered(

@@ -11,8 +11,8 @@ ends)::
 where "F before" is the forward that the schedule puts before this backward: for `pipelined` the
 last one. They are those of PiPar (Zhang et al., "PiPar: Pipeline Parallelism for Collaborative
 Machine Learning", JPDC 2024, section IV) with what its code leaves out: a device computes one thing
-at a time, and a message arrives a latency after its last bit. `fedsys.planning.timeline.play` gives the same
-times, and those of several devices on one edge.
+at a time, and a message arrives a latency after its last bit. `fedsys.planning.timeline.play`
+gives the same times, and those of several devices on one edge.
 """
 
 from __future__ import annotations

@@ -21,9 +21,9 @@ from typing import final
 from torch import Tensor, nn
 
 from fedsys.errors import ConfigError, ModelError
-from fedsys.training.masks import Masks, read_tensors, write_tensors
 from fedsys.pruning.scores import Scores, magnitude
 from fedsys.pruning.sparsify import prune_share
+from fedsys.training.masks import Masks, read_tensors, write_tensors
 
 FORMAT = "fedsys-ticket-1"
 

@@ -2,9 +2,9 @@
 
 The tensors are what crosses each cut of the model for one mini-batch of the data: the activation,
 and the gradient that comes back. Of each the largest error of an element is given as a share of the
-bound that `fedsys.transport.codecs` states for it (above 1, the statement would be wrong), and the root of
-the mean squared error beside that of the tensor itself. Rates are in bytes of the tensor as it is
-in memory, so that codecs compare; a frame is not part of them (``fedsys bench link``).
+bound that `fedsys.transport.codecs` states for it (above 1, the statement would be wrong), and the
+root of the mean squared error beside that of the tensor itself. Rates are in bytes of the tensor
+as it is in memory, so that codecs compare; a frame is not part of them (``fedsys bench link``).
 
 Then the run of the configuration is carried out with each codec and seed. Data, order, draws and
 initial weights of a seed are the same for all codecs, so the differences are the codec's alone.
@@ -21,16 +21,16 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fedsys.training import federation
-from fedsys.training import plain as training
 from fedsys import data, runtime
 from fedsys.commands.bench import Chart
-from fedsys.transport.codecs import LEAST_PER_SCALE, decode_activation, encode_activation
 from fedsys.config import Config, parse, with_values
-from fedsys.training.part import safe_input
 from fedsys.models.layered import layered, split
 from fedsys.randomness import Address, drawing
 from fedsys.runs.folder import RunFolder
+from fedsys.training import federation
+from fedsys.training import plain as training
+from fedsys.training.part import safe_input
+from fedsys.transport.codecs import LEAST_PER_SCALE, decode_activation, encode_activation
 
 
 def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:

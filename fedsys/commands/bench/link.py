@@ -33,9 +33,11 @@ import torch
 from fedsys.commands.bench import Chart
 from fedsys.config import Config
 from fedsys.errors import ConfigError, RuntimeFailure
-from fedsys.transport.link import Link, dial, serve
+from fedsys.transport.dial import dial, serve
+from fedsys.transport.link import Link
+from fedsys.transport.network import Network
 from fedsys.transport.security import Authority, Credentials
-from fedsys.transport.shaping import Network, Shaped
+from fedsys.transport.shaping import Shaped
 from fedsys.transport.wire import Frame
 
 DEFAULTS: Final[Mapping[str, Any]] = {

@@ -27,21 +27,19 @@ from statistics import median, quantiles
 from typing import Any, Final
 
 from fedsys import config as configuration
-from fedsys.training import federation
-from fedsys.commands.bench import pipeline_cpu
-from fedsys.commands.bench import pipeline_virtual
-from fedsys.commands.bench import Chart
+from fedsys.commands.bench import Chart, pipeline_cpu, pipeline_virtual
 from fedsys.commands.bench.rounds import BEFORE, EdgeProcess, Watch, edge_process, watched_round
 from fedsys.config import Config
-from fedsys.planning.costs import MachineCosts, Messaging
 from fedsys.errors import ConfigError, did_you_mean
 from fedsys.files import json_text, write_atomic
 from fedsys.models.layered import LayeredModel
-from fedsys.planning.planner import Plan, evaluate, plan
+from fedsys.planning.costs import MachineCosts, Messaging
 from fedsys.planning.options import PlanOptions, machines_of, run_workload
-from fedsys.offload.session import layered_model
+from fedsys.planning.planner import Plan, evaluate, plan
 from fedsys.planning.timeline import play
 from fedsys.planning.workload import Choice, Workload, counts, job_of
+from fedsys.training import federation
+from fedsys.training.federation import layered_model
 
 METHODS: Final = ("classic", "splitfed", "pipar", "exhaustive", "auto", "auto_offloaded")
 VOID: Final = 0.5
@@ -103,8 +101,8 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
         options: Of ``conf/bench/pipeline.yaml``.
 
     Returns:
-        ``cells``; ``accuracies`` and ``cpu`` (`fedsys.commands.bench.pipeline_cpu`) if asked for; and the
-        figures of `summary`.
+        ``cells``; ``accuracies`` and ``cpu`` (`fedsys.commands.bench.pipeline_cpu`) if asked for;
+        and the figures of `summary`.
 
     Raises:
         ConfigError: An option names something that there is not.

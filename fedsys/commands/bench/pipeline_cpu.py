@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedsys.training import federation
-from fedsys.training import plain as training
 from fedsys.commands.bench.rounds import EdgeProcess, watched_round
 from fedsys.config import Config
-from fedsys.training.part import filled_stages, names_between
 from fedsys.randomness import Address, drawing, rows
-from fedsys.offload.session import layered_model
-from fedsys.training.plain import pieces
+from fedsys.training import federation
+from fedsys.training import plain as training
+from fedsys.training.federation import layered_model
+from fedsys.training.part import filled_stages, names_between
+from fedsys.training.schedule import pieces
 
 
 def measured(

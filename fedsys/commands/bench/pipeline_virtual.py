@@ -12,14 +12,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from fedsys.commands.bench import Chart
-from fedsys.planning.virtual_clock import virtual_round
 from fedsys.config import Config, compose_text, parse
-from fedsys.offload.dialling import network_of
-from fedsys.planning.hardware import machine_costs
 from fedsys.models.layered import LayeredModel
+from fedsys.planning.hardware import machine_costs, network_of
 from fedsys.planning.planner import plan
-from fedsys.offload.session import layered_model
+from fedsys.planning.virtual_clock import virtual_round
 from fedsys.planning.workload import Choice, Device, Menu, Workload, workload
+from fedsys.training.federation import layered_model
 
 DEFAULTS: Final[Mapping[str, Any]] = {
     "models": ["vgg5", "vgg11", "vgg16", "resnet18", "resnet50", "mobilenet_v3_large"],

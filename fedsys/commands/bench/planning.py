@@ -15,12 +15,12 @@ from typing import Any
 from fedsys.commands.bench import Chart
 from fedsys.commands.bench.pipeline_virtual import CLASSES, SHAPE
 from fedsys.config import Config, compose_text, parse
-from fedsys.offload.dialling import network_of
 from fedsys.models.layered import LayeredModel
-from fedsys.planning.planner import plan
+from fedsys.planning.hardware import network_of
 from fedsys.planning.options import machines_of
-from fedsys.offload.session import layered_model
+from fedsys.planning.planner import plan
 from fedsys.planning.workload import Device, Workload, workload
+from fedsys.training.federation import layered_model
 
 
 def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:

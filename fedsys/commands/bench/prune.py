@@ -6,7 +6,8 @@
   verification, and how many parameters are left, beside the reference rule
   (`fedsys.commands.bench.prune_reference`).
 * ``rivals``: our scores without and with costs, and Torch-Pruning's magnitude importance, all at
-  the same number of parameters; seconds, MACs and latency in turns (`fedsys.commands.bench.prune_rivals`).
+  the same number of parameters; seconds, MACs and latency in turns
+  (`fedsys.commands.bench.prune_rivals`).
 * ``effort``: six variants of one trained parent, from mask to written portfolio, against six times
   its measured training.
 * ``trained``: models that trained under masks against their dense variants: parameters, latency in
@@ -30,29 +31,28 @@ import torch
 from torch import Tensor, nn
 
 from fedsys import config as configuration
-from fedsys.training import federation
-from fedsys.training import optimizers
-from fedsys.training import plain as training
 from fedsys import data
 from fedsys.commands.bench import Chart
 from fedsys.commands.bench.prune_models import as_trained, built, one_thread
+from fedsys.commands.bench.prune_reference import reference_rule_parameters
 from fedsys.commands.bench.prune_rivals import rivals
+from fedsys.commands.prune import fill, of_run, run_config
 from fedsys.config import Config
 from fedsys.data import Dataset
 from fedsys.errors import ConfigError, ModelError
-from fedsys.commands.prune import fill, of_run, run_config
 from fedsys.pruning.candidates import convert
+from fedsys.pruning.dense.removal import masked_copy
+from fedsys.pruning.dense.shrink import shrink
 from fedsys.pruning.levels import Level, Recipe, recipes, refined, spread
 from fedsys.pruning.making import Made, make
-from fedsys.training.masks import Masks, last_layer
 from fedsys.pruning.measuring import in_turns, speedup
-from fedsys.pruning.dense.removal import masked_copy
-from fedsys.commands.bench.prune_reference import reference_rule_parameters
 from fedsys.pruning.scores import random
-from fedsys.pruning.dense.shrink import shrink
 from fedsys.pruning.sparsify import one_shot, prune
 from fedsys.randomness import Address
 from fedsys.runs.folder import RunFolder
+from fedsys.training import federation, optimizers
+from fedsys.training import plain as training
+from fedsys.training.masks import Masks, last_layer
 
 RUNS = 30
 """Timed runs of each model in a comparison."""

@@ -5,9 +5,9 @@ Torch-Pruning as its own documentation uses it, with magnitude importance over c
 ``bench.rival_sparsity`` is the number of parameters for all; each of the others is the largest
 model that a search by halving finds below it.
 
-Each is timed with BatchNorm as it is, folded by `fedsys.pruning.dense.fold`, and fused by torch's own
-``torch.fx.experimental.optimization.fuse``: a variant answers folded, and so that this is not taken
-for what pruning gives, its rival and the parent are folded, too.
+Each is timed with BatchNorm as it is, folded by `fedsys.pruning.dense.fold`, and fused by torch's
+own ``torch.fx.experimental.optimization.fuse``: a variant answers folded, and so that this is not
+taken for what pruning gives, its rival and the parent are folded, too.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from torch import nn
 
 from fedsys.commands.bench.prune_models import one_thread
 from fedsys.config import Config
+from fedsys.config.pruning import PruningConfig, check
 from fedsys.errors import ConfigError, ModelError
 from fedsys.pruning.candidates import convert
 from fedsys.pruning.dense.fold import answering
-from fedsys.pruning.levels import Level
-from fedsys.training.masks import Masks, last_layer
-from fedsys.pruning.measuring import in_turns, macs, speedup
 from fedsys.pruning.dense.removal import evaluation_graph, make_plan, masked_copy, probes
-from fedsys.config.pruning import PruningConfig, check
 from fedsys.pruning.dense.shrink import count_parameters
+from fedsys.pruning.levels import Level
+from fedsys.pruning.measuring import in_turns, macs, speedup
 from fedsys.pruning.sparsify import one_shot
 from fedsys.pruning.structure import structure
 from fedsys.randomness import Address
+from fedsys.training.masks import Masks, last_layer
 
 _SHAPE = (3, 32, 32)
 _STEPS = 10

@@ -26,20 +26,22 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from fedsys.training import federation
-from fedsys.training import plain as training
 from fedsys.commands.bench import Chart
 from fedsys.commands.bench.rounds import edge_process
 from fedsys.config import Config, parse, with_values
 from fedsys.errors import ConfigError, RuntimeFailure
-from fedsys.offload.fleet import EdgeAddress, Fleet
-from fedsys.training.part import filled_stages, names_between, safe_input
 from fedsys.models.layered import LayeredModel
-from fedsys.transport.link import Link, dial
+from fedsys.offload.fleet import EdgeAddress, Fleet
 from fedsys.offload.processors import usable_cores
+from fedsys.offload.session import SessionSpec, Snapshot
 from fedsys.randomness import Address, drawing
+from fedsys.training import federation
+from fedsys.training import plain as training
+from fedsys.training.federation import layered_model
+from fedsys.training.part import filled_stages, names_between, safe_input
+from fedsys.transport.dial import dial
+from fedsys.transport.link import Link
 from fedsys.transport.security import new_token
-from fedsys.offload.session import SessionSpec, Snapshot, layered_model
 from fedsys.transport.wire import Frame
 
 _PATIENCE_S: Final = 600.0

@@ -37,12 +37,12 @@ from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 from torch import nn
 
-from fedsys.transport import records
-from fedsys.training import plain as training
 from fedsys.commands.bench import Chart
 from fedsys.config import Config, locate
 from fedsys.errors import ConfigError, RuntimeFailure
 from fedsys.runtime.local import LocalGrid
+from fedsys.training import plain as training
+from fedsys.transport import records
 
 WARM_UP = 3
 """Turns that are not counted."""

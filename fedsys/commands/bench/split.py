@@ -29,18 +29,19 @@ from flwr.app import ConfigRecord, RecordDict
 from safetensors.torch import load_file, save_file
 
 from fedsys import config as configuration
-from fedsys.transport import records
-from fedsys.training import federation
-from fedsys.training import plain as training
 from fedsys.commands.bench import Chart
 from fedsys.config import Config, locate
-from fedsys.offload.edge import EdgeServer
 from fedsys.errors import RuntimeFailure
+from fedsys.offload.edge import EdgeServer
 from fedsys.offload.fleet import EdgeAddress, Fleet
+from fedsys.offload.session import SessionSpec, Snapshot
+from fedsys.training import federation
+from fedsys.training import plain as training
+from fedsys.training.federation import layered_model
 from fedsys.training.part import names_between
-from fedsys.transport.link import dial
+from fedsys.transport import records
+from fedsys.transport.dial import dial
 from fedsys.transport.security import new_token
-from fedsys.offload.session import SessionSpec, Snapshot, layered_model
 
 State = Mapping[str, torch.Tensor]
 

@@ -1,14 +1,15 @@
 """Changing variants: what a switch costs, in four ways, and what switching is good for.
 
 *Cost*: under a constant load of requests the variant changes again and again, in a process of its
-own for each way (`fedsys.commands.bench.switch_load`): load beside the running one (ours), stop-load-start,
-all variants resident, and a slimmable network. Every answer is compared, to the bit, with what the
-variant that it names gives.
+own for each way (`fedsys.commands.bench.switch_load`): load beside the running one (ours),
+stop-load-start, all variants resident, and a slimmable network. Every answer is compared, to the
+bit, with what the variant that it names gives.
 
 *Use*: on held-out traces of load, memory budgets and busy neighbours, played in real time, the
 portfolio that switches against each of its variants alone, and against an oracle that takes the
-best of them in each segment. `fedsys.commands.bench.switch_trace` says how the traces are made; on one of
-them each variant is the right one for as many requests, on the other nearly all are for the small.
+best of them in each segment. `fedsys.commands.bench.switch_trace` says how the traces are made; on
+one of them each variant is the right one for as many requests, on the other nearly all are for the
+small.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from fedsys.commands.bench import Chart
 from fedsys.commands.bench.switch_load import WAYS, Case, measure
 from fedsys.commands.bench.switch_portfolio import make_portfolio
 from fedsys.commands.bench.switch_trace import TRACES, Played, Segment, make_trace, play
+from fedsys.commands.serve import SWITCH_S
 from fedsys.config import Config
+from fedsys.config.serving import ServingConfig
 from fedsys.errors import ConfigError
 from fedsys.pruning.portfolio import Portfolio
 from fedsys.serving.switch.policy import profile_of
-from fedsys.commands.serve import SWITCH_S
-from fedsys.config.serving import ServingConfig
 
 _OURS = "beside"
 REQUESTS = (

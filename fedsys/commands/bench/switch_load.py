@@ -23,17 +23,17 @@ import psutil
 import torch
 from torch import Tensor
 
+from fedsys.commands.serve import SWITCH_S
 from fedsys.errors import RequestError, RuntimeFailure
 from fedsys.pruning.dense import architecture
 from fedsys.pruning.measuring import quantile
-from fedsys.pruning.portfolio import VARIANTS, Portfolio
-from fedsys.serving.switch.switcher import Cost, Loaded, Resident, Switcher
 from fedsys.pruning.memory import resident_bytes
-from fedsys.serving.switch.slimmable import slimmable
-from fedsys.commands.serve import SWITCH_S
+from fedsys.pruning.portfolio import VARIANTS, Portfolio
 from fedsys.serving.batching import Batcher, Limits, Served
 from fedsys.serving.engine import CALM, Answer, Pressure
 from fedsys.serving.portfolio import card_of
+from fedsys.serving.switch.slimmable import slimmable
+from fedsys.serving.switch.switcher import Cost, Loaded, Resident, Switcher
 
 WAYS = ("beside", "instead", "resident", "slimmable")
 """Load beside the running one; stop, load, start; all resident; one network of several widths."""
@@ -70,7 +70,7 @@ def measure(case: Case) -> dict[str, Any]:
         RuntimeFailure: The process failed; with its last words.
     """
     command = [sys.executable, "-m", "fedsys.commands.bench.switch_load", json.dumps(asdict(case))]
-    paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
+    paths = [str(Path(__file__).resolve().parents[3]), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=_PATIENCE_S, check=False

@@ -7,15 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from fedsys.training import federation
-from fedsys.training import optimizers
-from fedsys.training import plain as training
 from fedsys import data
 from fedsys.config import Config
 from fedsys.pruning.levels import recipes
 from fedsys.pruning.making import make
 from fedsys.pruning.portfolio import Portfolio
 from fedsys.randomness import Address
+from fedsys.training import federation, optimizers
+from fedsys.training import plain as training
 
 
 def make_portfolio(

@@ -46,13 +46,13 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from fedsys.config.serving import ServingConfig
 from fedsys.errors import RequestError
 from fedsys.pruning.measuring import quantile
 from fedsys.pruning.portfolio import Portfolio
-from fedsys.serving.switch.policy import Profile
 from fedsys.serving.batching import Batcher, Limits, Served
-from fedsys.config.serving import ServingConfig
 from fedsys.serving.portfolio import PortfolioEngine
+from fedsys.serving.switch.policy import Profile
 
 _BUSY = 0.25  # share of segments with busy processes beside
 _TIGHT = 0.35  # share of segments with a memory budget

@@ -1,10 +1,10 @@
 """A client's local training against the barest PyTorch loop, in turns in one process.
 
 Ours does what every client does: it chooses a mini-batch of uint8 images, augments and normalises
-it, addresses the draws of the model, and trains by `fedsys.training.plain.train`. The other side is the
-loop of a tutorial over tensors that were augmented and normalised beforehand. Both have the same
-model, initial weights, optimizer, number of threads and images; only ``client.memory_format`` is
-ours alone.
+it, addresses the draws of the model, and trains by `fedsys.training.plain.train`. The other side
+is the loop of a tutorial over tensors that were augmented and normalised beforehand. Both have the
+same model, initial weights, optimizer, number of threads and images; only ``client.memory_format``
+is ours alone.
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedsys.training import federation
-from fedsys.training import optimizers
-from fedsys.training import plain as training
 from fedsys import data
 from fedsys.commands.bench import Chart
 from fedsys.config import Config
 from fedsys.errors import ConfigError
-from fedsys.training.federation import Federation
 from fedsys.randomness import Address
+from fedsys.training import federation, optimizers
+from fedsys.training import plain as training
+from fedsys.training.federation import Federation
 
 WARM_UP = 2
 """Turns of each that are not counted."""

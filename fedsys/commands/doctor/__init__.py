@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from fedsys import config as configuration
-from fedsys.config import Config
-from fedsys.commands.doctor import estimate
-from fedsys.commands.doctor import machine
-from fedsys.commands.doctor import network
+from fedsys.commands.doctor import estimate, machine, network
 from fedsys.commands.doctor.checks import Check
+from fedsys.config import Config
 
 __all__ = ["Check", "checks", "job"]
 

@@ -6,8 +6,8 @@ import math
 import time
 from collections.abc import Iterator
 
-from fedsys.config import Config
 from fedsys.commands.doctor.checks import Check
+from fedsys.config import Config
 from fedsys.errors import FedsysError
 from fedsys.offload.processors import usable_cores
 from fedsys.runs.progress import seconds_text
@@ -62,11 +62,10 @@ def expectation(config: Config, parts: list[int], per_step: float) -> str:
 
 def seconds_per_step(config: Config) -> float:
     """Return the seconds of one optimizer step of a client, measured for about a second."""
-    from fedsys.training import federation
-    from fedsys.training import optimizers
-    from fedsys.training import plain as training
     from fedsys import data
     from fedsys.randomness import Address
+    from fedsys.training import federation, optimizers
+    from fedsys.training import plain as training
 
     fed = federation.federation(config)
     device = training.pick_device(config.client.device)

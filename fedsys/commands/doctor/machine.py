@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 
-from fedsys.config import Config
 from fedsys.commands.doctor.checks import Check
+from fedsys.config import Config
 from fedsys.offload.processors import usable_cores
 
 MB = 2**20

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fedsys.config import Config
 from fedsys.commands.doctor.checks import Check
+from fedsys.config import Config
 from fedsys.errors import FedsysError
 
 PORTS = {
@@ -135,10 +135,10 @@ def edges(config: Config) -> Iterator[Check]:
 
 def _computes_alike(config: Config, name: str, address: str) -> Check:
     """Check that an edge server obeys this run, and that its sums have the bits of this machine."""
+    from fedsys.identity import arithmetic, differences
     from fedsys.offload.edge_client import EdgeClient, Hooks
     from fedsys.offload.fleet import ANSWER_S
-    from fedsys.identity import arithmetic, differences
-    from fedsys.transport.link import dial
+    from fedsys.transport.dial import dial
     from fedsys.transport.security import Credentials
 
     title, folder = f"edge {name}, bits", config.fleet.credentials or config.link.credentials

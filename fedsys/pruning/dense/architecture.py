@@ -2,8 +2,8 @@
 
 A folder holds ``weights.safetensors`` and ``architecture.json``. The JSON names operations with
 their arguments, layers by class and constructor arguments, and the checksum of the weights. Only
-words of `fedsys.pruning.dense.vocabulary` can be used, so a file from an untrusted source can at most
-describe a strange model.
+words of `fedsys.pruning.dense.vocabulary` can be used, so a file from an untrusted source can at
+most describe a strange model.
 """
 
 from __future__ import annotations

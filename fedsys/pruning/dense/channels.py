@@ -7,8 +7,8 @@ Backwards through the graph, from the outputs:
   a live output of a layer has, by definition, an input that varies, which is live in turn.
 * a channel is *held* if it is constant but its value must be there: as an operand of a sum whose
   other operand is live, as an output of the model, or as a carrier in front of a convolution with
-  zero padding (see `fedsys.pruning.dense.constants`). The filter of a held channel is zero, its bias is
-  the constant.
+  zero padding (see `fedsys.pruning.dense.constants`). The filter of a held channel is zero, its
+  bias is the constant.
 * a channel is *tied* if it stays only because tensors must fit each other: operands of a sum have
   equal channels, the groups of a grouped convolution equal sizes. It computes zero. With
   ``Coupling.SCATTER`` sums tie nothing: operands are brought into place by an index.

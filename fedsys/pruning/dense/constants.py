@@ -3,8 +3,8 @@
 One pass over the traced graph, in evaluation and float64, on a few probe inputs. Whether a channel
 is constant is decided from the structure alone: all weights on channels that vary are exactly
 zero, and so on through BatchNorm, activations, pooling, sums, products, concatenation and
-flattening; or an activation is flat wherever its input can be (`fedsys.pruning.dense.bounds`). What it is
-constant at is then read off the computation itself, so every operation
+flattening; or an activation is flat wherever its input can be (`fedsys.pruning.dense.bounds`).
+What it is constant at is then read off the computation itself, so every operation
 gives its constants exactly, however it works.
 
 A constant map need not be uniform: where a convolution with zero padding reads a constant other

@@ -9,10 +9,11 @@ CVPR 2018, section 3.2)::
 and one pass over the outputs is saved. And the code that torch.fx generates looks each layer up by
 its path, in as many steps as the path is long, every time; names of one step save the rest.
 
-Both are done when a model is read to answer, not in the files (`fedsys.pruning.dense.architecture`):
-there BatchNorm and names stay, so that a variant can be trained, re-calibrated and pruned like the
-model that it came from. New weights are computed in float64 by operations that IEEE 754 rounds in
-one way only, so the same files give the same bits everywhere.
+Both are done when a model is read to answer, not in the files
+(`fedsys.pruning.dense.architecture`): there BatchNorm and names stay, so that a variant can be
+trained, re-calibrated and pruned like the model that it came from. New weights are computed in
+float64 by operations that IEEE 754 rounds in one way only, so the same files give the same bits
+everywhere.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fedsys.models.batchnorm import DeferredBatchNorm
 from fedsys.errors import ModelError
+from fedsys.models.batchnorm import DeferredBatchNorm
 from fedsys.models.measure import Measured, measure
 from fedsys.pruning.dense.cloning import clone
 from fedsys.pruning.dense.removal import probes
@@ -108,8 +109,8 @@ def check_folding(
         The largest differences in the model's own type and, folded once more, in float64.
 
     Raises:
-        ModelError: One exceeds the tolerance of its type (`fedsys.pruning.dense.shrink.TOLERANCE`) times
-            max(1, largest output) of the example.
+        ModelError: One exceeds the tolerance of its type (`fedsys.pruning.dense.shrink.TOLERANCE`)
+            times max(1, largest output) of the example.
     """
     inputs = probes(input_shape)
     own = next((p.dtype for p in model.parameters()), torch.float32)

@@ -12,12 +12,13 @@ conversion is exact and complete, on the traced graph of any model::
     save(small.model, folder)   # safetensors and JSON; load(folder) gives the same bits
 
 `fedsys.pruning.dense.constants` finds constants, `fedsys.pruning.dense.channels` what must stay,
-`fedsys.pruning.dense.rebuild` makes the model, `fedsys.pruning.dense.architecture` saves it. Nothing removable
-is left: with ``borders=Borders.MAP, coupling=Coupling.SCATTER`` exactly those channels stay that
-vary with the input and that an output depends on. The defaults trade a few of them for speed: one
-carrier channel in front of a padded convolution instead of a constant map, and equal channels in
-all operands of a sum instead of an index. A ReLU counts as constant if bounds of each of its inputs
-keep it closed (`fedsys.pruning.dense.bounds`); that several inputs together never open it is not found.
+`fedsys.pruning.dense.rebuild` makes the model, `fedsys.pruning.dense.architecture` saves it.
+Nothing removable is left: with ``borders=Borders.MAP, coupling=Coupling.SCATTER`` exactly those
+channels stay that vary with the input and that an output depends on. The defaults trade a few of
+them for speed: one carrier channel in front of a padded convolution instead of a constant map, and
+equal channels in all operands of a sum instead of an index. A ReLU counts as constant if bounds of
+each of its inputs keep it closed (`fedsys.pruning.dense.bounds`); that several inputs together
+never open it is not found.
 """
 
 from __future__ import annotations

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from fedsys.errors import ConfigError, first_line
-from fedsys.serving.switch.switcher import Cost, Switcher
 from fedsys.serving.switch.policy import (
     Decision,
     How,
@@ -32,6 +31,7 @@ from fedsys.serving.switch.policy import (
     smallest,
 )
 from fedsys.serving.switch.relief import Backlog, relieve, standbys, tails_of
+from fedsys.serving.switch.switcher import Cost, Switcher
 
 KEPT = 1000
 """Records of switches that are kept."""

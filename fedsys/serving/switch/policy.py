@@ -16,7 +16,7 @@ A better variant must meet the objective even if all signals are worse by a marg
 entered before a dwell time has passed. Predictions grow with every signal, so a variant that was
 entered with a margin stays while the signals stay within 1 + m of those at its entry; and while
 they are within a factor of sqrt(1 + m) of constant values, no variant that was too slow is entered
-again: noise makes no flapping (`tests/test_switch_policy.py` holds both).
+again: noise makes no flapping (`tests/serving/test_switch_policy.py` holds both).
 """
 
 from __future__ import annotations

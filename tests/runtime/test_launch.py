@@ -1,0 +1,155 @@
+"""Launching and reaching a SuperLink, as far as that can be tried without one."""
+
+import contextlib
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fedsys.errors import SecurityError
+from fedsys.main import main
+from fedsys.runtime.control import Address, Control
+from fedsys.runtime.launch import Deployment, environment
+from fedsys.runtime.processes import Processes, free_ports
+from fedsys.transport import security
+from fedsys.transport.security import Authority, Credentials
+
+# Flower builds its bundles with a class that the library of that class is about to rename.
+pytestmark = pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")
+
+
+@contextlib.contextmanager
+def speaking_tls(credentials: Credentials, folder: Path) -> Iterator[int]:
+    """Yield a port of 127.0.0.1 where TLS is spoken and nothing else."""
+    credentials.save(folder)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "cert.pem", folder / "key.pem")
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):  # among them those of TLS
+            while True:
+                connection, _ = listening.accept()
+                with contextlib.suppress(OSError), connection:
+                    context.wrap_socket(connection, server_side=True).close()
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield listening.getsockname()[1]
+        listening.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+def issued(authority: Authority, days: int = 90) -> Credentials:
+    return authority.issue("superlink", ["127.0.0.1"], role="server", days=days)
+
+
+def call(port: int, folder: Path, *more: str) -> list[str]:
+    return [
+        "train",
+        "runtime=deployment",
+        f"runtime.superlink=127.0.0.1:{port}",
+        f"run.dir={folder / 'run'}",
+        "json=true",
+        *more,
+    ]
+
+
+def test_an_expired_certificate_is_one_clear_message(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(security, "_CLOCK_SKEW", security.dt.timedelta(days=3))
+    authority = Authority.create("test")
+    authority.save(tmp_path)
+    trust = f"runtime.root_certificates={tmp_path / 'ca.pem'}"
+    with speaking_tls(issued(authority, days=-1), tmp_path / "server") as port:
+        assert main(call(port, tmp_path, trust)) == 1
+        told = capsys.readouterr()
+        assert told.err.splitlines()[-1] == (
+            f"fedsys: runtime.superlink=127.0.0.1:{port}: the SuperLink's certificate has "
+            "expired; issue a new one and restart it"
+        )
+        assert told.out == ""
+
+
+def test_a_certificate_of_another_authority_is_not_accepted(tmp_path):
+    with speaking_tls(issued(Authority.create("theirs")), tmp_path) as port:
+        address = Address(f"127.0.0.1:{port}", Authority.create("ours").certificate)
+        with (
+            Control(address) as control,
+            pytest.raises(SecurityError, match=r"not accepted .*runtime\.root_certificates"),
+        ):
+            control.ping()
+
+
+def test_no_superlink_at_the_address_ends_with_status_one(tmp_path, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    assert main(call(port, tmp_path, "runtime.insecure=true")) == 1
+    assert f"127.0.0.1:{port}: no SuperLink answers there" in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_a_usage_error_before_anything_is_started(tmp_path, capsys):
+    before = psutil.Process().children(recursive=True)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(call(port, tmp_path, "runtime.launch=true")) == 2
+    said = capsys.readouterr().err
+    assert f"runtime.superlink=127.0.0.1:{port}: must not be in use" in said
+    assert "null takes a free port" in said
+    assert psutil.Process().children(recursive=True) == before
+
+
+def test_a_folder_of_another_run_is_refused_before_anything_is_started(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text('{"status": "failed"}')
+    assert main(call(8000, tmp_path, "runtime.launch=true", "runtime.superlink=null")) == 2
+    assert "must not hold another run; continue that run" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "flower").exists()
+    assert (tmp_path / "run" / "run.json").read_text() == '{"status": "failed"}'
+
+
+def test_what_a_killed_command_left_behind_does_not_stand_in_the_way(tmp_path):
+    """`resume=` of a launched run that was killed raised FileExistsError, for its secrets."""
+    folder = tmp_path / "flower"
+    first = Deployment.prepare(folder, 1, 1)
+    (folder / "superlink.db").write_text("runs that nobody waits for")
+    (folder / "superlink.log").write_text("said")
+    second = Deployment.prepare(folder, 1, 2)
+    assert first.node_keys[0] not in second.node_keys
+    assert not (folder / "superlink.db").exists()
+    assert (folder / "superlink.log").read_text() == "said"
+
+
+def test_whoever_submits_a_run_needs_no_torch():
+    code = (
+        "import sys, fedsys.commands.train, fedsys.runtime.deployment; "
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_an_interrupt_in_the_middle_of_a_request_ends_everything(tmp_path, monkeypatch):
+    """The answer that nobody had read was taken for that to the next request."""
+    port = free_ports(1)[0]
+    others = set(psutil.Process().children(recursive=True))
+    with (
+        pytest.raises(KeyboardInterrupt),
+        Processes(tmp_path, environment(tmp_path / "home")) as processes,
+    ):
+        waits = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}"]
+        processes.start("node", [*waits, "--port", str(free_ports(1)[0])])
+        started = set(psutil.Process().children(recursive=True)) - others
+        assert processes.pid("node") in {process.pid for process in started}
+
+        def interrupted() -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(processes, "_answer", interrupted)
+        processes.check()
+    _, alive = psutil.wait_procs(started, 10)
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
