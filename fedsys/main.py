@@ -39,7 +39,7 @@ class Command:
         help: One line for the list of commands.
         names: What may stand behind the verb, for instance the benchmarks; empty for nothing.
         paths: Word for the folders that stand behind the verb instead; empty for none.
-        group: File of the group of its name that holds its options; empty for none.
+        group: Choice of a group that holds its options; empty for none.
         aliases: Keys of the command line that are short for others.
         implied: Choices by the key of which they follow, where their group is not chosen.
         section: Part of ``conf/config.yaml`` that alone counts, which ``--help`` then shows.
@@ -104,8 +104,8 @@ COMMANDS: dict[str, Command] = {
         "fedsys.commands.prune",
         "job",
         "make a portfolio of small dense variants of a model",
-        group="portfolio",
-        aliases={"run": "prune.run"},
+        group="variants=portfolio",
+        aliases={"run": "variants.run"},
     ),
     "report": Command(
         "fedsys.commands.report",
@@ -224,7 +224,7 @@ class Invocation:
         if self.command.paths:
             return self._with_paths(arguments)
         if self.command.group:
-            return [f"+{self.verb}={self.command.group}", *map(self._unaliased, arguments)]
+            return [f"+{self.command.group}", *map(self._unaliased, arguments)]
         names = self.command.names
         given = [a for a in arguments if "=" not in a and not a.startswith(("-", "~"))]
         if not names or (not given and {"-h", "--help"} & set(arguments)):
@@ -261,8 +261,9 @@ class Invocation:
     def _hydra(self, arguments: list[str]) -> None:
         import hydra
 
-        from fedsys.config import CONF, known_models, translated_errors
+        from fedsys.config import CONF, known_models, renamed, translated_errors
 
+        arguments = [renamed(argument) for argument in arguments]
         # Hydra prints errors and exits by itself unless it is asked for the exceptions.
         os.environ["HYDRA_FULL_ERROR"] = "1"
         outer = sys.argv

@@ -51,17 +51,17 @@ def job(tree: Any) -> Mapping[str, Any]:
 
     Returns:
         ``variants``: figures of those that stay, ``refused``: reasons by name, ``seconds`` by part
-        of the work, ``portfolio``: its folder, ``run_dir``, and with ``prune.onnx=true`` ``onnx``:
-        paths of the files by name.
+        of the work, ``portfolio``: its folder, ``run_dir``, and with ``variants.onnx=true``
+        ``onnx``: paths of the files by name.
 
     Raises:
         FedsysError: The configuration is not usable, or no portfolio can be made.
     """
     began = time.perf_counter()
-    run = Path(str(tree.prune.run)).absolute() if tree.prune.run else None
-    if tree.prune.trained and run is None:
+    run = Path(str(tree.variants.run)).absolute() if tree.variants.run else None
+    if tree.variants.trained and run is None:
         rule = "must come with run=PARENT: their variants join those of that run"
-        raise ConfigError.of("prune.trained", list(tree.prune.trained), rule)
+        raise ConfigError.of("variants.trained", list(tree.variants.trained), rule)
     values = _of_run(tree, run) if run else configuration.plain(tree)
     configuration.parse(configuration.to_text(values))  # said before a folder is made
     path = Path(tree.run.dir or default_path(Path("outputs"), "prune")).absolute()
@@ -70,7 +70,7 @@ def job(tree: Any) -> Mapping[str, Any]:
         folder.log_config(config.text)
         made = _make(config, run, path / "portfolio")
         draw_all(made.measured, made.portfolio, path / "plots")
-        files = _written(made.portfolio, path / "onnx") if config.prune.onnx else {}
+        files = _written(made.portfolio, path / "onnx") if config.variants.onnx else {}
         seconds = {part: round(value, 3) for part, value in made.seconds.items()}
         result: dict[str, Any] = {
             "variants": [_figures(v, made.portfolio.parent) for v in made.portfolio.variants],
@@ -164,8 +164,8 @@ def _of_run(tree: Any, run: Path) -> dict[str, Any]:
         if key.partition(".")[0] in _FROM_RUN:
             rule = f"must not be given with run={run}, which settles it"
             raise ConfigError.of(key, _at(asked, key), rule, "leave it out")
-    own = run_config(run)
-    groups = ("prune", "pruning", "json", "run")
+    own = configuration.with_present_names(run_config(run))
+    groups = ("variants", "pruning", "json", "run")
     values = {**own, **{key: asked[key] for key in groups}, "resume": None}
     for key in given:
         group, *rest = key.split(".")
@@ -249,16 +249,16 @@ def of_run(
         if further and config.pruning.active:
             found += recipes(model, config, dataset, masks)
         return model, found
-    if config.prune.trained and not config.pruning.active:
+    if config.variants.trained and not config.pruning.active:
         return model, []
     return model, recipes(model, config, dataset)
 
 
 def trained_further(config: Config, dataset: Dataset) -> list[Recipe]:
-    """Return the models of ``prune.trained``: runs that went on from variants of a portfolio.
+    """Return the models of ``variants.trained``: runs that went on from variants of a portfolio.
 
     Args:
-        config: ``prune.trained``.
+        config: ``variants.trained``.
         dataset: The parent's data.
 
     Raises:
@@ -267,9 +267,9 @@ def trained_further(config: Config, dataset: Dataset) -> list[Recipe]:
         ModelError: A file is damaged.
     """
     found: list[Recipe] = []
-    for given in config.prune.trained:
+    for given in config.variants.trained:
         run = Path(given).expanduser().absolute()
-        own = run_config(run, "prune.trained")
+        own = run_config(run, "variants.trained")
         settings = configuration.parse(configuration.to_text({**own, "resume": None}))
         _check_data(run, federation.federation(settings).dataset, dataset)
         taken = {recipe.name for recipe in found}
@@ -285,7 +285,9 @@ def _check_data(run: Path, own: Dataset, dataset: Dataset) -> None:
         same = same and torch.equal(mine.labels, other.labels)
     if not same:
         rule = "must have trained on the data of run=, with the same validation and test parts"
-        raise ConfigError.of("prune.trained", run, rule, "give it the data= and seed= of that run")
+        raise ConfigError.of(
+            "variants.trained", run, rule, "give it the data= and seed= of that run"
+        )
 
 
 def _trained_further(run: Path, own: Config, dataset: Dataset, taken: set[str]) -> Recipe:

@@ -25,7 +25,15 @@ from omegaconf.errors import OmegaConfBaseException
 from fedsys import faults
 from fedsys.config import rules
 from fedsys.config.building import build
-from fedsys.config.composing import CONF, known_models, options_of, translated_errors, within_hydra
+from fedsys.config.composing import (
+    CONF,
+    known_models,
+    options_of,
+    renamed,
+    translated_errors,
+    with_present_names,
+    within_hydra,
+)
 from fedsys.config.targets import call_target, check_keywords, locate
 from fedsys.config.values import (
     BETWEEN_PROCESSES,
@@ -40,11 +48,11 @@ from fedsys.config.values import (
     LearningRate,
     LinkConfig,
     NetworkConfig,
-    PruneConfig,
     RunConfig,
     RuntimeConfig,
     ScheduleConfig,
     Spec,
+    VariantsConfig,
 )
 from fedsys.errors import ConfigError, first_line
 
@@ -62,11 +70,11 @@ __all__ = [
     "LearningRate",
     "LinkConfig",
     "NetworkConfig",
-    "PruneConfig",
     "RunConfig",
     "RuntimeConfig",
     "ScheduleConfig",
     "Spec",
+    "VariantsConfig",
     "call_target",
     "check_keywords",
     "compose_text",
@@ -79,8 +87,10 @@ __all__ = [
     "options_of",
     "parse",
     "plain",
+    "renamed",
     "to_text",
     "translated_errors",
+    "with_present_names",
     "with_values",
 ]
 
@@ -100,7 +110,7 @@ def parse(text: str) -> Config:
     if not isinstance(tree, dict):
         raise ConfigError("configuration: must be a mapping of keys to values")
     tree.pop("hydra", None)
-    config = typing.cast(Config, build(Config, tree, ""))
+    config = typing.cast(Config, build(Config, with_present_names(tree), ""))
     config = dataclasses.replace(config, text=text)
     rules.check(config)
     planned = faults.check(
@@ -134,7 +144,7 @@ def compose_text(overrides: str) -> str:
     """Compose ``conf/config.yaml`` with overrides in shell syntax; return resolved YAML."""
     from hydra import compose, initialize_config_dir
 
-    arguments = shlex.split(overrides)
+    arguments = [renamed(override) for override in shlex.split(overrides)]
     with (
         translated_errors(),
         known_models(arguments),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,9 @@ from fedsys.errors import ConfigError, did_you_mean, first_line
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 """The folder of the groups: the same place in the checkout, the wheel and the Flower bundle."""
+
+RENAMED = {"prune": "variants"}
+"""Groups by their former names, which command lines and files of before still use."""
 
 _ABSENT = object()
 
@@ -41,6 +44,24 @@ def within_hydra() -> Iterator[None]:
         yield
     finally:
         GlobalHydra.instance().hydra = outer  # by now another instance
+
+
+def renamed(override: str) -> str:
+    """Return an override with the present name of its group."""
+    match = re.match(r"([+~]*)(\w+)(?=[.=])", override)
+    if match is None or match[2] not in RENAMED:
+        return override
+    return f"{match[1]}{RENAMED[match[2]]}{override[match.end() :]}"
+
+
+def with_present_names(tree: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return the values of a run with the present names of its groups."""
+    values = {key: value for key, value in tree.items() if key not in RENAMED}
+    for former in tree.keys() & RENAMED.keys():
+        present, own = RENAMED[former], tree[former]
+        mapping = isinstance(own, dict)
+        values[present] = {**values.get(present, {}), **own} if mapping else own
+    return values
 
 
 def _explain(error: BaseException) -> str:

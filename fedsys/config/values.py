@@ -274,7 +274,7 @@ class FaultsConfig:
 
 
 @dataclass(frozen=True)
-class PruneConfig:
+class VariantsConfig:
     """What ``fedsys prune`` makes of the model. Sizes of groups of weights are of `PruningConfig`.
 
     Attributes:
@@ -353,7 +353,7 @@ class Config:
     bench: Spec = field(default_factory=dict)
     profile: Spec = field(default_factory=dict)
     pruning: PruningConfig = field(default_factory=PruningConfig)
-    prune: PruneConfig = field(default_factory=PruneConfig)
+    variants: VariantsConfig = field(default_factory=VariantsConfig)
     serving: ServingConfig = field(default_factory=ServingConfig)
     portfolio: str | None = None
     input: str | None = None

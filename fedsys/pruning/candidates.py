@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fedsys import data
-from fedsys.config import PruneConfig
+from fedsys.config import VariantsConfig
 from fedsys.data import Dataset
 from fedsys.errors import ModelError
 from fedsys.pruning.dense.architecture import load as load_dense
@@ -50,7 +50,7 @@ class Candidate:
 
 def parent_candidate(
     model: nn.Module,
-    options: PruneConfig,
+    options: VariantsConfig,
     input_shape: Sequence[int],
     images: Tensor | None = None,
 ) -> Candidate:
@@ -97,7 +97,7 @@ def parent_candidate(
 
 def convert(
     level: Level,
-    options: PruneConfig,
+    options: VariantsConfig,
     input_shape: Sequence[int],
     say: Callable[[Plan], None],
     images: Tensor | None = None,
@@ -197,7 +197,7 @@ def _compared(
             f"verification: the dense model differs from the masked one by {difference:.3g} on "
             f"{len(images)} validation images in {dtype}, more than {tolerance:g} x max(1, "
             "max|output|); its numbers may be too large for this type: "
-            "try prune.fold_batchnorm=false"
+            "try variants.fold_batchnorm=false"
         )
     other = expected.argmax(1) != got.argmax(1)
     gap = expected.amax(1) - expected.gather(1, got.argmax(1, keepdim=True)).squeeze(1)
@@ -217,7 +217,7 @@ def _compared(
 
 
 def _answering(
-    content: fx.GraphModule, options: PruneConfig, input_shape: Sequence[int]
+    content: fx.GraphModule, options: VariantsConfig, input_shape: Sequence[int]
 ) -> tuple[fx.GraphModule, int, str]:
     """Return what answers, how many BatchNorms are folded in it, and that in words."""
     folded = len(foldable(content, input_shape)) if options.fold_batchnorm else 0

@@ -147,7 +147,7 @@ def refined(level: Level, config: Config, dataset: Dataset) -> Level:
     Both happen before the conversion, so that the dense model equals a masked one. Statistics of
     a level that was trained under its mask are left alone: they are those of its training.
     """
-    options = config.prune
+    options = config.variants
     normalised = any(_tracks(module) for module in level.model.modules())
     recalibrates = options.recalibrate > 0 and normalised and not level.trained
     if not recalibrates and not options.fine_tune:
@@ -177,7 +177,7 @@ def _batches(config: Config, dataset: Dataset, epoch: int = 0) -> Iterator[tuple
 def _fine_tune(model: nn.Module, masks: Masks, config: Config, dataset: Dataset) -> None:
     optimizer = optimizers.make_optimizer(model.parameters(), config.client, config.client.lr)
     with held(masks, model, optimizer):
-        for epoch in range(config.prune.fine_tune):
+        for epoch in range(config.variants.fine_tune):
             address = Address(config.seed, round=epoch + 1)
             training.train(model, optimizer, _batches(config, dataset, epoch), address)
 

@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fedsys import data
-from fedsys.config import Config, PruneConfig
+from fedsys.config import Config, VariantsConfig
 from fedsys.data import Dataset, Images
 from fedsys.errors import ConfigError, FedsysError, ModelError
 from fedsys.pruning.candidates import Candidate, convert, lower, lowered_name, parent_candidate
@@ -80,7 +80,7 @@ def score(module: nn.Module, images: Images, dataset: Dataset) -> float:
 
 
 def measured(
-    candidates: Sequence[Candidate], options: PruneConfig, dataset: Dataset, watch: Stopwatch
+    candidates: Sequence[Candidate], options: VariantsConfig, dataset: Dataset, watch: Stopwatch
 ) -> list[Candidate]:
     """Return the candidates with validation accuracy and latency."""
     with watch.of("accuracy"):
@@ -133,10 +133,10 @@ def make(
     Raises:
         ConfigError: A value does not fit, or there is no validation part.
         ModelError: The model does not trace, no level can be made or converted, or no variant
-            loses as little accuracy as ``prune.max_drop`` asks for.
+            loses as little accuracy as ``variants.max_drop`` asks for.
         RunError: A file cannot be written.
     """
-    options, watch = config.prune, Stopwatch()
+    options, watch = config.variants, Stopwatch()
     _check_validation(dataset)
     with watch.of("convert"):
         images = _some(dataset)
@@ -187,7 +187,7 @@ def _candidates(
 
     Both are measured: more channels are faster on some processors only.
     """
-    options = config.prune
+    options = config.variants
     with watch.of("mask"):
         level = recipe.make()
     with watch.of("refine"):
@@ -207,7 +207,7 @@ def _candidates(
 
 
 def _converted(
-    level: Level, options: PruneConfig, images: Tensor, watch: Stopwatch, say: Say
+    level: Level, options: VariantsConfig, images: Tensor, watch: Stopwatch, say: Say
 ) -> Candidate:
     with watch.of("convert"):
         announce = _announcing(level.name, say)
@@ -234,7 +234,7 @@ def _chosen(
     source: str,
     watch: Stopwatch,
 ) -> Made:
-    options = config.prune
+    options = config.variants
     everything = [candidate.variant for candidate in candidates]
     stay, refused = front(everything, options.margin, options.max_drop)
     _check_objective(everything, options)
@@ -268,7 +268,7 @@ def _with(candidate: Candidate, **figures: Any) -> Candidate:
     return dataclasses.replace(candidate, variant=variant)
 
 
-def _check_objective(variants: Sequence[Variant], options: PruneConfig) -> None:
+def _check_objective(variants: Sequence[Variant], options: VariantsConfig) -> None:
     parent, others = variants[0], variants[1:]
     if options.max_drop is None or not others:
         return
@@ -276,7 +276,8 @@ def _check_objective(variants: Sequence[Variant], options: PruneConfig) -> None:
     drop = parent.accuracy - best.accuracy
     if drop > options.max_drop:
         raise ModelError(
-            f"no variant meets prune.max_drop={options.max_drop:g}: the best, {best.name}, has "
+            f"no variant meets variants.max_drop={options.max_drop:g}: the best, {best.name}, has "
             f"{best.accuracy:.2%} on the validation part, the parent {parent.accuracy:.2%}; lower "
-            "pruning.sparsity, raise prune.max_drop, or train under the mask with prune.fine_tune=1"
+            "pruning.sparsity, raise variants.max_drop, or train under the mask with "
+            "variants.fine_tune=1"
         )

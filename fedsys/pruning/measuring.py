@@ -170,7 +170,9 @@ def peak_bytes(folder: Path, names: Sequence[str], batch: int) -> dict[str, int]
     )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ModelError(f"memory could not be measured: {last}; prune.memory=false leaves it out")
+        raise ModelError(
+            f"memory could not be measured: {last}; variants.memory=false leaves it out"
+        )
     return {name: int(value) for name, value in json.loads(done.stdout).items()}
 
 

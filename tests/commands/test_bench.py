@@ -40,9 +40,9 @@ SMALL = {
         "client.batch_size=50",
         "client.threads=1",
         "pruning.sparsity=[0.3,0.5]",
-        "prune.batch_sizes=[1]",
-        "prune.threads=[1]",
-        "prune.memory=false",
+        "variants.batch_sizes=[1]",
+        "variants.threads=[1]",
+        "variants.memory=false",
     ],
     "training": ["bench.turns=1", "bench.batches=1", "data.examples=40", "client.batch_size=10"],
     "split": [

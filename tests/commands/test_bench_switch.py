@@ -61,7 +61,7 @@ def test_the_benchmark_compares_ways_and_contenders(portfolio_folder, tmp_path, 
 def test_without_a_portfolio_one_is_trained_and_pruned(configure, tmp_path):
     config = configure(
         "+bench=switch", "data=synthetic", "data.examples=200", "data.test_examples=20",
-        "model=cnn", "pruning.sparsity=[0.5]", "prune.memory=false",
+        "model=cnn", "pruning.sparsity=[0.5]", "variants.memory=false",
         "client.threads=1",
     )  # fmt: skip
     told = []

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fedsys.commands.prune import fill
-from fedsys.config import PruneConfig
+from fedsys.config import VariantsConfig
 from fedsys.data import Images
 from fedsys.errors import ModelError
 from fedsys.main import main
@@ -34,7 +34,7 @@ from fedsys.pruning.portfolio import MANIFEST, PARENT, Latency, Portfolio, Varia
 from fedsys.training import federation
 from fedsys.training.masks import Masks
 
-FAST = ("prune.batch_sizes=[1,4]", "prune.threads=[1]", "prune.memory=false", "json=true")
+FAST = ("variants.batch_sizes=[1,4]", "variants.threads=[1]", "variants.memory=false", "json=true")
 
 
 class Untraceable(nn.Module):
@@ -87,7 +87,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_becomes_a_portfolio_of_its_model(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ("pruning.sparsity=[0.5,0.8,0.9]", "prune.memory=true", "prune.onnx=true")
+    options = ("pruning.sparsity=[0.5,0.8,0.9]", "variants.memory=true", "variants.onnx=true")
     options = (*options, f"run.dir={tmp_path / 'a'}")
     status, out, err = call(capsys, "prune", f"run={trained}", *FAST, *options)
     assert status == 0, err
@@ -122,7 +122,7 @@ def test_batchnorm_is_folded_in_all_that_answer_unless_it_shall_stay(
 ) -> None:
     made = []
     for fold in (True, False):
-        options = ("pruning.sparsity=[0.8]", "prune.margin=0", f"prune.fold_batchnorm={fold}")
+        options = ("pruning.sparsity=[0.8]", "variants.margin=0", f"variants.fold_batchnorm={fold}")
         folder = f"run.dir={tmp_path / str(fold)}"
         status, out, err = call(capsys, "prune", f"run={trained}", *FAST, *options, folder)
         assert status == 0, err
@@ -153,7 +153,7 @@ def test_variants_of_fewer_bits_are_made_loaded_and_answer(
 ) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    options = ("pruning.sparsity=[0.8]", "prune.precisions=[bfloat16,float16,int8]")
+    options = ("pruning.sparsity=[0.8]", "variants.precisions=[bfloat16,float16,int8]")
     result = pruned(capsys, f"run={trained}", *options, f"run.dir={tmp_path / 'a'}")
     assert result["refused"] == {}
     portfolio = Portfolio.load(Path(result["portfolio"]))
@@ -189,8 +189,8 @@ def test_a_variant_whose_numbers_are_too_large_for_its_precision_leaves_the_othe
     save_file(weights, folder / "model.safetensors", about)
     options = (
         "pruning.sparsity=[0.5]",
-        "prune.precisions=[float16,bfloat16]",
-        "prune.recalibrate=0",
+        "variants.precisions=[float16,bfloat16]",
+        "variants.recalibrate=0",
     )
     result = pruned(capsys, f"run={folder}", *options, f"run.dir={tmp_path / 'a'}")
     portfolio = Portfolio.load(Path(result["portfolio"]))
@@ -209,7 +209,7 @@ def test_a_precision_that_cannot_be_made_leaves_the_others(
 ) -> None:
     """Without the packages of int8, or with one operation that it has not, all was lost."""
     monkeypatch.setitem(sys.modules, "onnxruntime.quantization", None)
-    options = ("pruning.sparsity=[0.5]", "prune.precisions=[int8,bfloat16]")
+    options = ("pruning.sparsity=[0.5]", "variants.precisions=[int8,bfloat16]")
     status, out, err = call(
         capsys, "prune", f"run={trained}", *FAST, *options, f"run.dir={tmp_path / 'a'}"
     )
@@ -298,7 +298,7 @@ def test_rounded_channels_are_measured_beside_exact_ones(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], everything_stays: None
 ) -> None:
     """Rounding was taken for faster, and never measured against what it rounds."""
-    options = ("pruning.sparsity=[0.8]", "prune.round_to=8")
+    options = ("pruning.sparsity=[0.8]", "variants.round_to=8")
     status, out, err = call(
         capsys, "prune", f"run={trained}", *FAST, *options, f"run.dir={tmp_path / 'a'}"
     )
@@ -321,7 +321,7 @@ def test_variants_that_were_trained_further_come_back_to_the_portfolio(
     train = ("train", "model=variant", f"model.path={path}", "num_clients=2", "rounds=2")
     train = (*train, "client.lr=0.02", "run.plots=false", f"run.dir={run_folder}")
     assert call(capsys, *train)[0] == 0
-    again = (f"prune.trained=[{run_folder}]", f"run.dir={tmp_path / 'b'}")
+    again = (f"variants.trained=[{run_folder}]", f"run.dir={tmp_path / 'b'}")
     status, out, err = call(capsys, *prune, "pruning.sparsity=[0.8]", *again)
     assert status == 0, err
     result = json.loads(out.splitlines()[-1])
@@ -344,18 +344,18 @@ def test_variants_that_were_trained_further_come_back_to_the_portfolio(
     # alone, and several of one variant
     both = (
         "pruning=none",
-        f"prune.trained=[{run_folder},{run_folder}]",
+        f"variants.trained=[{run_folder},{run_folder}]",
         f"run.dir={tmp_path / 'c'}",
     )
     status, out, err = call(capsys, *prune, *both)
     assert status == 0, err
     names = {row["name"] for row in json.loads(out.splitlines()[-1])["variants"]}
     assert names == {PARENT, "group_norm-80-trained", "group_norm-80-trained-2"}
-    said = refused(capsys, f"prune.trained=[{run_folder}]")
+    said = refused(capsys, f"variants.trained=[{run_folder}]")
     assert "must come with run=PARENT" in said
-    said = refused(capsys, f"run={trained}", f"prune.trained=[{tmp_path}]")
-    assert "prune.trained" in said and "must be the folder of a finished fedsys train" in said
-    other = (f"run={trained}", "data.validation=0.2", f"prune.trained=[{run_folder}]")
+    said = refused(capsys, f"run={trained}", f"variants.trained=[{tmp_path}]")
+    assert "variants.trained" in said and "must be the folder of a finished fedsys train" in said
+    other = (f"run={trained}", "data.validation=0.2", f"variants.trained=[{run_folder}]")
     said = refused(capsys, *other, f"run.dir={tmp_path / 'd'}")
     assert "must have trained on the data of run=" in said
 
@@ -423,9 +423,14 @@ def test_a_model_that_does_not_trace_and_an_objective_that_nothing_meets_are_ref
     model = (*model, "~model.name", "data.examples=200", f"run.dir={tmp_path / 'a'}")
     assert "cannot be traced" in refused(capsys, *model, status=1)
     options = (f"run={trained}", "pruning=magnitude", "pruning.sparsity=0.98")
-    options = (*options, "prune.max_drop=0.0", "prune.recalibrate=0", f"run.dir={tmp_path / 'b'}")
+    options = (
+        *options,
+        "variants.max_drop=0.0",
+        "variants.recalibrate=0",
+        f"run.dir={tmp_path / 'b'}",
+    )
     said = refused(capsys, *options, status=1)
-    assert "no variant meets prune.max_drop=0" in said and "prune.fine_tune=1" in said
+    assert "no variant meets variants.max_drop=0" in said and "variants.fine_tune=1" in said
     assert not list(tmp_path.rglob(MANIFEST))
 
 
@@ -434,9 +439,9 @@ def test_a_model_that_does_not_trace_and_an_objective_that_nothing_meets_are_ref
     [
         ("pruning.sparsity=[0.9,0.5]", "in ascending order"),
         ("pruning.sparsity=1.0", "must be in [0, 1)"),
-        ("prune.precisions=[int4]", "must be a list of bfloat16, float16, int8"),
-        ("prune.runs=3", "must be at least 30"),
-        ("prune.round_too=3", "round_too"),
+        ("variants.precisions=[int4]", "must be a list of bfloat16, float16, int8"),
+        ("variants.runs=3", "must be at least 30"),
+        ("variants.round_too=3", "round_too"),
         ("pruning=lottery", "no such choice"),
     ],
 )
@@ -453,7 +458,7 @@ def test_options_that_are_wrong_are_named(
 def test_statistics_are_taken_anew_on_the_masked_model(configure: Any) -> None:
     config = configure(
         *("model=vgg5", "data=synthetic_32x32", "data.examples=300", "pruning=magnitude"),
-        *("pruning.sparsity=[0.5]", "+prune.recalibrate=100"),
+        *("pruning.sparsity=[0.5]", "+variants.recalibrate=100"),
     )
     dataset = federation.federation(config).dataset
     model = federation.build_model(config, dataset)
@@ -499,7 +504,7 @@ def test_images_that_calibrate_are_of_every_class() -> None:
 
 
 def test_training_under_the_mask_leaves_pruned_weights_at_zero(configure: Any) -> None:
-    config = configure("data.max_examples=100", "+prune.fine_tune=1")
+    config = configure("data.max_examples=100", "+variants.fine_tune=1")
     dataset = federation.federation(config).dataset
     model = federation.build_model(config, dataset)
     masks = Masks(
@@ -557,7 +562,7 @@ def test_a_dense_model_is_compared_on_images_too(
     made: list[Any] = []
 
     def convert() -> None:
-        options = PruneConfig()
+        options = VariantsConfig()
         made.append(candidates.convert(level, options, (3, 2, 2), lambda plan: None, images)[0])
 
     if much == 1.0:

@@ -99,7 +99,7 @@ def test_hydras_own_settings_do_not_reach_the_run(tree):
     assert parsed(values) == parsed(tree())
 
 
-OF_OTHER_COMMANDS = {"bench", "prune", "report", "__pycache__"}
+OF_OTHER_COMMANDS = {"bench", "report", "variants", "__pycache__"}
 
 
 @pytest.mark.parametrize(
@@ -309,3 +309,34 @@ def test_a_configuration_is_composed_within_a_command():
         assert parse(compose_text("num_clients=3")).num_clients == 3
         assert compose("config", overrides=["num_clients=4"]).num_clients == 4
     assert not GlobalHydra.instance().is_initialized()
+
+
+# --------------------------------------------------------------------------------------------------
+# Former names
+
+
+def test_the_former_name_of_the_group_of_variants_means_the_same():
+    """``prune=`` and ``pruning=`` were two groups with one root."""
+    former = compose_text("+prune=portfolio prune.runs=40 ++prune.threads=[3]")
+    present = compose_text("+variants=portfolio variants.runs=40 ++variants.threads=[3]")
+    assert former == present and parse(former).variants.threads == (3,)
+    assert parse(compose_text("+prune.recalibrate=7")).variants.recalibrate == 7
+
+
+def test_a_file_with_the_former_name_opens_as_before(tree):
+    values = {**tree(), "prune": {"runs": 40}}
+    assert parsed(values).variants.runs == 40
+    both = {**tree(), "variants": {"runs": 50, "margin": 0.5}, "prune": {"runs": 40}}
+    assert (parsed(both).variants.runs, parsed(both).variants.margin) == (40, 0.5)
+    with pytest.raises(ConfigError, match="variants=3: must be a group of keys"):
+        parsed({**tree(), "prune": 3})
+
+
+def test_a_command_line_with_the_former_name_still_works(capsys):
+    from fedsys.main import main
+
+    shown = []
+    for group in ("prune", "variants"):
+        assert main(["prune", f"{group}.runs=41", "--cfg", "job"]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] and "runs: 41" in shown[0]

@@ -318,7 +318,7 @@ def test_folding_that_overflows_is_refused_with_the_way_out() -> None:
     graph = graph_of(Net(lambda m, x: m.n(m.a((x - 100).relu()))))
     graph.get_parameter("a.weight").data.fill_(1e30)
     graph.get_parameter("n.weight").data.fill_(1e10)
-    with pytest.raises(ModelError, match=r"folding BatchNorm .* prune.fold_batchnorm=false"):
+    with pytest.raises(ModelError, match=r"folding BatchNorm .* variants.fold_batchnorm=false"):
         check_folding(graph, answering(graph, SMALL), SMALL)
 
 

@@ -230,7 +230,9 @@ def _parent(
 def _of_folder(path: Path, config: Config) -> tuple[Config, Dataset, nn.Module]:
     """Return the configuration of a run with our pruning and measuring, its data and its model."""
     own = configuration.parse(configuration.to_text({**run_config(path), "resume": None}))
-    own = dataclasses.replace(own, prune=config.prune, pruning=config.pruning, client=config.client)
+    own = dataclasses.replace(
+        own, variants=config.variants, pruning=config.pruning, client=config.client
+    )
     dataset = federation.federation(own).dataset
     return own, dataset, federation.build_model(own, dataset, initial=False)
 
@@ -296,8 +298,8 @@ def _trained(
 ) -> list[Row]:
     """Compare models that trained under masks with their dense variants."""
     if not options["pruned"]:
-        prune = dataclasses.replace(config.prune, fine_tune=int(options["fine_tune"]))
-        tuned = dataclasses.replace(config, prune=prune)
+        variants = dataclasses.replace(config.variants, fine_tune=int(options["fine_tune"]))
+        tuned = dataclasses.replace(config, variants=variants)
         found = []
         for recipe in recipes(parent, config, dataset):
             level = refined(recipe.make(), tuned, dataset)
@@ -317,7 +319,7 @@ def _trained(
 
 def _against_masked(level: Level, parent: nn.Module, config: Config, dataset: Dataset) -> Row:
     _say(f"{level.name} beside its masked model")
-    candidate, small = convert(level, config.prune, dataset.input_shape, lambda plan: None)
+    candidate, small = convert(level, config.variants, dataset.input_shape, lambda plan: None)
     masked = masked_copy(level.model, level.masks)
     images = torch.randn(1, *dataset.input_shape, generator=Address(0).torch("masked"))
     with one_thread():

@@ -172,7 +172,7 @@ def _masks(
 
 def _converted(model: nn.Module, masks: Masks, config: Config) -> nn.Module:
     level = Level("ours", model, masks, config.pruning.method)
-    candidate, _ = convert(level, config.prune, _SHAPE, lambda plan: None)
+    candidate, _ = convert(level, config.variants, _SHAPE, lambda plan: None)
     assert isinstance(candidate.content, nn.Module)
     return candidate.content
 

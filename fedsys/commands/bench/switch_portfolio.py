@@ -23,7 +23,7 @@ def make_portfolio(
     """Train the model of `config` on all of the training part, and prune it as ``prune`` says.
 
     Args:
-        config: Data, model, client, pruning and prune.
+        config: Data, model, client, pruning and variants.
         folder: Of the portfolio.
         epochs: Of training.
         say: Takes what a person wants to read meanwhile.

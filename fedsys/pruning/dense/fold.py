@@ -127,7 +127,7 @@ def _compare(model: nn.Module, folded: nn.Module, inputs: Tensor) -> float:
         raise ModelError(
             f"folding BatchNorm changes outputs by {difference:.3g} in {inputs.dtype}, more than "
             f"{tolerance_of(inputs.dtype):g} x max(1, max|output|): some variance may be too close "
-            "to 0 for this type; keep BatchNorm by prune.fold_batchnorm=false"
+            "to 0 for this type; keep BatchNorm by variants.fold_batchnorm=false"
         )
     return difference
 

@@ -136,7 +136,7 @@ def plan_graph(
     Arguments and errors are those of `make_plan`.
     """
     if round_to < 1:
-        raise ConfigError.of("prune.round_to", round_to, "must be at least 1")
+        raise ConfigError.of("variants.round_to", round_to, "must be at least 1")
     try:
         reading = read(graph, inputs.double(), borders)
         note = _MUTE if _is_constant(reading) else ""
