@@ -27,7 +27,7 @@ from fedsys.config import Config
 from fedsys.errors import ConfigError, FedsysError, RuntimeFailure, SessionError
 from fedsys.models.layered import LayeredModel, fractions
 from fedsys.offload.fleet import Fleet
-from fedsys.offload.session import SessionSpec, Snapshot
+from fedsys.offload.snapshot import SessionSpec, Snapshot
 from fedsys.runs.tracing import Event, unpack
 from fedsys.training.federation import layered_model
 from fedsys.training.part import names_between

@@ -129,7 +129,7 @@ def last_layer(configure: "Callable[..., Config]") -> SimpleNamespace:
     """Describe sessions with the last linear layer of a small CNN: inputs are made by hand."""
     from fedsys import models
     from fedsys.config import parse, with_values
-    from fedsys.offload.session import SessionSpec, Snapshot
+    from fedsys.offload.snapshot import SessionSpec, Snapshot
     from fedsys.transport.wire import Frame
 
     base = configure("data=synthetic", "model=cnn")

@@ -33,7 +33,8 @@ from fedsys.errors import (
 from fedsys.identity import arithmetic
 from fedsys.offload.edge_faults import EdgeFaults
 from fedsys.offload.emulation import Workers
-from fedsys.offload.session import Session, SessionSpec, Snapshot
+from fedsys.offload.session import Session
+from fedsys.offload.snapshot import SessionSpec, Snapshot
 from fedsys.transport.dial import serve
 from fedsys.transport.link import Link, Server
 from fedsys.transport.security import Credentials, same_token

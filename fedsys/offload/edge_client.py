@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from fedsys.errors import FedsysError, LinkClosed, LinkError, LinkTimeout, SessionError
-from fedsys.offload.session import State
+from fedsys.offload.snapshot import State
 from fedsys.transport.link import Link
 from fedsys.transport.patience import Patience
 from fedsys.transport.wire import Frame

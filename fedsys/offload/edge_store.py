@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from fedsys.errors import ConfigError, FedsysError, RunError
-from fedsys.offload.session import SessionSpec, Snapshot
+from fedsys.offload.snapshot import SessionSpec, Snapshot
 from fedsys.transport.wire import Frame
 
 _log = logging.getLogger("fedsys.offload.edge")

@@ -25,7 +25,7 @@ from fedsys.errors import (
 )
 from fedsys.faults import AT_EDGE, Faults, from_json, to_json
 from fedsys.offload.edge_client import EdgeClient, Hooks
-from fedsys.offload.session import SessionSpec, Snapshot
+from fedsys.offload.snapshot import SessionSpec, Snapshot
 from fedsys.transport.dial import dial
 from fedsys.transport.link import Link
 from fedsys.transport.patience import Patience

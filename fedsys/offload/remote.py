@@ -28,7 +28,7 @@ from fedsys.errors import (
     RemoteError,
     SessionError,
 )
-from fedsys.offload.session import natural
+from fedsys.offload.snapshot import natural
 from fedsys.transport.link import Link
 from fedsys.transport.patience import Patience
 from fedsys.transport.wire import Frame, encode_parts

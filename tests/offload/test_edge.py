@@ -10,7 +10,8 @@ import torch
 
 from fedsys.errors import LinkClosed, LinkError, RemoteError, SecurityError
 from fedsys.offload.edge import CONTROLLER, EdgeLimits, EdgeServer
-from fedsys.offload.session import Session, Snapshot
+from fedsys.offload.session import Session
+from fedsys.offload.snapshot import Snapshot
 from fedsys.transport.dial import dial
 from fedsys.transport.grpc_link import _SERVICE
 from fedsys.transport.security import Authority

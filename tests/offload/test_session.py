@@ -11,7 +11,8 @@ from fedsys.config import parse, with_values
 from fedsys.errors import FrameError, ModelError, SessionError
 from fedsys.offload.emulation import Workers
 from fedsys.offload.processors import Processors
-from fedsys.offload.session import Session, SessionSpec, Snapshot
+from fedsys.offload.session import Session
+from fedsys.offload.snapshot import SessionSpec, Snapshot
 from fedsys.randomness import Address, drawing, rows
 from fedsys.training import plain as training
 from fedsys.training.federation import layered_model

@@ -17,7 +17,8 @@ from fedsys.errors import RemoteError, SecurityError
 from fedsys.faults import Faults
 from fedsys.offload.edge_client import EdgeClient, Hooks
 from fedsys.offload.fleet import EdgeAddress, Fleet
-from fedsys.offload.session import Session, Snapshot
+from fedsys.offload.session import Session
+from fedsys.offload.snapshot import Snapshot
 from fedsys.runtime import launch
 from fedsys.runtime.edge_processes import EdgeProcesses, credentials_of_device
 from fedsys.runtime.processes import Processes

@@ -33,7 +33,7 @@ from fedsys.errors import ConfigError, RuntimeFailure
 from fedsys.models.layered import LayeredModel
 from fedsys.offload.fleet import EdgeAddress, Fleet
 from fedsys.offload.processors import usable_cores
-from fedsys.offload.session import SessionSpec, Snapshot
+from fedsys.offload.snapshot import SessionSpec, Snapshot
 from fedsys.randomness import Address, drawing
 from fedsys.training import federation
 from fedsys.training import plain as training

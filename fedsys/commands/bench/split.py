@@ -34,7 +34,7 @@ from fedsys.config import Config, locate
 from fedsys.errors import RuntimeFailure
 from fedsys.offload.edge import EdgeServer
 from fedsys.offload.fleet import EdgeAddress, Fleet
-from fedsys.offload.session import SessionSpec, Snapshot
+from fedsys.offload.snapshot import SessionSpec, Snapshot
 from fedsys.training import federation
 from fedsys.training import plain as training
 from fedsys.training.federation import layered_model

@@ -1,0 +1,141 @@
+"""The arithmetic of a session: the edge's units in training, piece by piece.
+
+Every computation waits for a processor that all sessions of the edge server share, and for the
+moment at which the machine that is stood for would be done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from fedsys import config as configuration
+from fedsys.errors import FrameError
+from fedsys.offload.emulation import Workers, session_pace
+from fedsys.offload.session_tensors import Expected
+from fedsys.offload.snapshot import SessionSpec, Snapshot, State
+from fedsys.randomness import Address, drawing, rows
+from fedsys.training import plain as training
+from fedsys.training.federation import layered_model, penalty_of
+from fedsys.training.part import Part, filled_stages, safe_input
+from fedsys.transport.wire import Frame
+
+T = TypeVar("T")
+
+
+class EdgePart:
+    """Units ``[first, last)`` of a model with their optimizer. For one thread at a time.
+
+    Args:
+        spec: Which units, and how they are trained.
+        start: Their state.
+        device: Where to compute.
+        workers: What the sessions of an edge server share.
+
+    Attributes:
+        expected: What is taken from the device.
+        private: Whether the last units are not among them, so that the device has the labels.
+        clips: Whether a step needs the norms of the device's units.
+        nbytes: Bytes of weights and optimizer state.
+
+    Raises:
+        FrameError: The model has no such units.
+        ModelError: The state is not theirs.
+    """
+
+    def __init__(
+        self, spec: SessionSpec, start: Snapshot, device: torch.device, workers: Workers
+    ) -> None:
+        config = configuration.parse(spec.config)
+        model = layered_model(config, spec.input_shape, spec.num_classes)
+        if not 0 <= spec.first <= spec.last <= len(model):
+            raise FrameError(f"open: units {spec.first} to {spec.last} of {len(model)}")
+        cuts, layout = [spec.first, spec.last], config.client.memory_format
+        self.expected = Expected.of(model, spec, device)
+        (self._stage,) = filled_stages(model, cuts, [1], start.state, device, layout)
+        self.private = spec.last < len(model)
+        self._pace = session_pace(config, model, spec, workers)
+        self._processors, self._threads = workers.processors, config.client.threads
+        self._part = Part(
+            [self._stage],
+            config,
+            spec.round,
+            proximal_mu=spec.proximal_mu,
+            optimizer_state=start.optimizer,
+            anchor=start.anchor or None,
+            masks=start.masks,
+            penalty=penalty_of(config, model, spec.round),
+        )
+        self.clips, self.nbytes = self._part.clips, self._part.nbytes()
+        self._pruned = start.masks
+        self._address = Address(config.seed, spec.client, spec.round)
+        self._step = self._batch = 0
+        self._draws: dict[str, Tensor] = {}
+
+    def snapshot(self, step: int) -> Snapshot:
+        """Return the state as it is after a number of steps; copied."""
+        state = {n: t.cpu().clone() for n, t in self._part.state().items()}
+        optimizer, anchor = self._part.optimizer_state(), self._part.anchor()
+        return Snapshot(step, state, optimizer, anchor, self._pruned)
+
+    def arrived(self, frame: Frame, examples: int, *, forward: bool) -> None:
+        """Take note of when the frame of an operation came, and what it takes."""
+        self._pace.begin(
+            frame.arrived_s, frame.encoded_bytes, examples, both=not self.private, forward=forward
+        )
+
+    def ended(self) -> list[int]:
+        """Wait for the end of an operation; return its moments, as `SessionPace.end`."""
+        return self._pace.end()
+
+    def begin(self, step: int, batch: int) -> None:
+        """Begin a mini-batch of `batch` examples."""
+        self._step, self._batch, self._draws = step, batch, {}
+        self._part.zero_grad()
+
+    def compute(self, work: Callable[[], T]) -> T:
+        """Return what `work` returns, done by a processor that all sessions share."""
+
+        def done() -> T:
+            training.set_threads(self._threads)
+            self._pace.served()
+            return work()
+
+        return self._processors.do(done, self._threads)
+
+    def ahead(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """Return the outputs for rows ``[start, stop)`` of the mini-batch."""
+        drawn = drawing(self._address, self._step, self._batch, self._draws)
+        with torch.enable_grad(), drawn, rows(start, stop):
+            out = training.forward(self._stage, safe_input(self._stage, x))
+        self._pace.turn()
+        return out
+
+    def back(self, out: Tensor, labels: Tensor) -> State:
+        """Compute the backward of a piece from its labels; return loss and hits."""
+        loss = training.loss_of(out, labels, len(labels) / self._batch)
+        if loss.requires_grad:
+            loss.backward()  # type: ignore[no-untyped-call]  # torch has no type for it
+        return {"loss": loss.detach(), "hits": (out.detach().argmax(1) == labels).sum()}
+
+    def norms(self) -> dict[str, float]:
+        """Return the squared norms of these units' gradients; once per step."""
+        return self._part.norms()
+
+    def step(self, norms: Mapping[str, float]) -> None:
+        """Clip by the joint norm of all units and step."""
+        self.compute(lambda: self._part.step(norms))
+        self._pace.update()
+        self.nbytes = self._part.nbytes()  # optimizers take memory in their first step
+
+    def scored(self, x: Tensor) -> Tensor:
+        """Return the outputs for `x`, forward only; neither draws nor statistics change."""
+        self._stage.eval()
+        try:
+            with torch.inference_mode():
+                return self._stage(x)  # type: ignore[no-any-return]  # modules return anything
+        finally:
+            self._stage.train()

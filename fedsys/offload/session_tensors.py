@@ -1,0 +1,116 @@
+"""The tensors of a session's frames: checked before anything is done with them, and encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedsys.errors import FrameError
+from fedsys.models.layered import LayeredModel
+from fedsys.offload.snapshot import SessionSpec
+from fedsys.transport.codecs import decode_activation, encode_activation
+from fedsys.transport.wire import Frame
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a session takes from its device.
+
+    Attributes:
+        shape: Of one example where it enters the edge's units.
+        dtype: Of activations.
+        classes: Number of classes.
+        device: Where tensors are to be.
+    """
+
+    shape: Sequence[int]
+    dtype: torch.dtype
+    classes: int
+    device: torch.device
+
+    @classmethod
+    def of(cls, model: LayeredModel, spec: SessionSpec, device: torch.device) -> Expected:
+        """Return what a session with the units of `spec` takes."""
+        enters = model.units[spec.first - 1].out_shape if spec.first else spec.input_shape
+        return cls(enters, _dtype_of(model), spec.num_classes, device)
+
+    def activation(self, frame: Frame, examples: int | None) -> Tensor:
+        """Return the activations ``(examples, …)`` of a frame.
+
+        Args:
+            frame: The frame.
+            examples: How many are due; None for any number of at least one.
+
+        Raises:
+            FrameError: They have another shape or type.
+        """
+        tensor = decode_activation(frame.tensors, frame.meta).to(self.device)
+        count = tensor.shape[0] if tensor.dim() else 0
+        fits = count == examples if examples else count > 0
+        if tuple(tensor.shape[1:]) != tuple(self.shape) or not fits:
+            expected = (examples or "n", *self.shape)
+            raise FrameError(f"activation of shape {tuple(tensor.shape)} instead of {expected}")
+        if tensor.dtype != self.dtype:
+            raise FrameError(f"activation of type {tensor.dtype} instead of {self.dtype}")
+        return tensor
+
+    def labels(self, frame: Frame, examples: int) -> Tensor:
+        """Return the labels ``(examples,)`` of a frame.
+
+        Raises:
+            FrameError: They are missing, or others.
+        """
+        labels = frame.tensors.get("labels")
+        if labels is None or labels.dtype != torch.int64 or tuple(labels.shape) != (examples,):
+            raise FrameError(f"labels: must be {examples} integers")
+        if int(labels.min()) < 0 or int(labels.max()) >= self.classes:
+            raise FrameError(f"labels: must be in 0 to {self.classes - 1}")
+        return labels.to(self.device)
+
+    def gradient(self, frame: Frame, out: Tensor) -> Tensor:
+        """Return the gradient of `out` that a frame carries.
+
+        Raises:
+            FrameError: It has another shape or type.
+        """
+        tensor = decode_activation(frame.tensors, frame.meta).to(self.device)
+        if tensor.shape != out.shape or tensor.dtype != out.dtype:
+            got, expected = (f"{tuple(t.shape)} {t.dtype}" for t in (tensor, out))
+            raise FrameError(f"gradient of {got} instead of {expected}")
+        return tensor
+
+
+def norms_of(frame: Frame) -> dict[str, float]:
+    """Return the squared norms by name of parameter that a frame carries.
+
+    Raises:
+        FrameError: It carries something else.
+    """
+    norms = frame.meta.get("norms")
+    if not isinstance(norms, dict) or not all(isinstance(v, float) for v in norms.values()):
+        raise FrameError("norms: must map names of parameters to squared norms")
+    return norms
+
+
+def encoded(
+    kind: str,
+    tensor: Tensor | None,
+    meta: Mapping[str, Any],
+    codec: str,
+    more: Mapping[str, Tensor] | None = None,
+) -> Frame:
+    """Return a frame with a tensor written by a codec, and with others as they are."""
+    if tensor is None:
+        return Frame(kind, meta, dict(more or {}))
+    tensors, about = encode_activation(tensor, codec)
+    return Frame(kind, {**meta, **about}, {**tensors, **(more or {})})
+
+
+def _dtype_of(model: LayeredModel) -> torch.dtype:
+    """Return the type in which a model computes: that of its first floating-point parameter."""
+    floats = (p.dtype for p in model.graph.parameters() if p.is_floating_point())
+    return next(floats, torch.float32)
