@@ -22,6 +22,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -219,7 +220,8 @@ def _why_untraceable(source: nn.Module, tracer: _Tracer, error: Exception) -> st
     path = tracer.path[-1] if tracer.path else ""
     module = source.get_submodule(path)
     where = f"in {path} ({type(module).__name__})" if path else "in its forward"
-    foreign = ("torch/fx/", "torch/nn/modules/module.py", "fedsys/graph.py", "torch/_tensor.py")
+    own = Path(__file__).as_posix()
+    foreign = ("torch/fx/", "torch/nn/modules/module.py", "torch/_tensor.py", own)
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
