@@ -65,7 +65,7 @@ class LocalClient:
         round_ = int(str(settings["server-round"]))
         model = self._model()
         records.load_into(model, content.array_records["arrays"])
-        place = pruning.position(self.config, round_)
+        place = pruning.position(self.config.pruning, round_, self.config.rounds)
         lr = optimizers.learning_rate(client.lr, client.lr_schedule, *place)
         optimizer = optimizers.make_optimizer(model.parameters(), client, lr)
         named = dict(model.named_parameters())
@@ -119,7 +119,7 @@ class LocalClient:
         return RecordDict({"metrics": metrics})
 
     def _penalty(self, round_: int) -> Penalty | None:
-        if not pruning.penalty_weight(self.config, round_):
+        if not pruning.penalty_weight(self.config.pruning, round_, self.config.rounds):
             return None
         dataset = federation.federation(self.config).dataset
         layers = layered_model(self.config, dataset.input_shape, dataset.num_classes)

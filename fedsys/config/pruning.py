@@ -14,12 +14,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 from fedsys.errors import ConfigError, did_you_mean
-
-if TYPE_CHECKING:
-    from fedsys.config import Config
 
 METHODS = (
     "random",
@@ -217,18 +213,17 @@ def last_pruning(pruning: PruningConfig, rounds: int) -> int:
     return pruning.start + (pruning.steps - 1) * pruning.every + 1
 
 
-def position(config: Config, round_: int) -> tuple[int, int]:
+def position(pruning: PruningConfig, round_: int, rounds: int) -> tuple[int, int]:
     """Return a round and the number of rounds as the learning rate is to see them.
 
     Every level repeats the rates from the round that it rewinds to (Frankle et al., 2020).
     """
-    pruning = config.pruning
     if not pruning.rewinds:
-        return round_, config.rounds
-    rounds = pruning.rewind + pruning.rounds_per_level
-    if round_ <= pruning.rewind:
         return round_, rounds
-    return pruning.rewind + 1 + (round_ - 1 - pruning.rewind) % pruning.rounds_per_level, rounds
+    level = pruning.rewind + pruning.rounds_per_level
+    if round_ <= pruning.rewind:
+        return round_, level
+    return pruning.rewind + 1 + (round_ - 1 - pruning.rewind) % pruning.rounds_per_level, level
 
 
 def ends_level(pruning: PruningConfig, round_: int) -> bool:
@@ -237,11 +232,10 @@ def ends_level(pruning: PruningConfig, round_: int) -> bool:
     return pruning.rewinds and behind > 0 and behind % pruning.rounds_per_level == 0
 
 
-def penalty_weight(config: Config, round_: int) -> float:
+def penalty_weight(pruning: PruningConfig, round_: int, rounds: int) -> float:
     """Return the weight of the penalty in a round: none behind the last pruning.
 
     With levels there is always another one, if the run is continued: so it does not end.
     """
-    pruning = config.pruning
-    to_come = pruning.rewinds or round_ < last_pruning(pruning, config.rounds)
+    to_come = pruning.rewinds or round_ < last_pruning(pruning, rounds)
     return pruning.group_lasso if pruning.active and to_come else 0.0

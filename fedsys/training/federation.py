@@ -128,7 +128,7 @@ def _layered(spec: str, input_shape: tuple[int, int, int], num_classes: int) -> 
 
 def penalty_of(config: Config, model: LayeredModel, round_: int) -> Penalty | None:
     """Return the penalty on channels with which a round is trained; None for none."""
-    weight = pruning.penalty_weight(config, round_)
+    weight = pruning.penalty_weight(config.pruning, round_, config.rounds)
     return Penalty.of(model.graph, weight, config.pruning.leave) if weight else None
 
 

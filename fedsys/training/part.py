@@ -63,7 +63,7 @@ class Part:
             else None
         )
         client = config.client
-        place = pruning.position(config, round_)
+        place = pruning.position(config.pruning, round_, config.rounds)
         lr = optimizers.learning_rate(client.lr, client.lr_schedule, *place)
         self.optimizer: Optimizer | None = None
         if self.named:  # a stage of pooling or flattening alone has nothing to train

@@ -63,7 +63,7 @@ def test_levels_repeat_the_learning_rates_behind_the_round_that_they_rewind_to(c
     config = configure("pruning=iterative", "pruning.rewind=2", "pruning.rounds_per_level=3")
     seen = range(1, 9)
     assert [settings.prunings_before(config.pruning, r) for r in seen] == [0, 0, 0, 0, 0, 1, 1, 1]
-    assert [settings.position(config, r) for r in seen] == [
+    assert [settings.position(config.pruning, r, config.rounds) for r in seen] == [
         *((1, 5), (2, 5)),  # until the weights that all levels start from
         *((3, 5), (4, 5), (5, 5)),
         *((3, 5), (4, 5), (5, 5)),
@@ -268,11 +268,17 @@ def test_what_is_pruned_is_zero_and_no_more_under_every_strategy(settings_of, ca
 def test_the_penalty_ends_with_the_last_pruning(configure):
     config = configure("pruning=group_norm", "pruning.steps=2", "pruning.every=2",
                        "pruning.group_lasso=0.5")  # fmt: skip
-    assert [settings.penalty_weight(config, r) for r in range(1, 6)] == [0.5, 0.5, 0.5, 0.0, 0.0]
-    assert settings.penalty_weight(configure("pruning=none"), 1) == 0.0
+    assert [settings.penalty_weight(config.pruning, r, config.rounds) for r in range(1, 6)] == [
+        0.5,
+        0.5,
+        0.5,
+        0.0,
+        0.0,
+    ]
+    assert settings.penalty_weight(configure("pruning=none").pruning, 1, 10) == 0.0
     # A run of levels that is continued has further prunings: its rounds must not change with that.
     levels = configure("pruning=iterative", "pruning.group_lasso=0.5", "rounds=2")
-    assert settings.penalty_weight(levels, 2) == 0.5
+    assert settings.penalty_weight(levels.pruning, 2, levels.rounds) == 0.5
 
 
 def test_masks_cost_an_eighth_of_a_byte_for_a_weight(settings_of, carry_out):
@@ -300,7 +306,7 @@ def test_one_client_that_prunes_by_levels_is_iterative_pruning_with_rewinding(
     model = federation.build_model(config, fed.dataset)
 
     def train(model, round_):
-        place = settings.position(config, round_)
+        place = settings.position(config.pruning, round_, config.rounds)
         lr = optimizers.learning_rate(config.client.lr, config.client.lr_schedule, *place)
         optimizer = make_optimizer(model.parameters(), config.client, lr)
         address = Address(config.seed, 0, round_)
