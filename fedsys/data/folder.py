@@ -3,7 +3,8 @@
 Two layouts are understood, `<root>/{train,test}/<class>/…` (with an optional `val`, `valid` or
 `validation` beside them) and `<root>/<class>/…`. The decoded pixels are kept as one uint8 `.npy`
 file beside a JSON manifest; both are named after a digest of the names, sizes and modification
-times of all files, so a folder that changed is decoded again. Files appear by renaming, so
+times of all files and of the version of `fedsys.data.decoding`, so a folder that changed, or that
+would be decoded otherwise now, is decoded again. Files appear by renaming, so
 processes that decode the same folder at the same time do not disturb each other.
 """
 
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedsys.data import decoding
 from fedsys.data.dataset import Images
 from fedsys.data.options import Spec, cache_folder
 from fedsys.errors import ConfigError, DataError
@@ -199,7 +201,7 @@ def _walk(folder: str) -> Iterator[_File]:
 def _pixels(files: list[_File], root: Path, form: _Form, cache: Path) -> Pixels:
     """Return the pixels of all files, from the cache if it has them."""
     place = hashlib.blake2b(f"{_FORMAT}\0{root.resolve()}\0{form}".encode(), digest_size=8)
-    state = hashlib.blake2b(digest_size=16)
+    state = hashlib.blake2b(str(decoding.VERSION).encode(), digest_size=16)
     for file in files:
         state.update(f"{file.path}\0{file.size}\0{file.modified_ns}\n".encode("utf-8", "replace"))
     stem = f"{place.hexdigest()}-{state.hexdigest()}"
@@ -210,6 +212,7 @@ def _pixels(files: list[_File], root: Path, form: _Form, cache: Path) -> Pixels:
     pixels = _decode_all(files, form)
     manifest = {
         "format": _FORMAT,
+        "decoding": decoding.VERSION,
         "root": str(root),
         "files": len(files),
         "files_digest": state.hexdigest(),
@@ -306,15 +309,12 @@ def _decode(path: str, form: _Form) -> Pixels:
     """Return one image as uint8 of shape ``(C, H, W)``."""
     from PIL import Image
 
-    mode = "RGB" if form.channels == 3 else "L"
     try:
         with Image.open(path) as opened:
-            image = opened if opened.mode == mode else opened.convert(mode)
-            if form.size is not None and image.size != form.size[::-1]:
-                image = image.resize(form.size[::-1], Image.Resampling.BILINEAR)
-            pixels = np.asarray(image, dtype=np.uint8)
+            return decoding.to_pixels(opened, form.channels, form.size)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
     except Exception as error:  # decoders raise anything, from SyntaxError to struct.error
         raise DataError(f"{path}: cannot be read as an image: {error}; repair or remove it") from (
             error
         )
-    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)

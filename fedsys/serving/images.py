@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 
-import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from fedsys.errors import RequestError
+from fedsys.data import decoding
+from fedsys.errors import DataError, RequestError
 from fedsys.serving.engine import Card
 
 FORMATS = ("PNG", "JPEG")
@@ -37,19 +37,16 @@ def decode(data: bytes, card: Card, *, resize: bool = False, where: str = "image
     try:
         # No filter of warnings: these are of the whole process, and files are decoded by threads.
         with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-            if opened.size != (width, height) and not resize:
-                raise RequestError(
-                    400, f"{where} has {opened.width}x{opened.height} pixels, and must have "
-                    f"{width}x{height}; serving.resize=true resizes images",
-                )  # fmt: skip
+            # The orientation may stand behind the pixels, and swaps the sides.
+            if not resize and opened.size not in ((width, height), (height, width)):
+                raise _other_size(where, opened.size, (width, height))
             if opened.width * opened.height > MAX_PIXELS:
                 raise RequestError(400, _TOO_MANY.format(where))
-            image = opened.convert("RGB" if channels == 3 else "L")
-            if image.size != (width, height):
-                image = image.resize((width, height), Image.Resampling.BILINEAR)
-            pixels = np.array(image, dtype=np.uint8)
+            pixels = decoding.to_pixels(opened, channels, (height, width) if resize else None)
     except RequestError:
         raise
+    except DataError as error:
+        raise RequestError(400, f"{where}: {error}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise RequestError(400, _TOO_MANY.format(where)) from error
     except UnidentifiedImageError as error:
@@ -57,7 +54,16 @@ def decode(data: bytes, card: Card, *, resize: bool = False, where: str = "image
         raise RequestError(400, f"{where} ({len(data):,} bytes) is no {known} file") from error
     except Exception as error:  # decoders raise anything, from SyntaxError to struct.error
         raise RequestError(400, f"{where} is damaged: {error}") from error
-    return torch.from_numpy(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1).copy())
+    if pixels.shape[1:] != (height, width):
+        raise _other_size(where, pixels.shape[:0:-1], (width, height))
+    return torch.from_numpy(pixels.copy())
+
+
+def _other_size(where: str, size: tuple[int, ...], must: tuple[int, int]) -> RequestError:
+    return RequestError(
+        400, f"{where} has {size[0]}x{size[1]} pixels, and must have {must[0]}x{must[1]}; "
+        "serving.resize=true resizes images",
+    )  # fmt: skip
 
 
 def normalise(pixels: Tensor, card: Card) -> Tensor:

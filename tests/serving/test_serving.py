@@ -27,6 +27,7 @@ from tritonclient.utils import InferenceServerException
 
 from fedsys.config.serving import ObjectiveConfig, ServingConfig
 from fedsys.data.dataset import Dataset, Images
+from fedsys.data.folder import _decode, _Form
 from fedsys.data.loader import eval_batches
 from fedsys.errors import ConfigError, ModelError, RequestError
 from fedsys.main import main
@@ -176,6 +177,34 @@ def test_colours_with_transparency_are_decoded_as_in_training():
         warnings.simplefilter("ignore")
         got = decode(out.getvalue(), CARD)
     assert got[:, 0, 0].tolist() == [40, 50, 60]
+
+
+def test_photos_and_16_bit_images_are_those_that_training_sees(tmp_path):
+    """Both lay on their side or were white here: each place had a decoding of its own."""
+    upright = np.zeros((8, 6, 3), np.uint8)
+    upright[:4] = 220
+    tag = Image.Exif()
+    tag[0x0112] = 6
+    Image.fromarray(np.rot90(upright)).save(tmp_path / "photo.png", exif=tag)
+    deep = np.arange(48, dtype=np.uint16).reshape(8, 6) * 1000
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    card = dataclasses.replace(CARD, input_shape=(3, 8, 6))
+    for name, expected in (("photo.png", upright.transpose(2, 0, 1)), ("deep.png", deep >> 8)):
+        trained = _decode(str(tmp_path / name), _Form(3, None))
+        assert np.array_equal(trained, np.broadcast_to(expected, (3, 8, 6)))
+        served = decode((tmp_path / name).read_bytes(), card)
+        assert np.array_equal(served.numpy(), trained)
+    with pytest.raises(RequestError, match="has 6x8 pixels, and must have 8x6"):
+        swapped = dataclasses.replace(CARD, input_shape=(3, 6, 8))
+        decode((tmp_path / "photo.png").read_bytes(), swapped)
+
+
+def test_an_animation_is_refused():
+    out = io.BytesIO()
+    frames = [Image.new("L", (8, 8), value) for value in (10, 200)]
+    frames[0].save(out, "PNG", save_all=True, append_images=frames[1:])
+    with pytest.raises(RequestError, match="image: holds 2 pictures"):
+        decode(out.getvalue(), CARD)
 
 
 @pytest.mark.parametrize("width", [9_000, 10_500, 20_000])  # Pillow itself warns, and refuses
