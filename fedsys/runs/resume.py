@@ -31,13 +31,16 @@ _OPEN: Final = ("rounds", "run.plots")  # keys of other groups that may change
 
 _FIXED: Final = ("runtime.kind",)  # where a run is deployed, devices may have data of their own
 _NOT_IN_DIGEST: Final = HARMLESS | {"rounds", "run", "text"}
+_IN_DIGEST: Final = {"variants": "prune"}
+"""Former names of groups: checkpoints have the digest of these."""
 
 Plain = Mapping[str, Any]
 
 
 def digest(config: Config) -> str:
     """Return the SHA-256 of everything that the model after a given round depends on."""
-    values = {k: v for k, v in dataclasses.asdict(config).items() if k not in _NOT_IN_DIGEST}
+    groups = dataclasses.asdict(config).items()
+    values = {_IN_DIGEST.get(k, k): v for k, v in groups if k not in _NOT_IN_DIGEST}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
