@@ -31,9 +31,11 @@ from fedsys.training import plain as training
 from fedsys.training.federation import Federation, layered_model
 from fedsys.transport import records
 from strategies import Roster, build, pruned
+from strategies.around import find
 from strategies.crash_safety import Keeper, opened
 from strategies.gathering import gather
-from strategies.offload_figures import figures, offload_in, recoveries, traces
+from strategies.offload import Offload
+from strategies.offload_figures import figures, recoveries, traces
 from strategies.offload_totals import in_words
 from strategies.rounds import RoundResult, play
 from strategies.virtual_time import RoundClock, totals
@@ -137,7 +139,7 @@ def _virtual(
         config,
         layered_model(config, dataset.input_shape, dataset.num_classes),
         [len(part) for part in fed.parts],
-        offload_in(strategy),
+        find(strategy, Offload),
         totals(rows).get("virtual_s", 0.0),
     )
 

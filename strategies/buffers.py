@@ -28,6 +28,7 @@ from flwr.serverapp.strategy import (
 from numpy.typing import NDArray
 
 from fedsys.transport import records
+from strategies.around import Around
 
 ARRAYS = "arrays"
 METRICS = "metrics"
@@ -38,7 +39,7 @@ READERS = (FedAvg, FedAvgM, FedProx, FedAdam, FedYogi, FedAdagrad, FedMedian, Fe
 """Strategies known to write into no array that they are given; others get copies to write into."""
 
 
-class TypedBuffers(Strategy):
+class TypedBuffers(Around):
     """Gives every array of the aggregate the type it had, whatever the inner strategy returns.
 
     Args:
@@ -49,18 +50,13 @@ class TypedBuffers(Strategy):
             Integer buffers are always averaged, and rounded to the nearest (half to even).
     """
 
-    STATE = ()  # nothing outlives a round
-
     def __init__(
         self, inner: Strategy, parameters: frozenset[str], *, step_buffers: bool = True
     ) -> None:
-        self.inner, self.parameters, self.step_buffers = inner, parameters, step_buffers
+        super().__init__(inner)
+        self.parameters, self.step_buffers = parameters, step_buffers
         self._sent: ArrayRecord = ArrayRecord()
         self._show = records.readable if type(inner) in READERS else records.writable
-
-    def summary(self) -> None:
-        """Log the settings of the inner strategy."""
-        self.inner.summary()
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -99,18 +95,6 @@ class TypedBuffers(Strategy):
                 value = averages[name] if array is None else records.view(array)
                 typed[name] = records.encode(with_type(value, np.dtype(sent.dtype)))
         return typed, metrics
-
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Pass on: an evaluation changes nothing."""
-        return self.inner.configure_evaluate(server_round, arrays, config, grid)
-
-    def aggregate_evaluate(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> MetricRecord | None:
-        """Pass on."""
-        return self.inner.aggregate_evaluate(server_round, replies)
 
     def _divide(self, arrays: ArrayRecord) -> tuple[ArrayRecord, ArrayRecord]:
         shown = {

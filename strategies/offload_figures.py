@@ -9,31 +9,24 @@ from typing import Any
 from flwr.serverapp.strategy import Strategy
 
 from fedsys.runs.tracing import Event
+from strategies.around import find
 from strategies.offload import Offload
 
 
 def figures(strategy: Strategy) -> dict[str, Any]:
     """Return what offloading did in a run, for its result; empty if nothing was offloaded."""
-    offload = offload_in(strategy)
+    offload = find(strategy, Offload)
     return {} if offload is None else dataclasses.asdict(offload.totals)
 
 
 def traces(strategy: Strategy) -> Mapping[str, list[Event]]:
     """Return what the devices of the last round did, by name; empty if nothing was split."""
-    offload = offload_in(strategy)
+    offload = find(strategy, Offload)
     held = {} if offload is None else offload.traces
     return {f"device {client}": held[client] for client in sorted(held)}
 
 
 def recoveries(strategy: Strategy) -> list[dict[str, Any]]:
     """Return what was done about losses so far in a run."""
-    offload = offload_in(strategy)
+    offload = find(strategy, Offload)
     return [] if offload is None else offload.totals.recoveries
-
-
-def offload_in(strategy: Strategy) -> Offload | None:
-    """Return the layer of a strategy that offloads; None if there is none."""
-    inner: object = strategy
-    while inner is not None and not isinstance(inner, Offload):
-        inner = getattr(inner, "inner", None)
-    return inner

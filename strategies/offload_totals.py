@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedsys.models.layered import LayeredModel, fractions
+
 
 @dataclass
 class Totals:
@@ -24,6 +26,18 @@ class Totals:
     bytes_up: int = 0
     bytes_down: int = 0
     recoveries: list[dict[str, Any]] = field(default_factory=list)
+
+    def note(self, round_: int, client: int, entry: Mapping[str, Any]) -> None:
+        """Note what was done about a loss of a client."""
+        self.recoveries.append({"client": client, "round": round_, **entry})
+
+    def note_cut(self, client: int, layers: LayeredModel, cut: int) -> None:
+        """Note where the model was cut for a client."""
+        self.cuts[str(client)] = {
+            "index": cut,
+            "unit": layers.units[cut - 1].name if cut else "",
+            "device_share": fractions(layers)[cut - 1] if cut else 0.0,
+        }
 
 
 def in_words(entry: Mapping[str, Any]) -> str:

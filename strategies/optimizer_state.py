@@ -14,12 +14,13 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedsys.transport import records
+from strategies.around import Around
 from strategies.roster import Roster
 
 OPTIMIZER = "optimizer"
 
 
-class KeptState(Strategy):
+class KeptState(Around):
     """Keeps the record ``optimizer`` of each client's reply and sends it with its next message.
 
     Attributes:
@@ -29,12 +30,9 @@ class KeptState(Strategy):
     STATE = ("states",)
 
     def __init__(self, inner: Strategy, roster: Roster) -> None:
-        self.inner, self.roster = inner, roster
+        super().__init__(inner)
+        self.roster = roster
         self.states: dict[int, ArrayRecord] = {}
-
-    def summary(self) -> None:
-        """Log the settings of the inner strategy."""
-        self.inner.summary()
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -59,15 +57,3 @@ class KeptState(Strategy):
                 self.states[self.roster.partition_of(reply.metadata.src_node_id)] = state
                 del reply.content[OPTIMIZER]
         return self.inner.aggregate_train(server_round, replies)
-
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Pass on."""
-        return self.inner.configure_evaluate(server_round, arrays, config, grid)
-
-    def aggregate_evaluate(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> MetricRecord | None:
-        """Pass on."""
-        return self.inner.aggregate_evaluate(server_round, replies)

@@ -36,12 +36,13 @@ from fedsys.runs.checkpoint import StrategyState
 from fedsys.runs.trees import Tree
 from fedsys.training.masks import Masks
 from fedsys.transport import records
+from strategies.around import Around, find
 
 MASKS = "masks"
 SCORE_BATCH = 128
 
 
-class Pruned(Strategy):
+class Pruned(Around):
     """Prunes the model of the inner strategy between rounds.
 
     It stands outside of everything that makes the aggregate or keeps a state that rewinding takes
@@ -68,7 +69,7 @@ class Pruned(Strategy):
 
     def __init__(self, inner: Strategy, config: Config, model: nn.Module, dataset: Dataset) -> None:
         settings.check_rounds(config.pruning, config.rounds)
-        self.inner = inner
+        super().__init__(inner)
         self._config, self._pruning = config, config.pruning
         self._model, self._dataset = model, dataset
         self._like = {name: p.detach() for name, p in model.named_parameters()}
@@ -79,10 +80,6 @@ class Pruned(Strategy):
         self.origin_state: dict[str, dict[str, Tree]] = {}
         self._inner_state = StrategyState(inner)
         self._next, self._next_prunings, self.news = dense, 0, ""
-
-    def summary(self) -> None:
-        """Log the settings of the inner strategy."""
-        self.inner.summary()
 
     def kept(self) -> Masks:
         """Return the masks of the model that the last round made."""
@@ -137,18 +134,6 @@ class Pruned(Strategy):
         metrics["dead_channels"] = figures.dead_channels
         return masked(aggregate, self._next), metrics
 
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Pass on: the arrays are masked."""
-        return self.inner.configure_evaluate(server_round, arrays, config, grid)
-
-    def aggregate_evaluate(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> MetricRecord | None:
-        """Pass on."""
-        return self.inner.aggregate_evaluate(server_round, replies)
-
     def _prune(self, arrays: ArrayRecord, prunings: int) -> Masks:
         """Return the masks after a pruning of the model of `arrays`."""
         chosen, model, masks = self._pruning, self._model, self._next
@@ -195,23 +180,15 @@ def masked(arrays: ArrayRecord, masks: Masks) -> ArrayRecord:
     return result
 
 
-def pruned_in(strategy: Strategy) -> Pruned | None:
-    """Return the wrapper of this kind among those of a strategy."""
-    inner: object = strategy
-    while inner is not None and not isinstance(inner, Pruned):
-        inner = getattr(inner, "inner", None)
-    return inner
-
-
 def news(strategy: Strategy) -> str:
     """Return what was pruned before the last round, in words; empty if nothing was."""
-    pruned = pruned_in(strategy)
+    pruned = find(strategy, Pruned)
     return "" if pruned is None else pruned.news
 
 
 def figures(strategy: Strategy) -> dict[str, Any]:
     """Return what pruning did in a run, for its result; empty if nothing was pruned."""
-    pruned = pruned_in(strategy)
+    pruned = find(strategy, Pruned)
     if pruned is None:
         return {}
     seen = pruned.kept().figures()
@@ -226,7 +203,7 @@ def keep_level(strategy: Strategy, config: Config, round_: int, arrays: ArrayRec
     Raises:
         RunError: The files cannot be written.
     """
-    pruned = pruned_in(strategy)
+    pruned = find(strategy, Pruned)
     if pruned is None or not settings.ends_level(config.pruning, round_):
         return
     stem = folder / "levels" / f"level-{pruned.prunings:02d}"
@@ -241,6 +218,6 @@ def keep_masks(strategy: Strategy, folder: Path) -> None:
     Raises:
         RunError: The file cannot be written.
     """
-    pruned = pruned_in(strategy)
+    pruned = find(strategy, Pruned)
     if pruned is not None:
         pruned.kept().save(folder / "masks.safetensors")

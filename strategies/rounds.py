@@ -14,12 +14,12 @@ from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
 
 from fedsys.errors import ConfigError
 from fedsys.faults import Fault, Faults, encode, from_json
 from fedsys.training.plain import Score
 from fedsys.transport import records
+from strategies.around import innermost
 from strategies.policies.policy import OBSERVATION
 from strategies.roster import Roster
 from strategies.sampling import Sampled
@@ -220,13 +220,6 @@ def _federated_evaluation(
 
 def _plain(metrics: MetricRecord | None) -> dict[str, Any]:
     return {} if metrics is None else dict(metrics)
-
-
-def innermost(strategy: Strategy) -> Strategy:
-    """Return the strategy inside all wrappers."""
-    while isinstance(inner := getattr(strategy, "inner", None), Strategy):
-        strategy = inner
-    return strategy
 
 
 def _clients(messages: Iterable[Message], roster: Roster) -> set[int]:

@@ -19,6 +19,7 @@ from flwr.serverapp.strategy import Strategy
 
 from fedsys.errors import ConfigError, RuntimeFailure
 from fedsys.randomness import SERVER, Address
+from strategies.around import Around
 from strategies.roster import Roster
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def choose(partitions: Sequence[int], count: int, address: Address, purpose: str
     return sorted(partitions[int(i)] for i in chosen)
 
 
-class Sampled(Strategy):
+class Sampled(Around):
     """Chooses the clients of each round and keeps everything in the order of partition ids.
 
     Args:
@@ -93,16 +94,11 @@ class Sampled(Strategy):
         lost: After `aggregate_train`: why each client that was asked did not contribute.
     """
 
-    STATE = ()  # nothing outlives a round
-
     def __init__(self, inner: Strategy, roster: Roster, sampling: Sampling, *, seed: int) -> None:
-        self.inner, self.roster, self.sampling, self.seed = inner, roster, sampling, seed
+        super().__init__(inner)
+        self.roster, self.sampling, self.seed = roster, sampling, seed
         self.lost: dict[int, str] = {}
         self._asked: dict[int, Message] = {}
-
-    def summary(self) -> None:
-        """Log the settings of the inner strategy."""
-        self.inner.summary()
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

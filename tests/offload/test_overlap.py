@@ -16,7 +16,8 @@ from fedsys.config import parse, with_values
 from fedsys.randomness import piece_of
 from fedsys.runs import trace_plots
 from fedsys.training import plain as training
-from strategies.offload_figures import offload_in
+from strategies.around import find
+from strategies.offload import Offload
 
 SHAPE, PIECES, ROWS, STEPS = (1, 8, 8), 4, 5, 3
 MEET_S = 30.0
@@ -89,7 +90,7 @@ def traced(configure, carry_out, monkeypatch):
         }
         run = carry_out(parse(with_values(base.text, **values)))
         assert not meetings.missed
-        (events,) = offload_in(run.strategy).traces.values()
+        (events,) = find(run.strategy, Offload).traces.values()
         return events
 
     return train

@@ -296,7 +296,8 @@ def test_a_run_prunes_by_costs_as_the_plain_function_does(configure: Any, carry_
                  "data.examples=40", "data.test_examples=10", "pruning=group_norm",
                  "pruning.start=0", "pruning.steps=1", "pruning.sparsity=0.5")  # fmt: skip
     from fedsys.training import federation
-    from strategies.pruned import pruned_in
+    from strategies.around import find
+    from strategies.pruned import Pruned
 
     kept = {}
     for cost in ("none", "macs"):
@@ -307,7 +308,7 @@ def test_a_run_prunes_by_costs_as_the_plain_function_does(configure: Any, carry_
         known = structure(config.pruning, model, dataset.input_shape)
         leave = ["fc2"]
         expected = one_shot("group_norm", model, 0.5, leave=leave, keep_channels=1, **known)
-        kept[cost] = pruned_in(carry_out(config).strategy).kept()
+        kept[cost] = find(carry_out(config).strategy, Pruned).kept()
         assert kept[cost] == expected
     assert kept["none"] != kept["macs"]
     assert dataclasses.replace(config.pruning, cost="none") != config.pruning

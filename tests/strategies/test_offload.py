@@ -19,8 +19,9 @@ from fedsys.training import federation
 from fedsys.training.federation import layered_model
 from fedsys.training.schedule import pieces
 from fedsys.transport import records
+from strategies.around import find
 from strategies.message_halves import joined
-from strategies.offload_figures import offload_in
+from strategies.offload import Offload
 from strategies.offload_totals import Totals, in_words
 from strategies.policies.policy import Assignment
 
@@ -164,7 +165,7 @@ def test_a_device_that_lost_its_edge_is_not_taken_for_one_that_offloads(edge_nam
     run = train("policy=fixed", "policy.cut=2", "rounds=1", "faults=edge_killed",
                 "faults.list.0.round=1")  # fmt: skip
     assert {entry["to"] for entry in run.figures["recoveries"]} == {"device"}
-    assert offload_in(run.strategy).seen_of(0).iteration_s == 0.0
+    assert find(run.strategy, Offload).seen_of(0).iteration_s == 0.0
 
 
 def test_edges_that_are_full_are_an_error_before_a_device_begins(edge_named, configure, carry_out):

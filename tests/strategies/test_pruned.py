@@ -28,7 +28,8 @@ from fedsys.training.masks import Masks, held
 from fedsys.training.optimizers import make_optimizer
 from fedsys.training.penalty import Penalty, channel_scales, norms_behind, output_layers
 from fedsys.transport import records
-from strategies.pruned import pruned_in
+from strategies.around import find
+from strategies.pruned import Pruned
 from tests.pruning.rewinding import Ticket, levels
 
 SHAPE = (1, 8, 8)
@@ -238,7 +239,7 @@ def settings_of(configure):
 
 def zeros(result):
     """Return the masks of a run, whose weights must be zero where they prune, and only there."""
-    masks = pruned_in(result.strategy).kept()
+    masks = find(result.strategy, Pruned).kept()
     for name, mask in masks.items():
         assert torch.equal(result.state[name] == 0, ~mask), name
     return masks
@@ -284,7 +285,7 @@ def test_the_penalty_ends_with_the_last_pruning(configure):
 def test_masks_cost_an_eighth_of_a_byte_for_a_weight(settings_of, carry_out):
     plain = carry_out(settings_of("rounds=1"))
     pruned = carry_out(settings_of("rounds=1", "pruning=random"))
-    weights = pruned_in(pruned.strategy).kept().figures().weights
+    weights = find(pruned.strategy, Pruned).kept().figures().weights
     more = pruned.rows[0]["bytes_down"] - plain.rows[0]["bytes_down"]
     headers = 3 * 3 * 128
     assert 3 * weights / 8 <= more <= 3 * weights / 8 + headers + 9
@@ -330,7 +331,7 @@ def test_levels_take_the_state_of_server_and_clients_back_too(settings_of, carry
         "pruning=iterative", "pruning.rounds_per_level=1", "client.batch_size=10",
     )  # fmt: skip
     result = carry_out(config)
-    pruned = pruned_in(result.strategy)
+    pruned = find(result.strategy, Pruned)
     assert pruned.prunings == 1
     # Round 1, then level 0 in round 2, which is taken back, and level 1 in round 3.
     steps = [records.view(s["fc2.linear.bias|step"]) for s in pruned.inner.states.values()]

@@ -1,0 +1,90 @@
+"""What becomes of devices without an edge: they train alone, do a round again, or are left out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedsys.config import Config
+from fedsys.errors import FedsysError
+from fedsys.offload.fleet import Fleet
+from fedsys.transport import records
+from strategies.model_division import ARRAYS
+from strategies.roster import Roster
+from strategies.split_sessions import Sent, SplitSessions
+
+_log = logging.getLogger("fedsys.offload")
+
+
+def too_small(config: Config, whole: RecordDict) -> str:
+    """Return why a device cannot train the whole model; empty if it can."""
+    limit = config.client.max_model_bytes
+    size = sum(len(array.data) for array in whole.array_records[ARRAYS].values())
+    if limit is None or size <= limit:
+        return ""
+    return f"no edge server is left, and the model is larger than client.max_model_bytes={limit}"
+
+
+class Repeats:
+    """Has devices do their round again, with the same draws.
+
+    Args:
+        config: The run.
+        roster: Who is there.
+        fleet: The edge servers.
+        sessions: Those of the round.
+    """
+
+    def __init__(
+        self, config: Config, roster: Roster, fleet: Fleet, sessions: SplitSessions
+    ) -> None:
+        self._config, self._roster = config, roster
+        self._fleet, self._sessions = fleet, sessions
+
+    def replies(
+        self, grid: Grid, again: Mapping[int, Sent], round_: int, lost: dict[int, str]
+    ) -> Iterator[tuple[int, Message, str]]:
+        """Have clients do their round again, together with an edge if one is left, else alone.
+
+        Args:
+            grid: Reaches the clients.
+            again: What they were sent the first time.
+            round_: The round.
+            lost: Takes in who is left out, with the reason.
+
+        Yields:
+            Client, reply, and where it was done again: ``edge`` or ``device``.
+        """
+        node_of = self._roster.refresh(grid)
+        messages: list[Message] = []
+        places: dict[int, str] = {}
+        for client, sent in again.items():
+            if client not in node_of:
+                lost[client] = "it is not connected any more"
+                continue
+            message = Message(records.own_copy(sent.whole), node_of[client], "train")
+            where = self._with_edge(message, client, sent, round_)
+            if not where and (reason := too_small(self._config, sent.whole)):
+                lost[client] = reason
+                continue
+            messages.append(message)
+            places[client] = where or "device"
+            _log.warning("client %d repeats round %d on the %s", client, round_, where)
+        timeout_s = self._config.runtime.timeout_s
+        for reply in grid.send_and_receive(messages, timeout=timeout_s):
+            if not reply.has_error():
+                client = self._roster.partition_of(reply.metadata.src_node_id)
+                yield client, reply, places[client]
+
+    def _with_edge(self, message: Message, client: int, sent: Sent, round_: int) -> str:
+        if not self._fleet.alive:
+            return ""
+        try:
+            self._sessions.open(message, client, sent.assignment, round_, attempt=1)
+        except FedsysError as error:
+            _log.warning("client %d: %s", client, error)
+            return ""
+        return "edge"

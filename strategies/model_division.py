@@ -1,0 +1,105 @@
+"""A model in two: what a device is sent of it, what its edge is, and both joined again by name."""
+
+from __future__ import annotations
+
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+
+from fedsys.config import Config
+from fedsys.errors import ConfigError
+from fedsys.models.layered import LayeredModel
+from fedsys.offload.snapshot import SessionSpec, Snapshot
+from fedsys.training.federation import layered_model
+from fedsys.training.part import names_between
+from fedsys.transport import records
+from fedsys.transport.security import new_token
+from strategies.message_halves import halved, joined, without
+from strategies.policies.policy import Assignment
+
+ARRAYS, OPTIMIZER, MASKS = "arrays", "optimizer", "masks"
+
+
+class ModelDivision:
+    """Divides the messages of a run at the cuts of a policy.
+
+    Args:
+        config: The run.
+        input_shape: ``(C, H, W)`` of one example.
+        num_classes: Number of classes.
+
+    Attributes:
+        layers: The model, on ``meta``.
+    """
+
+    def __init__(self, config: Config, input_shape: tuple[int, int, int], num_classes: int) -> None:
+        self.layers: LayeredModel = layered_model(config, input_shape, num_classes)
+        self._config, self._shape, self._classes = config, input_shape, num_classes
+        self._names: dict[tuple[int, int], set[str]] = {}
+
+    def spec(
+        self, whole: RecordDict, client: int, assignment: Assignment, round_: int, attempt: int
+    ) -> SessionSpec:
+        """Return what the edge is told about the session of a client.
+
+        Raises:
+            ConfigError: A label-private cut would leave no unit for the edge.
+        """
+        config = self._config
+        settings = whole.config_records.get("config", ConfigRecord())
+        return SessionSpec(
+            id=f"r{round_}-c{client}-{attempt}-{new_token()[:8]}",
+            token=new_token(),
+            client=client,
+            round=round_,
+            first=assignment.cut,
+            last=self._tail(assignment.cut),
+            config=config.text,
+            input_shape=self._shape,
+            num_classes=self._classes,
+            micro_batches=assignment.micro_batches or config.schedule.micro_batches,
+            proximal_mu=float(str(settings.get("proximal-mu", 0.0))),
+            codec_up=assignment.codec_up,
+            codec_down=assignment.codec_down,
+            holder=(config.link.holder or "").replace("{client}", str(client)),
+            replicate_every=config.fleet.replicate_every,
+        )
+
+    def edge_half(self, whole: RecordDict, spec: SessionSpec) -> Snapshot:
+        """Return what the session of `spec` begins with."""
+        names = self._names_of(spec)
+        arrays, optimizer, masks = (
+            records.from_record(halved(whole, key, names)) for key in (ARRAYS, OPTIMIZER, MASKS)
+        )
+        return Snapshot(0, arrays, optimizer, masks=masks)
+
+    def device_half(self, whole: RecordDict, spec: SessionSpec) -> RecordDict:
+        """Return the content for the device, without what `spec` leaves to the edge."""
+        names, content = self._names_of(spec), records.own_copy(whole)
+        for key in (ARRAYS, OPTIMIZER, MASKS):
+            if key in whole.array_records:
+                content[key] = without(whole, key, names)
+        return content
+
+    def join(self, content: RecordDict, edge: Snapshot, like: ArrayRecord) -> None:
+        """Put the edge's half into what its device sent back, in the order of names of `like`."""
+        own = content.array_records
+        content[ARRAYS] = joined(own[ARRAYS], edge.state, list(like))
+        if (optimizer := own.get(OPTIMIZER)) is not None:
+            content[OPTIMIZER] = joined(optimizer, edge.optimizer, None)
+
+    def _tail(self, cut: int) -> int:
+        """Return the end of the edge's units."""
+        if not self._config.client.label_private:
+            return len(self.layers)
+        tail = len(self.layers) - 1  # the classifier stays on the device
+        if cut >= tail:
+            raise ConfigError.of(
+                "policy.cut", cut, f"must be below {tail} with client.label_private=true",
+                "the last unit stays on the device, and the edge would have none",
+            )  # fmt: skip
+        return tail
+
+    def _names_of(self, spec: SessionSpec) -> set[str]:
+        cuts = spec.first, spec.last
+        if cuts not in self._names:
+            self._names[cuts] = names_between(self.layers, cuts)[1]
+        return self._names[cuts]

@@ -1,0 +1,98 @@
+"""What devices send back in a round: joined with what their edges have, and looked at."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from flwr.app import ConfigRecord, Message
+
+from fedsys.errors import FedsysError
+from fedsys.runs.tracing import Event, unpack
+from strategies.model_division import ARRAYS, ModelDivision
+from strategies.offload_totals import Totals
+from strategies.policies.policy import OBSERVATION, Assignment, Observation
+from strategies.split_sessions import Sent, SplitSessions
+
+TRACE = "trace"
+
+_log = logging.getLogger("fedsys.offload")
+
+
+class Returns:
+    """Takes in the replies of one round.
+
+    Args:
+        division: Joins what it divided.
+        sessions: Those of the round.
+        totals: What is counted over the run.
+        seen: By client, observations as checkpoints hold them; changed here.
+        assigned: What the policy said for the clients of the round.
+
+    Attributes:
+        traces: What each device did, with its edge.
+    """
+
+    def __init__(
+        self,
+        division: ModelDivision,
+        sessions: SplitSessions,
+        totals: Totals,
+        seen: dict[int, dict[str, Any]],
+        assigned: Mapping[int, Assignment],
+    ) -> None:
+        self.traces: dict[int, list[Event]] = {}
+        self._division, self._sessions, self._totals = division, sessions, totals
+        self._seen, self._assigned = seen, assigned
+
+    def joined(self, client: int, reply: Message, sent: Sent | None) -> bool:
+        """Join the halves of a client in its reply; return whether the whole model is there."""
+        self._take_trace(client, reply)
+        if sent is None:
+            self._observe_alone(client, reply)
+            return True
+        seen = reply.content.config_records[OBSERVATION]
+        del reply.content[OBSERVATION]
+        steps = self._observe(client, seen, sent.spec.round)
+        try:
+            if seen["stranded"]:
+                _log.warning("client %d: %s", client, str(seen["stranded"]))
+                return False
+            edge = self._sessions.collect(sent, steps)
+        except FedsysError as error:
+            _log.warning("client %d, round %d: %s", client, sent.spec.round, error)
+            return False
+        finally:
+            self._sessions.release(sent)
+        self._totals.edge_steps += edge.step
+        self._division.join(reply.content, edge, like=sent.whole.array_records[ARRAYS])
+        return True
+
+    def _observe(self, client: int, seen: ConfigRecord, round_: int) -> int:
+        observation = Observation.of(seen)
+        self._seen[client] = dataclasses.asdict(observation)
+        self._totals.bytes_up += observation.bytes_up
+        self._totals.bytes_down += observation.bytes_down
+        for entry in json.loads(str(seen["recoveries"])):
+            for end in ("from", "to"):
+                entry[end] = self._sessions.edge_name(str(entry[end]))
+            self._totals.note(round_, client, entry)
+        return observation.steps
+
+    def _observe_alone(self, client: int, reply: Message) -> None:
+        """Take in what a device measured with the whole model, unless another cut was planned."""
+        self._seen.pop(client, None)
+        if OBSERVATION in reply.content:
+            if self._assigned[client].cut == len(self._division.layers):
+                seen = Observation.of(reply.content.config_records[OBSERVATION])
+                self._seen[client] = dataclasses.asdict(seen)
+            del reply.content[OBSERVATION]
+
+    def _take_trace(self, client: int, reply: Message) -> None:
+        if reply.has_content() and TRACE in reply.content:
+            events = reply.content.config_records[TRACE]["events"]
+            self.traces[client] = unpack(events if isinstance(events, bytes) else b"")
+            del reply.content[TRACE]

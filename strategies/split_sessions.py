@@ -1,0 +1,138 @@
+"""The sessions of a round: opened as messages go out, collected as replies come back."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from flwr.app import ConfigRecord, Message, RecordDict
+
+from fedsys.errors import SessionError
+from fedsys.offload.fleet import Fleet
+from fedsys.offload.snapshot import SessionSpec, Snapshot
+from strategies.model_division import ModelDivision
+from strategies.policies.policy import Assignment
+
+ASSIGNMENT = "assignment"
+
+_log = logging.getLogger("fedsys.offload")
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A device that trains with an edge in this round.
+
+    Attributes:
+        whole: The message as it was for a device that trains alone.
+        assignment: What the policy said.
+        spec: The session.
+    """
+
+    whole: RecordDict
+    assignment: Assignment
+    spec: SessionSpec
+
+
+class SplitSessions:
+    """Opens sessions at the edges of a fleet and sees that none stays open.
+
+    Args:
+        fleet: The edge servers.
+        division: Divides the messages.
+    """
+
+    def __init__(self, fleet: Fleet, division: ModelDivision) -> None:
+        self._fleet, self._division = fleet, division
+        self._sent: dict[int, Sent] = {}
+        self._names = {edge.for_devices: edge.name for edge in fleet.edges}
+
+    def edge_name(self, address: str) -> str:
+        """Return the name of the edge with an address for devices; else what was given."""
+        return self._names.get(address, address)
+
+    def first_edge(self, assignment: Assignment) -> str:
+        """Return the name of the edge that is asked first."""
+        edges = self._fleet.edges
+        return edges[assignment.edge % len(edges)].name
+
+    def open(
+        self, message: Message, client: int, assignment: Assignment, round_: int, attempt: int = 0
+    ) -> None:
+        """Open a session with the edge's half and leave the device's half in the message.
+
+        Raises:
+            SessionError: No edge takes it.
+            ConfigError: A label-private cut would leave no unit for the edge.
+        """
+        whole = message.content
+        spec = self._division.spec(whole, client, assignment, round_, attempt)
+        start = self._division.edge_half(whole, spec)
+        name = self._fleet.open(spec, start, self.first_edge(assignment))
+        content = self._division.device_half(whole, spec)
+        content[ASSIGNMENT] = ConfigRecord(
+            {
+                "cut": assignment.cut,
+                "tail": spec.last,
+                "session": spec.id,
+                "token": spec.token,
+                "edges": self._fleet.device_addresses(name),
+                "codec-up": assignment.codec_up,
+                "codec-down": assignment.codec_down,
+            }
+        )
+        message.content = content
+        self._sent[client] = Sent(whole, assignment, spec)
+
+    def open_if_any(
+        self, message: Message, client: int, assignment: Assignment, round_: int
+    ) -> bool:
+        """Open a session if an edge is left, and return whether that was done.
+
+        Raises:
+            SessionError: There are edges, and none takes the session.
+        """
+        try:
+            self.open(message, client, assignment, round_)
+        except SessionError:
+            if self._fleet.alive:
+                raise
+            return False  # the last of them may have gone just now
+        return True
+
+    def take(self, client: int) -> Sent | None:
+        """Return what a client was sent, once; None if it trains alone."""
+        return self._sent.pop(client, None)
+
+    def collect(self, sent: Sent, steps: int) -> Snapshot:
+        """Return the edge's half of a client.
+
+        Args:
+            sent: What the client was sent.
+            steps: Steps that the device did.
+
+        Raises:
+            FedsysError: No edge has it, or not at this step.
+        """
+        snapshot = self._fleet.collect(sent.spec.id)
+        if snapshot.step != steps:
+            raise SessionError(f"{snapshot.step} steps on the edge, {steps} on the device")
+        return snapshot
+
+    def release(self, sent: Sent) -> None:
+        """Close a session."""
+        self._fleet.release(sent.spec.id)
+
+    def end(self) -> None:
+        """Close what is open still: sessions of clients that never answered."""
+        for sent in self._sent.values():
+            self.release(sent)
+        self._sent = {}
+
+    def log_recoveries(self, round_: int) -> None:
+        """Log what the fleet did about losses since the last call."""
+        for recovery in self._fleet.recoveries():
+            _log.warning(
+                "round %d: session of client %d moved from %s to %s, from step %d",
+                round_, recovery.client, recovery.source, recovery.target or "nowhere",
+                recovery.step,
+            )  # fmt: skip
