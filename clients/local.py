@@ -163,11 +163,14 @@ class LocalClient:
 
 @contextmanager
 def _frozen(model: nn.Module, frozen: bool) -> Iterator[None]:
-    model.requires_grad_(not frozen)
+    learns = [p for p in model.parameters() if p.requires_grad]
+    for parameter in learns:
+        parameter.requires_grad_(not frozen)
     try:
         yield
     finally:
-        model.requires_grad_(True)  # the model serves other messages, too
+        for parameter in learns:
+            parameter.requires_grad_(True)  # the model serves other messages, too
 
 
 def _anchor(model: nn.Module, settings: ConfigRecord) -> training.Proximal | None:

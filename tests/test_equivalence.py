@@ -27,7 +27,13 @@ COMMON = {
         "partition": {"kind": "fractions", "fractions": [0.52, 0.31]},
     },
 }
-SHAPES = {"cnn": [1, 8, 8], "vgg5": [3, 16, 16], "resnet18": [3, 8, 8], "mobilenet_v2": [3, 8, 8]}
+SHAPES = {
+    "lenet": [1, 8, 8],
+    "cnn": [1, 8, 8],
+    "vgg5": [3, 16, 16],
+    "resnet18": [3, 8, 8],
+    "mobilenet_v2": [3, 8, 8],
+}
 UNITS = {"cnn": 4, "vgg5": 5}
 MODELS = {
     "cnn-batch": ("cnn", {"width": 4, "hidden": 16}),  # with dropout
@@ -36,6 +42,24 @@ MODELS = {
     "vgg5-batch": ("vgg5", {"dropout": 0.2}),
     "resnet18": ("resnet18", {"width": 4}),
     "mobilenet_v2": ("mobilenet_v2", {"width": 0.25}),
+}
+
+
+def partly(frozen, **more):
+    """Return a model of which a part is not trained as the rest is."""
+    target = "tests.models.partly.Partly"
+    return "lenet", {"_target_": target, "dropout": 0.3, "frozen": frozen, **more}
+
+
+MODELS |= {
+    "frozen by train()": partly("root"),
+    "frozen by train(), deferred": partly("root", norm="deferred"),
+    "dropout frozen": partly("dropout"),
+    "stem frozen": partly("stem"),
+    "frozen by its class": partly("class"),
+    "frozen by forward": partly("forward"),
+    "momentum by mode": partly("momentum"),
+    "parameters frozen": partly("parameters"),
 }
 FEATURES = {
     "plain": {},
@@ -152,6 +176,34 @@ TABLE = [
     (("vgg5-batch", [1, 2, 3]), CHANNELS_LAST, (3, "pipelined"), "link", False, "grpc"),
     (("resnet18", 0.5), CHANNELS_LAST, (2, "pipelined"), "edge", True, "memory"),
     (("mobilenet_v2", 0.5), CHANNELS_LAST, (1, "sequential"), "never", False, "memory"),
+    (("frozen by train()", 1), "plain", (2, "pipelined"), "edge", False, "tcp"),
+    (("frozen by train()", [1, 2, 2]), BETWEEN_ROUNDS, (1, "sequential"), "link", False, "memory"),
+    (
+        ("frozen by train(), deferred", 1),
+        "kept adam, crops",
+        (3, "pipelined"),
+        "never",
+        False,
+        "grpc",
+    ),
+    (("dropout frozen", 1), "momentum, decay, cosine", (1, "sequential"), "edge", True, "memory"),
+    (("dropout frozen", 2), PROXIMAL, (4, "bounded 2"), "never", False, "memory"),
+    (("stem frozen", 1), "kept adam, crops", (2, "pipelined"), "link", False, "memory"),
+    (("stem frozen", 2), LEVELS, (1, "sequential"), "edge", False, "memory"),
+    (("frozen by its class", 1), CHANNELS_LAST, (3, "pipelined"), "never", True, "memory"),
+    (
+        ("frozen by forward", 1),
+        "momentum, decay, cosine",
+        (2, "pipelined"),
+        "edge",
+        False,
+        "memory",
+    ),
+    (("frozen by forward", 2), BETWEEN_ROUNDS, (5, "bounded 3"), "link", False, "grpc"),
+    (("momentum by mode", 1), "fedadam, kept momentum", (2, "pipelined"), "never", False, "memory"),
+    (("parameters frozen", 1), "kept adam, crops", (2, "pipelined"), "edge", False, "memory"),
+    (("parameters frozen", 1), PROXIMAL, (1, "sequential"), "link", True, "memory"),
+    (("parameters frozen", 2), "momentum, decay, cosine", (1, "sequential"), "never", False, "tcp"),
 ]
 
 

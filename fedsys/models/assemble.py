@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from fedsys.errors import ModelError
+from fedsys.models.modes import Modes
 
 _programs: dict[Hashable, Callable[..., Any]] = {}
 _lock = threading.Lock()
@@ -25,18 +26,57 @@ class Stage(nn.Module):
 
     Attributes:
         code: What it runs, for people.
+        modes: What the whole model sets of its modules in training and in evaluation.
     """
 
-    def __init__(self, code: str, program: Callable[..., Any]) -> None:
+    def __init__(self, code: str, program: Callable[..., Any], modes: Modes) -> None:
         super().__init__()
-        self.code, self._program = code, program
+        self.code, self._program, self.modes = code, program, modes
+
+    def train(self, mode: bool = True) -> Stage:
+        """Do as the whole model does when it is put into training, or into evaluation."""
+        super().train(mode)
+        self.modes.apply(self, mode)
+        return self
 
     def forward(self, x: Tensor) -> Any:
         """Return what the part of the model makes of `x`."""
         return self._program(self, x)
 
 
-def graph_module(source: nn.Module, graph: fx.Graph, names: Iterable[str]) -> fx.GraphModule:
+class Following(fx.GraphModule):
+    """A recorded graph whose modules follow the modes of the model that it was made from."""
+
+    @property
+    def modes(self) -> Modes:
+        """What that model sets of its modules in training and in evaluation."""
+        found: Modes = self.meta.get("modes", Modes())  # torch.fx copies meta along, and no more
+        return found
+
+    def train(self, mode: bool = True) -> Following:
+        """Do as that model does when it is put into training, or into evaluation."""
+        super().train(mode)
+        self.modes.apply(self, mode)
+        return self
+
+
+def following(
+    root: nn.Module | dict[str, Any], graph: fx.Graph, class_name: str, modes: Modes
+) -> Following:
+    """Return the module that computes `graph` with what is in `root`, in the modes of `modes`."""
+    built = Following(root, graph, class_name=class_name)
+    built.meta["modes"] = modes
+    return built
+
+
+def modes_of(model: nn.Module) -> Modes:
+    """Return what a recorded model keeps of the modes of its original; nothing for any other."""
+    return model.modes if isinstance(model, Following | Stage) else Modes()
+
+
+def graph_module(
+    source: nn.Module, graph: fx.Graph, names: Iterable[str], modes: Modes
+) -> fx.GraphModule:
     """Build the module that computes `graph` with copies of the modules of `source`.
 
     The copies share their tensors with `source` and own everything else. Children, parameters and
@@ -47,14 +87,15 @@ def graph_module(source: nn.Module, graph: fx.Graph, names: Iterable[str]) -> fx
         graph: What to compute.
         names: Names of parameters and persistent buffers that the module must have even if the
             graph does not use them, or knows them by another name.
+        modes: What `source` sets of its modules in training and in evaluation.
     """
     used = _used(source, graph)
-    built = fx.GraphModule(used, graph, class_name=type(source).__name__)
+    built = following(used, graph, type(source).__name__, modes)
     _complete(built, source, names)
     return built
 
 
-def stage(source: nn.Module, graph: fx.Graph, names: Iterable[str]) -> Stage:
+def stage(source: nn.Module, graph: fx.Graph, names: Iterable[str], modes: Modes) -> Stage:
     """Build a `Stage` that computes `graph`; arguments and promises are those of `graph_module`."""
     used = _used(source, graph)
     python = graph.python_code("self")
@@ -63,7 +104,7 @@ def stage(source: nn.Module, graph: fx.Graph, names: Iterable[str]) -> Stage:
     with _lock:
         if key not in _programs:
             _programs[key] = type(fx.GraphModule(used, graph)).forward
-        built = Stage(python.src, _programs[key])
+        built = Stage(python.src, _programs[key], modes)
     for path in sorted(used, key=lambda path: path.count(".")):
         _place(built, path, used[path], persistent=True)
     _complete(built, source, names)

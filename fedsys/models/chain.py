@@ -26,6 +26,7 @@ from fedsys.errors import ModelError, did_you_mean
 from fedsys.models.assemble import copy_modules, graph_module
 from fedsys.models.graph import module_paths, sourceless
 from fedsys.models.measure import Measured
+from fedsys.models.modes import Modes
 
 Costs = Mapping[str, Measured]
 
@@ -206,7 +207,7 @@ def _is_linear(module: nn.Module, link: Link, costs: Costs) -> bool:
 
 
 def listed_chain(
-    model: nn.Module, units: Sequence[str | Sequence[str]]
+    model: nn.Module, units: Sequence[str | Sequence[str]], modes: Modes
 ) -> tuple[fx.GraphModule, list[Link]]:
     """Return the graph that calls the modules of `units` one after the other.
 
@@ -214,6 +215,7 @@ def listed_chain(
         model: Has the modules; nothing is known about its forward.
         units: For each unit a name, a range of siblings ``"first:last"`` (both included), or a
             list of these.
+        modes: What the model sets of its modules in training and in evaluation.
 
     Raises:
         ModelError: A name is unknown or listed twice, or modules with a state are not listed.
@@ -237,7 +239,7 @@ def listed_chain(
             nodes.append(value)
         links.append(Link(tuple(nodes), value))
     graph.output(value)
-    built = graph_module(copy_modules(model), graph, model.state_dict())
+    built = graph_module(copy_modules(model), graph, model.state_dict(), modes)
     found = {node.name: node for node in built.graph.nodes}
     return built, [Link(tuple(found[n.name] for n in k.nodes), found[k.output.name]) for k in links]
 

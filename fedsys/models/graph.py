@@ -4,7 +4,8 @@
 that split training and pruning depend on, and `trace` keeps them:
 
 * *the mode*: ``F.dropout(x, p, self.training)`` would be frozen at what the model was when it was
-  traced. The model is traced in both modes and every constant that differs becomes a `ByMode`;
+  traced. The model is traced in both modes and every constant that differs becomes a `ByMode`.
+  What ``train()``, ``eval()`` and forward set of single modules is kept as `Modes`;
 * *the names*: modules, parameters and buffers keep their global names and their order, including
   those that forward never uses, and buffers stay as persistent as they were;
 * *the model*: the graph works on copies of the modules that share their tensors, so tracing,
@@ -21,16 +22,19 @@ import linecache
 import threading
 import traceback
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from fedsys.errors import ModelError
 from fedsys.models.assemble import copy_mode, copy_modules, graph_module
 from fedsys.models.batchnorm import DeferredBatchNorm
+from fedsys.models.modes import Modes, moved, plain_attributes, plain_state, set_attributes
 from fedsys.randomness import KeyedDropout
 
 _lock = threading.Lock()  # torch.fx patches nn.Module while it traces: one trace at a time
@@ -61,6 +65,8 @@ class _Tracer(fx.Tracer):  # torch.fx offers no other way to say which modules a
     def __init__(self) -> None:
         super().__init__()
         self.path: list[str] = []
+        self.seen: dict[str, dict[str, Any]] = {}
+        self.torn: list[str] = []
         self._thread = threading.get_ident()
         self._contexts = _contexts()
 
@@ -68,7 +74,9 @@ class _Tracer(fx.Tracer):  # torch.fx offers no other way to say which modules a
         own = isinstance(m, KeyedDropout | DeferredBatchNorm | ByMode)
         # torchvision's, by name so that it is not imported: its mode must not be frozen
         random_depth = type(m).__name__ == "StochasticDepth"
-        return own or random_depth or super().is_leaf_module(m, module_qualified_name)
+        # a BatchNorm with a train() of its own: torch's forward cannot be traced through
+        norm = isinstance(m, _NormBase) and type(m).forward.__module__.startswith("torch.nn")
+        return own or random_depth or norm or super().is_leaf_module(m, module_qualified_name)
 
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
@@ -83,9 +91,18 @@ class _Tracer(fx.Tracer):  # torch.fx offers no other way to say which modules a
         if threading.get_ident() != self._thread:
             return forward(*args, **kwargs)
         self.path.append(self.path_of_module(m))
+        if self.is_leaf_module(m, self.path[-1]):
+            self._note(m, self.path[-1])
         result = super().call_module(m, forward, args, kwargs)
         self.path.pop()
         return result
+
+    def _note(self, leaf: nn.Module, path: str) -> None:
+        """Keep what `leaf` and its parts are set to now that it is called."""
+        for below, module in leaf.named_modules(prefix=path):
+            now = plain_attributes(module)
+            if self.seen.setdefault(below, now) != now:
+                self.torn.append(below)
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
         if _contexts() != self._contexts:  # a graph has no with-blocks: it would run without them
@@ -122,10 +139,13 @@ def trace(model: nn.Module) -> fx.GraphModule:
     _check_inputs(model)
     source = copy_modules(model)
     with _lock:
-        evaluation = _record(source.eval())
-        graph = _record(source.train())
-    _merge_modes(source, graph, evaluation)
-    traced = graph_module(source, graph, source.state_dict())
+        evaluation = _settled(source, training=False)
+        answering = dict(source.named_modules())
+        training = _settled(source, training=True)
+    _check_same_modules(source, answering, training)
+    _merge_modes(source, training.graph, evaluation.graph)
+    modes = Modes.of(training.seen, evaluation.seen)
+    traced = graph_module(source, training.graph, source.state_dict(), modes)
     copy_mode(model, traced)
     return traced
 
@@ -142,8 +162,19 @@ def trace_evaluation(model: nn.Module) -> fx.GraphModule:
     """
     _check_inputs(model)
     with _lock:
-        graph = _record(model.eval())
-    return _Deferred(model, graph, class_name=type(model).__name__).eval()
+        recorded = _record(model.eval())
+    for path, attributes in recorded.seen.items():
+        if attributes["training"] and isinstance(model.get_submodule(path), _MODAL):
+            raise ModelError(
+                f"{path} ({type(model.get_submodule(path)).__name__}) stays in training when "
+                f"{type(model).__name__} is put into evaluation, so an answer depends on chance or "
+                "on the other examples of its batch; let eval() and forward leave it in evaluation"
+            )
+    return _Deferred(model, recorded.graph, class_name=type(model).__name__).eval()
+
+
+_MODAL = (_NormBase, KeyedDropout, nn.modules.dropout._DropoutNd, nn.MultiheadAttention, nn.RNNBase)
+"""What computes something else in training than in evaluation."""
 
 
 class _Deferred(fx.GraphModule):
@@ -192,10 +223,88 @@ def _inputs(model: nn.Module) -> dict[str, bool]:
     return {p.name: p.default is not p.empty for p in parameters if p.kind not in variable}
 
 
-def _record(source: nn.Module) -> fx.Graph:
+@dataclass(frozen=True, slots=True)
+class _Recorded:
+    """One forward pass: its graph, and what the modules that it called were set to."""
+
+    graph: fx.Graph
+    seen: dict[str, dict[str, Any]]
+
+    def steps(self) -> list[tuple[str, ...]]:
+        """Return what is computed, to compare it with another pass."""
+        return [(n.op, str(n.target), str(n.args), str(n.kwargs)) for n in self.graph.nodes]
+
+
+_FAR = 1_000_000
+"""Calls after which a counter should have had its effect."""
+
+
+def _settled(source: nn.Module, *, training: bool) -> _Recorded:
+    """Record a mode of `source`; refuse what would be another pass the next time.
+
+    A pass that leaves everything as it was is the same for ever. If one sets something (a mode, a
+    counter), it is recorded again after that, and with counters that have counted far.
+    """
+    _switch(source, training)
+    before = plain_state(source)
+    first = _record(source)
+    once = plain_state(source)
+    _switch(source, not training)
+    _switch(source, training)
+    changed = {*moved(before, once), *moved(before, plain_state(source))}
+    if not changed:
+        return first
+    set_attributes(source, once)
+    _check_repeats(source, first, _record(source), changed)
+    far: dict[str, dict[str, Any]] = {}
+    for path, name in changed:
+        if type(value := once[path][name]) is int:
+            far.setdefault(path, {})[name] = value + _FAR
+    set_attributes(source, far)
+    _switch(source, training)
+    _check_repeats(source, first, _record(source), changed)
+    set_attributes(source, before)
+    return first
+
+
+def _switch(model: nn.Module, training: bool) -> None:
+    model.train() if training else model.eval()
+
+
+def _check_repeats(
+    source: nn.Module, first: _Recorded, again: _Recorded, changed: set[tuple[str, str]]
+) -> None:
+    """Refuse passes that differ from one time to the next."""
+    if first.steps() == again.steps() and first.seen == again.seen:
+        return
+    name = type(source).__name__
+    touched = [f"{path}.{attribute}".lstrip(".") for path, attribute in sorted(changed)]
+    differing = sorted({path for path, _ in moved(first.seen, again.seen)})
+    where = differing[0] if differing else name
+    raise ModelError(
+        f"{where}: what it does depends on how often {name} was called or put into training "
+        f"(through {', '.join(touched[:5])}), which halves on several machines cannot follow; let "
+        "train(), eval() and forward set the same each time"
+    )
+
+
+def _check_same_modules(
+    source: nn.Module, answering: dict[str, nn.Module], training: _Recorded
+) -> None:
+    """Refuse a model that puts other modules under its names when its mode changes."""
+    for path in training.seen:
+        if answering.get(path) is not source.get_submodule(path):
+            raise ModelError(
+                f"{path} is another module in training than in evaluation, where a graph has one; "
+                f"let train() of {type(source).__name__} change the mode of one module"
+            )
+
+
+def _record(source: nn.Module) -> _Recorded:
     """Trace `source` in its mode; tensors made by forward are kept as constants of `source`."""
     tracer = _Tracer()
     known = {name: source.__dict__.pop(name) for name in [*source.__dict__] if _is_constant(name)}
+    state = _versions(source)
     try:
         graph = tracer.trace(source)
     except Exception as error:  # whatever the user's forward or torch.fx raises on a proxy
@@ -208,8 +317,27 @@ def _record(source: nn.Module) -> fx.Graph:
                 f"({name}, shape {tuple(now.shape)}); a traced model would repeat the first: "
                 "derive it from the input, or make it a buffer"
             )
+    for name, version in _versions(source).items():
+        if state.get(name) != version:
+            raise ModelError(
+                f"{name}: forward of {type(source).__name__} changes it without regard to the "
+                "input, which a graph does not record; leave it as it is, or change it by a value "
+                "that was computed from the input"
+            )
+    if tracer.torn:
+        raise ModelError(
+            f"{tracer.torn[0]} is called several times in one forward pass and is set to something "
+            f"else each time (training, for instance), which a graph of {type(source).__name__} "
+            "cannot follow; make two modules of it that share their parameters"
+        )
     graph.lint()
-    return graph
+    return _Recorded(graph, tracer.seen)
+
+
+def _versions(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return for each parameter and buffer which tensor it is, and how often that was changed."""
+    tensors: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
+    return {name: (id(tensor), tensor._version) for name, tensor in tensors}
 
 
 def _is_constant(name: str) -> bool:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fedsys.errors import ConfigError, ModelError, did_you_mean
-from fedsys.models.assemble import copy_modules, stage
+from fedsys.models.assemble import copy_modules, modes_of, stage
 from fedsys.models.chain import (
     Link,
     cuts_in_fc_block,
@@ -39,6 +39,7 @@ from fedsys.models.chain import (
 )
 from fedsys.models.graph import module_paths, trace
 from fedsys.models.measure import Measured, measure
+from fedsys.models.modes import observed
 from fedsys.models.states import fill, join
 from fedsys.randomness import Address
 
@@ -133,7 +134,10 @@ def layered(
         costs, batch = _measured(graph, example)
         links = find_chain(graph, costs, batch)
     else:
-        graph, links = listed_chain(model, units)
+        x = _batch_like(model, example)
+        device = next((p.device for p in model.parameters()), x.device)
+        modes = observed(model, x.to(device))
+        graph, links = listed_chain(model, units, modes)
         costs, batch = _measured(graph, example)
         _check_same(model, graph, example)
     if not links:
@@ -369,7 +373,8 @@ def _stage(model: LayeredModel, start: int, stop: int) -> nn.Module:
         graph.node_copy(original.output_node(), copied)
     else:
         graph.output(copied(nodes[units[-1].output]))
-    built = stage(model.graph, graph, [name for unit in units for name in unit.names])
+    names = [name for unit in units for name in unit.names]
+    built = stage(model.graph, graph, names, modes_of(model.graph))
     hidden = dict(built.named_buffers()).keys() - built.state_dict().keys()
     for name in sorted(hidden):
         if built.get_buffer(name).is_meta:

@@ -318,6 +318,8 @@ class Holding:
             _clear(optimizer, self._pairs)
         self._hooks = []
         for parameter, gone in self._pairs:
+            if not parameter.requires_grad:  # frozen: it has no gradient to clear
+                continue
             register: Any = parameter.register_post_accumulate_grad_hook  # torch has no type for it
             self._hooks.append(register(_clearing(gone)))
 

@@ -73,7 +73,9 @@ class Part:
         pruned = Masks.unpacked(masks or {}, self.named)
         self._holding = Holding(pruned, self.named, self.optimizer)
         for module in self.modules:
-            module.train().requires_grad_(not client.frozen)
+            module.train()
+            if client.frozen:  # else each parameter as the model has it: some parts may be frozen
+                module.requires_grad_(False)
 
     @property
     def clips(self) -> bool:
