@@ -1,4 +1,5 @@
 import ast
+import functools
 import io
 import json
 import re
@@ -319,23 +320,60 @@ def test_the_page_on_extending_works_as_written(tmp_path, monkeypatch, capsys):
         assert 0.0 <= result["accuracy"] <= 1.0
 
 
+def declared(*requirements):
+    """Return the names of distributions in lists of requirements, normalised."""
+    names = (re.split(r"[\[<>=~ ;]", entry)[0] for entries in requirements for entry in entries)
+    return {normalised(name) for name in names}
+
+
+def normalised(name):
+    return name.lower().replace("_", "-")
+
+
+_distributions = functools.cache(metadata.packages_distributions)
+
+
+def distributions_of(module):
+    """Return the distributions that bring the package of a module."""
+    top = module.partition(".")[0]
+    known = _distributions().get(EXTRAS.get(top, top), [top])
+    return {normalised(name) for name in known}
+
+
 def test_every_package_that_is_imported_is_a_dependency():
-    distributions = metadata.packages_distributions()
-    declared = {
-        re.split(r"[\[<>=~ ;]", entry)[0].lower().replace("_", "-")
-        for entry in (
-            *PROJECT["project"]["dependencies"],
-            *(e for extra in PROJECT["project"]["optional-dependencies"].values() for e in extra),
-        )
+    """What an installation without extras imports: ``httpx`` was declared for development alone."""
+    dependencies = declared(PROJECT["project"]["dependencies"])
+    imported = {
+        name.partition(".")[0]: path.relative_to(ROOT).as_posix()
+        for path in sources("fedsys", "strategies", "clients")
+        for name in imports(path)
     }
-    missing = {}
-    for path in sources("fedsys", "strategies", "clients"):
-        for name in imports(path):
-            top = name.partition(".")[0]
-            if top in sys.stdlib_module_names or top in PACKAGES:
-                continue
-            names = distributions.get(EXTRAS.get(top, top), [top])
-            found = {name.lower().replace("_", "-") for name in names}
-            if not found & declared:
-                missing.setdefault(top, path.relative_to(ROOT).as_posix())
-    assert json.dumps(missing) == "{}"
+    missing = {
+        top: path
+        for top, path in imported.items()
+        if top not in {*sys.stdlib_module_names, *PACKAGES}
+        and not distributions_of(top) & dependencies
+    }
+    assert missing == {}
+
+
+def test_what_an_extra_brings_is_imported_late_and_the_error_names_that_extra(monkeypatch):
+    from fedsys.errors import ModelError
+    from fedsys.pruning.export import import_extra
+
+    calls = {
+        tuple(argument.value for argument in node.args[:2])
+        for path in sources("fedsys", "strategies", "clients")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "import_extra"
+    }
+    assert {name for name, *_ in calls} == {
+        "onnxruntime", "onnxruntime.quantization", "onnxscript", "torch_pruning",
+    }  # fmt: skip
+    for name, *given in calls:
+        extra = given[0] if given else "export"
+        brought = declared(PROJECT["project"]["optional-dependencies"][extra])
+        assert distributions_of(name) & brought, name
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+        with pytest.raises(ModelError, match=rf"pip install 'fedsys\[{extra}\]'"):
+            import_extra(name, *given)

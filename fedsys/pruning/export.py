@@ -89,8 +89,13 @@ def quiet(*names: str | None) -> Iterator[None]:
             logger.setLevel(level)
 
 
-def import_extra(name: str) -> Any:
-    """Import a package of the extra ``export``.
+def import_extra(name: str, extra: str = "export", who: str = "ONNX") -> Any:
+    """Import a module of a package that an installation without extras may lack.
+
+    Args:
+        name: Of the module.
+        extra: What the package is declared in.
+        who: Needs it.
 
     Raises:
         ModelError: It is not installed.
@@ -99,5 +104,5 @@ def import_extra(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ModelError(
-            f"ONNX needs the package {name}: install it by pip install 'fedsys[export]'"
+            f"{who} needs the package {name}: install it by pip install 'fedsys[{extra}]'"
         ) from error

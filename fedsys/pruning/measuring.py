@@ -27,6 +27,7 @@ from torch import Tensor, fx, nn
 from fedsys.errors import ModelError
 from fedsys.identity import environment
 from fedsys.models.measure import measure
+from fedsys.pruning.export import import_extra
 from fedsys.pruning.portfolio import PARENT, Latency, Variant, ordered
 
 WARM_UP = 3
@@ -182,7 +183,7 @@ def _measure_memory(folder: Path, batch: int, names: Sequence[str]) -> dict[str,
 
     portfolio = Portfolio.load(folder)
     if any(ONNX in portfolio.variant(name).files for name in names):
-        import onnxruntime  # noqa: F401  # so that it is not counted as memory of the variant
+        import_extra("onnxruntime")  # so that it is not counted as memory of the variant
     torch.set_num_threads(1)  # threads do not outlive a fork
     images = torch.zeros(batch, *portfolio.about.input_shape)
     found = {}

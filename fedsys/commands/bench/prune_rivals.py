@@ -32,6 +32,7 @@ from fedsys.pruning.candidates import convert
 from fedsys.pruning.dense.fold import answering
 from fedsys.pruning.dense.removal import evaluation_graph, make_plan, masked_copy, probes
 from fedsys.pruning.dense.shrink import count_parameters
+from fedsys.pruning.export import import_extra
 from fedsys.pruning.levels import Level
 from fedsys.pruning.measuring import in_turns, macs, speedup
 from fedsys.pruning.sparsify import one_shot
@@ -212,7 +213,7 @@ def torch_pruning(
     Raises:
         ModelError: The package is not installed, or no ratio leaves so few parameters.
     """
-    library = _import()
+    library = import_extra("torch_pruning", "prune", "this benchmark")
     best = largest(
         lambda ratio: _pruned(library, model, input_shape, ratio, leave), count_parameters, params
     )
@@ -238,12 +239,3 @@ def _pruned(
         )
         pruner.step()
     return new.eval()
-
-
-def _import() -> Any:
-    try:
-        return importlib.import_module("torch_pruning")
-    except ImportError as error:
-        raise ModelError(
-            "this benchmark needs torch-pruning: install it by pip install 'fedsys[prune]'"
-        ) from error
