@@ -25,6 +25,7 @@ from fedsys.training import plain as training
 from fedsys.training.federation import layered_model, penalty_of
 from fedsys.training.masks import Masks, held
 from fedsys.training.penalty import Penalty
+from fedsys.training.pulse import pulse
 from fedsys.training.schedule import pieces
 from fedsys.transport import records
 
@@ -189,6 +190,7 @@ def doomed(batches: Batches, doom: Doom) -> Batches:
         doom.reach("before", step)
         yield batch
         doom.reach("after", step)
+        pulse().batch_done()
 
 
 def own_batches(config: Config, partition: int, address: Address) -> Batches:

@@ -30,6 +30,7 @@ from fedsys.training import plain as training
 from fedsys.training.federation import layered_model, penalty_of
 from fedsys.training.part import Part, filled_stages
 from fedsys.training.plain import Score
+from fedsys.training.pulse import pulse
 from fedsys.transport import records
 from fedsys.transport.codecs import decode_activation, encode_activation
 from fedsys.transport.link import Link
@@ -239,6 +240,7 @@ class OffloadClient:
                     if every and (step + 1) % every == 0:
                         self._keep_point(points, step + 1, part, sums)
                 doom.reach("after", step)
+                pulse().batch_done()
                 step += 1
 
     def _step_anywhere(

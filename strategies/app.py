@@ -19,6 +19,7 @@ from fedsys.config import Config
 from fedsys.data import Images
 from fedsys.offload.fleet import Fleet
 from fedsys.offload.opening import open_fleet
+from fedsys.planning.workload import mini_batches
 from fedsys.runs import plots, trace_plots
 from fedsys.runs import startup as stages
 from fedsys.runs.folder import default_path, state_sha256
@@ -29,16 +30,19 @@ from fedsys.runtime.relay import Relay
 from fedsys.training import federation
 from fedsys.training import plain as training
 from fedsys.training.federation import Federation, layered_model
+from fedsys.training.pulse import pulse
 from fedsys.transport import records
 from strategies import Roster, build, pruned
 from strategies.around import find
 from strategies.crash_safety import Keeper, opened
 from strategies.gathering import gather
+from strategies.heading import Plans, surroundings, title
 from strategies.offload import Offload
 from strategies.offload_figures import figures, recoveries, traces
 from strategies.offload_totals import in_words
 from strategies.rounds import RoundResult, play
 from strategies.virtual_time import RoundClock, totals
+from strategies.watching import watched
 
 EVALUATION_BATCH = 500
 
@@ -102,22 +106,33 @@ def _train(
     clock = stages.current()
     clock.reached("data and model")
     clock.rounds_begin()
-    progress.start(config.rounds, _title(config, model), keeper.done)
+    progress.start(config.rounds, title(config, model, fed.dataset), keeper.done)
+    for line in surroundings(config):
+        progress.about(line)
+    plans = Plans(config, strategy, progress.about)
+    size, epochs = config.client.batch_size, config.client.epochs
+    steps = [epochs * len(mini_batches(len(part), size)) for part in fed.parts]
+
+    def began(number: int, clients: Sequence[int]) -> None:
+        pulse().begin(len(clients), sum(steps[client] for client in clients))
+        plans.tell(number)
 
     virtual = _virtual(config, fed, strategy, folder.rounds())
-    arrays = play(
-        strategy,
-        grid,
-        initial,
-        first=keeper.done + 1,
-        last=config.rounds,
-        elapsed_s=keeper.seconds,
-        timeout_s=config.runtime.timeout_s,
-        judge=judge.validation,
-        done=Teller(config, strategy, keeper, progress).tell,
-        faults=keeper.faults,
-        timed=None if virtual is None else virtual.row,
-    )
+    with watched(pulse(), progress):
+        arrays = play(
+            strategy,
+            grid,
+            initial,
+            first=keeper.done + 1,
+            last=config.rounds,
+            elapsed_s=keeper.seconds,
+            timeout_s=config.runtime.timeout_s,
+            judge=judge.validation,
+            done=Teller(config, strategy, keeper, progress).tell,
+            faults=keeper.faults,
+            timed=None if virtual is None else virtual.row,
+            began=began,
+        )
     drawing = ", drawing plots" if config.run.plots else ""
     progress.phase(f"scoring the test part{drawing}")
     seconds = keeper.seconds + time.perf_counter() - started
@@ -244,13 +259,3 @@ class Judge:
         records.load_into(self._model, arrays)
         batches = data.eval_batches(part, self._fed.dataset, EVALUATION_BATCH)
         return training.evaluate(self._model, batches)
-
-
-def _title(config: Config, model: nn.Module) -> str:
-    parameters = sum(p.numel() for p in model.parameters())
-    target = str(config.model.get("name") or config.model["_target_"]).rpartition(".")[2]
-    strategy = str(config.strategy["_target_"]).rpartition(".")[2]
-    return (
-        f"{target} ({parameters:,} parameters) on {config.data.get('source', 'data')}, "
-        f"{config.num_clients} clients, {strategy}, seed {config.seed}"
-    )

@@ -185,7 +185,8 @@ class Offload(Around):
 
     def _divide(self, message: Message, client: int, assignment: Assignment, round_: int) -> None:
         """Make of a message what a device is sent that trains as it is assigned."""
-        self.totals.note_cut(client, self._layers, assignment.cut)
+        more = self._more_of(client, assignment)
+        self.totals.note_cut(client, self._layers, assignment.cut, **more)
         message.content = with_pieces(
             message.content, assignment.micro_batches, self._config.client.batch_size
         )
@@ -197,6 +198,19 @@ class Offload(Around):
             return
         entry = {"what": "alone", "from": "edge", "to": "device", "repeated_steps": 0}
         self.totals.note(round_, client, {**entry, "seconds": 0.0})
+
+    def _more_of(self, client: int, assignment: Assignment) -> dict[str, Any]:
+        """Return what belongs to a cut, for whoever reads of it: machine, edge, pieces, codec."""
+        machines, edges = self._config.fleet.devices, self.fleet.edges
+        more = {"machine": machines[client % len(machines)]} if machines else {}
+        if assignment.cut == len(self._layers):
+            return more
+        up, down = assignment.codec_up, assignment.codec_down
+        return more | {
+            "edge": edges[assignment.edge % len(edges)].name,
+            "micro_batches": assignment.micro_batches or self._config.schedule.micro_batches,
+            "codec": up if up == down else f"{up}/{down}",
+        }
 
     def _repeat(
         self, grid: Grid, again: Mapping[int, Sent], round_: int, returns: Returns

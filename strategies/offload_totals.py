@@ -14,7 +14,8 @@ class Totals:
     """What offloading did in a run so far.
 
     Attributes:
-        cuts: The last cut of each client: index, unit before it, device's share of the work.
+        cuts: The last cut of each client: index, unit before it, device's share of the work, and
+            where there are such the machine, edge, pieces and codec.
         edge_steps: Optimizer steps on edge servers.
         bytes_up: Bytes that devices sent to edges.
         bytes_down: Bytes that they received.
@@ -31,12 +32,13 @@ class Totals:
         """Note what was done about a loss of a client."""
         self.recoveries.append({"client": client, "round": round_, **entry})
 
-    def note_cut(self, client: int, layers: LayeredModel, cut: int) -> None:
-        """Note where the model was cut for a client."""
+    def note_cut(self, client: int, layers: LayeredModel, cut: int, **more: object) -> None:
+        """Note where the model was cut for a client, and what more is known of it."""
         self.cuts[str(client)] = {
             "index": cut,
             "unit": layers.units[cut - 1].name if cut else "",
             "device_share": fractions(layers)[cut - 1] if cut else 0.0,
+            **more,
         }
 
 

@@ -79,6 +79,7 @@ def play(
     elapsed_s: float = 0.0,
     faults: Faults | None = None,
     timed: Callable[[Sequence[int], Mapping[int, float]], Row] | None = None,
+    began: Callable[[int, Sequence[int]], None] = lambda number, clients: None,
 ) -> ArrayRecord:
     """Play rounds `first` to `last` and return the global model after them.
 
@@ -95,15 +96,16 @@ def play(
         faults: What is to strike; None for nothing.
         timed: Given the clients of a round, and what an iteration took those that measured it,
             returns columns about its time.
+        began: Called in each round, with its clients, when it is settled what they are to do.
 
     Raises:
         ConfigError: The strategy makes no model although every client answered.
     """
     faults = faults or Faults()
-    began = time.perf_counter() - elapsed_s
+    start = time.perf_counter() - elapsed_s
     for number in range(first, last + 1):
         watch = Stopwatch()
-        trained = _train(strategy, grid, arrays, number, timeout_s, faults, watch)
+        trained = _train(strategy, grid, arrays, number, timeout_s, faults, watch, began)
         arrays = arrays if trained.arrays is None else trained.arrays
         score = judge(arrays)
         federated = _federated_evaluation(strategy, grid, number, arrays, timeout_s)
@@ -118,7 +120,7 @@ def play(
             "examples": trained.examples,
             "steps": trained.steps,
             "seconds_round": watch.total(),
-            "seconds_elapsed": time.perf_counter() - began,
+            "seconds_elapsed": time.perf_counter() - start,
             **watch.seconds,
             **({} if timed is None else timed(sorted(trained.clients), trained.took)),
             "bytes_down": trained.bytes_down,
@@ -154,12 +156,14 @@ def _train(
     timeout_s: float,
     faults: Faults,
     watch: Stopwatch,
+    began: Callable[[int, Sequence[int]], None],
 ) -> _Trained:
     faults.kill_server(number, "before_train")
     messages = list(strategy.configure_train(number, arrays, ConfigRecord(), grid))
     doomed = faults.of_round("device", number)
     arm(messages, doomed + faults.of_round("link", number), strategy.roster)
     watch.lap("configure")
+    began(number, sorted(_clients(messages, strategy.roster)))
     bytes_down = sum(records.size_of(m.content) for m in messages)
     replies = list(grid.send_and_receive(messages, timeout=timeout_s))
     watch.lap("train")

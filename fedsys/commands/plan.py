@@ -38,7 +38,8 @@ def job(tree: Any) -> Mapping[str, Any]:
         tree: The composed configuration (a DictConfig).
 
     Returns:
-        The figures of `figures`.
+        The figures of `figures`, ``data`` (its source and the shape of an example) and the number
+        of training ``examples``.
 
     Raises:
         ConfigError: The fleet has no machines, or a value is not usable.
@@ -49,7 +50,10 @@ def job(tree: Any) -> Mapping[str, Any]:
         config = dataclasses.replace(config, schedule=schedule)
     fed = federation.federation(config)
     layers = layered_model(config, fed.dataset.input_shape, fed.dataset.num_classes)
-    found = figures(config, layers, [len(part) for part in fed.parts])
+    examples = [len(part) for part in fed.parts]
+    shape = "x".join(map(str, fed.dataset.input_shape))
+    found = {"data": f"{config.data.get('source')} {shape}", "examples": sum(examples)}
+    found |= figures(config, layers, examples)
     if not tree.json:
         show(found)
     return found
@@ -201,7 +205,10 @@ def show(found: Mapping[str, Any]) -> None:
             seconds_text(row["all_on_device_s"]),
             seconds_text(row["best_static_s"]),
         )
-    console.print(f"{found['model']} over {found['network']}, planned by {found['method']}")
+    console.print(
+        f"{found['model']} on {found['data']} ({found['examples']:,} training examples) over "
+        f"{found['network']}, planned by {found['method']}"
+    )
     console.print(table)
     static = found["best_static"]
     console.print(found["why"], markup=False)

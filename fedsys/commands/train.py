@@ -29,6 +29,8 @@ def job(tree: Any) -> Mapping[str, Any]:
     clock = stages.begin()
     config = _continued(tree) if tree.resume else _new(tree)
     clock.reached("command and configuration")
+    for line in configuration.without_effect(config, configuration.given()):
+        print(f"note: {line}", file=sys.stderr)
     if config.resume:
         path = Path(str(config.run.dir))
         info = RunFolder.open(path).info

@@ -34,6 +34,7 @@ from fedsys.config.composing import (
     with_present_names,
     within_hydra,
 )
+from fedsys.config.effect import without_effect
 from fedsys.config.targets import call_target, check_keywords, locate
 from fedsys.config.values import (
     BETWEEN_PROCESSES,
@@ -81,6 +82,7 @@ __all__ = [
     "divided",
     "edge_names",
     "from_run_config",
+    "given",
     "given_keys",
     "known_models",
     "locate",
@@ -92,6 +94,7 @@ __all__ = [
     "translated_errors",
     "with_present_names",
     "with_values",
+    "without_effect",
 ]
 
 
@@ -183,8 +186,17 @@ def _divided_text(text: str, num_clients: int) -> str:
 
 def given_keys() -> list[str]:
     """Return the keys and groups that the command line of this job names, with dots."""
+    return list(given())
+
+
+def given() -> dict[str, str]:
+    """Return what the command line of this job says, by key or group with dots."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    parsed = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
-    return [override.key_or_group.replace("/", ".") for override in parsed]
+    texts = list(HydraConfig.get().overrides.task)
+    parsed = OverridesParser.create().parse_overrides(texts)
+    return {
+        override.key_or_group.replace("/", "."): text
+        for override, text in zip(parsed, texts, strict=True)
+    }

@@ -7,19 +7,55 @@ file or a pipe gets plain lines without control codes.
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self, TextIO
+from typing import TYPE_CHECKING, Protocol, Self, TextIO
+
+from fedsys.runs.lines import (
+    Column,
+    Row,
+    clock_text,
+    columns_for,
+    eta_seconds,
+    folded,
+    narrowed,
+    round_line,
+    seconds_text,
+    summary_lines,
+    table_head,
+    table_row,
+)
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.progress import ProgressColumn, Task
 
-Row = Mapping[str, Any]
+__all__ = [
+    "LineProgress",
+    "Progress",
+    "RichProgress",
+    "Row",
+    "Silent",
+    "choose",
+    "clock_text",
+    "eta_seconds",
+    "round_line",
+    "seconds_text",
+    "summary_lines",
+    "table_head",
+    "table_row",
+]
+
 Clock = Callable[[], float]
+
+LONG_S = 10.0
+"""Seconds after which a round is so long that one wants to know how far it is."""
+
+AGAIN_S = 30.0
+"""Seconds from one line about a round that goes on to the next, where lines stay."""
 
 
 class Progress(Protocol):
@@ -33,6 +69,12 @@ class Progress(Protocol):
             label: What is going on, in a word or two.
             done: Rounds that an earlier run has done already.
         """
+
+    def about(self, text: str) -> None:
+        """Show a line about the run itself that stays, for instance its plan."""
+
+    def within(self, text: str) -> None:
+        """Say how far the round is that goes on; called often, and shown where a round is long."""
 
     def round_done(self, row: Row) -> None:
         """Show a round.
@@ -81,128 +123,6 @@ def choose(json: bool, stream: TextIO | None = None, out: TextIO | None = None) 
     return LineProgress(stream, summary)
 
 
-# --------------------------------------------------------------------------------------------------
-# Words: what is said, apart from where
-
-
-def clock_text(seconds: float | None) -> str:
-    """Return a duration as a clock shows it.
-
-    >>> clock_text(5), clock_text(75.4), clock_text(3723), clock_text(None)
-    ('0:05', '1:15', '1:02:03', '-:--')
-    """
-    if seconds is None or not math.isfinite(seconds):
-        return "-:--"
-    minutes, rest = divmod(max(round(seconds), 0), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def seconds_text(seconds: float) -> str:
-    """Return a duration with three digits and its unit.
-
-    >>> seconds_text(0.01234), seconds_text(1.234), seconds_text(83.21), seconds_text(600)
-    ('12.3 ms', '1.23 s', '83.2 s', '10:00')
-    """
-    if seconds < 0.1:
-        return f"{seconds * 1000:.1f} ms"
-    if seconds < 9.995:
-        return f"{seconds:.2f} s"
-    return f"{seconds:.1f} s" if seconds < 300 else clock_text(seconds)
-
-
-def eta_seconds(rounds: int, done: int, spent: float, since: float) -> float | None:
-    """Return the seconds that are left, or None before the first round has ended.
-
-    Args:
-        rounds: Rounds that this process has to do.
-        done: Rounds that it has done.
-        spent: Seconds that these took.
-        since: Seconds since the last of them ended.
-    """
-    if done <= 0:
-        return None
-    mean = spent / done
-    return max(mean * (rounds - done) - min(since, mean), 0.0)
-
-
-_COLUMNS: tuple[tuple[str, str, int, Callable[[float], str]], ...] = (
-    ("val accuracy", "val_accuracy", 12, lambda x: f"{x:.2%}"),
-    ("val loss", "val_loss", 8, lambda x: f"{x:.4f}"),
-    ("train loss", "train_loss", 10, lambda x: f"{x:.4f}"),
-    ("clients", "clients", 7, lambda x: f"{x:.0f}"),
-    ("time", "seconds_round", 7, seconds_text),
-    ("virtual", "virtual_s", 7, seconds_text),
-)
-
-_OFTEN_ABSENT = frozenset({"virtual_s"})  # of runs on a fleet only: no dash for it
-
-
-def _shown(row: Row, name: str, form: Callable[[float], str]) -> str:
-    value = row.get(name)
-    try:
-        number = float(value)  # type: ignore[arg-type]  # what has no number is shown as absent
-    except (TypeError, ValueError):
-        return "-"
-    return form(number) if math.isfinite(number) else str(number)
-
-
-def _round_text(row: Row, rounds: int) -> str:
-    return f"{_shown(row, 'round', lambda x: f'{x:.0f}')}/{rounds}"
-
-
-def table_head(rounds: int) -> str:
-    """Return the line above the lines of `table_row`."""
-    first = "round".rjust(max(2 * len(str(rounds)) + 1, 5))
-    return "  ".join([first, *(title.rjust(width) for title, _, width, _ in _COLUMNS)])
-
-
-def table_row(row: Row, rounds: int) -> str:
-    """Return a round as a line of a table; what is absent is a dash, or nothing."""
-    first = _round_text(row, rounds).rjust(max(2 * len(str(rounds)) + 1, 5))
-    cells = (
-        ("" if name in _OFTEN_ABSENT and name not in row else _shown(row, name, form)).rjust(width)
-        for _, name, width, form in _COLUMNS
-    )
-    return "  ".join([first, *cells])
-
-
-def round_line(row: Row, rounds: int, eta: float | None) -> str:
-    """Return a round as a line that is understood alone; what is absent is left out.
-
-    >>> round_line({"round": 3, "val_accuracy": 0.96, "clients": 8}, 10, 12.0)
-    'round  3/10  val accuracy 96.00%  clients 8  ETA 0:12'
-    """
-    parts = [f"round {_round_text(row, rounds).rjust(2 * len(str(rounds)) + 1)}"]
-    for title, name, _, form in _COLUMNS:
-        if row.get(name) is not None:
-            parts.append(f"{title} {_shown(row, name, form)}")
-    return "  ".join([*parts, f"ETA {clock_text(eta)}"])
-
-
-def summary_lines(summary: Row) -> list[str]:
-    """Return the closing lines: how good, how long, and where the results are."""
-    parts = []
-    if "accuracy" in summary:
-        parts.append(f"test accuracy {_shown(summary, 'accuracy', lambda x: f'{x:.2%}')}")
-    if "val_accuracy" in summary:
-        parts.append(f"val accuracy {_shown(summary, 'val_accuracy', lambda x: f'{x:.2%}')}")
-    if "loss" in summary:
-        parts.append(f"test loss {_shown(summary, 'loss', lambda x: f'{x:.4f}')}")
-    end = []
-    if "rounds" in summary:
-        number = _shown(summary, "rounds", lambda x: f"{x:.0f}")
-        end.append(f"{number} round{'' if number == '1' else 's'}")
-    if "seconds" in summary:
-        end.append(f"in {_shown(summary, 'seconds', seconds_text)}")
-    lines = [", ".join([*parts, *([" ".join(end)] if end else [])])]
-    if "model_sha256" in summary:
-        lines.append(f"model   sha256 {summary['model_sha256']}")
-    if "run_dir" in summary:
-        lines.append(f"results {summary['run_dir']}")
-    return [line for line in lines if line]
-
-
 class _Pace:
     """Counts rounds against a clock."""
 
@@ -222,10 +142,14 @@ class _Pace:
     def elapsed(self) -> float:
         return self._clock() - self.begun
 
+    def since(self) -> float:
+        """Return the seconds since the last round ended, or since the first began."""
+        return self._clock() - self._last
+
     def eta(self) -> float | None:
-        since = self._clock() - self._last
         here = self.done - self._before
-        return eta_seconds(self.rounds - self._before, here, self._last - self.begun, since)
+        spent = self._last - self.begun
+        return eta_seconds(self.rounds - self._before, here, spent, self.since())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -236,6 +160,12 @@ class Silent:
     """Shows nothing."""
 
     def start(self, rounds: int, label: str = "train", done: int = 0) -> None:
+        """Do nothing."""
+
+    def about(self, text: str) -> None:
+        """Do nothing."""
+
+    def within(self, text: str) -> None:
         """Do nothing."""
 
     def round_done(self, row: Row) -> None:
@@ -274,6 +204,7 @@ class LineProgress:
         self._stream, self._summary = stream, summary or stream
         self._pace = _Pace(clock)
         self._phase = ""
+        self._due = LONG_S
 
     def start(self, rounds: int, label: str = "train", done: int = 0) -> None:
         """Write what begins, and how much of it there is."""
@@ -281,9 +212,22 @@ class LineProgress:
         after = f", continued after round {done}" if done else ""
         self.note(f"{label}: {rounds} round{'' if rounds == 1 else 's'}{after}")
 
+    def about(self, text: str) -> None:
+        """Write a line."""
+        self.note(text)
+
+    def within(self, text: str) -> None:
+        """Write a line after `LONG_S`, and then every `AGAIN_S`."""
+        since = self._pace.since()
+        if since >= self._due:
+            self._due = since + AGAIN_S
+            number = f"round {self._pace.done + 1}/{self._pace.rounds}"
+            self.note(f"{number} for {seconds_text(since)}: {text}")
+
     def round_done(self, row: Row) -> None:
         """Write the line of a round with an ETA."""
         self._pace.step()
+        self._due = LONG_S
         self.note(round_line(row, self._pace.rounds, self._pace.eta()))
 
     def phase(self, text: str) -> None:
@@ -313,6 +257,9 @@ class LineProgress:
 class RichProgress:
     """Draws a bar with an ETA on a terminal, and above it a table that grows by round.
 
+    The head of the table waits for the first round, which tells what columns there are, and is
+    drawn again where these change.
+
     Args:
         stream: The terminal.
         summary: Where the summary goes; `stream` by default.
@@ -323,38 +270,51 @@ class RichProgress:
         self, stream: TextIO, summary: TextIO | None = None, clock: Clock = time.monotonic
     ) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, SpinnerColumn, TextColumn
         from rich.progress import Progress as Bars
+        from rich.progress import SpinnerColumn
 
-        self._summary = summary or stream
+        self._stream, self._summary = stream, summary or stream
         self._pace = _Pace(clock)
+        self._columns: tuple[Column, ...] | None = None
         self._console = Console(file=stream, highlight=False, markup=False, soft_wrap=True)
         self._bars = Bars(
             SpinnerColumn(),
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
-            _pace_column(self._pace),
-            TextColumn("{task.fields[phase]}", style="dim", markup=False),
+            _bar_column(self._pace, self._width),
             console=self._console,
             refresh_per_second=5,
             transient=True,
             # Where standard output is not this terminal, it must stay what it is.
             redirect_stdout=sys.stdout is not None and sys.stdout.isatty(),
         )
-        self._task = self._bars.add_task("", total=None, phase="")
+        self._task = self._bars.add_task("", total=None, phase="", within="")
 
     def start(self, rounds: int, label: str = "train", done: int = 0) -> None:
-        """Show the bar and the head of the table."""
+        """Show what begins, and the bar."""
         self._pace.start(rounds, done)
+        self._columns = None
         self._bars.update(self._task, description=label, total=rounds, completed=done, phase="")
         self._bars.start()
-        self._console.print(table_head(rounds), style="dim")
+        after = f", continued after round {done}" if done else ""
+        self.about(f"{label}: {rounds} round{'' if rounds == 1 else 's'}{after}")
+
+    def about(self, text: str) -> None:
+        """Write a line above the bar, folded where the terminal is narrow."""
+        self._console.print(folded(text, self._width()), style="bold")
+
+    def within(self, text: str) -> None:
+        """Show how far a long round is beside the bar."""
+        if self._pace.since() >= LONG_S:
+            self._bars.update(self._task, within=text)
 
     def round_done(self, row: Row) -> None:
         """Add the line of a round and move the bar."""
         self._pace.step()
-        self._console.print(table_row(row, self._pace.rounds))
-        self._bars.update(self._task, completed=self._pace.done)
+        columns = columns_for(row, self._pace.rounds, self._width())
+        if columns != self._columns:
+            self._columns = columns
+            self._console.print(table_head(self._pace.rounds, columns), style="dim")
+        self._console.print(table_row(row, self._pace.rounds, columns))
+        self._bars.update(self._task, completed=self._pace.done, within="")
 
     def phase(self, text: str) -> None:
         """Show what happens beside the bar."""
@@ -363,13 +323,19 @@ class RichProgress:
 
     def note(self, text: str) -> None:
         """Write a line above the bar."""
-        self._console.print(text, style="yellow")
+        self._console.print(folded(text, self._width()), style="yellow")
 
     def finish(self, summary: Row) -> None:
         """Take the bar away and write the summary."""
         self._bars.stop()
-        for line in summary_lines(summary):
+        for line in narrowed(summary_lines(summary), _width_of(self._summary)):
             print(line, file=self._summary, flush=True)
+
+    def _width(self) -> int:
+        """Return the width of the terminal now; rich alone would ask another stream for it."""
+        if (width := _width_of(self._stream)) is not None:
+            self._console.width = width
+        return self._console.width
 
     def __enter__(self) -> Self:
         return self
@@ -380,20 +346,68 @@ class RichProgress:
         self._bars.stop()  # shows the cursor again, whatever ended the block
 
 
-def _pace_column(pace: _Pace) -> ProgressColumn:
-    """Return a column with rounds, elapsed time and ETA.
+def _width_of(stream: TextIO) -> int | None:
+    """Return the columns of a terminal; None for everything else."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError, AttributeError):
+        return None
 
+
+SPINNER = 2
+"""Columns of what stands before the bar."""
+
+BAR, NARROW_BAR = 24, 8
+"""Columns of the bar, and on a terminal where it would leave no room for the words."""
+
+SHORT = 20
+"""Characters of a label that stands before the bar; a longer one stands above it alone."""
+
+
+def _bar_column(pace: _Pace, width: Callable[[], int]) -> ProgressColumn:
+    """Return a column with label, bar, rounds, elapsed time, ETA, and what happens.
+
+    The ETA is whole on every terminal that has room for it; label, bar and what happens give way.
     Rich's own estimate looks at the last thirty seconds only, in which a slow run ends no round.
     """
+    from rich.console import Group
     from rich.progress import ProgressColumn
-    from rich.table import Column
+    from rich.progress_bar import ProgressBar
+    from rich.table import Column as Cell
+    from rich.table import Table
     from rich.text import Text
 
-    class Pace(ProgressColumn):
-        def render(self, task: Task) -> Text:
-            elapsed = clock_text(pace.elapsed())
-            if task.total is None:
-                return Text(elapsed)
-            return Text(f"{pace.done}/{pace.rounds}  {elapsed}  ETA {clock_text(pace.eta())}")
+    class Bar(ProgressColumn):
+        max_refresh = None
 
-    return Pace(table_column=Column(no_wrap=True))
+        def render(self, task: Task) -> RenderableType:
+            times = clock_text(pace.elapsed())
+            if task.total is not None:
+                times = f"{pace.done}/{pace.rounds}  {times}  ETA {clock_text(pace.eta())}"
+            room = width() - SPINNER - len(times)
+            bar = next((n for n in (BAR, NARROW_BAR) if n + 12 <= room), 0)
+            label = task.description if len(task.description) <= SHORT else ""
+            room -= bar + 1
+            label = label if len(label) + 1 <= room else ""
+            room -= len(label) + 2
+            happens = " ".join(t for t in (task.fields["within"], task.fields["phase"]) if t)
+            parts: list[RenderableType] = [Text(label)] if label else []
+            if bar:
+                parts.append(
+                    ProgressBar(
+                        total=task.total, completed=task.completed, width=bar,
+                        pulse=task.total is None, animation_time=task.get_time(),
+                    )
+                )  # fmt: skip
+            parts.append(Text(times))
+            if room > 3 and happens:
+                parts.append(Text(_cut(happens, room), style="dim"))
+            grid = Table.grid(*(Cell(no_wrap=True) for _ in parts), padding=(0, 1, 0, 0))
+            grid.add_row(*parts)
+            return Group(grid)
+
+    return Bar(table_column=Cell(no_wrap=True))
+
+
+def _cut(text: str, room: int) -> str:
+    return text if len(text) <= room else f"{text[: room - 1]}…"

@@ -17,6 +17,7 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
+from fedsys.training.pulse import pulse
 from fedsys.transport import packing
 
 POLL_S = 0.2
@@ -141,6 +142,7 @@ class AttentiveGrid(Grid):
                 if reply.has_error():
                     reply.metadata.__dict__["_src_node_id"] = node
                 replies.append(reply)
+                pulse().client_done()
             if deadline is not None and time.monotonic() > deadline:
                 break
             if asked and time.monotonic() > began + NUDGE_S:

@@ -24,6 +24,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedsys.config import Config
 from fedsys.runs import startup as stages
 from fedsys.runtime.apps import load_apps
+from fedsys.training.pulse import pulse
 from fedsys.transport import records
 
 FIRST_NODE_ID = SUPERLINK_NODE_ID + 1
@@ -223,6 +224,7 @@ class _Phase:
             if self._replies[index] is None:
                 self._replies[index] = reply
                 self._left -= 1
+                pulse().client_done()
             if not self._left:
                 self._finished.set()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self, TextIO
@@ -21,6 +22,9 @@ from fedsys.runs.progress import Progress, Row
 PREFIX = "fedsys> "
 """Begins each line of a relay, among all that Flower logs."""
 
+WITHIN_S = 5.0
+"""Seconds from one line about a round that goes on to the next: Flower keeps all of them."""
+
 
 class Relay:
     """A display that prints what it is asked to show, one JSON object per line.
@@ -31,10 +35,21 @@ class Relay:
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream
+        self._due = 0.0
 
     def start(self, rounds: int, label: str = "train", done: int = 0) -> None:
         """Pass on that rounds begin."""
         self._say("start", rounds=rounds, label=label, done=done)
+
+    def about(self, text: str) -> None:
+        """Pass on a line about the run."""
+        self._say("about", text=text)
+
+    def within(self, text: str) -> None:
+        """Pass on how far a round is, not more often than every `WITHIN_S`."""
+        if time.monotonic() >= self._due:
+            self._due = time.monotonic() + WITHIN_S
+            self._say("within", text=text)
 
     def round_done(self, row: Row) -> None:
         """Pass on a round."""
@@ -104,7 +119,7 @@ class Replay:
             self.result = arguments["summary"]
         elif call == "error":
             self.error = error_of(str(arguments["kind"]), str(arguments["message"]))
-        elif call in ("start", "round_done", "phase", "note"):
+        elif call in ("start", "about", "within", "round_done", "phase", "note"):
             _note_time(call)
             getattr(self._progress, call)(**arguments)
 

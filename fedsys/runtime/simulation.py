@@ -41,6 +41,7 @@ from fedsys.errors import RuntimeFailure
 from fedsys.runs import startup as stages
 from fedsys.runtime.apps import load_apps, load_client
 from fedsys.runtime.local import identify_process
+from fedsys.training.pulse import pulse
 
 if TYPE_CHECKING:
     from flwr.server.superlink.fleet.vce.backend.raybackend import RayBackend
@@ -303,6 +304,7 @@ class EngineGrid(Grid):
         while waiting:
             arrived = list(self.pull_messages(waiting))
             replies += arrived
+            pulse().client_done(len(arrived))
             waiting -= {reply.metadata.reply_to_message_id for reply in arrived}
             if deadline is not None and time.monotonic() > deadline:
                 break

@@ -209,6 +209,8 @@ def play(progress: Progress) -> None:
     with progress:
         progress.phase("loading [data]")
         progress.start(2, "train")
+        progress.about("pi3 [clients 0 to 7]")
+        progress.within("3 of 8 clients done")
         progress.phase("evaluate")
         progress.round_done({"round": 1, "val_accuracy": 0.5, "val_loss": math.nan})
         progress.note("client 3 [edge-a] was lost")
@@ -228,6 +230,7 @@ def test_a_file_gets_one_plain_line_per_round() -> None:
     assert stream.getvalue().splitlines() == [
         "loading [data]",
         "train: 2 rounds",
+        "pi3 [clients 0 to 7]",
         "round 1/2  val accuracy 50.00%  val loss nan  ETA 0:00",
         "client 3 [edge-a] was lost",
         "round 2/2  val accuracy 75.00%  ETA 0:00",
@@ -284,6 +287,76 @@ def test_the_bar_stays_on_one_line_of_any_width(columns: int) -> None:
     text = on_a_terminal(show, columns)
     assert "\x1b[1A\x1b[2K\x1b[1A" not in text  # rich would go up once per line of the bar
     assert text.rindex(SHOW) > text.rindex(HIDE)
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_the_eta_is_whole_and_nothing_wraps(columns: int) -> None:
+    """At 80 columns the title of a run stood before the bar, and the ETA was cut off."""
+    title = "cnn (38,330 parameters) on digits 1x8x8, 8 clients, FedAvg, seed 0"
+    summary = SUMMARY | {"loss": 0.0783, "model_sha256": "3f" * 32}
+    clock = Ticks()
+
+    def show(stream: io.TextIOWrapper) -> None:
+        with RichProgress(stream, clock=clock) as progress:
+            progress.start(100, title)
+            progress.about("policy fixed, schedule pipelined, 2 edge servers, link memory")
+            clock.now += 3000.0
+            progress.round_done(ROW | {"round": 1, "virtual_s": 3.5})
+            progress.phase("scoring the test part, drawing plots")
+            progress._bars.refresh()
+            progress.finish(summary)
+
+    lines = [line.rstrip() for line in visible(on_a_terminal(show, columns)).splitlines()]
+    assert max(map(len, lines)) <= columns
+    assert any("1/100  50:00  ETA 82:30:00" in line for line in lines)
+    assert any("virtual" in line and "val accuracy" in line for line in lines)
+    assert " ".join(" ".join(lines).split()).count(title) == 1
+
+
+def test_columns_without_values_are_left_out_and_come_when_there_are_some() -> None:
+    def show(stream: io.TextIOWrapper) -> None:
+        with RichProgress(stream) as progress:
+            progress.start(3)
+            progress.round_done({"round": 1, "val_accuracy": 0.5})
+            progress.round_done({"round": 2, "val_accuracy": 0.6})
+            progress.round_done({"round": 3, "val_accuracy": 0.6, "train_loss": 1.0})
+
+    lines = [line.split() for line in visible(on_a_terminal(show)).splitlines()]
+    assert lines.count(["round", "val", "accuracy"]) == 1
+    assert lines.count(["round", "val", "accuracy", "train", "loss"]) == 1
+
+
+def test_a_long_round_says_how_far_it_is_and_a_short_one_does_not() -> None:
+    clock, stream = Ticks(), io.StringIO()
+    progress = LineProgress(stream, clock=clock)
+    progress.start(2, "train")
+    for second in range(75):
+        clock.now += 1.0
+        progress.within(f"{second} of 80 batches")
+    progress.round_done({"round": 1})
+    clock.now += 9.0
+    progress.within("many batches")
+    assert stream.getvalue().splitlines()[1:] == [
+        "round 1/2 for 10.0 s: 9 of 80 batches",
+        "round 1/2 for 40.0 s: 39 of 80 batches",
+        "round 1/2 for 70.0 s: 69 of 80 batches",
+        "round 1/2  ETA 1:15",
+    ]
+
+
+def test_a_long_round_says_beside_the_bar_how_far_it_is() -> None:
+    clock = Ticks()
+
+    def show(stream: io.TextIOWrapper) -> None:
+        with RichProgress(stream, clock=clock) as progress:
+            progress.start(10)
+            progress.within("1 of 8 clients done")
+            clock.now += 12.0
+            progress.within("3 of 8 clients done")
+            progress._bars.refresh()
+
+    text = visible(on_a_terminal(show))
+    assert "ETA -:-- 3 of 8 clients done" in text and "1 of 8" not in text
 
 
 def test_an_error_gives_the_cursor_back() -> None:

@@ -1,0 +1,193 @@
+"""Options that are usable and change nothing in the run that is asked for.
+
+They are no errors, as a value may be meant for another run of the same command line; whoever gives
+one wants to know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from fedsys.config.values import Config, NetworkConfig
+
+SPLIT = "policy=fixed or policy=auto trains with edge servers"
+FLEET = "fleet=pi_lab, or another one, says what devices take"
+
+
+@dataclass(frozen=True)
+class Idle:
+    """One option that may count for nothing.
+
+    Attributes:
+        key: The option or group; with a dot at its end, all options of a group.
+        when: Whether it counts for nothing in a run.
+        reason: Why, as the end of a sentence.
+        way_out: What would make it count.
+    """
+
+    key: str
+    when: Callable[[Config], bool]
+    reason: str
+    way_out: str = ""
+
+
+def _plain(config: Config) -> bool:
+    return str(config.policy.get("kind", "none")) == "none"
+
+
+def _unmodelled(config: Config) -> bool:
+    """Whether nobody asks how fast the network is: no virtual time, and no emulation of links."""
+    emulated = config.network.emulate and not _plain(config)
+    return not config.fleet.devices and not emulated
+
+
+def _kind(config: Config) -> str:
+    return config.client.lr_schedule.kind
+
+
+def _partition(config: Config) -> object:
+    partition = config.data.get("partition")
+    return partition.get("kind") if isinstance(partition, dict) else None
+
+
+WITHOUT_MOMENTUM = (
+    *("adadelta", "adafactor", "adagrad", "adam", "adamax", "adamw", "asgd", "nadam", "radam"),
+    *("rprop", "sparseadam"),
+)
+"""Optimizers of torch whose constructors take no ``momentum``."""
+
+OF_OTHER_COMMANDS = {
+    "serving": "fedsys serve and query",
+    "portfolio": "fedsys serve",
+    "input": "fedsys query",
+    "profile": "fedsys profile",
+    "prune": "fedsys prune",
+    "bench": "fedsys bench",
+}
+
+IDLE: tuple[Idle, ...] = (
+    Idle(
+        "network.emulate", lambda c: c.network.emulate and _plain(c),
+        "there are no links to edge servers", SPLIT,
+    ),
+    *(
+        Idle(
+            key, lambda c: _unmodelled(c) and c.network != NetworkConfig(),
+            "no fleet is modelled and no link is emulated",
+            f"{FLEET}; with a policy, network.emulate=true makes links that slow",
+        )
+        for key in ("network", "network.")
+    ),
+    Idle(
+        "num_edges", lambda c: _plain(c) and c.num_edges > 1,
+        "devices train alone with policy=none", SPLIT,
+    ),
+    Idle(
+        "num_edges", lambda c: not _plain(c) and bool(c.fleet.edges),
+        "fleet.edges names the edge servers",
+    ),
+    *(
+        Idle(
+            key,
+            lambda c: _plain(c) and bool(c.fleet.devices) and not c.fleet.emulate,
+            "devices train alone with policy=none, and only the virtual time is told of it",
+            "policy=auto plans for it",
+        )
+        for key in ("fleet", "fleet.devices")
+    ),
+    Idle("fleet.edges", _plain, "devices train alone with policy=none", SPLIT),
+    Idle("fleet.replicate_every", _plain, "devices train alone with policy=none", SPLIT),
+    Idle("fleet.servers", lambda c: _plain(c), "devices train alone with policy=none", SPLIT),
+    Idle(
+        "fleet.links", lambda c: bool(c.fleet.links) and c.network.name != "none",
+        "network= was chosen, which comes before them",
+    ),
+    Idle(
+        "fleet.emulate", lambda c: c.fleet.emulate and not c.fleet.devices,
+        "no machines are named in fleet.devices", FLEET,
+    ),
+    Idle(
+        "schedule", lambda c: _plain(c) and c.schedule.kind != "sequential",
+        "devices train alone with policy=none, and of it only the pieces of a mini-batch count",
+        SPLIT,
+    ),
+    Idle(
+        "schedule.depth", lambda c: not _plain(c) and c.schedule.kind != "bounded",
+        "nothing is bounded", "schedule=bounded",
+    ),
+    Idle(
+        "link", lambda c: _plain(c) and c.link.kind != "auto",
+        "devices train alone with policy=none", SPLIT,
+    ),
+    Idle("client.label_private", _plain, "devices train alone with policy=none", SPLIT),
+    Idle("client.max_model_bytes", _plain, "devices train alone with policy=none", SPLIT),
+    Idle("edge.device", _plain, "devices train alone with policy=none", SPLIT),
+    Idle(
+        "edge.device", lambda c: not _plain(c) and bool(c.fleet.edges),
+        "fleet.edges names edge servers that run already",
+    ),
+    Idle(
+        "client.lr_schedule.milestones", lambda c: _kind(c) != "step",
+        "the schedule is another one", "client.lr_schedule.kind=step",
+    ),
+    Idle(
+        "client.lr_schedule.gamma", lambda c: _kind(c) not in ("step", "exponential"),
+        "the schedule is another one", "client.lr_schedule.kind=step, or exponential",
+    ),
+    Idle(
+        "client.lr_schedule.final", lambda c: _kind(c) != "cosine",
+        "the schedule is another one", "client.lr_schedule.kind=cosine",
+    ),
+    Idle(
+        "data.partition.alpha", lambda c: _partition(c) != "dirichlet",
+        "the data are divided otherwise", "data.partition.kind=dirichlet",
+    ),
+    Idle(
+        "data.partition.shards_per_client", lambda c: _partition(c) != "shards",
+        "the data are divided otherwise", "data.partition.kind=shards",
+    ),
+    Idle(
+        "data.partition.fractions", lambda c: _partition(c) != "fractions",
+        "the data are divided otherwise", "data.partition.kind=fractions",
+    ),
+    Idle(
+        "pruning.", lambda c: not c.pruning.active, "nothing is pruned with pruning=none",
+        "pruning=group_norm, or another method, prunes",
+    ),
+    Idle(
+        "client.momentum", lambda c: c.client.optimizer.lower() in WITHOUT_MOMENTUM,
+        "the optimizer has no momentum", "client.optimizer=sgd has one",
+    ),
+    Idle(
+        "runtime.workers", lambda c: c.runtime.kind == "deployment",
+        "each node works on one message at a time",
+    ),
+)  # fmt: skip
+
+
+def without_effect(config: Config, given: Mapping[str, str]) -> list[str]:
+    """Return a sentence for each option of ``fedsys train`` that counts for nothing in a run.
+
+    Args:
+        config: The run.
+        given: What the command line says, by option or group with dots (`fedsys.config.given`).
+    """
+    return [
+        f"{text} is without effect: {reason}"
+        for name, text in given.items()
+        if (reason := _reason(config, name))
+    ]
+
+
+def _reason(config: Config, name: str) -> str:
+    owner = OF_OTHER_COMMANDS.get(name.partition(".")[0])
+    if owner is None and name.startswith("edge.") and name != "edge.device":
+        owner = "fedsys edge"
+    if owner is not None:
+        return f"it is of {owner} only"
+    for idle in IDLE:
+        below = idle.key.endswith(".") and name.startswith(idle.key)
+        if (name == idle.key or below) and idle.when(config):
+            return f"{idle.reason}; {idle.way_out}" if idle.way_out else idle.reason
+    return ""

@@ -1,0 +1,94 @@
+"""What stands above the rounds of a run: the model, and with split training who trains with whom.
+
+What was planned is said as soon as it is known, in the round that begins with it, and again when it
+changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flwr.serverapp.strategy import Strategy
+from torch import nn
+
+from fedsys.config import Config, NetworkConfig, edge_names
+from fedsys.data import Dataset
+from fedsys.planning.hardware import links_of
+from fedsys.planning.options import PLANNED
+from fedsys.runs import cuts
+from strategies.around import find
+from strategies.offload import Offload
+
+
+def title(config: Config, model: nn.Module, dataset: Dataset) -> str:
+    """Return a line about the model, the data, the clients and the strategy."""
+    parameters = sum(p.numel() for p in model.parameters())
+    target = str(config.model.get("name") or config.model["_target_"]).rpartition(".")[2]
+    strategy = str(config.strategy["_target_"]).rpartition(".")[2]
+    return (
+        f"{target} ({parameters:,} parameters) on {config.data.get('source', 'data')} "
+        f"{'x'.join(map(str, dataset.input_shape))}, "
+        f"{config.num_clients} clients, {strategy}, seed {config.seed}"
+    )
+
+
+def surroundings(config: Config) -> list[str]:
+    """Return lines about edge servers, links, fleet and network; none where there are none."""
+    lines = []
+    if names := edge_names(config):
+        count = f"{len(names)} edge server{'' if len(names) == 1 else 's'}"
+        link = config.link.kind if config.link.kind != "auto" else _automatic(config)
+        kind = config.policy.get("kind")
+        lines.append(f"policy {kind}, schedule {config.schedule.kind}, {count}, link {link}")
+    if config.fleet.devices:
+        devices = [config.fleet.devices[i % len(config.fleet.devices)]
+                   for i in range(config.num_clients)]  # fmt: skip
+        servers = f", edge {cuts.joined(config.fleet.servers)}" if names else ""
+        networks = dict.fromkeys(network_text(link) for link in links_of(config))
+        lines.append(f"fleet of {cuts.joined(devices)}{servers}, network {'; '.join(networks)}")
+    elif names and config.network.emulate:
+        lines.append(f"links emulated as {network_text(config.network)}")
+    return lines
+
+
+def _automatic(config: Config) -> str:
+    local = config.runtime.kind == "local" and not config.fleet.edges
+    return "memory" if local else config.link.between_processes
+
+
+def network_text(network: NetworkConfig) -> str:
+    """Return a network by its name, its rates and its latency."""
+    if network.up_mbit_s is None and network.down_mbit_s is None and not network.latency_ms:
+        return network.name
+    rates = [f"{r:g}" if r is not None else "unlimited" for r in
+             (network.up_mbit_s, network.down_mbit_s)]  # fmt: skip
+    name = "" if network.name == "none" else f"{network.name} "
+    return f"{name}{'/'.join(rates)} Mbit/s, {network.latency_ms:g} ms"
+
+
+class Plans:
+    """Tells what devices are to do, when it is new.
+
+    Args:
+        config: The run.
+        strategy: Whose layer that offloads knows it.
+        say: Takes each line.
+    """
+
+    def __init__(self, config: Config, strategy: Strategy, say: Callable[[str], None]) -> None:
+        self._offload, self._config, self._say = find(strategy, Offload), config, say
+        self._told: Mapping[str, Any] = {}
+
+    def tell(self, number: int) -> None:
+        """Say what is different in a round, which has begun, from what was said."""
+        if self._offload is None:
+            return
+        cuts_ = self._offload.totals.cuts
+        now = {str(client): cuts_[str(client)] for client in self._offload.assigned}
+        fresh = {client: cut for client, cut in now.items() if self._told.get(client) != cut}
+        word = "planned anew" if self._config.policy.get("kind") in PLANNED else "new"
+        begin = f"round {number}, {word}: " if self._told else ""
+        for alike in cuts.alike(fresh):
+            self._say(f"{begin}{alike}")
+        self._told = {**self._told, **now}

@@ -1,0 +1,72 @@
+"""Options that change nothing are said to, and those that count are not."""
+
+import pytest
+
+from fedsys.config import compose_text, parse, without_effect
+from fedsys.config.effect import IDLE
+from fedsys.config.rules import RULES
+
+
+def said(*overrides):
+    config = parse(compose_text(" ".join(overrides)))
+    given = {override.partition("=")[0].lstrip("+"): override for override in overrides}
+    return without_effect(config, given)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["network=wifi"], "network=wifi is without effect: no fleet is modelled"),
+        (["network.latency_ms=5"], "network.latency_ms=5 is without effect: no fleet"),
+        (["policy=fixed", "network=wifi"], "network.emulate=true makes links that slow"),
+        (["num_edges=3"], "num_edges=3 is without effect: devices train alone with policy=none"),
+        (["fleet=pi_lab"], "only the virtual time is told of it"),
+        (["fleet.devices=[pi3]"], "only the virtual time is told of it"),
+        (["schedule=pipelined"], "only the pieces of a mini-batch count"),
+        (["policy=fixed", "schedule=pipelined", "schedule.depth=3"], "schedule=bounded"),
+        (["link=tcp"], "link=tcp is without effect"),
+        (["fleet.replicate_every=5"], "devices train alone"),
+        (["edge.device=cpu"], "devices train alone"),
+        (["edge.max_sessions=5"], "it is of fedsys edge only"),
+        (["policy=fixed", "edge.max_sessions=5"], "it is of fedsys edge only"),
+        (["serving.max_batch=2"], "it is of fedsys serve and query only"),
+        (["portfolio=x"], "it is of fedsys serve only"),
+        (["client.label_private=true"], "devices train alone"),
+        (["client.lr_schedule.gamma=0.5"], "client.lr_schedule.kind=step"),
+        (["client.optimizer=adam", "client.momentum=0.5"], "the optimizer has no momentum"),
+        (["data=synthetic", "data.partition.alpha=0.1"], "data.partition.kind=dirichlet"),
+        (["+pruning.sparsity=0.5"], "nothing is pruned with pruning=none"),
+        (["runtime=deployment", "runtime.workers=3"], "one message at a time"),
+    ],
+)
+def test_an_option_that_changes_nothing_is_named_with_the_reason(overrides, words):
+    assert any(words in line for line in said(*overrides)), said(*overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["network=none", "num_edges=1", "policy=none", "schedule=sequential", "fleet=local"],
+        ["policy=fixed", "num_edges=3", "link=tcp", "edge.device=cpu", "schedule=pipelined"],
+        ["policy=fixed", "network=wifi", "network.emulate=true"],
+        ["policy=auto", "fleet=pi_lab", "network=wifi", "schedule=pipelined"],
+        ["client.lr_schedule.kind=step", "client.lr_schedule.gamma=0.5", "client.momentum=0.5"],
+        ["data.partition.alpha=0.1", "client.lr=0.1", "rounds=3", "runtime.workers=3"],
+        ["pruning=group_norm", "pruning.sparsity=0.5"],
+        ["schedule.micro_batches=2"],
+    ],
+)
+def test_an_option_that_counts_is_not(overrides):
+    assert said(*overrides) == []
+
+
+def test_every_option_that_may_be_idle_exists():
+    config = parse(compose_text("runtime=local"))
+    groups = {path.partition(".")[0] for path, *_ in RULES}
+    for idle in IDLE:
+        first, _, rest = idle.key.partition(".")
+        assert hasattr(config, first) or first in groups
+        if first in ("client", "fleet", "schedule", "edge", "runtime") and rest:
+            value = getattr(config, first)
+            for part in rest.split("."):
+                value = getattr(value, part)
