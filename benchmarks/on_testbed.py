@@ -36,10 +36,11 @@ from fedsys import config as configuration
 from fedsys.commands.bench.rounds import Watching, edge_process, watched_round
 from fedsys.commands.profile import OPTIONS, profile
 from fedsys.config import Config
+from fedsys.planning.assignment import Assignment
 from fedsys.planning.costs import MachineCosts, Messaging
 from fedsys.planning.hardware import machine_costs
 from fedsys.planning.planner import evaluate
-from fedsys.planning.workload import Choice, Device, Workload, workload
+from fedsys.planning.workload import Device, Workload, workload
 from fedsys.runtime.apps import load_apps
 from fedsys.runtime.local import play_local
 from fedsys.training import federation
@@ -63,14 +64,14 @@ def main() -> None:
     host = machine_costs("host", found, layers)
     slow = slowed(host, 1.0 / given.cpu)
     network = Network(given.up * 1e6 * PAYLOAD, given.down * 1e6 * PAYLOAD)
-    choice = Choice(given.cut, given.micro_batches, given.codec)
+    choice = Assignment(given.cut, 0, given.codec, given.codec, given.micro_batches)
     load = workload(
         layers,
         [Device(f"device{i}", slow, network, 1) for i in range(given.devices)],
         [host],
         config.client.batch_size,
-        micro_batches=[choice.micro_batches],
-        codecs=[choice.codec],
+        micro_batches=[choice.pieces],
+        codecs=[choice.codec_up],
         exchange=False,
     )
     predicted = max(evaluate(load, [choice] * given.devices).iteration_s)

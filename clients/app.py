@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -17,6 +18,8 @@ from fedsys.faults import SPARED, Doom, to_json
 from fedsys.identity import arithmetic
 from fedsys.offload.dialling import Dialler, dialler_of
 from fedsys.training import federation
+from fedsys.transport import messages
+from fedsys.transport.messages import ASSIGNMENT, DATA_ROOT, FAULTS, FEDERATION, IDENTITY
 
 app = ClientApp(mods=[mods.explain_errors, mods.unpack_arrays])
 
@@ -24,13 +27,13 @@ app = ClientApp(mods=[mods.explain_errors, mods.unpack_arrays])
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train on the client's own examples; reply with the model and what was seen."""
-    doom = Doom.of(message.content.config_records.get("faults"))
+    doom = Doom.of(message.content.config_records.get(FAULTS))
     doom.reach("before")
-    if "assignment" in message.content:
+    if ASSIGNMENT in message.content:
         dialler = _dialler(message, context, doom)
         reply = _offloaded(message, context, dialler).train(doom)
         if dialler.struck:
-            reply["faults"] = ConfigRecord({"struck": to_json(dialler.struck)})
+            reply[FAULTS] = ConfigRecord({messages.STRUCK: to_json(dialler.struck)})
     else:
         reply = _client(message, context).train(message.content)
     doom.reach("after")
@@ -40,7 +43,7 @@ def train(message: Message, context: Context) -> Message:
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Score the received model on the client's own examples."""
-    if "assignment" in message.content:
+    if ASSIGNMENT in message.content:
         offloaded = _offloaded(message, context, _dialler(message, context))
         return Message(offloaded.evaluate(), reply_to=message)
     client = _client(message, context)
@@ -50,12 +53,13 @@ def evaluate(message: Message, context: Context) -> Message:
 @app.query("identify")
 def identify(message: Message, context: Context) -> Message:
     """Say which partition this node holds, how it computes, and of which classes its data are."""
-    identity = ConfigRecord({"partition-id": _partition(context)})
-    identity["arithmetic"] = json.dumps(arithmetic())
-    if root := context.node_config.get("data-root"):
-        classes = federation.federation(_config(message, context)).dataset.classes
-        identity.update({"data-root": str(root), "classes": list(classes)})
-    return Message(RecordDict({"identity": identity}), reply_to=message)
+    identity = messages.Identity(_partition(context), json.dumps(arithmetic()))
+    if root := context.node_config.get(DATA_ROOT):
+        classes = tuple(federation.federation(_config(message, context)).dataset.classes)
+        identity = dataclasses.replace(identity, data_root=str(root), classes=classes)
+    return Message(
+        RecordDict({IDENTITY: ConfigRecord(messages.written(identity))}), reply_to=message
+    )
 
 
 def _client(message: Message, context: Context) -> LocalClient:
@@ -74,18 +78,18 @@ def _dialler(message: Message, context: Context, doom: Doom = SPARED) -> Dialler
 def _config(message: Message, context: Context) -> Config:
     """Return the configuration of the run as it is for this node."""
     config = configuration.from_run_config(context.run_config)
-    if (told := message.content.config_records.get("federation")) is not None:
-        config = configuration.divided(config, int(str(told["num-clients"])))
-    if root := context.node_config.get("data-root"):
+    if (told := message.content.config_records.get(FEDERATION)) is not None:
+        config = configuration.divided(config, messages.read(messages.Division, told).num_clients)
+    if root := context.node_config.get(DATA_ROOT):
         config = federation.own_data(config, str(root), _partition(context))
     return config
 
 
 def _partition(context: Context) -> int:
-    partition = context.node_config.get("partition-id")
+    partition = context.node_config.get(messages.PARTITION_ID)
     if not isinstance(partition, int) or partition < 0:
         raise ConfigError.of(
-            "partition-id",
+            messages.PARTITION_ID,
             partition,
             "must be a whole number of at least 0",
             "give each node its own: --node-config 'partition-id=0'",

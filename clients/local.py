@@ -18,8 +18,9 @@ from fedsys.faults import Doom
 from fedsys.offload.emulation import Pace, device_costs
 from fedsys.offload.remote import Traffic
 from fedsys.planning.costs import MachineCosts
+from fedsys.planning.resources import Measured, Observation
 from fedsys.randomness import Address
-from fedsys.runs.tracing import Recorder, Sums
+from fedsys.runs.tracing import Recorder
 from fedsys.training import federation, optimizers
 from fedsys.training import plain as training
 from fedsys.training.federation import layered_model, penalty_of
@@ -27,7 +28,7 @@ from fedsys.training.masks import Masks, held
 from fedsys.training.penalty import Penalty
 from fedsys.training.pulse import pulse
 from fedsys.training.schedule import pieces
-from fedsys.transport import records
+from fedsys.transport import messages, records
 
 EVALUATION_BATCH = 500
 
@@ -62,21 +63,22 @@ class LocalClient:
         """
         began = time.perf_counter()
         client = self.config.client
-        settings = content.config_records["config"]
-        round_ = int(str(settings["server-round"]))
+        settings = messages.settings_of(content)
+        round_ = settings.server_round
         model = self._model()
-        records.load_into(model, content.array_records["arrays"])
+        records.load_into(model, content.array_records[messages.ARRAYS])
         place = pruning.position(self.config.pruning, round_, self.config.rounds)
         lr = optimizers.learning_rate(client.lr, client.lr_schedule, *place)
         optimizer = optimizers.make_optimizer(model.parameters(), client, lr)
         named = dict(model.named_parameters())
-        if (kept := content.array_records.get("optimizer")) is not None:
+        if (kept := content.array_records.get(messages.OPTIMIZER)) is not None:
             optimizers.unpack_optimizer(optimizer, named, records.from_record(kept))
         address = Address(self.config.seed, self.partition, round_)
-        doom = Doom.of(content.config_records.get("faults"))
-        size, recorder = micro_batches(self.config, settings), Recorder()
+        doom = Doom.of(content.config_records.get(messages.FAULTS))
+        size = settings.micro_batches or self.config.schedule.micro_batches
+        recorder = Recorder()
         batches = self._paced(own_batches(self.config, self.partition, address), size, recorder)
-        packed = records.from_record(content.array_records.get("masks", ArrayRecord()))
+        packed = records.from_record(content.array_records.get(messages.MASKS, ArrayRecord()))
         with held(Masks.unpacked(packed, named), model, optimizer), _frozen(model, client.frozen):
             score = training.train(
                 model,
@@ -85,39 +87,39 @@ class LocalClient:
                 address,
                 micro_batches=size,
                 clip_norm=client.clip_norm,
-                anchor=_anchor(model, settings),
+                anchor=_anchor(model, settings.proximal_mu),
                 penalty=self._penalty(round_),
             )
         seconds = time.perf_counter() - began
         reply = RecordDict(
             {
-                "arrays": records.to_record(model.state_dict()),
-                "metrics": train_metrics(score, client.epochs, seconds),
-                "observation": observation(score.steps, seconds, recorder.sums()),
+                messages.ARRAYS: records.to_record(model.state_dict()),
+                messages.METRICS: train_metrics(score, client.epochs, seconds),
+                messages.OBSERVATION: observation(score.steps, seconds, recorder.sums()),
             }
         )
         if client.keep_optimizer:
             state = optimizers.pack_optimizer(optimizer, named)
-            reply["optimizer"] = records.to_record(state)
+            reply[messages.OPTIMIZER] = records.to_record(state)
         if self.config.fleet.emulate:
-            reply["trace"] = ConfigRecord(dict(recorder.record()))
+            reply[messages.TRACE] = ConfigRecord(messages.written(recorder.record()))
         return reply
 
     def evaluate(self, content: RecordDict) -> RecordDict:
         """Score the received arrays on the client's own training examples, without augmentation."""
         fed = federation.federation(self.config)
         model = self._model()
-        records.load_into(model, content.array_records["arrays"])
+        records.load_into(model, content.array_records[messages.ARRAYS])
         own = fed.dataset.train.take(fed.parts[self.partition])
         score = training.evaluate(model, data.eval_batches(own, fed.dataset, EVALUATION_BATCH))
         metrics = MetricRecord(
             {
-                "num-examples": score.examples,
+                messages.NUM_EXAMPLES: score.examples,
                 "eval_loss": score.loss,
                 "eval_accuracy": score.accuracy,
             }
         )
-        return RecordDict({"metrics": metrics})
+        return RecordDict({messages.METRICS: metrics})
 
     def _penalty(self, round_: int) -> Penalty | None:
         if not pruning.penalty_weight(self.config.pruning, round_, self.config.rounds):
@@ -174,14 +176,8 @@ def _frozen(model: nn.Module, frozen: bool) -> Iterator[None]:
             parameter.requires_grad_(True)  # the model serves other messages, too
 
 
-def _anchor(model: nn.Module, settings: ConfigRecord) -> training.Proximal | None:
-    mu = float(str(settings.get("proximal-mu", 0.0)))
+def _anchor(model: nn.Module, mu: float) -> training.Proximal | None:
     return training.Proximal.at(model, mu) if mu else None
-
-
-def micro_batches(config: Config, settings: ConfigRecord) -> int:
-    """Return the pieces of a mini-batch: those of this client, else those of the schedule."""
-    return int(str(settings.get("micro-batches", config.schedule.micro_batches)))
 
 
 def doomed(batches: Batches, doom: Doom) -> Batches:
@@ -224,37 +220,39 @@ def train_metrics(score: training.Score, epochs: int, seconds: float) -> MetricR
     """Return what a client tells about its training; the same keys from every kind of client."""
     return MetricRecord(
         {
-            "num-examples": score.examples // epochs,
+            messages.NUM_EXAMPLES: score.examples // epochs,
             "train_loss": score.loss,
             "train_accuracy": score.accuracy,
-            "steps": score.steps,
+            messages.STEPS: score.steps,
             "client_seconds": seconds,
         }
     )
 
 
 def observation(
-    steps: int, seconds: float, sums: Sums, traffic: Traffic | None = None, stranded: str = ""
+    steps: int,
+    seconds: float,
+    measured: Measured,
+    traffic: Traffic | None = None,
+    stranded: str = "",
 ) -> ConfigRecord:
     """Return what a client tells the server app of its time; the same keys from every kind.
 
     Args:
         steps: Optimizer steps.
         seconds: What they took.
-        sums: What a mini-batch took.
+        measured: What a mini-batch took.
         traffic: What went over the links of its session; None: it had none.
         stranded: Why no edge has its session any more.
     """
     traffic = traffic or Traffic()
-    return ConfigRecord(
-        {
-            "steps": steps,
-            "seconds": seconds,
-            "waited-s": traffic.waited_s,
-            "bytes-up": traffic.bytes_up,
-            "bytes-down": traffic.bytes_down,
-            "recoveries": json.dumps(traffic.recoveries),
-            "stranded": stranded,
-            **{name.replace("_", "-"): value for name, value in asdict(sums).items()},
-        }
+    seen = Observation(
+        **asdict(measured),
+        steps=steps,
+        seconds=seconds,
+        waited_s=traffic.waited_s,
+        bytes_up=traffic.bytes_up,
+        bytes_down=traffic.bytes_down,
     )
+    outcome = messages.Outcome(json.dumps(traffic.recoveries), stranded)
+    return ConfigRecord({**messages.written(seen), **messages.written(outcome)})

@@ -15,13 +15,14 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor, nn
 
-from clients.local import micro_batches, observation, own_batches, train_metrics
+from clients.local import observation, own_batches, train_metrics
 from clients.steps import Batches, Split, Steps, Tally
 from fedsys import data
 from fedsys.config import Config
 from fedsys.faults import SPARED, Doom
 from fedsys.offload.emulation import Pace, device_costs
 from fedsys.offload.remote import EdgesLost, Moved, Remote
+from fedsys.planning.assignment import Assignment
 from fedsys.planning.hardware import link_of, network_of
 from fedsys.randomness import Address
 from fedsys.runs.tracing import Recorder
@@ -31,9 +32,10 @@ from fedsys.training.federation import layered_model, penalty_of
 from fedsys.training.part import Part, filled_stages
 from fedsys.training.plain import Score
 from fedsys.training.pulse import pulse
-from fedsys.transport import records
+from fedsys.transport import messages, records
 from fedsys.transport.codecs import decode_activation, encode_activation
 from fedsys.transport.link import Link
+from fedsys.transport.messages import ARRAYS, ASSIGNMENT, MASKS, OBSERVATION, OPTIMIZER
 
 EVALUATION_BATCH = 500
 
@@ -66,31 +68,24 @@ class OffloadClient:
     ) -> None:
         training.set_threads(config.client.threads)
         self._config, self._partition, self._content = config, partition, content
-        self._plan = content.config_records["assignment"]
         self._fed = federation.federation(config)
         shape, classes = self._fed.dataset.input_shape, self._fed.dataset.num_classes
         self._layers = layered_model(config, shape, classes)
-        self._cuts = [int(str(self._plan["cut"])), int(str(self._plan["tail"]))]
+        settings, told = messages.settings_of(content), content.config_records[ASSIGNMENT]
+        place = messages.read(messages.Place, told)
+        pieces = settings.micro_batches or config.schedule.micro_batches
+        self._assigned = Assignment.of(told, pieces)
+        self._cuts = [self._assigned.cut, place.tail]
         self._private = self._cuts[1] < len(self._layers)
         self._device = training.pick_device(config.client.device)
-        settings = content.config_records["config"]
-        self._round = int(str(settings["server-round"]))
-        pieces = micro_batches(config, settings)
-        self._mu = float(str(settings.get("proximal-mu", 0.0)))
+        self._round, self._mu = settings.server_round, settings.proximal_mu
         self._address = Address(config.seed, partition, self._round)
-        edges = self._plan["edges"]
         self._remote = Remote(
-            [str(e) for e in edges] if isinstance(edges, list) else [],
-            str(self._plan["session"]),
-            str(self._plan["token"]),
-            connect,
-            private=self._private,
+            list(place.edges), place.session, place.token, connect, private=self._private
         )
         self._recorder = Recorder()
         pace = Pace(device_costs(config, self._layers, partition))
-        cut, tail = self._cuts
-        codecs = str(self._plan["codec-up"]), str(self._plan["codec-down"])
-        split = Split(cut, tail, len(self._layers), pieces, *codecs, config.schedule)
+        split = Split(self._assigned, place.tail, len(self._layers), config.schedule)
         self._steps = Steps(split, self._address, self._remote, pace, self._recorder, self._device)
         self._reached = 0  # the step in work
 
@@ -119,14 +114,14 @@ class OffloadClient:
         seconds = time.perf_counter() - began
         reply = RecordDict(
             {
-                "arrays": records.to_record(part.state()),
-                "metrics": train_metrics(score, self._config.client.epochs, seconds),
-                "observation": self._observation(steps, seconds),
-                "trace": ConfigRecord(dict(self._recorder.record())),
+                ARRAYS: records.to_record(part.state()),
+                messages.METRICS: train_metrics(score, self._config.client.epochs, seconds),
+                OBSERVATION: self._observation(steps, seconds),
+                messages.TRACE: ConfigRecord(messages.written(self._recorder.record())),
             }
         )
         if self._config.client.keep_optimizer:
-            reply["optimizer"] = records.to_record(part.optimizer_state())
+            reply[OPTIMIZER] = records.to_record(part.optimizer_state())
         return reply
 
     def evaluate(self) -> RecordDict:
@@ -144,11 +139,11 @@ class OffloadClient:
         finally:
             self._remote.close()
         seen = self._observation(0, time.perf_counter() - began)
-        return RecordDict({"metrics": metrics, "observation": seen})
+        return RecordDict({messages.METRICS: metrics, OBSERVATION: seen})
 
     @torch.inference_mode()
     def _evaluate(self) -> MetricRecord:
-        front, back = self._stages(records.from_record(self._content.array_records["arrays"]))
+        front, back = self._stages(records.from_record(self._content.array_records[ARRAYS]))
         front.eval()
         back.eval()
         own = self._fed.dataset.train.take(self._fed.parts[self._partition])
@@ -163,7 +158,7 @@ class OffloadClient:
         score = Score(loss / examples, hits / examples, examples) if examples else NOTHING
         return MetricRecord(
             {
-                "num-examples": score.examples,
+                messages.NUM_EXAMPLES: score.examples,
                 "eval_loss": score.loss,
                 "eval_accuracy": score.accuracy,
             }
@@ -171,7 +166,7 @@ class OffloadClient:
 
     def _through_edge(self, index: int, z: Tensor) -> Tensor:
         """Return what the edge's units make of `z`, wherever the session is."""
-        tensors, meta = encode_activation(z, str(self._plan["codec-up"]))
+        tensors, meta = encode_activation(z, self._assigned.codec_up)
         while True:
             try:
                 self._remote.send("evaluate", 0, index, meta, tensors)
@@ -183,10 +178,10 @@ class OffloadClient:
     # --- rounds, steps, micro-batches -------------------------------------------------------------
 
     def _train(self, doom: Doom) -> tuple[Part, Tally, int]:
-        kept = self._content.array_records.get("optimizer", ArrayRecord())
+        kept = self._content.array_records.get(OPTIMIZER, ArrayRecord())
         points = {
             0: _Point(
-                records.from_record(self._content.array_records["arrays"]),
+                records.from_record(self._content.array_records[ARRAYS]),
                 records.from_record(kept),
                 Tally(),
             )
@@ -282,7 +277,7 @@ class OffloadClient:
             proximal_mu=self._mu,
             optimizer_state=point.optimizer,
             anchor=first.state,
-            masks=records.from_record(self._content.array_records.get("masks", ArrayRecord())),
+            masks=records.from_record(self._content.array_records.get(MASKS, ArrayRecord())),
             penalty=penalty_of(self._config, self._layers, self._round),
         )
 
@@ -301,7 +296,7 @@ class OffloadClient:
             self._remote.traffic.recoveries[-1]["repeated_steps"] = step - to
 
     def _stranded(self, reason: str, seconds: float) -> RecordDict:
-        return RecordDict({"observation": self._observation(self._reached, seconds, reason)})
+        return RecordDict({OBSERVATION: self._observation(self._reached, seconds, reason)})
 
     def _observation(self, steps: int, seconds: float, stranded: str = "") -> ConfigRecord:
         sums = self._recorder.sums(network_of(link_of(self._config, self._partition)).latency_s)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fedsys.config import ScheduleConfig
 from fedsys.offload.emulation import Pace
 from fedsys.offload.remote import Remote
+from fedsys.planning.assignment import Assignment
 from fedsys.randomness import Address, drawing, rows
 from fedsys.runs.tracing import Recorder
 from fedsys.training import plain as training
@@ -107,21 +108,15 @@ class Split:
     """How a device shares a model with its edge.
 
     Attributes:
-        cut: Units ``[0, cut)`` are on the device.
+        assignment: Cut, pieces of a mini-batch, and codecs.
         tail: Units ``[tail, L)`` are on the device too.
         units: Number of units, L.
-        micro_batches: Pieces of a mini-batch.
-        codec: How the device writes what it sends.
-        codec_down: How the edge writes what it returns.
         schedule: Order of the pieces.
     """
 
-    cut: int
+    assignment: Assignment
     tail: int
     units: int
-    micro_batches: int
-    codec: str
-    codec_down: str
     schedule: ScheduleConfig
 
     @property
@@ -153,6 +148,7 @@ class Steps:
     ) -> None:
         self._device = device
         self._split, self._address, self._remote = split, address, remote
+        self._cut = split.assignment.cut
         self._pace, self._recorder = pace, recorder
         self._step = 0
         self._sent: dict[int, Tensor] = {}
@@ -190,7 +186,7 @@ class Steps:
         self._returned.clear()
         part.zero_grad()
         size, front, back = len(y), *part.modules
-        bounds = list(pieces(size, self._split.micro_batches))
+        bounds = list(pieces(size, self._split.assignment.pieces))
         inputs = [(x, y)] if len(bounds) == 1 else [(x[a:b], y[a:b]) for a, b in bounds]
         schedule, private = self._split.schedule, self._split.private
         plan = operations(schedule.kind, len(bounds), schedule.depth, tail=private)
@@ -223,12 +219,12 @@ class Steps:
     def _forward(self, piece: int, size: int, front: nn.Module, x: Tensor, labels: Tensor) -> None:
         self._pace.begin()
         z = training.forward(front, x)
-        tensors, codec = encode_activation(z, self._split.codec)
+        tensors, codec = encode_activation(z, self._split.assignment.codec_up)
         if not self._split.private:
             tensors = {**tensors, "labels": labels}
         meta = {**codec, "batch": size, "needs_gradient": z.requires_grad}
         nbytes = self._remote.prepare("activation", self._step, piece, meta, tensors)
-        self._end("forward", piece, 0, len(labels), 0, self._split.cut, up=nbytes)
+        self._end("forward", piece, 0, len(labels), 0, self._cut, up=nbytes)
         self._sent[piece] = z
         self._post("activation", piece, nbytes)
 
@@ -240,7 +236,7 @@ class Steps:
         loss = training.loss_of(outputs, labels, weight)
         loss.backward()  # type: ignore[no-untyped-call]  # torch has no type for it
         gradient = z.grad if z.grad is not None else torch.zeros_like(z)
-        tensors, codec = encode_activation(gradient, self._split.codec)
+        tensors, codec = encode_activation(gradient, self._split.assignment.codec_up)
         nbytes = self._remote.prepare("gradient", self._step, piece, codec, tensors)
         self._returned[piece] = loss.detach(), (outputs.detach().argmax(1) == labels).sum()
         down, split = answer.encoded_bytes, self._split
@@ -253,7 +249,7 @@ class Steps:
         z = self._sent.pop(piece)
         if z.requires_grad:
             z.backward(self._decoded(answer))  # type: ignore[no-untyped-call]  # no type in torch
-        self._end("backward", piece, 1, size, 0, self._split.cut, down=answer.encoded_bytes)
+        self._end("backward", piece, 1, size, 0, self._cut, down=answer.encoded_bytes)
         if self._split.private:
             loss, hits = self._returned.pop(piece)
             return loss.cpu(), int(hits)
@@ -267,10 +263,10 @@ class Steps:
             theirs = self._remote.receive("norms", self._step, 0).meta["norms"]
             norms = {**norms, **theirs}
         part.step(norms)
-        costs, split = self._pace.costs, self._split
+        costs = self._pace.costs
         seconds = 0.0
         if costs is not None:
-            seconds = sum(costs.update_s[: split.cut]) + sum(costs.update_s[split.tail :])
+            seconds = sum(costs.update_s[: self._cut]) + sum(costs.update_s[self._split.tail :])
         self._recorder.note("update", self._step, -1, self._pace.end(seconds))
         self._recorder.note("load", self._step, -1, self._pace.settle())
         self._recorder.finished(self._pace.real(), self._pace.late_s)
@@ -307,7 +303,7 @@ class Steps:
         if costs is not None:
             both = costs.seconds(rows_, first, last)
             seconds = sum(both) if which == 2 else both[which]
-            ways = ((up, self._split.codec), (down, self._split.codec_down))
+            ways = zip((up, down), self._split.assignment.codecs, strict=True)
             seconds += sum(costs.messaging.seconds(n, codec) for n, codec in ways if n)
         self._recorder.note(name, self._step, piece, self._pace.end(seconds))
 

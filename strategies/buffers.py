@@ -28,12 +28,8 @@ from flwr.serverapp.strategy import (
 from numpy.typing import NDArray
 
 from fedsys.transport import records
+from fedsys.transport.messages import ARRAYS, METRICS, NUM_EXAMPLES, number
 from strategies.around import Around
-
-ARRAYS = "arrays"
-METRICS = "metrics"
-WEIGHT = "num-examples"
-
 
 READERS = (FedAvg, FedAvgM, FedProx, FedAdam, FedYogi, FedAdagrad, FedMedian, FedTrimmedAvg)
 """Strategies known to write into no array that they are given; others get copies to write into."""
@@ -80,8 +76,7 @@ class TypedBuffers(Around):
             received = cast(ArrayRecord, reply.content[ARRAYS])
             reply.content[ARRAYS], rest = self._divide(self._show(received))
             others.append(rest)
-            metrics_ = cast(MetricRecord, reply.content[METRICS])
-            weights.append(float(cast(float, metrics_[WEIGHT])))
+            weights.append(number(reply.content.metric_records[METRICS], NUM_EXAMPLES))
         aggregate, metrics = self.inner.aggregate_train(server_round, replies)
         if aggregate is None:
             return None, metrics

@@ -12,7 +12,7 @@ from fedsys.config import Config
 from fedsys.errors import FedsysError
 from fedsys.offload.fleet import Fleet
 from fedsys.transport import records
-from strategies.model_division import ARRAYS
+from fedsys.transport.messages import ARRAYS
 from strategies.roster import Roster
 from strategies.split_sessions import Sent, SplitSessions
 

@@ -17,12 +17,8 @@ from fedsys import config as configuration
 from fedsys.config import Config
 from fedsys.runtime.grids import AnnotatedGrid, AttentiveGrid
 from fedsys.training import federation
+from fedsys.transport.messages import FEDERATION, Division, written
 from strategies.roster import Roster
-
-FEDERATION = "federation"
-"""Name of the record that tells clients how many they are."""
-
-NUM_CLIENTS = "num-clients"
 
 ENGINE_S = 300.0
 """Seconds that Flower's simulation engine may take to add its nodes, while it starts Ray."""
@@ -56,7 +52,7 @@ def gather(
                 f"{count}"
             )
             config = configuration.divided(config, count)
-        grid = AnnotatedGrid(grid, FEDERATION, ConfigRecord({NUM_CLIENTS: count}))
+        grid = AnnotatedGrid(grid, FEDERATION, ConfigRecord(written(Division(count))))
 
     def classes() -> Sequence[str]:
         return federation.federation(config).dataset.classes

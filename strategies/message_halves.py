@@ -13,8 +13,7 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
 from fedsys.errors import ConfigError, ModelError
 from fedsys.transport import records
-
-MICRO_BATCHES = "micro-batches"
+from fedsys.transport.messages import CONFIG, MICRO_BATCHES
 
 
 def halved(content: RecordDict, key: str, names: set[str]) -> ArrayRecord:
@@ -52,6 +51,6 @@ def with_pieces(content: RecordDict, pieces: int | None, batch_size: int) -> Rec
             "policy.micro_batches", pieces, f"must be from 1 to client.batch_size={batch_size}"
         )
     own = records.own_copy(content)
-    settings = dict(content.config_records.get("config", ConfigRecord()))
-    own["config"] = ConfigRecord({**settings, MICRO_BATCHES: pieces})
+    settings = dict(content.config_records.get(CONFIG, ConfigRecord()))
+    own[CONFIG] = ConfigRecord({**settings, MICRO_BATCHES: pieces})
     return own

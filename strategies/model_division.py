@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ArrayRecord, RecordDict
 
 from fedsys.config import Config
 from fedsys.errors import ConfigError
@@ -11,11 +11,10 @@ from fedsys.offload.snapshot import SessionSpec, Snapshot
 from fedsys.training.federation import layered_model
 from fedsys.training.part import names_between
 from fedsys.transport import records
+from fedsys.transport.messages import ARRAYS, MASKS, OPTIMIZER, settings_of
 from fedsys.transport.security import new_token
 from strategies.message_halves import halved, joined, without
 from strategies.policies.policy import Assignment
-
-ARRAYS, OPTIMIZER, MASKS = "arrays", "optimizer", "masks"
 
 
 class ModelDivision:
@@ -44,7 +43,6 @@ class ModelDivision:
             ConfigError: A label-private cut would leave no unit for the edge.
         """
         config = self._config
-        settings = whole.config_records.get("config", ConfigRecord())
         return SessionSpec(
             id=f"r{round_}-c{client}-{attempt}-{new_token()[:8]}",
             token=new_token(),
@@ -56,7 +54,7 @@ class ModelDivision:
             input_shape=self._shape,
             num_classes=self._classes,
             micro_batches=assignment.micro_batches or config.schedule.micro_batches,
-            proximal_mu=float(str(settings.get("proximal-mu", 0.0))),
+            proximal_mu=settings_of(whole).proximal_mu,
             codec_up=assignment.codec_up,
             codec_down=assignment.codec_down,
             holder=(config.link.holder or "").replace("{client}", str(client)),

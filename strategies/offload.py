@@ -23,19 +23,14 @@ from flwr.serverapp.strategy import Strategy
 from fedsys.config import Config
 from fedsys.errors import RuntimeFailure
 from fedsys.offload.fleet import Fleet
-from fedsys.runs.tracing import Event
+from fedsys.planning.resources import Event
+from fedsys.transport.messages import OBSERVATION
 from strategies.around import Around
 from strategies.edge_loss import Repeats, too_small
 from strategies.message_halves import with_pieces
 from strategies.model_division import ModelDivision
 from strategies.offload_totals import Totals
-from strategies.policies.policy import (
-    OBSERVATION,
-    Assignment,
-    Observation,
-    OffloadPolicy,
-    PolicyState,
-)
+from strategies.policies.policy import Assignment, Observation, OffloadPolicy, PolicyState
 from strategies.returns import Returns
 from strategies.roster import Roster
 from strategies.split_sessions import Sent, SplitSessions

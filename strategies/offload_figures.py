@@ -8,7 +8,7 @@ from typing import Any
 
 from flwr.serverapp.strategy import Strategy
 
-from fedsys.runs.tracing import Event
+from fedsys.planning.resources import Event
 from strategies.around import find
 from strategies.offload import Offload
 

@@ -14,10 +14,9 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedsys.transport import records
+from fedsys.transport.messages import OPTIMIZER
 from strategies.around import Around
 from strategies.roster import Roster
-
-OPTIMIZER = "optimizer"
 
 
 class KeptState(Around):

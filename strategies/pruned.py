@@ -36,9 +36,9 @@ from fedsys.runs.checkpoint import StrategyState
 from fedsys.runs.trees import Tree
 from fedsys.training.masks import Masks
 from fedsys.transport import records
+from fedsys.transport.messages import MASKS
 from strategies.around import Around, find
 
-MASKS = "masks"
 SCORE_BATCH = 128
 
 

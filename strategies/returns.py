@@ -8,16 +8,16 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from flwr.app import ConfigRecord, Message
+from flwr.app import Message
 
 from fedsys.errors import FedsysError
-from fedsys.runs.tracing import Event, unpack
-from strategies.model_division import ARRAYS, ModelDivision
+from fedsys.planning.resources import Event
+from fedsys.runs.tracing import unpack
+from fedsys.transport.messages import ARRAYS, OBSERVATION, TRACE, Outcome, Trace, read
+from strategies.model_division import ModelDivision
 from strategies.offload_totals import Totals
-from strategies.policies.policy import OBSERVATION, Assignment, Observation
+from strategies.policies.policy import Assignment, Observation
 from strategies.split_sessions import Sent, SplitSessions
-
-TRACE = "trace"
 
 _log = logging.getLogger("fedsys.offload")
 
@@ -56,12 +56,13 @@ class Returns:
             return True
         seen = reply.content.config_records[OBSERVATION]
         del reply.content[OBSERVATION]
-        steps = self._observe(client, seen, sent.spec.round)
+        observation, outcome = Observation.of(seen), read(Outcome, seen)
+        self._observe(client, observation, outcome, sent.spec.round)
         try:
-            if seen["stranded"]:
-                _log.warning("client %d: %s", client, str(seen["stranded"]))
+            if outcome.stranded:
+                _log.warning("client %d: %s", client, outcome.stranded)
                 return False
-            edge = self._sessions.collect(sent, steps)
+            edge = self._sessions.collect(sent, observation.steps)
         except FedsysError as error:
             _log.warning("client %d, round %d: %s", client, sent.spec.round, error)
             return False
@@ -71,16 +72,16 @@ class Returns:
         self._division.join(reply.content, edge, like=sent.whole.array_records[ARRAYS])
         return True
 
-    def _observe(self, client: int, seen: ConfigRecord, round_: int) -> int:
-        observation = Observation.of(seen)
+    def _observe(
+        self, client: int, observation: Observation, outcome: Outcome, round_: int
+    ) -> None:
         self._seen[client] = dataclasses.asdict(observation)
         self._totals.bytes_up += observation.bytes_up
         self._totals.bytes_down += observation.bytes_down
-        for entry in json.loads(str(seen["recoveries"])):
+        for entry in json.loads(outcome.recoveries):
             for end in ("from", "to"):
                 entry[end] = self._sessions.edge_name(str(entry[end]))
             self._totals.note(round_, client, entry)
-        return observation.steps
 
     def _observe_alone(self, client: int, reply: Message) -> None:
         """Take in what a device measured with the whole model, unless another cut was planned."""
@@ -93,6 +94,6 @@ class Returns:
 
     def _take_trace(self, client: int, reply: Message) -> None:
         if reply.has_content() and TRACE in reply.content:
-            events = reply.content.config_records[TRACE]["events"]
-            self.traces[client] = unpack(events if isinstance(events, bytes) else b"")
+            trace = read(Trace, reply.content.config_records[TRACE])
+            self.traces[client] = unpack(trace.events)
             del reply.content[TRACE]

@@ -19,12 +19,10 @@ from flwr.serverapp import Grid
 
 from fedsys.errors import RuntimeFailure
 from fedsys.identity import differences
+from fedsys.transport.messages import IDENTITY, Identity, read
 
 IDENTIFY = "query.identify"
 """Message type that asks a client who it is."""
-
-IDENTITY = "identity"
-"""Name of the record with the answer."""
 
 POLL_S = 0.5
 """Seconds between two looks at who is connected, while nodes are missing."""
@@ -260,20 +258,16 @@ class Roster:
 
 
 def _node(answer: ConfigRecord) -> Node:
-    classes = answer.get("classes", [])
-    assert isinstance(classes, list)
+    told = read(Identity, answer)
     return Node(
-        int(str(answer["partition-id"])),
-        str(answer.get("data-root", "")),
-        tuple(str(name) for name in classes),
-        _parsed(answer.get("arithmetic")),
+        told.partition_id, told.data_root or "", told.classes or (), _parsed(told.arithmetic)
     )
 
 
-def _parsed(text: object) -> object:
+def _parsed(text: str) -> object:
     """Return what a node wrote as JSON; None for anything else."""
     try:
-        return json.loads(str(text))
+        return json.loads(text)
     except ValueError:
         return None
 

@@ -17,17 +17,15 @@ from flwr.serverapp import Grid
 
 from fedsys.errors import ConfigError
 from fedsys.faults import Fault, Faults, encode, from_json
+from fedsys.planning.resources import Measured
 from fedsys.training.plain import Score
-from fedsys.transport import records
+from fedsys.transport import messages, records
+from fedsys.transport.messages import FAULTS, NUM_EXAMPLES, OBSERVATION, STEPS, STRUCK
 from strategies.around import innermost
-from strategies.policies.policy import OBSERVATION
 from strategies.roster import Roster
 from strategies.sampling import Sampled
 
 Row = dict[str, Any]
-
-FAULTS = "faults"
-"""Name of the record that tells a device what strikes it."""
 
 
 @dataclass
@@ -170,8 +168,8 @@ def _train(
     note_struck(replies, faults)
     faults.kill_server(number, "after_train")
     bytes_up = sum(records.size_of(r.content) for r in replies if r.has_content())
-    examples = _total("num-examples", replies)
-    steps = _total("steps", replies)
+    examples = _total(NUM_EXAMPLES, replies)
+    steps = _total(STEPS, replies)
     took = _took(replies, strategy.roster)
     aggregate, metrics = strategy.aggregate_train(number, replies)
     lost = dict(strategy.lost)
@@ -206,7 +204,7 @@ def note_struck(replies: Iterable[Message], faults: Faults) -> None:
     """Take what has struck out of the replies of devices that survived it."""
     for reply in replies:
         if reply.has_content() and FAULTS in reply.content:
-            struck = from_json(str(reply.content.config_records[FAULTS]["struck"]))
+            struck = from_json(str(reply.content.config_records[FAULTS][STRUCK]))
             del reply.content[FAULTS]
             for fault in struck:
                 faults.fire(fault)
@@ -232,7 +230,7 @@ def _clients(messages: Iterable[Message], roster: Roster) -> set[int]:
 
 def _total(metric: str, replies: Iterable[Message]) -> int:
     records_ = [m for r in replies if r.has_content() for m in r.content.metric_records.values()]
-    return sum(int(str(m.get(metric, 0))) for m in records_)
+    return sum(int(messages.number(m, metric, 0)) for m in records_)
 
 
 def _took(replies: Iterable[Message], roster: Roster) -> dict[int, float]:
@@ -241,5 +239,5 @@ def _took(replies: Iterable[Message], roster: Roster) -> dict[int, float]:
         told = reply.content.config_records.get(OBSERVATION) if reply.has_content() else None
         if told is not None:
             client = roster.partition_of(reply.metadata.src_node_id)
-            found[client] = float(str(told.get("iteration-s", 0.0)))
+            found[client] = messages.read(Measured, told).iteration_s
     return found

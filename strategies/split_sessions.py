@@ -10,10 +10,9 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from fedsys.errors import SessionError
 from fedsys.offload.fleet import Fleet
 from fedsys.offload.snapshot import SessionSpec, Snapshot
+from fedsys.transport.messages import ASSIGNMENT, Place, written
 from strategies.model_division import ModelDivision
 from strategies.policies.policy import Assignment
-
-ASSIGNMENT = "assignment"
 
 _log = logging.getLogger("fedsys.offload")
 
@@ -69,17 +68,8 @@ class SplitSessions:
         start = self._division.edge_half(whole, spec)
         name = self._fleet.open(spec, start, self.first_edge(assignment))
         content = self._division.device_half(whole, spec)
-        content[ASSIGNMENT] = ConfigRecord(
-            {
-                "cut": assignment.cut,
-                "tail": spec.last,
-                "session": spec.id,
-                "token": spec.token,
-                "edges": self._fleet.device_addresses(name),
-                "codec-up": assignment.codec_up,
-                "codec-down": assignment.codec_down,
-            }
-        )
+        place = Place(spec.last, spec.id, spec.token, tuple(self._fleet.device_addresses(name)))
+        content[ASSIGNMENT] = ConfigRecord({**assignment.to_record(), **written(place)})
         message.content = content
         self._sent[client] = Sent(whole, assignment, spec)
 

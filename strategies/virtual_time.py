@@ -17,10 +17,12 @@ from typing import Any
 
 from fedsys.config import Config
 from fedsys.models.layered import LayeredModel
+from fedsys.planning.assignment import Assignment
 from fedsys.planning.hardware import hardware
 from fedsys.planning.options import run_workload
-from fedsys.planning.virtual_clock import KINDS, iterations_of, predicted_iterations, virtual_round
-from fedsys.planning.workload import Choice, Device, Workload
+from fedsys.planning.resources import RESOURCES
+from fedsys.planning.virtual_clock import iterations_of, predicted_iterations, virtual_round
+from fedsys.planning.workload import Device, Workload
 from fedsys.runs.virtual_trace import FleetRound
 from strategies.offload import Offload
 from strategies.policies.planned import Planned
@@ -84,7 +86,7 @@ class RoundClock:
             tuple(edge.workers for edge in load.edges),
             self._real,
         )
-        row: Row = {f"idle_{kind}": played.idle[kind] for kind in KINDS}
+        row: Row = {f"idle_{kind}": played.idle[kind] for kind in RESOURCES}
         if self._real:
             if self._offload is not None:
                 took = {client: self._offload.seen_of(client).iteration_s for client in who}
@@ -106,16 +108,17 @@ class RoundClock:
         told = {"prediction_error": float(median(errors))} if errors else {}
         return {"virtual_s": played.seconds, **row, **told}
 
-    def _choice(self, client: int) -> Choice:
+    def _choice(self, client: int) -> Assignment:
+        pieces = self._config.schedule.micro_batches
         if self._offload is None or client not in self._offload.assigned:
-            return Choice(len(self._layers), self._config.schedule.micro_batches)
+            return Assignment(len(self._layers), micro_batches=pieces)
         a = self._offload.assigned[client]
-        pieces = a.micro_batches or self._config.schedule.micro_batches
-        return Choice(
-            a.cut, pieces, a.codec_up, a.edge % len(self._offload.fleet.edges), a.codec_down
-        )
+        edge = a.edge % len(self._offload.fleet.edges)
+        return dataclasses.replace(a, edge=edge, micro_batches=a.micro_batches or pieces)
 
-    def _expected(self, load: Workload, choices: list[Choice], who: list[int]) -> list[list[float]]:
+    def _expected(
+        self, load: Workload, choices: list[Assignment], who: list[int]
+    ) -> list[list[float]]:
         """Return the seconds of iterations that the policy expected, or the fleet file gives."""
         if self._offload is not None and isinstance(self._offload.policy, Planned):
             made = self._offload.policy.predicted(self._offload.policy_state, who)
@@ -152,7 +155,7 @@ def totals(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return {}
     seconds = sum(row["virtual_s"] for row in timed)
     weight = {id(row): row["virtual_s"] / seconds if seconds else 1 / len(timed) for row in timed}
-    idle = {kind: sum(weight[id(row)] * row[f"idle_{kind}"] for row in timed) for kind in KINDS}
+    idle = {kind: sum(weight[id(row)] * row[f"idle_{kind}"] for row in timed) for kind in RESOURCES}
     errors = [row["prediction_error"] for row in timed if "prediction_error" in row]
     return {
         "virtual_s": seconds,

@@ -14,18 +14,18 @@ from typing import Any
 from fedsys import config as configuration
 from fedsys.config import Config, NetworkConfig
 from fedsys.models.layered import LayeredModel
+from fedsys.planning.assignment import Assignment
 from fedsys.planning.hardware import link_of
 from fedsys.planning.options import PLANNED, PlanOptions, machines_of, run_workload
 from fedsys.planning.planner import Plan, best_static, next_best, plan
-from fedsys.planning.workload import Choice, Device, Menu, Workload
+from fedsys.planning.resources import RESOURCES
+from fedsys.planning.workload import Device, Menu, Workload
 from fedsys.runs.progress import seconds_text
 from fedsys.training import federation
 from fedsys.training.federation import layered_model
 
 WIDTH = 170
 """Columns of the table where no terminal says how many there are."""
-
-RESOURCES = ("device", "up", "edge", "down")
 
 
 def job(tree: Any) -> Mapping[str, Any]:
@@ -117,18 +117,20 @@ def _link_name(link: NetworkConfig) -> str:
     return f"{link.up_mbit_s:g}/{link.down_mbit_s:g} Mbit/s"
 
 
-def _choice(layers: LayeredModel, choice: Choice) -> dict[str, Any]:
+def _choice(layers: LayeredModel, choice: Assignment) -> dict[str, Any]:
     whole = choice.cut == len(layers)
     return {
         "cut": choice.cut,
         "after": "all on the device" if whole else layers.units[choice.cut - 1].name,
-        "micro_batches": choice.micro_batches,
-        "codec": None if whole else choice.codec,
+        "micro_batches": choice.pieces,
+        "codec": None if whole else choice.codec_up,
         "edge": None if whole else choice.edge,
     }
 
 
-def _by_resource(load: Workload, device: Device, choice: Choice, whole: float) -> dict[str, float]:
+def _by_resource(
+    load: Workload, device: Device, choice: Assignment, whole: float
+) -> dict[str, float]:
     """Return the seconds of an iteration in which each resource works for a device."""
     s = Menu(load, [choice]).stages(device)
     n = float(s.pieces[0])
@@ -150,21 +152,18 @@ def why(load: Workload, device: Device, made: Plan, k: int, alone_s: float) -> s
         forced = plan(dataclasses.replace(load, devices=(device,)), "auto", offload=True)
         best = forced.choices[0]
         busy = _by_resource(load, device, best, 0.0)
-        busiest = max(("up", "edge", "down", "device"), key=lambda name: busy[f"{name}_s"])
+        busiest = max(RESOURCES, key=lambda name: busy[f"{name}_s"])
         return (
             f"offloading would take {seconds_text(forced.round_s[0])} even with an edge of its "
-            f"own, most of it on the {_NAMES[busiest]}; alone it takes {seconds_text(alone_s)}"
+            f"own, most of it on the {RESOURCES[busiest]}; alone it takes {seconds_text(alone_s)}"
         )
     busy = _by_resource(load, device, choice, made.iteration_s[k])
     busiest = max(RESOURCES, key=lambda name: busy[f"{name}_s"])
     share = busy[f"{busiest}_s"] / made.iteration_s[k] if made.iteration_s[k] else 0.0
     return (
-        f"{alone_s / made.round_s[k]:.1f} times faster than alone; the {_NAMES[busiest]} is busy "
-        f"{share:.0%} of the time"
+        f"{alone_s / made.round_s[k]:.1f} times faster than alone; the {RESOURCES[busiest]} is "
+        f"busy {share:.0%} of the time"
     )
-
-
-_NAMES = {"device": "device", "up": "uplink", "edge": "edge", "down": "downlink"}
 
 
 def _summary(load: Workload, made: Plan, whole: Plan) -> str:

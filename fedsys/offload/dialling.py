@@ -19,6 +19,7 @@ from fedsys.planning.hardware import link_of, network_of
 from fedsys.transport.dial import dial
 from fedsys.transport.faulty import Faulty, LinkFault
 from fedsys.transport.link import Link
+from fedsys.transport.messages import PARTITION_ID, number
 from fedsys.transport.network import Network
 from fedsys.transport.patience import Patience
 from fedsys.transport.security import Credentials
@@ -63,14 +64,14 @@ def dialler_of(
     Args:
         config: The run.
         node_config: Of the node; its ``credentials`` come before those of the run, and its
-            ``partition-id`` says which device it is.
+            `PARTITION_ID` says which device it is.
         faults: What strikes the device in this round.
 
     Raises:
         SecurityError: The credentials are missing or not valid.
     """
     folder = node_config.get("credentials") or config.link.credentials
-    link = link_of(config, int(str(node_config.get("partition-id", 0))))
+    link = link_of(config, int(number(node_config, PARTITION_ID, 0)))
     return Dialler(
         Credentials.load(Path(str(folder))) if folder else None,
         faults,

@@ -33,9 +33,10 @@ import numpy as np
 
 from fedsys.errors import ConfigError
 from fedsys.planning import search
+from fedsys.planning.assignment import Assignment
 from fedsys.planning.contention import Indices, alone_s
 from fedsys.planning.tables import MEAN, Table
-from fedsys.planning.workload import MOST_PIECES, Choice, Device, Menu, Workload
+from fedsys.planning.workload import MOST_PIECES, Device, Menu, Workload
 from fedsys.transport.network import Network
 
 METHODS = ("auto", "exhaustive", "pipar", "splitfed", "classic")
@@ -57,7 +58,7 @@ class Plan:
     """
 
     method: str
-    choices: tuple[Choice, ...]
+    choices: tuple[Assignment, ...]
     iteration_s: tuple[float, ...]
     round_s: tuple[float, ...]
     how: str
@@ -94,13 +95,15 @@ def plan(load: Workload, method: str = "auto", *, offload: bool = False) -> Plan
     return dataclasses.replace(made, planned_s=time.perf_counter() - began)
 
 
-def evaluate(load: Workload, choices: Sequence[Choice], *, method: str = "", how: str = "") -> Plan:
+def evaluate(
+    load: Workload, choices: Sequence[Assignment], *, method: str = "", how: str = ""
+) -> Plan:
     """Return a plan of given choices with what the model predicts for it."""
     table, picked = _listed(load, choices)
     return _as_plan(table, picked, method, how)
 
 
-def _listed(load: Workload, choices: Sequence[Choice]) -> tuple[Table, Indices]:
+def _listed(load: Workload, choices: Sequence[Assignment]) -> tuple[Table, Indices]:
     index = {choice: i for i, choice in enumerate(dict.fromkeys(choices))}
     return Table(load, list(index)), np.array([index[choice] for choice in choices])
 
@@ -114,16 +117,20 @@ def _as_plan(table: Table, picked: Indices, method: str, how: str) -> Plan:
     return Plan(method, choices, iteration_s, round_s, how, rest_s)
 
 
-def options(load: Workload, *, offload: bool = False) -> list[Choice]:
+def options(load: Workload, *, offload: bool = False) -> list[Assignment]:
     """Return all choices of a device; those of one kind stand together, edge by edge."""
-    whole = [] if offload else [Choice(load.units)]
+    whole = [] if offload else [_whole(load)]
     return whole + [
-        Choice(cut, count, codec, edge)
+        Assignment(cut, edge, codec, codec, count)
         for cut in load.cuts
         for count in load.micro_batches
         for codec in load.codecs
         for edge in range(len(load.edges))
     ]
+
+
+def _whole(load: Workload) -> Assignment:
+    return Assignment(load.units, micro_batches=1)
 
 
 def best_static(load: Workload, *, offload: bool = False) -> Plan:
@@ -150,7 +157,7 @@ def best_static(load: Workload, *, offload: bool = False) -> Plan:
 
 def next_best(
     load: Workload, made: Plan, *, offload: bool = False
-) -> tuple[tuple[Choice, float], ...]:
+) -> tuple[tuple[Assignment, float], ...]:
     """Return for each device the best of its other choices, and the seconds of its round with it.
 
     The other devices stay as they are in the plan. Choices that differ in the edge only are one.
@@ -163,15 +170,13 @@ def next_best(
     table = Table(load, list(dict.fromkeys([*options(load, offload=offload), *made.choices])))
     index = {choice: i for i, choice in enumerate(table.choices)}
     picked = np.array([index[choice] for choice in made.choices])
-    known: dict[tuple[int, Network, int, Choice], tuple[Choice, float]] = {}
+    known: dict[tuple[int, Network, int, Assignment], tuple[Assignment, float]] = {}
     found = []
     for k, (device, own) in enumerate(zip(load.devices, made.choices, strict=True)):
         key = (id(device.costs), device.network, device.examples, own)
         if key not in known:
-            like = (own.cut, own.micro_batches, own.codecs)
-            others = [
-                i for i, c in enumerate(table.choices) if (c.cut, c.micro_batches, c.codecs) != like
-            ]
+            like = (own.cut, own.pieces, own.codecs)
+            others = [i for i, c in enumerate(table.choices) if (c.cut, c.pieces, c.codecs) != like]
             rows = np.repeat(picked[None], len(others), axis=0)
             rows[:, k] = others
             seconds = np.array([table.times(row[None])[1][0, k] for row in rows])
@@ -192,7 +197,7 @@ _Found = tuple[Table, Indices, str]
 
 
 def _classic(load: Workload, offload: bool) -> _Found:
-    return *_listed(load, [Choice(load.units)] * len(load.devices)), "no choice"
+    return *_listed(load, [_whole(load)] * len(load.devices)), "no choice"
 
 
 def _auto(load: Workload, offload: bool) -> _Found:
@@ -251,10 +256,10 @@ def _pipar(load: Workload, offload: bool) -> _Found:
     return *_listed(load, found), "the paper's rule, each device by itself"
 
 
-def _pipar_choice(load: Workload, device: Device, edge: int, offload: bool) -> Choice:
+def _pipar_choice(load: Workload, device: Device, edge: int, offload: bool) -> Assignment:
     codec = load.codecs[0]
-    whole = Menu(load, [Choice(cut, 1, codec, edge) for cut in load.cuts])
-    choices = [] if offload and load.cuts else [Choice(load.units)]
+    whole = Menu(load, [Assignment(cut, edge, codec, codec, 1) for cut in load.cuts])
+    choices = [] if offload and load.cuts else [_whole(load)]
     if load.cuts:
         s = whole.stages(device)
         away = s.up + s.edge + s.down + 2 * s.latency
@@ -263,17 +268,17 @@ def _pipar_choice(load: Workload, device: Device, edge: int, offload: bool) -> C
         for cut, ratio in zip(load.cuts, away / shorter, strict=True):
             count = max(1, min(most, 1 + math.ceil(min(float(ratio), most))))
             count = load.batch_size // (load.batch_size // count)
-            choices.append(Choice(cut, min(count, load.batch_size), codec, edge))
+            choices.append(Assignment(cut, edge, codec, codec, min(count, load.batch_size)))
     menu = Menu(load, choices)
     seconds = alone_s(menu.stages(device), load.in_flight)
     return choices[int(np.argmin(seconds))]
 
 
 def _splitfed(load: Workload, offload: bool) -> _Found:
-    found = []
+    found, codec = [], load.codecs[0]
     for k, device in enumerate(load.devices):
         edge = k % len(load.edges)
-        menu = Menu(load, [Choice(cut, 1, load.codecs[0], edge) for cut in load.cuts])
+        menu = Menu(load, [Assignment(cut, edge, codec, codec, 1) for cut in load.cuts])
         found.append(menu.choices[int(np.argmin(alone_s(menu.stages(device))))])
     return *_listed(load, found), "one micro-batch, each device at its own best cut"
 

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from fedsys.planning.assignment import Assignment
 from fedsys.planning.contention import Indices, alone_s, together_s
-from fedsys.planning.workload import Array, Choice, Menu, Stages, Workload, mini_batches
+from fedsys.planning.workload import Array, Menu, Stages, Workload, mini_batches
 from fedsys.transport.network import Network
 
 MEAN = 1e-3  # weight of the mean beside the slowest device
@@ -40,7 +41,7 @@ class Table:
         worth: How many iterations of full size a round is worth, ``(K, O)``.
     """
 
-    def __init__(self, load: Workload, choices: Sequence[Choice]) -> None:
+    def __init__(self, load: Workload, choices: Sequence[Assignment]) -> None:
         self.load, self.choices = load, tuple(choices)
         self.workers = [edge.workers for edge in load.edges]
         self._known: dict[bytes, tuple[Array, Array]] = {}
@@ -87,7 +88,7 @@ class Table:
         self._first: list[int] = []
         self.course = np.zeros(len(self.choices), dtype=np.int64)
         for i, c in enumerate(self.choices):
-            key = (c.cut, c.micro_batches, c.codecs, kind[c.edge])
+            key = (c.cut, c.pieces, c.codecs, kind[c.edge])
             self.course[i] = found.setdefault(key, len(found))
             if self.course[i] == len(self._first):
                 self._first.append(i)

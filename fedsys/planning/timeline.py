@@ -17,32 +17,8 @@ from dataclasses import dataclass, field
 
 from fedsys.errors import ConfigError
 from fedsys.planning.jobs import Job, Turn
+from fedsys.planning.resources import Event
 from fedsys.transport.network import Rate, finish_time
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """One stay on a resource.
-
-    Attributes:
-        resource: ``device:NAME``, ``up:NAME``, ``down:NAME`` or ``edge:INDEX``.
-        name: What is done.
-        job: Index of the device.
-        iteration: Index of the mini-batch.
-        piece: Index of the micro-batch; -1 for what belongs to none.
-        start_s: When it begins.
-        end_s: When it ends; on a link before the latency.
-        cause: Index of the event whose end decided when this one begins; None for the first.
-    """
-
-    resource: str
-    name: str
-    job: int
-    iteration: int
-    piece: int
-    start_s: float
-    end_s: float
-    cause: int | None
 
 
 @dataclass(frozen=True)
@@ -203,7 +179,7 @@ class _Simulation:
     def _add(self, run: _Run, resource: str, name: str, iteration: int, piece: int,
              start_s: float, end_s: float, cause: int | None) -> int:  # fmt: skip
         self._events.append(
-            Event(resource, name, run.index, iteration, piece, start_s, end_s, cause)
+            Event(resource, name, iteration, piece, start_s, end_s, run.index, cause)
         )
         run.end_s = max(run.end_s, end_s)
         return len(self._events) - 1

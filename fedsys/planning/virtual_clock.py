@@ -13,35 +13,15 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fedsys.planning.assignment import Assignment
 from fedsys.planning.jobs import Job
 from fedsys.planning.planner import evaluate
+from fedsys.planning.resources import RESOURCES, Measured
 from fedsys.planning.timeline import Timeline, play
-from fedsys.planning.workload import Choice, Workload, job_of, mini_batches
-
-KINDS = ("device", "up", "edge", "down")
-"""Kinds of resources."""
+from fedsys.planning.workload import Workload, job_of, mini_batches
 
 MOST_TURNS = 40_000
 """Turns that are played of a round; of a longer one a share of the iterations is."""
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What a device would have measured in a round.
-
-    Attributes:
-        compute_s: Seconds of a mini-batch in which it computes.
-        up_bit_s: Seconds that a bit takes on the uplink; 0 if nothing was sent.
-        down_bit_s: On the downlink.
-        edge_s: Seconds of a mini-batch in which its edge computes for it, optimizer not included.
-        iteration_s: Seconds of a mini-batch.
-    """
-
-    compute_s: float
-    up_bit_s: float
-    down_bit_s: float
-    edge_s: float
-    iteration_s: float
 
 
 @dataclass(frozen=True)
@@ -51,7 +31,7 @@ class VirtualRound:
     Attributes:
         seconds: Until the last device has returned its part of the model.
         device_s: Seconds of each device.
-        idle: Share of the time in which resources do nothing, mean by kind (`KINDS`).
+        idle: Share of the time in which resources do nothing, mean by kind (`RESOURCES`).
         seen: What each device would have measured.
         timeline: The events that were played.
     """
@@ -59,12 +39,12 @@ class VirtualRound:
     seconds: float
     device_s: tuple[float, ...]
     idle: dict[str, float]
-    seen: tuple[Seen, ...]
+    seen: tuple[Measured, ...]
     timeline: Timeline
 
 
 def virtual_round(
-    load: Workload, choices: Sequence[Choice], start_s: float = 0.0, *, most: int = MOST_TURNS
+    load: Workload, choices: Sequence[Assignment], start_s: float = 0.0, *, most: int = MOST_TURNS
 ) -> VirtualRound:
     """Play a round.
 
@@ -102,21 +82,20 @@ def _shortened(job: Job, share: float) -> Job:
 def _idle(load: Workload, timeline: Timeline) -> dict[str, float]:
     """Return mean idle shares; a resource without events is idle all the time."""
     workers = [edge.workers for edge in load.edges]
-    shares: dict[str, float] = dict.fromkeys(KINDS, 0.0)
+    shares: dict[str, float] = dict.fromkeys(RESOURCES, 0.0)
     for resource, idle in timeline.idle(workers).items():
         shares[resource.partition(":")[0]] += 1.0 - idle
-    counts = {kind: len(load.edges if kind == "edge" else load.devices) for kind in KINDS}
-    return {kind: 1.0 - shares[kind] / counts[kind] for kind in KINDS}
+    counts = {kind: len(load.edges if kind == "edge" else load.devices) for kind in RESOURCES}
+    return {kind: 1.0 - shares[kind] / counts[kind] for kind in RESOURCES}
 
 
 def _seen(
     load: Workload, jobs: Sequence[Job], timeline: Timeline, start_s: float
-) -> tuple[Seen, ...]:
-    busy = [dict.fromkeys(("device", "up", "down", "edge"), 0.0) for _ in jobs]
+) -> tuple[Measured, ...]:
+    busy = [dict.fromkeys(RESOURCES, 0.0) for _ in jobs]
     for event in timeline.events:
-        kind = event.resource.partition(":")[0]
-        if event.name != "load" and (kind, event.name) != ("edge", "update"):
-            busy[event.job][kind] += event.end_s - event.start_s
+        if event.name != "load" and (event.kind, event.name) != ("edge", "update"):
+            busy[event.job][event.kind] += event.end_s - event.start_s
     found = []
     for k, job in enumerate(jobs):
         up, down = job.return_bytes, job.fetch_bytes
@@ -126,12 +105,12 @@ def _seen(
                     up, down = up + turn.exchange.up_bytes, down + turn.exchange.down_bytes
         took = timeline.ends_s[k] - start_s
         found.append(
-            Seen(
+            Measured(
+                max(0.0, took - _exchange(load, k, job)) / job.iterations,
                 busy[k]["device"] / job.iterations,
+                busy[k]["edge"] / job.iterations,
                 busy[k]["up"] / (8 * up) if up else 0.0,
                 busy[k]["down"] / (8 * down) if down else 0.0,
-                busy[k]["edge"] / job.iterations,
-                max(0.0, took - _exchange(load, k, job)) / job.iterations,
             )
         )
     return tuple(found)
@@ -146,7 +125,7 @@ def _exchange(load: Workload, k: int, job: Job) -> float:
     return bits / network.up_bits_s + bits / network.down_bits_s + 2 * network.latency_s
 
 
-def predicted_iterations(load: Workload, choices: Sequence[Choice]) -> list[list[float]]:
+def predicted_iterations(load: Workload, choices: Sequence[Assignment]) -> list[list[float]]:
     """Return the seconds that each iteration of each device in a round is expected to take."""
     made = evaluate(load, choices)
     return iterations_of(load, made.iteration_s, made.rest_s)

@@ -1,9 +1,9 @@
 """What is to be trained, and how one device may go about it: the records that planners work on.
 
-A `Choice` says how a device trains; a `Menu` says how long its five stages take for one micro-batch
-(letters as in `tests.planning.recurrences`), `job_of` makes it a device of
-`fedsys.planning.timeline.play`. CPU time of a message is charged to the machine that spends it: to
-the device in f and b, to the edge in s.
+A `Menu` says how long the five stages of an `Assignment` take for one micro-batch (letters as in
+`tests.planning.recurrences`), `job_of` makes it a device of `fedsys.planning.timeline.play`. CPU
+time of a message is charged to the machine that spends it: to the device in f and b, to the edge in
+s.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from fedsys.errors import ConfigError
 from fedsys.models.layered import LayeredModel
+from fedsys.planning.assignment import Assignment
 from fedsys.planning.costs import (
     LABEL_BYTES,
     Crossing,
@@ -32,30 +33,6 @@ from fedsys.transport.network import Network
 Array = NDArray[np.float64]
 
 MOST_PIECES = 64
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Choice:
-    """How one device trains.
-
-    Attributes:
-        cut: Units ``[0, cut)`` are on the device.
-        micro_batches: Pieces of a mini-batch.
-        codec: How activations are written at the cut.
-        edge: Index of the edge server.
-        codec_down: How their gradients are written; empty: as `codec`.
-    """
-
-    cut: int
-    micro_batches: int = 1
-    codec: str = "fp32"
-    edge: int = 0
-    codec_down: str = ""
-
-    @property
-    def codecs(self) -> tuple[str, str]:
-        """How tensors are written on the way up, and down."""
-        return self.codec, self.codec_down or self.codec
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,11 +248,11 @@ class Menu:
         choices: The choices.
     """
 
-    def __init__(self, load: Workload, choices: Sequence[Choice]) -> None:
+    def __init__(self, load: Workload, choices: Sequence[Assignment]) -> None:
         self.load, self.choices = load, tuple(choices)
         self.cut = np.array([choice.cut for choice in choices])
         self.edge = np.array([choice.edge for choice in choices])
-        self._wanted = np.array([float(choice.micro_batches) for choice in choices])
+        self._wanted = np.array([float(choice.pieces) for choice in choices])
         self._codecs = sorted({codec for choice in choices for codec in choice.codecs})
         index = {codec: i for i, codec in enumerate(self._codecs)}
         self._up_codec, self._down_codec = (
@@ -372,7 +349,7 @@ def _frame_table(load: Workload, codec: str) -> tuple[Array, Array]:
 
 
 def job_of(
-    load: Workload, device: Device, choice: Choice, *, name: str = "", start_s: float = 0.0,
+    load: Workload, device: Device, choice: Assignment, *, name: str = "", start_s: float = 0.0,
     iterations: int | None = None,
 ) -> Job:  # fmt: skip
     """Return what a device does in a round, as the simulator plays it.
@@ -409,8 +386,8 @@ def job_of(
     )
 
 
-def _turns(load: Workload, device: Device, choice: Choice, size: int) -> tuple[Turn, ...]:
-    sizes = [stop - start for start, stop in pieces(size, choice.micro_batches)]
+def _turns(load: Workload, device: Device, choice: Assignment, size: int) -> tuple[Turn, ...]:
+    sizes = [stop - start for start, stop in pieces(size, choice.pieces)]
     if choice.cut == load.units:
         seconds = [device.costs.seconds(n, 0, choice.cut) for n in sizes]
         return tuple(

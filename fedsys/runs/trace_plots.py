@@ -14,10 +14,11 @@ from statistics import median
 from typing import Any
 
 from fedsys.files import json_text, write_atomic
+from fedsys.planning.resources import Event
 from fedsys.runs import plots
 from fedsys.runs import virtual_plots as fleet_plots
 from fedsys.runs import virtual_trace as fleet_trace
-from fedsys.runs.tracing import LANES, Event, lanes_in, perfetto
+from fedsys.runs.tracing import LANES, lanes_in, perfetto
 from fedsys.runs.virtual_trace import FleetRound
 
 Traces = Mapping[str, Sequence[Event]]
@@ -178,7 +179,7 @@ def _lanes_painter(
 
 
 def _idle_painter(shares: Mapping[str, Mapping[str, float]], whose: str) -> plots.Paint:
-    lanes = [lane for lane in LANES if any(lane in by_lane for by_lane in shares.values())]
+    lanes = [lane for lane in LANES.values() if any(lane in by_lane for by_lane in shares.values())]
 
     def paint(axes: Any) -> None:
         width = 0.8 / len(lanes)

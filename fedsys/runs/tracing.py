@@ -15,17 +15,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from statistics import median
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-LANES: Final = ("device", "uplink", "edge", "downlink", "loader")
+from fedsys.planning.resources import RESOURCES, Event, Measured
+from fedsys.transport.messages import Trace
+
+LANES: Final = {**RESOURCES, "loader": "loader"}
+"""What an event may be on, and what people call it."""
+
 NAMES: Final = ("load", "forward", "tail", "send", "wait", "backward", "update", "step", "transfer")
 MOST_EVENTS: Final = 4000
 """Events of one device and round that are kept; those of its first mini-batches."""
 
+_KINDS: Final = tuple(LANES)
 _RECORD: Final = np.dtype(
     [
         ("lane", "u1"),
@@ -36,45 +41,6 @@ _RECORD: Final = np.dtype(
         ("end", "<f8"),
     ]
 )
-
-
-class Event(NamedTuple):
-    """One stay in a lane.
-
-    Attributes:
-        lane: One of `LANES`.
-        name: One of `NAMES`.
-        step: Index of the mini-batch in the round.
-        piece: Index of the micro-batch; -1 for what belongs to none.
-        start_s: Seconds of the device's clock.
-        end_s: When it ends.
-    """
-
-    lane: str
-    name: str
-    step: int
-    piece: int
-    start_s: float
-    end_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Sums:
-    """What a mini-batch took, and what a bit took on its way; 0 where unknown.
-
-    Attributes:
-        iteration_s: From one mini-batch to the next; the median.
-        compute_s: In which the device computed, loading not included; the mean.
-        edge_s: In which the edge computed, its optimizer step not included; the mean.
-        up_bit_s: Seconds for a bit to the edge.
-        down_bit_s: Seconds for a bit from it.
-    """
-
-    iteration_s: float = 0.0
-    compute_s: float = 0.0
-    edge_s: float = 0.0
-    up_bit_s: float = 0.0
-    down_bit_s: float = 0.0
 
 
 class _Answer(NamedTuple):
@@ -156,16 +122,16 @@ class Recorder:
         for answer in sorted(self._answers, key=lambda a: a.told[0]):
             received, began, middle, ended = (n / 1e6 - offset for n in answer.told)
             place = answer.step, answer.piece
-            found.append(Event("uplink", "transfer", *place, max(answer.sent_s, up), received))
+            found.append(Event("up", "transfer", *place, max(answer.sent_s, up), received))
             if middle > began:
                 found.append(Event("edge", "forward", *place, began, middle))
             if ended > middle:
                 found.append(Event("edge", "backward", *place, middle, ended))
-            found.append(Event("downlink", "transfer", *place, max(ended, down), answer.arrived_s))
+            found.append(Event("down", "transfer", *place, max(ended, down), answer.arrived_s))
             up, down = received, answer.arrived_s
         return sorted((e for e in found if e.end_s > e.start_s), key=lambda e: (e.start_s, e.end_s))
 
-    def sums(self, latency_s: float = 0.0) -> Sums:
+    def sums(self, latency_s: float = 0.0) -> Measured:
         """Return what a mini-batch took.
 
         Args:
@@ -183,7 +149,7 @@ class Recorder:
             (a.sent_s, a.told[0] / 1e6 - offset, a.up_bytes, a.told[3] / 1e6 - offset, a.arrived_s,
              a.down_bytes) for a in self._answers
         ]  # fmt: skip
-        return Sums(
+        return Measured(
             median(self.iterations()) if len(self._ends) > 1 else 0.0,
             computed / steps,
             edge / steps,
@@ -191,10 +157,9 @@ class Recorder:
             _bit_s([(sent, received, n) for *_, sent, received, n in ways], latency_s),
         )
 
-    def record(self) -> dict[str, bytes | list[float] | float]:
-        """Return for a message the ``events``, the ``ends`` of all mini-batches, and ``late``."""
-        events = pack(self.events()[:MOST_EVENTS])
-        return {"events": events, "ends": list(self._ends), "late": self._late_s}
+    def record(self) -> Trace:
+        """Return what a message says of it."""
+        return Trace(pack(self.events()[:MOST_EVENTS]), tuple(self._ends), self._late_s)
 
 
 def _offset(answers: Iterable[_Answer]) -> float:
@@ -227,13 +192,13 @@ def _bit_s(ways: Sequence[tuple[float, float, int]], latency_s: float) -> float:
 def lanes_in(events: Iterable[Event]) -> list[str]:
     """Return the lanes that have events, in their order."""
     found = {event.lane for event in events}
-    return [lane for lane in LANES if lane in found]
+    return [lane for lane in LANES.values() if lane in found]
 
 
 def pack(events: Iterable[Event]) -> bytes:
     """Return events as bytes."""
     rows = [
-        (LANES.index(e.lane), NAMES.index(e.name), e.step, e.piece, e.start_s, e.end_s)
+        (_KINDS.index(e.kind), NAMES.index(e.name), e.step, e.piece, e.start_s, e.end_s)
         for e in events
     ]
     return np.array(rows, dtype=_RECORD).tobytes()
@@ -244,9 +209,9 @@ def unpack(data: bytes) -> list[Event]:
     whole = len(data) // _RECORD.itemsize * _RECORD.itemsize
     rows = np.frombuffer(data[:whole], dtype=_RECORD).tolist()
     return [
-        Event(LANES[lane], NAMES[name], *rest)
+        Event(_KINDS[lane], NAMES[name], *rest)
         for lane, name, *rest in rows
-        if lane < len(LANES) and name < len(NAMES)
+        if lane < len(_KINDS) and name < len(NAMES)
     ]
 
 
@@ -271,7 +236,7 @@ def perfetto(devices: Mapping[str, Sequence[Event]], first: int = 1) -> dict[str
     made: list[dict[str, Any]] = []
     for pid, (device, events) in enumerate(devices.items(), start=first):
         made.append({"name": "process_name", "ph": "M", "pid": pid, "args": {"name": device}})
-        for tid, lane in enumerate(LANES, start=1):
+        for tid, lane in enumerate(LANES.values(), start=1):
             named = {"ph": "M", "pid": pid, "tid": tid}
             made.append({**named, "name": "thread_name", "args": {"name": lane}})
             made.append({**named, "name": "thread_sort_index", "args": {"sort_index": tid}})
@@ -281,7 +246,7 @@ def perfetto(devices: Mapping[str, Sequence[Event]], first: int = 1) -> dict[str
                 "cat": e.lane,
                 "ph": "X",
                 "pid": pid,
-                "tid": LANES.index(e.lane) + 1,
+                "tid": _KINDS.index(e.kind) + 1,
                 **span_of(e.start_s - origin, e.end_s - origin),
                 "args": {"mini-batch": e.step},
             }

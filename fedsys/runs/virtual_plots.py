@@ -6,10 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any, Final
 
-from fedsys.planning.timeline import Event
-from fedsys.planning.virtual_clock import KINDS
+from fedsys.planning.resources import RESOURCES, Event
 from fedsys.runs import plots
-from fedsys.runs.virtual_trace import ROLES, FleetRound, Shown, by_resource, one_iteration, workers
+from fedsys.runs.virtual_trace import FleetRound, Shown, by_resource, one_iteration, workers
 
 MOST_DRAWN: Final = 8
 """Devices in a picture of lanes: the slowest ones."""
@@ -40,7 +39,7 @@ def lanes_of(shown: FleetRound, part: Shown) -> list[Lane]:
         if kind == "edge":
             edges[index] = events
         elif events or kind == "device":
-            name = shown.names[index] if kind == "device" else ROLES[kind]
+            name = shown.names[index] if kind == "device" else RESOURCES[kind]
             lanes.append((name, [events]))
     critical = {id(event) for event in shown.critical_path}
 
@@ -101,7 +100,7 @@ def _bars(
 
 
 def _shade(event: Event) -> str:
-    kind = event.resource.partition(":")[0]
+    kind = event.kind
     if kind in ("up", "down"):
         return "transfer"
     return event.name if kind == "device" or event.name == "update" else "edge"
@@ -139,7 +138,7 @@ def _below(columns: int, points: float = 30.0) -> dict[str, Any]:
 
 def _shown_of(shown: FleetRound, most: int) -> str:
     """Return what a title says of devices and edge servers that are not drawn."""
-    edges = {e.resource for e in shown.played.timeline.events if e.resource.startswith("edge:")}
+    edges = {e.resource for e in shown.played.timeline.events if e.kind == "edge"}
     parts = []
     if len(shown.names) > most:
         parts.append(f"the {most} slowest of {len(shown.names)} devices")
@@ -153,8 +152,8 @@ def idle_panel(shown: FleetRound) -> tuple[plots.Paint, float]:
     groups = idle_groups(shown)
 
     def paint(axes: Any) -> None:
-        width = 0.8 / len(KINDS)
-        for i, kind in enumerate(KINDS):
+        width = 0.8 / len(RESOURCES)
+        for i, kind in enumerate(RESOURCES):
             bars = [
                 (place + (list(shares).index(kind) - (len(shares) - 1) / 2) * width, shares[kind])
                 for place, shares in enumerate(groups.values())
@@ -164,7 +163,7 @@ def idle_panel(shown: FleetRound) -> tuple[plots.Paint, float]:
                 [x for x, _ in bars],
                 [100 * share for _, share in bars],
                 width,
-                label=ROLES[kind],
+                label=RESOURCES[kind],
                 color=plots.COLORS[i],
             )
             axes.bar_label(drawn, fmt="%.0f", fontsize=6)
@@ -173,7 +172,7 @@ def idle_panel(shown: FleetRound) -> tuple[plots.Paint, float]:
         axes.grid(visible=False, axis="x")
         title = f"{shown.title}: share of the round in which nothing is done"
         axes.set(title=plots.capitalised(title) + _shown_of(shown, MOST_BARS), ylabel="percent")
-        axes.legend(**_below(len(KINDS), 38.0))
+        axes.legend(**_below(len(RESOURCES), 38.0))
 
     return paint, 3.4
 
@@ -202,5 +201,5 @@ def idle_groups(shown: FleetRound) -> dict[str, dict[str, float]]:
         else:
             edges[f"edge {index}"] = {kind: idle[f"edge:{index}"]}
     several = sorted(edges, key=lambda name: edges[name]["edge"])[:MOST_EDGES]
-    mean = {kind: shown.played.idle[kind] for kind in KINDS}
+    mean = {kind: shown.played.idle[kind] for kind in RESOURCES}
     return {**found, **{name: edges[name] for name in edges if name in several}, "mean": mean}

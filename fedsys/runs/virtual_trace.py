@@ -12,7 +12,7 @@ from functools import cached_property
 from statistics import median
 from typing import Any, Final, NamedTuple
 
-from fedsys.planning.timeline import Event
+from fedsys.planning.resources import RESOURCES, Event
 from fedsys.planning.virtual_clock import VirtualRound
 from fedsys.runs.tracing import span_of
 
@@ -21,9 +21,6 @@ MOST_DEVICES: Final = 40
 
 MOST_EVENTS: Final = 20_000
 """Events that a trace shows, the first ones; at about 130 bytes each."""
-
-ROLES: Final = {"device": "device", "up": "uplink", "edge": "edge", "down": "downlink"}
-"""What people call each kind of resource."""
 
 _OF_DEVICES: Final = ("device", "up", "down")
 
@@ -96,9 +93,9 @@ def one_iteration(shown: FleetRound) -> Shown:
     last: dict[int, dict[int, float]] = {k: {} for k in range(len(shown.names))}
     first = timeline.seconds + timeline.start_s
     for event in timeline.events:
-        if event.resource.startswith("device:"):
+        if event.kind == "device":
             ends = last[event.job]
-            ends[event.iteration] = max(ends.get(event.iteration, 0.0), event.end_s)
+            ends[event.step] = max(ends.get(event.step, 0.0), event.end_s)
             if event.job == slowest:
                 first = min(first, event.start_s)
     mine = last[slowest]
@@ -170,7 +167,7 @@ def perfetto(shown: FleetRound, pid: int = 1) -> list[dict[str, Any]]:
     ]
     for (kind, index), events in by_resource(held, devices).items():
         if kind != "edge":
-            role = "" if kind == "device" else f" {ROLES[kind]}"
+            role = "" if kind == "device" else f" {RESOURCES[kind]}"
             lanes += [(shown.names[index] + role, events)] if events else []
             continue
         several = workers(events)
@@ -201,7 +198,7 @@ def _named(name: str, pid: int, tid: int, args: dict[str, Any]) -> dict[str, Any
 
 
 def _span(shown: FleetRound, event: Event, pid: int, tid: int) -> dict[str, Any]:
-    kind = event.resource.partition(":")[0]
+    kind = event.kind
     name = event.name if event.piece < 0 else f"{event.name} {event.piece}"
     if tid == 1:
         where = f"edge {event.resource.partition(':')[2]}" if kind == "edge" else ""
@@ -214,5 +211,5 @@ def _span(shown: FleetRound, event: Event, pid: int, tid: int) -> dict[str, Any]
         "pid": pid,
         "tid": tid,
         **span_of(event.start_s - start_s, event.end_s - start_s),
-        "args": {"device": shown.names[event.job], "mini-batch": event.iteration},
+        "args": {"device": shown.names[event.job], "mini-batch": event.step},
     }

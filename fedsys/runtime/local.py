@@ -26,6 +26,7 @@ from fedsys.runs import startup as stages
 from fedsys.runtime.apps import load_apps
 from fedsys.training.pulse import pulse
 from fedsys.transport import records
+from fedsys.transport.messages import PARTITION_ID
 
 FIRST_NODE_ID = SUPERLINK_NODE_ID + 1
 
@@ -172,7 +173,7 @@ class LocalGrid(Grid):
         context = Context(
             run_id=TaskIdentity.run_id,
             node_id=node_id,
-            node_config={"partition-id": partition_id, "num-partitions": len(self._nodes)},
+            node_config={PARTITION_ID: partition_id, "num-partitions": len(self._nodes)},
             state=self._states.get(node_id) or RecordDict(),
             run_config=self._run_config,
         )

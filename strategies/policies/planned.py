@@ -24,7 +24,7 @@ from fedsys.planning.hardware import Hardware
 from fedsys.planning.options import PlanOptions, machines_of, run_workload
 from fedsys.planning.planner import Plan, evaluate, plan
 from fedsys.planning.tables import score
-from fedsys.planning.workload import Choice, Device, Menu, Workload, mini_batches
+from fedsys.planning.workload import Device, Menu, Workload, mini_batches
 from fedsys.transport.network import Network
 from strategies.policies.policy import Assignment, Observation
 
@@ -78,15 +78,12 @@ class Planned:
         state = self._forgetful(self._informed(state, seen), clients, seen)
         if clients and (state["drifted"] or state["clients"] != clients):
             state = self._replanned(state, clients)
-        chosen = {client: Choice(*state["choices"][client]) for client in clients}
-        return state | {"drifted": False}, {
-            client: Assignment(c.cut, c.edge, *c.codecs, c.micro_batches)
-            for client, c in chosen.items()
-        }
+        chosen = {client: _kept(state["choices"][client]) for client in clients}
+        return state | {"drifted": False}, chosen
 
     def predicted(self, state: State, clients: Sequence[int]) -> Plan:
         """Return what is expected of some clients, by what is believed and chosen."""
-        choices = [Choice(*state["choices"][client]) for client in clients]
+        choices = [_kept(state["choices"][client]) for client in clients]
         return evaluate(self._load(clients, state), choices)
 
     def _replanned(self, state: State, clients: list[int]) -> State:
@@ -95,13 +92,10 @@ class Planned:
         known = [state["choices"].get(client) for client in clients]
         choices = made.choices
         if all(choice is not None for choice in known):
-            old = evaluate(load, [Choice(*choice) for choice in known])
+            old = evaluate(load, [_kept(choice) for choice in known])
             if _scored(made) > _scored(old) * (1 - self._options.hysteresis):
                 choices = old.choices
-        fresh = {
-            client: list(dataclasses.astuple(choice))
-            for client, choice in zip(clients, choices, strict=True)
-        }
+        fresh = {client: _keeping(c) for client, c in zip(clients, choices, strict=True)}
         return state | {
             "choices": state["choices"] | fresh,
             "clients": clients,
@@ -158,7 +152,7 @@ class Planned:
         beliefs, drifted = dict(state["beliefs"]), False
         edges: dict[int, list[float]] = {}
         for client, device in zip(measured, load.devices, strict=True):
-            choice, got = Choice(*state["choices"][client]), seen[client]
+            choice, got = _kept(state["choices"][client]), seen[client]
             own, there = _busy(load, device, choice)
             now = (
                 1 / got.up_bit_s if got.up_bit_s > 0 else None,
@@ -213,7 +207,19 @@ def _scored(made: Plan) -> float:
     return float(score(np.array([made.round_s]))[0])
 
 
-def _busy(load: Workload, device: Device, choice: Choice) -> tuple[float, float]:
+def _keeping(choice: Assignment) -> list[int | str]:
+    """Return what checkpoints keep of a choice; the codec down is empty where it is that up."""
+    up, down = choice.codecs
+    return [choice.cut, choice.pieces, up, choice.edge, "" if down == up else down]
+
+
+def _kept(values: Sequence[Any]) -> Assignment:
+    """Return the choice that `_keeping` took down."""
+    cut, pieces, up, edge, down = values
+    return Assignment(cut, edge, up, down or up, pieces)
+
+
+def _busy(load: Workload, device: Device, choice: Assignment) -> tuple[float, float]:
     """Return the seconds in which device and edge compute in a mini-batch: means, as measured."""
     sizes = mini_batches(device.examples, load.batch_size)
     s = Menu(load, [choice]).resized(sizes).stages(device)

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
+from fedsys.planning.assignment import Assignment
 from fedsys.planning.contention import alone_s, together_s
 from fedsys.planning.costs import Crossing, MachineCosts, Messaging
 from fedsys.planning.timeline import play
-from fedsys.planning.workload import Choice, Device, Menu, Stages, Workload, job_of
+from fedsys.planning.workload import Device, Menu, Stages, Workload, job_of
 from fedsys.transport.network import Network
 
 BATCH = 12
@@ -40,12 +41,12 @@ def machines(workers=1):
 
 networks = st.builds(Network, st.floats(1e3, 1e6), st.floats(1e3, 1e6), st.sampled_from([0.0, 0.1]))
 choices = st.builds(
-    Choice,
+    Assignment,
     st.integers(1, UNITS),
-    st.sampled_from(COUNTS),
-    st.sampled_from(["fp32", "int8"]),
     st.integers(0, 1),
-    st.sampled_from(["", "fp32", "int8"]),
+    st.sampled_from(["fp32", "int8"]),
+    st.sampled_from(["fp32", "int8"]),
+    st.sampled_from(COUNTS),
 )
 
 
@@ -126,7 +127,7 @@ def test_devices_of_one_kind_whose_moments_coincide(workers, schedule):
         tuple(Crossing(n, 1) for n in (300, 100, 10)), (0,) * 3, (1, 2), BATCH, devices, (one,),
         exchange=False,
     )  # fmt: skip
-    load, plan = in_order(load, schedule), [Choice(1, 4)] * 4
+    load, plan = in_order(load, schedule), [Assignment(1, micro_batches=4)] * 4
     edge = np.zeros((1, 4), dtype=int)
     got = together_s(stacked(load, plan), edge, [workers], load.in_flight)[0]
     assert got == pytest.approx(played(load, plan), rel=1e-9)

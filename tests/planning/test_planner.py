@@ -13,12 +13,13 @@ from hypothesis.extra.numpy import arrays
 
 from fedsys.config import compose_text, parse
 from fedsys.errors import ConfigError
+from fedsys.planning.assignment import Assignment
 from fedsys.planning.costs import Crossing, MachineClass, MachineCosts
 from fedsys.planning.planner import METHODS, MOST_COMBINATIONS, evaluate, options, plan
 from fedsys.planning.search import improved, spread
 from fedsys.planning.tables import Table, score
 from fedsys.planning.timeline import play
-from fedsys.planning.workload import Choice, Device, Workload, counts, job_of, workload
+from fedsys.planning.workload import Device, Workload, counts, job_of, workload
 from fedsys.training.federation import layered_model
 from fedsys.transport.network import Network
 
@@ -190,7 +191,7 @@ def test_the_plan_changes_when_the_bandwidth_goes_from_5_to_50(vgg5, method):
 
 def test_a_link_that_is_too_slow_leaves_everything_on_the_devices(vgg5):
     load = of_pis(vgg5, 0.5)
-    whole = (Choice(len(vgg5)),) * 4
+    whole = (Assignment(len(vgg5), micro_batches=1),) * 4
     assert plan(load).choices == whole and plan(load, "exhaustive").choices == whole
     assert plan(load, "pipar").choices == whole  # the published rule cannot say so
 
@@ -208,7 +209,7 @@ def test_pipar_keeps_the_device_busy_until_the_first_gradient_is_back(vgg5):
 def test_smaller_codecs_are_taken_where_the_link_is_the_bottleneck(vgg5):
     load = of_pis(vgg5, 5, codecs=("fp32", "int8"))
     made = plan(load)
-    assert {choice.codec for choice in made.choices} == {"int8"}
+    assert {choice.codec_up for choice in made.choices} == {"int8"}
     assert made.seconds < plan(of_pis(vgg5, 5)).seconds
 
 

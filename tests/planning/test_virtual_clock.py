@@ -6,12 +6,14 @@ import dataclasses
 
 import pytest
 
+from fedsys.planning.assignment import Assignment
 from fedsys.planning.costs import Crossing, MachineCosts
 from fedsys.planning.hardware import hardware
 from fedsys.planning.options import run_workload
 from fedsys.planning.planner import evaluate
-from fedsys.planning.virtual_clock import KINDS, predicted_iterations, virtual_round
-from fedsys.planning.workload import Choice, Device, Workload
+from fedsys.planning.resources import RESOURCES
+from fedsys.planning.virtual_clock import predicted_iterations, virtual_round
+from fedsys.planning.workload import Device, Workload
 from fedsys.runs.folder import RunFolder
 from fedsys.runtime import run
 from fedsys.training.federation import layered_model
@@ -30,7 +32,7 @@ def load_of(*examples, network=None, **given):
 
 def test_a_round_alone_is_all_that_a_device_computes_and_exchanges():
     load = load_of(10, epochs=3)  # 2 mini-batches of four examples and one of two in an epoch
-    played = virtual_round(load, [Choice(3)])
+    played = virtual_round(load, [Assignment(3, micro_batches=1)])
     bits = 8 * (40 + 80 + 8)
     exchange = bits / 1e5 + bits / 2e5 + 0.02
     assert played.seconds == pytest.approx(3 * 10 * 1.8 + exchange)
@@ -44,15 +46,17 @@ def test_a_round_alone_is_all_that_a_device_computes_and_exchanges():
 
 def test_a_slow_device_makes_the_others_wait():
     load = load_of(4, 40)
-    played = virtual_round(load, [Choice(1, 2), Choice(1, 2)])
+    played = virtual_round(load, [Assignment(1, micro_batches=2), Assignment(1, micro_batches=2)])
     assert played.device_s[1] == played.seconds > 5 * played.device_s[0]
-    assert set(played.idle) == set(KINDS)
+    assert set(played.idle) == set(RESOURCES)
     assert all(0 <= share <= 1 for share in played.idle.values())
-    assert played == virtual_round(load, [Choice(1, 2), Choice(1, 2)])
+    assert played == virtual_round(
+        load, [Assignment(1, micro_batches=2), Assignment(1, micro_batches=2)]
+    )
 
 
 def test_a_long_round_is_played_in_part_and_takes_nearly_the_same_time():
-    load, plan = load_of(400, 200), [Choice(1, 2), Choice(2, 2)]
+    load, plan = load_of(400, 200), [Assignment(1, micro_batches=2), Assignment(2, micro_batches=2)]
     whole = virtual_round(load, plan)
     part = virtual_round(load, plan, most=200)
     assert len(part.timeline.events) < len(whole.timeline.events) / 2
@@ -61,15 +65,15 @@ def test_a_long_round_is_played_in_part_and_takes_nearly_the_same_time():
 
 def test_rates_are_those_of_the_moment_of_the_round():
     network = Network(trace=((0.0, 1e6, 1e6), (100.0, 1e4, 1e4)))
-    early = virtual_round(load_of(8, network=network), [Choice(1, 2)])
-    late = virtual_round(load_of(8, network=network), [Choice(1, 2)], 200.0)
+    early = virtual_round(load_of(8, network=network), [Assignment(1, micro_batches=2)])
+    late = virtual_round(load_of(8, network=network), [Assignment(1, micro_batches=2)], 200.0)
     assert late.seconds > early.seconds
     assert early.seen[0].up_bit_s == pytest.approx(1e-6)
     assert late.seen[0].up_bit_s == pytest.approx(1e-4)
 
 
 def test_iterations_are_predicted_for_every_schedule():
-    plan = [Choice(1, 2)]
+    plan = [Assignment(1, micro_batches=2)]
     ((pipelined,),) = predicted_iterations(load_of(4), plan)
     ((bounded,),) = predicted_iterations(load_of(4, schedule="bounded", depth=2), plan)
     ((one_by_one,),) = predicted_iterations(load_of(4, schedule="sequential"), plan)
@@ -78,7 +82,14 @@ def test_iterations_are_predicted_for_every_schedule():
 
 
 @pytest.mark.parametrize("schedule", ["pipelined", "sequential"])
-@pytest.mark.parametrize("choice", [Choice(3, 2), Choice(1, 2), Choice(2, 1)])
+@pytest.mark.parametrize(
+    "choice",
+    [
+        Assignment(3, micro_batches=2),
+        Assignment(1, micro_batches=2),
+        Assignment(2, micro_batches=1),
+    ],
+)
 @pytest.mark.parametrize("examples", [2, 6, 9, 10])
 def test_what_is_left_of_an_epoch_is_predicted_as_it_is_played(examples, choice, schedule):
     """A last mini-batch counted as a full one: of two examples, a device took twice too long."""
@@ -97,12 +108,12 @@ def test_what_is_left_of_an_epoch_is_predicted_as_it_is_played(examples, choice,
 
 def test_totals_are_weighted_by_time():
     rows = [
-        {"round": 1.0, "virtual_s": 1.0, **{f"idle_{k}": 0.0 for k in KINDS}},
-        {"round": 2.0, "virtual_s": 3.0, **{f"idle_{k}": 1.0 for k in KINDS}},
+        {"round": 1.0, "virtual_s": 1.0, **{f"idle_{k}": 0.0 for k in RESOURCES}},
+        {"round": 2.0, "virtual_s": 3.0, **{f"idle_{k}": 1.0 for k in RESOURCES}},
     ]
     told = totals(rows)
     assert told["virtual_s"] == 4.0 and told["prediction_error"] is None
-    assert told["idle"] == pytest.approx(dict.fromkeys(KINDS, 0.75))
+    assert told["idle"] == pytest.approx(dict.fromkeys(RESOURCES, 0.75))
     assert totals([{"round": 1.0}]) == {}
 
 
@@ -129,7 +140,7 @@ def test_what_is_predicted_is_compared_with_what_was_measured(configure):
     assert "prediction_error" not in clock.row([0, 1])  # neither measured anything
     machines = hardware(config, layers)
     load = run_workload(config, layers, machines, [60, 60])
-    takes = predicted_iterations(load, [Choice(len(layers))] * 2)
+    takes = predicted_iterations(load, [Assignment(len(layers), micro_batches=1)] * 2)
     row = clock.row([0, 1], {k: steps[1] / 1.5 for k, steps in enumerate(takes)})
     assert row["prediction_error"] == pytest.approx(0.5)
 

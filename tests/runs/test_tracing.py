@@ -7,17 +7,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedsys.planning.resources import Event
 from fedsys.runs import trace_plots
-from fedsys.runs.tracing import LANES, NAMES, Event, Recorder, pack, perfetto, unpack
+from fedsys.runs.tracing import LANES, NAMES, Recorder, pack, perfetto, unpack
 
 events = st.builds(
     Event,
-    st.sampled_from(LANES),
+    st.sampled_from(list(LANES)),
     st.sampled_from(NAMES),
     st.integers(0, 2**31 - 1),
     st.integers(-1, 2**31 - 1),
     st.floats(0, 1e6),
     st.floats(0, 1e6),
+    job=st.just(0),
+    cause=st.none(),
 )
 
 
@@ -130,7 +133,7 @@ def test_a_trace_has_the_form_that_perfetto_reads(tmp_path):
             assert named[event["pid"], event["tid"]] == event["cat"]
         elif event["name"] == "thread_name":
             named[event["pid"], event["tid"]] = event["args"]["name"]
-    assert set(named.values()) == set(LANES)
+    assert set(named.values()) == set(LANES.values())
     spans = [e for e in trace["traceEvents"] if e["ph"] == "X"]
     assert len(spans) == 2 * len(recorded().events())
 

@@ -9,13 +9,14 @@ from collections import Counter
 import pytest
 from matplotlib.figure import Figure
 
+from fedsys.planning.assignment import Assignment
 from fedsys.planning.costs import Crossing, MachineCosts
+from fedsys.planning.resources import Event
 from fedsys.planning.virtual_clock import virtual_round
-from fedsys.planning.workload import Choice, Device, Workload
+from fedsys.planning.workload import Device, Workload
 from fedsys.runs import trace_plots
 from fedsys.runs import virtual_trace as fleet_trace
 from fedsys.runs.folder import RunFolder
-from fedsys.runs.tracing import Event
 from fedsys.runs.virtual_plots import (
     MOST_BARS,
     MOST_DRAWN,
@@ -32,7 +33,7 @@ DEVICE = MachineCosts("m", (1,), ((0.1, 0.2, 0.3),), ((0.2, 0.4, 0.6),), (0.01,)
 EDGE = MachineCosts(
     "e", (1,), ((0.01, 0.03, 0.05),), ((0.01, 0.02, 0.03),), (0.001,) * 3, workers=2
 )
-SPLIT, ALONE = Choice(1, 2), Choice(3)
+SPLIT, ALONE = Assignment(1, micro_batches=2), Assignment(3, micro_batches=1)
 
 
 def played(*choices, examples=16, real=False, edges=1):
@@ -108,7 +109,7 @@ def test_of_large_fleets_and_long_rounds_a_part_is_shown_and_it_says_so(monkeypa
 
 def test_titles_say_which_devices_and_edge_servers_are_not_drawn(tmp_path):
     """Of six edge servers four were drawn, not that of the critical path, and nothing said so."""
-    shown = played(*(Choice(1, 2, edge=k % 6) for k in range(12)), edges=6)
+    shown = played(*(Assignment(1, micro_batches=2, edge=k % 6) for k in range(12)), edges=6)
     titles = []
     for paint, _ in (lanes_panel(shown), idle_panel(shown)):
         figure = Figure()

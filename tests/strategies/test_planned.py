@@ -8,9 +8,9 @@ import pytest
 
 from fedsys.config import compose_text, parse
 from fedsys.errors import ConfigError
+from fedsys.planning.assignment import Assignment
 from fedsys.planning.options import PlanOptions, machines_of, run_workload
 from fedsys.planning.virtual_clock import virtual_round
-from fedsys.planning.workload import Choice
 from fedsys.training.federation import layered_model
 from strategies.policies import build_policy
 from strategies.policies.planned import Planned
@@ -72,8 +72,11 @@ def test_plans_are_predicted_by_the_schedule_that_runs(kind, depth, pieces):
         made._config, LAYERS, machines_of(made._config, LAYERS), [100], PlanOptions()
     )
     load = dataclasses.replace(load, exchange=False, epochs=1)
-    choices = [Choice(a.cut, a.micro_batches or 1, a.codec_up, a.edge) for a in chosen.values()]
-    alone = virtual_round(load, [Choice(len(LAYERS))] * 2)
+    choices = [
+        Assignment(a.cut, a.edge, a.codec_up, a.codec_up, a.micro_batches or 1)
+        for a in chosen.values()
+    ]
+    alone = virtual_round(load, [Assignment(len(LAYERS), micro_batches=1)] * 2)
     round_ = virtual_round(load, choices)
     expected = made.predicted(state, [0, 1]).iteration_s
     assert expected == pytest.approx(round_.device_s)
@@ -111,7 +114,9 @@ def test_what_is_measured_on_the_fleet_that_is_believed_changes_no_belief(exampl
     made = Planned(dataclasses.replace(CONFIG, policy=options), [examples])
     state, plan = made.plan(made.init(LAYERS, range(2)), NOTHING)
     load = run_workload(CONFIG, LAYERS, machines_of(CONFIG, LAYERS), [examples])
-    choices = [Choice(a.cut, a.micro_batches, a.codec_up, a.edge) for a in plan.values()]
+    choices = [
+        Assignment(a.cut, a.edge, a.codec_up, a.codec_up, a.micro_batches) for a in plan.values()
+    ]
     played = virtual_round(load, choices)
     told = {k: Observation(**dataclasses.asdict(s)) for k, s in enumerate(played.seen)}
     state, _ = made.plan(state, told)
@@ -184,3 +189,18 @@ def test_a_fleet_without_machines_and_a_private_label_are_refused():
     private = dataclasses.replace(CONFIG.client, label_private=True)
     with pytest.raises(ConfigError, match=r"must be fixed with client\.label_private=true"):
         Planned(dataclasses.replace(CONFIG, client=private), [10])
+
+
+def test_a_state_of_a_checkpoint_from_before_is_planned_on_with():
+    """Choices are kept as lists, with nothing for a codec down that is that of the way up."""
+    made, state = policy()
+    kept = {0: [2, 4, "int8", 0, ""], 1: [3, 2, "fp16", 0, "fp32"]}
+    state = state | {"choices": kept, "clients": [0, 1], "plans": 1}
+    state, chosen = made.plan(state, NOTHING)
+    assert chosen == {
+        0: Assignment(2, 0, "int8", "int8", 4),
+        1: Assignment(3, 0, "fp16", "fp32", 2),
+    }
+    assert (state["choices"], state["plans"]) == (kept, 1)
+    again, _ = made.plan(state | {"clients": []}, NOTHING)
+    assert {type(value) for choice in again["choices"].values() for value in choice} == {int, str}

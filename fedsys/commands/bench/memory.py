@@ -15,12 +15,13 @@ from typing import Any
 
 import psutil
 import yaml
-from flwr.app import ConfigRecord, Context, Message
+from flwr.app import Context, Message
 
 from fedsys import config as configuration
 from fedsys.commands.bench import Chart
 from fedsys.config import Config
 from fedsys.errors import ConfigError
+from fedsys.transport.messages import settings_of
 
 
 def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,9 +53,7 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
 
     def watched(message: Message, context: Context) -> Message:
         if message.metadata.message_type.startswith("train"):
-            settings = message.content["config"]
-            assert isinstance(settings, ConfigRecord)
-            watch.see(int(str(settings["server-round"])) - 1)
+            watch.see(settings_of(message.content).server_round - 1)
         return client_app(message, context)
 
     began = time.perf_counter()

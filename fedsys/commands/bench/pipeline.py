@@ -33,11 +33,12 @@ from fedsys.config import Config
 from fedsys.errors import ConfigError, did_you_mean
 from fedsys.files import json_text, write_atomic
 from fedsys.models.layered import LayeredModel
+from fedsys.planning.assignment import Assignment
 from fedsys.planning.costs import MachineCosts, Messaging
 from fedsys.planning.options import PlanOptions, machines_of, run_workload
 from fedsys.planning.planner import Plan, evaluate, plan
 from fedsys.planning.timeline import play
-from fedsys.planning.workload import Choice, Workload, counts, job_of
+from fedsys.planning.workload import Workload, counts, job_of
 from fedsys.training import federation
 from fedsys.training.federation import layered_model
 
@@ -223,7 +224,7 @@ def bounds(cell: Cell) -> tuple[float, float]:
     return best, max(busy.values())
 
 
-def _with(choice: Choice, micro_batches: int, load: Workload) -> Choice:
+def _with(choice: Assignment, micro_batches: int, load: Workload) -> Assignment:
     if choice.cut == load.units:
         return choice
     return dataclasses.replace(choice, micro_batches=micro_batches)
@@ -283,19 +284,19 @@ def _policy(made: Plan, codec: str) -> dict[str, Any]:
         "kind": "fixed",
         "cut": [choice.cut for choice in made.choices],
         "codec": codec,
-        "micro_batches": [choice.micro_batches for choice in made.choices],
+        "micro_batches": [choice.pieces for choice in made.choices],
     }
 
 
 def _edge_idle(watch: Watch, iteration_s: float) -> float:
     """Return the seconds of an iteration in which the session of a device waits."""
-    busy = [float(str(seen["edge-s"])) for seen in watch.observations.values()]
+    busy = [seen.edge_s for seen in watch.observations.values()]
     return iteration_s - (sum(busy) / len(busy) if busy else 0.0)
 
 
 def _row(cell: Cell, measured: Mapping[str, Any]) -> dict[str, Any]:
     cuts = [choice.cut for choice in cell.plan.choices]
-    counts = [choice.micro_batches for choice in cell.plan.choices]
+    counts = [choice.pieces for choice in cell.plan.choices]
     bound, busiest = bounds(cell)
     took, predicted = float(measured["iteration_s"]), max(cell.plan.iteration_s)
     own = {name: value for name, value in measured.items() if name != "measured_by"}

@@ -14,10 +14,11 @@ from typing import Any, Final
 from fedsys.commands.bench import Chart
 from fedsys.config import Config, compose_text, parse
 from fedsys.models.layered import LayeredModel
+from fedsys.planning.assignment import Assignment
 from fedsys.planning.hardware import machine_costs, network_of
 from fedsys.planning.planner import plan
 from fedsys.planning.virtual_clock import virtual_round
-from fedsys.planning.workload import Choice, Device, Menu, Workload, workload
+from fedsys.planning.workload import Device, Menu, Workload, workload
 from fedsys.training.federation import layered_model
 
 DEFAULTS: Final[Mapping[str, Any]] = {
@@ -118,7 +119,7 @@ def _row(load: Workload, layers: LayeredModel) -> dict[str, Any]:
         "most": most,
         "decided_by": decided_by,
         "cut": "all on the device" if whole else layers.units[choice.cut - 1].name,
-        "micro_batches": choice.micro_batches,
+        "micro_batches": choice.pieces,
         "device_share_at_first_cut": _share(layers),
     }
 
@@ -144,7 +145,7 @@ def most_possible(load: Workload, classic_s: float) -> tuple[float, str]:
     device = load.devices[0]
     codec = load.codecs[0]
     for cut in load.cuts:
-        s = Menu(load, [Choice(cut, 1, codec)]).stages(device)
+        s = Menu(load, [Assignment(cut, 0, codec, codec, 1)]).stages(device)
         forward, backward = device.costs.seconds(load.batch_size, 0, cut)
         edges = max(1.0, len(load.devices) / load.edges[0].workers)
         busy = {

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -23,8 +23,10 @@ from flwr.app import Context, Message
 from fedsys import config as configuration
 from fedsys.config import BETWEEN_PROCESSES, Config
 from fedsys.errors import RuntimeFailure
+from fedsys.planning.resources import Observation
 from fedsys.runtime.apps import load_apps
 from fedsys.runtime.local import ClientFunction, play_local
+from fedsys.transport.messages import OBSERVATION, PARTITION_ID, TRACE, Trace, number, read
 from fedsys.transport.security import new_token
 
 END_S = 20.0
@@ -110,7 +112,7 @@ class Watch:
     """
 
     ends: dict[int, list[float]] = field(default_factory=dict)
-    observations: dict[int, Mapping[str, Any]] = field(default_factory=dict)
+    observations: dict[int, Observation] = field(default_factory=dict)
     late_s: dict[int, float] = field(default_factory=dict)
     window_s: float = 0.0
     device_cpu_s: float = 0.0
@@ -173,14 +175,15 @@ class Watching:
         watch.window_s, watch.device_cpu_s, watch.edge_cpu_s = (
             b - a for a, b in zip(began, now, strict=True)
         )
-        device = int(str(context.node_config["partition-id"]))
+        device = int(number(context.node_config, PARTITION_ID))
         records = reply.content.config_records
-        if "observation" in records and records["observation"]["bytes-up"]:
-            watch.observations[device] = dict(records["observation"])
-        if "trace" in records:
-            ends = records["trace"]["ends"]
-            watch.ends[device] = [float(e) for e in ends] if isinstance(ends, list) else []
-            watch.late_s[device] = float(str(records["trace"]["late"]))
+        if OBSERVATION in records:
+            seen = Observation.of(records[OBSERVATION])
+            if seen.bytes_up:
+                watch.observations[device] = seen
+        if TRACE in records:
+            trace = read(Trace, records[TRACE])
+            watch.ends[device], watch.late_s[device] = list(trace.ends), trace.late
 
 
 def watched_round(config: Config, edge: EdgeProcess, **values: Any) -> tuple[Watch, float]:

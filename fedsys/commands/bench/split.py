@@ -35,12 +35,14 @@ from fedsys.errors import RuntimeFailure
 from fedsys.offload.edge import EdgeServer
 from fedsys.offload.fleet import EdgeAddress, Fleet
 from fedsys.offload.snapshot import SessionSpec, Snapshot
+from fedsys.planning.assignment import Assignment
 from fedsys.training import federation
 from fedsys.training import plain as training
 from fedsys.training.federation import layered_model
 from fedsys.training.part import names_between
 from fedsys.transport import records
 from fedsys.transport.dial import dial
+from fedsys.transport.messages import ARRAYS, ASSIGNMENT, CONFIG, Place, Settings, written
 from fedsys.transport.security import new_token
 
 State = Mapping[str, torch.Tensor]
@@ -114,8 +116,8 @@ def _row(
 
 
 def _content(state: State, more: Mapping[str, ConfigRecord]) -> RecordDict:
-    settings = ConfigRecord({"server-round": 1})
-    return RecordDict({"arrays": records.to_record(dict(state)), "config": settings, **more})
+    settings = ConfigRecord(written(Settings(1)))
+    return RecordDict({ARRAYS: records.to_record(dict(state)), CONFIG: settings, **more})
 
 
 def _unsplit(
@@ -126,7 +128,7 @@ def _unsplit(
     began = time.perf_counter()
     reply = client.train(content)
     seconds = time.perf_counter() - began
-    return records.from_record(reply["arrays"]), seconds
+    return records.from_record(reply[ARRAYS]), seconds
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ class _Split:
             began = time.perf_counter()
             reply = device.train()
             seconds = time.perf_counter() - began
-            return {**records.from_record(reply["arrays"]), **collect()}, seconds
+            return {**records.from_record(reply[ARRAYS]), **collect()}, seconds
 
     @contextmanager
     def session(self, cut: int) -> Iterator[tuple[RecordDict, Callable[[], State]]]:
@@ -185,19 +187,12 @@ class _Split:
         )
         start = Snapshot(0, {n: x for n, x in self._state.items() if n in mine}, {})
         self._edge.fleet.open(spec, start, "bench")
-        assignment: dict[str, Any] = {
-            "cut": cut,
-            "tail": len(self._layers),
-            "session": spec.id,
-            "token": spec.token,
-            "edges": [self._edge.address],
-            "codec-up": "fp32",
-            "codec-down": "fp32",
-        }
+        place = Place(len(self._layers), spec.id, spec.token, (self._edge.address,))
+        assignment = {**Assignment(cut).to_record(), **written(place)}
         theirs = {n: x for n, x in self._state.items() if n not in mine}
         try:
             yield (
-                _content(theirs, {"assignment": ConfigRecord(assignment)}),
+                _content(theirs, {ASSIGNMENT: ConfigRecord(assignment)}),
                 lambda: self._edge.fleet.collect(spec.id).state,
             )
         finally:
@@ -226,7 +221,7 @@ def _peaks(
 def _in_process(config: Config, client: str, content: RecordDict) -> float:
     """Train in a device process of its own; return by how many MB it grew."""
     folder = Path(str(config.run.dir))
-    save_file(records.from_record(content.array_records["arrays"]), folder / "part.safetensors")
+    save_file(records.from_record(content.array_records[ARRAYS]), folder / "part.safetensors")
     told = {
         "config": config.text,
         "client": client,
@@ -255,8 +250,8 @@ def _device() -> None:
     before = _status("VmRSS")
     _PEAK.write_text("5")  # the peak is that of now on
     more = {name: ConfigRecord(values) for name, values in told["records"].items()}
-    content = _content(load_file(told["part"]), {n: r for n, r in more.items() if n != "config"})
-    if "assignment" in more:
+    content = _content(load_file(told["part"]), {n: r for n, r in more.items() if n != CONFIG})
+    if ASSIGNMENT in more:
         made(config, 0, content, dial).train()
     else:
         made(config, 0).train(content)

@@ -1,0 +1,218 @@
+"""What messages between server app and clients carry: the names of records, and what is in them.
+
+A record of settings or figures is a frozen dataclass that both sides share. `written` gives the
+values of its Flower record, whose keys are the names of the attributes with hyphens; `read` takes
+them in again. So neither side spells a key, and one that is missing or ill-typed is one error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from fedsys.errors import RuntimeFailure
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+    from flwr.app import RecordDict
+
+    T = TypeVar("T", bound=DataclassInstance)
+
+ARRAYS: Final = "arrays"
+OPTIMIZER: Final = "optimizer"
+MASKS: Final = "masks"
+"""Records of arrays: model, state of its optimizer, what is pruned of it."""
+
+METRICS: Final = "metrics"
+NUM_EXAMPLES: Final = "num-examples"
+STEPS: Final = "steps"
+"""The record of figures of a reply, and two of them that the server app counts on."""
+
+CONFIG: Final = "config"
+MICRO_BATCHES: Final = "micro-batches"
+"""The record `Settings`, and the one of its keys that a client may be given of its own."""
+
+FEDERATION: Final = "federation"
+IDENTITY: Final = "identity"
+ASSIGNMENT: Final = "assignment"
+OBSERVATION: Final = "observation"
+TRACE: Final = "trace"
+"""Records of settings and figures, with dataclasses below and in `fedsys.planning`."""
+
+FAULTS: Final = "faults"
+STRUCK: Final = "struck"
+"""The record of what is to strike a device (`fedsys.faults.encode`), and its key in a reply."""
+
+PARTITION_ID: Final = "partition-id"
+DATA_ROOT: Final = "data-root"
+"""Keys of a node's own configuration."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The record `CONFIG`, which every message has.
+
+    Attributes:
+        server_round: The round, from 1.
+        proximal_mu: Weight of FedProx's term.
+        micro_batches: Pieces of a mini-batch; None: those of the schedule.
+    """
+
+    server_round: int
+    proximal_mu: float = 0.0
+    micro_batches: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Division:
+    """The record `FEDERATION`: among how many clients the data are divided."""
+
+    num_clients: int
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """The record `IDENTITY`: what a node says of itself.
+
+    Attributes:
+        partition_id: Its partition.
+        arithmetic: What bits depend on there, as JSON; empty if unknown.
+        data_root: Where its own data are; None if it uses its part of the configured data.
+        classes: The classes of its own data.
+    """
+
+    partition_id: int
+    arithmetic: str = ""
+    data_root: str | None = None
+    classes: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """In the record `ASSIGNMENT`, beside the decision itself: where the session is.
+
+    Attributes:
+        tail: Units ``[tail, L)`` are on the device too.
+        session: Name of the session.
+        token: What the device presents.
+        edges: Addresses of the edge servers, that of the session first.
+    """
+
+    tail: int
+    session: str
+    token: str
+    edges: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """In the record `OBSERVATION`, beside the figures: how the session of a device went.
+
+    Attributes:
+        recoveries: What was done about losses, as JSON.
+        stranded: Why no edge has the session any more; empty: one has.
+    """
+
+    recoveries: str = "[]"
+    stranded: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """The record `TRACE`.
+
+    Attributes:
+        events: Packed by `fedsys.runs.tracing.pack`.
+        ends: When each mini-batch ended, in seconds.
+        late: Seconds by which real work was behind the machine that is stood for.
+    """
+
+    events: bytes
+    ends: tuple[float, ...] = ()
+    late: float = 0.0
+
+
+_KINDS: Final[Mapping[str, tuple[type, ...]]] = {
+    "int": (int,),
+    "float": (int, float),
+    "str": (str,),
+    "bytes": (bytes,),
+}
+
+
+def written(value: DataclassInstance) -> dict[str, Any]:
+    """Return the values of a record by key; what is None is left out.
+
+    >>> written(Settings(3, 0.1))
+    {'server-round': 3, 'proximal-mu': 0.1}
+    """
+    values = {_key(f.name): getattr(value, f.name) for f in dataclasses.fields(value)}
+    return {
+        key: list(v) if isinstance(v, tuple) else v for key, v in values.items() if v is not None
+    }
+
+
+def read(
+    kind: type[T], record: Mapping[str, Any], *, required: Container[str] = (), **known: Any
+) -> T:
+    """Return what `written` made a record of; keys that `kind` does not know are not looked at.
+
+    >>> read(Settings, {"server-round": 3, "of-another": 1})
+    Settings(server_round=3, proximal_mu=0.0, micro_batches=None)
+
+    Args:
+        kind: The dataclass.
+        record: The record.
+        required: Attributes that must be told although they have a default.
+        known: Attributes that are known already, and not looked up.
+
+    Raises:
+        RuntimeFailure: A key is missing, or its value of another type.
+    """
+    for field in dataclasses.fields(kind):
+        key, optional = _key(field.name), field.default is not dataclasses.MISSING
+        if field.name in known or (key not in record and optional and field.name not in required):
+            continue
+        expected = str(field.type).removesuffix(" | None")
+        if not _is(record.get(key), expected):
+            raise RuntimeFailure(
+                f"message: {key}={record.get(key)!r:.60}: must be of type {expected} in "
+                f"{kind.__name__}; is the other side of another version?"
+            )
+        value = record[key]
+        known[field.name] = tuple(value) if isinstance(value, list) else value
+    return kind(**known)
+
+
+def settings_of(content: RecordDict) -> Settings:
+    """Return the settings of a message.
+
+    Raises:
+        RuntimeFailure: A key is missing, or its value of another type.
+    """
+    return read(Settings, content.config_records.get(CONFIG, {}))
+
+
+def number(record: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    """Return a number of a record.
+
+    Raises:
+        RuntimeFailure: There is none and no default, or it is something else.
+    """
+    value = record.get(key, default)
+    if not _is(value, "float"):
+        raise RuntimeFailure(f"message: {key}={value!r:.60}: must be a number")
+    return value  # type: ignore[no-any-return]  # it was looked at
+
+
+def _key(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _is(value: object, kind: str) -> bool:
+    if kind.startswith("tuple["):
+        inner = kind.removeprefix("tuple[").removesuffix(", ...]")
+        return isinstance(value, list | tuple) and all(_is(v, inner) for v in value)
+    return isinstance(value, _KINDS[kind]) and not isinstance(value, bool)
