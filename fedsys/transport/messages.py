@@ -10,15 +10,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from fedsys.errors import RuntimeFailure
 
 if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
     from flwr.app import RecordDict
 
-    T = TypeVar("T", bound=DataclassInstance)
+T = TypeVar("T")
 
 ARRAYS: Final = "arrays"
 OPTIMIZER: Final = "optimizer"
@@ -142,8 +141,8 @@ _KINDS: Final[Mapping[str, tuple[type, ...]]] = {
 }
 
 
-def written(value: DataclassInstance) -> dict[str, Any]:
-    """Return the values of a record by key; what is None is left out.
+def written(value: Any) -> dict[str, Any]:
+    """Return the values of a dataclass by key, for a record; what is None is left out.
 
     >>> written(Settings(3, 0.1))
     {'server-round': 3, 'proximal-mu': 0.1}
@@ -171,7 +170,7 @@ def read(
     Raises:
         RuntimeFailure: A key is missing, or its value of another type.
     """
-    for field in dataclasses.fields(kind):
+    for field in dataclasses.fields(cast(Any, kind)):
         key, optional = _key(field.name), field.default is not dataclasses.MISSING
         if field.name in known or (key not in record and optional and field.name not in required):
             continue
