@@ -21,11 +21,10 @@ from fedsys import config as configuration
 from fedsys.config import EdgeConfig
 from fedsys.errors import ConfigError, FedsysError
 from fedsys.offload import edge_store
-from fedsys.offload.edge import EdgeLimits, EdgeServer
+from fedsys.offload.edge import EdgeServer
 from fedsys.offload.edge_metrics import Endpoint
 from fedsys.training import plain as training
 from fedsys.transport.security import Credentials
-from fedsys.transport.wire import Limits
 
 
 def job(tree: Any) -> Mapping[str, Any]:
@@ -73,7 +72,6 @@ def _server(config: EdgeConfig) -> EdgeServer:
         credentials = Credentials.load(Path(config.credentials), role="server")
     else:
         _check_unprotected(config)
-    frames = Limits(frame_bytes=config.max_frame_bytes, tensor_bytes=config.max_frame_bytes)
     try:
         return EdgeServer(
             config.name,
@@ -82,7 +80,7 @@ def _server(config: EdgeConfig) -> EdgeServer:
             control_token=config.control_token,
             controller=config.controller if credentials else "",
             device=training.pick_device(config.device),
-            limits=EdgeLimits(config.max_sessions, config.max_session_bytes, frames=frames),
+            limits=config,
             crash=_crash if config.faults else None,
         )
     except ConfigError as error:

@@ -173,12 +173,23 @@ class NetworkConfig:
 
 
 @dataclass(frozen=True)
-class EdgeAddressConfig:
-    """Where an edge server is: as the server app reaches it, and as the devices do."""
+class EdgeAddress:
+    """Where an edge server is.
+
+    Attributes:
+        name: Its name.
+        address: As the server app reaches it.
+        device_address: As the devices reach it; the same if empty.
+    """
 
     name: str
     address: str
     device_address: str = ""
+
+    @property
+    def for_devices(self) -> str:
+        """The address to give to devices."""
+        return self.device_address or self.address
 
 
 @dataclass(frozen=True)
@@ -200,7 +211,7 @@ class FleetConfig:
             time, by waiting (`fedsys.offload.emulation`).
     """
 
-    edges: tuple[EdgeAddressConfig, ...] = ()
+    edges: tuple[EdgeAddress, ...] = ()
     replicate_every: int = 0
     credentials: str | None = None
     control_token: str = ""

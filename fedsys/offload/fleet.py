@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from fedsys.config import EdgeAddress
 from fedsys.errors import (
     FedsysError,
     LinkError,
@@ -48,26 +49,6 @@ ASKED = 2
 """How many times an edge whose heartbeat is late is asked over new links, until it is given up."""
 
 _log = logging.getLogger("fedsys.offload.fleet")
-
-
-@dataclass(frozen=True)
-class EdgeAddress:
-    """Where an edge server is.
-
-    Attributes:
-        name: Its name.
-        address: As the server app reaches it.
-        device_address: As the devices reach it; the same if empty.
-    """
-
-    name: str
-    address: str
-    device_address: str = ""
-
-    @property
-    def for_devices(self) -> str:
-        """Return the address to give to devices."""
-        return self.device_address or self.address
 
 
 @dataclass

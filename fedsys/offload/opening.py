@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from fedsys.config import Config, edge_names
+from fedsys.config import Config, EdgeAddress, edge_names
 from fedsys.errors import ConfigError
 from fedsys.faults import Faults
 from fedsys.offload.edge import EdgeServer
-from fedsys.offload.fleet import EdgeAddress, Fleet
+from fedsys.offload.fleet import Fleet
 from fedsys.training import plain as training
 from fedsys.transport.security import Credentials, new_token
 
@@ -36,9 +36,8 @@ def open_fleet(config: Config, faults: Faults | None = None) -> Iterator[Fleet |
     folder = config.fleet.credentials or config.link.credentials
     credentials = Credentials.load(Path(folder)) if folder else None
     if config.fleet.edges:
-        edges = [EdgeAddress(e.name, e.address, e.device_address) for e in config.fleet.edges]
         with Fleet(
-            edges,
+            config.fleet.edges,
             credentials=credentials,
             control_token=config.fleet.control_token,
             faults=faults,

@@ -22,7 +22,7 @@ from typing import Any, Final
 
 import httpx
 
-from fedsys.config import Config, EdgeAddressConfig, edge_names
+from fedsys.config import Config, EdgeAddress, edge_names
 from fedsys.errors import ConfigError, RuntimeFailure
 from fedsys.runtime.processes import Processes
 from fedsys.transport.security import Authority
@@ -55,7 +55,7 @@ def with_launched(config: Config, run_config: Mapping[str, Any]) -> Config:
     if not told:
         return config
     fields = json.loads(told)
-    edges = tuple(EdgeAddressConfig(**edge) for edge in fields["edges"])
+    edges = tuple(EdgeAddress(**edge) for edge in fields["edges"])
     fleet = dataclasses.replace(config.fleet, edges=edges, credentials=fields["credentials"])
     link = dataclasses.replace(config.link, holder=HOLDER)
     return dataclasses.replace(config, fleet=fleet, link=link)

@@ -210,7 +210,7 @@ def test_an_edge_that_computes_otherwise_is_pointed_out(
     token, told, status, words, edge, configure, monkeypatch
 ):
     there = arithmetic() | told
-    monkeypatch.setattr("fedsys.offload.edge.arithmetic", lambda: there)
+    monkeypatch.setattr("fedsys.offload.edge_control.arithmetic", lambda: there)
     address = f"fleet.edges=[{{name: a, address: '{edge.address}'}}]"
     more = (address, f"fleet.control_token={token}")
     reached, bits = network.edges(configure("policy=fixed", "policy.cut=1", *more))

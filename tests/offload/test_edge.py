@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from fedsys.config import EdgeConfig
 from fedsys.errors import LinkClosed, LinkError, RemoteError, SecurityError
-from fedsys.offload.edge import CONTROLLER, EdgeLimits, EdgeServer
+from fedsys.offload.edge import CONTROLLER, EdgeServer
 from fedsys.offload.session import Session
 from fedsys.offload.snapshot import Snapshot
 from fedsys.transport.dial import dial
@@ -17,7 +18,7 @@ from fedsys.transport.grpc_link import _SERVICE
 from fedsys.transport.security import Authority
 from fedsys.transport.tcp_flows import Last, last_word
 from fedsys.transport.tcp_link import GREETING
-from fedsys.transport.wire import Frame, Limits, encode
+from fedsys.transport.wire import Frame, encode
 
 TOKEN = "token of the controller"
 WAIT_S = 60.0
@@ -176,7 +177,7 @@ def test_a_device_may_not_do_what_a_controller_does(edge_at, last_layer):
 
 
 def test_what_cannot_be_opened_is_refused_with_a_reason_and_the_link_goes_on(edge_at, last_layer):
-    edge = edge_at(limits=EdgeLimits(sessions=1))
+    edge = edge_at(limits=EdgeConfig(max_sessions=1))
     controller = Controller(edge.address)
     start = last_layer.start()
     lacking = Snapshot(0, dict(list(start.state.items())[:1]), {})
@@ -201,7 +202,7 @@ def test_what_cannot_be_opened_is_refused_with_a_reason_and_the_link_goes_on(edg
 
 def test_the_bytes_of_all_sessions_together_are_limited(edge_at, last_layer):
     one = sum(t.nbytes for t in last_layer.start().state.values())
-    edge = edge_at(limits=EdgeLimits(session_bytes=2 * one))
+    edge = edge_at(limits=EdgeConfig(max_session_bytes=2 * one))
     controller = Controller(edge.address)
     kinds = [controller.open(last_layer.spec(n), last_layer.start()).kind for n in "abc"]
     assert kinds == ["opened", "opened", "refused"]
@@ -417,7 +418,7 @@ def refused_over_tcp(address, frames):
 def test_two_thousand_hostile_frames_leave_an_edge_and_its_sessions_as_they_are(
     network, edge_at, last_layer
 ):
-    limits = EdgeLimits(frames=Limits(frame_bytes=1 << 20))
+    limits = EdgeConfig(max_frame_bytes=1 << 20)
     edge = edge_at(f"{network}://127.0.0.1:0", limits=limits)
     controller = Controller(edge.address)
     controller.open(last_layer.spec(), last_layer.start())

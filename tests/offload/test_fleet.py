@@ -7,11 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fedsys.config import EdgeAddress, EdgeConfig
 from fedsys.errors import LinkClosed, LinkError, RemoteError, SessionError
 from fedsys.faults import Fault, Faults
 from fedsys.offload import fleet as module
-from fedsys.offload.edge import EdgeLimits, EdgeServer
-from fedsys.offload.fleet import EdgeAddress, Fleet
+from fedsys.offload.edge import EdgeServer
+from fedsys.offload.edge_control import EdgeControl
+from fedsys.offload.fleet import Fleet
 from fedsys.offload.session import Session
 from fedsys.transport.dial import dial
 from fedsys.transport.patience import Patience
@@ -109,8 +111,8 @@ def test_devices_ask_first_where_their_session_is_by_the_address_that_they_can_r
 
 
 def test_what_does_not_fit_on_one_edge_is_opened_on_another(place):
-    place.start("a", limits=EdgeLimits(sessions=1))
-    place.start("b", limits=EdgeLimits(sessions=1))
+    place.start("a", limits=EdgeConfig(max_sessions=1))
+    place.start("b", limits=EdgeConfig(max_sessions=1))
     fleet = place.fleet("a", "b")
     spec, start = place.layer.spec, place.layer.start()
     assert [fleet.open(spec(name), start, "a") for name in ("s", "t")] == ["a", "b"]
@@ -324,7 +326,7 @@ def test_an_edge_that_falls_silent_in_a_request_is_given_up(place, monkeypatch):
 
 def test_an_edge_that_is_only_busy_is_not_given_up(place, monkeypatch):
     held = threading.Event()
-    obey = EdgeServer._control
+    obey = EdgeControl._answer
 
     def slowly(edge, link, frame):
         if frame.kind == "ping" and not held.is_set():
@@ -332,7 +334,7 @@ def test_an_edge_that_is_only_busy_is_not_given_up(place, monkeypatch):
             time.sleep(0.3)
         return obey(edge, link, frame)
 
-    monkeypatch.setattr(EdgeServer, "_control", slowly)
+    monkeypatch.setattr(EdgeControl, "_answer", slowly)
     monkeypatch.setattr(module, "BEAT_S", 0.05)
     monkeypatch.setattr("fedsys.offload.edge_client.Patience", lambda: Patience(0.05, 0.05))
     place.start("a")

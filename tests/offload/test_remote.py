@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fedsys.config import EdgeAddress
 from fedsys.errors import LinkClosed, LinkTimeout, SessionError
 from fedsys.offload.edge import EdgeServer
-from fedsys.offload.fleet import EdgeAddress, Fleet
+from fedsys.offload.fleet import Fleet
 from fedsys.offload.remote import FRUITLESS, EdgesLost, Moved, Remote
 from fedsys.offload.session import Session
 from fedsys.transport.dial import dial

@@ -13,10 +13,11 @@ import httpx
 import pytest
 import torch
 
+from fedsys.config import EdgeAddress
 from fedsys.errors import RemoteError, SecurityError
 from fedsys.faults import Faults
 from fedsys.offload.edge_client import EdgeClient, Hooks
-from fedsys.offload.fleet import EdgeAddress, Fleet
+from fedsys.offload.fleet import Fleet
 from fedsys.offload.session import Session
 from fedsys.offload.snapshot import Snapshot
 from fedsys.runtime import launch

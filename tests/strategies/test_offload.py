@@ -10,10 +10,11 @@ from flwr.app import Array, ArrayRecord
 from flwr.clientapp import mod as flower_mods
 
 from clients.app import app
+from fedsys.config import EdgeAddress, EdgeConfig
 from fedsys.errors import ConfigError, ModelError, SessionError
 from fedsys.faults import KINDS
-from fedsys.offload.edge import EdgeLimits, EdgeServer
-from fedsys.offload.fleet import EdgeAddress, Fleet
+from fedsys.offload.edge import EdgeServer
+from fedsys.offload.fleet import Fleet
 from fedsys.runtime.apps import check_mods
 from fedsys.training import federation
 from fedsys.training.federation import layered_model
@@ -169,7 +170,7 @@ def test_a_device_that_lost_its_edge_is_not_taken_for_one_that_offloads(edge_nam
 
 
 def test_edges_that_are_full_are_an_error_before_a_device_begins(edge_named, configure, carry_out):
-    addresses = [edge_named("small", limits=EdgeLimits(sessions=1))]
+    addresses = [edge_named("small", limits=EdgeConfig(max_sessions=1))]
     with (
         Fleet(addresses, control_token="t") as fleet,
         pytest.raises(SessionError, match=r"session of client 1: .* small is full: 1 sessions"),

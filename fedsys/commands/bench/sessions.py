@@ -28,10 +28,10 @@ from torch import Tensor
 
 from fedsys.commands.bench import Chart
 from fedsys.commands.bench.rounds import edge_process
-from fedsys.config import Config, parse, with_values
+from fedsys.config import Config, EdgeAddress, parse, with_values
 from fedsys.errors import ConfigError, RuntimeFailure
 from fedsys.models.layered import LayeredModel
-from fedsys.offload.fleet import EdgeAddress, Fleet
+from fedsys.offload.fleet import Fleet
 from fedsys.offload.processors import usable_cores
 from fedsys.offload.snapshot import SessionSpec, Snapshot
 from fedsys.randomness import Address, drawing

@@ -30,10 +30,10 @@ from safetensors.torch import load_file, save_file
 
 from fedsys import config as configuration
 from fedsys.commands.bench import Chart
-from fedsys.config import Config, locate
+from fedsys.config import Config, EdgeAddress, locate
 from fedsys.errors import RuntimeFailure
 from fedsys.offload.edge import EdgeServer
-from fedsys.offload.fleet import EdgeAddress, Fleet
+from fedsys.offload.fleet import Fleet
 from fedsys.offload.snapshot import SessionSpec, Snapshot
 from fedsys.planning.assignment import Assignment
 from fedsys.training import federation

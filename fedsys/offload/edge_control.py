@@ -1,0 +1,113 @@
+"""What an edge server does for server apps: it opens, collects and releases their sessions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fedsys.errors import FedsysError, FrameError, SecurityError, SessionError
+from fedsys.identity import arithmetic
+from fedsys.offload.edge_faults import EdgeFaults
+from fedsys.offload.session import Session
+from fedsys.offload.session_table import SessionTable
+from fedsys.offload.snapshot import SessionSpec, Snapshot
+from fedsys.transport.link import Link
+from fedsys.transport.security import same_token
+from fedsys.transport.wire import Frame
+
+
+class EdgeControl:
+    """Serves links of controllers.
+
+    Args:
+        name: Of the edge server.
+        table: The sessions.
+        faults: What strikes them.
+        make: Builds a session.
+        token: What a controller without a certificate presents; empty: none may come.
+        controller: Name in the certificate of others; empty: none may come.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        table: SessionTable,
+        faults: EdgeFaults,
+        make: Callable[[SessionSpec, Snapshot], Session],
+        *,
+        token: str,
+        controller: str,
+    ) -> None:
+        self._name, self._table, self._faults, self._make = name, table, faults, make
+        self._token, self._controller = token, controller
+
+    def serve(self, link: Link, first: Frame) -> None:
+        """Obey a controller until its link ends.
+
+        Raises:
+            FedsysError: It may not control, or its link ended.
+        """
+        known = bool(self._controller) and link.peer == self._controller
+        given = str(first.meta.get("token", ""))
+        if not known and not (self._token and same_token(given, self._token)):
+            raise SecurityError(f"{link.peer or 'a peer without certificate'} may not control")
+        about = {"name": self._name, "arithmetic": arithmetic()}
+        link.send(Frame("ready", {**about, "request": first.meta.get("request")}))
+        try:
+            self._obey(link)
+        finally:
+            self._table.orphan(link)
+
+    def _obey(self, link: Link) -> None:
+        while True:
+            frame = link.recv()
+            if frame.kind == "noted":
+                self._faults.noted(frame)
+                continue
+            request = frame.meta.get("request")
+            try:
+                reply = self._answer(link, frame)
+            except FedsysError as error:
+                self._table.count(f"refused_{type(error).__name__}")
+                reply = Frame("refused", {"reason": f"{type(error).__name__}: {error}"})
+            link.send(Frame(reply.kind, {**reply.meta, "request": request}, reply.tensors))
+
+    def _answer(self, link: Link, frame: Frame) -> Frame:
+        table = self._table
+        if frame.kind == "open":
+            return self._open(link, frame)
+        if frame.kind == "ping":
+            named = frame.meta.get("sessions")
+            table.claim(named if isinstance(named, list) else (), link)
+            return Frame("pong", {"sessions": table.names, "counters": dict(table.counters)})
+        name = str(frame.meta.get("session", ""))
+        session = table.get(name)
+        if session is None:
+            raise SessionError(f"{frame.kind}: {self._name} has no session {name!r}")
+        if frame.kind == "collect":
+            snapshot = session.snapshot()
+            return Frame("state", {"step": snapshot.step}, snapshot.tensors())
+        if frame.kind == "release":
+            self._release(name)
+            return Frame("released")
+        raise SessionError(f"{frame.kind}: not a request of a controller")
+
+    def _open(self, link: Link, frame: Frame) -> Frame:
+        described = frame.meta.get("spec")
+        if not isinstance(described, dict):
+            raise FrameError(f"{frame.kind}: spec is missing")
+        spec = SessionSpec.from_meta(described)
+        for name in self._table.long_orphaned():
+            self._release(name)
+        self._table.check_room(spec)  # before anything is built, and again when there is something
+        planned = self._faults.coming_with(frame)
+        session = self._make(spec, Snapshot.from_frame(frame))
+        with self._table.lock:
+            self._table.hold(session, link)
+            self._faults.plan(spec.id, planned)
+        self._table.count("opened")
+        return Frame("opened")
+
+    def _release(self, name: str) -> None:
+        with self._table.lock:
+            self._faults.forget(name)
+            self._table.release(name)
