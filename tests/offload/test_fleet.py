@@ -10,10 +10,13 @@ import torch
 from fedsys.config import EdgeAddress, EdgeConfig
 from fedsys.errors import LinkClosed, LinkError, RemoteError, SessionError
 from fedsys.faults import Fault, Faults
-from fedsys.offload import fleet as module
+from fedsys.offload import fleet_edges as module
 from fedsys.offload.edge import EdgeServer
 from fedsys.offload.edge_control import EdgeControl
 from fedsys.offload.fleet import Fleet
+from fedsys.offload.fleet_edges import FleetEdges
+from fedsys.offload.placing import Placing
+from fedsys.offload.recovery import EdgeRecovery
 from fedsys.offload.session import Session
 from fedsys.transport.dial import dial
 from fedsys.transport.patience import Patience
@@ -129,7 +132,7 @@ def test_sessions_of_a_killed_edge_begin_anew_on_the_other_one(pair):
     assert train(pair, "b", 2) == 0
     assert is_trained(pair, pair.pair.collect("s"), 2)
     assert pair.pair.alive == ["b"]
-    until(lambda: len(pair.pair._recoveries) == 2)
+    until(lambda: len(pair.pair._recovery.done) == 2)
     told = {(r.session, r.source, r.target, r.step) for r in pair.pair.recoveries()}
     assert told == {("s", "a", "b", 0), ("t", "a", "b", 0)}
     assert pair.pair.recoveries() == []
@@ -160,7 +163,7 @@ def test_what_a_device_did_where_its_session_is_just_being_opened_is_collected(p
     A device may go on as soon as the session is open, before the fleet has noted where.
     """
     collecting = threading.Event()
-    open_at = Fleet._open_at
+    open_at = Placing.open_at
 
     def slowly(fleet, edge, spec, start):
         open_at(fleet, edge, spec, start)
@@ -174,9 +177,9 @@ def test_what_a_device_did_where_its_session_is_just_being_opened_is_collected(p
             if kind == "collect":
                 collecting.set()
 
-    obey = Fleet._request
-    monkeypatch.setattr(Fleet, "_open_at", slowly)
-    monkeypatch.setattr(Fleet, "_request", request)
+    obey = FleetEdges.request
+    monkeypatch.setattr(Placing, "open_at", slowly)
+    monkeypatch.setattr(FleetEdges, "request", request)
     pair.pair.open(pair.layer.spec(), pair.layer.start(), "a")
     train(pair, "a", 3)
     pair.edges["a"].stop()
@@ -191,7 +194,7 @@ def test_an_edge_may_be_lost_while_the_others_are_being_reached(place, monkeypat
 
     It did so too where the fleet was given up, as another edge could not be reached.
     """
-    reach, on_lost, begun = Fleet._reach, Fleet._on_lost, threading.Event()
+    reach, on_lost, begun = FleetEdges.reach, EdgeRecovery.on_lost, threading.Event()
 
     def lose(fleet, edge, **more):
         client = reach(fleet, edge, **more)
@@ -205,8 +208,8 @@ def test_an_edge_may_be_lost_while_the_others_are_being_reached(place, monkeypat
         begun.set()
         on_lost(fleet, name)
 
-    monkeypatch.setattr(Fleet, "_reach", lose)
-    monkeypatch.setattr(Fleet, "_on_lost", note)
+    monkeypatch.setattr(FleetEdges, "reach", lose)
+    monkeypatch.setattr(EdgeRecovery, "on_lost", note)
     place.start("a")
     place.start("b")
     if others == "b":
@@ -234,9 +237,9 @@ def test_the_last_edge_hands_over_and_its_sessions_can_still_be_collected(place)
 def test_a_link_that_is_lost_is_made_again_and_sessions_stay(pair):
     pair.pair.open(pair.layer.spec(), pair.layer.start(), "a")
     train(pair, "a", 2)
-    former = pair.pair._edges["a"]
+    former = pair.pair._edges.clients["a"]
     former._link.close()
-    until(lambda: pair.pair._edges["a"] is not former)
+    until(lambda: pair.pair._edges.clients["a"] is not former)
     assert pair.pair.alive == ["a", "b"]
     assert is_trained(pair, pair.pair.collect("s"), 2)
     assert pair.pair.recoveries() == []
@@ -339,12 +342,12 @@ def test_an_edge_that_is_only_busy_is_not_given_up(place, monkeypatch):
     monkeypatch.setattr("fedsys.offload.edge_client.Patience", lambda: Patience(0.05, 0.05))
     place.start("a")
     fleet = place.fleet("a")
-    edge = fleet._edges["a"]
+    edge = fleet._edges.clients["a"]
     fleet.open(place.layer.spec(), place.layer.start(), "a")
     assert held.wait(WAIT_S)
     until(lambda: edge._patience._missed > 0)
     until(lambda: edge._patience._missed == 0)  # the reply came after all
-    assert fleet._edges["a"] is edge and not edge.lost
+    assert fleet._edges.clients["a"] is edge and not edge.lost
     assert place.edges["a"].sessions == ["s"]
 
 

@@ -137,7 +137,7 @@ def _computes_alike(config: Config, name: str, address: str) -> Check:
     """Check that an edge server obeys this run, and that its sums have the bits of this machine."""
     from fedsys.identity import arithmetic, differences
     from fedsys.offload.edge_client import EdgeClient, Hooks
-    from fedsys.offload.fleet import ANSWER_S
+    from fedsys.offload.fleet_edges import ANSWER_S
     from fedsys.transport.dial import dial
     from fedsys.transport.security import Credentials
 

@@ -1,0 +1,193 @@
+"""The links of a server app to its edge servers: made, asked over, watched, and made again."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from fedsys.config import EdgeAddress
+from fedsys.errors import FedsysError, LinkError, LinkRefused, LinkTimeout, SecurityError
+from fedsys.offload.edge_client import EdgeClient, Hooks
+from fedsys.offload.held_sessions import HeldSessions
+from fedsys.offload.snapshot import Snapshot
+from fedsys.transport.dial import dial
+from fedsys.transport.link import Link
+from fedsys.transport.patience import Patience
+from fedsys.transport.security import Credentials
+from fedsys.transport.wire import Frame
+
+REDIAL_S = (0.0, 0.2, 0.5)
+"""Waits before the attempts to reach an edge again whose link was lost and that does not refuse."""
+
+ANSWER_S = 10.0
+"""How long an edge may take to accept the first link, in seconds; then round trips tell."""
+
+LEAST_ANSWER_S = 1.0
+"""Shortest such limit, in seconds: certificates are checked on machines that are busy."""
+
+BEAT_S = 1.0
+"""Seconds between two looks at the heartbeats of the edges."""
+
+ASKED = 2
+"""How many times an edge whose heartbeat is late is asked over new links, until it is given up."""
+
+
+class FleetEdges:
+    """Links to edge servers by name. Methods may be called from any thread.
+
+    Args:
+        edges: Where they are.
+        held: The sessions that are open at them.
+        credentials: For mutual TLS.
+        token: For edges that were started with one.
+        plain: Accept unprotected links to other hosts.
+        struck: Called with faults that are about to strike.
+        lost: Called with the name of an edge whose link is lost, in a thread of its own.
+
+    Attributes:
+        addresses: Where the edges are, by name.
+        clients: The links, by name; those that are lost too, until they are made again.
+        closing: Set when all is over.
+    """
+
+    def __init__(
+        self,
+        edges: Sequence[EdgeAddress],
+        held: HeldSessions,
+        *,
+        credentials: Credentials | None,
+        token: str,
+        plain: bool,
+        struck: Callable[[Frame], None],
+        lost: Callable[[str], None],
+    ) -> None:
+        self.addresses = {edge.name: edge for edge in edges}
+        self.clients: dict[str, EdgeClient] = {}
+        self.closing = threading.Event()
+        self._held, self._credentials, self._token, self._plain = held, credentials, token, plain
+        self._patience = Patience(ANSWER_S, LEAST_ANSWER_S)  # for a new link to an edge
+        self._hooks = Hooks(held.take_in, struck, lost, self.answers)
+
+    @property
+    def alive(self) -> list[str]:
+        """Names of the edges that can be reached."""
+        with self._held.lock:
+            return [name for name, edge in self.clients.items() if not edge.lost]
+
+    def watch(self) -> None:
+        """Give up edges that fall silent, from now on in a thread of its own."""
+        threading.Thread(target=self._watch, name="fleet-watch", daemon=True).start()
+
+    def close(self) -> None:
+        """End the links."""
+        for edge in self.clients.values():
+            edge.close()
+
+    def reach(self, edge: EdgeAddress, *, again: bool = False) -> EdgeClient:
+        """Return a new link to an edge.
+
+        Args:
+            edge: The edge.
+            again: Whether it was reached before; then one that refuses is not waited for.
+
+        Raises:
+            LinkError: It does not answer; the message names it.
+            SecurityError: One end does not accept the other.
+        """
+        try:
+            link = self._dial(edge.address, retry=not again)
+        except (LinkError, SecurityError) as error:
+            raise type(error)(f"edge server {edge.name}: {error}") from error
+        return EdgeClient(edge.name, link, self._token, self._hooks)
+
+    def request(
+        self, name: str, kind: str, meta: Mapping[str, object], snapshot: Snapshot | None = None
+    ) -> Frame:
+        """Send a request to an edge and return its reply.
+
+        Raises:
+            SessionError: The edge refused.
+            LinkError: It is gone, or does not answer any more.
+        """
+        tensors = snapshot.tensors() if snapshot is not None else {}
+        client = self.clients[name]
+        try:
+            return client.request(kind, meta, tensors)
+        except LinkTimeout:  # it was asked; the next request need not find out again
+            self._give_up(name, client)
+            raise
+
+    def answers(self, name: str) -> bool:
+        """Ask an edge over a new link whether it is alive."""
+        for _ in range(ASKED):
+            try:
+                link = self._dial(self.addresses[name].address)
+            except LinkRefused:
+                return False
+            except FedsysError:
+                continue
+            try:
+                link.send(Frame("control", {"token": self._token}))
+                link.recv(self._patience.limit_s)
+                return True
+            except LinkError:
+                self._patience.missed()
+            finally:
+                link.close()
+        return False
+
+    def still_there(self, name: str) -> set[str]:
+        """Reach an edge again; return its sessions of this run, none if it is gone."""
+        if self.clients[name].silent:  # it was asked already
+            return set()
+        for wait in REDIAL_S:
+            time.sleep(wait)
+            if self.closing.is_set():
+                return set()
+            mine = self._sessions_at(name)
+            edge: EdgeClient | None = None
+            try:
+                edge = self.reach(self.addresses[name], again=True)
+                there = edge.request("ping", {"sessions": mine}, {}).meta.get("sessions")
+            except LinkRefused:  # its process is gone, and its sessions with it
+                return set()
+            except FedsysError:
+                if edge is not None:
+                    edge.close()
+                continue
+            with self._held.lock:
+                self.clients[name] = edge
+            return set(mine) & set(there if isinstance(there, list) else [])
+        return set()
+
+    def _watch(self) -> None:
+        while not self.closing.wait(BEAT_S):
+            for name, edge in list(self.clients.items()):
+                if edge.is_late() and not self.answers(name):
+                    self._give_up(name, edge)
+
+    def _give_up(self, name: str, edge: EdgeClient) -> None:
+        if not edge.lost:
+            edge.abandon(self._sessions_at(name))
+
+    def _sessions_at(self, name: str) -> list[str]:
+        return [held.spec.id for held in self._held.at(name)]
+
+    def _dial(self, address: str, *, retry: bool = False) -> Link:
+        began, limit = time.monotonic(), self._patience.limit_s
+        try:
+            link = dial(
+                address,
+                credentials=self._credentials,
+                plain=self._plain,
+                timeout_s=limit,
+                retry=retry,
+            )
+        except LinkRefused:
+            raise
+        except LinkError:
+            self._patience.missed()
+            raise
+        self._patience.saw(time.monotonic() - began)
+        return link

@@ -1,0 +1,88 @@
+"""The sessions that a server app has open somewhere, with the newest state that it has of each."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from dataclasses import dataclass
+
+from fedsys.offload.snapshot import SessionSpec, Snapshot
+from fedsys.transport.wire import Frame
+
+
+@dataclass
+class Held:
+    """A session that is open somewhere.
+
+    Attributes:
+        spec: What its edge was told.
+        newest: Its state at a step to which the device can return, too.
+        edge: Name of its edge.
+        returned: What the edge sent last, at whatever step; None: nothing.
+    """
+
+    spec: SessionSpec
+    newest: Snapshot
+    edge: str
+    returned: Snapshot | None = None
+
+
+class HeldSessions:
+    """Sessions by name. Methods may be called from any thread.
+
+    Attributes:
+        lock: For what is to happen at once; it may be taken again by who holds it.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self._held: dict[str, Held] = {}
+
+    def __getitem__(self, session: str) -> Held:
+        with self.lock:
+            return self._held[session]
+
+    def get(self, session: str) -> Held | None:
+        """Return a session; None if it is not open."""
+        with self.lock:
+            return self._held.get(session)
+
+    def add(self, held: Held) -> None:
+        """Take a session in."""
+        with self.lock:
+            self._held[held.spec.id] = held
+
+    def pop(self, session: str) -> Held | None:
+        """Forget a session and return it; None if it is not open."""
+        with self.lock:
+            return self._held.pop(session, None)
+
+    def names(self) -> list[str]:
+        """Return the names of all sessions."""
+        with self.lock:
+            return list(self._held)
+
+    def at(self, edge: str) -> list[Held]:
+        """Return the sessions of an edge."""
+        with self.lock:
+            return [held for held in self._held.values() if held.edge == edge]
+
+    def load(self) -> Counter[str]:
+        """Return the number of sessions by edge."""
+        with self.lock:
+            return Counter(held.edge for held in self._held.values())
+
+    def take_in(self, frame: Frame) -> None:
+        """Take in a replica or a handover that an edge sent."""
+        snapshot = Snapshot.from_frame(frame)
+        with self.lock:
+            held = self._held.get(str(frame.meta.get("session")))
+            if held is None:
+                return
+            held.returned = snapshot
+            if frame.kind == "handover":  # between two steps, as its device is
+                held.newest = snapshot
+                return
+            every = held.spec.replicate_every  # only then the device keeps its half too
+            if every and snapshot.step % every == 0 and snapshot.step > held.newest.step:
+                held.newest = snapshot

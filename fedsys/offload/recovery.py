@@ -1,0 +1,100 @@
+"""What is done about an edge server that is lost: its sessions are opened again elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+
+from fedsys.errors import FedsysError, LinkError, SessionError
+from fedsys.offload.fleet_edges import FleetEdges
+from fedsys.offload.held_sessions import HeldSessions
+from fedsys.offload.placing import Placing
+from fedsys.offload.snapshot import SessionSpec, Snapshot
+
+_log = logging.getLogger("fedsys.offload.fleet")
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What the fleet did about a loss.
+
+    Attributes:
+        session: Which session.
+        client: Its client.
+        source: Edge that was lost.
+        target: Edge that has it now; empty if there was none.
+        step: Step from which it goes on.
+        seconds: From the loss until it was open again.
+    """
+
+    session: str
+    client: int
+    source: str
+    target: str
+    step: int
+    seconds: float
+
+
+class EdgeRecovery:
+    """Moves the sessions of edges that are lost. Methods may be called from any thread.
+
+    Args:
+        edges: The edge servers.
+        held: The sessions that are open.
+        placing: Opens them.
+
+    Attributes:
+        lock: Held while a loss is dealt with: an edge that flaps is dealt with once at a time.
+        done: What was done.
+    """
+
+    def __init__(self, edges: FleetEdges, held: HeldSessions, placing: Placing) -> None:
+        self.lock, self.done = threading.Lock(), list[Recovery]()
+        self._edges, self._held, self._placing = edges, held, placing
+
+    def on_lost(self, name: str) -> None:
+        """Reach the edge again, or open its sessions elsewhere. For a thread of its own."""
+        began = time.perf_counter()
+        with self.lock:
+            if not self._edges.closing.is_set():
+                self._move_sessions(name, self._edges.still_there(name), began)
+
+    def _move_sessions(self, name: str, kept: set[str], began: float) -> None:
+        """Open the sessions of an edge elsewhere, or there if it was started anew.
+
+        Args:
+            name: The edge.
+            kept: Sessions that it still has.
+            began: When it was lost, by `time.perf_counter`.
+        """
+        orphans = [held for held in self._held.at(name) if held.spec.id not in kept]
+        if not orphans and name in self._edges.alive:
+            return
+        _log.warning("edge server %s is lost, with %d sessions", name, len(orphans))
+        for held in orphans:
+            session, start = held.spec.id, held.newest
+            target = self._open_anywhere(held.spec, start, name)
+            seconds = time.perf_counter() - began
+            with self._held.lock:
+                wanted = self._held.get(session) is held
+                held.edge = target or name
+                self.done.append(
+                    Recovery(session, held.spec.client, name, target, start.step, seconds)
+                )
+            if target and not wanted:  # it was released in the meantime
+                with suppress(FedsysError):
+                    self._edges.request(target, "release", {"session": session})
+
+    def _open_anywhere(self, spec: SessionSpec, start: Snapshot, first: str) -> str:
+        """Open a session at the first edge that takes it; return its name, or nothing."""
+        for name in self._placing.candidates(first):
+            try:
+                self._placing.open_at(name, spec, start)
+            except (LinkError, SessionError) as error:
+                _log.warning("edge server %s: %s", name, error)
+                continue
+            return name
+        return ""
