@@ -271,10 +271,13 @@ def key_modules(model: nn.Module) -> nn.Module:
     return model
 
 
-def check_keyed(model: nn.Module, example: Tensor) -> None:
+def check_keyed(model: nn.Module, example: Tensor) -> object:
     """Refuse a model that draws from torch's process-wide generator in training mode.
 
     The model is run once on `example` (a batch of two or more) and left as it was.
+
+    Returns:
+        What the model returned.
 
     Raises:
         ModelError: Names the first module whose forward drew from the process-wide generator.
@@ -299,7 +302,7 @@ def check_keyed(model: nn.Module, example: Tensor) -> None:
         with seeded_default_generator(0), torch.no_grad():
             address = Address(seed=0)
             with drawing(address, 0, example.shape[0]):
-                model(example)
+                outputs = model(example)
     finally:
         for hook in hooks:
             hook.remove()
@@ -313,3 +316,4 @@ def check_keyed(model: nn.Module, example: Tensor) -> None:
             "cannot be repeated; use nn.Dropout, nn.Dropout1d to 3d or torchvision's "
             "StochasticDepth as modules instead of functional or other random layers"
         )
+    return outputs

@@ -60,6 +60,7 @@ MODELS |= {
     "frozen by forward": partly("forward"),
     "momentum by mode": partly("momentum"),
     "parameters frozen": partly("parameters"),
+    "lazy": ("lenet", {"_target_": "tests.models.test_fits.Lazy", "dropout": 0.2}),
 }
 FEATURES = {
     "plain": {},
@@ -203,6 +204,7 @@ TABLE = [
     (("momentum by mode", 1), "fedadam, kept momentum", (2, "pipelined"), "never", False, "memory"),
     (("parameters frozen", 1), "kept adam, crops", (2, "pipelined"), "edge", False, "memory"),
     (("parameters frozen", 1), PROXIMAL, (1, "sequential"), "link", True, "memory"),
+    (("lazy", 1), BETWEEN_ROUNDS, (2, "pipelined"), "link", False, "memory"),
     (("parameters frozen", 2), "momentum, decay, cosine", (1, "sequential"), "never", False, "tcp"),
 ]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from fedsys.errors import ConfigError, ModelError, did_you_mean
@@ -31,7 +32,8 @@ def build(spec: Mapping[str, Any], *, input_shape: Shape, num_classes: int, seed
         spec: The `model` group: ``_target_`` is the dotted path of a callable that returns a
             module, ``norm`` one of batch, group and none (default batch), ``init`` a safetensors
             file to take all weights and buffers from, or None; the rest are keyword arguments of
-            the callable. `input_shape` and `num_classes` are passed if it has arguments so named.
+            the callable. `input_shape` and `num_classes` are passed if it has arguments so named,
+            `num_classes` also where ``**kwargs`` takes it on.
         input_shape: Channels, height and width of an image.
         num_classes: Number of outputs.
         seed: The `seed` of the run.
@@ -126,7 +128,7 @@ def _construct(spec: Mapping[str, Any], input_shape: Shape, num_classes: int) ->
     constructor = _locate(target)
     arguments = _arguments(target, constructor, spec, input_shape, num_classes)
     try:
-        model = constructor(**arguments)
+        model = _called(constructor, arguments, num_classes)
     except (TypeError, ValueError) as error:
         named = [key for key in arguments if f"'{key}'" in str(error) and key in spec]
         argument = f"model.{named[0]}" if named else "model._target_"
@@ -138,7 +140,55 @@ def _construct(spec: Mapping[str, Any], input_shape: Shape, num_classes: int) ->
             target,
             f"must return a torch.nn.Module, and it returned a {type(model).__name__}",
         )
+    _materialise(model, target, input_shape)
     return key_modules(convert_norm(model, spec.get("norm", "batch"))).train()
+
+
+def _called(constructor: Callable[..., Any], arguments: Mapping[str, Any], num_classes: int) -> Any:
+    """Call the constructor, also with the number of classes if it may take that on to another.
+
+    torchvision's constructors, and timm's ``create_model``, have it in their ``**kwargs``; without
+    it they make the 1,000 outputs of ImageNet.
+    """
+    known = inspect.signature(constructor).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
+    if not takes_any or "num_classes" in arguments:
+        return constructor(**arguments)
+    try:
+        return constructor(**arguments, num_classes=num_classes)
+    except TypeError as error:
+        if "num_classes" not in str(error):
+            raise
+    return constructor(**arguments)  # whoever gets its arguments does not know this one
+
+
+def _materialise(model: nn.Module, target: str, input_shape: Shape) -> None:
+    """Give lazy layers (``nn.LazyLinear``, …) the sizes and values that images lead to."""
+    if not _lazy(model):
+        return
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros((2, *input_shape)))
+    except Exception as error:  # whatever the user's forward or torch raises on such inputs
+        raise ConfigError.of(
+            "model._target_",
+            target,
+            f"must accept images of shape {tuple(input_shape)}, from which its lazy layers take "
+            f"their sizes, and its forward says: {error}",
+        ) from error
+    if left := _lazy(model):
+        raise ConfigError.of(
+            "model._target_",
+            target,
+            f"must call its lazy layers in forward, and leaves out {', '.join(left[:5])}",
+            "give such layers their sizes, or leave them out",
+        )
+
+
+def _lazy(model: nn.Module) -> list[str]:
+    """Return the names of parameters and buffers that have no size yet."""
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return [name for name, tensor in tensors if is_lazy(tensor)]
 
 
 def _locate(target: str) -> Callable[..., Any]:

@@ -21,8 +21,9 @@ from fedsys import data, models
 from fedsys.config import Config, pruning
 from fedsys.data import Dataset
 from fedsys.errors import ConfigError
+from fedsys.models.fits import check_fits
 from fedsys.models.layered import LayeredModel, layered
-from fedsys.randomness import Address, check_keyed
+from fedsys.randomness import Address
 from fedsys.training import plain as training
 from fedsys.training.penalty import Penalty
 
@@ -136,7 +137,8 @@ def check_model(model: nn.Module, dataset: Dataset) -> None:
     """Run the model once on two examples, so that what does not fit is said before training.
 
     Raises:
+        ConfigError: It does not take the images, or does not return a number for each class.
         ModelError: The model draws from a process-wide generator.
     """
     x = torch.randn((2, *dataset.input_shape), generator=Address(0).torch("check"))
-    check_keyed(model, x)
+    check_fits(model, x.to(training.device_of(model)), dataset.num_classes)

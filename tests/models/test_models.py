@@ -356,6 +356,13 @@ def keywords_only(**kwargs: int) -> nn.Module:
     return Users(**kwargs)
 
 
+def lacks_width(**kwargs: int) -> nn.Module:
+    def make(width: int, num_classes: int) -> nn.Module:
+        return Users(num_classes, width)
+
+    return make(**kwargs)
+
+
 def not_a_model(input_shape: tuple[int, int, int]) -> str:
     return f"{input_shape}"
 
@@ -375,6 +382,7 @@ def test_a_users_model_gets_only_the_arguments_that_it_names() -> None:
     model = build(of("Users", depth=2), **DATA, seed=1)
     assert len(model.layers) == 2 and model(torch.ones(2, 1, 2, 2)).shape == (2, 3)
     assert build(of("keywords_only", num_classes=5), **DATA, seed=1).top.out_features == 5
+    assert build(of("keywords_only"), **DATA, seed=1).top.out_features == 3  # as of the data
     assert build({"_target_": "torch.nn.Identity"}, **DATA, seed=1).training
 
 
@@ -402,7 +410,7 @@ def test_a_skeleton_works_for_constructors_that_compute_with_tensors() -> None:
         ({"_target_": "fedsys.models.vgg.vgg6"}, r"must name a callable .*did you mean 'vgg\d+'"),
         (of("not_a_model"), r"must return a torch\.nn\.Module, and it returned a str"),
         (of("fails", width=3), r"model\.width=3: must suit .*\.fails, which says: 'width'"),
-        (of("keywords_only"), r"model\._target_=.*\.keywords_only: must suit .*missing"),
+        (of("lacks_width"), r"model\._target_=.*\.lacks_width: must suit .*missing"),
         (of("keywords_only", num_classes=2, dept=1), r"model\.dept=1: must suit .*unexpected"),
         (SPECS["cnn"] | {"dropuot": 0.5}, r"model\.dropuot=0\.5: .*did you mean 'dropout'"),
         (SPECS["cnn"] | {"zzzz": 1}, r"model\.zzzz=1: must be .*it has width, hidden, dropout"),

@@ -1,0 +1,101 @@
+"""Does a model fit the data? Asked once, on two examples, before anything is trained."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedsys.errors import ConfigError, ModelError
+from fedsys.randomness import check_keyed
+
+
+def check_fits(model: nn.Module, example: Tensor, num_classes: int) -> None:
+    """Refuse a model that does not make one row of outputs of each example, or draws at random.
+
+    The model is run in evaluation and in training, and left as it was but for what its own forward
+    counts.
+
+    Args:
+        model: With values, on the device of `example`.
+        example: A batch of two or more inputs, ``(rows, …)``.
+        num_classes: Outputs per example that it must have.
+
+    Raises:
+        ConfigError: It takes other inputs or returns something else than ``(rows, num_classes)``
+            floating-point numbers.
+        ModelError: It draws from a process-wide generator.
+    """
+    name = type(model).__name__
+    _check_arguments(model, name)
+    modes = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad():
+            _check_outputs(name, _tried(name, lambda: model.eval()(example), example), num_classes)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    outputs = _tried(name, lambda: check_keyed(model, example), example)
+    _check_outputs(name, outputs, num_classes)
+
+
+def _check_arguments(model: nn.Module, name: str) -> None:
+    """Refuse a forward that needs more than the images."""
+    variable = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    arguments = inspect.signature(model.forward).parameters.values()
+    needed = [a.name for a in arguments if a.default is a.empty and a.kind not in variable]
+    if len(needed) > 1:
+        raise ConfigError.of(
+            "model",
+            name,
+            f"must take one tensor, a batch of images, and its forward takes ({', '.join(needed)})",
+            f"give {', '.join(needed[1:])} a default, or make it in forward",
+        )
+
+
+def _tried(name: str, call: Callable[[], Any], example: Tensor) -> Any:
+    try:
+        return call()
+    except ModelError:
+        raise
+    except Exception as error:  # whatever the user's forward or torch raises on such inputs
+        shape, says = tuple(example.shape[1:]), str(error).strip().partition("\n")[0]
+        raise ConfigError.of(
+            "model",
+            name,
+            f"must accept images of shape {shape}, and its forward says: "
+            f"{type(error).__name__}: {says}",
+            "make its layers for this shape, which its constructor is given as input_shape; or "
+            "give the data the channels and the size that it takes (data.channels, data.size)",
+        ) from error
+
+
+def _check_outputs(name: str, outputs: object, num_classes: int) -> None:
+    rule = f"must return one tensor of shape (batch, {num_classes}), a number for each class"
+    if isinstance(outputs, Mapping):
+        way_out = f"return one entry of it: it has {', '.join(map(str, outputs))}"
+        raise ConfigError.of("model", name, f"{rule}, and it returns a dict", way_out)
+    if isinstance(outputs, tuple | list):
+        what = f"{rule}, and it returns a {type(outputs).__name__} of {len(outputs)}"
+        way_out = "return its first element alone, and switch auxiliary outputs off"
+        raise ConfigError.of("model", name, what, way_out)
+    if not isinstance(outputs, Tensor):
+        raise ConfigError.of("model", name, f"{rule}, and it returns a {type(outputs).__name__}")
+    if outputs.dim() != 2:
+        what = f"{rule}, and it has {outputs.dim()} dimensions: {tuple(outputs.shape)}"
+        way_out = "pool and flatten it: x.mean((2, 3)) or nn.Flatten()"
+        raise ConfigError.of("model", name, what, way_out)
+    if outputs.shape[1] != num_classes:
+        raise ConfigError.of(
+            "model",
+            name,
+            f"{rule}, and it has {outputs.shape[1]} outputs",
+            "let its constructor take num_classes, or give it under the name that it has there: "
+            f"model.<argument>={num_classes}",
+        )
+    if not outputs.is_floating_point():
+        what = f"{rule}, and it returns {outputs.dtype}"
+        raise ConfigError.of("model", name, what, "return the logits, not the chosen class")
