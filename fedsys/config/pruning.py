@@ -4,8 +4,10 @@ Two schedules. *Gradual*: from dense to ``sparsity`` in ``steps`` prunings betwe
 which prunes an equal share of what is left; with one step before the first round it is pruning in
 one shot at initialisation. *Levels with rewinding* (``rounds_per_level``): train, prune
 ``share`` of the survivors, start again from the weights after round ``rewind``; as many levels as
-there are rounds for (`tests.pruning.rewinding` has the papers). Everything here is a function of
-the configuration and the round, so server, clients and edge servers agree without a message.
+there are rounds for (Frankle & Carbin, "The Lottery Ticket Hypothesis", ICLR 2019, rewind to the
+start; Frankle et al., "Linear Mode Connectivity and the Lottery Ticket Hypothesis", ICML 2020, to
+the weights after some rounds). Everything here is a function of the configuration and the round,
+so server, clients and edge servers agree without a message.
 """
 
 from __future__ import annotations

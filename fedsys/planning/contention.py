@@ -1,10 +1,20 @@
 """The time of an iteration in closed form: of one device alone, and of several that share edges.
 
 All devices begin an iteration together and work by the schedule
-`fedsys.training.schedule.pipelined`, with micro-batches of one size (letters as in
-`tests.planning.recurrences`; N pieces, latency l). Then the moments of the stages before the edge
-are linear in the piece, U_i = f + u + (i - 1) max(f, u), and so are, for a device alone, those
-after it, so that the last backward ends at
+`fedsys.training.schedule.pipelined`, with micro-batches of one size. An iteration is a flow shop
+with the device as its first and its last machine (pieces i = 1 … N; stages forward f, up u, edge s,
+down d, backward b; latency l; F, U, S, D, C: the moments of their ends)::
+
+    F_i = max(F_{i-1}, C_{i-depth}) + f             C_i = max(D_i + l, C_{i-1}, F before) + b
+    U_i = max(F_i, U_{i-1}) + u                     S_i = max(U_i + l, S_{i-1}) + s
+    D_i = max(S_i, D_{i-1}) + d
+
+where "F before" is the forward that the schedule puts before this backward: the last one. These
+are the recurrences of PiPar (Zhang et al., "PiPar: Pipeline Parallelism for Collaborative Machine
+Learning", JPDC 2024, section IV) with what its code leaves out: a device computes one thing at a
+time, and a message arrives a latency after its last bit. With all pieces in flight the moments of
+the stages before the edge are linear in the piece, U_i = f + u + (i - 1) max(f, u), and so are,
+for a device alone, those after it, so that the last backward ends at::
 
     C_N = max(N f + N b,  D_1 + l + N b,  D_N + l + b)
     D_i = f + u + l + s + d + (i - 1) max(f, u, s, d)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from fedsys.errors import ConfigError, did_you_mean
 from fedsys.models.layered import LayeredModel
-from fedsys.transport.codecs import CODECS, LEAST_PER_SCALE
+from fedsys.transport.codecs import CODECS, encoded_bytes
 
 Array = NDArray[np.float64]
 
@@ -283,15 +283,7 @@ def crossings(layers: LayeredModel) -> tuple[Crossing, ...]:
 
 def tensor_bytes(crossing: Crossing, rows: int, codec: str) -> int:
     """Return the bytes that `fedsys.transport.codecs` makes of `rows` examples."""
-    elements = crossing.elements * rows
-    if codec == "fp32":
-        return elements * crossing.itemsize
-    if codec in ("fp16", "bf16"):
-        return elements * 2
-    if codec != "int8":
-        raise ConfigError.of("policy.codec", codec, f"must be one of {', '.join(CODECS)}")
-    whole = elements < LEAST_PER_SCALE * crossing.channels
-    return elements + 4 * (1 if whole else crossing.channels)
+    return encoded_bytes(crossing.elements * rows, crossing.channels, codec, crossing.itemsize)
 
 
 def frame_bytes(crossing: Crossing, rows: int, codec: str, *, labels: bool = False) -> int:
@@ -300,5 +292,15 @@ def frame_bytes(crossing: Crossing, rows: int, codec: str, *, labels: bool = Fal
 
 
 def state_bytes(layers: LayeredModel) -> tuple[int, ...]:
-    """Return the bytes of the parameters of each unit, of 4 bytes each."""
-    return tuple(4 * unit.params for unit in layers.units)
+    """Return the bytes of the parameters and persistent buffers of each unit, in their types.
+
+    A tensor that several units use counts in the first of them.
+    """
+    tensors = layers.graph.state_dict(keep_vars=True)
+    counted: set[int] = set()
+    sizes = []
+    for unit in layers.units:
+        own = {id(tensors[name]): tensors[name].nbytes for name in unit.names}
+        sizes.append(sum(size for key, size in own.items() if key not in counted))
+        counted |= own.keys()
+    return tuple(sizes)

@@ -110,7 +110,7 @@ def hardware(config: Config, layers: LayeredModel) -> Hardware | None:
             )
         return costs[name]
 
-    servers = fleet.servers or fleet.devices[:0]
+    servers = fleet.servers
     if not servers:
         raise ConfigError.of(
             "fleet.servers", list(servers), "must name the machine of an edge server",

@@ -13,7 +13,7 @@ from fedsys.models.layered import LayeredModel
 from fedsys.planning.hardware import Hardware, hardware
 from fedsys.planning.planner import METHODS
 from fedsys.planning.workload import Device, Workload, counts, workload
-from fedsys.transport.codecs import CODECS
+from fedsys.transport.codecs import check_codec
 
 PLANNED = tuple(method for method in METHODS if method != "classic")
 """Policies that plan."""
@@ -58,10 +58,7 @@ class PlanOptions:
                 raise ConfigError.of(f"policy.{key}", spec[key], "must be a known key", hint)
         codecs = _listed(spec.get("codec", "fp32"))
         for codec in codecs:
-            if str(codec) not in CODECS:
-                hint = did_you_mean(str(codec), CODECS)
-                rule = f"must be one of {', '.join(CODECS)}, or a list of them to choose from"
-                raise ConfigError.of("policy.codec", codec, rule, hint.strip())
+            check_codec(codec, ", or a list of them to choose from")
         pieces = _listed(spec.get("micro_batches"))
         if not all(type(count) is int and count > 0 for count in pieces):
             raise ConfigError.of(

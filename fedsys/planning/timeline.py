@@ -5,7 +5,8 @@ sends takes its place in the queue of its uplink, then waits for a worker of its
 order of arrival; the answer takes its place in the queue of the downlink. Links are those of
 `fedsys.transport.shaping`: a lane with one server, the rate of the moment, then the latency.
 
-For one device and constant rates `tests.planning.recurrences.iteration_s` gives the same times.
+For one device and constant rates the recurrences of `fedsys.planning.contention` give the same
+times.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The time of devices that keep a bounded number of pieces in flight, for many plans at once.
 
 What a device sends then depends on what came back, so there is no closed form for several devices
-on one edge. The recurrences of `tests.planning.recurrences` are gone through instead, one piece of
+on one edge. The recurrences of `fedsys.planning.contention` are gone through instead, one piece of
 each plan after the other, in the order in which its edge serves them: the answer to piece i
 decides when piece i + depth arrives, which is never before the edge has begun with piece i.
 """

@@ -1,7 +1,7 @@
 """What is to be trained, and how one device may go about it: the records that planners work on.
 
 A `Menu` says how long the five stages of an `Assignment` take for one micro-batch (letters as in
-`tests.planning.recurrences`), `job_of` makes it a device of `fedsys.planning.timeline.play`. CPU
+`fedsys.planning.contention`), `job_of` makes it a device of `fedsys.planning.timeline.play`. CPU
 time of a message is charged to the machine that spends it: to the device in f and b, to the edge in
 s.
 """
@@ -58,7 +58,7 @@ class Workload:
 
     Attributes:
         crossings: What leaves each unit; length L.
-        state_bytes: Bytes of the parameters of each unit.
+        state_bytes: Bytes of the parameters and buffers of each unit.
         cuts: Cuts below L that may be chosen; L always may, unless a planner is told otherwise.
         batch_size: Examples of a mini-batch.
         devices: Who trains.

@@ -7,7 +7,7 @@ federated training as well as between two trainings::
     masks = one_shot("synflow", model, 0.9, input_shape=(3, 32, 32))
     small = shrink(model, (3, 32, 32), masks=masks)
 
-`tests.pruning.rewinding` prunes level by level, with training between.
+When a run prunes between its rounds is for `fedsys.config.pruning` to say.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from typing import Any, Final, Literal, get_args
 import torch
 from torch import Tensor
 
-from fedsys.errors import ConfigError, FrameError, ModelError
+from fedsys.errors import ConfigError, FrameError, ModelError, did_you_mean
 
 Codec = Literal["fp32", "fp16", "bf16", "int8"]
 CODECS: Final[tuple[str, ...]] = get_args(Codec)
@@ -40,6 +40,7 @@ LEAST_PER_SCALE: Final = 8
 """Elements that a channel needs for a scale of its own."""
 
 _LEVELS: Final = 127
+_SCALE_BYTES: Final = 4  # a scale is a float32
 _SMALLEST: Final = _LEVELS * 2.0**-126  # below, the scale is not a normal float32
 _WHOLE: Final = -1  # instead of a dimension: one scale for the tensor
 _HALF: Final = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -67,8 +68,7 @@ def encode_activation(
         ConfigError: The codec is unknown.
         ModelError: `x` holds NaN or an infinity and the codec is int8.
     """
-    if codec not in CODECS:
-        raise ConfigError.of("policy.codec", codec, f"must be one of {', '.join(CODECS)}")
+    check_codec(codec)
     x = x.detach()
     name = str(x.dtype).removeprefix("torch.")
     if codec == "fp32" or name not in _FLOATS:
@@ -77,10 +77,51 @@ def encode_activation(
     if codec in _HALF:
         return {"x": _halved(x, _HALF[codec])}, meta
     dim = channel_dim if x.dim() > channel_dim else _WHOLE
-    if dim != _WHOLE and x.numel() < LEAST_PER_SCALE * x.shape[dim]:
+    if dim != _WHOLE and not _own_scales(x.numel(), x.shape[dim]):
         dim = _WHOLE
     levels, scale = _quantised(x.float(), dim)
     return {"x": levels, "scale": scale}, meta | {"dim": dim}
+
+
+def encoded_bytes(elements: int, channels: int, codec: str, itemsize: int = 4) -> int:
+    """Return the bytes of the tensors that `encode_activation` makes.
+
+    Args:
+        elements: Elements of the activation.
+        channels: Size of its dimension of channels.
+        codec: One of `CODECS`.
+        itemsize: Bytes of an element in the type of the activation, a float.
+
+    Raises:
+        ConfigError: The codec is unknown.
+    """
+    check_codec(codec)
+    if codec == "fp32":
+        return elements * itemsize
+    if codec in _HALF:
+        return elements * _HALF[codec].itemsize
+    return elements + _SCALE_BYTES * (channels if _own_scales(elements, channels) else 1)
+
+
+def check_codec(name: object, rule: str = "") -> None:
+    """Refuse what is no codec.
+
+    Args:
+        name: What was given.
+        rule: What else may stand there, for the message.
+
+    Raises:
+        ConfigError: There is no such codec.
+    """
+    if name not in CODECS:
+        known = f"must be one of {', '.join(CODECS)}{rule}"
+        hint = did_you_mean(str(name), CODECS).strip()
+        raise ConfigError.of("policy.codec", name, known, hint)
+
+
+def _own_scales(elements: int, channels: int) -> bool:
+    """Whether each channel has a scale of its own."""
+    return elements >= LEAST_PER_SCALE * channels
 
 
 def _halved(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedsys.errors import ConfigError, did_you_mean
+from fedsys.errors import ConfigError
 from fedsys.models.layered import LayeredModel, resolve_cut
-from fedsys.transport.codecs import CODECS
+from fedsys.transport.codecs import check_codec
 from strategies.policies.policy import Assignment, Observation, PolicyState
 
 
@@ -76,10 +76,5 @@ def codecs_of(codec: Any) -> tuple[str, str]:
     """
     pair = codec if isinstance(codec, Mapping) else {"up": codec, "down": codec}
     for direction in ("up", "down"):
-        name = pair.get(direction)
-        if name not in CODECS:
-            hint = did_you_mean(str(name), CODECS)
-            raise ConfigError.of(
-                "policy.codec", name, f"must be one of {', '.join(CODECS)}", hint.strip()
-            )
+        check_codec(pair.get(direction))
     return str(pair["up"]), str(pair["down"])

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from fedsys.errors import ConfigError
 from fedsys.models import skeleton
@@ -55,7 +56,23 @@ def test_crossings_are_the_tensors_after_the_units(vgg5):
     for unit, crossing in zip(vgg5.units, sizes, strict=True):
         assert tensor_bytes(crossing, 7, "fp32") == 7 * unit.bytes_out
         assert frame_bytes(crossing, 7, "fp32") == 7 * unit.bytes_out + FRAME_BYTES
-    assert sum(state_bytes(vgg5)) == 4 * sum(unit.params for unit in vgg5.units)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bytes_of_the_state_are_those_of_parameters_and_buffers(dtype):
+    """They were 4 for each parameter: BatchNorm's statistics and other types were left out."""
+    model = skeleton(VGG5, input_shape=(3, 32, 32), num_classes=10).to(dtype)
+    layers = layered(model, (3, 32, 32))
+    assert sum(state_bytes(layers)) == sum(t.nbytes for t in model.state_dict().values())
+    conv1 = [t.nbytes for name, t in model.state_dict().items() if name.startswith("conv1.")]
+    assert state_bytes(layers)[0] == sum(conv1)
+
+
+def test_a_tensor_that_several_units_use_counts_once():
+    first, second = nn.Linear(8, 8), nn.Linear(8, 8)
+    second.weight = first.weight
+    layers = layered(nn.Sequential(first, nn.ReLU(), second), (8,))
+    assert layers.shared and sum(state_bytes(layers)) == 4 * (64 + 8 + 8)
 
 
 def test_a_class_takes_its_time_by_multiply_accumulates(vgg5):

@@ -326,7 +326,7 @@ def test_above_the_bound_a_search_says_that_it_is_not_exact(vgg5):
 def test_what_a_round_exchanges_counts_if_it_is_asked_for(vgg5):
     load = of_pis(vgg5, 50, devices=1)
     with_it = workload(vgg5, load.devices, load.edges, 100)
-    bits = 8 * 4 * sum(unit.params for unit in vgg5.units)
+    bits = 8 * sum(t.nbytes for t in vgg5.graph.state_dict().values())
     difference = plan(with_it, "classic").seconds - plan(load, "classic").seconds
     assert difference == pytest.approx(2 * bits / 50e6 + 0.02)
 
