@@ -72,7 +72,8 @@ def _offloaded(message: Message, context: Context, dialler: Dialler) -> OffloadC
 
 
 def _dialler(message: Message, context: Context, doom: Doom = SPARED) -> Dialler:
-    return dialler_of(_config(message, context), context.node_config, doom.faults)
+    round_ = messages.settings_of(message.content).server_round
+    return dialler_of(_config(message, context), context.node_config, doom.faults, round_)
 
 
 def _config(message: Message, context: Context) -> Config:

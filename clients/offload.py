@@ -23,7 +23,7 @@ from fedsys.faults import SPARED, Doom
 from fedsys.offload.emulation import Pace, device_costs
 from fedsys.offload.remote import EdgesLost, Moved, Remote
 from fedsys.planning.assignment import Assignment
-from fedsys.planning.hardware import link_of, network_of
+from fedsys.planning.hardware import network_for
 from fedsys.randomness import Address
 from fedsys.runs.tracing import Recorder
 from fedsys.training import federation
@@ -299,5 +299,5 @@ class OffloadClient:
         return RecordDict({OBSERVATION: self._observation(self._reached, seconds, reason)})
 
     def _observation(self, steps: int, seconds: float, stranded: str = "") -> ConfigRecord:
-        sums = self._recorder.sums(network_of(link_of(self._config, self._partition)).latency_s)
+        sums = self._recorder.sums(network_for(self._config, self._partition).latency_s)
         return observation(steps, seconds, sums, self._remote.traffic, stranded)

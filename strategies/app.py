@@ -156,6 +156,7 @@ def _virtual(
         [len(part) for part in fed.parts],
         find(strategy, Offload),
         totals(rows).get("virtual_s", 0.0),
+        len(rows),
     )
 
 

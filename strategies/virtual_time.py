@@ -41,6 +41,7 @@ class RoundClock:
         examples: Examples of each client.
         offload: The strategy that offloads; None if none does.
         elapsed_s: Virtual seconds of the rounds before the first one.
+        done: Number of these.
 
     Attributes:
         last: The last round that was told; None before the first one.
@@ -53,9 +54,10 @@ class RoundClock:
         examples: Sequence[int],
         offload: Offload | None,
         elapsed_s: float = 0.0,
+        done: int = 0,
     ) -> None:
         self._config, self._layers, self._examples = config, layers, examples
-        self._offload, self._now_s = offload, elapsed_s
+        self._offload, self._now_s, self._done = offload, elapsed_s, done
         self.last: FleetRound | None = None
         self._machines = None if config.client.label_private else hardware(config, layers)
         self._real = config.runtime.kind == "deployment" or (
@@ -73,11 +75,13 @@ class RoundClock:
             ``virtual_s``, ``idle_device``, ``idle_up``, ``idle_edge``, ``idle_down`` and
             ``prediction_error``; nothing where nothing can be told.
         """
+        self._done += 1
         who = sorted(clients)
         choices = [self._choice(client) for client in who]
         if self._machines is None or not who or any(choice.cut == 0 for choice in choices):
             return {}
         load = run_workload(self._config, self._layers, self._machines, self._examples, clients=who)
+        load = load.at_round(self._done)
         played = virtual_round(load, choices, self._now_s)
         expected = self._expected(load, choices, who)
         self.last = FleetRound(

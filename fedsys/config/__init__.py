@@ -16,6 +16,7 @@ import functools
 import shlex
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -160,13 +161,30 @@ def compose_text(overrides: str) -> str:
 def to_text(tree: Any) -> str:
     """Return the resolved YAML of a composed configuration, or of plain dicts and lists."""
     with translated_errors():
-        return OmegaConf.to_yaml(OmegaConf.create(tree), resolve=True)
+        made = OmegaConf.create(tree)
+        for link in (made.get("network"), *((made.get("fleet") or {}).get("links") or ())):
+            if link and link.get("trace"):
+                link.trace = _absolute(plain({"trace": link.trace})["trace"])
+        return OmegaConf.to_yaml(made, resolve=True)
+
+
+def _absolute(trace: Any) -> Any:
+    """Return a trace with absolute paths: whoever reads it has another working directory."""
+    if isinstance(trace, str):
+        return str(Path(trace).expanduser().absolute())
+    if isinstance(trace, list):
+        return [_absolute(inner) for inner in trace]
+    if isinstance(trace, dict) and "generate" not in trace:
+        return {key: _absolute(inner) for key, inner in trace.items()}
+    return trace
 
 
 def plain(tree: Any) -> dict[str, Any]:
     """Return a composed configuration as resolved plain dicts and lists."""
     with translated_errors():
-        return typing.cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True))
+        return typing.cast(
+            dict[str, Any], OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
+        )
 
 
 def with_values(text: str, **values: Any) -> str:

@@ -14,6 +14,8 @@ from fedsys.errors import ConfigError, did_you_mean
 
 def build(kind: Any, value: Any, path: str) -> Any:
     """Convert `value` to the annotation `kind`, or raise a ConfigError that names `path`."""
+    if kind is Any:
+        return _frozen(value)
     origin = typing.get_origin(kind)
     if origin in (typing.Union, types.UnionType):
         options = [k for k in typing.get_args(kind) if k is not type(None)]
@@ -38,6 +40,13 @@ def build(kind: Any, value: Any, path: str) -> Any:
         return str(value)
     if type(value) is not kind:
         raise ConfigError.of(path, value, f"must be of type {kind.__name__}")
+    return value
+
+
+def _frozen(value: Any) -> Any:
+    """Return `value` with tuples for lists, and None for empty ones: one meaning, one value."""
+    if isinstance(value, list | tuple):
+        return tuple(map(_frozen, value)) or None
     return value
 
 

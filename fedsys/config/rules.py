@@ -34,6 +34,13 @@ def _names_one(value: Any) -> bool:
     return bool(value) and str(value).replace("{client}", "", 1).isprintable()
 
 
+def _rows(value: Any) -> bool:
+    """Return whether a trace is given as rows of numbers, not as files or how it is drawn."""
+    return isinstance(value, tuple) and all(
+        isinstance(row, tuple) and all(isinstance(x, int | float) for x in row) for row in value
+    )
+
+
 def _one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
     return (lambda value: value in names), "must be one of " + ", ".join(names)
 
@@ -67,9 +74,16 @@ RULES: tuple[Rule, ...] = (
     ("network.latency_ms", lambda v: v >= 0, "must not be negative", ""),
     (
         "network.trace",
-        lambda v: all(len(row) == 3 for row in v),
+        lambda v: not v or not _rows(v) or all(len(row) == 3 for row in v),
         "must be a list of [second, up, down]",
         "rates are in Mbit/s",
+    ),
+    ("network.trace_by", *_one_of("seconds", "rounds"), ""),
+    (
+        "network.columns",
+        lambda v: set(v or ()) <= {"seconds", "up", "down"},
+        "must map seconds, up and down to names of columns",
+        "",
     ),
     ("edge.name", bool, "must not be empty", ""),
     ("edge.max_sessions", _at_least_one, "must be at least 1", ""),
@@ -137,7 +151,7 @@ def _check_links(config: Config) -> None:
                 )
         for name, test, rule, way_out in RULES:
             group, _, key = name.partition(".")
-            if group == "network" and key in ("latency_ms", "trace"):
+            if group == "network" and key in ("latency_ms", "trace", "trace_by", "columns"):
                 value = getattr(link, key)
                 if not test(value):
                     raise ConfigError.of(f"{path}.{key}", value, rule, way_out)

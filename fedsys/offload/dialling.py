@@ -15,7 +15,7 @@ from typing import Any
 from fedsys.config import Config
 from fedsys.errors import LinkClosed, LinkRefused
 from fedsys.faults import AT_EDGE, Fault
-from fedsys.planning.hardware import link_of, network_of
+from fedsys.planning.hardware import network_for
 from fedsys.transport.dial import dial
 from fedsys.transport.faulty import Faulty, LinkFault
 from fedsys.transport.link import Link
@@ -57,7 +57,7 @@ def link_fault(fault: Fault) -> LinkFault:
 
 
 def dialler_of(
-    config: Config, node_config: Mapping[str, Any], faults: Iterable[Fault] = ()
+    config: Config, node_config: Mapping[str, Any], faults: Iterable[Fault] = (), round_: int = 1
 ) -> Dialler:
     """Return what connects a node, as its own configuration and that of the run say.
 
@@ -66,16 +66,19 @@ def dialler_of(
         node_config: Of the node; its ``credentials`` come before those of the run, and its
             `PARTITION_ID` says which device it is.
         faults: What strikes the device in this round.
+        round_: The round, from 1; a trace of seconds begins anew in each.
 
     Raises:
         SecurityError: The credentials are missing or not valid.
     """
     folder = node_config.get("credentials") or config.link.credentials
-    link = link_of(config, int(number(node_config, PARTITION_ID, 0)))
+    network = network_for(config, int(number(node_config, PARTITION_ID, 0)))
+    if network.by_rounds:
+        network = network.at(round_ - 1)
     return Dialler(
         Credentials.load(Path(str(folder))) if folder else None,
         faults,
-        network_of(link) if config.network.emulate else None,
+        network if config.network.emulate else None,
     )
 
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +30,7 @@ from fedsys.errors import ConfigError, did_you_mean
 from fedsys.identity import package_version
 from fedsys.models.layered import LayeredModel
 from fedsys.planning.costs import MachineClass, MachineCosts, Messaging
+from fedsys.planning.traces import network_of
 from fedsys.transport.network import Network
 
 PROFILE_KEYS = (
@@ -57,15 +57,15 @@ class Hardware:
     edges: tuple[MachineCosts, ...]
 
 
-def network_of(config: NetworkConfig) -> Network:
-    """Return the network of a run in bits and seconds.
+def network_for(config: Config, partition: int) -> Network:
+    """Return the network of a device of a run in bits and seconds, with its trace.
 
     Raises:
         ConfigError: The trace is not usable.
     """
-    trace = tuple((at, up * 1e6, down * 1e6) for at, up, down in config.trace)
-    rates = [math.inf if r is None else r * 1e6 for r in (config.up_mbit_s, config.down_mbit_s)]
-    return Network(rates[0], rates[1], config.latency_ms / 1e3, trace, config.period_s)
+    names = config.fleet.devices
+    machine = names[partition % len(names)] if names else ""
+    return network_of(link_of(config, partition), partition, machine, config.seed)
 
 
 def links_of(config: Config) -> tuple[NetworkConfig, ...]:
@@ -122,7 +122,7 @@ def hardware(config: Config, layers: LayeredModel) -> Hardware | None:
             machine(f"fleet.devices[{i % len(fleet.devices)}]", name)
             for i, name in enumerate(_repeated(fleet.devices, config.num_clients))
         ),
-        tuple(network_of(link_of(config, k)) for k in range(config.num_clients)),
+        tuple(network_for(config, k) for k in range(config.num_clients)),
         tuple(
             machine(f"fleet.servers[{i % len(servers)}]", name)
             for i, name in enumerate(_repeated(servers, edges))

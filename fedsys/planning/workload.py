@@ -9,6 +9,7 @@ s.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -114,6 +115,16 @@ class Workload:
     def in_flight(self) -> int | None:
         """Pieces that a device has in flight at most; None: all of a mini-batch."""
         return {"pipelined": None, "sequential": 1}.get(self.schedule, self.depth)
+
+    def at_round(self, number: int) -> Workload:
+        """Return the workload with the networks of a round, from 1, where these go by rounds."""
+        devices = tuple(
+            dataclasses.replace(device, network=device.network.at(number - 1))
+            if device.network.by_rounds
+            else device
+            for device in self.devices
+        )
+        return dataclasses.replace(self, devices=devices)
 
     def iterations(self, device: Device) -> int:
         """Return the optimizer steps of a device in a round."""

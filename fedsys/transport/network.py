@@ -9,8 +9,9 @@ use it.
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
-from dataclasses import dataclass
+from bisect import bisect_left, bisect_right
+from dataclasses import dataclass, field
+from itertools import accumulate
 
 from fedsys.errors import ConfigError
 
@@ -31,6 +32,9 @@ class Rate:
     starts_s: tuple[float, ...]
     bits_s: tuple[float, ...]
     period_s: float | None = None
+    # Traces of packets have a piece for each millisecond: what is summed and hashed is kept
+    _sent: tuple[float, ...] = field(init=False, repr=False, compare=False)
+    _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if len(self.starts_s) != len(self.bits_s) or not self.starts_s or self.starts_s[0] != 0:
@@ -46,6 +50,39 @@ class Rate:
             raise ConfigError.of(
                 "network.trace", self.bits_s, "must not stay at 0 for ever", "end with a rate"
             )
+        lengths = zip(self.starts_s, ends, self.bits_s, strict=True)
+        bits = [speed * (end - start) if speed else 0.0 for start, end, speed in lengths]
+        object.__setattr__(self, "_sent", tuple(accumulate(bits, initial=0.0)))
+        object.__setattr__(self, "_hash", hash((self.starts_s, self.bits_s, self.period_s)))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def bits_until(self, t: float) -> float:
+        """Return the bits that pass from 0 to `t` seconds: the integral of the rate."""
+        whole = 0.0
+        if self.period_s is not None:
+            periods, t = divmod(t, self.period_s)
+            whole = periods * self._sent[-1] if periods else 0.0
+        piece = bisect_right(self.starts_s, t) - 1
+        speed = self.bits_s[piece]
+        return whole + self._sent[piece] + (speed * (t - self.starts_s[piece]) if speed else 0.0)
+
+    def mean(self, start_s: float, seconds: float) -> float:
+        """Return the mean rate, in bits per second, of a span; of 0 s: that at its beginning."""
+        if seconds <= 0.0 or not math.isfinite(self._sent[len(self.bits_s) - 1]):
+            at = start_s if self.period_s is None else start_s % self.period_s
+            return self.bits_s[bisect_right(self.starts_s, at) - 1]
+        return (self.bits_until(start_s + seconds) - self.bits_until(start_s)) / seconds
+
+    def piece_of(self, first: int, bits: float) -> int:
+        """Return the piece in which the last of `bits` passes that begin with piece `first`."""
+        last = bisect_left(self._sent, self._sent[first] + bits, first + 1, len(self.bits_s)) - 1
+        return last if math.isfinite(self._sent[last]) else first
+
+    def bits_between(self, first: int, last: int) -> float:
+        """Return the bits that pass from the beginning of piece `first` to that of piece `last`."""
+        return self._sent[last] - self._sent[first] if last > first else 0.0
 
     @classmethod
     def constant(cls, bits_s: float) -> Rate:
@@ -70,9 +107,9 @@ def finish_time(start_s: float, nbytes: float, rate: Rate) -> float:
     offset = 0.0
     if period is not None:
         offset = math.floor(start_s / period) * period
-        in_period = _bits_between(0.0, period, rate)
+        in_period = rate.bits_between(0, len(rate.bits_s))
         if math.isfinite(in_period):  # whole periods at once: a long transfer costs no loop
-            left = _bits_between(start_s - offset, period, rate)
+            left = in_period - rate.bits_until(start_s - offset)
             if bits > left:
                 whole = math.ceil((bits - left) / in_period) - 1
                 bits -= left + whole * in_period
@@ -90,15 +127,9 @@ def finish_time(start_s: float, nbytes: float, rate: Rate) -> float:
         bits, at, piece = bits - room, end, piece + 1
         if last:
             offset, at, piece = offset + end, 0.0, 0
-
-
-def _bits_between(start_s: float, end_s: float, rate: Rate) -> float:
-    ends = [*rate.starts_s[1:], math.inf]
-    return sum(
-        (min(end, end_s) - max(begin, start_s)) * speed
-        for begin, end, speed in zip(rate.starts_s, ends, rate.bits_s, strict=True)
-        if speed and end > start_s and begin < end_s
-    )
+        elif (ahead := rate.piece_of(piece, bits)) > piece:  # many short pieces at once
+            bits -= rate.bits_between(piece, ahead)
+            at, piece = rate.starts_s[ahead], ahead
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +143,10 @@ class Network:
         trace: ``(start_s, up_bits_s, down_bits_s)``, ascending; rates from `start_s` on, in place
             of the two above.
         period_s: If given, the trace repeats with this period.
+        up_trace: Rate from the device over time, in place of `trace`; so each way may have pieces
+            and a period of its own.
+        down_trace: Likewise, to the device.
+        by_rounds: Whether the time of traces is rounds instead of seconds, the first one 0.
 
     Raises:
         ConfigError: A rate or the latency is not usable.
@@ -122,6 +157,9 @@ class Network:
     latency_s: float = 0.0
     trace: tuple[tuple[float, float, float], ...] = ()
     period_s: float | None = None
+    up_trace: Rate | None = None
+    down_trace: Rate | None = None
+    by_rounds: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.latency_s < math.inf:
@@ -134,12 +172,30 @@ class Network:
     @property
     def up(self) -> Rate:
         """Rate from the device over time."""
-        return self._rate(self.up_bits_s, 1)
+        return self.up_trace or self._rate(self.up_bits_s, 1)
 
     @property
     def down(self) -> Rate:
         """Rate to the device over time."""
-        return self._rate(self.down_bits_s, 2)
+        return self.down_trace or self._rate(self.down_bits_s, 2)
+
+    @property
+    def changes(self) -> bool:
+        """Whether the rates change over time."""
+        return bool(self.trace) or self.up_trace is not None or self.down_trace is not None
+
+    def at(self, moment: float, span: float = 0.0) -> Network:
+        """Return a network that has the mean rates of a span of time, and keeps them.
+
+        Args:
+            moment: When it begins: seconds, or with `by_rounds` the round, from 0.
+            span: How long it is; 0: as at that moment. What is 0 over all of the span becomes a
+                bit per second: nothing passes, and times stay finite.
+        """
+        if not self.changes:
+            return self
+        up, down = (max(1.0, rate.mean(moment, span)) for rate in (self.up, self.down))
+        return Network(up, down, self.latency_s)
 
     def _rate(self, base: float, column: int) -> Rate:
         points = [(row[0], row[column]) for row in self.trace]

@@ -6,7 +6,8 @@ from fedsys.config import NetworkConfig, options_of
 from fedsys.errors import ConfigError, LinkClosed, SecurityError
 from fedsys.faults import AT_EDGE, KINDS, Fault, check
 from fedsys.offload.dialling import Dialler, dialler_of, link_fault
-from fedsys.planning.hardware import hardware, link_of, network_of
+from fedsys.planning.hardware import hardware, link_of
+from fedsys.planning.traces import network_of
 from fedsys.training.federation import federation, layered_model
 from fedsys.transport.dial import dial, serve
 from fedsys.transport.security import Authority

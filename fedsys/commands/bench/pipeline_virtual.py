@@ -15,8 +15,9 @@ from fedsys.commands.bench import Chart
 from fedsys.config import Config, compose_text, parse
 from fedsys.models.layered import LayeredModel
 from fedsys.planning.assignment import Assignment
-from fedsys.planning.hardware import machine_costs, network_of
+from fedsys.planning.hardware import machine_costs
 from fedsys.planning.planner import plan
+from fedsys.planning.traces import network_of
 from fedsys.planning.virtual_clock import virtual_round
 from fedsys.planning.workload import Device, Menu, Workload, workload
 from fedsys.training.federation import layered_model

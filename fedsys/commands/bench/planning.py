@@ -16,9 +16,9 @@ from fedsys.commands.bench import Chart
 from fedsys.commands.bench.pipeline_virtual import CLASSES, SHAPE
 from fedsys.config import Config, compose_text, parse
 from fedsys.models.layered import LayeredModel
-from fedsys.planning.hardware import network_of
 from fedsys.planning.options import machines_of
 from fedsys.planning.planner import plan
+from fedsys.planning.traces import network_of
 from fedsys.planning.workload import Device, Workload, workload
 from fedsys.training.federation import layered_model
 
