@@ -6,7 +6,7 @@ from flwr.app import ArrayRecord, RecordDict
 
 from fedsys.config import Config
 from fedsys.errors import ConfigError
-from fedsys.models.layered import LayeredModel
+from fedsys.models.layers import LayeredModel
 from fedsys.offload.snapshot import SessionSpec, Snapshot
 from fedsys.training.federation import layered_model
 from fedsys.training.part import names_between

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedsys.models.layered import LayeredModel, fractions
+from fedsys.models.layers import LayeredModel, fractions
 
 
 @dataclass

@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 from fedsys.config import Config
-from fedsys.models.layered import LayeredModel
+from fedsys.models.layers import LayeredModel
 from fedsys.planning.assignment import Assignment
 from fedsys.planning.hardware import hardware
 from fedsys.planning.options import run_workload

@@ -13,7 +13,7 @@ from fedsys.config import parse, with_values
 from fedsys.offload import fleet
 from fedsys.offload import opening as edges
 from fedsys.training.schedule import operations
-from fedsys.transport.dial import dial
+from fedsys.transport.addresses import dial
 from fedsys.transport.faulty import Faulty, LinkFault
 
 COMMON = {

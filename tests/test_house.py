@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("fedsys", "strategies", "clients")
 
 FLOORS = (
+    ("fedsys",),  # the package itself: how rooms show their names
     ("errors", "identity"),
     ("randomness", "files", "faults"),
     ("transport",),
@@ -133,3 +135,101 @@ def test_the_model_of_time_brings_no_connection():
     connecting = {f"fedsys.transport.{name}" for name in ("link", "mailbox", "security", "wire")}
     assert loaded & (connecting | {"grpc", "cryptography", "flwr"}) == set()
     assert set(planning) <= loaded
+
+
+ROOMS = sorted(
+    path.parent.name for path in (ROOT / "fedsys").glob("*/__init__.py") if path.parent.is_dir()
+)
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_a_room_is_as_light_as_what_is_taken_from_it(name):
+    loaded = loaded_by(f"fedsys.{name}")
+    assert loaded & {"grpc", "matplotlib", "ray"} == set()
+    if name not in ("config", "runtime"):  # they have code of their own, and no face alone
+        assert loaded & {"torch", "numpy", "flwr", "omegaconf"} == set()
+    assert "torch" not in loaded
+
+
+# --------------------------------------------------------------------------------------------------
+# The faces
+
+
+def sorted_as_ruff_does(names: list[str]) -> list[str]:
+    """Sort constants before classes before functions."""
+    return sorted(names, key=lambda name: (not name.isupper(), name[0].islower(), name))
+
+
+def lent(tree: ast.Module) -> dict[str, str]:
+    """Return the module of each name that a face imports for type checkers."""
+    for node in tree.body:
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            found = [inner for inner in node.body if isinstance(inner, ast.ImportFrom)]
+            return {alias.name: str(f.module) for f in found for alias in f.names}
+    return {}
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_a_room_says_what_it_is_for_and_lists_names_that_exist(name):
+    module = importlib.import_module(f"fedsys.{name}")
+    assert module.__doc__ and len(module.__doc__.split()) > 5
+    assert module.__all__ == sorted_as_ruff_does(module.__all__)
+    for public in module.__all__:
+        here: dict[str, object] = {}
+        exec(f"from fedsys.{name} import {public}", here)
+        assert here[public] is not None
+
+
+@pytest.mark.parametrize("name", [name for name in ROOMS if name != "commands"])
+def test_no_public_name_is_that_of_a_module_of_the_room(name):
+    """``from fedsys.models import layered`` gave a module to whoever had imported it before."""
+    module = importlib.import_module(f"fedsys.{name}")
+    inside = {path.stem for path in (ROOT / "fedsys" / name).iterdir()}
+    assert inside & set(module.__all__) == set()
+
+
+def test_commands_are_the_verbs_and_their_modules():
+    from fedsys import commands
+    from fedsys.main import COMMANDS
+
+    assert set(commands.__all__) == set(COMMANDS)
+    inside = {path.stem for path in Path(commands.__file__).parent.iterdir()}
+    assert set(commands.__all__) <= inside
+
+
+@pytest.mark.parametrize("name", [name for name in ROOMS if name not in ("commands", "config")])
+def test_a_room_gives_at_run_time_what_it_says_to_type_checkers(name):
+    module = importlib.import_module(f"fedsys.{name}")
+    names = lent(ast.parse(Path(module.__file__).read_text()))
+    assert name == "runtime" or names.keys() == set(module.__all__)
+    for public, home in names.items():
+        assert getattr(module, public) is getattr(importlib.import_module(home), public), public
+        assert public in dir(module)
+
+
+@pytest.mark.parametrize(
+    ("line", "before"),
+    [
+        ("from fedsys.models import layered", "fedsys.models.layers"),
+        ("from fedsys.planning import plan", "fedsys.planning.planner"),
+        ("from fedsys.transport import dial", "fedsys.transport.addresses"),
+    ],
+)
+def test_a_name_is_the_same_whatever_was_imported_before(line, before):
+    room_, name = line.split()[1], line.split()[3]
+    same = f"{name} is room.{name} is {before}.{name}"
+    code = f"{line}; import {before}; import {room_} as room; print({same})"
+    for first in ("", f"import {before}; "):
+        done = subprocess.run(
+            [sys.executable, "-c", first + code], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.stdout.strip() == "True", done.stderr
+
+
+def test_what_a_room_does_not_offer_is_an_error_that_names_it():
+    from fedsys import planning
+
+    with pytest.raises(AttributeError, match=r"'fedsys.planning' has no attribute 'plans'"):
+        _ = planning.plans
+    with pytest.raises(ImportError):
+        exec("from fedsys.planning import plans")

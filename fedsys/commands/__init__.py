@@ -1,1 +1,34 @@
-"""."""
+"""The verbs of the command line, one module each: ``fedsys plan`` is `fedsys.commands.plan`.
+
+Each has a function ``job``, which takes the composed configuration and returns the figures of the
+JSON line. `fedsys.main` knows them by name, so that a command imports no other.
+"""
+
+from typing import TYPE_CHECKING
+
+__all__ = [
+    "bench",
+    "doctor",
+    "edge",
+    "plan",
+    "profile",
+    "prune",
+    "query",
+    "report",
+    "serve",
+    "train",
+]
+
+if TYPE_CHECKING:
+    from fedsys.commands import (
+        bench,
+        doctor,
+        edge,
+        plan,
+        profile,
+        prune,
+        query,
+        report,
+        serve,
+        train,
+    )

@@ -13,7 +13,7 @@ from typing import Any
 
 from fedsys import config as configuration
 from fedsys.config import Config, NetworkConfig
-from fedsys.models.layered import LayeredModel
+from fedsys.models.layers import LayeredModel
 from fedsys.planning.assignment import Assignment
 from fedsys.planning.hardware import link_of
 from fedsys.planning.options import PLANNED, PlanOptions, machines_of, run_workload

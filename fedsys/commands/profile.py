@@ -25,7 +25,7 @@ from fedsys import data
 from fedsys.commands.profile_link import LinkCosts, measure_link, other_end, serve_for_ever
 from fedsys.config import Config
 from fedsys.errors import ConfigError
-from fedsys.models.layered import LayeredModel, layered, stages
+from fedsys.models.layers import LayeredModel, layered, stages
 from fedsys.offload.processors import usable_cores
 from fedsys.planning.costs import crossings, tensor_bytes
 from fedsys.planning.hardware import made_for, units_sha256

@@ -21,8 +21,8 @@ import torch
 
 from fedsys.errors import LinkClosed, RuntimeFailure
 from fedsys.planning.costs import Crossing, tensor_bytes
+from fedsys.transport.addresses import dial, serve
 from fedsys.transport.codecs import CODECS, decode_activation, encode_activation
-from fedsys.transport.dial import dial, serve
 from fedsys.transport.link import Link
 from fedsys.transport.security import Credentials
 from fedsys.transport.wire import Frame

@@ -6,11 +6,9 @@ augmented mini-batches. Everything drawn is a function of the seed and an addres
 (`fedsys.randomness`), so a partition or an epoch repeats bit for bit wherever it is asked for.
 """
 
-from fedsys.data.counts import class_counts, plot_class_counts, write_class_counts
-from fedsys.data.dataset import Dataset, Images
-from fedsys.data.loader import eval_batches, train_batches
-from fedsys.data.partitioners import partition
-from fedsys.data.sources import load
+from typing import TYPE_CHECKING
+
+from fedsys import face
 
 __all__ = [
     "Dataset",
@@ -23,3 +21,21 @@ __all__ = [
     "train_batches",
     "write_class_counts",
 ]
+
+if TYPE_CHECKING:
+    from fedsys.data.counts import class_counts, plot_class_counts, write_class_counts
+    from fedsys.data.dataset import Dataset, Images
+    from fedsys.data.loader import eval_batches, train_batches
+    from fedsys.data.partitioners import partition
+    from fedsys.data.sources import load
+else:
+    __getattr__, __dir__ = face(
+        __name__,
+        {
+            "counts": "class_counts plot_class_counts write_class_counts",
+            "dataset": "Dataset Images",
+            "loader": "eval_batches train_batches",
+            "partitioners": "partition",
+            "sources": "load",
+        },
+    )

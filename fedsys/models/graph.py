@@ -11,7 +11,7 @@ that split training and pruning depend on, and `trace` keeps them:
 * *the model*: the graph works on copies of the modules that share their tensors, so tracing,
   ``.train()`` and ``.eval()`` leave the model that was given alone.
 
-`fedsys.models.layered` sees such a graph as a chain of units; `fedsys.pruning` as channel
+`fedsys.models.layers` sees such a graph as a chain of units; `fedsys.pruning` as channel
 dependencies.
 """
 

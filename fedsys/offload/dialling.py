@@ -16,7 +16,7 @@ from fedsys.config import Config
 from fedsys.errors import LinkClosed, LinkRefused
 from fedsys.faults import AT_EDGE, Fault
 from fedsys.planning.hardware import network_for
-from fedsys.transport.dial import dial
+from fedsys.transport.addresses import dial
 from fedsys.transport.faulty import Faulty, LinkFault
 from fedsys.transport.link import Link
 from fedsys.transport.messages import PARTITION_ID, number

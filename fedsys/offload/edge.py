@@ -28,7 +28,7 @@ from fedsys.offload.replication import hand_over, send_state
 from fedsys.offload.session import Session
 from fedsys.offload.session_table import SessionTable
 from fedsys.offload.snapshot import SessionSpec, Snapshot
-from fedsys.transport.dial import serve
+from fedsys.transport.addresses import serve
 from fedsys.transport.link import Link, Server
 from fedsys.transport.security import Credentials
 from fedsys.transport.wire import Limits

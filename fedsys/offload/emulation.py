@@ -21,7 +21,7 @@ from typing import Final
 
 from fedsys.config import Config, edge_names
 from fedsys.errors import ConfigError
-from fedsys.models.layered import LayeredModel
+from fedsys.models.layers import LayeredModel
 from fedsys.offload.processors import Processors
 from fedsys.offload.snapshot import SessionSpec
 from fedsys.planning.costs import MachineCosts, crossings, frame_bytes

@@ -11,7 +11,7 @@ from fedsys.errors import FedsysError, LinkError, LinkRefused, LinkTimeout, Secu
 from fedsys.offload.edge_client import EdgeClient, Hooks
 from fedsys.offload.held_sessions import HeldSessions
 from fedsys.offload.snapshot import Snapshot
-from fedsys.transport.dial import dial
+from fedsys.transport.addresses import dial
 from fedsys.transport.link import Link
 from fedsys.transport.patience import Patience
 from fedsys.transport.security import Credentials

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedsys.errors import FrameError
-from fedsys.models.layered import LayeredModel
+from fedsys.models.layers import LayeredModel
 from fedsys.offload.snapshot import SessionSpec
 from fedsys.transport.codecs import decode_activation, encode_activation
 from fedsys.transport.wire import Frame

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsys.errors import ConfigError, did_you_mean
-from fedsys.models.layered import LayeredModel
+from fedsys.models.layers import LayeredModel
 from fedsys.transport.codecs import CODECS, encoded_bytes
 
 Array = NDArray[np.float64]

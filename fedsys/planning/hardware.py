@@ -28,7 +28,7 @@ from torch import fx
 from fedsys.config import ClientConfig, Config, NetworkConfig
 from fedsys.errors import ConfigError, did_you_mean
 from fedsys.identity import package_version
-from fedsys.models.layered import LayeredModel
+from fedsys.models.layers import LayeredModel
 from fedsys.planning.costs import MachineClass, MachineCosts, Messaging
 from fedsys.planning.traces import network_of
 from fedsys.transport.network import Network

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedsys.config import Config, Spec
 from fedsys.errors import ConfigError, did_you_mean
-from fedsys.models.layered import LayeredModel
+from fedsys.models.layers import LayeredModel
 from fedsys.planning.hardware import Hardware, hardware
 from fedsys.planning.planner import METHODS
 from fedsys.planning.workload import Device, Workload, counts, workload

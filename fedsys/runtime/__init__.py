@@ -21,6 +21,8 @@ from fedsys.config import Config
 from fedsys.errors import ConfigError
 from fedsys.runtime.processes import terminable
 
+__all__ = ["RUNTIMES", "quiet_flower", "run"]
+
 RUNTIMES = {
     "local": "fedsys.runtime.local:run_local",
     "simulation": "fedsys.runtime.simulation:run_simulation",

@@ -22,7 +22,7 @@ from fedsys.config import Config, pruning
 from fedsys.data import Dataset
 from fedsys.errors import ConfigError
 from fedsys.models.fits import check_fits
-from fedsys.models.layered import LayeredModel, layered
+from fedsys.models.layers import LayeredModel, layered
 from fedsys.randomness import Address
 from fedsys.training import plain as training
 from fedsys.training.penalty import Penalty

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from fedsys.config import Config, pruning
 from fedsys.errors import ModelError
-from fedsys.models.layered import LayeredModel, fill, stages
+from fedsys.models.layers import LayeredModel, fill, stages
 from fedsys.training import optimizers
 from fedsys.training import plain as training
 from fedsys.training.masks import Holding, Masks

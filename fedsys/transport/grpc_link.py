@@ -154,7 +154,7 @@ def dial(
     timeout_s: float,
     retry: bool = True,
 ) -> Link:
-    """Connect to ``host:port``; see `fedsys.transport.dial.dial`."""
+    """Connect to ``host:port``; see `fedsys.transport.addresses.dial`."""
     if credentials is not None:
         check(credentials, role="client")
     deadline = time.monotonic() + timeout_s
@@ -226,7 +226,7 @@ class _Method(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no type
 
 
 class GrpcServer:
-    """Accepts links at ``host:port``; the arguments are those of `fedsys.transport.dial.serve`."""
+    """Accepts links at ``host:port``; the arguments: see `fedsys.transport.addresses.serve`."""
 
     def __init__(
         self,

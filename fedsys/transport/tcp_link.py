@@ -77,7 +77,7 @@ def dial(
     timeout_s: float,
     retry: bool = True,
 ) -> Link:
-    """Connect to ``host:port``; see `fedsys.transport.dial.dial`."""
+    """Connect to ``host:port``; see `fedsys.transport.addresses.dial`."""
     context = None
     if credentials is not None:
         check(credentials, role="client")
@@ -238,7 +238,7 @@ def _sealed(channel: Channel, data: bytes) -> list[memoryview]:
 class TcpServer:
     """Accepts links at ``host:port`` in one thread and greets each in one of its own.
 
-    The arguments are those of `fedsys.transport.dial.serve`.
+    The arguments are those of `fedsys.transport.addresses.serve`.
     """
 
     def __init__(

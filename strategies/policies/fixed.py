@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedsys.errors import ConfigError
-from fedsys.models.layered import LayeredModel, resolve_cut
+from fedsys.models.layers import LayeredModel, resolve_cut
 from fedsys.transport.codecs import check_codec
 from strategies.policies.policy import Assignment, Observation, PolicyState
 
@@ -16,7 +16,7 @@ class Fixed:
 
     Args:
         cut: An index, the name of a unit, or a fraction of the work (see
-            `fedsys.models.layered.resolve_cut`); or a list with one of these for each device,
+            `fedsys.models.layers.resolve_cut`); or a list with one of these for each device,
             which is repeated if there are more devices.
         codec: Name of a codec, or ``{up: …, down: …}``.
         num_edges: Number of edge servers; device i is at edge ``i mod num_edges``.

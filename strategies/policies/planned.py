@@ -18,7 +18,7 @@ import numpy as np
 
 from fedsys.config import Config
 from fedsys.errors import ConfigError
-from fedsys.models.layered import LayeredModel
+from fedsys.models.layers import LayeredModel
 from fedsys.planning.costs import MachineCosts
 from fedsys.planning.hardware import Hardware
 from fedsys.planning.options import PlanOptions, machines_of, run_workload

@@ -12,7 +12,7 @@ from fedsys.commands.profile_link import answer, measure_link
 from fedsys.main import main
 from fedsys.offload.processors import usable_cores
 from fedsys.planning.costs import Crossing
-from fedsys.transport.dial import dial, serve
+from fedsys.transport.addresses import dial, serve
 from fedsys.transport.network import Network
 from fedsys.transport.shaping import Shaped
 

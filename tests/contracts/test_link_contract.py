@@ -22,7 +22,7 @@ from fedsys.errors import (
     RemoteError,
     SecurityError,
 )
-from fedsys.transport.dial import dial, serve
+from fedsys.transport.addresses import dial, serve
 from fedsys.transport.faulty import Faulty
 from fedsys.transport.network import Network
 from fedsys.transport.security import Authority, Credentials

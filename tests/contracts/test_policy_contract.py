@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fedsys import models
 from fedsys.config import compose_text, parse
 from fedsys.errors import ConfigError, ModelError
-from fedsys.models.layered import layered
+from fedsys.models.layers import layered
 from fedsys.runs.trees import keepable
 from fedsys.transport.codecs import CODECS
 from strategies.policies import build_policy

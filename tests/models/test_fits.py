@@ -15,7 +15,7 @@ from fedsys import models
 from fedsys.errors import ConfigError
 from fedsys.main import main
 from fedsys.models.fits import check_fits
-from fedsys.models.layered import layered
+from fedsys.models.layers import layered
 
 HERE = "tests.models.test_fits"
 SHAPE = (1, 8, 8)

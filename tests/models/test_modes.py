@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fedsys.errors import ModelError
 from fedsys.models.graph import trace, trace_evaluation
-from fedsys.models.layered import layered, stages
+from fedsys.models.layers import layered, stages
 from fedsys.models.modes import Modes, observed
 from fedsys.randomness import Address, drawing, key_modules, seeded_default_generator
 from tests.models.partly import KINDS, Partly

@@ -9,7 +9,7 @@ from fedsys.offload.dialling import Dialler, dialler_of, link_fault
 from fedsys.planning.hardware import hardware, link_of
 from fedsys.planning.traces import network_of
 from fedsys.training.federation import federation, layered_model
-from fedsys.transport.dial import dial, serve
+from fedsys.transport.addresses import dial, serve
 from fedsys.transport.security import Authority
 from fedsys.transport.shaping import Shaped
 from fedsys.transport.wire import Frame

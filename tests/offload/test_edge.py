@@ -13,7 +13,7 @@ from fedsys.errors import LinkClosed, LinkError, RemoteError, SecurityError
 from fedsys.offload.edge import CONTROLLER, EdgeServer
 from fedsys.offload.session import Session
 from fedsys.offload.snapshot import Snapshot
-from fedsys.transport.dial import dial
+from fedsys.transport.addresses import dial
 from fedsys.transport.grpc_link import _SERVICE
 from fedsys.transport.security import Authority
 from fedsys.transport.tcp_flows import Last, last_word

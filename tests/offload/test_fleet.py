@@ -18,7 +18,7 @@ from fedsys.offload.fleet_edges import FleetEdges
 from fedsys.offload.placing import Placing
 from fedsys.offload.recovery import EdgeRecovery
 from fedsys.offload.session import Session
-from fedsys.transport.dial import dial
+from fedsys.transport.addresses import dial
 from fedsys.transport.patience import Patience
 from fedsys.transport.wire import Frame
 

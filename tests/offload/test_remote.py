@@ -13,7 +13,7 @@ from fedsys.offload.edge import EdgeServer
 from fedsys.offload.fleet import Fleet
 from fedsys.offload.remote import FRUITLESS, EdgesLost, Moved, Remote
 from fedsys.offload.session import Session
-from fedsys.transport.dial import dial
+from fedsys.transport.addresses import dial
 from fedsys.transport.faulty import Faulty, LinkFault
 from fedsys.transport.patience import Patience
 

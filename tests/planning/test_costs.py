@@ -8,7 +8,7 @@ from torch import nn
 
 from fedsys.errors import ConfigError
 from fedsys.models import skeleton
-from fedsys.models.layered import layered
+from fedsys.models.layers import layered
 from fedsys.planning.costs import (
     FRAME_BYTES,
     Crossing,

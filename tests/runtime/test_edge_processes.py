@@ -23,7 +23,7 @@ from fedsys.offload.snapshot import Snapshot
 from fedsys.runtime import launch
 from fedsys.runtime.edge_processes import EdgeProcesses, credentials_of_device
 from fedsys.runtime.processes import Processes
-from fedsys.transport.dial import dial
+from fedsys.transport.addresses import dial
 from fedsys.transport.security import Authority, Credentials
 from fedsys.transport.wire import Frame
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsys.errors import ConfigError, FrameError, LinkClosed, LinkTimeout
-from fedsys.transport.dial import dial, serve
+from fedsys.transport.addresses import dial, serve
 from fedsys.transport.faulty import Faulty, LinkFault
 from fedsys.transport.network import Network, Rate, finish_time
 from fedsys.transport.shaping import Lane, Shaped

@@ -13,7 +13,7 @@ import torch
 from fedsys.errors import LinkClosed, RemoteError, SecurityError
 from fedsys.transport import tcp_link
 from fedsys.transport import tcp_standby as standby
-from fedsys.transport.dial import dial, serve
+from fedsys.transport.addresses import dial, serve
 from fedsys.transport.mailbox import Mailbox
 from fedsys.transport.security import Authority
 from fedsys.transport.tcp_channel import TlsChannel, client_context, prepare

@@ -24,7 +24,7 @@ from torch import Tensor
 from fedsys import data, runtime
 from fedsys.commands.bench import Chart
 from fedsys.config import Config, parse, with_values
-from fedsys.models.layered import layered, split
+from fedsys.models.layers import layered, split
 from fedsys.randomness import Address, drawing
 from fedsys.runs.folder import RunFolder
 from fedsys.training import federation

@@ -33,7 +33,7 @@ import torch
 from fedsys.commands.bench import Chart
 from fedsys.config import Config
 from fedsys.errors import ConfigError, RuntimeFailure
-from fedsys.transport.dial import dial, serve
+from fedsys.transport.addresses import dial, serve
 from fedsys.transport.link import Link
 from fedsys.transport.network import Network
 from fedsys.transport.security import Authority, Credentials

@@ -32,7 +32,7 @@ from fedsys.commands.bench.rounds import BEFORE, EdgeProcess, Watch, edge_proces
 from fedsys.config import Config
 from fedsys.errors import ConfigError, did_you_mean
 from fedsys.files import json_text, write_atomic
-from fedsys.models.layered import LayeredModel
+from fedsys.models.layers import LayeredModel
 from fedsys.planning.assignment import Assignment
 from fedsys.planning.costs import MachineCosts, Messaging
 from fedsys.planning.options import PlanOptions, machines_of, run_workload

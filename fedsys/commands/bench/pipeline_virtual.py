@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from fedsys.commands.bench import Chart
 from fedsys.config import Config, compose_text, parse
-from fedsys.models.layered import LayeredModel
+from fedsys.models.layers import LayeredModel
 from fedsys.planning.assignment import Assignment
 from fedsys.planning.hardware import machine_costs
 from fedsys.planning.planner import plan

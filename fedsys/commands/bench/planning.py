@@ -15,7 +15,7 @@ from typing import Any
 from fedsys.commands.bench import Chart
 from fedsys.commands.bench.pipeline_virtual import CLASSES, SHAPE
 from fedsys.config import Config, compose_text, parse
-from fedsys.models.layered import LayeredModel
+from fedsys.models.layers import LayeredModel
 from fedsys.planning.options import machines_of
 from fedsys.planning.planner import plan
 from fedsys.planning.traces import network_of

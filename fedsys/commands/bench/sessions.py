@@ -30,7 +30,7 @@ from fedsys.commands.bench import Chart
 from fedsys.commands.bench.rounds import edge_process
 from fedsys.config import Config, EdgeAddress, parse, with_values
 from fedsys.errors import ConfigError, RuntimeFailure
-from fedsys.models.layered import LayeredModel
+from fedsys.models.layers import LayeredModel
 from fedsys.offload.fleet import Fleet
 from fedsys.offload.processors import usable_cores
 from fedsys.offload.snapshot import SessionSpec, Snapshot
@@ -39,7 +39,7 @@ from fedsys.training import federation
 from fedsys.training import plain as training
 from fedsys.training.federation import layered_model
 from fedsys.training.part import filled_stages, names_between, safe_input
-from fedsys.transport.dial import dial
+from fedsys.transport.addresses import dial
 from fedsys.transport.link import Link
 from fedsys.transport.security import new_token
 from fedsys.transport.wire import Frame

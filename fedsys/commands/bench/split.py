@@ -41,7 +41,7 @@ from fedsys.training import plain as training
 from fedsys.training.federation import layered_model
 from fedsys.training.part import names_between
 from fedsys.transport import records
-from fedsys.transport.dial import dial
+from fedsys.transport.addresses import dial
 from fedsys.transport.messages import ARRAYS, ASSIGNMENT, CONFIG, Place, Settings, written
 from fedsys.transport.security import new_token
 

@@ -138,7 +138,7 @@ def _computes_alike(config: Config, name: str, address: str) -> Check:
     from fedsys.identity import arithmetic, differences
     from fedsys.offload.edge_client import EdgeClient, Hooks
     from fedsys.offload.fleet_edges import ANSWER_S
-    from fedsys.transport.dial import dial
+    from fedsys.transport.addresses import dial
     from fedsys.transport.security import Credentials
 
     title, folder = f"edge {name}, bits", config.fleet.credentials or config.link.credentials

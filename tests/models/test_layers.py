@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from fedsys.errors import ConfigError, ModelError
 from fedsys.models import build, skeleton
-from fedsys.models.layered import fill, fractions, join, layered, resolve_cut, split, stages
+from fedsys.models.layers import fill, fractions, join, layered, resolve_cut, split, stages
 from fedsys.randomness import Address, drawing, key_modules, rows, seeded_default_generator
 
 VGG5 = {"_target_": "fedsys.models.vgg.vgg5"}
