@@ -17,7 +17,7 @@ from fedsys.planning.workload import Device, Workload
 from fedsys.runs import trace_plots
 from fedsys.runs import virtual_trace as fleet_trace
 from fedsys.runs.folder import RunFolder
-from fedsys.runs.virtual_plots import (
+from fedsys.runs.trace_plots import (
     MOST_BARS,
     MOST_DRAWN,
     idle_groups,
