@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedsys.errors import RuntimeFailure
@@ -45,23 +45,6 @@ class KnowsPartitions(Protocol):
 
     def partition_ids(self) -> Mapping[int, int]:
         """Return the partition id of each node."""
-
-
-@dataclass(frozen=True)
-class Node:
-    """What a node told about itself.
-
-    Attributes:
-        partition: Its partition id.
-        data_root: Where its own data are; empty if it uses its part of the configured data.
-        classes: The classes of its own data.
-        arithmetic: What bits depend on there (`fedsys.identity.arithmetic`); None if unknown.
-    """
-
-    partition: int
-    data_root: str = ""
-    classes: tuple[str, ...] = ()
-    arithmetic: object = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +83,7 @@ class Roster:
     ) -> None:
         self.num_clients, self.wait_s = num_clients, wait_s
         self._classes, self._say = classes, say
-        self._nodes: dict[int, Node] = {}
+        self._nodes: dict[int, Identity] = {}
         self._refused: dict[int, str] = {}
         self._spare: dict[int, str] = {}
         self._told: set[int] = set()
@@ -170,7 +153,7 @@ class Roster:
 
     def partition_of(self, node_id: int) -> int:
         """Return the partition id of a node that has answered before."""
-        return self._nodes[node_id].partition
+        return self._nodes[node_id].partition_id
 
     def _is_over(self, deadline: float) -> bool:
         now = time.monotonic()
@@ -183,13 +166,13 @@ class Roster:
         present: dict[int, list[int]] = {}
         for node_id, node in self._nodes.items():
             if node_id in connected and node_id not in self._refused | self._spare:
-                present.setdefault(node.partition, []).append(node_id)
+                present.setdefault(node.partition_id, []).append(node_id)
         return dict(sorted(present.items()))
 
     def _learn(self, grid: Grid, connected: set[int]) -> None:
         if isinstance(grid, KnowsPartitions):
             for node_id, partition in grid.partition_ids().items():
-                self._nodes.setdefault(node_id, Node(partition))
+                self._nodes.setdefault(node_id, Identity(partition))
             return
         now = time.monotonic()
         being_asked = {q.node: q for q in sorted(self._asked.values(), key=lambda q: q.last)}
@@ -210,10 +193,10 @@ class Roster:
             if reply.has_error():
                 self._silent[node_id] = reply.error.reason or f"error {reply.error.code}"
                 continue
-            node = _node(reply.content.config_records[IDENTITY])
+            node = read(Identity, reply.content.config_records[IDENTITY])
             self._nodes[node_id] = node
-            who = f"node {node_id} (partition-id {node.partition})"
-            if apart := differences(node.arithmetic):
+            who = f"node {node_id} (partition-id {node.partition_id})"
+            if apart := differences(_parsed(node.arithmetic)):
                 self._say(f"{who} computes with {apart}: the same up to rounding, not to the bit")
             if reason := self._not_needed(node):
                 self._spare[node_id] = f"{who} {reason}"
@@ -221,21 +204,21 @@ class Roster:
             elif reason := self._other_classes(node):
                 self._refused[node_id] = f"{who}: {reason}"
 
-    def _not_needed(self, node: Node) -> str:
-        if node.data_root or self.num_clients is None or node.partition < self.num_clients:
+    def _not_needed(self, node: Identity) -> str:
+        if node.data_root or self.num_clients is None or node.partition_id < self.num_clients:
             return ""
         return (
             f"does not take part: the data are divided among num_clients={self.num_clients}, "
             f"partition ids 0 to {self.num_clients - 1}"
         )
 
-    def _other_classes(self, node: Node) -> str:
+    def _other_classes(self, node: Identity) -> str:
         if not node.data_root or self._classes is None:
             return ""
         expected = tuple(self._classes())
         if node.classes == expected:
             return ""
-        different = sorted(set(node.classes) ^ set(expected))
+        different = sorted({*(node.classes or ())} ^ {*expected})
         return (
             f"its own data in {node.data_root} must have the classes of the run; "
             f"in one of the two only: {', '.join(different)}"
@@ -255,13 +238,6 @@ class Roster:
         mute = sorted({question.node for question in self._asked.values()})
         said += [f"node {node_id} does not say who it is: see to its executor" for node_id in mute]
         return "".join(f"; {reason}" for reason in [*said, *self._spare.values()])
-
-
-def _node(answer: ConfigRecord) -> Node:
-    told = read(Identity, answer)
-    return Node(
-        told.partition_id, told.data_root or "", told.classes or (), _parsed(told.arithmetic)
-    )
 
 
 def _parsed(text: str) -> object:

@@ -52,6 +52,11 @@ class Event(NamedTuple):
         """What people call that kind."""
         return RESOURCES.get(self.kind, self.kind)
 
+    @property
+    def title(self) -> str:
+        """What is done, with the piece."""
+        return self.name if self.piece < 0 else f"{self.name} {self.piece}"
+
 
 @dataclass(frozen=True)
 class Measured:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedsys.errors import ConfigError
@@ -326,11 +326,3 @@ def _started(job: Job, index: int) -> _Run:
 def _last_sending(turns: tuple[Turn, ...]) -> int:
     """Return the index of the last turn that sends something; -1 for none."""
     return max((i for i, turn in enumerate(turns) if turn.exchange is not None), default=-1)
-
-
-def lanes(events: Iterable[Event]) -> dict[str, list[Event]]:
-    """Return the events of each resource in order of time, for pictures and checks."""
-    found: dict[str, list[Event]] = {}
-    for event in sorted(events, key=lambda e: (e.start_s, e.end_s)):
-        found.setdefault(event.resource, []).append(event)
-    return found

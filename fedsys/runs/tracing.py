@@ -215,14 +215,26 @@ def unpack(data: bytes) -> list[Event]:
     ]
 
 
-def span_of(start_s: float, end_s: float) -> dict[str, float]:
-    """Return begin and length of an event of a trace in microseconds, in whole nanoseconds.
+def span_of(
+    event: Event, name: str, category: str, place: tuple[int, int], origin_s: float, args: Any
+) -> dict[str, Any]:
+    """Return an event as traces have it: in microseconds, with whole nanoseconds.
 
     Both ends are rounded, not the length: an event that begins when another one ends would else
     overlap it by a digit, and Perfetto drops what overlaps within a thread.
+
+    Args:
+        event: The event.
+        name: What is shown.
+        category: Its kind.
+        place: Numbers of process and thread.
+        origin_s: When the trace begins.
+        args: What is told of it on demand.
     """
-    start, end = round(1e9 * start_s), round(1e9 * end_s)
-    return {"ts": start / 1000, "dur": (end - start) / 1000}
+    start, end = round(1e9 * (event.start_s - origin_s)), round(1e9 * (event.end_s - origin_s))
+    pid, tid = place
+    return {"name": name, "cat": category, "ph": "X", "pid": pid, "tid": tid,
+            "ts": start / 1000, "dur": (end - start) / 1000, "args": args}  # fmt: skip
 
 
 def perfetto(devices: Mapping[str, Sequence[Event]], first: int = 1) -> dict[str, Any]:
@@ -240,16 +252,7 @@ def perfetto(devices: Mapping[str, Sequence[Event]], first: int = 1) -> dict[str
             named = {"ph": "M", "pid": pid, "tid": tid}
             made.append({**named, "name": "thread_name", "args": {"name": lane}})
             made.append({**named, "name": "thread_sort_index", "args": {"sort_index": tid}})
-        made += [
-            {
-                "name": e.name if e.piece < 0 else f"{e.name} {e.piece}",
-                "cat": e.lane,
-                "ph": "X",
-                "pid": pid,
-                "tid": _KINDS.index(e.kind) + 1,
-                **span_of(e.start_s - origin, e.end_s - origin),
-                "args": {"mini-batch": e.step},
-            }
-            for e in events
-        ]
+        for e in events:
+            place, args = (pid, _KINDS.index(e.kind) + 1), {"mini-batch": e.step}
+            made.append(span_of(e, e.title, e.lane, place, origin, args))
     return {"traceEvents": made, "displayTimeUnit": "ms"}

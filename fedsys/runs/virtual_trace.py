@@ -6,6 +6,7 @@ The events are those that the virtual clock played (`fedsys.planning.timeline`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -152,19 +153,10 @@ def perfetto(shown: FleetRound, pid: int = 1) -> list[dict[str, Any]]:
     devices = shown.slowest(MOST_DEVICES)
     held = [e for lane in by_resource(timeline.events, devices).values() for e in lane]
     held = sorted((e for e in held if e.end_s > e.start_s), key=lambda e: e.start_s)
-    until = held[MOST_EVENTS].start_s if len(held) > MOST_EVENTS else None
-    if until is not None:
-        held = [e for e in held if e.start_s < until]
-    lanes: list[tuple[str, list[Event]]] = [
-        (
-            "critical path",
-            [
-                e
-                for e in shown.critical_path
-                if e.end_s > e.start_s and (until is None or e.start_s < until)
-            ],
-        )
-    ]
+    until = held[MOST_EVENTS].start_s if len(held) > MOST_EVENTS else math.inf
+    held = [e for e in held if e.start_s < until]
+    path = [e for e in shown.critical_path if e.end_s > e.start_s and e.start_s < until]
+    lanes: list[tuple[str, list[Event]]] = [("critical path", path)]
     for (kind, index), events in by_resource(held, devices).items():
         if kind != "edge":
             role = "" if kind == "device" else f" {RESOURCES[kind]}"
@@ -172,9 +164,8 @@ def perfetto(shown: FleetRound, pid: int = 1) -> list[dict[str, Any]]:
             continue
         several = workers(events)
         for number, lane in enumerate(several):
-            lanes.append(
-                (f"edge {index}" + (f" worker {number}" if len(several) > 1 else ""), lane)
-            )
+            of = f" worker {number}" if len(several) > 1 else ""
+            lanes.append((f"edge {index}{of}", lane))
     made = [_named("process_name", pid, 0, {"name": _title(shown, len(devices), until)})]
     for tid, (name, events) in enumerate(lanes, start=1):
         made.append(_named("thread_name", pid, tid, {"name": name}))
@@ -183,12 +174,12 @@ def perfetto(shown: FleetRound, pid: int = 1) -> list[dict[str, Any]]:
     return made
 
 
-def _title(shown: FleetRound, devices: int, until: float | None) -> str:
+def _title(shown: FleetRound, devices: int, until: float) -> str:
     timeline = shown.played.timeline
     parts = [shown.title]
     if devices < len(shown.names):
         parts.append(f"the {devices} slowest of {len(shown.names)} devices")
-    if until is not None:
+    if until < math.inf:
         parts.append(f"the first {until - timeline.start_s:.3g} of {shown.played.seconds:.3g} s")
     return ", ".join(parts)
 
@@ -198,18 +189,9 @@ def _named(name: str, pid: int, tid: int, args: dict[str, Any]) -> dict[str, Any
 
 
 def _span(shown: FleetRound, event: Event, pid: int, tid: int) -> dict[str, Any]:
-    kind = event.kind
-    name = event.name if event.piece < 0 else f"{event.name} {event.piece}"
+    name, kind, device = event.title, event.kind, shown.names[event.job]
     if tid == 1:
-        where = f"edge {event.resource.partition(':')[2]}" if kind == "edge" else ""
-        name = f"{name} ({where or shown.names[event.job]})"
-    start_s = shown.played.timeline.start_s
-    return {
-        "name": name,
-        "cat": kind,
-        "ph": "X",
-        "pid": pid,
-        "tid": tid,
-        **span_of(event.start_s - start_s, event.end_s - start_s),
-        "args": {"device": shown.names[event.job], "mini-batch": event.step},
-    }
+        where = f"edge {event.resource.partition(':')[2]}" if kind == "edge" else device
+        name = f"{name} ({where})"
+    args = {"device": device, "mini-batch": event.step}
+    return span_of(event, name, kind, (pid, tid), shown.played.timeline.start_s, args)

@@ -30,34 +30,24 @@ STEPS: Final = "steps"
 """The record of figures of a reply, and two of them that the server app counts on."""
 
 CONFIG: Final = "config"
-MICRO_BATCHES: Final = "micro-batches"
-"""The record `Settings`, and the one of its keys that a client may be given of its own."""
-
 FEDERATION: Final = "federation"
 IDENTITY: Final = "identity"
 ASSIGNMENT: Final = "assignment"
 OBSERVATION: Final = "observation"
 TRACE: Final = "trace"
-"""Records of settings and figures, with dataclasses below and in `fedsys.planning`."""
-
 FAULTS: Final = "faults"
-STRUCK: Final = "struck"
-"""The record of what is to strike a device (`fedsys.faults.encode`), and its key in a reply."""
+"""Records with a dataclass: below, in `fedsys.planning`, and in `fedsys.faults`."""
 
+MICRO_BATCHES: Final = "micro-batches"
+STRUCK: Final = "struck"
 PARTITION_ID: Final = "partition-id"
 DATA_ROOT: Final = "data-root"
-"""Keys of a node's own configuration."""
+"""Keys that stand alone: in `CONFIG`, in `FAULTS` of a reply, in the configuration of a node."""
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The record `CONFIG`, which every message has.
-
-    Attributes:
-        server_round: The round, from 1.
-        proximal_mu: Weight of FedProx's term.
-        micro_batches: Pieces of a mini-batch; None: those of the schedule.
-    """
+    """`CONFIG`: round from 1, weight of FedProx's term, pieces of a mini-batch if not as usual."""
 
     server_round: int
     proximal_mu: float = 0.0
@@ -66,21 +56,14 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Division:
-    """The record `FEDERATION`: among how many clients the data are divided."""
+    """`FEDERATION`: among how many clients the data are divided."""
 
     num_clients: int
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """The record `IDENTITY`: what a node says of itself.
-
-    Attributes:
-        partition_id: Its partition.
-        arithmetic: What bits depend on there, as JSON; empty if unknown.
-        data_root: Where its own data are; None if it uses its part of the configured data.
-        classes: The classes of its own data.
-    """
+    """`IDENTITY`: a node's partition, what bits depend on there (JSON), and data of its own."""
 
     partition_id: int
     arithmetic: str = ""
@@ -90,14 +73,7 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """In the record `ASSIGNMENT`, beside the decision itself: where the session is.
-
-    Attributes:
-        tail: Units ``[tail, L)`` are on the device too.
-        session: Name of the session.
-        token: What the device presents.
-        edges: Addresses of the edge servers, that of the session first.
-    """
+    """`ASSIGNMENT`, beside the decision: where the edge's units end, its session, its addresses."""
 
     tail: int
     session: str
@@ -107,12 +83,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """In the record `OBSERVATION`, beside the figures: how the session of a device went.
-
-    Attributes:
-        recoveries: What was done about losses, as JSON.
-        stranded: Why no edge has the session any more; empty: one has.
-    """
+    """`OBSERVATION`, beside the figures: losses overcome (JSON), and why no edge is left, if so."""
 
     recoveries: str = "[]"
     stranded: str = ""
@@ -120,25 +91,14 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """The record `TRACE`.
-
-    Attributes:
-        events: Packed by `fedsys.runs.tracing.pack`.
-        ends: When each mini-batch ended, in seconds.
-        late: Seconds by which real work was behind the machine that is stood for.
-    """
+    """`TRACE`: packed events, ends of mini-batches in seconds, seconds behind what is emulated."""
 
     events: bytes
     ends: tuple[float, ...] = ()
     late: float = 0.0
 
 
-_KINDS: Final[Mapping[str, tuple[type, ...]]] = {
-    "int": (int,),
-    "float": (int, float),
-    "str": (str,),
-    "bytes": (bytes,),
-}
+_KINDS: Final[Any] = {"int": int, "float": int | float, "str": str, "bytes": bytes}
 
 
 def written(value: Any) -> dict[str, Any]:
@@ -148,9 +108,7 @@ def written(value: Any) -> dict[str, Any]:
     {'server-round': 3, 'proximal-mu': 0.1}
     """
     values = {_key(f.name): getattr(value, f.name) for f in dataclasses.fields(value)}
-    return {
-        key: list(v) if isinstance(v, tuple) else v for key, v in values.items() if v is not None
-    }
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v is not None}
 
 
 def read(
@@ -174,13 +132,12 @@ def read(
         key, optional = _key(field.name), field.default is not dataclasses.MISSING
         if field.name in known or (key not in record and optional and field.name not in required):
             continue
-        expected = str(field.type).removesuffix(" | None")
-        if not _is(record.get(key), expected):
+        value, expected = record.get(key), str(field.type).removesuffix(" | None")
+        if not _is(value, expected):
             raise RuntimeFailure(
-                f"message: {key}={record.get(key)!r:.60}: must be of type {expected} in "
-                f"{kind.__name__}; is the other side of another version?"
+                f"message: {key}={value!r:.60}: must be of type {expected} in {kind.__name__}; "
+                "is the other side of another version?"
             )
-        value = record[key]
         known[field.name] = tuple(value) if isinstance(value, list) else value
     return kind(**known)
 
@@ -203,7 +160,7 @@ def number(record: Mapping[str, Any], key: str, default: float | None = None) ->
     value = record.get(key, default)
     if not _is(value, "float"):
         raise RuntimeFailure(f"message: {key}={value!r:.60}: must be a number")
-    return value  # type: ignore[no-any-return]  # it was looked at
+    return cast(float, value)
 
 
 def _key(name: str) -> str:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 
 from fedsys.errors import ConfigError
 from fedsys.planning.jobs import Exchange, Job, Turn
-from fedsys.planning.timeline import lanes, play
+from fedsys.planning.timeline import play
 from fedsys.training.schedule import operations, pieces
 from fedsys.transport.network import Network, finish_time
 from tests.planning.recurrences import iteration_s
@@ -27,6 +27,14 @@ def job(stages, *, kind="pipelined", depth=2, latency=0.0, name="a", **options):
         else:
             turns.append(Turn("backward", piece, b))
     return Job(name, tuple(turns), Network(8.0, 8.0, latency), **options)
+
+
+def lanes(events):
+    """Return the events of each resource in order of time."""
+    found = {}
+    for event in sorted(events, key=lambda e: (e.start_s, e.end_s)):
+        found.setdefault(event.resource, []).append(event)
+    return found
 
 
 def closed(stages, **options):
