@@ -30,8 +30,6 @@ from fedsys.training.pulse import pulse
 from fedsys.training.schedule import pieces
 from fedsys.transport import messages, records
 
-EVALUATION_BATCH = 500
-
 _models = threading.local()
 
 Batches = Iterator[tuple[Tensor, Tensor]]
@@ -111,15 +109,8 @@ class LocalClient:
         model = self._model()
         records.load_into(model, content.array_records[messages.ARRAYS])
         own = fed.dataset.train.take(fed.parts[self.partition])
-        score = training.evaluate(model, data.eval_batches(own, fed.dataset, EVALUATION_BATCH))
-        metrics = MetricRecord(
-            {
-                messages.NUM_EXAMPLES: score.examples,
-                "eval_loss": score.loss,
-                "eval_accuracy": score.accuracy,
-            }
-        )
-        return RecordDict({messages.METRICS: metrics})
+        score = training.evaluate(model, data.eval_batches(own, fed.dataset))
+        return RecordDict({messages.METRICS: eval_metrics(score)})
 
     def _penalty(self, round_: int) -> Penalty | None:
         if not pruning.penalty_weight(self.config.pruning, round_, self.config.rounds):
@@ -225,6 +216,17 @@ def train_metrics(score: training.Score, epochs: int, seconds: float) -> MetricR
             "train_accuracy": score.accuracy,
             messages.STEPS: score.steps,
             "client_seconds": seconds,
+        }
+    )
+
+
+def eval_metrics(score: training.Score) -> MetricRecord:
+    """Return what a client tells about its evaluation; the same keys from every kind of client."""
+    return MetricRecord(
+        {
+            messages.NUM_EXAMPLES: score.examples,
+            "eval_loss": score.loss,
+            "eval_accuracy": score.accuracy,
         }
     )
 

@@ -9,6 +9,7 @@ optimizer step, which needs the last gradient.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +27,7 @@ from fedsys.randomness import Address, drawing, rows
 from fedsys.runs.tracing import Recorder
 from fedsys.training import plain as training
 from fedsys.training.part import Part, safe_input
+from fedsys.training.plain import Score
 from fedsys.training.schedule import operations, pieces
 from fedsys.transport.codecs import decode_activation, encode_activation
 from fedsys.transport.wire import Frame
@@ -42,6 +44,14 @@ class Tally:
     def copy(self) -> Tally:
         """Return the same sums, to go on from or to come back to."""
         return Tally(self.loss.clone(), self.hits, self.examples)
+
+    def score(self, steps: int) -> Score:
+        """Return the score over all examples of a number of steps; NaN for no examples."""
+        if not self.examples:
+            return Score(math.nan, math.nan, 0, steps)
+        return Score(
+            float(self.loss) / self.examples, self.hits / self.examples, self.examples, steps
+        )
 
 
 class Loaded(NamedTuple):

@@ -44,8 +44,6 @@ from strategies.rounds import RoundResult, play
 from strategies.virtual_time import RoundClock, totals
 from strategies.watching import watched
 
-EVALUATION_BATCH = 500
-
 app = ServerApp()
 
 
@@ -258,5 +256,5 @@ class Judge:
 
     def _score(self, arrays: ArrayRecord, part: Images) -> training.Score:
         records.load_into(self._model, arrays)
-        batches = data.eval_batches(part, self._fed.dataset, EVALUATION_BATCH)
+        batches = data.eval_batches(part, self._fed.dataset)
         return training.evaluate(self._model, batches)

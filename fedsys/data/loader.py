@@ -8,7 +8,7 @@ CPU, so there is nothing for worker processes to hide.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from fedsys.errors import ConfigError
 from fedsys.randomness import Address
 
 AUGMENTATIONS = ("none", "crop", "crop_flip")
+
+EVALUATION_BATCH: Final = 500
+"""Examples that are scored at a time."""
 
 
 class Shifts(NamedTuple):
@@ -132,7 +135,7 @@ def train_batches(
 
 
 def eval_batches(
-    images: Images, dataset: Dataset, batch_size: int
+    images: Images, dataset: Dataset, batch_size: int = EVALUATION_BATCH
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield all images in order, normalised and not augmented.
 

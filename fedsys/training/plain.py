@@ -10,7 +10,7 @@ written per parameter, in the order of names.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from traceback import walk_tb
 from typing import TYPE_CHECKING
@@ -151,17 +151,31 @@ def train(
 @torch.inference_mode()
 def evaluate(model: nn.Module, batches: Batches) -> Score:
     """Return the score of `model` in evaluation mode; NaN for no examples."""
-    device = device_of(model)
     was_training = model.training
     model.eval()
+    score = score_of(model, batches, device_of(model))
+    model.train(was_training)
+    return score
+
+
+@torch.inference_mode()
+def score_of(
+    outputs_of: Callable[[Tensor], Tensor], batches: Batches, device: torch.device
+) -> Score:
+    """Return the score of whatever computes outputs ``(batch, classes)``; NaN for no examples.
+
+    Args:
+        outputs_of: Called with the inputs of each mini-batch, in order.
+        batches: Pairs of inputs ``(batch, …)`` and labels ``(batch,)``.
+        device: Where both are to be.
+    """
     loss_sum, hits, examples = 0.0, 0, 0
     for x, y in batches:
         x, y = x.to(device), y.to(device)
-        outputs = model(x)
+        outputs = outputs_of(x)
         loss_sum += float(F.cross_entropy(outputs, y, reduction="sum"))
         hits += int((outputs.argmax(1) == y).sum())
         examples += len(y)
-    model.train(was_training)
     if not examples:
         return Score(math.nan, math.nan, 0)
     return Score(loss_sum / examples, hits / examples, examples)

@@ -10,7 +10,7 @@ import threading
 import pytest
 import torch
 
-from clients import offload
+from clients import split_round
 from clients.steps import Batches
 from fedsys.config import parse, with_values
 from fedsys.randomness import piece_of
@@ -73,10 +73,10 @@ def traced(configure, carry_out, monkeypatch):
     """Return a function that trains a round and returns the events of its device by mini-batch."""
 
     def train(kind, depth):
-        meetings, own_batches = Meetings(depth), offload.own_batches
+        meetings, own_batches = Meetings(depth), split_round.own_batches
         monkeypatch.setattr(training, "forward", meetings.forward)
         monkeypatch.setattr(
-            offload, "own_batches", lambda *about: meetings.batches(own_batches(*about))
+            split_round, "own_batches", lambda *about: meetings.batches(own_batches(*about))
         )
         base = configure("data=synthetic", "model=cnn", "policy=fixed", "link=tcp")
         values = {

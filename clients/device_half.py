@@ -1,0 +1,97 @@
+"""The device's half of a model: built from a message, and from points to which it can return."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from flwr.app import ArrayRecord, RecordDict
+from torch import Tensor, nn
+
+from clients.steps import Split, Tally
+from fedsys.config import Config
+from fedsys.models.layers import LayeredModel
+from fedsys.planning.assignment import Assignment
+from fedsys.training import federation
+from fedsys.training import plain as training
+from fedsys.training.federation import layered_model, penalty_of
+from fedsys.training.part import Part, filled_stages
+from fedsys.transport import messages, records
+
+
+@dataclass(frozen=True)
+class Point:
+    """The device's half between two steps, to which it can return.
+
+    Attributes:
+        state: Parameters and buffers by global name.
+        optimizer: State of their optimizer, by global name.
+        sums: What was seen until then.
+    """
+
+    state: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+    sums: Tally
+
+    @classmethod
+    def of(cls, part: Part, sums: Tally) -> Point:
+        """Return where a part stands; copied."""
+        state = {name: tensor.cpu().clone() for name, tensor in part.state().items()}
+        return cls(state, part.optimizer_state(), sums.copy())
+
+
+class DeviceHalf:
+    """What a message asks a device to do with the first units, and the last if they are private.
+
+    Args:
+        config: The run.
+        content: The message: the device's half, settings, and the assignment.
+
+    Attributes:
+        layers: The model, on ``meta``.
+        place: Where the session is, and where the last units begin.
+        split: How the model is shared with the edge.
+        round: The round.
+        device: Where to compute.
+    """
+
+    def __init__(self, config: Config, content: RecordDict) -> None:
+        self._config, self._content = config, content
+        dataset = federation.federation(config).dataset
+        self.layers: LayeredModel = layered_model(config, dataset.input_shape, dataset.num_classes)
+        settings = messages.settings_of(content)
+        told = content.config_records[messages.ASSIGNMENT]
+        pieces = settings.micro_batches or config.schedule.micro_batches
+        self.place = messages.read(messages.Place, told)
+        self.split = Split(
+            Assignment.of(told, pieces), self.place.tail, len(self.layers), config.schedule
+        )
+        self.round, self._mu = settings.server_round, settings.proximal_mu
+        self.device: torch.device = training.pick_device(config.client.device)
+
+    def start(self) -> Point:
+        """Return the point at which the round begins."""
+        return Point(self._received(messages.ARRAYS), self._received(messages.OPTIMIZER), Tally())
+
+    def stages(self, state: Mapping[str, Tensor]) -> list[nn.Module]:
+        """Return first and last units with the tensors of `state`; the edge's are never built."""
+        cuts = [self.split.assignment.cut, self.split.tail]
+        layout = self._config.client.memory_format
+        return filled_stages(self.layers, cuts, [0, 2], state, self.device, layout)
+
+    def part(self, point: Point, start: Point) -> Part:
+        """Return the units in training as at a point of the round that began at `start`."""
+        return Part(
+            self.stages({name: tensor.clone() for name, tensor in point.state.items()}),
+            self._config,
+            self.round,
+            proximal_mu=self._mu,
+            optimizer_state=point.optimizer,
+            anchor=start.state,
+            masks=self._received(messages.MASKS),
+            penalty=penalty_of(self._config, self.layers, self.round),
+        )
+
+    def _received(self, key: str) -> dict[str, Tensor]:
+        return records.from_record(self._content.array_records.get(key, ArrayRecord()))

@@ -1,0 +1,131 @@
+"""A round of a device with its edge, step by step, wherever its session goes on.
+
+When the session moves to another edge, the device returns to the point at which the session
+stands: the step in work, a step of which both have kept their halves, or the start of the round.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from clients.device_half import DeviceHalf, Point
+from clients.local import own_batches
+from clients.steps import Batches, Steps, Tally
+from fedsys.config import Config
+from fedsys.faults import Doom
+from fedsys.offload.remote import EdgesLost, Moved, Remote
+from fedsys.randomness import Address
+from fedsys.training.part import Part
+from fedsys.training.pulse import pulse
+
+
+class SplitRound:
+    """One round of one device.
+
+    Args:
+        config: The run.
+        address: Seed, client and round.
+        half: The device's units.
+        remote: The session.
+        steps: Works through mini-batches.
+
+    Attributes:
+        reached: The step in work.
+    """
+
+    def __init__(
+        self, config: Config, address: Address, half: DeviceHalf, remote: Remote, steps: Steps
+    ) -> None:
+        self.reached = 0
+        self._config, self._address = config, address
+        self._half, self._remote, self._steps = half, remote, steps
+
+    def train(self, doom: Doom) -> tuple[Part, Tally, int]:
+        """Train to the end of the round; return the units, what was seen, and the steps.
+
+        Args:
+            doom: What strikes the device before or after one of its steps.
+
+        Raises:
+            EdgesLost: No edge has the session at a step at which the device can go on.
+        """
+        points = {0: self._half.start()}
+        step = self._remote.open()
+        if step not in points:  # it was begun by a device that is no more
+            raise EdgesLost(f"the session stands at step {step}, where this device never was")
+        while True:
+            part = self._half.part(points[step], points[0])
+            sums = points[step].sums.copy()
+            try:
+                steps = self._from(step, part, sums, points, doom)
+                self._say_done(steps)
+                return part, sums, steps
+            except Moved as moved:
+                # A replica may be newer than the device's last point only if the device never saw
+                # the answers to those steps; then it has none of them, and the round begins anew.
+                step = moved.step if moved.step in points else 0
+                if step != moved.step:
+                    raise EdgesLost(
+                        "the session stands at a step that this device never saw"
+                    ) from (moved)
+
+    def _say_done(self, steps: int) -> None:
+        while True:
+            try:
+                self._remote.send("done", steps, 0, {}, {})
+                self._remote.receive("done", steps, 0)
+                return
+            except Moved as moved:
+                if moved.step != steps:
+                    raise
+
+    def _from(
+        self, first: int, part: Part, sums: Tally, points: dict[int, Point], doom: Doom
+    ) -> int:
+        """Train from a step to the end of the round; return the number of steps."""
+        every = self._config.fleet.replicate_every
+        source = own_batches(self._config, self._address.client, self._address)
+        step = 0
+        with Batches(source, self._half.device) as batches:
+            while True:
+                new = step >= first
+                batch = self._steps.take(step, batches) if new else batches.take()
+                if batch is None:
+                    return step
+                doom.reach("before", step)
+                if new:
+                    self.reached = step
+                    self._step_anywhere(step, part, (batch.x, batch.y), sums, batches)
+                    if every and (step + 1) % every == 0:
+                        points[step + 1] = Point.of(part, sums)
+                        # the edge's newest replica may be one older
+                        for old in [s for s in points if 0 < s < step + 1 - 2 * every]:
+                            del points[old]
+                doom.reach("after", step)
+                pulse().batch_done()
+                step += 1
+
+    def _step_anywhere(
+        self, step: int, part: Part, batch: tuple[Tensor, Tensor], sums: Tally, batches: Batches
+    ) -> None:
+        """Do a step, once more if the session moved to another edge as it stands.
+
+        Raises:
+            Moved: The session goes on from an earlier step.
+        """
+        seen = sums.copy()
+        buffers = [(b, b.clone()) for module in part.modules for b in module.buffers()]
+        while True:
+            try:
+                return self._steps.do(step, part, *batch, sums, batches)
+            except Moved as moved:
+                if self._remote.traffic.recoveries:
+                    self._remote.traffic.recoveries[-1]["repeated_steps"] = step - moved.step
+                if moved.step != step:
+                    raise
+            # all that a step changes before its end
+            sums.loss, sums.hits, sums.examples = seen.loss.clone(), seen.hits, seen.examples
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
