@@ -100,7 +100,8 @@ def test_an_interrupted_run_ends_with_the_model_of_the_uninterrupted_one(interru
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert told["rounds"] == 4
     agrees(interrupted)
-    assert told["cuts"] == result()["cuts"]
+    for device, cut in result()["cuts"].items():
+        assert cut.items() <= told["cuts"][device].items()
     assert [row["round"] for row in RunFolder.open(interrupted).rounds()] == [1, 2, 3, 4]
 
 

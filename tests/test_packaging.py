@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from collections import Counter
@@ -20,6 +21,8 @@ from fedsys.runtime import bundle
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("fedsys", "strategies", "clients", "conf")
+BESIDE = ("tests", "docs", "examples", "benchmarks", "deploy", ".ci")
+LOOSE = ("README.md", "CONTRIBUTING.md", "LICENSE", "constraints.txt")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PAGES = list((ROOT / "docs").glob("*.md"))
 PRIVATE = {"supercore", "superlink", "supernode", "simulation", "server", "proto", "cli", "compat"}
@@ -50,9 +53,9 @@ def wanted(*suffixes):
 def checkout(tmp_path_factory):
     """A copy of what is packed, and of what is not: other tests write into the real one."""
     copy = tmp_path_factory.mktemp("checkout") / "fedsys"
-    for name in (*PACKAGES, "tests", "docs"):
+    for name in (*PACKAGES, *BESIDE):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE", ".gitignore"):
+    for name in ("pyproject.toml", ".gitignore", *LOOSE):
         shutil.copy(ROOT / name, copy / name)
     return copy
 
@@ -101,6 +104,19 @@ def test_the_wheel_holds_the_four_packages_and_nothing_else(wheel):
         assert len({n.split("/")[0] for n in archive.namelist()} - set(PACKAGES)) == 1
     assert names == wanted(".py", ".yaml", ".typed")
     assert {f"conf/{p.name}" for p in (ROOT / "conf").glob("*.yaml")} <= names
+
+
+def test_the_source_distribution_holds_what_its_pages_and_tests_name(checkout, tmp_path):
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=checkout, check=True, capture_output=True, timeout=120)
+    (file,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(file) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert wanted(".py", ".yaml", ".typed") <= names
+    for folder in BESIDE:
+        files = [p for p in (ROOT / folder).rglob("*") if p.is_file() and p.suffix != ".pyc"]
+        assert {p.relative_to(ROOT).as_posix() for p in files} <= names
+    assert {"pyproject.toml", *LOOSE} <= names
 
 
 def test_the_wheel_names_version_licence_and_command(unpacked):
@@ -281,13 +297,15 @@ def test_the_readme_names_every_choice_of_the_groups_it_lists():
         assert set(re.findall(r"`(\w+)`", listed)) == names, group
 
 
-@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{p.name}" for p in PAGES)])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in PAGES)]
+)
 def test_what_a_page_links_to_or_names_exists(page):
     file = ROOT / page
     text = file.read_text()
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
         assert "://" in target or (file.parent / target).exists(), target
-    for path in re.findall(r"`((?:fedsys|strategies|clients|conf|tests)/[\w./]+)`", text):
+    for path in re.findall(r"`((?:fedsys|strategies|clients|conf|tests|examples)/[\w./]+)`", text):
         assert (ROOT / path).exists(), path
 
 
