@@ -27,7 +27,7 @@ from fedsys.training.federation import layered_model, penalty_of
 from fedsys.training.masks import Masks, held
 from fedsys.training.penalty import Penalty
 from fedsys.training.pulse import pulse
-from fedsys.training.schedule import pieces
+from fedsys.training.schedule import micro_batch_bounds
 from fedsys.transport import messages, records
 
 _models = threading.local()
@@ -127,7 +127,7 @@ class LocalClient:
             yield x, y
             seconds, load_s = 0.0, 0.0
             if (costs := pace.costs) is not None:
-                sizes = [stop - start for start, stop in pieces(len(y), micro_batches)]
+                sizes = [stop - start for start, stop in micro_batch_bounds(len(y), micro_batches)]
                 seconds = sum(costs.update_s) + sum(sum(costs.seconds(n)) for n in sizes)
                 load_s = len(y) * costs.load_s
             recorder.note("step", step, -1, pace.end(seconds))

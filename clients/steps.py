@@ -28,7 +28,7 @@ from fedsys.runs.tracing import Recorder
 from fedsys.training import plain as training
 from fedsys.training.part import Part, safe_input
 from fedsys.training.plain import Score
-from fedsys.training.schedule import operations, pieces
+from fedsys.training.schedule import micro_batch_bounds, operations
 from fedsys.transport.codecs import decode_activation, encode_activation
 from fedsys.transport.wire import Frame
 
@@ -54,7 +54,7 @@ class Tally:
         )
 
 
-class Loaded(NamedTuple):
+class LoadedBatch(NamedTuple):
     """A mini-batch, and when it was loaded.
 
     Attributes:
@@ -79,7 +79,7 @@ class Batches:
     def __init__(self, source: Iterator[tuple[Tensor, Tensor]], device: torch.device) -> None:
         self._source, self._device = source, device
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loads")
-        self._next: Future[Loaded | None] | None = None
+        self._next: Future[LoadedBatch | None] | None = None
 
     def __enter__(self) -> Batches:
         return self
@@ -87,14 +87,14 @@ class Batches:
     def __exit__(self, *_: object) -> None:
         self._loader.shutdown(cancel_futures=True)
 
-    def load(self) -> Future[Loaded | None] | None:
+    def load(self) -> Future[LoadedBatch | None] | None:
         """Begin to load the next mini-batch; return None if that was begun already."""
         if self._next is not None:
             return None
         self._next = self._loader.submit(self._load)
         return self._next
 
-    def take(self) -> Loaded | None:
+    def take(self) -> LoadedBatch | None:
         """Return the next mini-batch once it is loaded; None after the last one.
 
         Raises:
@@ -105,12 +105,12 @@ class Batches:
         taken, self._next = self._next, None
         return taken.result()
 
-    def _load(self) -> Loaded | None:
+    def _load(self) -> LoadedBatch | None:
         began = time.monotonic()
         if (found := next(self._source, None)) is None:
             return None
         x, y = found[0].to(self._device), found[1].to(self._device)
-        return Loaded(x, y, (began, time.monotonic()))
+        return LoadedBatch(x, y, (began, time.monotonic()))
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class Steps:
         self._posted: dict[tuple[str, int], tuple[float, int]] = {}  # when, and how many bytes
         self._returned: dict[int, tuple[Tensor, Tensor]] = {}  # label-private: loss and hits
 
-    def take(self, step: int, batches: Batches) -> Loaded | None:
+    def take(self, step: int, batches: Batches) -> LoadedBatch | None:
         """Return the mini-batch of a step, loaded ahead or now; None after the last one."""
         self._load(batches)
         loaded = batches.take()
@@ -196,7 +196,7 @@ class Steps:
         self._returned.clear()
         part.zero_grad()
         size, front, back = len(y), *part.modules
-        bounds = list(pieces(size, self._split.assignment.pieces))
+        bounds = list(micro_batch_bounds(size, self._split.assignment.pieces))
         inputs = [(x, y)] if len(bounds) == 1 else [(x[a:b], y[a:b]) for a, b in bounds]
         schedule, private = self._split.schedule, self._split.private
         plan = operations(schedule.kind, len(bounds), schedule.depth, tail=private)

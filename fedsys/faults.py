@@ -50,7 +50,7 @@ class Fault:
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class FaultKind:
     """What is to be known of a kind of fault before it strikes.
 
     Attributes:
@@ -89,15 +89,15 @@ AT_DEVICE: Final = (
 
 WAYS: Final = ("send", "receive")
 
-KINDS: Final[dict[str, Kind]] = {
-    "server_killed": Kind("server", SERVER_POSITIONS, has_steps=False),
-    "device_killed": Kind("device", ("before", "after"), has_steps=True),
-    "edge_killed": Kind("edge", AT_EDGE, has_steps=True),
-    "link_cut": Kind("link", AT_DEVICE + AT_EDGE, has_steps=True, seconds=0.0),
-    "link_slow": Kind("link", WAYS, has_steps=True, seconds=0.2),
-    "link_reordered": Kind("link", WAYS, has_steps=True),
-    "link_duplicated": Kind("link", WAYS, has_steps=True),
-    "link_corrupted": Kind("link", WAYS, has_steps=True),
+KINDS: Final[dict[str, FaultKind]] = {
+    "server_killed": FaultKind("server", SERVER_POSITIONS, has_steps=False),
+    "device_killed": FaultKind("device", ("before", "after"), has_steps=True),
+    "edge_killed": FaultKind("edge", AT_EDGE, has_steps=True),
+    "link_cut": FaultKind("link", AT_DEVICE + AT_EDGE, has_steps=True, seconds=0.0),
+    "link_slow": FaultKind("link", WAYS, has_steps=True, seconds=0.2),
+    "link_reordered": FaultKind("link", WAYS, has_steps=True),
+    "link_duplicated": FaultKind("link", WAYS, has_steps=True),
+    "link_corrupted": FaultKind("link", WAYS, has_steps=True),
 }
 
 

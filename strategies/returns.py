@@ -13,7 +13,7 @@ from flwr.app import Message
 from fedsys.errors import FedsysError
 from fedsys.planning.resources import Event
 from fedsys.runs.tracing import unpack
-from fedsys.transport.messages import ARRAYS, OBSERVATION, TRACE, Outcome, Trace, read
+from fedsys.transport.messages import ARRAYS, OBSERVATION, TRACE, Outcome, TraceRecord, read
 from strategies.model_division import ModelDivision
 from strategies.offload_totals import Totals
 from strategies.policies.policy import Assignment, Observation
@@ -94,6 +94,6 @@ class Returns:
 
     def _take_trace(self, client: int, reply: Message) -> None:
         if reply.has_content() and TRACE in reply.content:
-            trace = read(Trace, reply.content.config_records[TRACE])
+            trace = read(TraceRecord, reply.content.config_records[TRACE])
             self.traces[client] = unpack(trace.events)
             del reply.content[TRACE]

@@ -5,6 +5,7 @@ import graphlib
 import importlib
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,24 @@ def test_no_modules_import_each_other_in_a_circle():
     assert set(order) == MODULES.keys()
     with pytest.raises(graphlib.CycleError):
         list(graphlib.TopologicalSorter({"a": {"b"}, "b": {"a"}}).static_order())
+
+
+# --------------------------------------------------------------------------------------------------
+# Names
+
+
+def test_no_two_classes_share_a_name():
+    """``Link``, ``Plan`` and eight more meant two things each, by where one stood.
+
+    Functions are called by the name of their module where it says more (``records.encode``,
+    ``training.train``), and commands have a ``job`` each.
+    """
+    homes = defaultdict(list)
+    for module, file in MODULES.items():
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                homes[node.name].append(module)
+    assert {name: where for name, where in homes.items() if len(where) > 1} == {}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from fedsys.config import EdgeConfig
 from fedsys.errors import ConfigError, FedsysError
 from fedsys.offload import edge_store
 from fedsys.offload.edge import EdgeServer
-from fedsys.offload.edge_metrics import Endpoint
+from fedsys.offload.edge_metrics import MetricsEndpoint
 from fedsys.training import plain as training
 from fedsys.transport.security import Credentials
 
@@ -46,10 +46,10 @@ def job(tree: Any) -> Mapping[str, Any]:
     config = configuration.parse(configuration.to_text(tree))
     folder = edge_store.checked_folder(config.edge.state_dir)
     edge = _server(config.edge)
-    endpoint: Endpoint | None = None
+    endpoint: MetricsEndpoint | None = None
     try:
         if config.edge.http is not None:
-            endpoint = Endpoint(edge, config.edge.http)
+            endpoint = MetricsEndpoint(edge, config.edge.http)
         if folder is not None:
             _take_up(edge, folder)
         _say(edge, endpoint, as_json=config.json)
@@ -124,7 +124,7 @@ def _take_up(edge: EdgeServer, folder: Path) -> None:
             print(f"session {spec.id} is not taken up: {error}", file=sys.stderr)
 
 
-def _say(edge: EdgeServer, endpoint: Endpoint | None, *, as_json: bool) -> None:
+def _say(edge: EdgeServer, endpoint: MetricsEndpoint | None, *, as_json: bool) -> None:
     http = endpoint.address if endpoint else None
     if as_json:
         ready = {"name": edge.name, "address": edge.address, "http": http, "pid": os.getpid()}

@@ -25,26 +25,26 @@ from torch import fx, nn
 from fedsys.errors import ModelError, did_you_mean
 from fedsys.models.assemble import copy_modules, graph_module
 from fedsys.models.graph import module_paths, sourceless
-from fedsys.models.measure import Measured
+from fedsys.models.measure import NodeCost
 from fedsys.models.modes import Modes
 
-Costs = Mapping[str, Measured]
+Costs = Mapping[str, NodeCost]
 
 _OVERWRITING = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 
 
 @dataclass(frozen=True, slots=True)
-class Link:
+class UnitNodes:
     """The nodes of one unit in order, and the one that makes what leaves it."""
 
     nodes: tuple[fx.Node, ...]
     output: fx.Node
 
-    def __add__(self, after: Link) -> Link:
-        return Link(self.nodes + after.nodes, after.output)
+    def __add__(self, after: UnitNodes) -> UnitNodes:
+        return UnitNodes(self.nodes + after.nodes, after.output)
 
 
-def find_chain(module: fx.GraphModule, costs: Costs, batch: int) -> list[Link]:
+def find_chain(module: fx.GraphModule, costs: Costs, batch: int) -> list[UnitNodes]:
     """Return the units of a traced model.
 
     Args:
@@ -52,20 +52,20 @@ def find_chain(module: fx.GraphModule, costs: Costs, batch: int) -> list[Link]:
         costs: What every node makes of a batch.
         batch: Size of that batch: what crosses a cut must have it in front.
     """
-    links: list[Link] = []
+    segments: list[UnitNodes] = []
     for segment in _segments(module.graph, costs, batch):
         begins = any(_works(module, node, costs) for node in segment.nodes)
-        whole = links and any(_works(module, node, costs) for node in links[-1].nodes)
-        if begins and whole and not _overwrites(module, links[-1].output, segment):
-            links.append(segment)
-        elif links:
-            links[-1] += segment
+        whole = segments and any(_works(module, node, costs) for node in segments[-1].nodes)
+        if begins and whole and not _overwrites(module, segments[-1].output, segment):
+            segments.append(segment)
+        elif segments:
+            segments[-1] += segment
         else:
-            links = [segment]
-    return links
+            segments = [segment]
+    return segments
 
 
-def _segments(graph: fx.Graph, costs: Costs, batch: int) -> Iterator[Link]:
+def _segments(graph: fx.Graph, costs: Costs, batch: int) -> Iterator[UnitNodes]:
     """Yield the pieces between which one batch of tensors flows."""
     steps = [n for n in graph.nodes if n.op not in ("placeholder", "output") and not sourceless(n)]
     index = {node: i for i, node in enumerate(steps)} | {graph.output_node(): len(steps)}
@@ -79,10 +79,10 @@ def _segments(graph: fx.Graph, costs: Costs, batch: int) -> Iterator[Link]:
         (value,) = alive
         shape = costs[value.name].shape
         if value is not crossed and shape and shape[0] == batch:
-            yield Link(tuple(steps[start : i + 1]), value)
+            yield UnitNodes(tuple(steps[start : i + 1]), value)
             crossed, start = value, i + 1
     if steps:
-        yield Link(tuple(steps[start:]), graph.output_node())
+        yield UnitNodes(tuple(steps[start:]), graph.output_node())
 
 
 def _works(module: nn.Module, node: fx.Node, costs: Costs) -> bool:
@@ -94,9 +94,9 @@ def _works(module: nn.Module, node: fx.Node, costs: Costs) -> bool:
     return node.target is F.embedding or costs[node.name].macs > 0
 
 
-def _overwrites(module: nn.Module, value: fx.Node, link: Link) -> bool:
-    """Say whether `link` works in place on `value`, which autograd forbids for what is received."""
-    return any(_in_place(module, node) for node in link.nodes if value in node.all_input_nodes)
+def _overwrites(module: nn.Module, value: fx.Node, segment: UnitNodes) -> bool:
+    """Say whether `segment` works in place on `value`: autograd forbids it for what is received."""
+    return any(_in_place(module, node) for node in segment.nodes if value in node.all_input_nodes)
 
 
 def _in_place(module: nn.Module, node: fx.Node) -> bool:
@@ -111,13 +111,14 @@ def _in_place(module: nn.Module, node: fx.Node) -> bool:
 # Names, state, and the block of linear layers
 
 
-def name_units(module: nn.Module, links: Sequence[Link], costs: Costs) -> list[str]:
+def name_units(module: nn.Module, segments: Sequence[UnitNodes], costs: Costs) -> list[str]:
     """Return one name per unit: the largest module in which no other unit works, as a path.
 
     A unit without a module of its own is named after the first module or function that works.
     """
     working = [
-        [n for n in link.nodes if _works(module, n, costs)] or list(link.nodes) for link in links
+        [n for n in segment.nodes if _works(module, n, costs)] or list(segment.nodes)
+        for segment in segments
     ]
     paths = [[_ancestors(node) for node in nodes] for nodes in working]
     everywhere = [set().union(*unit) for unit in paths]
@@ -142,7 +143,7 @@ def _ancestors(node: fx.Node) -> list[str]:
 
 
 def owners(
-    module: nn.Module, links: Sequence[Link]
+    module: nn.Module, segments: Sequence[UnitNodes]
 ) -> tuple[list[tuple[str, ...]], dict[str, tuple[int, ...]]]:
     """Return the names of parameters and persistent buffers by unit, and who shares which.
 
@@ -151,23 +152,23 @@ def owners(
     """
     state = module.state_dict(keep_vars=True)
     users: dict[int, set[int]] = {}
-    for index, link in enumerate(links):
-        for name in _state_of(module, link, state):
+    for index, segment in enumerate(segments):
+        for name in _state_of(module, segment, state):
             users.setdefault(id(state[name]), set()).add(index)
-    owned: list[list[str]] = [[] for _ in links]
+    owned: list[list[str]] = [[] for _ in segments]
     shared: dict[str, tuple[int, ...]] = {}
     for name, tensor in state.items():
-        using = sorted(users.get(id(tensor), {len(links) - 1}))
+        using = sorted(users.get(id(tensor), {len(segments) - 1}))
         owned[using[0]].append(name)
         if len(using) > 1:
             shared[name] = tuple(using)
     return [tuple(names) for names in owned], shared
 
 
-def _state_of(module: nn.Module, link: Link, state: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the names of the state that the steps of `link` use."""
+def _state_of(module: nn.Module, segment: UnitNodes, state: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the names of the state that the steps of `segment` use."""
     seen: set[fx.Node] = set()
-    todo = list(link.nodes)
+    todo = list(segment.nodes)
     while todo:
         node = todo.pop()
         todo += [n for n in node.all_input_nodes if sourceless(n) and n not in seen]
@@ -180,16 +181,16 @@ def _state_of(module: nn.Module, link: Link, state: Mapping[str, Any]) -> Iterat
                 yield f"{node.target}.{name}"
 
 
-def cuts_in_fc_block(module: nn.Module, links: Sequence[Link], costs: Costs) -> range:
+def cuts_in_fc_block(module: nn.Module, segments: Sequence[UnitNodes], costs: Costs) -> range:
     """Return the cuts inside the linear layers at the end of a model that has others before."""
-    first = len(links)
-    while first and _is_linear(module, links[first - 1], costs):
+    first = len(segments)
+    while first and _is_linear(module, segments[first - 1], costs):
         first -= 1
-    return range(first + 1, len(links)) if first else range(0)
+    return range(first + 1, len(segments)) if first else range(0)
 
 
-def _is_linear(module: nn.Module, link: Link, costs: Costs) -> bool:
-    """Say whether all work of `link` is done by linear layers on ``(batch, features)``."""
+def _is_linear(module: nn.Module, segment: UnitNodes, costs: Costs) -> bool:
+    """Say whether all work of `segment` is done by linear layers on ``(batch, features)``."""
     return all(
         len(costs[node.name].shape or ()) == 2
         and (
@@ -197,7 +198,7 @@ def _is_linear(module: nn.Module, link: Link, costs: Costs) -> bool:
             if node.op == "call_module"
             else node.target is F.linear
         )
-        for node in link.nodes
+        for node in segment.nodes
         if _works(module, node, costs)
     )
 
@@ -208,7 +209,7 @@ def _is_linear(module: nn.Module, link: Link, costs: Costs) -> bool:
 
 def listed_chain(
     model: nn.Module, units: Sequence[str | Sequence[str]], modes: Modes
-) -> tuple[fx.GraphModule, list[Link]]:
+) -> tuple[fx.GraphModule, list[UnitNodes]]:
     """Return the graph that calls the modules of `units` one after the other.
 
     Args:
@@ -231,17 +232,19 @@ def listed_chain(
     _check_listed(model, [name for names in called for name in names])
     graph = fx.Graph()
     value = graph.placeholder("x")
-    links: list[Link] = []
+    segments: list[UnitNodes] = []
     for names in called:
         nodes = []
         for name in names:
             value = graph.call_module(name, (value,))
             nodes.append(value)
-        links.append(Link(tuple(nodes), value))
+        segments.append(UnitNodes(tuple(nodes), value))
     graph.output(value)
     built = graph_module(copy_modules(model), graph, model.state_dict(), modes)
     found = {node.name: node for node in built.graph.nodes}
-    return built, [Link(tuple(found[n.name] for n in k.nodes), found[k.output.name]) for k in links]
+    return built, [
+        UnitNodes(tuple(found[n.name] for n in k.nodes), found[k.output.name]) for k in segments
+    ]
 
 
 def _expand(model: nn.Module, item: str) -> list[str]:

@@ -30,7 +30,7 @@ from torch import Tensor, fx, nn
 from fedsys.errors import ConfigError, ModelError, did_you_mean
 from fedsys.models.assemble import copy_modules, modes_of, stage
 from fedsys.models.chain import (
-    Link,
+    UnitNodes,
     cuts_in_fc_block,
     find_chain,
     listed_chain,
@@ -38,7 +38,7 @@ from fedsys.models.chain import (
     owners,
 )
 from fedsys.models.graph import module_paths, trace
-from fedsys.models.measure import Measured, measure
+from fedsys.models.measure import NodeCost, measure
 from fedsys.models.modes import observed
 from fedsys.models.states import fill, join
 from fedsys.randomness import Address
@@ -60,7 +60,7 @@ _BATCH = 3  # of measurements; not 1, which is also the size of much that is not
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """One link of the chain.
+    """One unit of the chain.
 
     Attributes:
         name: Path of the module that it is, or of the first that computes in it.
@@ -132,24 +132,24 @@ def layered(
     if units is None:
         graph = trace(model)
         costs, batch = _measured(graph, example)
-        links = find_chain(graph, costs, batch)
+        segments = find_chain(graph, costs, batch)
     else:
         x = _batch_like(model, example)
         device = next((p.device for p in model.parameters()), x.device)
         modes = observed(model, x.to(device))
-        graph, links = listed_chain(model, units, modes)
+        graph, segments = listed_chain(model, units, modes)
         costs, batch = _measured(graph, example)
         _check_same(model, graph, example)
-    if not links:
+    if not segments:
         raise ModelError(f"{type(model).__name__} computes nothing: its output is its input")
-    owned, shared = owners(graph, links)
-    names = name_units(graph, links, costs)
+    owned, shared = owners(graph, segments)
+    names = name_units(graph, segments, costs)
     chain = tuple(
-        _unit(graph, name, link, state, costs, batch)
-        for name, link, state in zip(names, links, owned, strict=True)
+        _unit(graph, name, segment, state, costs, batch)
+        for name, segment, state in zip(names, segments, owned, strict=True)
     )
     tied = {c for users in shared.values() for c in range(users[0] + 1, users[-1] + 1)}
-    closed = cuts_in_fc_block(graph, links, costs) if fc_as_one else range(0)
+    closed = cuts_in_fc_block(graph, segments, costs) if fc_as_one else range(0)
     cuts = tuple(c for c in range(1, len(chain)) if c not in tied and c not in closed)
     return LayeredModel(graph, chain, cuts, tuple(graph.state_dict()), shared)
 
@@ -157,20 +157,20 @@ def layered(
 def _unit(
     graph: fx.GraphModule,
     name: str,
-    link: Link,
+    segment: UnitNodes,
     state: tuple[str, ...],
-    costs: Mapping[str, Measured],
+    costs: Mapping[str, NodeCost],
     batch: int,
 ) -> Unit:
     parameters = dict(graph.named_parameters(remove_duplicate=False))
     sizes = {id(parameters[n]): parameters[n].numel() for n in state if n in parameters}
-    out = costs[link.output.name]
+    out = costs[segment.output.name]
     return Unit(
         name=name,
-        nodes=tuple(node.name for node in link.nodes),
-        output=link.output.name,
+        nodes=tuple(node.name for node in segment.nodes),
+        output=segment.output.name,
         names=state,
-        macs=sum(costs[node.name].macs for node in link.nodes) // batch,
+        macs=sum(costs[node.name].macs for node in segment.nodes) // batch,
         params=sum(sizes.values()),
         bytes_out=out.bytes // batch,
         out_shape=out.shape[1:] if out.shape else (),
@@ -179,7 +179,7 @@ def _unit(
 
 def _measured(
     graph: fx.GraphModule, example: Tensor | Sequence[int]
-) -> tuple[dict[str, Measured], int]:
+) -> tuple[dict[str, NodeCost], int]:
     """Return what the nodes make of a batch, and its size."""
     real = _batch_like(graph, example)
     shape = (_BATCH, *real.shape[1:])

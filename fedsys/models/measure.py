@@ -22,7 +22,7 @@ from fedsys.randomness import KeyedDropout
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class NodeCost:
     """What one node of a graph makes of a batch.
 
     Attributes:
@@ -36,7 +36,7 @@ class Measured:
     macs: int
 
 
-def measure(module: fx.GraphModule, example: Tensor) -> dict[str, Measured]:
+def measure(module: fx.GraphModule, example: Tensor) -> dict[str, NodeCost]:
     """Return what every node of the graph of `module` makes of `example`, in evaluation.
 
     On the ``meta`` device nothing is computed, whatever device the tensors of `module` are on.
@@ -144,7 +144,7 @@ class _Meter(fx.Interpreter):  # torch.fx walks graphs by overriding this
     def __init__(self, module: fx.GraphModule, *, on_meta: bool) -> None:
         super().__init__(module)
         self.counter = _Counter()
-        self.measured: dict[str, Measured] = {}
+        self.measured: dict[str, NodeCost] = {}
         self.now = ""
         self._on_meta = on_meta
         self._memo: dict[int, Any] = {}
@@ -155,7 +155,7 @@ class _Meter(fx.Interpreter):  # torch.fx walks graphs by overriding this
         before = self.counter.macs
         out = super().run_node(n)
         tensors = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        self.measured[n.name] = Measured(
+        self.measured[n.name] = NodeCost(
             tuple(out.shape) if isinstance(out, Tensor) else None,
             sum(t.numel() * t.element_size() for t in tensors),
             self.counter.macs - before,

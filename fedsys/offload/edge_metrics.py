@@ -63,7 +63,7 @@ def _gauge(name: str, text: str, value: float) -> Metric:
     return GaugeMetricFamily(f"fedsys_edge_{name}", text, value=value)
 
 
-class Endpoint:
+class MetricsEndpoint:
     """Serves ``/health`` and ``/metrics`` of an edge server until it is closed.
 
     Args:

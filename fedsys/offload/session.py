@@ -34,7 +34,7 @@ from fedsys.offload.emulation import Workers
 from fedsys.offload.session_tensors import encoded, norms_of
 from fedsys.offload.snapshot import SessionSpec, Snapshot, State, natural
 from fedsys.offload.turns import Turns
-from fedsys.training.schedule import pieces
+from fedsys.training.schedule import micro_batch_bounds
 from fedsys.transport.security import new_token
 from fedsys.transport.wire import Frame
 
@@ -177,7 +177,7 @@ class Session:
         return encoded("gradient", x.grad, {**meta, "at_us": part.ended()}, codec, more)
 
     def _bounds(self, piece: int, batch: int) -> tuple[int, int]:
-        bounds = list(pieces(batch, self.spec.micro_batches))
+        bounds = list(micro_batch_bounds(batch, self.spec.micro_batches))
         if piece >= len(bounds):
             raise SessionError(f"piece {piece} of a mini-batch with {batch} examples")
         return bounds[piece]

@@ -35,14 +35,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsys.planning.windowed import windowed_s
-from fedsys.planning.workload import Array, Stages
+from fedsys.planning.workload import Array, StageTimes
 
 Indices = NDArray[np.int64]
 
 _MANY = 4  # plans from which on arrays are faster than a loop
 
 
-def alone_s(s: Stages, depth: int | None = None) -> Array:
+def alone_s(s: StageTimes, depth: int | None = None) -> Array:
     """Return the seconds of an iteration of a device that has its edge to itself.
 
     Args:
@@ -67,26 +67,30 @@ def alone_s(s: Stages, depth: int | None = None) -> Array:
     return seconds
 
 
-def _windowed(s: Stages, depth: int | None) -> NDArray[np.bool_]:
+def _windowed(s: StageTimes, depth: int | None) -> NDArray[np.bool_]:
     """Return where a device has more pieces than may be in flight."""
     late: NDArray[np.bool_] = s.offloaded & (s.pieces > (np.inf if depth is None else depth))
     return late
 
 
-def _part(s: Stages, where: NDArray[np.bool_], axis: int | None = None) -> Stages:
+def _part(s: StageTimes, where: NDArray[np.bool_], axis: int | None = None) -> StageTimes:
     """Return some entries, with one axis more if it is given."""
-    found = {f.name: getattr(s, f.name)[where] for f in dataclasses.fields(Stages)}
-    return Stages(**{n: x if axis is None else np.expand_dims(x, axis) for n, x in found.items()})
+    found = {f.name: getattr(s, f.name)[where] for f in dataclasses.fields(StageTimes)}
+    return StageTimes(
+        **{n: x if axis is None else np.expand_dims(x, axis) for n, x in found.items()}
+    )
 
 
-def _whole(s: Stages, done: Array, edge_end: Array) -> Array:
+def _whole(s: StageTimes, done: Array, edge_end: Array) -> Array:
     """Add what the device does besides; `done` and `edge_end` are 0 without an edge."""
     computing = s.pieces * (s.forward + s.backward)
     device = np.maximum(np.maximum(done, computing), computing + s.load) + s.device_update
     return np.where(s.offloaded, np.maximum(device, edge_end), device)
 
 
-def together_s(s: Stages, edge: Indices, workers: Sequence[int], depth: int | None = None) -> Array:
+def together_s(
+    s: StageTimes, edge: Indices, workers: Sequence[int], depth: int | None = None
+) -> Array:
     """Return the seconds of an iteration of devices that share edges, for many plans at once.
 
     Args:

@@ -10,7 +10,7 @@ import numpy as np
 
 from fedsys.planning.assignment import Assignment
 from fedsys.planning.contention import Indices, alone_s, together_s
-from fedsys.planning.workload import Array, Menu, Stages, Workload, mini_batches
+from fedsys.planning.workload import Array, Menu, StageTimes, Workload, mini_batches
 from fedsys.transport.network import Network
 
 MEAN = 1e-3  # weight of the mean beside the slowest device
@@ -50,7 +50,7 @@ class Table:
         self._pick_courses()
         menu = Menu(load, [self.choices[i] for i in self._first])
         kinds: dict[tuple[int, Network], int] = {}
-        made: list[Stages] = []
+        made: list[StageTimes] = []
         classes: dict[tuple[int, int], int] = {}
         self.kind, self.like = np.zeros((2, len(load.devices)), dtype=np.int64)
         for k, device in enumerate(load.devices):
@@ -59,7 +59,7 @@ class Table:
             self.like[k] = classes.setdefault((kind, device.examples), len(classes))
             if kind == len(made):
                 made.append(menu.stages(device))
-        names = [f.name for f in dataclasses.fields(Stages)]
+        names = [f.name for f in dataclasses.fields(StageTimes)]
         self._stages = {name: np.stack([getattr(s, name) for s in made]) for name in names}
         self.steps = np.array([load.iterations(device) for device in load.devices], dtype=float)
         self.rest = self._rests(menu)
@@ -68,7 +68,7 @@ class Table:
 
     def _rests(self, menu: Menu) -> Array:
         load = self.load
-        full = alone_s(Stages(**self._stages), load.in_flight)
+        full = alone_s(StageTimes(**self._stages), load.in_flight)
         last = np.array([mini_batches(d.examples, load.batch_size)[-1] for d in load.devices])
         rest = np.ones((len(load.devices), len(self._first)))
         for kind in np.unique(self.kind[last != load.batch_size]):
@@ -125,10 +125,10 @@ class Table:
         made.like = np.unique(classes, axis=1, return_inverse=True)[1].ravel()
         return made
 
-    def stages(self, picked: Indices) -> Stages:
+    def stages(self, picked: Indices) -> StageTimes:
         """Return the stages of plans, ``(P, K)`` indices of choices."""
         at = self.course[picked]
-        return Stages(**{n: table[self.kind, at] for n, table in self._stages.items()})
+        return StageTimes(**{n: table[self.kind, at] for n, table in self._stages.items()})
 
     def pieces(self, picked: Indices) -> int:
         """Return how many pieces are timed for plans, ``(P, K)``."""
@@ -182,7 +182,7 @@ class Table:
     def alone(self) -> Array:
         """Return the seconds of a round of each device for each course, ``(K, O)``."""
         if self._alone is None:
-            seconds = alone_s(Stages(**self._stages), self.load.in_flight)[self.kind]
+            seconds = alone_s(StageTimes(**self._stages), self.load.in_flight)[self.kind]
             self._alone = seconds * self.worth + self.exchange
         return self._alone
 

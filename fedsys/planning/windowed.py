@@ -13,12 +13,14 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsys.planning.workload import Array, Stages
+from fedsys.planning.workload import Array, StageTimes
 
 Indices = NDArray[np.int64]
 
 
-def windowed_s(s: Stages, edge: Indices, workers: Sequence[int], depth: int) -> tuple[Array, Array]:
+def windowed_s(
+    s: StageTimes, edge: Indices, workers: Sequence[int], depth: int
+) -> tuple[Array, Array]:
     """Return when devices that share edges have done their last backward, and their sessions.
 
     Args:
@@ -41,7 +43,7 @@ def windowed_s(s: Stages, edge: Indices, workers: Sequence[int], depth: int) -> 
     return done, served
 
 
-def _one_edge(s: Stages, counts: Indices, workers: int, depth: int) -> tuple[Array, Array]:
+def _one_edge(s: StageTimes, counts: Indices, workers: int, depth: int) -> tuple[Array, Array]:
     own, up, down = (np.zeros(counts.shape) for _ in range(3))  # until when each is taken
     coming = np.full((*counts.shape, depth), np.inf)  # arrivals of the pieces in flight
     for piece in range(depth):

@@ -28,7 +28,7 @@ from fedsys.planning.costs import (
     state_bytes,
 )
 from fedsys.planning.jobs import Exchange, Job, Turn
-from fedsys.training.schedule import operations, pieces
+from fedsys.training.schedule import micro_batch_bounds, operations
 from fedsys.transport.network import Network
 
 Array = NDArray[np.float64]
@@ -218,7 +218,7 @@ def counts(batch_size: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Stages:
+class StageTimes:
     """Seconds of one micro-batch in each stage, and of one mini-batch beside them.
 
     Arrays have one shape, an entry for each setting. A setting without an edge has zeros in the
@@ -323,7 +323,7 @@ class Menu:
             self._down_bytes * by_codec[self._down_codec],
         )
 
-    def stages(self, device: Device) -> Stages:
+    def stages(self, device: Device) -> StageTimes:
         """Return the stages of a device; one entry for each choice."""
         costs, network = device.costs, device.network
         forward, backward = (t[self._size, self.cut] for t in costs.done_after(self._sizes))
@@ -331,7 +331,7 @@ class Menu:
         up_s, down_s = self._message_bytes_s(costs)
         fixed = np.where(self.cut > 0, costs.operation_s, 0.0)
         after = _after(costs.update_s)
-        return Stages(
+        return StageTimes(
             forward=forward + fixed + message_s + up_s,
             up=8.0 * self._up_bytes / network.up_bits_s,
             edge=self._edge_s,
@@ -398,7 +398,7 @@ def job_of(
 
 
 def _turns(load: Workload, device: Device, choice: Assignment, size: int) -> tuple[Turn, ...]:
-    sizes = [stop - start for start, stop in pieces(size, choice.pieces)]
+    sizes = [stop - start for start, stop in micro_batch_bounds(size, choice.pieces)]
     if choice.cut == load.units:
         seconds = [device.costs.seconds(n, 0, choice.cut) for n in sizes]
         return tuple(

@@ -22,7 +22,7 @@ from fedsys.pruning.dense.architecture import save as save_dense
 from fedsys.pruning.dense.channels import Coupling
 from fedsys.pruning.dense.constants import Borders
 from fedsys.pruning.dense.fold import answering, check_folding, foldable
-from fedsys.pruning.dense.removal import Plan, evaluation_graph, masked_copy, probes
+from fedsys.pruning.dense.removal import Removal, evaluation_graph, masked_copy, probes
 from fedsys.pruning.dense.shrink import Shrunk, compared, count_parameters, shrink, tolerance_of
 from fedsys.pruning.levels import Level, spread
 from fedsys.pruning.measuring import macs
@@ -99,7 +99,7 @@ def convert(
     level: Level,
     options: VariantsConfig,
     input_shape: Sequence[int],
-    say: Callable[[Plan], None],
+    say: Callable[[Removal], None],
     images: Tensor | None = None,
 ) -> tuple[Candidate, Shrunk]:
     """Return the dense model of a level, verified.
@@ -158,7 +158,7 @@ def _sparsity(level: Level) -> float:
     return 1.0 - (1.0 - level.origin.sparsity) * (1.0 - sparsity)
 
 
-def _channels(level: Level, plan: Plan) -> tuple[tuple[str, int, int], ...]:
+def _channels(level: Level, plan: Removal) -> tuple[tuple[str, int, int], ...]:
     """Return the outputs of each layer, in the parent and in the dense model."""
     before = {} if level.origin is None else {n: of for n, of, _ in level.origin.channels}
     return tuple((e.name, before.get(e.name, e.before), e.after) for e in plan.edits)

@@ -24,7 +24,7 @@ from fedsys.config import Config, VariantsConfig
 from fedsys.data import Dataset, Images
 from fedsys.errors import ConfigError, FedsysError, ModelError
 from fedsys.pruning.candidates import Candidate, convert, lower, lowered_name, parent_candidate
-from fedsys.pruning.dense.removal import Plan
+from fedsys.pruning.dense.removal import Removal
 from fedsys.pruning.levels import EVAL_BATCH, Level, Recipe, refined, spread
 from fedsys.pruning.measuring import front, latencies, machine, peak_bytes
 from fedsys.pruning.portfolio import About, Latency, Portfolio, Variant
@@ -37,7 +37,7 @@ COMPARED = 32
 
 
 @dataclass(slots=True)
-class Stopwatch:
+class Durations:
     """Seconds by part of the work."""
 
     seconds: dict[str, float] = field(default_factory=dict)
@@ -80,7 +80,7 @@ def score(module: nn.Module, images: Images, dataset: Dataset) -> float:
 
 
 def measured(
-    candidates: Sequence[Candidate], options: VariantsConfig, dataset: Dataset, watch: Stopwatch
+    candidates: Sequence[Candidate], options: VariantsConfig, dataset: Dataset, watch: Durations
 ) -> list[Candidate]:
     """Return the candidates with validation accuracy and latency."""
     with watch.of("accuracy"):
@@ -136,7 +136,7 @@ def make(
             loses as little accuracy as ``variants.max_drop`` asks for.
         RunError: A file cannot be written.
     """
-    options, watch = config.variants, Stopwatch()
+    options, watch = config.variants, Durations()
     _check_validation(dataset)
     with watch.of("convert"):
         images = _some(dataset)
@@ -181,7 +181,7 @@ def _some(dataset: Dataset) -> Tensor:
 
 
 def _candidates(
-    recipe: Recipe, config: Config, dataset: Dataset, images: Tensor, watch: Stopwatch, say: Say
+    recipe: Recipe, config: Config, dataset: Dataset, images: Tensor, watch: Durations, say: Say
 ) -> list[Candidate]:
     """Return the dense model of a level and, if channels shall be rounded, one with more of them.
 
@@ -207,7 +207,7 @@ def _candidates(
 
 
 def _converted(
-    level: Level, options: VariantsConfig, images: Tensor, watch: Stopwatch, say: Say
+    level: Level, options: VariantsConfig, images: Tensor, watch: Durations, say: Say
 ) -> Candidate:
     with watch.of("convert"):
         announce = _announcing(level.name, say)
@@ -222,7 +222,7 @@ def _converted(
     return candidate
 
 
-def _announcing(name: str, say: Say) -> Callable[[Plan], None]:
+def _announcing(name: str, say: Say) -> Callable[[Removal], None]:
     return lambda plan: say(f"{name}: {plan}")
 
 
@@ -232,7 +232,7 @@ def _chosen(
     dataset: Dataset,
     folder: Path,
     source: str,
-    watch: Stopwatch,
+    watch: Durations,
 ) -> Made:
     options = config.variants
     everything = [candidate.variant for candidate in candidates]

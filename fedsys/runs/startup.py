@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 
-class Stages:
+class Startup:
     """Seconds by name of what happened before the first round, and when the rounds were.
 
     Args:
@@ -65,16 +65,16 @@ def age_of_process() -> float:
         return time.time() - psutil.Process().create_time()
 
 
-_current: Stages | None = None
+_current: Startup | None = None
 
 
-def begin() -> Stages:
+def begin() -> Startup:
     """Start the clock of a run; that of the first run of a process started with the process."""
     global _current
-    _current = Stages(0.0 if _current else age_of_process())
+    _current = Startup(0.0 if _current else age_of_process())
     return _current
 
 
-def current() -> Stages:
+def current() -> Startup:
     """Return the clock of the run that goes on in this process."""
     return _current or begin()

@@ -21,7 +21,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from fedsys.planning.resources import RESOURCES, Event, Measured
-from fedsys.transport.messages import Trace
+from fedsys.transport.messages import TraceRecord
 
 LANES: Final = {**RESOURCES, "loader": "loader"}
 """What an event may be on, and what people call it."""
@@ -157,9 +157,9 @@ class Recorder:
             _bit_s([(sent, received, n) for *_, sent, received, n in ways], latency_s),
         )
 
-    def record(self) -> Trace:
+    def record(self) -> TraceRecord:
         """Return what a message says of it."""
-        return Trace(pack(self.events()[:MOST_EVENTS]), tuple(self._ends), self._late_s)
+        return TraceRecord(pack(self.events()[:MOST_EVENTS]), tuple(self._ends), self._late_s)
 
 
 def _offset(answers: Iterable[_Answer]) -> float:

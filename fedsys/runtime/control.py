@@ -36,7 +36,7 @@ STATUS_S = 1.0
 
 
 @dataclass(frozen=True)
-class Address:
+class SuperLinkAddress:
     """Where a SuperLink is and how it is trusted.
 
     Attributes:
@@ -50,7 +50,7 @@ class Address:
     insecure: bool = False
 
     @classmethod
-    def of(cls, superlink: str, root_certificates: str | None, insecure: bool) -> Address:
+    def of(cls, superlink: str, root_certificates: str | None, insecure: bool) -> SuperLinkAddress:
         """Check what the configuration says.
 
         Raises:
@@ -74,14 +74,14 @@ class Address:
         return cls(superlink, pem, insecure)
 
 
-class Control:
+class SuperLinkClient:
     """A client of one SuperLink; a context manager.
 
     Args:
         address: Where it is.
     """
 
-    def __init__(self, address: Address) -> None:
+    def __init__(self, address: SuperLinkAddress) -> None:
         self.address = address
         self._client = ControlHttpClient.from_server_address(
             server_address=address.host_port,
@@ -90,7 +90,7 @@ class Control:
             interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr CLI")],
         )
 
-    def __enter__(self) -> Control:
+    def __enter__(self) -> SuperLinkClient:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -266,7 +266,7 @@ def _field(number: int, size: int) -> bytes:
     return varint(number << 3 | 2) + varint(size) + bytes(size)
 
 
-def explain(error: httpx.HTTPError, address: Address) -> FedsysError:
+def explain(error: httpx.HTTPError, address: SuperLinkAddress) -> FedsysError:
     """Return an error of the tree for what went wrong between us and a SuperLink."""
     where = f"runtime.superlink={address.host_port}"
     text = str(error)

@@ -19,7 +19,7 @@ from fedsys.runs import startup as stages
 from fedsys.runs.folder import RunFolder, check_free
 from fedsys.runs.progress import Progress, choose
 from fedsys.runtime import bundle
-from fedsys.runtime.control import Address, Control
+from fedsys.runtime.control import SuperLinkAddress, SuperLinkClient
 from fedsys.runtime.edge_processes import check_reachable
 from fedsys.runtime.launch import Launched, launched
 from fedsys.runtime.relay import Replay
@@ -52,7 +52,9 @@ def run_deployment(config: Config) -> Mapping[str, Any]:
                 "or start one here with runtime.launch=true",
             )
         check_reachable(config, runtime.superlink)
-        address = Address.of(runtime.superlink, runtime.root_certificates, runtime.insecure)
+        address = SuperLinkAddress.of(
+            runtime.superlink, runtime.root_certificates, runtime.insecure
+        )
         told = _carry_out(config, Launched(address, lambda: None, {}), progress)
         return {**told, **stages.current().figures()}
 
@@ -89,7 +91,7 @@ def _carry_out(config: Config, there: Launched, progress: Progress) -> Mapping[s
     content, sha256 = bundle.build()
     replay = Replay(progress)
     told = {"hydra-config": config.text, "progress": "relayed", **there.run_config}
-    with Control(there.address) as control:
+    with SuperLinkClient(there.address) as control:
         run_id = control.submit(content, sha256, told)
         progress.phase("starting the server app")
         try:
@@ -114,7 +116,7 @@ def _carry_out(config: Config, there: Launched, progress: Progress) -> Mapping[s
     return replay.result
 
 
-def _stop(control: Control, run_id: int) -> None:
+def _stop(control: SuperLinkClient, run_id: int) -> None:
     """Stop a run that nobody waits for any more; what stands in the way is said, not raised."""
     try:
         control.stop(run_id)

@@ -33,7 +33,7 @@ from fedsys.config import Config
 from fedsys.errors import ConfigError, RuntimeFailure
 from fedsys.runs import startup as stages
 from fedsys.runs.progress import Progress
-from fedsys.runtime.control import Address, Control
+from fedsys.runtime.control import SuperLinkAddress, SuperLinkClient
 from fedsys.runtime.edge_processes import EdgeProcesses, credentials_of_device
 from fedsys.runtime.processes import Processes, free_ports, is_free
 from fedsys.transport.security import Authority
@@ -58,7 +58,7 @@ class Launched:
         run_config: What its server app is to be told besides the configuration of the run.
     """
 
-    address: Address
+    address: SuperLinkAddress
     check: Check
     run_config: Mapping[str, str]
 
@@ -119,7 +119,7 @@ class Deployment:
     """
 
     folder: Path
-    address: Address
+    address: SuperLinkAddress
     node_keys: tuple[bytes, ...]
     node_ports: tuple[int, ...]
 
@@ -135,7 +135,7 @@ class Deployment:
         authority.issue("superlink", ["localhost", HOST], role="server", days=30).save(private)
         (private / "executors").write_text(secrets.token_hex(32))
         keys = tuple(write_node_key(private / f"node-{i}") for i in range(num_nodes))
-        address = Address(f"{HOST}:{port}", authority.certificate)
+        address = SuperLinkAddress(f"{HOST}:{port}", authority.certificate)
         return cls(folder, address, keys, tuple(free_ports(num_nodes)))
 
     def start_superlink(self, processes: Processes) -> None:
@@ -181,7 +181,7 @@ class Deployment:
 
     def start_nodes(self, processes: Processes) -> None:
         """Make the nodes known to the SuperLink and start them."""
-        with Control(self.address) as control:
+        with SuperLinkClient(self.address) as control:
             for partition, key in enumerate(self.node_keys):
                 control.register(key, f"partition-{partition}")
         for partition in range(len(self.node_keys)):

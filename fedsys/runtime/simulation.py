@@ -60,7 +60,7 @@ def run_simulation(config: Config) -> None:
     server_app, _ = load_apps(config)  # a wrong name is said before Ray starts
     stages.current().reached("imports")
     run_config: UserConfig = {"hydra-config": config.text}
-    with Engine(config, run_config) as grid:
+    with SimulationEngine(config, run_config) as grid:
         stages.current().reached("engine")
         context = Context(
             run_id=grid.run.run_id,
@@ -82,7 +82,7 @@ END_S = 3.0
 """Seconds that the processes of Ray have to end by themselves."""
 
 
-class Engine:
+class SimulationEngine:
     """Flower's simulation engine with its nodes, started and stopped as a context manager.
 
     Args:

@@ -1,9 +1,9 @@
 """Requests that wait together are computed together.
 
-A batch is closed when it is full, or when its first request has waited `Limits.max_delay_ms`. A
-request is never divided, so one variant answers all of it. Each gets an answer or an error: it is
-computed, refused at once because the queue is full, given up because its time is over, or failed
-with the reason.
+A batch is closed when it is full, or when its first request has waited
+`BatchLimits.max_delay_ms`. A request is never divided, so one variant answers all of it. Each gets
+an answer or an error: it is computed, refused at once because the queue is full, given up because
+its time is over, or failed with the reason.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fedsys.serving.engine import Answer, Engine, Fact, Pressure
 
 
 @dataclass(frozen=True)
-class Limits:
+class BatchLimits:
     """How much waits, and how long.
 
     Attributes:
@@ -79,7 +79,7 @@ class Batcher:
         limits: How much waits, and how long.
     """
 
-    def __init__(self, engine: Engine, limits: Limits) -> None:
+    def __init__(self, engine: Engine, limits: BatchLimits) -> None:
         self._engine, self._limits = engine, limits
         self._queue: deque[_Waiting] = deque()
         self._rows = 0

@@ -34,7 +34,7 @@ from fedsys.config.serving import ServingConfig
 from fedsys.errors import ConfigError, RequestError, RuntimeFailure
 from fedsys.files import json_text
 from fedsys.serving import v2
-from fedsys.serving.batching import Batcher, Limits, Served
+from fedsys.serving.batching import Batcher, BatchLimits, Served
 from fedsys.serving.engine import Engine
 from fedsys.serving.images import decode, normalise
 from fedsys.serving.metrics import Metrics
@@ -72,7 +72,7 @@ class Endpoint:
     def __init__(self, engine: Engine, options: ServingConfig) -> None:
         self._engine, self._options = engine, options
         self._socket, self.address = listen(options.address)
-        limits = Limits(options.max_batch, options.max_delay_ms, options.max_queue)
+        limits = BatchLimits(options.max_batch, options.max_delay_ms, options.max_queue)
         self._batcher = Batcher(engine, limits)
         self.metrics = Metrics(engine.status, lambda: self._batcher.waiting)
         self._draining = False

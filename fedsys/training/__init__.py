@@ -20,8 +20,8 @@ __all__ = [
     "evaluate",
     "layered_model",
     "make_optimizer",
+    "micro_batch_bounds",
     "operations",
-    "pieces",
     "train",
 ]
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from fedsys.training.part import Part
     from fedsys.training.penalty import Penalty
     from fedsys.training.plain import Score, evaluate, train
-    from fedsys.training.schedule import operations, pieces
+    from fedsys.training.schedule import micro_batch_bounds, operations
 else:
     __getattr__, __dir__ = face(
         __name__,
@@ -43,6 +43,6 @@ else:
             "part": "Part",
             "penalty": "Penalty",
             "plain": "Score evaluate train",
-            "schedule": "operations pieces",
+            "schedule": "micro_batch_bounds operations",
         },
     )

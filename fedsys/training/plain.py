@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from fedsys.errors import ConfigError, ModelError
 from fedsys.randomness import Address, drawing, rows
 from fedsys.training import optimizers
-from fedsys.training.schedule import pieces
+from fedsys.training.schedule import micro_batch_bounds
 
 if TYPE_CHECKING:
     from fedsys.training.penalty import Penalty
@@ -124,7 +124,7 @@ def train(
         size = len(y)
         optimizer.zero_grad(set_to_none=True)
         with drawing(address, first_step + steps, size):
-            for start, stop in pieces(size, micro_batches):
+            for start, stop in micro_batch_bounds(size, micro_batches):
                 with rows(start, stop):
                     whole = stop - start == size
                     outputs = forward(model, x if whole else x[start:stop])

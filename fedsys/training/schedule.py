@@ -62,15 +62,15 @@ def operations(kind: str, micro_batches: int, depth: int, *, tail: bool) -> Iter
     return bounded(micro_batches, depth=depth, tail=tail)
 
 
-def pieces(batch_size: int, micro_batches: int) -> Iterator[tuple[int, int]]:
+def micro_batch_bounds(batch_size: int, micro_batches: int) -> Iterator[tuple[int, int]]:
     """Yield the rows ``[start, stop)`` of each micro-batch.
 
     Sizes differ by one at most, larger ones first; a mini-batch with fewer examples than
     `micro_batches` gives one example to each.
 
-    >>> list(pieces(10, 4))
+    >>> list(micro_batch_bounds(10, 4))
     [(0, 3), (3, 6), (6, 8), (8, 10)]
-    >>> list(pieces(2, 4))
+    >>> list(micro_batch_bounds(2, 4))
     [(0, 1), (1, 2)]
     """
     count = min(batch_size, micro_batches)

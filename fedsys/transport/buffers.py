@@ -7,10 +7,10 @@ from typing import Final
 
 from fedsys.transport.wire import Buffer
 
-PIECE_BYTES: Final = 1 << 20
+CHUNK_BYTES: Final = 1 << 20
 
 
-def pieces(parts: Sequence[Buffer], least: int = PIECE_BYTES) -> Iterator[bytes]:
+def chunks(parts: Sequence[Buffer], least: int = CHUNK_BYTES) -> Iterator[bytes]:
     """Copy buffers, put one after the other, into equal pieces of `least` to 2 · `least` bytes.
 
     All that is shorter makes one piece.

@@ -30,7 +30,7 @@ from fedsys.errors import (
     RemoteError,
     SecurityError,
 )
-from fedsys.transport.buffers import PIECE_BYTES
+from fedsys.transport.buffers import CHUNK_BYTES
 from fedsys.transport.grpc_stream import Sender, Stream
 from fedsys.transport.link import Handler, HandlerThreads, Link
 from fedsys.transport.security import Credentials, check
@@ -41,7 +41,7 @@ _METHOD: Final = "Connect"
 _GREETING: Final = ("fedsys-link", "1")
 _LINGER_S: Final = 5.0  # for frames under way when this end closes
 _RETRY_S: Final = 0.05
-_MESSAGE_LIMIT: Final = [("grpc.max_receive_message_length", 4 * PIECE_BYTES)]
+_MESSAGE_LIMIT: Final = [("grpc.max_receive_message_length", 4 * CHUNK_BYTES)]
 _KEEPALIVE: Final = [
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 10_000),

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
 from fedsys.errors import LinkError
-from fedsys.transport.buffers import pieces
+from fedsys.transport.buffers import chunks
 from fedsys.transport.mailbox import Mailbox
 from fedsys.transport.wire import Assembler, Buffer, Frame, Limits
 
@@ -48,7 +48,7 @@ class Stream:
         with self.sending:
             if self.sender is not None and self.sender.send_now(parts, self.inbox):
                 return
-            for piece in pieces(parts):
+            for piece in chunks(parts):
                 self._enqueue(piece)
 
     def _enqueue(self, piece: bytes) -> None:

@@ -90,7 +90,7 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class Trace:
+class TraceRecord:
     """`TRACE`: packed events, ends of mini-batches in seconds, seconds behind what is emulated."""
 
     events: bytes

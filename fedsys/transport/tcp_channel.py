@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from fedsys.errors import LinkClosed
-from fedsys.transport.buffers import pieces
+from fedsys.transport.buffers import chunks
 from fedsys.transport.security import Credentials, holder_of
 from fedsys.transport.wire import Buffer
 
@@ -163,7 +163,7 @@ class TlsChannel:
 
     def sealed(self, parts: Sequence[Buffer]) -> Iterator[list[memoryview]]:
         """Yield what the parts are when encrypted; see `Channel`."""
-        for piece in pieces(parts, _SEALED_BYTES):
+        for piece in chunks(parts, _SEALED_BYTES):
             rest = memoryview(piece)
             with self._lock:
                 while rest:

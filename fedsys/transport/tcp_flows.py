@@ -23,10 +23,10 @@ from collections.abc import Sequence
 from typing import Final
 
 from fedsys.errors import LinkClosed, LinkError, RemoteError
-from fedsys.transport.buffers import after, pieces
+from fedsys.transport.buffers import after, chunks
 from fedsys.transport.mailbox import Mailbox
 from fedsys.transport.tcp_channel import Channel
-from fedsys.transport.wire import PREAMBLE_BYTES, Assembler, Buffer, Frame, Limits, frame_bytes
+from fedsys.transport.wire import PREAMBLE_BYTES, Assembler, Buffer, Frame, Limits, declared_bytes
 
 _LAST: Final = struct.Struct("<4sHH16x")
 _LAST_MAGIC: Final = b"FEND"
@@ -103,7 +103,7 @@ class Outflow:
                 if self._queued == self._written:
                     deadline = deadline or _patience(parts)
                     rest = self._push(rest, deadline)
-                for piece in pieces(rest):
+                for piece in chunks(rest):
                     self._enqueue(piece, inbox)
             self._torn = False
 
@@ -263,7 +263,7 @@ class Intake:
             if is_last(begun):
                 self._say_last(begun[:have])
                 return None
-            self._assembler, self._size = Assembler(self._limits), frame_bytes(begun)
+            self._assembler, self._size = Assembler(self._limits), declared_bytes(begun)
         take = min(have, self._size - self._assembler.received_bytes)
         data = self._head[self._start : self._start + take]
         self._start += take

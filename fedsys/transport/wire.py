@@ -194,7 +194,7 @@ def encode(frame: Frame, limits: Limits = DEFAULT_LIMITS) -> bytes:
     return b"".join(encode_parts(frame, limits))
 
 
-def frame_bytes(encoded: Buffer) -> int:
+def declared_bytes(encoded: Buffer) -> int:
     """Return how long a frame says that it is, from its first `PREAMBLE_BYTES`; unchecked."""
     _, _, _, header, payload, _ = _PREAMBLE.unpack_from(encoded)
     return PREAMBLE_BYTES + int(header) + int(payload)

@@ -8,7 +8,7 @@ from typing import cast
 from fedsys.config import Config, Spec, call_target
 from fedsys.errors import ConfigError, did_you_mean
 from fedsys.planning.options import PLANNED
-from strategies.policies.fixed import Fixed
+from strategies.policies.fixed import FixedPolicy
 from strategies.policies.planned import Planned
 from strategies.policies.policy import OffloadPolicy
 
@@ -33,7 +33,7 @@ def build_policy(
         return None
     if kind == "fixed":
         pieces = spec.get("micro_batches")
-        return Fixed(spec.get("cut"), spec.get("codec", "fp32"), num_edges, pieces)
+        return FixedPolicy(spec.get("cut"), spec.get("codec", "fp32"), num_edges, pieces)
     if kind in PLANNED and config is not None:
         return Planned(config, examples)
     if kind == "own":

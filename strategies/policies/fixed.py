@@ -11,7 +11,7 @@ from fedsys.transport.codecs import check_codec
 from strategies.policies.policy import Assignment, Observation, PolicyState
 
 
-class Fixed:
+class FixedPolicy:
     """The cut that the user names, the same in every round.
 
     Args:

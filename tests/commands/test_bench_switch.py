@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedsys.commands.bench.switch_load import LeasedEngine, Stream
+from fedsys.commands.bench.switch_load import LeasedEngine, RequestStream
 from fedsys.commands.bench.switch_portfolio import make_portfolio
 from fedsys.commands.bench.switch_trace import arrivals, front, make_trace, play
 from fedsys.config.serving import ObjectiveConfig, ServingConfig
 from fedsys.main import main
 from fedsys.pruning.portfolio import Portfolio
-from fedsys.serving.batching import Batcher, Limits
+from fedsys.serving.batching import Batcher, BatchLimits
 from fedsys.serving.switch.policy import profile_of
 from fedsys.serving.switch.switcher import Loaded
 
@@ -90,9 +90,9 @@ def test_the_stream_counts_an_answer_of_another_variant_as_wrong(portfolio):
         names = ("half", "parent") if swapped else ("parent", "half")
         claimed = dict(zip(("parent", "half"), (right[n] for n in names), strict=True))
         engine = LeasedEngine(portfolio, Loaded(portfolio.module, "parent"))
-        batcher = Batcher(engine, Limits(max_batch=1, max_delay_ms=0.0))
+        batcher = Batcher(engine, BatchLimits(max_batch=1, max_delay_ms=0.0))
         began = time.perf_counter()
-        stream = Stream(batcher, image, claimed, 200.0)
+        stream = RequestStream(batcher, image, claimed, 200.0)
         while stream.answered < 5:
             time.sleep(0.001)
         stream.stop()

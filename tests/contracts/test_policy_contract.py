@@ -14,7 +14,7 @@ from fedsys.models.layers import layered
 from fedsys.runs.trees import keepable
 from fedsys.transport.codecs import CODECS
 from strategies.policies import build_policy
-from strategies.policies.fixed import Fixed, codecs_of
+from strategies.policies.fixed import FixedPolicy, codecs_of
 from strategies.policies.policy import Assignment, Observation
 
 EDGES = 3
@@ -125,13 +125,13 @@ def test_codecs_are_given_by_direction():
 @pytest.mark.parametrize("cut", [None, [], [1, None]])
 def test_a_cut_that_is_not_named_is_refused(cut):
     with pytest.raises(ConfigError, match=r"policy\.cut=.*policy\.cut=0\.3"):
-        Fixed(cut, "fp32", 1)
+        FixedPolicy(cut, "fp32", 1)
 
 
 @pytest.mark.parametrize("cut", [5, -1, 1.5, "conv9", True, 0.0])
 def test_an_impossible_cut_is_refused_by_its_key(cut):
     with pytest.raises((ConfigError, ModelError), match=r"policy\.cut="):
-        Fixed(cut, "fp32", 1).init(LAYERS, [0])
+        FixedPolicy(cut, "fp32", 1).init(LAYERS, [0])
 
 
 @pytest.mark.parametrize("codec", ["gzip", None, {"up": "fp32"}, {"up": "fp32", "down": "f16"}])

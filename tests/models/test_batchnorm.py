@@ -9,7 +9,7 @@ from fedsys.models.batchnorm import DeferredBatchNorm
 from fedsys.models.graph import trace
 from fedsys.pruning.dense.architecture import load, save
 from fedsys.randomness import Address, drawing, rows
-from fedsys.training.schedule import pieces
+from fedsys.training.schedule import micro_batch_bounds
 
 SIZES = (11, 7, 6, 9)
 SHAPES = {"maps": (3, 5, 5), "features": (3,), "tokens": (3, 6)}
@@ -32,7 +32,7 @@ def pair(shape, dtype=torch.float64, **options):
 def in_pieces(module, x, m, step=0, upto=None):
     outputs = []
     with drawing(Address(0), step, len(x)):
-        for start, stop in list(pieces(len(x), m))[:upto]:
+        for start, stop in list(micro_batch_bounds(len(x), m))[:upto]:
             with rows(start, stop):
                 outputs.append(module(x[start:stop]))
     return torch.cat(outputs)
@@ -112,7 +112,7 @@ def test_a_layer_that_is_called_twice_moves_twice_as_torchs_does():
         torchs(2 * x)
         torchs(x - 7)
         with drawing(Address(0), 0, len(x)):
-            for start, stop in pieces(len(x), 3):
+            for start, stop in micro_batch_bounds(len(x), 3):
                 with rows(start, stop):
                     ours(2 * x[start:stop])
                     ours(x[start:stop] - 7)

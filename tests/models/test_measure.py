@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fedsys.errors import ModelError
 from fedsys.models.graph import trace
-from fedsys.models.measure import Measured, measure
+from fedsys.models.measure import NodeCost, measure
 from fedsys.randomness import Address, key_modules
 
 
@@ -39,12 +39,12 @@ def test_work_and_results_are_those_of_the_model_as_torch_counts_them(name, devi
         out = model(x)
     measured = measure(trace(model), x.to(device))
     assert 2 * sum(node.macs for node in measured.values()) == counter.get_total_flops()
-    assert measured["output"] == Measured(tuple(out.shape), 4 * out.numel(), 0)
+    assert measured["output"] == NodeCost(tuple(out.shape), 4 * out.numel(), 0)
 
 
 def test_a_linear_layer_costs_inputs_times_outputs_for_each_example():
     measured = measure(trace(nn.Sequential(nn.Linear(7, 5))), torch.zeros(3, 7, device="meta"))
-    assert measured["_0"] == Measured((3, 5), 3 * 5 * 4, 3 * 5 * 7)
+    assert measured["_0"] == NodeCost((3, 5), 3 * 5 * 4, 3 * 5 * 7)
 
 
 def test_measuring_changes_nothing():

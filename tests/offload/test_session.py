@@ -19,7 +19,7 @@ from fedsys.training.federation import layered_model
 from fedsys.training.optimizers import make_optimizer
 from fedsys.training.part import Part, filled_stages, names_between, safe_input
 from fedsys.training.plain import Proximal
-from fedsys.training.schedule import pieces
+from fedsys.training.schedule import micro_batch_bounds
 from fedsys.transport.wire import Frame, decode, encode
 
 SHAPE, CLASSES, ROUND, CLIENT = (1, 8, 8), 10, 3, 2
@@ -87,7 +87,7 @@ class Pair:
         return [over_the_wire(reply) for reply in self.session.handle(over_the_wire(frame))]
 
     def bounds(self, size):
-        return list(pieces(size, self.spec.micro_batches))
+        return list(micro_batch_bounds(size, self.spec.micro_batches))
 
     def activations(self, step, x, y):
         """Return the activations of a step, and the frames that carry them."""

@@ -13,7 +13,7 @@ from fedsys.planning.assignment import Assignment
 from fedsys.planning.contention import alone_s, together_s
 from fedsys.planning.costs import Crossing, MachineCosts, Messaging
 from fedsys.planning.timeline import play
-from fedsys.planning.workload import Device, Menu, Stages, Workload, job_of
+from fedsys.planning.workload import Device, Menu, StageTimes, Workload, job_of
 from fedsys.transport.network import Network
 
 BATCH = 12
@@ -63,8 +63,8 @@ def loads(draw, most=4):
 
 def stacked(load, plan):
     each = [Menu(load, [c]).stages(d) for d, c in zip(load.devices, plan, strict=True)]
-    fields = Stages.__dataclass_fields__
-    return Stages(**{f: np.array([[getattr(s, f)[0] for s in each]]) for f in fields})
+    fields = StageTimes.__dataclass_fields__
+    return StageTimes(**{f: np.array([[getattr(s, f)[0] for s in each]]) for f in fields})
 
 
 def in_order(load, schedule):
@@ -109,8 +109,8 @@ def test_plans_that_are_timed_together_take_as_long_as_by_themselves(load, sched
     load = in_order(load, schedule)
     plans = data.draw(st.lists(st.tuples(*[choices] * len(load.devices)), min_size=2, max_size=6))
     rows = [stacked(load, plan) for plan in plans]
-    fields = Stages.__dataclass_fields__
-    both = Stages(**{f: np.concatenate([getattr(s, f) for s in rows]) for f in fields})
+    fields = StageTimes.__dataclass_fields__
+    both = StageTimes(**{f: np.concatenate([getattr(s, f) for s in rows]) for f in fields})
     edge = np.array([[choice.edge for choice in plan] for plan in plans])
     got = together_s(both, edge, [e.workers for e in load.edges], load.in_flight)
     for row, plan in zip(got, plans, strict=True):

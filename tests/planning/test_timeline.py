@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from fedsys.errors import ConfigError
 from fedsys.planning.jobs import Exchange, Job, Turn
 from fedsys.planning.timeline import play
-from fedsys.training.schedule import operations, pieces
+from fedsys.training.schedule import micro_batch_bounds, operations
 from fedsys.transport.network import Network, finish_time
 from tests.planning.recurrences import iteration_s
 
@@ -172,7 +172,7 @@ def test_the_model_is_fetched_before_and_returned_after():
 
 def test_the_last_mini_batch_may_be_smaller():
     def stages(size):
-        return [(0.1 * (b - a),) * 5 for a, b in pieces(size, 4)]
+        return [(0.1 * (b - a),) * 5 for a, b in micro_batch_bounds(size, 4)]
 
     assert len(stages(3)) == 3
     assert play([job(stages(10))]).seconds == pytest.approx(closed(stages(10)))

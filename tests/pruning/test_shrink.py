@@ -17,7 +17,7 @@ from fedsys.pruning.dense.channels import Coupling
 from fedsys.pruning.dense.constants import Borders, read
 from fedsys.pruning.dense.ops import Kind
 from fedsys.pruning.dense.rebuild import rebuild
-from fedsys.pruning.dense.removal import Plan, make_plan
+from fedsys.pruning.dense.removal import Removal, make_plan
 from fedsys.pruning.dense.shrink import shrink
 from fedsys.pruning.export import export_onnx
 from fedsys.randomness import seeded_default_generator
@@ -651,12 +651,12 @@ def test_inputs_and_options_that_do_not_fit_are_refused() -> None:
 def test_a_model_that_differs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     net = randomise(nn.Sequential(nn.Conv2d(3, 4, 1)), 0)
 
-    def wrong(self: Plan) -> fx.GraphModule:
+    def wrong(self: Removal) -> fx.GraphModule:
         model = rebuild(self.reading, self.need, self.kept)
         model.get_parameter("0.bias").data.add_(1e-4)
         return model
 
-    monkeypatch.setattr(Plan, "apply", wrong)
+    monkeypatch.setattr(Removal, "apply", wrong)
     with pytest.raises(ModelError, match=r"differs from the masked one by 0\.0001"):
         shrink(net, (3, 6, 6))
 
@@ -672,12 +672,12 @@ def test_a_model_that_differs_by_less_than_float32_shows_is_refused(
     nn.init.eye_(net[0].weight.data[..., 0, 0])
     nn.init.constant_(net[0].bias, bias)
 
-    def wrong(self: Plan) -> fx.GraphModule:
+    def wrong(self: Removal) -> fx.GraphModule:
         model = rebuild(self.reading, self.need, self.kept)
         model.get_submodule("0").double().bias.data.add_(1e-8)
         return model
 
-    monkeypatch.setattr(Plan, "apply", wrong)
+    monkeypatch.setattr(Removal, "apply", wrong)
     with pytest.raises(ModelError, match=r"differs from the masked one by 1e-08 in torch\.float64"):
         shrink(net, (3, 6, 6))
 

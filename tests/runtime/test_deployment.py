@@ -20,7 +20,7 @@ from fedsys.config import Config
 from fedsys.errors import ConfigError, FedsysError, RuntimeFailure, SecurityError
 from fedsys.runs.folder import RunFolder
 from fedsys.runtime import launch, run
-from fedsys.runtime.control import Control
+from fedsys.runtime.control import SuperLinkClient
 from fedsys.runtime.launch import Deployment, write_node_key
 from fedsys.runtime.processes import Processes, free_ports
 from fedsys.transport.security import Authority
@@ -174,7 +174,7 @@ def test_speaking_without_tls_to_a_superlink_with_tls_says_so(configure, launche
 def test_two_nodes_with_one_partition_id_are_named(configure, launched, tmp_path):
     deployment = launched.deployment
     key = write_node_key(deployment.folder / "secrets" / "twin")
-    with Control(deployment.address) as control:
+    with SuperLinkClient(deployment.address) as control:
         control.register(key, "twin")
     elsewhere = dataclasses.replace(deployment, node_ports=tuple(free_ports(NODES)))
     elsewhere.start_node(launched.processes, 1, "twin")

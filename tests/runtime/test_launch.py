@@ -14,7 +14,7 @@ import pytest
 
 from fedsys.errors import SecurityError
 from fedsys.main import main
-from fedsys.runtime.control import Address, Control
+from fedsys.runtime.control import SuperLinkAddress, SuperLinkClient
 from fedsys.runtime.launch import Deployment, environment
 from fedsys.runtime.processes import Processes, free_ports
 from fedsys.transport import security
@@ -78,9 +78,9 @@ def test_an_expired_certificate_is_one_clear_message(tmp_path, capsys, monkeypat
 
 def test_a_certificate_of_another_authority_is_not_accepted(tmp_path):
     with speaking_tls(issued(Authority.create("theirs")), tmp_path) as port:
-        address = Address(f"127.0.0.1:{port}", Authority.create("ours").certificate)
+        address = SuperLinkAddress(f"127.0.0.1:{port}", Authority.create("ours").certificate)
         with (
-            Control(address) as control,
+            SuperLinkClient(address) as control,
             pytest.raises(SecurityError, match=r"not accepted .*runtime\.root_certificates"),
         ):
             control.ping()

@@ -33,7 +33,7 @@ from fedsys.errors import ConfigError, ModelError, RequestError
 from fedsys.main import main
 from fedsys.pruning.portfolio import Portfolio
 from fedsys.serving import v2
-from fedsys.serving.batching import Batcher, Limits
+from fedsys.serving.batching import Batcher, BatchLimits
 from fedsys.serving.engine import CALM, Answer, Card
 from fedsys.serving.http import Endpoint, listen
 from fedsys.serving.images import decode, normalise
@@ -355,7 +355,7 @@ def test_no_request_raises_anything_but_its_refusal(tree, raw, cut):
 def test_requests_that_wait_are_computed_together_and_answered_apart():
     engine = Sums()
     engine.go.clear()
-    batcher = Batcher(engine, Limits(max_batch=4, max_delay_ms=0.0))
+    batcher = Batcher(engine, BatchLimits(max_batch=4, max_delay_ms=0.0))
     x = torch.rand(7, 3, 8, 8)
     futures = [batcher.submit(x[:1])]
     while not engine.batches:
@@ -374,7 +374,7 @@ def test_requests_that_wait_are_computed_together_and_answered_apart():
 def test_a_full_queue_refuses_and_what_waits_is_still_answered():
     engine = Sums()
     engine.go.clear()
-    batcher = Batcher(engine, Limits(max_batch=1, max_delay_ms=0.0, max_queue=2))
+    batcher = Batcher(engine, BatchLimits(max_batch=1, max_delay_ms=0.0, max_queue=2))
     x = torch.zeros(1, 3, 8, 8)
     futures = [batcher.submit(x)]
     while not engine.batches:
@@ -391,7 +391,7 @@ def test_a_full_queue_refuses_and_what_waits_is_still_answered():
 
 def test_an_error_of_the_engine_is_told_to_its_batch_and_the_next_goes_on():
     engine = Sums()
-    batcher = Batcher(engine, Limits(max_delay_ms=0.0))
+    batcher = Batcher(engine, BatchLimits(max_delay_ms=0.0))
     engine.error = RuntimeError("out of paper")
     with pytest.raises(RequestError, match="RuntimeError: out of paper") as caught:
         batcher.submit(torch.zeros(1, 3, 8, 8)).result(30)
@@ -404,7 +404,7 @@ def test_an_error_of_the_engine_is_told_to_its_batch_and_the_next_goes_on():
 def test_what_cannot_be_drained_in_time_is_failed_and_not_forgotten():
     engine = Sums()
     engine.go.clear()
-    batcher = Batcher(engine, Limits(max_batch=1, max_delay_ms=0.0))
+    batcher = Batcher(engine, BatchLimits(max_batch=1, max_delay_ms=0.0))
     x = torch.zeros(1, 3, 8, 8)
     first = batcher.submit(x)
     while not engine.batches:

@@ -10,8 +10,8 @@ from fedsys.errors import ModelError
 from fedsys.pruning import portfolio
 from fedsys.serving.switch.policy import (
     How,
-    Latency,
     Objective,
+    PassTime,
     Profile,
     Signals,
     Standing,
@@ -28,7 +28,7 @@ MB = 1_000_000
 def profile(name: str, accuracy: float, ms: float, mb: int, batches: tuple[int, ...] = (1, 8)):
     """A variant whose batches of 8 cost half as much for each example."""
     rows = tuple(
-        Latency(b, ms * b * (1 if b == 1 else 0.5), 1.2 * ms * b * (1 if b == 1 else 0.5))
+        PassTime(b, ms * b * (1 if b == 1 else 0.5), 1.2 * ms * b * (1 if b == 1 else 0.5))
         for b in batches
     )
     return Profile(name, accuracy, mb * MB, 2 * mb * MB, rows)
@@ -263,7 +263,7 @@ def test_profiles_take_the_latency_of_the_nearest_number_of_threads():
     )
     variant = portfolio.Variant("a", 0.9, 1, 1, 100, 50, rows)
     found = profile_of(variant, 4)
-    assert found.latency == (Latency(1, 5.0, 6.0), Latency(8, 40.0, 48.0))
+    assert found.latency == (PassTime(1, 5.0, 6.0), PassTime(8, 40.0, 48.0))
     assert found.peak_bytes == 100  # never less than what the weights take
     with pytest.raises(ModelError, match="variant a of the portfolio has no measured latency"):
         profile_of(dataclasses.replace(variant, latencies=()), 1)

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedsys.serving.switch.policy import (
-    Latency,
     Objective,
+    PassTime,
     Profile,
     Signals,
     Standing,
@@ -22,7 +22,7 @@ MB = 1_000_000
 def profile(name, accuracy, ms, mb):
     """Batches of 4 take twice as long as single examples."""
     return Profile(
-        name, accuracy, mb * MB, 2 * mb * MB, (Latency(1, ms, ms), Latency(4, 2 * ms, 2 * ms))
+        name, accuracy, mb * MB, 2 * mb * MB, (PassTime(1, ms, ms), PassTime(4, 2 * ms, 2 * ms))
     )
 
 

@@ -23,8 +23,8 @@ from fedsys.serving.portfolio import PortfolioEngine
 from fedsys.serving.switch.control import Control
 from fedsys.serving.switch.policy import (
     How,
-    Latency,
     Objective,
+    PassTime,
     Profile,
     Signals,
     latency_at,
@@ -405,7 +405,7 @@ def meter(clock, variants=(), **more):
 
 def test_signals_are_those_of_the_window():
     clock = [0.0]
-    variant = Profile("a", 0.9, 1, 1, (Latency(1, 10.0, 12.0), Latency(5, 30.0, 40.0)))
+    variant = Profile("a", 0.9, 1, 1, (PassTime(1, 10.0, 12.0), PassTime(5, 30.0, 40.0)))
     seen = meter(clock, [variant])
     seen.arrived(100)
     seen.left(100)
@@ -483,7 +483,7 @@ def test_small_bodies_say_nothing_about_the_link():
 
 @pytest.mark.parametrize(("rows", "ms"), [(1, 20.0), (2, 20.0), (4, 30.0), (6, 40.0), (12, 80.0)])
 def test_batches_between_measured_sizes_are_expected_on_a_line(rows, ms):
-    variant = Profile("a", 0.9, 1, 1, (Latency(2, 20.0, 22.0), Latency(6, 40.0, 44.0)))
+    variant = Profile("a", 0.9, 1, 1, (PassTime(2, 20.0, 22.0), PassTime(6, 40.0, 44.0)))
     found = latency_at(variant, rows)
     assert found.p50_ms == pytest.approx(ms)
     assert found.p95_ms == pytest.approx(1.1 * ms)

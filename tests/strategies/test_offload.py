@@ -18,7 +18,7 @@ from fedsys.offload.fleet import Fleet
 from fedsys.runtime.apps import check_mods
 from fedsys.training import federation
 from fedsys.training.federation import layered_model
-from fedsys.training.schedule import pieces
+from fedsys.training.schedule import micro_batch_bounds
 from fedsys.transport import records
 from strategies.around import find
 from strategies.message_halves import joined
@@ -79,7 +79,7 @@ def test_steps_and_bytes_are_what_the_closed_form_says(cut, micro_batches, confi
     assert figures["edge_steps"] == len(sizes)
     # Up: activations in float32 and labels in int64; down: as many gradients, one loss, one count.
     # Around them a frame has its header and padding, of less than 1 kB.
-    frames = sum(len(list(pieces(size, micro_batches))) for size in sizes)
+    frames = sum(len(list(micro_batch_bounds(size, micro_batches))) for size in sizes)
     said = 2 * config.rounds * config.num_clients  # greetings and ends, of training and scoring
     up, down = sum(sizes) * (example + 8), sum(sizes) * example
     assert up < figures["bytes_up"] < up + 1024 * (frames + said)

@@ -24,7 +24,7 @@ from fedsys.training.plain import (
     squared_norms,
     train,
 )
-from fedsys.training.schedule import pieces
+from fedsys.training.schedule import micro_batch_bounds
 
 HERE = Address(seed=1, client=2, round=3)
 P = 0.5
@@ -180,13 +180,15 @@ def test_no_examples_train_nothing_and_have_no_score():
 @given(st.integers(1, 300), st.integers(1, 40))
 def test_pieces_are_those_of_array_split(size, m):
     expected = np.array_split(np.arange(size), min(size, m))
-    assert [list(range(*p)) for p in pieces(size, m)] == [list(rows) for rows in expected]
+    assert [list(range(*p)) for p in micro_batch_bounds(size, m)] == [
+        list(rows) for rows in expected
+    ]
 
 
 def test_weighted_losses_add_up_to_the_mean():
     outputs = torch.randn(7, 3, generator=HERE.torch("x"), dtype=torch.float64)
     labels = torch.tensor([0, 1, 2, 0, 1, 2, 0])
-    parts = [loss_of(outputs[a:b], labels[a:b], (b - a) / 7) for a, b in pieces(7, 3)]
+    parts = [loss_of(outputs[a:b], labels[a:b], (b - a) / 7) for a, b in micro_batch_bounds(7, 3)]
     assert float(sum(parts)) == pytest.approx(float(loss_of(outputs, labels, 1.0)), rel=1e-12)
 
 

@@ -17,12 +17,12 @@ from fedsys.transport.messages import (
     Outcome,
     Place,
     Settings,
-    Trace,
+    TraceRecord,
     read,
     written,
 )
 
-KINDS = [Settings, Division, Identity, Place, Outcome, Trace, Observation]
+KINDS = [Settings, Division, Identity, Place, Outcome, TraceRecord, Observation]
 TEXT = st.text("aé_-\n0", max_size=8)
 VALUES = {
     "int": st.integers(-(2**63), 2**63 - 1),
@@ -62,7 +62,7 @@ def test_the_keys_are_those_of_the_wire():
         *("steps", "seconds", "waited-s", "bytes-up", "bytes-down", "recoveries", "stranded"),
         *("iteration-s", "compute-s", "edge-s", "up-bit-s", "down-bit-s"),
     }
-    assert list(written(Trace(b""))) == ["events", "ends", "late"]
+    assert list(written(TraceRecord(b""))) == ["events", "ends", "late"]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_the_keys_are_those_of_the_wire():
         (Settings, {"server-round": "1"}, "server-round='1': must be of type int"),
         (Settings, {"server-round": True}, "server-round=True: must be of type int"),
         (Settings, {"server-round": 1, "proximal-mu": "x"}, "proximal-mu='x': must be of type fl"),
-        (Trace, {"events": "text"}, "events='text': must be of type bytes"),
+        (TraceRecord, {"events": "text"}, "events='text': must be of type bytes"),
         (Place, {"tail": 1, "session": "", "token": "", "edges": [1]}, r"edges=\[1\]: must be of"),
     ],
 )

@@ -28,7 +28,13 @@ from typing import Any, Final
 
 from fedsys import config as configuration
 from fedsys.commands.bench import Chart, pipeline_cpu, pipeline_virtual
-from fedsys.commands.bench.rounds import BEFORE, EdgeProcess, Watch, edge_process, watched_round
+from fedsys.commands.bench.rounds import (
+    BEFORE,
+    EdgeProcess,
+    RoundWatch,
+    edge_process,
+    watched_round,
+)
 from fedsys.config import Config
 from fedsys.errors import ConfigError, did_you_mean
 from fedsys.files import json_text, write_atomic
@@ -288,7 +294,7 @@ def _policy(made: Plan, codec: str) -> dict[str, Any]:
     }
 
 
-def _edge_idle(watch: Watch, iteration_s: float) -> float:
+def _edge_idle(watch: RoundWatch, iteration_s: float) -> float:
     """Return the seconds of an iteration in which the session of a device waits."""
     busy = [seen.edge_s for seen in watch.observations.values()]
     return iteration_s - (sum(busy) / len(busy) if busy else 0.0)

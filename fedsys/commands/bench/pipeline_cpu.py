@@ -23,7 +23,7 @@ from fedsys.training import federation
 from fedsys.training import plain as training
 from fedsys.training.federation import layered_model
 from fedsys.training.part import filled_stages, names_between
-from fedsys.training.schedule import pieces
+from fedsys.training.schedule import micro_batch_bounds
 
 
 def measured(
@@ -109,7 +109,7 @@ def _once(front: nn.Module, x: torch.Tensor, gradient: torch.Tensor, count: int)
     began = time.thread_time()
     with drawing(Address(0, 0, 1), 0, len(x)):
         held = []
-        for start, stop in pieces(len(x), count):
+        for start, stop in micro_batch_bounds(len(x), count):
             with rows(start, stop):
                 held.append((front(x[start:stop]), gradient[start:stop]))
         for z, g in held:

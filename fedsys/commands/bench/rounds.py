@@ -26,7 +26,7 @@ from fedsys.errors import RuntimeFailure
 from fedsys.planning.resources import Observation
 from fedsys.runtime.apps import load_apps
 from fedsys.runtime.local import ClientFunction, play_local
-from fedsys.transport.messages import OBSERVATION, PARTITION_ID, TRACE, Trace, number, read
+from fedsys.transport.messages import OBSERVATION, PARTITION_ID, TRACE, TraceRecord, number, read
 from fedsys.transport.security import new_token
 
 END_S = 20.0
@@ -99,7 +99,7 @@ def edge_process(kind: str = BETWEEN_PROCESSES) -> Iterator[EdgeProcess]:
 
 
 @dataclass
-class Watch:
+class RoundWatch:
     """What the devices of one round did, noted around their app.
 
     Attributes:
@@ -147,7 +147,7 @@ class Watching:
         edge_cpu_s: Callable[[], float] = lambda: 0.0,
         ready: Callable[[], None] = lambda: None,
     ) -> None:
-        self._app, self._edge_cpu_s, self._ready, self.watch = app, edge_cpu_s, ready, Watch()
+        self._app, self._edge_cpu_s, self._ready, self.watch = app, edge_cpu_s, ready, RoundWatch()
         self._lock = threading.Lock()
         self._began: tuple[float, float, float] | None = None
 
@@ -182,11 +182,11 @@ class Watching:
             if seen.bytes_up:
                 watch.observations[device] = seen
         if TRACE in records:
-            trace = read(Trace, records[TRACE])
+            trace = read(TraceRecord, records[TRACE])
             watch.ends[device], watch.late_s[device] = list(trace.ends), trace.late
 
 
-def watched_round(config: Config, edge: EdgeProcess, **values: Any) -> tuple[Watch, float]:
+def watched_round(config: Config, edge: EdgeProcess, **values: Any) -> tuple[RoundWatch, float]:
     """Carry out one round of training.
 
     Args:

@@ -248,7 +248,7 @@ def _bare_bytes(model: nn.Module, arrays: ArrayRecord, clients: int) -> list[byt
 
 def _engine_times(config: Config, options: Mapping[str, Any], model: nn.Module) -> dict[str, float]:
     """Return what Flower's engine takes to start, for its first round and for those after it."""
-    from fedsys.runtime.simulation import Engine
+    from fedsys.runtime.simulation import SimulationEngine
 
     workers = dataclasses.replace(config.runtime, workers=_workers(config))
     apps = dataclasses.replace(config.apps, client=f"{__name__}:app")
@@ -257,7 +257,7 @@ def _engine_times(config: Config, options: Mapping[str, Any], model: nn.Module) 
     times: list[float] = []
     rounds: list[float] = []
     began = time.perf_counter()
-    with Engine(dataclasses.replace(config, runtime=workers, apps=apps), {}) as grid:
+    with SimulationEngine(dataclasses.replace(config, runtime=workers, apps=apps), {}) as grid:
         started = time.perf_counter() - began
         first = _seconds(partial(_round, strategy, grid, arrays, 1))
         for turn in range(1 + int(options["flower_turns"])):

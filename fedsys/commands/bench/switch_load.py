@@ -29,7 +29,7 @@ from fedsys.pruning.dense import architecture
 from fedsys.pruning.measuring import quantile
 from fedsys.pruning.memory import resident_bytes
 from fedsys.pruning.portfolio import VARIANTS, Portfolio
-from fedsys.serving.batching import Batcher, Limits, Served
+from fedsys.serving.batching import Batcher, BatchLimits, Served
 from fedsys.serving.engine import CALM, Answer, Pressure
 from fedsys.serving.portfolio import card_of
 from fedsys.serving.switch.slimmable import slimmable
@@ -135,7 +135,7 @@ class LeasedEngine:
 
 
 @final
-class Stream:
+class RequestStream:
     """Requests at a constant rate, each of which is looked at when it is answered.
 
     An answer is *right* if it is, to the bit, what the variant that it names gives.
@@ -237,8 +237,8 @@ def carry_out(case: Case) -> dict[str, Any]:
     switcher, names, compute = _switcher(portfolio, case.way, image)
     right = {name: compute(name).clone() for name in names}
     engine = LeasedEngine(portfolio, switcher)
-    batcher = Batcher(engine, Limits(max_batch=1, max_delay_ms=0.0, max_queue=1 << 20))
-    stream = Stream(batcher, image, right, case.rate)
+    batcher = Batcher(engine, BatchLimits(max_batch=1, max_delay_ms=0.0, max_queue=1 << 20))
+    stream = RequestStream(batcher, image, right, case.rate)
     began = time.perf_counter()
     time.sleep(case.quiet_s)
     one = resident_bytes()  # while it serves: threads and their buffers are not of a switch

@@ -50,7 +50,7 @@ from fedsys.config.serving import ServingConfig
 from fedsys.errors import RequestError
 from fedsys.pruning.measuring import quantile
 from fedsys.pruning.portfolio import Portfolio
-from fedsys.serving.batching import Batcher, Limits, Served
+from fedsys.serving.batching import Batcher, BatchLimits, Served
 from fedsys.serving.portfolio import PortfolioEngine
 from fedsys.serving.switch.policy import Profile
 
@@ -261,7 +261,9 @@ def play(
     accuracy = {v.name: v.accuracy if v.test_accuracy is None else v.test_accuracy
                 for v in portfolio.variants}  # fmt: skip
     engine = PortfolioEngine(portfolio, options)
-    batcher = Batcher(engine, Limits(options.max_batch, options.max_delay_ms, options.max_queue))
+    batcher = Batcher(
+        engine, BatchLimits(options.max_batch, options.max_delay_ms, options.max_queue)
+    )
     image = torch.zeros(1, *portfolio.about.input_shape)
     ledgers, lock = [Ledger() for _ in trace], threading.Lock()
     if variant is None:

@@ -98,12 +98,12 @@ def superlink(config: Config) -> Check | None:
     if where is None:
         way_out = "runtime.superlink=HOST:PORT, or runtime.launch=true to start one here"
         return Check("superlink", "fail", "runtime=deployment names no SuperLink", way_out)
-    from fedsys.runtime.control import Address, Control
+    from fedsys.runtime.control import SuperLinkAddress, SuperLinkClient
 
     try:
         runtime = config.runtime
-        address = Address.of(where, runtime.root_certificates, runtime.insecure)
-        with Control(address) as control:
+        address = SuperLinkAddress.of(where, runtime.root_certificates, runtime.insecure)
+        with SuperLinkClient(address) as control:
             control.ping()
             trips = [_timed(control.ping) for _ in range(TRIES)]
             padded = [_timed(lambda: control.ping(PADDING)) for _ in range(3)]

@@ -29,7 +29,7 @@ from torch import Tensor, fx, nn
 
 from fedsys.errors import ModelError
 from fedsys.models.batchnorm import DeferredBatchNorm
-from fedsys.models.measure import Measured, measure
+from fedsys.models.measure import NodeCost, measure
 from fedsys.pruning.dense.cloning import clone
 from fedsys.pruning.dense.removal import probes
 from fedsys.pruning.dense.shrink import compared, tolerance_of
@@ -175,7 +175,7 @@ class _Pairs:
         return shape is not None and len(shape) == layer.weight.dim()
 
     @cached_property
-    def _shapes(self) -> Mapping[str, Measured]:
+    def _shapes(self) -> Mapping[str, NodeCost]:
         example = torch.empty((1, *self._input_shape), device="meta")
         return measure(self._model, example)
 

@@ -56,7 +56,7 @@ class LayerEdit:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Plan:
+class Removal:
     """All edits of one conversion, before they are done.
 
     Attributes:
@@ -104,7 +104,7 @@ def make_plan(
     borders: Borders = Borders.CARRIER,
     coupling: Coupling = Coupling.GROUP,
     round_to: int = 1,
-) -> Plan:
+) -> Removal:
     """Find which channels of `model` can go, by the zeros of its parameters.
 
     Args:
@@ -130,7 +130,7 @@ def make_plan(
 
 def plan_graph(
     graph: fx.GraphModule, inputs: Tensor, *, borders: Borders, coupling: Coupling, round_to: int
-) -> Plan:
+) -> Removal:
     """Find which channels can go of a model that `evaluation_graph` returned.
 
     Arguments and errors are those of `make_plan`.
@@ -153,7 +153,7 @@ def plan_graph(
     need = needs(reading, coupling)
     kept = keep(reading, need, coupling, round_to)
     blocks = tuple(sorted({op for op, _ in need.cut if op in kept}))
-    return Plan(reading, need, kept, _groups(reading, need, kept), blocks, note)
+    return Removal(reading, need, kept, _groups(reading, need, kept), blocks, note)
 
 
 def _is_constant(reading: Reading) -> bool:

@@ -36,7 +36,7 @@ from fedsys.pruning.dense.channels import Coupling
 from fedsys.pruning.dense.cloning import InFloat64
 from fedsys.pruning.dense.constants import Borders
 from fedsys.pruning.dense.ops import Kind, Op
-from fedsys.pruning.dense.removal import Plan, evaluation_graph, masked_copy, plan_graph, probes
+from fedsys.pruning.dense.removal import Removal, evaluation_graph, masked_copy, plan_graph, probes
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 """Largest difference between outputs that passes, times max(1, largest output) of the example."""
@@ -79,7 +79,7 @@ class Shrunk:
     """A dense model, how it was made, and what it saves."""
 
     model: fx.GraphModule
-    plan: Plan
+    plan: Removal
     report: Report
 
 
@@ -92,7 +92,7 @@ def shrink(
     coupling: Coupling = Coupling.GROUP,
     round_to: int = 1,
     verify: bool = True,
-    announce: Callable[[Plan], None] | None = None,
+    announce: Callable[[Removal], None] | None = None,
 ) -> Shrunk:
     """Convert a masked model to a plain dense one with equal outputs in evaluation.
 
@@ -229,7 +229,7 @@ def _verified(expected: Tensor, got: Tensor) -> float:
     return difference
 
 
-def _nonzero(masked: nn.Module, plan: Plan) -> int:
+def _nonzero(masked: nn.Module, plan: Removal) -> int:
     """Count the parameters that are not zero; those of layers were counted when they were read."""
     read = {id(op.layer.weight): op.nonzero for op in _mixes(plan)}
     return sum(
@@ -237,11 +237,11 @@ def _nonzero(masked: nn.Module, plan: Plan) -> int:
     )
 
 
-def _mixes(plan: Plan) -> list[Op]:
+def _mixes(plan: Removal) -> list[Op]:
     return [op for op in plan.reading.ops.values() if op.kind is Kind.MIX]
 
 
-def _macs(plan: Plan, model: fx.GraphModule) -> int:
+def _macs(plan: Removal, model: fx.GraphModule) -> int:
     total = 0
     present = {str(n.target) for n in model.graph.nodes if n.op == "call_module"}
     for op in _mixes(plan):

@@ -36,7 +36,7 @@ TAIL = 0.05
 
 
 @dataclass(frozen=True)
-class Latency:
+class PassTime:
     """Measured time of one forward pass.
 
     Attributes:
@@ -66,7 +66,7 @@ class Profile:
     accuracy: float
     bytes: int
     peak_bytes: int
-    latency: tuple[Latency, ...]
+    latency: tuple[PassTime, ...]
 
 
 @dataclass(frozen=True)
@@ -316,7 +316,7 @@ def profile_of(variant: Variant, threads: int) -> Profile:
         )
     nearest = min({row.threads for row in variant.latencies}, key=lambda t: (abs(t - threads), t))
     rows = sorted(
-        (Latency(row.batch, row.p50_ms, row.p95_ms) for row in variant.latencies
+        (PassTime(row.batch, row.p50_ms, row.p95_ms) for row in variant.latencies
          if row.threads == nearest),
         key=lambda row: row.batch,
     )  # fmt: skip
@@ -376,7 +376,7 @@ def transfer_ms(signals: Signals, objective: Objective) -> float:
     return objective.input_bytes * 8 / (signals.link_mbit_s * 1e3)
 
 
-def latency_at(variant: Profile, batch: int) -> Latency:
+def latency_at(variant: Profile, batch: int) -> PassTime:
     """Return the latency of a batch: between measured sizes on a line.
 
     Above the largest size, time grows as the batch; below the smallest it is that of the smallest.
@@ -387,9 +387,9 @@ def latency_at(variant: Profile, batch: int) -> Latency:
             share = (batch - low.batch) / max(1, high.batch - low.batch)
             share = max(0.0, share)
             p50 = low.p50_ms + share * (high.p50_ms - low.p50_ms)
-            return Latency(batch, p50, low.p95_ms + share * (high.p95_ms - low.p95_ms))
+            return PassTime(batch, p50, low.p95_ms + share * (high.p95_ms - low.p95_ms))
     last, factor = table[-1], batch / table[-1].batch
-    return Latency(batch, last.p50_ms * factor, last.p95_ms * factor)
+    return PassTime(batch, last.p50_ms * factor, last.p95_ms * factor)
 
 
 def stressed(signals: Signals, margin: float) -> Signals:
