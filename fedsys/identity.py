@@ -51,6 +51,8 @@ def _little_endian(tensor: Tensor, byteorder: str) -> Tensor:
     import torch
 
     flat = tensor.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    if not flat.numel():  # torch views no memory that is not there
+        return torch.empty(0, dtype=torch.uint8)
     data = flat.view(torch.uint8)
     if byteorder == "little":
         return data

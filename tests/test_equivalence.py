@@ -60,6 +60,7 @@ MODELS |= {
     "frozen by forward": partly("forward"),
     "momentum by mode": partly("momentum"),
     "parameters frozen": partly("parameters"),
+    "odd tensors": ("lenet", {"_target_": "tests.models.odd.Odd", "dropout": 0.2}),
     "lazy": ("lenet", {"_target_": "tests.models.test_fits.Lazy", "dropout": 0.2}),
 }
 FEATURES = {
@@ -204,6 +205,9 @@ TABLE = [
     (("momentum by mode", 1), "fedadam, kept momentum", (2, "pipelined"), "never", False, "memory"),
     (("parameters frozen", 1), "kept adam, crops", (2, "pipelined"), "edge", False, "memory"),
     (("parameters frozen", 1), PROXIMAL, (1, "sequential"), "link", True, "memory"),
+    (("odd tensors", 1), "proximal, clipped, two epochs", (2, "pipelined"), "edge", False, "tcp"),
+    (("odd tensors", 1), BETWEEN_ROUNDS, (1, "sequential"), "link", True, "grpc"),
+    (("odd tensors", 1), LEVELS, (1, "sequential"), "never", False, "memory"),
     (("lazy", 1), BETWEEN_ROUNDS, (2, "pipelined"), "link", False, "memory"),
     (("parameters frozen", 2), "momentum, decay, cosine", (1, "sequential"), "never", False, "tcp"),
 ]

@@ -60,10 +60,15 @@ class ByMode(nn.Module):
 
 
 class _Tracer(fx.Tracer):  # torch.fx offers no other way to say which modules are leaves
-    """Records calls of torch's own modules and notes in which module it was when it failed."""
+    """Records calls of torch's own modules and notes in which module it was when it failed.
 
-    def __init__(self) -> None:
+    Args:
+        buffers: Record what is computed of buffers alone; else it is a constant of the graph.
+    """
+
+    def __init__(self, *, buffers: bool) -> None:
         super().__init__()
+        self.proxy_buffer_attributes = buffers
         self.path: list[str] = []
         self.seen: dict[str, dict[str, Any]] = {}
         self.torn: list[str] = []
@@ -137,17 +142,24 @@ def trace(model: nn.Module) -> fx.GraphModule:
             the module and the line.
     """
     _check_inputs(model)
+    try:
+        traced = _traced(model, buffers=True)
+    except ModelError:  # some forwards ask buffers for values or sizes: these are then constants
+        traced = _traced(model, buffers=False)
+    copy_mode(model, traced)
+    return traced
+
+
+def _traced(model: nn.Module, *, buffers: bool) -> fx.GraphModule:
     source = copy_modules(model)
     with _lock:
-        evaluation = _settled(source, training=False)
+        evaluation = _settled(source, training=False, buffers=buffers)
         answering = dict(source.named_modules())
-        training = _settled(source, training=True)
+        training = _settled(source, training=True, buffers=buffers)
     _check_same_modules(source, answering, training)
     _merge_modes(source, training.graph, evaluation.graph)
     modes = Modes.of(training.seen, evaluation.seen)
-    traced = graph_module(source, training.graph, source.state_dict(), modes)
-    copy_mode(model, traced)
-    return traced
+    return graph_module(source, training.graph, source.state_dict(), modes)
 
 
 def trace_evaluation(model: nn.Module) -> fx.GraphModule:
@@ -162,7 +174,7 @@ def trace_evaluation(model: nn.Module) -> fx.GraphModule:
     """
     _check_inputs(model)
     with _lock:
-        recorded = _record(model.eval())
+        recorded = _record(model.eval(), buffers=False)
     for path, attributes in recorded.seen.items():
         if attributes["training"] and isinstance(model.get_submodule(path), _MODAL):
             raise ModelError(
@@ -239,7 +251,7 @@ _FAR = 1_000_000
 """Calls after which a counter should have had its effect."""
 
 
-def _settled(source: nn.Module, *, training: bool) -> _Recorded:
+def _settled(source: nn.Module, *, training: bool, buffers: bool) -> _Recorded:
     """Record a mode of `source`; refuse what would be another pass the next time.
 
     A pass that leaves everything as it was is the same for ever. If one sets something (a mode, a
@@ -247,7 +259,7 @@ def _settled(source: nn.Module, *, training: bool) -> _Recorded:
     """
     _switch(source, training)
     before = plain_state(source)
-    first = _record(source)
+    first = _record(source, buffers=buffers)
     once = plain_state(source)
     _switch(source, not training)
     _switch(source, training)
@@ -255,14 +267,14 @@ def _settled(source: nn.Module, *, training: bool) -> _Recorded:
     if not changed:
         return first
     set_attributes(source, once)
-    _check_repeats(source, first, _record(source), changed)
+    _check_repeats(source, first, _record(source, buffers=buffers), changed)
     far: dict[str, dict[str, Any]] = {}
     for path, name in changed:
         if type(value := once[path][name]) is int:
             far.setdefault(path, {})[name] = value + _FAR
     set_attributes(source, far)
     _switch(source, training)
-    _check_repeats(source, first, _record(source), changed)
+    _check_repeats(source, first, _record(source, buffers=buffers), changed)
     set_attributes(source, before)
     return first
 
@@ -300,9 +312,9 @@ def _check_same_modules(
             )
 
 
-def _record(source: nn.Module) -> _Recorded:
+def _record(source: nn.Module, *, buffers: bool) -> _Recorded:
     """Trace `source` in its mode; tensors made by forward are kept as constants of `source`."""
-    tracer = _Tracer()
+    tracer = _Tracer(buffers=buffers)
     known = {name: source.__dict__.pop(name) for name in [*source.__dict__] if _is_constant(name)}
     state = _versions(source)
     try:

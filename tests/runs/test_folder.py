@@ -223,6 +223,13 @@ def test_the_hash_is_what_its_definition_says() -> None:
     assert state_sha256(state) == expected_hash(entries)
 
 
+def test_a_tensor_without_elements_has_a_hash_whatever_its_strides() -> None:
+    """An average of nothing has stride 0, which torch does not view as bytes: a run ended so."""
+    for strides in ((0,), (1,), (7,)):
+        empty = torch.empty_strided((0,), strides, dtype=torch.float64)
+        assert state_sha256({"no": empty}) == expected_hash([("no", "float64", (0,), b"")])
+
+
 def test_the_empty_state_has_the_hash_of_nothing() -> None:
     assert state_sha256({}) == hashlib.sha256(b"").hexdigest()
 

@@ -223,7 +223,7 @@ def _kind_of_function(
         if target in _MEANS and _over_space(node, len(given)):
             return Kind.SAME
     if len(inputs) == 2 and target in _ADDS | _MULS and not node.kwargs:
-        same = all(shapes[n][1] == shape[1] and len(shapes[n]) == len(shape) for n in inputs)
+        same = all(len(shapes[n]) == len(shape) and shapes[n][1] == shape[1] for n in inputs)
         return (Kind.ADD if target in _ADDS else Kind.MUL) if same else Kind.OPAQUE
     if target in (torch.cat, torch.concat) and _cat_dimension(node, len(shape)) == 1:
         parts: Any = node.args[0]
