@@ -10,7 +10,7 @@ import itertools
 import pytest
 
 from fedsys.config import parse, with_values
-from fedsys.offload import fleet
+from fedsys.offload import fleet_edges
 from fedsys.offload import opening as edges
 from fedsys.training.schedule import operations
 from fedsys.transport.addresses import dial
@@ -273,7 +273,7 @@ def unsplit(settings, carry_out):
 @pytest.fixture
 def interrupt(monkeypatch):
     """Return a function that lets a fault strike every device, or an edge, in the second step."""
-    monkeypatch.setattr(fleet, "REDIAL_S", (0.0,))
+    monkeypatch.setattr(fleet_edges, "REDIAL_S", (0.0,))
     servers = []
     start = edges._start
 

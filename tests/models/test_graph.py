@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fedsys.errors import ModelError
 from fedsys.models.graph import trace, trace_evaluation
+from fedsys.models.layered import layered
 from fedsys.randomness import Address, drawing, key_modules, seeded_default_generator
 
 
@@ -217,3 +218,25 @@ def test_a_graph_of_evaluation_writes_its_code_when_it_is_called_or_shown() -> N
     graph.graph.erase_node(last)
     graph.recompile()
     assert '"1"' not in graph.code
+
+
+class OfBuffers(nn.Module):
+    """Computes with a buffer before the input comes into it; the buffer may change."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("scale", torch.full((4,), 2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * self.scale.exp().sum()
+
+
+def test_what_is_computed_of_buffers_alone_is_recorded_and_no_constant():
+    """It was worked out when the model was traced: split models were refused, others kept it."""
+    model = made(OfBuffers)
+    traced = trace(model)
+    model.scale.fill_(0.5)
+    assert torch.equal(traced(noise(2, 4)), model(noise(2, 4)))
+    with torch.device("meta"):
+        assert len(layered(OfBuffers(), (4,))) == 1

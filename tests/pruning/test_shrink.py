@@ -771,3 +771,23 @@ def test_onnx_runtime_gives_the_same_outputs(tmp_path: Path, coupling: Coupling)
     torch.testing.assert_close(
         torch.from_numpy(answer), outputs(small, images), rtol=1e-5, atol=1e-5
     )
+
+
+class MaskedByHand(nn.Module):
+    """Multiplies maps by a buffer of one dimension, and holds tensors without elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+        self.register_buffer("mask", torch.tensor([True, False] * 4))
+        self.register_buffer("none", torch.zeros(0))
+        self.empty = nn.Parameter(torch.zeros(0, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.conv(x).relu().mean((2, 3)) * self.mask)
+
+
+def test_a_factor_of_one_dimension_is_left_alone() -> None:
+    """The number of its channels was asked for, and there is no second dimension: a traceback."""
+    small = shrink(MaskedByHand(), (3, 8, 8))
+    assert small.report.max_abs_diff <= 1e-6
