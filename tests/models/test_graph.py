@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fedsys.errors import ModelError
 from fedsys.models.graph import trace, trace_evaluation
-from fedsys.models.layered import layered
+from fedsys.models.layers import layered
 from fedsys.randomness import Address, drawing, key_modules, seeded_default_generator
 
 
