@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import importlib
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -252,3 +253,63 @@ def test_what_a_room_does_not_offer_is_an_error_that_names_it():
         _ = planning.plans
     with pytest.raises(ImportError):
         exec("from fedsys.planning import plans")
+
+
+# --------------------------------------------------------------------------------------------------
+# The drawing
+
+PAGE = (ROOT / "docs" / "architecture.md").read_text()
+PAPERS = (
+    *("FedAdapt", "PiPar", "FedFly", "DNNShifter", "Adaptive DNNs", "CONTINUER"),
+    "differential privacy",
+)
+
+
+def exists(name: str) -> bool:
+    """Return whether a room, a loose file or a package is there already."""
+    inside = ROOT / "fedsys" / name
+    return inside.is_dir() or inside.with_suffix(".py").is_file() or (ROOT / name).is_dir()
+
+
+def drawn() -> "tuple[dict[str, list[str]], list[str]]":
+    """Return the floors of the drawing with what stands on each, and their names from the roof."""
+    (drawing,) = re.findall(r"```mermaid\n(.*?)```", PAGE, re.DOTALL)
+    floors = re.findall(r"subgraph (\w+) .*?\n(.*?)\n    end", drawing, re.DOTALL)
+    (arrows,) = re.findall(r"^    (\w+ --> .*)$", drawing, re.MULTILINE)
+    return {name: inside.split() for name, inside in floors}, arrows.split(" --> ")
+
+
+def test_the_drawing_shows_the_rooms_in_their_order():
+    floors, order = drawn()
+    assert list(floors) == order
+    rooms = [[room.removesuffix(":::planned") for room in floors[name]] for name in order]
+    assert rooms[::-1] == [list(floor) for floor in FLOORS if floor != ("fedsys",)]
+
+
+def test_a_room_of_the_drawing_is_dashed_as_long_as_it_is_to_come():
+    for room_ in (room for floor in drawn()[0].values() for room in floor):
+        assert exists(room_.removesuffix(":::planned")) == (not room_.endswith(":::planned")), room_
+
+
+def rows(heading: str) -> "dict[str, str]":
+    """Return a table of the page: its second column by the first."""
+    (table,) = re.findall(rf"^\| {heading} \|.*\n\|[-|]+\n((?:\|.*\n)+)", PAGE, re.MULTILINE)
+    cells = (line.strip("| ").split(" | ", 1) for line in table.splitlines())
+    return dict(cells)  # type: ignore[arg-type]
+
+
+def test_each_room_has_one_line():
+    told = [name for cell in rows("room") for name in re.findall(r"`(\w+)`", cell)]
+    assert sorted(told) == sorted(LEVELS.keys() - {"fedsys"})
+    for cell, text in rows("room").items():
+        missing = [name for name in re.findall(r"`(\w+)`", cell) if not exists(name)]
+        assert bool(missing) == text.startswith("to come"), cell
+
+
+def test_each_paper_has_rooms():
+    told = rows("paper")
+    assert len(told) == len(PAPERS)
+    for paper, (cell, text) in zip(PAPERS, told.items(), strict=True):
+        assert cell.startswith(paper)
+        named = set(re.findall(r"`(\w+)`", text))
+        assert named and named <= LEVELS.keys(), cell
