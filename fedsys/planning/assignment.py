@@ -39,10 +39,7 @@ class Assignment:
         return self.micro_batches or 1
 
     def to_record(self) -> dict[str, int | str]:
-        """Return what a device with an edge is told of it.
-
-        Pieces stand beside, among the settings of all clients; of its edge it is told addresses.
-        """
+        """Return what a device is told of it; pieces and addresses of its edge stand beside."""
         return {"cut": self.cut, "codec-up": self.codec_up, "codec-down": self.codec_down}
 
     @classmethod

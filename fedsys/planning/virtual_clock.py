@@ -98,11 +98,10 @@ def _seen(
             busy[event.job][event.kind] += event.end_s - event.start_s
     found = []
     for k, job in enumerate(jobs):
-        up, down = job.return_bytes, job.fetch_bytes
-        for iteration in range(job.iterations):
-            for turn in job.turns_of(iteration):
-                if turn.exchange is not None:
-                    up, down = up + turn.exchange.up_bytes, down + turn.exchange.down_bytes
+        turns = (turn for i in range(job.iterations) for turn in job.turns_of(i))
+        sent = [turn.exchange for turn in turns if turn.exchange is not None]
+        up = job.return_bytes + sum(exchange.up_bytes for exchange in sent)
+        down = job.fetch_bytes + sum(exchange.down_bytes for exchange in sent)
         took = timeline.ends_s[k] - start_s
         found.append(
             Measured(

@@ -75,13 +75,10 @@ def _trace(held: Traces, fleet: FleetRound | None) -> dict[str, Any]:
     if fleet is None:
         return perfetto(held)
     named = {f"{fleet.own}: {device}": events for device, events in held.items()}
-    if fleet.real:
-        trace = perfetto(named)
-        trace["traceEvents"] += virtual_trace.perfetto(fleet, len(named) + 1)
-        return trace
-    trace = perfetto(named, 2)
-    trace["traceEvents"] = virtual_trace.perfetto(fleet) + trace["traceEvents"]
-    return trace
+    pid = len(named) + 1 if fleet.real else 1
+    trace, modelled = perfetto(named, 1 if fleet.real else 2), virtual_trace.perfetto(fleet, pid)
+    own = trace["traceEvents"]
+    return {**trace, "traceEvents": own + modelled if fleet.real else modelled + own}
 
 
 def _with_fleet(
@@ -163,11 +160,10 @@ def lanes_panel(shown: FleetRound) -> Panel:
     part = one_iteration(shown)
     lanes, span = lanes_of(shown, part), (part.begin_s, part.end_s)
     scale, unit = plots.time_unit(part.end_s - part.begin_s)
-    took = f"{(part.end_s - part.begin_s) / scale:.3g} {unit}"
+    took = f"{(part.end_s - part.begin_s) / scale:.3g} {unit}{_left_out(shown, MOST_DRAWN)}"
     title = f"{shown.title}: one mini-batch of {shown.names[part.device]}\n{took}"
-    title += _left_out(shown, MOST_DRAWN)
-    label = f"time ({unit})"
-    paint = _lanes_painter(title, label, lanes, span, scale, _modelled, shown.critical_path)
+    path, label = shown.critical_path, f"time ({unit})"
+    paint = _lanes_painter(title, label, lanes, span, scale, _modelled, path)
     return paint, 1.7 + 0.24 * len(lanes)
 
 
