@@ -19,12 +19,13 @@ from fedsys.planning.hardware import network_for
 from fedsys.transport.addresses import dial
 from fedsys.transport.faulty import Faulty, LinkFault
 from fedsys.transport.link import Link
+from fedsys.transport.link_around import LinkAround
 from fedsys.transport.messages import PARTITION_ID, number
 from fedsys.transport.network import Network
 from fedsys.transport.patience import Patience
 from fedsys.transport.security import Credentials
 from fedsys.transport.shaping import RealClock, Shaped
-from fedsys.transport.wire import Buffer, Frame, decode, encode_parts
+from fedsys.transport.wire import Buffer, Frame, decode
 
 CONNECT_S = 10.0
 """How long the first edge server may take to accept a link: before it, nothing is known of the
@@ -160,37 +161,31 @@ class Dialler:
             self._cut_until = self._clock() + (fault.seconds or 0.0)
 
 
-class _Struck:
+class _Struck(LinkAround):
     """A link of a device that is yet to be struck: `Faulty` from the frame on that is meant."""
 
     def __init__(self, link: Link, dialler: Dialler) -> None:
-        self._link, self._dialler = link, dialler
+        super().__init__(link)
+        self._dialler = dialler
         self._armed: list[tuple[Faulty, Fault]] = []
-
-    @property
-    def peer(self) -> str:
-        return self._link.peer
-
-    def send(self, frame: Frame) -> None:
-        self.send_encoded(encode_parts(frame))
 
     def send_encoded(self, parts: Sequence[Buffer]) -> None:
         for fault in self._dialler.due(decode(b"".join(parts))):
-            self._link = faulty = Faulty(self._link, [link_fault(fault)])
+            self.inner = faulty = Faulty(self.inner, [link_fault(fault)])
             self._armed.append((faulty, fault))
         try:
-            self._link.send_encoded(parts)
+            self.inner.send_encoded(parts)
         finally:
             self._report()
 
     def recv(self, timeout_s: float | None = None) -> Frame:
         try:
-            return self._link.recv(timeout_s)
+            return self.inner.recv(timeout_s)
         finally:
             self._report()
 
     def close(self) -> None:
-        self._link.close()
+        self.inner.close()
         self._dialler.waits([fault for _, fault in self._armed])
         self._armed = []
 

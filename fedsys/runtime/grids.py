@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 
+from fedsys.runtime.grid_around import GridAround
 from fedsys.training.pulse import pulse
 from fedsys.transport import packing
 
@@ -56,7 +56,7 @@ def before_exit(grid: Grid, handler: Callable[[], None]) -> None:
         add_exit_handler(handler)
 
 
-class AttentiveGrid(Grid):
+class AttentiveGrid(GridAround):
     """Looks for replies every `POLL_S` seconds, and names the node that an error is about.
 
     Contents travel packed (`fedsys.transport.packing`); the client app unpacks them and packs its
@@ -72,36 +72,8 @@ class AttentiveGrid(Grid):
     """
 
     def __init__(self, inner: Grid) -> None:
-        self._inner = inner
+        super().__init__(inner)
         self._nudges: dict[str, int] = {}  # those that nobody has answered, with the node
-
-    def set_run(self, run: Run) -> None:
-        """Pass on."""
-        self._inner.set_run(run)
-
-    @property
-    def run(self) -> Run:
-        """Return the run."""
-        return self._inner.run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """Return a new message to a node."""
-        return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
-
-    def get_node_ids(self) -> Iterable[int]:
-        """Return the nodes that are online."""
-        return self._inner.get_node_ids()
-
-    def get_nodes(self) -> Iterable[NodeInfo]:
-        """Return what the SuperLink knows of the nodes that are online."""
-        return self._inner.get_nodes()
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Send messages packed; afterwards they are as before, with the id that they were given."""
@@ -111,14 +83,14 @@ class AttentiveGrid(Grid):
         try:
             for message, content in zip(batch, contents, strict=True):
                 message.content = packed[id(content)]
-            return list(self._inner.push_messages(batch))
+            return list(self.inner.push_messages(batch))
         finally:
             for message, content in zip(batch, contents, strict=True):
                 message.content = content
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return the replies that are there, unpacked."""
-        replies = list(self._inner.pull_messages(message_ids))
+        replies = list(self.inner.pull_messages(message_ids))
         for reply in replies:
             if packing.is_packed(reply):
                 reply.content = packing.unpack(reply.content)
@@ -159,7 +131,7 @@ class AttentiveGrid(Grid):
             self._nudges |= dict(zip(ids, sorted(nodes), strict=True))
 
 
-class AnnotatedGrid(Grid):
+class AnnotatedGrid(GridAround):
     """Adds one record to every message, for what all clients must know beside the run config.
 
     Args:
@@ -169,52 +141,42 @@ class AnnotatedGrid(Grid):
     """
 
     def __init__(self, inner: Grid, name: str, record: ConfigRecord) -> None:
-        self._inner, self._name, self._record = inner, name, record
-
-    def set_run(self, run: Run) -> None:
-        """Pass on."""
-        self._inner.set_run(run)
-
-    @property
-    def run(self) -> Run:
-        """Return the run."""
-        return self._inner.run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """Return a new message to a node."""
-        return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
-
-    def get_node_ids(self) -> Iterable[int]:
-        """Pass on."""
-        return self._inner.get_node_ids()
-
-    def get_nodes(self) -> Iterable[NodeInfo]:
-        """Pass on."""
-        return self._inner.get_nodes()
+        super().__init__(inner)
+        self._name, self._record = name, record
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Send messages with the record."""
-        return self._inner.push_messages(self._annotated(messages))
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Pass on."""
-        return self._inner.pull_messages(message_ids)
+        return self.inner.push_messages(self._annotated(messages))
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
         """Send messages with the record and return the replies."""
-        return self._inner.send_and_receive(self._annotated(messages), timeout=timeout)
+        return self.inner.send_and_receive(self._annotated(messages), timeout=timeout)
 
     def _annotated(self, messages: Iterable[Message]) -> list[Message]:
         batch = list(messages)
         for message in batch:
             message.content[self._name] = self._record
         return batch
+
+
+class ChosenNodes(GridAround):
+    """Shows some of the nodes of another grid.
+
+    Args:
+        inner: The grid that it wraps.
+        nodes: Ids of those that it shows.
+    """
+
+    def __init__(self, inner: Grid, nodes: Sequence[int]) -> None:
+        super().__init__(inner)
+        self._nodes = list(nodes)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the chosen nodes."""
+        return list(self._nodes)
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        """Return the chosen nodes."""
+        return Grid.get_nodes(self)  # made of their ids

@@ -31,7 +31,6 @@ import psutil
 from flwr.app import Context, Message, RecordDict
 from flwr.app.user_config import UserConfig
 from flwr.common.constant import SUPERLINK_NODE_ID
-from flwr.proto.node_pb2 import NodeInfo
 from flwr.proto.task_pb2 import Task
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
@@ -40,6 +39,7 @@ from fedsys.config import Config
 from fedsys.errors import RuntimeFailure
 from fedsys.runs import startup as stages
 from fedsys.runtime.apps import load_apps, load_client
+from fedsys.runtime.grid_around import GridAround
 from fedsys.runtime.local import identify_process
 from fedsys.training.pulse import pulse
 
@@ -233,7 +233,7 @@ def _start_ray(num_cpus: int, folder: str) -> bool:
     return True
 
 
-class EngineGrid(Grid):
+class EngineGrid(GridAround):
     """The grid of the engine: Flower's in-memory grid, which also hears when the engine ends.
 
     Args:
@@ -243,43 +243,16 @@ class EngineGrid(Grid):
     """
 
     def __init__(self, inner: Grid, nodes: Mapping[int, int], check: Any) -> None:
-        self._inner, self._nodes, self._check = inner, nodes, check
+        super().__init__(inner)
+        self._nodes, self._check = nodes, check
 
     def partition_ids(self) -> Mapping[int, int]:
         """Return the partition id of each node, so that nobody has to be asked for it."""
         return self._nodes
 
-    def set_run(self, run: Run) -> None:
-        """Pass on."""
-        self._inner.set_run(run)
-
-    @property
-    def run(self) -> Run:
-        """Return the run."""
-        return self._inner.run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """Return a new message to a node."""
-        return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
-
     def get_node_ids(self) -> Iterable[int]:
         """Return the nodes in the order of their partition ids."""
         return list(self._nodes)
-
-    def get_nodes(self) -> Iterable[NodeInfo]:
-        """Return all nodes."""
-        return self._inner.get_nodes()
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Pass on."""
-        return self._inner.push_messages(messages)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Pass on what is there.
@@ -288,7 +261,7 @@ class EngineGrid(Grid):
             RuntimeFailure: The engine has broken down.
         """
         self._check()
-        return self._inner.pull_messages(message_ids)
+        return self.inner.pull_messages(message_ids)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None

@@ -11,7 +11,8 @@ from typing import Literal, get_args
 
 from fedsys.errors import ConfigError, FrameError, LinkClosed, LinkTimeout
 from fedsys.transport.link import Link
-from fedsys.transport.wire import Buffer, Frame, decode, encode, encode_parts, kind_of
+from fedsys.transport.link_around import LinkAround
+from fedsys.transport.wire import Buffer, Frame, decode, encode, kind_of
 
 OVERTAKING_S = 0.1
 """How long a received frame waits for one that overtakes it."""
@@ -56,7 +57,7 @@ class LinkFault:
             raise ConfigError.of("faults", at, "must not be negative")
 
 
-class Faulty:
+class Faulty(LinkAround):
     """A link that does what a list of faults says, once each.
 
     Args:
@@ -75,22 +76,14 @@ class Faulty:
         *,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._link, self._sleep = link, sleep
+        super().__init__(link)
+        self._sleep = sleep
         self._waiting = list(faults)
         self.fired: list[LinkFault] = []
         self._seen: Counter[tuple[str, str]] = Counter()
         self._held: list[bytes] = []  # sent frames that a reordering keeps back
         self._ready: deque[Frame] = deque()  # received frames to be given before others
         self._lock = threading.RLock()
-
-    @property
-    def peer(self) -> str:
-        """Identity of the peer."""
-        return self._link.peer
-
-    def send(self, frame: Frame) -> None:
-        """Send a frame, or what a fault makes of it."""
-        self.send_encoded(encode_parts(frame))
 
     def send_encoded(self, parts: Sequence[Buffer]) -> None:
         """Send the bytes of a frame, or what a fault makes of them."""
@@ -103,27 +96,27 @@ class Faulty:
                     self._held.append(b"".join(parts))
                     return
                 case "corrupt":
-                    self._link.send_encoded([_flip(b"".join(parts))])
+                    self.inner.send_encoded([_flip(b"".join(parts))])
                 case "duplicate":
                     data = b"".join(parts)
-                    self._link.send_encoded([data])
-                    self._link.send_encoded([data])
+                    self.inner.send_encoded([data])
+                    self.inner.send_encoded([data])
                 case "cut" if fault and fault.when == "before":
                     self._cut()
                 case _:
                     if fault and fault.kind == "delay":
                         self._sleep(fault.delay_s)
-                    self._link.send_encoded(parts)
+                    self.inner.send_encoded(parts)
             self._release()
             if fault and fault.kind == "cut":
-                self._link.close()
+                self.inner.close()
 
     def recv(self, timeout_s: float | None = None) -> Frame:
         """Return the next frame, or do what a fault makes of it."""
         with self._lock:
             self._release()
         while not self._ready:
-            frame = self._link.recv(timeout_s)
+            frame = self.inner.recv(timeout_s)
             with self._lock:
                 fault = self._next("recv", frame.kind)
                 match fault.kind if fault else None:
@@ -141,7 +134,7 @@ class Faulty:
                         if fault and fault.kind == "delay":
                             self._sleep(fault.delay_s)
                         if fault and fault.kind == "cut":
-                            self._link.close()
+                            self.inner.close()
                         self._ready.append(frame)
         return self._ready.popleft()
 
@@ -149,7 +142,7 @@ class Faulty:
         """Close the link that is wrapped."""
         with self._lock:
             self._held.clear()
-        self._link.close()
+        self.inner.close()
 
     def _next(self, direction: str, kind: str) -> LinkFault | None:
         """Count one frame; return the fault that hits it."""
@@ -165,23 +158,23 @@ class Faulty:
     def _next_soon(self, timeout_s: float | None) -> list[Frame]:
         """Return the frame that overtakes another, or nothing if none is under way."""
         try:
-            return [self._link.recv(min(OVERTAKING_S, timeout_s or OVERTAKING_S))]
+            return [self.inner.recv(min(OVERTAKING_S, timeout_s or OVERTAKING_S))]
         except LinkTimeout:
             return []
 
     def _release(self) -> None:
         while self._held:
-            self._link.send_encoded([self._held.pop(0)])
+            self.inner.send_encoded([self._held.pop(0)])
 
     def _cut(self) -> None:
-        self._link.close()
+        self.inner.close()
         raise LinkClosed(f"the link to {self.peer or 'the peer'} was lost (a fault of the run)")
 
     def _refuse(self, frame: Frame) -> None:
         try:
             decode(_flip(encode(frame)))
         except FrameError:
-            self._link.close()
+            self.inner.close()
             raise
 
 

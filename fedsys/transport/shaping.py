@@ -19,9 +19,10 @@ from typing import Final, Protocol
 
 from fedsys.errors import LinkClosed, LinkError, LinkTimeout
 from fedsys.transport.link import QUEUE_BYTES, Link
+from fedsys.transport.link_around import LinkAround
 from fedsys.transport.mailbox import Mailbox
 from fedsys.transport.network import Network, Rate, finish_time
-from fedsys.transport.wire import Buffer, Frame, encode_parts
+from fedsys.transport.wire import Buffer, Frame
 
 _LINGER_S: Final = 5.0  # for frames under way when this end closes
 
@@ -70,7 +71,7 @@ class RealClock:
             stop.wait(left)
 
 
-class Shaped:
+class Shaped(LinkAround):
     """The device's end of a link, with the rates and the latency of a network.
 
     `send` returns at once, as far as the queue has room: the device computes while its frames are
@@ -92,7 +93,7 @@ class Shaped:
         queue_bytes: int = QUEUE_BYTES,
         clock: Clock | None = None,
     ) -> None:
-        self._link = link
+        super().__init__(link)
         self._clock: Clock = clock or RealClock()
         self._up = Lane(network.up, network.latency_s)
         self._down = Lane(network.down, network.latency_s)
@@ -105,15 +106,6 @@ class Shaped:
         self._sender = threading.Thread(target=self._carry, name="shaped up", daemon=True)
         self._sender.start()
         threading.Thread(target=self._receive, name="shaped down", daemon=True).start()
-
-    @property
-    def peer(self) -> str:
-        """Identity of the peer."""
-        return self._link.peer
-
-    def send(self, frame: Frame) -> None:
-        """Put a frame on the way; see `fedsys.transport.link.Link`."""
-        self.send_encoded(encode_parts(frame))
 
     def send_encoded(self, parts: Sequence[Buffer]) -> None:
         """Put the bytes of a frame on the way; see `fedsys.transport.link.Link`."""
@@ -155,15 +147,15 @@ class Shaped:
             while True:
                 data, arrival_s = self._outbox.get()
                 self._clock.wait_until(arrival_s, self._never)
-                self._link.send_encoded([data])
+                self.inner.send_encoded([data])
         except LinkError as error:
             self._outbox.end(error, discard=True)
-        self._link.close()
+        self.inner.close()
 
     def _receive(self) -> None:
         try:
             while True:
-                frame = self._link.recv()
+                frame = self.inner.recv()
                 nbytes = frame.encoded_bytes
                 self._inbox.put((frame, self._down.arrival(self._clock.now(), nbytes)), nbytes)
         except LinkError as error:

@@ -24,6 +24,7 @@ from fedsys.errors import (
 )
 from fedsys.transport.addresses import dial, serve
 from fedsys.transport.faulty import Faulty
+from fedsys.transport.link_around import LinkAround
 from fedsys.transport.network import Network
 from fedsys.transport.security import Authority, Credentials
 from fedsys.transport.shaping import Shaped
@@ -85,6 +86,8 @@ WRAPPERS = {
     "faulty": lambda link: Faulty(link, []),
 }
 CASES = [(t, w) for t in ("memory", "grpc", "tcp") for w in WRAPPERS] + [("tls", "plain")]
+WRAPPERS["around"] = LinkAround  # passes on: once is enough
+CASES += [("memory", "around")]
 NETWORKS = ["grpc", "tcp"]
 
 
@@ -100,6 +103,15 @@ def ends(request):
     yield make
     for pair in opened:
         pair.stop()
+
+
+def test_every_wrapper_is_a_link_around_another():
+    ends = Ends("memory", lambda link: link)
+    for name in WRAPPERS.keys() - {"plain"}:
+        wrapped = WRAPPERS[name](ends.near)
+        assert isinstance(wrapped, LinkAround) and wrapped.inner is ends.near, name
+        assert wrapped.peer == ends.near.peer
+    ends.stop()
 
 
 class Served:
