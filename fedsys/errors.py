@@ -125,6 +125,34 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"did you mean '{close[0]}'? " if close else ""
 
 
+def better_name(key: str, known: Iterable[str]) -> str:
+    """Return ``did you mean …`` for an option that people know by another name, or nothing.
+
+    Meant are options whose last word is the same, and those that abbreviate it: ``lr`` for
+    ``learning_rate``.
+
+    >>> better_name("client.learning_rate", ["client.lr", "client.device"])
+    "did you mean 'client.lr'? "
+    >>> better_name("epochs", ["client.epochs"])
+    "did you mean 'client.epochs'? "
+    """
+    known = list(known)
+    *outer, last = key.split(".")
+    initials = "".join(word[0] for word in last.split("_") if word)
+    names = [last, initials] if len(initials) > 1 else [last]
+    meant = [
+        name
+        for wanted in names
+        for name in known
+        if name.rpartition(".")[2] == wanted and name != key
+    ]
+    if not meant:
+        return did_you_mean(key, known)
+    same = [name for name in meant if name.split(".")[:-1] == outer]
+    common = [name for name in meant if name.startswith("client.")]
+    return f"did you mean '{(same or common or meant)[0]}'? "
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message that says something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -10,6 +10,7 @@ from typing import Any
 from fedsys import config as configuration
 from fedsys.errors import ConfigError
 from fedsys.files import write_atomic
+from fedsys.runs.report.labels import labelled
 from fedsys.runs.report.loading import as_json, load, named
 from fedsys.runs.report.page import page
 
@@ -33,14 +34,14 @@ def job(tree: Any) -> Mapping[str, Any]:
         RunError: The page cannot be written.
     """
     options = configuration.plain(tree)["report"]
-    folders = [Path(str(name)).absolute() for name in options["runs"]]
+    folders = [Path(str(name)).resolve() for name in options["runs"]]
     if not folders:
         raise ConfigError("report: must be followed by run folders; for instance fedsys report RUN")
     for folder in folders:
         if not (folder / "run.json").is_file() and not (folder / "config.yaml").is_file():
             missing = "there is no such folder" if not folder.is_dir() else "there is no run in it"
             raise ConfigError.of("report", folder, "must be the folder of a run", missing)
-    runs = named([load(folder) for folder in dict.fromkeys(folders)])
+    runs = labelled(named([load(folder) for folder in dict.fromkeys(folders)]))
     default = folders[0] / DEFAULT_NAME if len(runs) == 1 else Path(DEFAULT_NAME)
     path = Path(str(options["out"])) if options["out"] else default
     write_atomic(path.absolute(), page(runs, datetime.now()).encode())

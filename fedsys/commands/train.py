@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fedsys import config as configuration
 from fedsys.config import Config
 from fedsys.config.pruning import check_rounds
-from fedsys.runs import resume
+from fedsys.errors import ConfigError
+from fedsys.runs import opening, resume
 from fedsys.runs import startup as stages
-from fedsys.runs.folder import RunFolder, default_path
+from fedsys.runs.folder import RunFolder
+from fedsys.runs.naming import default_path, label_of, point_to, take_back
 
 
 def job(tree: Any) -> Mapping[str, Any]:
@@ -27,7 +31,16 @@ def job(tree: Any) -> Mapping[str, Any]:
         FedsysError: The configuration is not usable, or the run failed.
     """
     clock = stages.begin()
-    config = _continued(tree) if tree.resume else _new(tree)
+    if tree.resume:
+        return _carried_out(_continued(tree), clock)
+    config = _checked(tree)
+    if tree.run.dir or (config.runtime.kind == "deployment" and not config.runtime.launch):
+        return _carried_out(_placed(tree, config, tree.run.dir), clock)
+    with _new_folder() as path:
+        return _carried_out(_placed(tree, config, path), clock)
+
+
+def _carried_out(config: Config, clock: stages.Stages) -> Mapping[str, Any]:
     clock.reached("command and configuration")
     for line in configuration.without_effect(config, configuration.given()):
         print(f"note: {line}", file=sys.stderr)
@@ -37,24 +50,54 @@ def job(tree: Any) -> Mapping[str, Any]:
         if info["status"] == "finished" and info["result"]["rounds"] == config.rounds:
             print(f"{path} is finished; rounds= above {config.rounds} goes on", file=sys.stderr)
             return _result(path)
+    opening.say("loading PyTorch and Flower")
     from fedsys import runtime  # imports Flower, which is not needed to refuse a configuration
 
-    result = runtime.run(config)
+    opening.say("starting the run")
+    try:
+        result = runtime.run(config)
+    except KeyboardInterrupt:
+        if config.run.dir and (Path(config.run.dir) / "run.json").is_file():
+            print(_how_to_continue(Path(config.run.dir)), file=sys.stderr)
+        raise
     return _result(Path(str(config.run.dir))) if result is None else result
 
 
-def _new(tree: Any) -> Config:
-    # Bad values are said before a folder is made.
+def _how_to_continue(path: Path) -> str:
+    return f"the run is in {path}\ncontinue it: fedsys train {shlex.quote(f'resume={path}')}"
+
+
+def _checked(tree: Any) -> Config:
+    """Return the configuration of a new run; bad values are said before a folder is made."""
     config = configuration.parse(configuration.to_text(tree))
     check_rounds(config.pruning, config.rounds)
-    if config.runtime.kind == "deployment" and not config.runtime.launch:
-        return config  # the run folder is on the machine of the server app, which chooses it
-    tree.run.dir = str(Path(tree.run.dir or default_path(Path("outputs"), "train")).absolute())
+    return config
+
+
+def _placed(tree: Any, config: Config, path: Path | str | None) -> Config:
+    """Return the configuration with the run's folder; None leaves it to where the server app is."""
+    if path is None:
+        return config
+    tree.run.dir = str(Path(path).absolute())
     return configuration.parse(configuration.to_text(tree))
 
 
+@contextmanager
+def _new_folder() -> Iterator[Path]:
+    """Make a folder in ``outputs/``, which is taken back if the run is refused in the block."""
+    outputs, given = Path("outputs"), configuration.given()
+    values = {key: given[key].partition("=")[2] for key in configuration.varying()}
+    path = default_path(outputs, label_of("train", values)).absolute()
+    before = point_to(outputs.absolute(), path)
+    try:
+        yield path
+    except ConfigError:
+        take_back(path, before)
+        raise
+
+
 def _continued(tree: Any) -> Config:
-    path = Path(str(tree.resume)).absolute()
+    path = Path(str(tree.resume)).resolve()  # where outputs/latest points now
     resume.check_folder(path)
     asked, given = configuration.plain(tree), configuration.given_keys()
     merged = resume.merged(resume.stored(path), asked, given, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import Any
 import yaml
 from omegaconf.errors import OmegaConfBaseException
 
-from fedsys.errors import ConfigError, did_you_mean, first_line
+from fedsys.errors import ConfigError, better_name, did_you_mean, first_line
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 """The folder of the groups: the same place in the checkout, the wheel and the Flower bundle."""
@@ -83,7 +84,7 @@ def _explain(error: BaseException) -> str:
             chosen = " or ".join(f"{key.partition('.')[0]}={name}" for name in choices)
             return f"{key}: no such option with what is chosen; {chosen} has it"
         known = [name for name in (*_keys(), *groups) if name != key]
-        return f"{key}: no such option; {did_you_mean(key, known)}see --help for all of them"
+        return f"{key}: no such option; {better_name(key, known)}see --help-all for all of them"
     return first_line(error)
 
 
@@ -176,3 +177,49 @@ def _store_fleet(path: str) -> None:
         group="/".join(["fleet", *parts[:-1]]), name=parts[-1], node={**local, **own},
         package="fleet", provider="file",
     )  # fmt: skip
+
+
+_varying: tuple[str, ...] = ()
+"""Keys and groups in which the runs of the sweep differ that goes on in this process."""
+
+
+@contextmanager
+def sweeping(overrides: Sequence[str]) -> Iterator[list[dict[str, str]]]:
+    """Know what differs between the runs of a sweep, as long as it lasts.
+
+    Args:
+        overrides: The command line of the sweep.
+
+    Yields:
+        For each run, in order, its values by key or group; empty if there is no telling, because
+        the sweep is another one than of lists and ranges.
+    """
+    global _varying
+    runs = _runs_of(overrides)
+    _varying = tuple(runs[0]) if runs else ()
+    try:
+        yield runs
+    finally:
+        _varying = ()
+
+
+def _runs_of(overrides: Sequence[str]) -> list[dict[str, str]]:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        several = {
+            override.key_or_group.replace("/", "."): list(override.sweep_string_iterator())
+            for override in parsed
+            if override.is_sweep_override()
+        }
+    except (HydraException, NotImplementedError):
+        return []
+    combined = itertools.product(*several.values())
+    return [dict(zip(several, map(str, values), strict=True)) for values in combined]
+
+
+def varying() -> tuple[str, ...]:
+    """Return the keys and groups in which the runs of the present sweep differ."""
+    return _varying

@@ -31,7 +31,6 @@ import threading
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -39,7 +38,6 @@ from typing import TYPE_CHECKING, Any
 from fedsys.errors import ConfigError, RunError
 from fedsys.files import (
     ELSEWHERE,
-    NO_SPACE,
     append,
     json_text,
     replacing,
@@ -48,6 +46,7 @@ from fedsys.files import (
     writing,
 )
 from fedsys.identity import environment, state_sha256
+from fedsys.runs.naming import default_path, unusable
 from fedsys.runs.scalars import Scalars, from_cell, to_cell
 
 if TYPE_CHECKING:
@@ -64,39 +63,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger("fedsys")
-
-
-def default_path(outputs: Path, label: str, now: datetime | None = None) -> Path:
-    """Make and return a new folder ``outputs/2026-11-23/14-03-55-label``.
-
-    Of two runs that start in the same second, the second gets ``14-03-55-label-2``.
-
-    Raises:
-        ConfigError: The folder cannot be made.
-    """
-    now = now or datetime.now()
-    day = outputs / now.strftime("%Y-%m-%d")
-    name = f"{now.strftime('%H-%M-%S')}-{label}"
-    number = 1
-    while True:
-        path = day / (name if number == 1 else f"{name}-{number}")
-        try:
-            day.mkdir(parents=True, exist_ok=True)
-            path.mkdir()
-            return path
-        except FileExistsError as error:
-            if not day.is_dir():
-                raise _unusable(day, error) from error
-            number += 1
-        except OSError as error:
-            raise _unusable(path, error) from error
-
-
-def _unusable(path: Path, error: OSError) -> ConfigError | RunError:
-    if error.errno in NO_SPACE:
-        return RunError(f"cannot write {path}: {error.strerror}; free some space, or {ELSEWHERE}")
-    rule = f"must be a folder that can be written to ({error.strerror})"
-    return ConfigError.of("run.dir", path, rule, ELSEWHERE)
 
 
 def check_free(path: Path) -> None:
@@ -153,12 +119,12 @@ class RunFolder:
                 pass
         except FileExistsError as error:
             if not path.is_dir():
-                raise _unusable(
+                raise unusable(
                     path, NotADirectoryError(errno.ENOTDIR, "Not a directory")
                 ) from error
             raise _taken(path) from error
         except OSError as error:
-            raise _unusable(path, error) from error
+            raise unusable(path, error) from error
         run = cls(path, info)
         try:
             run._write_info(info)

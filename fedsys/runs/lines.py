@@ -188,3 +188,28 @@ def narrowed(lines: Sequence[str], width: int | None) -> list[str]:
         else:
             fitting.append(line if line.startswith("results ") else folded(line, width))
     return fitting
+
+
+def aligned(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> str:
+    """Return a table; columns that are empty throughout are left out.
+
+    Args:
+        head: Titles.
+        rows: As many cells each.
+        right: Titles of those columns that stand at the right, as numbers do.
+
+    >>> print(aligned(["a", "b", "n"], [["x", "", "1"], ["yy", "", "10"]], ["n"]))
+    a    n
+    x    1
+    yy  10
+    """
+    kept = [i for i in range(len(head)) if any(row[i] for row in rows)]
+    lines = [[line[i] for i in kept] for line in (head, *rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(kept))]
+    sides = [str.rjust if head[i] in right else str.ljust for i in kept]
+    return "\n".join(
+        "  ".join(
+            side(cell, width) for side, cell, width in zip(sides, line, widths, strict=True)
+        ).rstrip()
+        for line in lines
+    )

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, TextIO
 
+from fedsys.runs import opening
 from fedsys.runs.lines import (
     Column,
     Row,
@@ -273,6 +274,7 @@ class RichProgress:
         from rich.progress import Progress as Bars
         from rich.progress import SpinnerColumn
 
+        opening.clear()
         self._stream, self._summary = stream, summary or stream
         self._pace = _Pace(clock)
         self._columns: tuple[Column, ...] | None = None

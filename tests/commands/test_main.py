@@ -102,6 +102,53 @@ def test_a_run_of_a_sweep_that_fails_keeps_no_other_from_running(fedsys):
     assert err.splitlines()[-1].startswith("fedsys: client.lr=-2.0: must be greater than 0")
 
 
+def test_a_sweep_says_where_it_is_and_ends_with_a_table_and_leaves_named_folders(fedsys, tmp_path):
+    status, out, err = fedsys(
+        "train", "-m", *QUICK, "run.plots=false", "strategy=fedavg,fedprox", "client.lr=0.1,-1"
+    )
+    assert status == 2
+    assert "run 1/4: strategy=fedavg, client.lr=0.1" in err.splitlines()
+    assert "run 4/4: strategy=fedprox, client.lr=-1" in err.splitlines()
+    *_, head, first, second, third, fourth, last = out.splitlines()
+    assert head.split()[:3] == ["run", "strategy", "client.lr"]
+    assert first.split()[:3] == ["1", "fedavg", "0.1"] and "%" in first
+    assert second.split()[:3] == ["2", "fedavg", "-1"] and "must be greater than 0" in second
+    assert third.split()[:3] == ["3", "fedprox", "0.1"] and fourth.split()[0] == "4"
+    folders = sorted(path for path in (tmp_path / "outputs").glob("2*/*"))
+    assert [folder.name[9:] for folder in folders] == ["train-fedavg-lr0.1", "train-fedprox-lr0.1"]
+    assert (tmp_path / "outputs" / "latest").resolve() == folders[1]
+    assert last == "compare them: fedsys report " + " ".join(
+        str(folder.relative_to(tmp_path)) for folder in folders
+    )
+    status, out, _ = fedsys("runs")
+    assert status == 0 and len(out.splitlines()) == 3 and "FedProx" in out
+    status, out, _ = fedsys("runs", "outputs", "json=true")
+    told = json.loads(out.splitlines()[-1])["runs"]
+    assert [run["run_dir"] for run in told] == [str(folder) for folder in folders]
+    assert fedsys("report", *map(str, folders))[0] == 0
+    assert "<li>" in (page := Path("report.html").read_text()) and "FedProx</li>" in page
+    assert fedsys("train", "resume=outputs/latest", "rounds=2")[0] == 0
+    assert json.loads((folders[1] / "run.json").read_text())["result"]["rounds"] == 2
+
+
+def test_a_refused_run_leaves_no_folder_and_latest_stays(fedsys, tmp_path):
+    """It left an empty folder for each configuration that the data or the model did not go with."""
+    refused(fedsys, "train", *QUICK, "model=variant")
+    assert list(tmp_path.iterdir()) == []
+    assert fedsys("train", *QUICK, "run.plots=false")[0] == 0
+    [folder] = (tmp_path / "outputs").glob("2*/*")
+    refused(fedsys, "train", *QUICK, "policy=fixed", "policy.cut=99")
+    assert list((tmp_path / "outputs").glob("2*/*")) == [folder]
+    assert (tmp_path / "outputs" / "latest").resolve() == folder
+
+
+def test_an_option_without_effect_is_pointed_out(fedsys):
+    status, _, err = fedsys("train", *QUICK, "run.plots=false", "network=wifi", "num_edges=3")
+    assert status == 0
+    notes = [line for line in err.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 2 and "network=wifi is without effect" in notes[0]
+
+
 def test_a_trained_model_is_where_another_run_begins(fedsys):
     fedsys("train", *QUICK, "run.dir=one")
     arguments = ("train", *QUICK, "model.init=one/model.safetensors", "client.lr=1e-30")
@@ -124,10 +171,77 @@ def test_help_lists_the_commands_and_a_command_its_groups_and_options(fedsys):
         assert (status, err) == (0, "")
         assert out.splitlines()[0].startswith(f"usage: fedsys {verb}") and command.help in out
         assert all(f"  {name}: " in out for name in command.names)
-        if command.section:  # only its own options
-            assert "max_sessions: 256" in out and "batch_size" not in out
-        else:
-            assert "strategy: " in out and "fedavgm" in out and "batch_size: 32" in out
+        assert all(f"  {group}: " in out for group in command.groups)
+        assert ("batch_size: 32" in out) == bool(
+            {"client", "client.batch_size"} & set(command.options)
+        )
+        status, out, err = fedsys(verb, "--help-all")
+        assert (status, err) == (0, "")
+        assert "strategy: " in out and "fedavgm" in out and "batch_size: 32" in out
+    for verb in ("edge", "serve", "query"):  # only its own options
+        _, out, _ = fedsys(verb, "--help")
+        assert "strategy: " not in out and "rounds: " not in out
+    assert "max_sessions: 256" in fedsys("edge", "--help")[1]
+
+
+def test_help_shows_what_is_chosen_with_its_comments(fedsys, tmp_path):
+    out = fedsys("train", "--help", "policy=auto")[1]
+    assert "  hysteresis: 0.05   # share of the time that a new plan must save" in out
+    assert "hysteresis" not in fedsys("train", "--help")[1]
+    assert "epochs: 2           # passes over a client's examples per round" in out
+    assert "shaped_seconds: 2.0" in fedsys("bench", "link", "--help")[1]
+    (tmp_path / "own" / "model").mkdir(parents=True)
+    (tmp_path / "own" / "model" / "tiny.yaml").write_text(
+        "_target_: mine.tiny\nhidden: 64 # units\n"
+    )
+    out = fedsys("train", "--config-dir", "own", "--help", "model=tiny")[1]
+    assert "tiny" in out and "hidden: 64 # units" in out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("train", "rounds=7", "--cfg", "job"),
+        ("train", "--cfg", "job", "rounds=7"),
+        ("train", "--cfg=job", "--rounds", "7"),
+        ("train", "--rounds=7", "--cfg", "job", "client.lr=0.1"),
+        ("train", "client.lr=0.1", "-c", "job", "--resolve", "rounds=7"),
+        ("bench", "split", "--config-dir", ".", "--cfg", "job", "rounds=7"),
+        ("prune", "--config-dir", ".", "rounds=7", "--cfg", "job"),
+        ("report", "--config-dir", ".", "rounds=7", "RUN", "--cfg", "job"),
+        ("train", "--multirun", "rounds=7", "seed=1,2", "--cfg", "job", "--json"),
+    ],
+)
+def test_flags_stand_anywhere_and_options_may_be_written_as_flags(fedsys, arguments):
+    """--config-dir in front of an override was refused by prune, bench and report."""
+    status, out, err = fedsys(*arguments)
+    assert (status, err) == (0, "") and "rounds: 7" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["train", "--roundz", "5"],
+            "train: see fedsys train --help; there is no flag --roundz; did you mean '--rounds'?",
+        ),
+        (["plan", "--xyz"], "plan: see fedsys plan --help; there is no flag --xyz; options are"),
+        (["train", "--rounds"], "--rounds: must be followed by a value, as in rounds=10"),
+        (["train", "--cfg", "job", "--info"], "--cfg --info: must not stand together"),
+        (["train", "--resolve"], "--resolve: must stand with --cfg job"),
+        (["train", "--cfg"], "--cfg: must be followed by job, hydra or all"),
+        (["train", "rounds"], "rounds: must be written as key=value"),
+        (
+            ["train", "client.learning_rate=0.1"],
+            "client.learning_rate: no such option; did you mean 'client.lr'?",
+        ),
+        (["train", "epochs=3"], "epochs: no such option; did you mean 'client.epochs'?"),
+        (["completion", "fish"], "completion fish: must be followed by one of bash, zsh"),
+        (["runs", "nowhere"], "runs=nowhere: must be a folder with runs"),
+    ],
+)
+def test_what_is_written_otherwise_is_answered_by_the_right_way(fedsys, arguments, message):
+    assert refused(fedsys, *arguments).startswith(message)
 
 
 def test_the_version_is_that_of_the_distribution(fedsys):
@@ -286,6 +400,7 @@ def test_an_interrupted_run_ends_with_130_and_says_so_in_its_folder(tmp_path, se
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130 and out == "" and "Traceback" not in err
     assert err.splitlines()[-1] == "interrupted"
+    assert err.splitlines()[-2].endswith(f"fedsys train resume={tmp_path / 'stopped'}")
     info = json.loads((tmp_path / "stopped" / "run.json").read_text())
     assert info["status"] == "interrupted" and "result" not in info
     assert info["error"]["type"] == "KeyboardInterrupt"

@@ -1,0 +1,30 @@
+"""The first words on a terminal, before anything that could draw a bar is imported.
+
+They stand on a line that whatever comes next writes over: the cursor is at its beginning.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+_shown = False
+
+
+def say(text: str) -> None:
+    """Show what happens until something else is shown; on a terminal only."""
+    global _shown
+    if sys.stderr is None or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
+        return
+    _shown = True
+    sys.stderr.write(f"\r\x1b[2K{text} …\r")
+    sys.stderr.flush()
+
+
+def clear() -> None:
+    """Take the words away, if there are any."""
+    global _shown
+    if _shown and sys.stderr is not None:
+        _shown = False
+        sys.stderr.write("\x1b[2K")
+        sys.stderr.flush()
