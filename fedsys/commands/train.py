@@ -40,7 +40,7 @@ def job(tree: Any) -> Mapping[str, Any]:
         return _carried_out(_placed(tree, config, path), clock)
 
 
-def _carried_out(config: Config, clock: stages.Stages) -> Mapping[str, Any]:
+def _carried_out(config: Config, clock: stages.Startup) -> Mapping[str, Any]:
     clock.reached("command and configuration")
     for line in configuration.without_effect(config, configuration.given()):
         print(f"note: {line}", file=sys.stderr)
