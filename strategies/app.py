@@ -36,7 +36,7 @@ from strategies import Roster, build, pruned
 from strategies.around import find
 from strategies.crash_safety import Keeper, opened
 from strategies.gathering import gather
-from strategies.heading import Plans, surroundings, title
+from strategies.heading import Plans, about_pieces, surroundings, title
 from strategies.offload import Offload
 from strategies.offload_figures import figures, recoveries, traces
 from strategies.offload_totals import in_words
@@ -105,7 +105,7 @@ def _train(
     clock.reached("data and model")
     clock.rounds_begin()
     progress.start(config.rounds, title(config, model, fed.dataset), keeper.done)
-    for line in surroundings(config):
+    for line in (*surroundings(config), *about_pieces(config, model, fed.dataset)):
         progress.about(line)
     plans = Plans(config, strategy, progress.about)
     size, epochs = config.client.batch_size, config.client.epochs

@@ -9,14 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from flwr.serverapp.strategy import Strategy
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedsys.config import Config, NetworkConfig, edge_names
 from fedsys.data import Dataset
+from fedsys.models.batchnorm import DeferredBatchNorm
+from fedsys.models.modes import observed
 from fedsys.planning.hardware import links_of
-from fedsys.planning.options import PLANNED
+from fedsys.planning.options import PLANNED, PlanOptions
 from fedsys.runs import cuts
+from fedsys.training import plain as training
 from strategies.around import find
 from strategies.offload import Offload
 
@@ -50,6 +55,50 @@ def surroundings(config: Config) -> list[str]:
     elif names and config.network.emulate:
         lines.append(f"links emulated as {network_text(config.network)}")
     return lines
+
+
+def about_pieces(config: Config, model: nn.Module, dataset: Dataset) -> list[str]:
+    """Return lines about layers that see pieces of mini-batches; none where nothing differs.
+
+    Split or not, equal pieces give equal bits; but BatchNorm normalises by the piece that it is
+    given, so pieces give another model than whole mini-batches (docs/papers.md).
+    """
+    pieces = _pieces(config)
+    trial = torch.zeros((2, *dataset.input_shape), device=training.device_of(model))
+    kept = observed(model, trial).training if pieces else {}
+    norms = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and kept.get(name, {}).get("training", True)
+    }
+    if not pieces or not norms:
+        return []
+    first, more = next(iter(norms)), f" and {len(norms) - 1} more" if len(norms) > 1 else ""
+    exact = "model.norm=group is exact up to rounding, and keeps no statistics: another model"
+    if all(isinstance(norm, DeferredBatchNorm) for norm in norms.values()):
+        return [
+            f"{pieces}: BatchNorm ({first}{more}) keeps the statistics of mini-batches and "
+            f"normalises by pieces, so this is not quite the model of plain training; {exact}"
+        ]
+    return [
+        f"{pieces}: BatchNorm ({first}{more}) sees these and no mini-batches, so this is another "
+        "model than that of plain training",
+        "model.norm=deferred keeps the statistics of mini-batches for one more pass over what it "
+        f"sees, and still normalises by pieces; {exact}",
+    ]
+
+
+def _pieces(config: Config) -> str:
+    """Say into how many pieces mini-batches are cut; empty where they are whole."""
+    kind = str(config.policy.get("kind", "none"))
+    if kind in PLANNED:
+        chosen = PlanOptions.of(config.policy).micro_batches
+        free = not chosen and config.schedule.kind != "sequential" and kind != "splitfed"
+        return "pieces as planned" if free or any(count > 1 for count in chosen) else ""
+    given = config.policy.get("micro_batches") if kind == "fixed" else None
+    counts = given if isinstance(given, list) else [given or config.schedule.micro_batches]
+    most = max(int(count or config.schedule.micro_batches) for count in counts)
+    return f"{most} pieces of a mini-batch" if most > 1 else ""
 
 
 def _automatic(config: Config) -> str:
