@@ -309,6 +309,54 @@ def test_what_a_page_links_to_or_names_exists(page):
         assert (ROOT / path).exists(), path
 
 
+def texts():
+    """Yield every file of ours in which a module may be named, with its text."""
+    for folder in (*PACKAGES, "tests", "docs", "examples", "benchmarks"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in (".py", ".md", ".yaml") and "golden" not in path.parts:
+                yield path, path.read_text()
+
+
+def names_in(module):
+    """Return what a module defines or imports at its top."""
+    found = set()
+    for node in ast.walk(ast.parse(module.read_text())):
+        match node:
+            case ast.FunctionDef() | ast.ClassDef():
+                found.add(node.name)
+            case ast.Import() | ast.ImportFrom():
+                found |= {alias.asname or alias.name for alias in node.names}
+            case ast.Name(ctx=ast.Store()):
+                found.add(node.id)
+    return found
+
+
+def resolves(name):
+    """Return whether a dotted name is a module, or something in one."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        place = ROOT.joinpath(*parts[:count])
+        file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+        if file.is_file():
+            return parts[count:] == [] or parts[count] in names_in(file)
+    return False
+
+
+def test_every_module_that_is_named_anywhere_exists():
+    """Comments, YAML and recorded benchmarks named modules where they had been before."""
+    lost = set()
+    for path, text in texts():
+        where = path.relative_to(ROOT).as_posix()
+        for name in re.findall(r"`((?:fedsys|strategies|clients)(?:\.\w+)+)`", text):
+            if not resolves(name):
+                lost.add(f"{where}: {name}")
+        for name in re.findall(r"\b((?:fedsys|strategies|clients|tests|conf)/[\w/]+\.py)\b", text):
+            if not (ROOT / name).is_file():
+                lost.add(f"{where}: {name}")
+    assert lost == set()
+    assert resolves("fedsys.models.layers.split") and not resolves("fedsys.models.layers.cut_up")
+
+
 @pytest.mark.slow
 def test_the_page_on_extending_works_as_written(tmp_path, monkeypatch, capsys):
     from PIL import Image
