@@ -24,9 +24,9 @@ from torch import fx, nn
 
 from fedsys.errors import ModelError, did_you_mean
 from fedsys.models.assemble import copy_modules, graph_module
-from fedsys.models.graph import module_paths, sourceless
 from fedsys.models.measure import NodeCost
 from fedsys.models.modes import Modes
+from fedsys.models.origins import module_paths, sourceless
 
 Costs = Mapping[str, NodeCost]
 

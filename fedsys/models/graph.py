@@ -21,7 +21,6 @@ import inspect
 import linecache
 import threading
 import traceback
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -35,6 +34,7 @@ from fedsys.errors import ModelError
 from fedsys.models.assemble import copy_mode, copy_modules, graph_module
 from fedsys.models.batchnorm import DeferredBatchNorm
 from fedsys.models.modes import Modes, moved, plain_attributes, plain_state, set_attributes
+from fedsys.models.origins import InPlace, module_of, note_line
 from fedsys.randomness import KeyedDropout
 
 _lock = threading.Lock()  # torch.fx patches nn.Module while it traces: one trace at a time
@@ -64,14 +64,17 @@ class _Tracer(fx.Tracer):  # torch.fx offers no other way to say which modules a
 
     Args:
         buffers: Record what is computed of buffers alone; else it is a constant of the graph.
+        in_place: Let augmented assignments change their operand in the graph, too. In training that
+            could be an input that another machine has sent, whose gradient is wanted.
     """
 
-    def __init__(self, *, buffers: bool) -> None:
+    def __init__(self, *, buffers: bool, in_place: bool) -> None:
         super().__init__()
         self.proxy_buffer_attributes = buffers
         self.path: list[str] = []
         self.seen: dict[str, dict[str, Any]] = {}
         self.torn: list[str] = []
+        self._in_place = in_place
         self._thread = threading.get_ident()
         self._contexts = _contexts()
 
@@ -109,10 +112,15 @@ class _Tracer(fx.Tracer):  # torch.fx offers no other way to say which modules a
             if self.seen.setdefault(below, now) != now:
                 self.torn.append(below)
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return InPlace(node, self) if self._in_place else super().proxy(node)
+
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
         if _contexts() != self._contexts:  # a graph has no with-blocks: it would run without them
             raise ModelError("forward switches gradients or autocast for a part of itself")
-        return super().create_node(kind, *args, **kwargs)
+        node = super().create_node(kind, *args, **kwargs)
+        note_line(node, __file__)
+        return node
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if threading.get_ident() != self._thread:
@@ -174,7 +182,7 @@ def trace_evaluation(model: nn.Module) -> fx.GraphModule:
     """
     _check_inputs(model)
     with _lock:
-        recorded = _record(model.eval(), buffers=False)
+        recorded = _record(model.eval(), buffers=False, in_place=True)
     for path, attributes in recorded.seen.items():
         if attributes["training"] and isinstance(model.get_submodule(path), _MODAL):
             raise ModelError(
@@ -182,11 +190,22 @@ def trace_evaluation(model: nn.Module) -> fx.GraphModule:
                 f"{type(model).__name__} is put into evaluation, so an answer depends on chance or "
                 "on the other examples of its batch; let eval() and forward leave it in evaluation"
             )
-    return _Deferred(model, recorded.graph, class_name=type(model).__name__).eval()
+    return interpreted(model, recorded.graph, type(model).__name__)
 
 
 _MODAL = (_NormBase, KeyedDropout, nn.modules.dropout._DropoutNd, nn.MultiheadAttention, nn.RNNBase)
 """What computes something else in training than in evaluation."""
+
+
+def interpreted(source: nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:
+    """Return a module in evaluation that computes `graph` and has nothing else.
+
+    Args:
+        source: Has the modules and tensors that the graph names; they are shared.
+        graph: What to compute.
+        name: Of the module's class.
+    """
+    return _Deferred(source, graph, class_name=name).eval()
 
 
 class _Deferred(fx.GraphModule):
@@ -312,9 +331,9 @@ def _check_same_modules(
             )
 
 
-def _record(source: nn.Module, *, buffers: bool) -> _Recorded:
+def _record(source: nn.Module, *, buffers: bool, in_place: bool = False) -> _Recorded:
     """Trace `source` in its mode; tensors made by forward are kept as constants of `source`."""
-    tracer = _Tracer(buffers=buffers)
+    tracer = _Tracer(buffers=buffers, in_place=in_place)
     known = {name: source.__dict__.pop(name) for name in [*source.__dict__] if _is_constant(name)}
     state = _versions(source)
     try:
@@ -383,9 +402,7 @@ def _merge_modes(source: nn.Module, training: fx.Graph, evaluation: fx.Graph) ->
     merge = _Merge(source, training)
     for now, other in pairs:
         if now is None or other is None or _step(now) != _step(other):
-            path = next(
-                (_module_of(node) for node in (now, other) if node and _module_of(node)), ""
-            )
+            path = next((module_of(node) for node in (now, other) if node and module_of(node)), "")
             raise ModelError(
                 f"{type(source).__name__} computes different things in training and in "
                 f"evaluation, from {path or 'its forward'} on ({now or other}); both modes must "
@@ -419,26 +436,3 @@ class _Merge:
         name = f"_by_mode_{count}"
         self._source.add_module(name, ByMode(now, other))
         return self._graph.call_module(name)
-
-
-def _module_of(node: fx.Node) -> str:
-    """Return the path of the module whose forward made `node`; empty for the model itself."""
-    return next(_stack(node), "")
-
-
-def _stack(node: fx.Node) -> Iterator[str]:
-    """Yield the paths of the modules in whose forward `node` was made, the innermost first."""
-    for path, _ in reversed((node.meta.get("nn_module_stack") or {}).values()):
-        yield str(path)
-
-
-def sourceless(node: fx.Node) -> bool:
-    """Say whether `node` needs no input: an attribute or a constant, free to be placed anywhere."""
-    return node.op == "get_attr" or (node.op == "call_module" and not node.all_input_nodes)
-
-
-def module_paths(node: fx.Node) -> Iterator[str]:
-    """Yield the path of the module that `node` calls, and of those in whose forward it stands."""
-    if node.op == "call_module":
-        yield str(node.target)
-    yield from _stack(node)

@@ -37,9 +37,10 @@ from fedsys.models.chain import (
     name_units,
     owners,
 )
-from fedsys.models.graph import module_paths, trace
+from fedsys.models.graph import trace
 from fedsys.models.measure import NodeCost, measure
 from fedsys.models.modes import observed
+from fedsys.models.origins import module_paths
 from fedsys.models.states import fill, join
 from fedsys.randomness import Address
 

@@ -69,14 +69,20 @@ def parent_candidate(
             changes its outputs (`fedsys.pruning.dense.fold.check_folding`) or answers.
     """
     graph = evaluation_graph(masked_copy(model, None)).float()
+    whole = masked_copy(model, None).float()
     try:
-        output = _outputs(graph, probes(input_shape))
+        output = _outputs(whole, probes(input_shape))
     except (RuntimeError, ValueError) as error:
         raise ModelError(
             f"the model does not run on an input of shape {tuple(input_shape)}: {error}"
         ) from error
     if not isinstance(output, Tensor):
         raise ModelError(f"the model returns a {type(output).__name__}; it must return one tensor")
+    if not compared(output, _outputs(graph, probes(input_shape)))[1]:
+        raise ModelError(
+            "the traced model computes something else than the model; an operation in place on a "
+            "part or a view of a tensor can be the reason: write it so that it gives a new tensor"
+        )
     content = _as_saved(graph)
     module, folded, made = _answering(content, options, input_shape)
     variant = Variant(
@@ -89,10 +95,10 @@ def parent_candidate(
         latencies=(),
         folded=folded,
         made=f"the unpruned model{made}",
-        max_abs_diff=_difference(graph, module, input_shape),
+        max_abs_diff=_difference(whole, module, input_shape),
         max_abs_output=float(output.abs().max()),
     )
-    return Candidate(_compared(variant, graph, module, images), content, module)
+    return Candidate(_compared(variant, whole, module, images), content, module)
 
 
 def convert(

@@ -644,7 +644,7 @@ def test_inputs_and_options_that_do_not_fit_are_refused() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 1))
     with pytest.raises(ModelError, match=r"does not run on an input of shape \(2, 6, 6\)"):
         shrink(net, (2, 6, 6))
-    with pytest.raises(ConfigError, match=r"^prune\.round_to=0: must be at least 1"):
+    with pytest.raises(ConfigError, match=r"^variants\.round_to=0: must be at least 1"):
         shrink(net, (3, 6, 6), round_to=0)
 
 

@@ -14,8 +14,9 @@ import json
 import keyword
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -25,7 +26,15 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, fx, nn
 
 from fedsys.errors import ModelError
-from fedsys.pruning.dense.vocabulary import DTYPES, FUNCTION_NAMES, FUNCTIONS, LAYERS, METHODS
+from fedsys.models.origins import place_of
+from fedsys.pruning.dense.vocabulary import (
+    ATTRIBUTES,
+    DTYPES,
+    LAYERS,
+    METHODS,
+    function_of,
+    name_of,
+)
 
 WEIGHTS = "weights.safetensors"
 ARCHITECTURE = "architecture.json"
@@ -38,12 +47,17 @@ def constructor_arguments(module: nn.Module) -> dict[str, Any]:
     Modules of torch.nn keep their arguments in attributes of the same name, but for ``bias``, which
     becomes the parameter itself.
     """
-    result = {}
+    result: dict[str, Any] = {}
     for name in inspect.signature(type(module).__init__).parameters:
         if name in ("self", "device", "dtype") or not hasattr(module, name):
             continue
         value = getattr(module, name)
         result[name] = value is not None if name == "bias" else value
+    if isinstance(module, nn.MultiheadAttention):  # it keeps two of them as parameters
+        result |= {
+            "bias": module.in_proj_bias is not None,
+            "add_bias_kv": module.bias_k is not None,
+        }
     return result
 
 
@@ -55,16 +69,17 @@ def describe(model: fx.GraphModule) -> dict[str, Any]:
     """Return the architecture of `model` as JSON data.
 
     Raises:
-        ModelError: It has an operation or a layer that cannot be named.
+        ModelError: It has an operation or a layer that cannot be named; says in which line.
     """
     layers: dict[str, Any] = {}
     nodes = []
     for node in model.graph.nodes:
         nodes.append([
-            node.name, node.op, _name_of(node), _encode(node.args), _encode(dict(node.kwargs)),
+            node.name, node.op, _name_of(node), _encode(node.args, node),
+            _encode(dict(node.kwargs), node),
         ])  # fmt: skip
         if node.op == "call_module":
-            layers[node.target] = _describe_layer(node.target, model.get_submodule(node.target))
+            layers[node.target] = _describe_layer(node, model.get_submodule(node.target))
     constants = {
         str(node.target): str(_lookup(model, str(node.target)).dtype)
         for node in model.graph.nodes
@@ -80,27 +95,56 @@ def _lookup(model: nn.Module, path: str) -> Tensor:
 
 
 def _name_of(node: fx.Node) -> str:
+    target: Any = node.target
     if node.op == "call_function":
-        name = FUNCTION_NAMES.get(node.target)  # type: ignore[arg-type]
-        if name is None or (name == "getattr" and node.args[1:] != ("shape",)):
-            raise ModelError(
-                f"{node.name} calls {node.target}, which cannot be saved as data; "
-                "express it by functions of torch and torch.nn.functional"
-            )
+        name = name_of(target)
+        if name == "getattr" and (len(node.args) != 2 or node.args[1] not in ATTRIBUTES):
+            raise _unsaveable(node, f"reads .{node.args[1]}")
+        if name is None:
+            module, name = getattr(target, "__module__", None), getattr(target, "__name__", target)
+            raise _unsaveable(node, f"calls {f'{module}.' if module else ''}{name}()")
         return name
-    if node.op == "call_method" and node.target not in METHODS:
-        raise ModelError(f"{node.name} calls .{node.target}(), which cannot be saved as data")
-    return str(node.target)
+    if node.op == "call_method" and target not in METHODS:
+        raise _unsaveable(node, f"calls .{target}()")
+    return str(target)
 
 
-def _describe_layer(path: str, module: nn.Module) -> list[Any]:
+def _unsaveable(node: fx.Node, does: str) -> ModelError:
+    return ModelError(
+        f"{node.name} {does}, which cannot be saved as data{_at(node)}; write it with functions of "
+        "torch or torch.nn.functional that compute on tensors (those known stand in "
+        "fedsys/pruning/dense/vocabulary.py), or compute it once and keep it as a buffer"
+    )
+
+
+def _at(node: fx.Node) -> str:
+    place = place_of(node)
+    return f" ({place})" if place else ""
+
+
+def _describe_layer(node: fx.Node, module: nn.Module) -> list[Any]:
     name = type(module).__name__
     if LAYERS.get(name) is not type(module):
-        raise ModelError(f"{path} is a {name}, which cannot be saved as data: not of torch.nn")
-    return [name, _encode(constructor_arguments(module))]
+        raise ModelError(
+            f"{node.target} is a {name}, which cannot be saved as data{_at(node)}: it is none of "
+            "the layers of torch.nn in fedsys/pruning/dense/vocabulary.py; build it of these, in a "
+            "module of your own"
+        )
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise ModelError(
+            f"{node.target} has hooks, which are code and cannot be saved as data{_at(node)}; "
+            "write what they do in forward; in place of torch.nn.utils.weight_norm or "
+            "spectral_norm take those of torch.nn.utils.parametrizations"
+        )
+    return [name, _encode(constructor_arguments(module), node)]
 
 
-def _encode(value: Any) -> Any:
+def _encode(value: Any, node: fx.Node) -> Any:
+    """Return an argument of `node` as JSON data."""
+
+    def each(values: Iterable[Any]) -> list[Any]:
+        return [_encode(v, node) for v in values]
+
     match value:
         case None | bool() | int() | str():
             return value
@@ -109,16 +153,20 @@ def _encode(value: Any) -> Any:
         case fx.Node():
             return {"node": value.name}
         case list():
-            return {"list": [_encode(v) for v in value]}
+            return {"list": each(value)}
         case tuple():
-            return {"tuple": [_encode(v) for v in value]}
+            return {"tuple": each(value)}
         case dict():
-            return {"dict": {str(k): _encode(v) for k, v in value.items()}}
+            return {"dict": {str(k): _encode(v, node) for k, v in value.items()}}
         case slice():
-            return {"slice": [_encode(v) for v in (value.start, value.stop, value.step)]}
+            return {"slice": each((value.start, value.stop, value.step))}
+        case EllipsisType():
+            return {"ellipsis": None}
+        case torch.device():
+            return str(value)
         case torch.dtype() if str(value).removeprefix("torch.") in DTYPES:
             return {"dtype": str(value).removeprefix("torch.")}
-    raise ModelError(f"an argument of type {type(value).__name__} cannot be saved as data")
+    raise _unsaveable(node, f"takes an argument of type {type(value).__name__}")
 
 
 def save(model: fx.GraphModule, folder: str | os.PathLike[str]) -> Path:
@@ -132,14 +180,25 @@ def save(model: fx.GraphModule, folder: str | os.PathLike[str]) -> Path:
         ModelError: The model has an operation or a layer that cannot be named.
     """
     folder = Path(folder)
-    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-    weights = save_tensors(tensors)
+    weights = save_tensors(_apart(model.state_dict()))
     body = describe(model) | {"weights_sha256": hashlib.sha256(weights).hexdigest()}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / WEIGHTS).write_bytes(weights)
     text = json.dumps({"sha256": _digest(body), **body}, indent=1, allow_nan=False)
     (folder / ARCHITECTURE).write_text(text + "\n", encoding="utf-8")
     return folder
+
+
+def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors none of which shares memory with another: a file holds each for itself."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in state.items():
+        whole = tensor.detach().cpu().contiguous()
+        place = whole.untyped_storage().data_ptr()
+        tensors[name] = whole.clone() if place in seen else whole
+        seen.add(place)
+    return tensors
 
 
 def _digest(body: Mapping[str, Any]) -> str:
@@ -196,7 +255,8 @@ def build(body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> fx.GraphMod
     for path in body["constants"]:
         if path not in tensors:
             raise ModelError(f"the weights lack the constant {path}")
-        parts[_checked_path(path)] = tensors[path]
+        layer, _, name = _checked_path(path).rpartition(".")
+        parts[path] = getattr(parts[layer], name) if layer in parts else tensors[path]
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
     for name, kind, target, args, kwargs in body["nodes"]:
@@ -244,8 +304,8 @@ def _make_node(
 ) -> fx.Node:
     allowed: Any
     if kind == "call_function":
-        allowed = FUNCTIONS.get(target)
-        if allowed is getattr and tuple(args[1:]) != ("shape",):
+        allowed = function_of(target)
+        if allowed is getattr and (len(args) != 2 or args[1] not in ATTRIBUTES or kwargs):
             allowed = None
     elif kind == "call_method":
         allowed = target if target in METHODS else None
@@ -283,4 +343,6 @@ def _decode(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
             return slice(*(_decode(v, nodes) for v in content))
         case "dtype":
             return DTYPES[content]
+        case "ellipsis":
+            return ...
     raise ModelError(f"an argument of kind {kind!r} is not allowed")

@@ -211,8 +211,7 @@ def settle(
                     kept[source] = torch.arange(len(kept[source])) == 0
                     filled.add(source)  # a tensor has at least one channel
             used.update(filled.intersection(inputs))
-            if len(op.node.all_input_nodes) > len(op.inputs):
-                used.update(n.name for n in op.node.all_input_nodes if n not in op.inputs)
+            used.update(n.name for n in op.node.all_input_nodes if n.name not in kept)
         if before == int(torch.cat(list(kept.values())).sum()):
             return [name for name in reading.ops if name in used]
 

@@ -90,8 +90,28 @@ def _doubled(tensor: Tensor) -> Tensor:
     return tensor.detach().double() if tensor.is_floating_point() else tensor.detach()
 
 
+def _with_float64(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    def long(value: Any) -> Any:
+        floats = isinstance(value, torch.dtype) and value.is_floating_point
+        return torch.float64 if floats else value
+
+    return tuple(map(long, args)), {key: long(value) for key, value in kwargs.items()}
+
+
+def _lengthened(value: Any) -> Any:
+    return _doubled(value) if torch.is_tensor(value) else value
+
+
 class InFloat64(fx.Interpreter):
     """Runs a graph in float64, whatever the types of its parts are."""
+
+    def call_function(self, target: fx.node.Target, args: Any, kwargs: Any) -> Any:
+        """Call a function; a type of floats that it is given, or takes by default, is float64."""
+        return _lengthened(super().call_function(target, *_with_float64(args, kwargs)))
+
+    def call_method(self, target: fx.node.Target, args: Any, kwargs: Any) -> Any:
+        """Call a method, in the same way."""
+        return _lengthened(super().call_method(target, *_with_float64(args, kwargs)))
 
     def call_module(self, target: fx.node.Target, args: Any, kwargs: Any) -> Any:
         """Call a copy of the module."""
@@ -105,5 +125,4 @@ class InFloat64(fx.Interpreter):
 
     def get_attr(self, target: fx.node.Target, args: Any, kwargs: Any) -> Any:
         """Read a copy of the tensor."""
-        value = super().get_attr(target, args, kwargs)
-        return _doubled(value) if torch.is_tensor(value) else value
+        return _lengthened(super().get_attr(target, args, kwargs))

@@ -140,14 +140,17 @@ _SAME_FUNCTIONS = frozenset({
     F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.max_pool1d, F.max_pool2d, F.max_pool3d,
     F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d,
     F.adaptive_avg_pool3d, F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.interpolate,
-    operator.neg,
+    operator.neg, torch.square, torch.sqrt,
 })  # fmt: skip
 _SAME_METHODS = frozenset({"relu", "sigmoid", "tanh", "contiguous", "clamp", "neg", "abs", "exp"})
 _ZERO_PADDED = frozenset({F.avg_pool1d, F.avg_pool2d, F.avg_pool3d})
 _ADDS = frozenset({operator.add, operator.iadd, operator.sub, operator.isub, torch.add, torch.sub})
 _MULS = frozenset({operator.mul, operator.imul, torch.mul})
-_SCALAR_MATH = _ADDS | _MULS | {operator.truediv, operator.itruediv, torch.div}
-_MEANS = frozenset({torch.mean, "mean"})
+_SCALAR_MATH = (
+    _ADDS | _MULS | {operator.truediv, operator.itruediv, torch.div, operator.pow, torch.pow}
+)
+_MEANS = frozenset({torch.mean, "mean", torch.amax, "amax", torch.amin, "amin"})
+"""Over the pixels of one channel, a uniform map gives what it is at every pixel; a sum does not."""
 
 
 def describe(

@@ -70,8 +70,8 @@ class _Builder:
             case Kind.INPUT:
                 return self.graph.placeholder(str(op.node.target))
             case Kind.CONSTANT:
-                value = self.reading.graph.get_buffer(str(op.node.target))
-                return self.constant(value[:, self.kept[op.node.name]], str(op.node.target))
+                value = _attribute(self.reading.graph, str(op.node.target))
+                return self.constant(value[:, self.kept[op.node.name]], self._own_name(op))
             case Kind.MIX:
                 return self._mix(op)
             case Kind.SCALE | Kind.NORM:
@@ -93,6 +93,12 @@ class _Builder:
         self.parts[name] = value.detach().clone()
         return self.graph.create_node("get_attr", name)
 
+    def _own_name(self, op: Op) -> str:
+        """Return the name of an attribute; none if it is of a layer that may become smaller."""
+        owner = str(op.node.target).rpartition(".")[0]
+        called = {other.name for other in self.reading.ops.values() if other.module is not None}
+        return "" if owner in called else str(op.node.target)
+
     @property
     def taken(self) -> set[str]:
         """Names of attributes that the old graph reads."""
@@ -106,7 +112,9 @@ class _Builder:
     def _copy(self, op: Op) -> fx.Node:
         if op.node.op == "get_attr":
             value = _attribute(self.reading.graph, str(op.node.target))
-            self.parts[str(op.node.target)] = value.clone() if torch.is_tensor(value) else value
+            if torch.is_tensor(value):
+                return self.constant(value, self._own_name(op))
+            self.parts[str(op.node.target)] = value
         node = self.graph.node_copy(op.node, lambda old: self.built[old])
         if "inplace" in node.kwargs:
             node.kwargs = {**node.kwargs, "inplace": False}

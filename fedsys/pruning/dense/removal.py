@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from fedsys.errors import ConfigError, ModelError
-from fedsys.models.graph import trace_evaluation
+from fedsys.models.graph import interpreted, trace_evaluation
 from fedsys.pruning.dense.channels import Coupling, Needs, keep, needs
 from fedsys.pruning.dense.cloning import clone_model
 from fedsys.pruning.dense.constants import Borders, Reading, read
 from fedsys.pruning.dense.ops import Kind
 from fedsys.pruning.dense.rebuild import rebuild
+from fedsys.pruning.dense.simplify import baked, simplify
 from fedsys.randomness import Address
 
 _MUTE = (
@@ -203,25 +204,18 @@ def probes(example: Tensor | Sequence[int]) -> Tensor:
 
 
 def evaluation_graph(model: nn.Module) -> fx.GraphModule:
-    """Trace `model` and return the graph of its evaluation mode.
+    """Trace `model` and return the graph of its evaluation mode, simplified.
 
     Args:
-        model: The caller's own: the graph uses its modules, not copies.
+        model: The caller's own: the graph uses its modules, not copies, unless some have
+            parametrised weights (`fedsys.pruning.dense.simplify.baked`).
 
     Raises:
         ModelError: The model does not trace.
     """
-    graph = trace_evaluation(model)
-    if not any(type(module).__name__ == "StochasticDepth" for module in graph.modules()):
-        return graph
-    called = dict(graph.named_modules(remove_duplicate=False))
-    calls = [node for node in graph.graph.nodes if node.op == "call_module"]
-    absent = [n for n in calls if type(called[str(n.target)]).__name__ == "StochasticDepth"]
-    for node in absent:  # nothing in evaluation
-        node.replace_all_uses_with(node.args[0])
-        graph.graph.erase_node(node)
-    graph.recompile()
-    return graph
+    graph = trace_evaluation(baked(model.eval()))
+    simplify(graph)
+    return interpreted(graph, graph.graph, type(model).__name__)
 
 
 def _groups(
