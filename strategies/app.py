@@ -34,14 +34,14 @@ from fedsys.training.pulse import pulse
 from fedsys.transport import records
 from strategies import Roster, build, pruned
 from strategies.around import find
-from strategies.crash_safety import Keeper, opened
-from strategies.gathering import gather
+from strategies.crash_safety import CrashSafety, opened
 from strategies.heading import Plans, about_pieces, surroundings, title
 from strategies.offload import Offload
 from strategies.offload_figures import figures, recoveries, traces
 from strategies.offload_totals import in_words
+from strategies.roster import gather
 from strategies.rounds import RoundResult, play
-from strategies.virtual_time import RoundClock, totals
+from strategies.virtual_time import RoundClock, virtual_totals
 from strategies.watching import watched
 
 app = ServerApp()
@@ -57,9 +57,9 @@ def main(grid: Grid, context: Context) -> None:
         config = with_launched(config, context.run_config)
         stages.current().reached("nodes")
         path = Path(config.run.dir or default_path(outputs(), "train"))
-        with opened(config, path, progress) as keeper, open_fleet(config, keeper.faults) as fleet:
-            before_exit(own, lambda: keeper.folder.fail(KeyboardInterrupt("the run was stopped")))
-            result = _train(config, grid, roster, keeper, progress, fleet)
+        with opened(config, path, progress) as safety, open_fleet(config, safety.faults) as fleet:
+            before_exit(own, lambda: safety.folder.fail(KeyboardInterrupt("the run was stopped")))
+            result = _train(config, grid, roster, safety, progress, fleet)
             progress.finish(result)
 
 
@@ -86,11 +86,11 @@ def _train(
     config: Config,
     grid: Grid,
     roster: Roster,
-    keeper: Keeper,
+    safety: CrashSafety,
     progress: Progress,
     fleet: Fleet | None,
 ) -> dict[str, Any]:
-    folder = keeper.folder
+    folder = safety.folder
     started = time.perf_counter()
     progress.phase(f"loading {config.data.get('source', 'data')}")
     fed = federation.federation(config)
@@ -100,11 +100,11 @@ def _train(
     device = training.pick_device(config.client.device)
     judge = Judge(model.to(device), fed)
     strategy = build(config, model, roster, fleet=fleet, dataset=fed.dataset)
-    initial = keeper.watch(strategy, records.to_record(model.state_dict()))
+    initial = safety.watch(strategy, records.to_record(model.state_dict()))
     clock = stages.current()
     clock.reached("data and model")
     clock.rounds_begin()
-    progress.start(config.rounds, title(config, model, fed.dataset), keeper.done)
+    progress.start(config.rounds, title(config, model, fed.dataset), safety.done)
     for line in (*surroundings(config), *about_pieces(config, model, fed.dataset)):
         progress.about(line)
     plans = Plans(config, strategy, progress.about)
@@ -121,24 +121,24 @@ def _train(
             strategy,
             grid,
             initial,
-            first=keeper.done + 1,
+            first=safety.done + 1,
             last=config.rounds,
-            elapsed_s=keeper.seconds,
+            elapsed_s=safety.seconds,
             timeout_s=config.runtime.timeout_s,
             judge=judge.validation,
-            done=Teller(config, strategy, keeper, progress).tell,
-            faults=keeper.faults,
+            done=Teller(config, strategy, safety, progress).tell,
+            faults=safety.faults,
             timed=None if virtual is None else virtual.row,
             began=began,
         )
     drawing = ", drawing plots" if config.run.plots else ""
     progress.phase(f"scoring the test part{drawing}")
-    seconds = keeper.seconds + time.perf_counter() - started
-    fleet_round = None if virtual is None else virtual.last
-    trace_plots.write(folder.path, traces(strategy), fleet_round, draw=config.run.plots)
+    seconds = safety.seconds + time.perf_counter() - started
+    modelled = None if virtual is None else virtual.last
+    trace_plots.write(folder.path, traces(strategy), modelled, draw=config.run.plots)
     pruned.keep_masks(strategy, folder.path)
-    more = {**figures(strategy), **pruned.figures(strategy), **totals(folder.rounds())}
-    return _conclude(config, fed, keeper, arrays, judge, more, seconds)
+    more = {**figures(strategy), **pruned.figures(strategy), **virtual_totals(folder.rounds())}
+    return _conclude(config, fed, safety, arrays, judge, more, seconds)
 
 
 def _virtual(
@@ -153,7 +153,7 @@ def _virtual(
         layered_model(config, dataset.input_shape, dataset.num_classes),
         [len(part) for part in fed.parts],
         find(strategy, Offload),
-        totals(rows).get("virtual_s", 0.0),
+        virtual_totals(rows).get("virtual_s", 0.0),
         len(rows),
     )
 
@@ -164,20 +164,20 @@ class Teller:
     Args:
         config: The run.
         strategy: Whose recoveries and levels of pruning are told.
-        keeper: Keeps what the run can continue from, in the run's folder.
+        safety: Keeps what the run can continue from, in the run's folder.
         progress: Shows the run.
     """
 
     def __init__(
-        self, config: Config, strategy: Strategy, keeper: Keeper, progress: Progress
+        self, config: Config, strategy: Strategy, safety: CrashSafety, progress: Progress
     ) -> None:
         self._config, self._strategy = config, strategy
-        self._keeper, self._progress = keeper, progress
+        self._safety, self._progress = safety, progress
         self._told = len(recoveries(strategy))
 
     def tell(self, result: RoundResult) -> None:
         """Take note of a finished round."""
-        strategy, folder, progress = self._strategy, self._keeper.folder, self._progress
+        strategy, folder, progress = self._strategy, self._safety.folder, self._progress
         folder.add_round(result.row)
         progress.round_done(result.row)
         for client, reason in result.lost.items():
@@ -190,21 +190,21 @@ class Teller:
         if news := pruned.news(strategy):
             progress.note(news)
         pruned.keep_level(strategy, self._config, result.number, result.arrays, folder.path)
-        self._keeper.keep(result)
+        self._safety.keep(result)
         stages.current().round_ended()
 
 
 def _conclude(
     config: Config,
     fed: Federation,
-    keeper: Keeper,
+    safety: CrashSafety,
     arrays: ArrayRecord,
     judge: Judge,
     more: Mapping[str, Any],
     seconds: float,
 ) -> dict[str, Any]:
     """Score the last model once on the test part and write what a run leaves behind."""
-    folder = keeper.folder
+    folder = safety.folder
     state = records.from_record(arrays)
     last: Mapping[str, Any] = folder.rounds()[-1]
     test = judge.test(arrays)
@@ -218,7 +218,7 @@ def _conclude(
         "seconds": seconds,
         "run_dir": str(folder.path),
         "model_sha256": state_sha256(state),
-        "faults": keeper.faults.report(),
+        "faults": safety.faults.report(),
         **more,
     }
     text = configuration.with_values(config.text, resume=None)
@@ -229,7 +229,7 @@ def _conclude(
     if config.run.plots:
         plots.draw_all(folder)
         data.plot_class_counts(counts, classes, folder.path / "plots" / "class_counts.png")
-    keeper.faults.check_all_fired()
+    safety.faults.check_all_fired()
     result |= stages.current().figures()
     folder.finish(result)
     return result

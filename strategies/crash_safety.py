@@ -27,7 +27,7 @@ from strategies.rounds import RoundResult
 
 
 @dataclass
-class Keeper:
+class CrashSafety:
     """The folder of a run, its checkpoints and its faults.
 
     Attributes:
@@ -89,7 +89,7 @@ class Keeper:
 
 
 @contextmanager
-def opened(config: Config, path: Path, progress: Progress) -> Iterator[Keeper]:
+def opened(config: Config, path: Path, progress: Progress) -> Iterator[CrashSafety]:
     """Open the folder of a new run, or of the one that `config.resume` continues.
 
     Raises:
@@ -99,7 +99,7 @@ def opened(config: Config, path: Path, progress: Progress) -> Iterator[Keeper]:
     if config.resume is None:
         with RunFolder.create(path) as folder, Checkpoints(path) as checkpoints:
             folder.log_config(config.text)
-            yield Keeper(config, folder, checkpoints, None, _faults(config, folder, 0))
+            yield CrashSafety(config, folder, checkpoints, None, _faults(config, folder, 0))
         return
     resume.check_folder(path)
     with Checkpoints(path) as checkpoints:
@@ -111,7 +111,7 @@ def opened(config: Config, path: Path, progress: Progress) -> Iterator[Keeper]:
             for problem in checkpoints.problems:
                 folder.event("checkpoint_damaged", reason=problem, continued_after=done)
                 progress.note(f"{problem}; continuing after round {done}")
-            yield Keeper(config, folder, checkpoints, last, _faults(config, folder, done))
+            yield CrashSafety(config, folder, checkpoints, last, _faults(config, folder, done))
 
 
 def _check(config: Config, last: Checkpoint | None, path: Path) -> None:

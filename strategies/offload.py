@@ -29,7 +29,7 @@ from strategies.around import Around
 from strategies.edge_loss import Repeats, too_small
 from strategies.message_halves import with_pieces
 from strategies.model_division import ModelDivision
-from strategies.offload_totals import Totals
+from strategies.offload_totals import OffloadTotals
 from strategies.policies.policy import Assignment, Observation, OffloadPolicy, PolicyState
 from strategies.returns import Returns
 from strategies.roster import Roster
@@ -70,7 +70,7 @@ class Offload(Around):
     ) -> None:
         super().__init__(inner)
         self.fleet, self.policy, self.roster = fleet, policy, roster
-        self.totals, self.lost = Totals(), dict[int, str]()
+        self.totals, self.lost = OffloadTotals(), dict[int, str]()
         self.traces: dict[int, list[Event]] = {}
         self.assigned: Mapping[int, Assignment] = {}
         self._config = config
@@ -165,7 +165,7 @@ class Offload(Around):
         """What the policy remembers."""
         return self._policy_state
 
-    def told(self, client: int, measured: Mapping[str, float]) -> None:
+    def observe(self, client: int, measured: Mapping[str, float]) -> None:
         """Let the policy see other times of a client than those that were measured here."""
         self._seen[client] = dataclasses.asdict(self.seen_of(client)) | dict(measured)
 

@@ -10,7 +10,7 @@ from fedsys.models.layers import LayeredModel, fractions
 
 
 @dataclass
-class Totals:
+class OffloadTotals:
     """What offloading did in a run so far.
 
     Attributes:

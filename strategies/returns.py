@@ -15,7 +15,7 @@ from fedsys.planning.resources import Event
 from fedsys.runs.tracing import unpack
 from fedsys.transport.messages import ARRAYS, OBSERVATION, TRACE, Outcome, TraceRecord, read
 from strategies.model_division import ModelDivision
-from strategies.offload_totals import Totals
+from strategies.offload_totals import OffloadTotals
 from strategies.policies.policy import Assignment, Observation
 from strategies.split_sessions import Sent, SplitSessions
 
@@ -40,7 +40,7 @@ class Returns:
         self,
         division: ModelDivision,
         sessions: SplitSessions,
-        totals: Totals,
+        totals: OffloadTotals,
         seen: dict[int, dict[str, Any]],
         assigned: Mapping[int, Assignment],
     ) -> None:

@@ -4,6 +4,10 @@ Flower's node ids are random and change with each run. Everything in fedsys that
 (its data, its draws, its place in a sum) goes by the partition id that the client tells when it
 is asked. Nodes come and go: a roster is asked anew in each round, and waits where Flower's own
 strategies would wait for ever, for a limited time.
+
+`fedsys train` says how many clients there are, and the run waits for as many nodes. Users of
+Flower expect the opposite of ``flwr run``: there are as many clients as nodes, and every node is
+used. Then the number follows from the nodes, and the clients are told (`gather`).
 """
 
 from __future__ import annotations
@@ -12,17 +16,24 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-from flwr.app import Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
+from fedsys import config as configuration
+from fedsys.config import Config
 from fedsys.errors import RuntimeFailure
 from fedsys.identity import differences
-from fedsys.transport.messages import IDENTITY, Identity, read
+from fedsys.runtime.grids import AnnotatedGrid, AttentiveGrid
+from fedsys.training import federation
+from fedsys.transport.messages import FEDERATION, IDENTITY, Division, Identity, read, written
 
 IDENTIFY = "query.identify"
 """Message type that asks a client who it is."""
+
+ENGINE_S = 300.0
+"""Seconds that Flower's simulation engine may take to add its nodes, while it starts Ray."""
 
 POLL_S = 0.5
 """Seconds between two looks at who is connected, while nodes are missing."""
@@ -250,3 +261,41 @@ def _parsed(text: str) -> object:
 
 def _listed(partitions: Iterable[int]) -> str:
     return ", ".join(map(str, partitions)) or "none"
+
+
+def gather(
+    config: Config, grid: Grid, run_config: Mapping[str, Any], say: Callable[[str], None]
+) -> tuple[Config, Grid, Roster]:
+    """Wait for the nodes that the run needs and settle how many clients there are.
+
+    Args:
+        config: The run as it was asked for.
+        grid: Reaches the nodes.
+        run_config: Says whether the run was submitted by fedsys or by a bare ``flwr run``.
+        say: Told what a person should know.
+
+    Returns:
+        The run as it takes place, the grid for it, and who is there.
+
+    Raises:
+        RuntimeFailure: As `Roster.assemble`.
+    """
+    wait_s = config.runtime.wait_s
+    if not run_config.get("hydra-config") and config.runtime.kind != "deployment":
+        patience_s = wait_s if isinstance(grid, AttentiveGrid) else max(wait_s, ENGINE_S)
+        count = Roster(wait_s=patience_s, say=say).count(grid)
+        if count != config.num_clients:
+            say(
+                f"num_clients={config.num_clients} in the configuration, but {count} "
+                f"{'node is' if count == 1 else 'nodes are'} connected: the data are divided among "
+                f"{count}"
+            )
+            config = configuration.divided(config, count)
+        grid = AnnotatedGrid(grid, FEDERATION, ConfigRecord(written(Division(count))))
+
+    def classes() -> Sequence[str]:
+        return federation.federation(config).dataset.classes
+
+    roster = Roster(config.num_clients, classes, wait_s=wait_s, say=say)
+    roster.assemble(grid)
+    return config, grid, roster

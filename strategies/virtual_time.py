@@ -23,7 +23,7 @@ from fedsys.planning.options import run_workload
 from fedsys.planning.resources import RESOURCES
 from fedsys.planning.virtual_clock import iterations_of, predicted_iterations, virtual_round
 from fedsys.planning.workload import Device, Workload
-from fedsys.runs.virtual_trace import FleetRound
+from fedsys.runs.virtual_trace import ModelledRound
 from strategies.offload import Offload
 from strategies.policies.planned import Planned
 
@@ -58,7 +58,7 @@ class RoundClock:
     ) -> None:
         self._config, self._layers, self._examples = config, layers, examples
         self._offload, self._now_s, self._done = offload, elapsed_s, done
-        self.last: FleetRound | None = None
+        self.last: ModelledRound | None = None
         self._machines = None if config.client.label_private else hardware(config, layers)
         self._real = config.runtime.kind == "deployment" or (
             config.network.emulate and config.fleet.emulate
@@ -84,7 +84,7 @@ class RoundClock:
         load = load.at_round(self._done)
         played = virtual_round(load, choices, self._now_s)
         expected = self._expected(load, choices, who)
-        self.last = FleetRound(
+        self.last = ModelledRound(
             played,
             tuple(f"device {c} {_machine(d)}" for c, d in zip(who, load.devices, strict=True)),
             tuple(edge.workers for edge in load.edges),
@@ -107,7 +107,7 @@ class RoundClock:
             ]
             for client, seen in zip(who, played.seen, strict=True):
                 if self._offload is not None:
-                    self._offload.told(client, dataclasses.asdict(seen))
+                    self._offload.observe(client, dataclasses.asdict(seen))
         self._now_s += played.seconds
         told = {"prediction_error": float(median(errors))} if errors else {}
         return {"virtual_s": played.seconds, **row, **told}
@@ -147,7 +147,7 @@ def _machine(device: Device) -> str:
     return device.costs.name.rpartition(".")[2]
 
 
-def totals(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def virtual_totals(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the figures of a run from the rows of its rounds; empty if none was timed.
 
     Returns:

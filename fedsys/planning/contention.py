@@ -19,7 +19,7 @@ for a device alone, those after it, so that the last backward ends at::
     C_N = max(N f + N b,  D_1 + l + N b,  D_N + l + b)
     D_i = f + u + l + s + d + (i - 1) max(f, u, s, d)
 
-Devices with fewer pieces in flight than they have take the way of `fedsys.planning.windowed`.
+Devices with fewer pieces in flight than they have take the way of `fedsys.planning.bounded`.
 
 Edges serve in order of arrival. `fedsys.planning.timeline.play` gives the same times, piece by
 piece.
@@ -34,7 +34,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsys.planning.windowed import windowed_s
+from fedsys.planning.bounded import bounded_s
 from fedsys.planning.workload import Array, StageTimes
 
 Indices = NDArray[np.int64]
@@ -59,15 +59,15 @@ def alone_s(s: StageTimes, depth: int | None = None) -> Array:
     done = np.maximum(first + n * s.backward, last + s.backward) + s.latency
     served = arrival + s.edge + (n - 1) * np.maximum(slowest, s.edge)
     seconds = _whole(s, np.where(s.offloaded, done, 0.0), served + s.edge_update)
-    late = _windowed(s, depth)
+    late = _bounded(s, depth)
     if depth is not None and late.any():
         each = _part(s, late, axis=1)
         edge = np.zeros(each.pieces.shape, dtype=np.int64)
-        seconds[late] = _whole(each, *windowed_s(each, edge, [1], depth))[:, 0]
+        seconds[late] = _whole(each, *bounded_s(each, edge, [1], depth))[:, 0]
     return seconds
 
 
-def _windowed(s: StageTimes, depth: int | None) -> NDArray[np.bool_]:
+def _bounded(s: StageTimes, depth: int | None) -> NDArray[np.bool_]:
     """Return where a device has more pieces than may be in flight."""
     late: NDArray[np.bool_] = s.offloaded & (s.pieces > (np.inf if depth is None else depth))
     return late
@@ -102,10 +102,10 @@ def together_s(
     Returns:
         Seconds, ``(C, K)``.
     """
-    late: NDArray[np.bool_] = np.any(_windowed(s, depth), axis=-1)
+    late: NDArray[np.bool_] = np.any(_bounded(s, depth), axis=-1)
     if depth is not None and late.any():
         seconds, some = np.empty(edge.shape), _part(s, late)
-        seconds[late] = _whole(some, *windowed_s(some, edge[late], workers, depth))
+        seconds[late] = _whole(some, *bounded_s(some, edge[late], workers, depth))
         if not late.all():
             seconds[~late] = together_s(_part(s, ~late), edge[~late], workers)
         return seconds

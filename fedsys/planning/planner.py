@@ -35,7 +35,7 @@ from fedsys.errors import ConfigError
 from fedsys.planning import search
 from fedsys.planning.assignment import Assignment
 from fedsys.planning.contention import Indices, alone_s
-from fedsys.planning.tables import MEAN, Table
+from fedsys.planning.stage_table import MEAN, StageTable
 from fedsys.planning.workload import MOST_PIECES, Device, Menu, Workload
 from fedsys.transport.network import Network
 
@@ -103,12 +103,12 @@ def evaluate(
     return _as_plan(table, picked, method, how)
 
 
-def _listed(load: Workload, choices: Sequence[Assignment]) -> tuple[Table, Indices]:
+def _listed(load: Workload, choices: Sequence[Assignment]) -> tuple[StageTable, Indices]:
     index = {choice: i for i, choice in enumerate(dict.fromkeys(choices))}
-    return Table(load, list(index)), np.array([index[choice] for choice in choices])
+    return StageTable(load, list(index)), np.array([index[choice] for choice in choices])
 
 
-def _as_plan(table: Table, picked: Indices, method: str, how: str) -> Plan:
+def _as_plan(table: StageTable, picked: Indices, method: str, how: str) -> Plan:
     iteration, round_ = table.times_of(picked)
     rest = iteration * table.rest[np.arange(len(picked)), table.course[picked]]
     choices = tuple(table.choices[i] for i in picked)
@@ -167,7 +167,7 @@ def next_best(
         made: A plan of it.
         offload: Whether devices have to offload.
     """
-    table = Table(load, list(dict.fromkeys([*options(load, offload=offload), *made.choices])))
+    table = StageTable(load, list(dict.fromkeys([*options(load, offload=offload), *made.choices])))
     index = {choice: i for i, choice in enumerate(table.choices)}
     picked = np.array([index[choice] for choice in made.choices])
     known: dict[tuple[int, Network, int, Assignment], tuple[Assignment, float]] = {}
@@ -193,7 +193,7 @@ def next_best(
 # --------------------------------------------------------------------------------------------------
 # The methods: a table of choices, which of them, and how they were found
 
-_Found = tuple[Table, Indices, str]
+_Found = tuple[StageTable, Indices, str]
 
 
 def _classic(load: Workload, offload: bool) -> _Found:
@@ -201,12 +201,12 @@ def _classic(load: Workload, offload: bool) -> _Found:
 
 
 def _auto(load: Workload, offload: bool) -> _Found:
-    table = Table(load, options(load, offload=offload))
+    table = StageTable(load, options(load, offload=offload))
     return table, *search.promising(table)
 
 
 def _exhaustive(load: Workload, offload: bool) -> _Found:
-    table = Table(load, options(load, offload=offload))
+    table = StageTable(load, options(load, offload=offload))
     start, _ = search.promising(table)
     count, devices = len(table.choices), len(load.devices)
     combinations = count**devices
@@ -221,7 +221,7 @@ def _exhaustive(load: Workload, offload: bool) -> _Found:
     return table, picked, how
 
 
-def _joint(table: Table, start: Indices, combinations: int) -> Indices:
+def _joint(table: StageTable, start: Indices, combinations: int) -> Indices:
     """Return the best of all combinations.
 
     What devices would take alone is a bound from below, so combinations are timed in the order of

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fedsys.planning.contention import Indices
-from fedsys.planning.tables import Table, score
+from fedsys.planning.stage_table import StageTable, score
 from fedsys.planning.workload import Array
 
 _EFFORT = 80_000  # pieces that are timed for a fleet
@@ -30,7 +30,7 @@ _POWER = 16  # of the mean of the devices' times, by which plans are compared at
 _LEAST = 1e-3  # what a change has to bring there
 
 
-def promising(table: Table) -> tuple[Indices, str]:
+def promising(table: StageTable) -> tuple[Indices, str]:
     """Return a good plan, never worse than with all on the devices, and how it was searched.
 
     Args:
@@ -49,7 +49,7 @@ def promising(table: Table) -> tuple[Indices, str]:
     return table.best_of(found), how
 
 
-def _from_each_start(table: Table) -> Indices:
+def _from_each_start(table: StageTable) -> Indices:
     """Return the best plan of a small fleet, for which there is time for more than one start."""
     alone, loads = table.alone(), table.loads()
     short, starts = _worthwhile(table, alone, loads), _limited_starts(table, alone, loads)
@@ -59,7 +59,7 @@ def _from_each_start(table: Table) -> Indices:
     return improved(table, table.best_of(found), everything, effort=2 * _EFFORT)
 
 
-def _by_groups(table: Table, levels: Sequence[Sequence[Indices]]) -> Indices:
+def _by_groups(table: StageTable, levels: Sequence[Sequence[Indices]]) -> Indices:
     """Return the plan that is best for small fleets, one device for each group."""
     picked: Indices | None = None
     for groups in levels:
@@ -77,7 +77,7 @@ def _by_groups(table: Table, levels: Sequence[Sequence[Indices]]) -> Indices:
     return picked
 
 
-def _levels(table: Table) -> list[list[Indices]]:
+def _levels(table: StageTable) -> list[list[Indices]]:
     """Return like devices in groups: few large ones, and more small ones.
 
     A group has as many devices as an edge computes at a time, or more, all of one kind. Where there
@@ -95,7 +95,7 @@ def _levels(table: Table) -> list[list[Indices]]:
     return levels
 
 
-def _groups(table: Table, kind: Indices, size: int) -> list[Indices]:
+def _groups(table: StageTable, kind: Indices, size: int) -> list[Indices]:
     """Return groups of about that size within each kind; the slowest of a group is its first."""
     seconds = table.alone().mean(axis=1)
     found: list[Indices] = []
@@ -106,7 +106,7 @@ def _groups(table: Table, kind: Indices, size: int) -> list[Indices]:
     return found
 
 
-def _limited_starts(table: Table, alone: Array, loads: Array) -> list[Indices]:
+def _limited_starts(table: StageTable, alone: Array, loads: Array) -> list[Indices]:
     """Return the two most promising plans in which all devices have one limit of time, in order.
 
     Each device takes least of the edges within the limit, which lies between the least possible
@@ -131,7 +131,7 @@ def _limited_starts(table: Table, alone: Array, loads: Array) -> list[Indices]:
     return list(picked[np.argsort(score(takes), kind="stable")[:2]])
 
 
-def spread(table: Table, courses: Indices, loads: Array) -> tuple[Indices, Array]:
+def spread(table: StageTable, courses: Indices, loads: Array) -> tuple[Indices, Array]:
     """Distribute devices over edges, the largest load first, to the edge that is done earliest.
 
     Args:
@@ -162,14 +162,14 @@ def spread(table: Table, courses: Indices, loads: Array) -> tuple[Indices, Array
     return picked, busy.max(axis=-1)
 
 
-def fastest_alone(table: Table) -> Indices:
+def fastest_alone(table: StageTable) -> Indices:
     """Return the plan in which each device has the course that is fastest alone, ``(K,)``."""
     picked, _ = spread(table, table.alone().argmin(axis=1)[None], table.loads())
     own: Indices = picked[0]
     return own
 
 
-def _worthwhile(table: Table, alone: Array, loads: Array) -> list[Indices]:
+def _worthwhile(table: StageTable, alone: Array, loads: Array) -> list[Indices]:
     """Return for each device the choices that are best at something.
 
     A course that another one betters both alone and in what it takes of the edge is left out, but
@@ -191,7 +191,7 @@ def _worthwhile(table: Table, alone: Array, loads: Array) -> list[Indices]:
 
 
 def improved(
-    table: Table, picked: Indices, short: Sequence[Indices], *, effort: float = math.inf
+    table: StageTable, picked: Indices, short: Sequence[Indices], *, effort: float = math.inf
 ) -> Indices:
     """Change the choice of one device after the other for a better plan, until none is better.
 
@@ -238,7 +238,7 @@ def _slow_ones(round_s: Array) -> Array:
     return mean
 
 
-def _cost_of_piece(table: Table) -> int:
+def _cost_of_piece(table: StageTable) -> int:
     """Return how many times as long a piece takes as one of a closed form."""
     limit = table.load.in_flight
     if limit is not None and max(table.load.micro_batches) > limit:

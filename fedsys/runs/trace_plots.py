@@ -16,7 +16,7 @@ from fedsys.files import json_text, write_atomic
 from fedsys.planning.resources import RESOURCES, Event
 from fedsys.runs import plots, virtual_trace
 from fedsys.runs.tracing import LANES, lanes_in, perfetto
-from fedsys.runs.virtual_trace import FleetRound, Shown, by_resource, one_iteration, workers
+from fedsys.runs.virtual_trace import ModelledRound, Shown, by_resource, one_iteration, workers
 
 Traces = Mapping[str, Sequence[Event]]
 Panel = tuple[plots.Paint, float]
@@ -40,15 +40,15 @@ _CRITICAL: Final = plots.COLORS[3]
 
 
 def write(
-    folder: Path, traces: Traces, fleet: FleetRound | None = None, *, draw: bool = True
+    folder: Path, traces: Traces, modelled: ModelledRound | None = None, *, draw: bool = True
 ) -> list[Path]:
     """Write ``trace.json``, and ``plots/timeline.png`` and ``plots/idle.png``.
 
     Args:
         folder: Of the run.
         traces: Events by device, as they were measured.
-        fleet: The round on the modelled fleet; None if there is none. Nothing is written if there
-            are no events either.
+        modelled: The round on the modelled fleet; None if there is none. Nothing is written if
+            there are no events either.
         draw: Whether pictures are drawn.
 
     Returns:
@@ -58,46 +58,51 @@ def write(
         RunError: A file cannot be written.
     """
     held = {device: events for device, events in traces.items() if events}
-    if not held and fleet is None:
+    if not held and modelled is None:
         return []
     path = folder / "trace.json"
-    write_atomic(path, json_text(_trace(held, fleet)).encode())
+    write_atomic(path, json_text(_trace(held, modelled)).encode())
     drawn = [path]
-    if draw and (panels := _lanes_panels(held, fleet)):
+    if draw and (panels := _lanes_panels(held, modelled)):
         drawn.append(plots.draw_panels(folder / "plots" / "timeline.png", panels))
-        width = 6.4 if fleet is None else idle_width(fleet)
-        panels = _idle_panels(held, fleet)
+        width = 6.4 if modelled is None else idle_width(modelled)
+        panels = _idle_panels(held, modelled)
         drawn.append(plots.draw_panels(folder / "plots" / "idle.png", panels, width))
     return drawn
 
 
-def _trace(held: Traces, fleet: FleetRound | None) -> dict[str, Any]:
-    if fleet is None:
+def _trace(held: Traces, modelled: ModelledRound | None) -> dict[str, Any]:
+    if modelled is None:
         return perfetto(held)
-    named = {f"{fleet.own}: {device}": events for device, events in held.items()}
-    pid = len(named) + 1 if fleet.real else 1
-    trace, modelled = perfetto(named, 1 if fleet.real else 2), virtual_trace.perfetto(fleet, pid)
+    named = {f"{modelled.own}: {device}": events for device, events in held.items()}
+    pid = len(named) + 1 if modelled.real else 1
+    trace, played = (
+        perfetto(named, 1 if modelled.real else 2),
+        virtual_trace.perfetto(modelled, pid),
+    )
     own = trace["traceEvents"]
-    return {**trace, "traceEvents": own + modelled if fleet.real else modelled + own}
+    return {**trace, "traceEvents": own + played if modelled.real else played + own}
 
 
-def _with_fleet(
-    measured: list[Panel], fleet: FleetRound | None, panel_of: Callable[[FleetRound], Panel]
+def _with_modelled(
+    measured: list[Panel],
+    modelled: ModelledRound | None,
+    panel_of: Callable[[ModelledRound], Panel],
 ) -> list[Panel]:
-    if fleet is None:
+    if modelled is None:
         return measured
-    return [*measured, panel_of(fleet)] if fleet.real else [panel_of(fleet), *measured]
+    return [*measured, panel_of(modelled)] if modelled.real else [panel_of(modelled), *measured]
 
 
-def _whose(fleet: FleetRound | None) -> str:
-    return "" if fleet is None else f"{fleet.own}: ".capitalize()
+def _whose(modelled: ModelledRound | None) -> str:
+    return "" if modelled is None else f"{modelled.own}: ".capitalize()
 
 
 # --------------------------------------------------------------------------------------------------
 # One mini-batch
 
 
-def _lanes_panels(held: Traces, fleet: FleetRound | None) -> list[Panel]:
+def _lanes_panels(held: Traces, modelled: ModelledRound | None) -> list[Panel]:
     panels: list[Panel] = []
     spans = {device: span for device, events in held.items() if (span := _typical(events))}
     if spans:
@@ -105,10 +110,10 @@ def _lanes_panels(held: Traces, fleet: FleetRound | None) -> list[Panel]:
         (begin, end), events = spans[slowest], held[slowest]
         within = [e for e in events if _works(e) and e.end_s > begin and e.start_s < end]
         lanes = [(lane, [[e for e in within if e.lane == lane]]) for lane in lanes_in(events)]
-        title = f"{_whose(fleet)}one mini-batch of {slowest}: {end - begin:.3g} s"
+        title = f"{_whose(modelled)}one mini-batch of {slowest}: {end - begin:.3g} s"
         paint = _lanes_painter(title, "seconds", lanes, (begin, end), 1.0, lambda e: e.name)
         panels.append((paint, HEIGHT))
-    return _with_fleet(panels, fleet, lanes_panel)
+    return _with_modelled(panels, modelled, lanes_panel)
 
 
 def _typical(events: Sequence[Event]) -> tuple[float, float] | None:
@@ -129,7 +134,7 @@ def _works(event: Event) -> bool:
     return event.name not in ("wait", "send")
 
 
-def lanes_of(shown: FleetRound, part: Shown) -> list[Lane]:
+def lanes_of(shown: ModelledRound, part: Shown) -> list[Lane]:
     """Return the lanes of a picture, each with its name and the events of its workers."""
     within = [
         e
@@ -155,7 +160,7 @@ def lanes_of(shown: FleetRound, part: Shown) -> list[Lane]:
     return lanes + [(f"edge {index}", workers(edges[index])) for index in sorted(most[:MOST_EDGES])]
 
 
-def lanes_panel(shown: FleetRound) -> Panel:
+def lanes_panel(shown: ModelledRound) -> Panel:
     """Return what paints one mini-batch of the modelled fleet, and its height in inches."""
     part = one_iteration(shown)
     lanes, span = lanes_of(shown, part), (part.begin_s, part.end_s)
@@ -251,7 +256,7 @@ def _below(columns: int, points: float = 30.0) -> dict[str, Any]:
             "borderaxespad": points / 9.5}  # fmt: skip
 
 
-def _left_out(shown: FleetRound, most: int) -> str:
+def _left_out(shown: ModelledRound, most: int) -> str:
     """Return what a title says of devices and edge servers that are not drawn."""
     edges = {e.resource for e in shown.played.timeline.events if e.kind == "edge"}
     parts = []
@@ -266,17 +271,17 @@ def _left_out(shown: FleetRound, most: int) -> str:
 # Who is idle
 
 
-def _idle_panels(held: Traces, fleet: FleetRound | None) -> list[Panel]:
+def _idle_panels(held: Traces, modelled: ModelledRound | None) -> list[Panel]:
     found = idle_shares(held)
     there = [lane for lane in LANES.values() if any(lane in own for own in found.values())]
     shares = {device: {n: own.get(n, 1.0) for n in there} for device, own in found.items()}
-    title = f"{_whose(fleet)}share of the time in which nothing is done"
+    title = f"{_whose(modelled)}share of the time in which nothing is done"
     step = max(1, len(shares) // 10)
     panels = [(_idle_painter(title, shares, step, 100), HEIGHT)] if shares else []
-    return _with_fleet(panels, fleet, idle_panel)
+    return _with_modelled(panels, modelled, idle_panel)
 
 
-def idle_panel(shown: FleetRound) -> Panel:
+def idle_panel(shown: ModelledRound) -> Panel:
     """Return what paints the idle shares of resources and their mean, and its height in inches."""
     title = f"{shown.title}: share of the round in which nothing is done"
     return _idle_painter(title + _left_out(shown, MOST_BARS), idle_groups(shown), 1, 106), 3.4
@@ -340,12 +345,12 @@ def _busy(events: Sequence[Event], lane: str) -> float:
     return busy
 
 
-def idle_width(shown: FleetRound) -> float:
+def idle_width(shown: ModelledRound) -> float:
     """Return the inches that the groups of `idle_groups` need beside each other."""
     return max(6.4, 0.72 * len(idle_groups(shown)))
 
 
-def idle_groups(shown: FleetRound) -> dict[str, dict[str, float]]:
+def idle_groups(shown: ModelledRound) -> dict[str, dict[str, float]]:
     """Return idle shares, 0 to 1, by group of bars and kind of resource.
 
     A resource that never did anything in the round was idle all the time. ``mean`` is over all

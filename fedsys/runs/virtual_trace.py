@@ -27,7 +27,7 @@ _OF_DEVICES: Final = ("device", "up", "down")
 
 
 @dataclass(frozen=True)
-class FleetRound:
+class ModelledRound:
     """A round on the virtual clock, and what people call who took part.
 
     Attributes:
@@ -83,7 +83,7 @@ class Shown(NamedTuple):
     end_s: float
 
 
-def one_iteration(shown: FleetRound) -> Shown:
+def one_iteration(shown: ModelledRound) -> Shown:
     """Return a mini-batch of the last device, of typical length.
 
     It is one in the middle of those in which all devices still train; the second one if there are
@@ -138,7 +138,7 @@ def by_resource(
     return {**found, **dict(sorted(edges.items()))}
 
 
-def perfetto(shown: FleetRound, pid: int = 1) -> list[dict[str, Any]]:
+def perfetto(shown: ModelledRound, pid: int = 1) -> list[dict[str, Any]]:
     """Return the events of a trace as Perfetto and ``chrome://tracing`` read it: one process.
 
     Its first thread is the critical path; then come device, uplink and downlink of each device, and
@@ -174,7 +174,7 @@ def perfetto(shown: FleetRound, pid: int = 1) -> list[dict[str, Any]]:
     return made
 
 
-def _title(shown: FleetRound, devices: int, until: float) -> str:
+def _title(shown: ModelledRound, devices: int, until: float) -> str:
     timeline = shown.played.timeline
     parts = [shown.title]
     if devices < len(shown.names):
@@ -188,7 +188,7 @@ def _named(name: str, pid: int, tid: int, args: dict[str, Any]) -> dict[str, Any
     return {"name": name, "ph": "M", "pid": pid, "tid": tid, "args": args}
 
 
-def _span(shown: FleetRound, event: Event, pid: int, tid: int) -> dict[str, Any]:
+def _span(shown: ModelledRound, event: Event, pid: int, tid: int) -> dict[str, Any]:
     name, kind, device = event.title, event.kind, shown.names[event.job]
     if tid == 1:
         where = f"edge {event.resource.partition(':')[2]}" if kind == "edge" else device

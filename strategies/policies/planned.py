@@ -23,7 +23,7 @@ from fedsys.planning.costs import MachineCosts
 from fedsys.planning.hardware import Hardware
 from fedsys.planning.options import PlanOptions, machines_of, run_workload
 from fedsys.planning.planner import Plan, evaluate, plan
-from fedsys.planning.tables import score
+from fedsys.planning.stage_table import score
 from fedsys.planning.workload import Device, Menu, Workload, mini_batches
 from fedsys.transport.network import Network
 from strategies.policies.policy import Assignment, Observation

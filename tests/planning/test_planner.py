@@ -17,7 +17,7 @@ from fedsys.planning.assignment import Assignment
 from fedsys.planning.costs import Crossing, MachineClass, MachineCosts
 from fedsys.planning.planner import METHODS, MOST_COMBINATIONS, evaluate, options, plan
 from fedsys.planning.search import improved, spread
-from fedsys.planning.tables import Table, score
+from fedsys.planning.stage_table import StageTable, score
 from fedsys.planning.timeline import play
 from fedsys.planning.workload import Device, Workload, counts, job_of, workload
 from fedsys.training.federation import layered_model
@@ -116,7 +116,7 @@ def test_a_group_takes_as_long_as_the_last_of_its_devices(load, data):
     size = data.draw(st.integers(1, 3)) * load.edges[0].workers
     many = dataclasses.replace(load, devices=load.devices * size)
     groups = [np.arange(k, len(many.devices), len(load.devices)) for k in range(len(load.devices))]
-    whole = Table(many, options(many))
+    whole = StageTable(many, options(many))
     picked = data.draw(
         arrays(np.int64, (3, len(groups)), elements=st.integers(0, len(whole.choices) - 1))
     )
@@ -129,7 +129,7 @@ def test_a_group_takes_as_long_as_the_last_of_its_devices(load, data):
 @settings(max_examples=50, deadline=None)
 @given(fleets(most=5), st.data())
 def test_spreading_gives_the_largest_load_first_to_the_edge_that_is_done_earliest(load, data):
-    table = Table(load, options(load))
+    table = StageTable(load, options(load))
     shape = (data.draw(st.integers(1, 4)), len(load.devices))
     courses = data.draw(arrays(np.int64, shape, elements=st.integers(0, len(table.choice_at) - 1)))
     picked, busiest = spread(table, courses, table.loads())
@@ -152,7 +152,7 @@ def test_spreading_gives_the_largest_load_first_to_the_edge_that_is_done_earlies
 @given(fleets(most=4))
 def test_improving_leaves_out_only_what_cannot_be_better(load):
     """What takes longer alone than the whole plan is not timed; no single change helps after it."""
-    table = Table(load, options(load))
+    table = StageTable(load, options(load))
     everything = [np.arange(len(table.choices))] * len(load.devices)
     start = table.alone().argmin(axis=1)
     made = improved(table, table.choice_at[start, 0], everything)
@@ -277,7 +277,7 @@ def test_a_fleet_of_as_many_kinds_as_devices_is_planned_by_groups_of_like_speed(
 @given(fleets(most=5), st.data())
 def test_however_little_is_tried_nothing_is_made_worse(load, data):
     """Plans are compared by another measure at first, and the search may end there."""
-    table = Table(load, options(load))
+    table = StageTable(load, options(load))
     elements = st.integers(0, len(table.choices) - 1)
     start = data.draw(arrays(np.int64, len(load.devices), elements=elements))
     everything = [np.arange(len(table.choices))] * len(load.devices)
@@ -308,7 +308,7 @@ def test_a_search_that_is_cut_short_returns_what_it_began_with_if_that_was_bette
     load = Workload(
         crossings, (400, 800, 80), (1, 2), 8, devices, (edge,), (1, 2, 4), exchange=False
     )
-    table = Table(load, options(load))
+    table = StageTable(load, options(load))
     start = np.array([6, 6, 3, 2, 3, 6, 2])
     everything = [np.arange(len(table.choices))] * len(devices)
     made = improved(table, start, everything, effort=20_000)

@@ -25,7 +25,7 @@ from fedsys.runs.trace_plots import (
     lanes_of,
     lanes_panel,
 )
-from fedsys.runs.virtual_trace import FleetRound, one_iteration, perfetto, workers
+from fedsys.runs.virtual_trace import ModelledRound, one_iteration, perfetto, workers
 from fedsys.runtime import run
 from fedsys.transport.network import Network
 
@@ -42,7 +42,7 @@ def played(*choices, examples=16, real=False, edges=1):
     devices = tuple(Device(str(i), DEVICE, network, examples) for i in range(len(choices)))
     load = Workload(crossings, (40, 80, 8), (1, 2), 4, devices, (EDGE,) * edges, (1, 2), epochs=2)
     names = tuple(f"device {i} pi" for i in range(len(choices)))
-    return FleetRound(virtual_round(load, choices, 5.0), names, (2,) * edges, real)
+    return ModelledRound(virtual_round(load, choices, 5.0), names, (2,) * edges, real)
 
 
 def lanes(trace):

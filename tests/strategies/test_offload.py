@@ -23,7 +23,7 @@ from fedsys.transport import records
 from strategies.around import find
 from strategies.message_halves import joined
 from strategies.offload import Offload
-from strategies.offload_totals import Totals, in_words
+from strategies.offload_totals import OffloadTotals, in_words
 from strategies.policies.policy import Assignment
 
 SMALL = (
@@ -262,5 +262,5 @@ def test_every_position_of_every_kind_of_link_and_edge_is_in_the_fault_table():
 
 
 def test_totals_survive_as_plain_values(train):
-    totals = Totals({"0": {"index": 1}}, 3, 10, 20, [{"what": "link"}])
-    assert Totals(**json.loads(json.dumps(dataclasses.asdict(totals)))) == totals
+    totals = OffloadTotals({"0": {"index": 1}}, 3, 10, 20, [{"what": "link"}])
+    assert OffloadTotals(**json.loads(json.dumps(dataclasses.asdict(totals)))) == totals

@@ -23,7 +23,7 @@ def score(round_s: Array) -> Array:
     return total
 
 
-class Table:
+class StageTable:
     """The stages of all devices for some choices.
 
     Devices of one kind share their stages, and so do choices that differ in the edge only, if these
@@ -95,7 +95,7 @@ class Table:
         self.choice_at = np.full((len(found), len(self.load.edges)), -1)
         self.choice_at[self.course, self.edge] = np.arange(len(self.choices))
 
-    def part(self, groups: Sequence[Indices]) -> Table:
+    def part(self, groups: Sequence[Indices]) -> StageTable:
         """Return the table in which one device stands for each group.
 
         Devices that are alike send at the same moments, so what an edge takes for a piece of each,
@@ -168,8 +168,7 @@ class Table:
 
         Args:
             picked: The plans.
-            measure: Something else than `fedsys.planning.tables.score` to be made of the times of
-                devices.
+            measure: Something else than `score` to be made of the times of devices.
         """
         measure = measure or score
         if not len(picked):

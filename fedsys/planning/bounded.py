@@ -18,7 +18,7 @@ from fedsys.planning.workload import Array, StageTimes
 Indices = NDArray[np.int64]
 
 
-def windowed_s(
+def bounded_s(
     s: StageTimes, edge: Indices, workers: Sequence[int], depth: int
 ) -> tuple[Array, Array]:
     """Return when devices that share edges have done their last backward, and their sessions.
