@@ -1,6 +1,8 @@
 """What messages carry: records that both sides read alike, and one error where they do not."""
 
+import ast
 import dataclasses
+from pathlib import Path
 
 import pytest
 from flwr.app import ConfigRecord, RecordDict
@@ -93,3 +95,33 @@ def test_a_device_tells_what_it_did_or_it_is_an_error():
 def test_a_device_learns_all_that_was_decided_but_its_edge(cut, pieces, codec):
     decided = Assignment(cut, 0, codec, "bf16", pieces)
     assert Assignment.of(decided.to_record(), pieces) == decided
+
+
+def spelled(tree):
+    """Return the names of records that code spells where it looks one up or makes a content."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Subscript(ast.Attribute(_, attr), ast.Constant(str(name))):
+                pass
+            case ast.Call(
+                ast.Attribute(ast.Attribute(_, attr), "get"), [ast.Constant(str(name)), *_]
+            ):
+                pass
+            case ast.Call(ast.Name("RecordDict"), [ast.Dict(keys)]):
+                yield from (key.value for key in keys if isinstance(key, ast.Constant))
+                continue
+            case _:
+                continue
+        if attr == "content" or attr.endswith("_records"):
+            yield name
+
+
+def test_neither_side_spells_the_name_of_a_record():
+    root = Path(__file__).parents[2]
+    paths = [
+        p for folder in ("fedsys", "strategies", "clients") for p in root.glob(f"{folder}/**/*.py")
+    ]
+    found = {str(p.relative_to(root)): [*spelled(ast.parse(p.read_text()))] for p in paths}
+    assert {path: names for path, names in found.items() if names} == {}
+    code = "a.content['b']; c.array_records.get('d', 1); RecordDict({'e': 2}); f.content[G]"
+    assert sorted(spelled(ast.parse(code))) == ["b", "d", "e"]

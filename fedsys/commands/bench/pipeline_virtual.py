@@ -9,6 +9,7 @@ the ratio, the most that these resources allow, and which of them decides.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import Any, Final
 
 from fedsys.commands.bench import Chart
@@ -17,6 +18,7 @@ from fedsys.models.layers import LayeredModel
 from fedsys.planning.assignment import Assignment
 from fedsys.planning.hardware import machine_costs
 from fedsys.planning.planner import plan
+from fedsys.planning.resources import RESOURCES
 from fedsys.planning.traces import network_of
 from fedsys.planning.virtual_clock import virtual_round
 from fedsys.planning.workload import Device, Menu, Workload, workload
@@ -149,14 +151,9 @@ def most_possible(load: Workload, classic_s: float) -> tuple[float, str]:
         s = Menu(load, [Assignment(cut, 0, codec, codec, 1)]).stages(device)
         forward, backward = device.costs.seconds(load.batch_size, 0, cut)
         edges = max(1.0, len(load.devices) / load.edges[0].workers)
-        busy = {
-            "device": forward + backward,
-            "uplink": float(s.up[0]),
-            "edge": edges * sum(load.edges[0].seconds(load.batch_size, cut)),
-            "downlink": float(s.down[0]),
-        }
-        name = max(busy, key=busy.__getitem__)
-        found.append((busy[name], name))
+        there = edges * sum(load.edges[0].seconds(load.batch_size, cut))
+        busy = (forward + backward, float(s.up[0]), there, float(s.down[0]))
+        found.append(max(zip(busy, RESOURCES.values(), strict=True), key=itemgetter(0)))
     best, name = min(found)
     return classic_s / best, name
 

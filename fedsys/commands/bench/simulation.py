@@ -43,6 +43,18 @@ from fedsys.errors import ConfigError, RuntimeFailure
 from fedsys.runtime.local import LocalGrid
 from fedsys.training import plain as training
 from fedsys.transport import records
+from fedsys.transport.messages import (
+    ARRAYS,
+    CONFIG,
+    IDENTITY,
+    METRICS,
+    NUM_EXAMPLES,
+    PARTITION_ID,
+    Identity,
+    Settings,
+    number,
+    written,
+)
 
 WARM_UP = 3
 """Turns that are not counted."""
@@ -132,18 +144,18 @@ def echo(message: Message, context: Context) -> Message:
 @app.query("identify")
 def identify(message: Message, context: Context) -> Message:
     """Tell the partition id."""
-    identity = ConfigRecord({"partition-id": int(context.node_config["partition-id"])})
-    return Message(RecordDict({"identity": identity}), reply_to=message)
+    identity = Identity(int(number(context.node_config, PARTITION_ID)))
+    return Message(RecordDict({IDENTITY: ConfigRecord(written(identity))}), reply_to=message)
 
 
 @app.train()
 def load(message: Message, context: Context) -> Message:
     """Load what was received into a model, and send back what that has then."""
-    received = message.content.array_records["arrays"]
+    received = message.content.array_records[ARRAYS]
     model = _model_for(tuple(array.shape for array in received.values()))
     records.load_into(model, received)
-    metrics = MetricRecord({"num-examples": 100 + int(context.node_config["partition-id"])})
-    content = RecordDict({"arrays": records.to_record(model.state_dict()), "metrics": metrics})
+    metrics = MetricRecord({NUM_EXAMPLES: 100 + int(number(context.node_config, PARTITION_ID))})
+    content = RecordDict({ARRAYS: records.to_record(model.state_dict()), METRICS: metrics})
     return Message(content, reply_to=message)
 
 
@@ -174,8 +186,8 @@ def _echo_times(config: Config, model: nn.Module, turns: int) -> tuple[float, fl
     return median(times), median(calls)
 
 
-def _echoes(grid: Grid, arrays: ArrayRecord, number: int) -> list[Message]:
-    content = RecordDict({"arrays": arrays, "config": ConfigRecord({"server-round": number})})
+def _echoes(grid: Grid, arrays: ArrayRecord, round_: int) -> list[Message]:
+    content = RecordDict({ARRAYS: arrays, CONFIG: ConfigRecord(written(Settings(round_)))})
     return [Message(content, node, "query.echo") for node in grid.get_node_ids()]
 
 
@@ -218,9 +230,9 @@ def make_strategy(config: Config, options: Mapping[str, Any], model: nn.Module) 
     return strategy
 
 
-def _round(strategy: Strategy, grid: Grid, arrays: ArrayRecord, number: int) -> ArrayRecord:
-    messages = strategy.configure_train(number, arrays, ConfigRecord(), grid)
-    aggregate, _ = strategy.aggregate_train(number, grid.send_and_receive(messages))
+def _round(strategy: Strategy, grid: Grid, arrays: ArrayRecord, round_: int) -> ArrayRecord:
+    messages = strategy.configure_train(round_, arrays, ConfigRecord(), grid)
+    aggregate, _ = strategy.aggregate_train(round_, grid.send_and_receive(messages))
     if aggregate is None:
         raise ConfigError("bench.strategy: made no aggregate of valid replies")
     return aggregate
