@@ -11,6 +11,9 @@ import importlib
 import sys
 from collections.abc import Callable, Mapping
 
+__version__ = "0.1.0"
+"""That of ``pyproject.toml``, also where fedsys is not installed but shipped in Flower's bundle."""
+
 
 def face(
     room: str, names: Mapping[str, str]

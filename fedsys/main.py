@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fedsys import __version__
 from fedsys.commands.arguments import Given, read
 from fedsys.commands.catalog import COMMANDS, Command
 from fedsys.commands.sweep import Sweep
@@ -45,14 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(overview())
         return 0 if arguments else 2
     if arguments[0] == "--version":
-        from importlib.metadata import version
-
-        print(f"fedsys {version('fedsys')}")
+        print(f"fedsys {__version__}")
         return 0
     if arguments[:2] == ["completion", "--candidates"]:  # a shell asks
         from fedsys.commands.completion import candidates
 
-        print("\n".join(candidates(" ".join(arguments[2:]))))
+        for candidate in candidates(" ".join(arguments[2:])):
+            print(candidate)
         return 0
     verb, *rest = arguments
     try:

@@ -24,6 +24,9 @@ from fedsys.serving import v2
 SUFFIXES = (".png", ".jpg", ".jpeg")
 _PAUSE_S = 0.1
 
+OWN = ("address", "name", "timeout_s", "wait_s")
+"""Options of ``serving`` that count for who asks; the others are of the endpoint."""
+
 
 def job(tree: Any) -> Mapping[str, Any]:
     """Send images to an endpoint and print what it says.
@@ -42,6 +45,10 @@ def job(tree: Any) -> Mapping[str, Any]:
         RuntimeFailure: There is no endpoint.
     """
     config = configuration.parse(configuration.to_text(tree))
+    for key, text in configuration.given().items():
+        if key.startswith("serving.") and key.removeprefix("serving.") not in OWN:
+            reason = "the endpoint decides on it; give it to fedsys serve portfolio=DIR"
+            print(f"note: {text} is without effect: {reason}", file=sys.stderr)
     files, single = _files(config)
     results = []
     with closing(_connect(config.serving)) as connection:

@@ -22,7 +22,7 @@ import torch
 from fedsys import config as configuration
 from fedsys.config import Config
 from fedsys.errors import ConfigError
-from fedsys.pruning.portfolio import Portfolio
+from fedsys.pruning.portfolio import MANIFEST, Portfolio
 from fedsys.serving.http import Endpoint
 from fedsys.serving.portfolio import PortfolioEngine
 from fedsys.serving.switch.control import Record
@@ -85,7 +85,8 @@ def _folder(config: Config) -> Path:
     if not folder.is_dir():
         rule = "must be a folder that exists"
         raise ConfigError.of("portfolio", folder, rule, "make one by fedsys prune run=RUN")
-    return folder
+    inside = folder / "portfolio"  # of the folder that fedsys prune prints and outputs/ shows
+    return inside if inside.is_dir() and not (folder / MANIFEST).exists() else folder
 
 
 def _say(portfolio: Portfolio, engine: PortfolioEngine, endpoint: Endpoint, config: Config) -> None:

@@ -216,6 +216,8 @@ def given() -> dict[str, str]:
     from hydra.core.hydra_config import HydraConfig
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
+    if not HydraConfig.initialized():  # a job that was called by its function
+        return {}
     texts = list(HydraConfig.get().overrides.task)
     parsed = OverridesParser.create().parse_overrides(texts)
     return {

@@ -125,12 +125,27 @@ def check(config: Config) -> None:
             raise ConfigError.of(path, value, rule, way_out)
     pruning_settings.check(config.pruning)
     _check_links(config)
+    _check_addresses(config)
     if config.schedule.micro_batches > config.client.batch_size:
         raise ConfigError.of(
             "schedule.micro_batches",
             config.schedule.micro_batches,
             f"must not exceed client.batch_size={config.client.batch_size}",
         )
+
+
+def _check_addresses(config: Config) -> None:
+    """Raise a ConfigError for the first address of an edge server without its kind of link."""
+    named = {"edge.address": config.edge.address}
+    for index, edge in enumerate(config.fleet.edges):
+        named[f"fleet.edges[{index}].address"] = edge.address
+        named[f"fleet.edges[{index}].device_address"] = edge.device_address or edge.address
+    for path, address in named.items():
+        if "://" not in address:
+            raise ConfigError.of(
+                path, address, "must be tcp://host:port or grpc://host:port",
+                f"did you mean tcp://{address}?",
+            )  # fmt: skip
 
 
 def _check_links(config: Config) -> None:

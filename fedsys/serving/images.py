@@ -62,7 +62,7 @@ def decode(data: bytes, card: Card, *, resize: bool = False, where: str = "image
 def _other_size(where: str, size: tuple[int, ...], must: tuple[int, int]) -> RequestError:
     return RequestError(
         400, f"{where} has {size[0]}x{size[1]} pixels, and must have {must[0]}x{must[1]}; "
-        "serving.resize=true resizes images",
+        "fedsys serve with serving.resize=true resizes images",
     )  # fmt: skip
 
 

@@ -96,8 +96,9 @@ def _split(address: str) -> tuple[str, str]:
     kind, separator, place = address.partition("://")
     if not separator or not place or kind not in ("tcp", "grpc", "memory"):
         raise ConfigError.of(
-            "address", address, "must be tcp://host:port, grpc://host:port or memory://name"
-        )
+            "address", address, "must be tcp://host:port, grpc://host:port or memory://name",
+            "" if separator else f"did you mean tcp://{address}?",
+        )  # fmt: skip
     if kind != "memory":
         try:
             parts = urlsplit(address)

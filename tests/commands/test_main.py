@@ -1,5 +1,6 @@
 """The command line: what it prints, the status it ends with, and what it leaves behind."""
 
+import importlib
 import json
 import os
 import signal
@@ -247,6 +248,7 @@ def test_what_is_written_otherwise_is_answered_by_the_right_way(fedsys, argument
 def test_the_version_is_that_of_the_distribution(fedsys):
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
     assert fedsys("--version") == (0, f"fedsys {project['project']['version']}\n", "")
+    assert importlib.import_module("fedsys").__version__ == project["project"]["version"]
 
 
 def test_the_composed_configuration_can_be_printed_without_a_run(fedsys, tmp_path):

@@ -186,6 +186,17 @@ def test_every_rule_is_about_an_option_that_there_is(configure):
         ("client.learning_rate", 1.0, "client.learning_rate: no such option; "),
         ("clients", 3, "clients: no such option; did you mean 'client'? see --help"),
         ("text", "x", "text: no such option; "),
+        (
+            "edge.address",
+            "127.0.0.1:9443",
+            "edge.address=127.0.0.1:9443: must be tcp://host:port or grpc://host:port; "
+            "did you mean tcp://127.0.0.1:9443?",
+        ),
+        (
+            "fleet.edges",
+            [{"name": "a", "address": "b:1"}],
+            "fleet.edges[0].address=b:1: must be tcp://host:port or grpc://host:port; did you",
+        ),
         ("schedule.micro_batches", 64, "schedule.micro_batches=64: must not exceed client.batch_"),
     ],
 )

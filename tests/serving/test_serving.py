@@ -4,6 +4,7 @@ import http.client
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import struct
@@ -25,6 +26,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
+from fedsys.commands import serve
+from fedsys.config import compose_text, parse
 from fedsys.config.serving import ObjectiveConfig, ServingConfig
 from fedsys.data.dataset import Dataset, Images
 from fedsys.data.folder import _decode, _Form
@@ -723,7 +726,6 @@ def test_every_request_is_answered_or_failed_while_variants_change(portfolio):
 
 
 def test_a_damaged_portfolio_is_refused_at_the_start(portfolio_folder, tmp_path, capsys):
-    import shutil
 
     copy = tmp_path / "copy"
     shutil.copytree(portfolio_folder, copy)
@@ -757,6 +759,14 @@ def test_a_portfolio_that_takes_no_images_is_refused(portfolio):
 def test_wrong_calls_are_one_error(call_, told, capsys):
     assert main(call_) == 2
     assert told in capsys.readouterr().err
+
+
+def test_the_folder_that_prune_prints_names_its_portfolio(portfolio_folder, tmp_path):
+    run = tmp_path / "09-38-22-prune"
+    shutil.copytree(portfolio_folder, run / "portfolio")
+    for named in (run, run / "portfolio"):
+        config = parse(compose_text(f"portfolio={named}"))
+        assert serve._folder(config) == run / "portfolio"
 
 
 def test_query_asks_about_a_file_and_a_folder(endpoint, tmp_path, capsys):
