@@ -110,6 +110,7 @@ COMMANDS: dict[str, Command] = {
             "start": "from the command to the first round, and from the last to the end",
             "memory": "memory over rounds with many virtual clients",
             "switch": "changing variants under load, against three alternatives",
+            "serving_load": "clients of an endpoint beside a crowd that takes places and memory",
             "prune": "exact conversion and portfolios, against Torch-Pruning and training",
             "link": "links against bare gRPC, and the share of a shaped rate in use",
             "pipeline": "plans of split training on shaped links and slow devices, or virtually",

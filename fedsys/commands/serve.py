@@ -104,6 +104,12 @@ def _say(portfolio: Portfolio, engine: PortfolioEngine, endpoint: Endpoint, conf
         print(f"{endpoint.address} answers for {config.serving.name}", flush=True)
         print(f"{len(portfolio.variants)} variants; {status['variant']}: {status['reason']}",
               flush=True)  # fmt: skip
+    if endpoint.places < config.serving.max_connections:
+        print(
+            f"warning: the system allows descriptors for {endpoint.places} connections, not for "
+            f"serving.max_connections={config.serving.max_connections}; ulimit -Hn is the limit",
+            file=sys.stderr,
+        )
     if not _is_loopback(endpoint.address):
         print(
             "warning: it can be reached from other machines, by plain HTTP and without asking who "

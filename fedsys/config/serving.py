@@ -46,7 +46,10 @@ class ServingConfig:
         max_rows: Images of one request.
         max_queue: Images that may wait; further requests are refused.
         max_body_bytes: Of one request.
-        max_connections: At one time.
+        max_waiting_bytes: Bodies above 64 KiB of all requests at one time; further ones wait.
+        max_connections: At one time; fewer where the system allows fewer descriptors.
+        max_header_bytes: Line and headers of one request.
+        header_s: Longest time for them to arrive, in seconds.
         timeout_s: Longest time for a request to arrive, and to be answered, in seconds.
         drain_s: Longest time for the last requests when it stops, in seconds.
         wait_s: How long ``fedsys query`` waits until the endpoint is ready, in seconds.
@@ -66,7 +69,10 @@ class ServingConfig:
     max_rows: int = 256
     max_queue: int = 1024
     max_body_bytes: int = 16 << 20
-    max_connections: int = 256
+    max_waiting_bytes: int = 64 << 20
+    max_connections: int = 1024
+    max_header_bytes: int = 16 << 10
+    header_s: float = 10.0
     timeout_s: float = 30.0
     drain_s: float = 30.0
     wait_s: float = 30.0
@@ -98,7 +104,10 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("max_rows", *_from(1)),
     ("max_queue", *_from(1)),
     ("max_body_bytes", *_from(1)),
+    ("max_waiting_bytes", *_from(1)),
     ("max_connections", *_from(1)),
+    ("max_header_bytes", *_from(512)),
+    ("header_s", *_above(0)),
     ("timeout_s", *_above(0)),
     ("drain_s", *_from(0)),
     ("wait_s", *_from(0)),

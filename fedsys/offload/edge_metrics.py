@@ -1,27 +1,35 @@
 """What an edge server tells over HTTP: ``/health`` for supervisors, ``/metrics`` for Prometheus.
 
-Neither tells names, tokens or contents. The server is that of the standard library in threads; it
-answers two kinds of GET and reads nothing else.
+Neither tells names, tokens or contents. The server is that of the endpoint with limits of its own
+(`fedsys.transport.http_server`): whoever opens connections and says nothing shuts nobody out.
 """
 
 from __future__ import annotations
 
 import json
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
-from wsgiref.simple_server import WSGIRequestHandler, make_server
+from collections.abc import Iterator
+from typing import Any, final
 
-from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.exposition import ThreadingWSGIServer
 
 from fedsys.errors import ConfigError
 from fedsys.offload.edge import EdgeServer
+from fedsys.transport.http_places import HttpLimits
+from fedsys.transport.http_server import (
+    ConnectionCollector,
+    HttpServer,
+    Receive,
+    Scope,
+    Send,
+    listening_socket,
+)
 
-READ_S = 10.0
-"""How long a peer may take to send its request, in seconds."""
+LIMITS = HttpLimits(connections=64)
+"""A supervisor or two ask at a time; descriptors are for links."""
+
+DRAIN_S = 1.0
 
 _COUNTED = {
     "opened": "Sessions that a server app opened.",
@@ -63,6 +71,7 @@ def _gauge(name: str, text: str, value: float) -> Metric:
     return GaugeMetricFamily(f"fedsys_edge_{name}", text, value=value)
 
 
+@final
 class MetricsEndpoint:
     """Serves ``/health`` and ``/metrics`` of an edge server until it is closed.
 
@@ -81,45 +90,29 @@ class MetricsEndpoint:
         host, _, port = place.rpartition(":")
         if not host or not port.isdecimal() or int(port) > 65535:
             raise ConfigError.of("edge.http", place, "must be host:port", "null turns it off")
-        registry = CollectorRegistry()
-        registry.register(EdgeCollector(edge))
-        metrics = make_wsgi_app(registry)
-
-        def answer(environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
-            path = environ.get("PATH_INFO")
-            if path == "/metrics":
-                body: Iterable[bytes] = metrics(environ, start)
-                return body
-            known = path == "/health"
-            text = {"status": "ok", "sessions": len(edge.sessions)} if known else {"status": "?"}
-            status = "200 OK" if known else "404 Not Found"
-            start(status, [("Content-Type", "application/json")])
-            return [json.dumps(text).encode()]
-
-        try:
-            self._server = make_server(host, int(port), answer, ThreadingWSGIServer, _Quiet)
-        except OSError as error:
-            raise ConfigError.of(
-                "edge.http", place, f"cannot be listened on ({error.strerror or error})",
-                "choose another port, 0 for any, or null to turn it off",
-            ) from error  # fmt: skip
-        self.address = f"http://{host}:{self._server.server_port}"
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, name="edge http", daemon=True
+        self._edge, self._registry = edge, CollectorRegistry()
+        listening = listening_socket("edge.http", place, host.strip("[]"), int(port))
+        self.address = f"http://{host}:{listening.getsockname()[1]}"
+        self._server = HttpServer(
+            self._app, listening, LIMITS, always=lambda path: True, drain_s=DRAIN_S
         )
-        self._thread.start()
+        self._registry.register(EdgeCollector(edge))
+        self._registry.register(ConnectionCollector(self._server, "fedsys_edge_http"))
+
+    async def _app(self, scope: Scope, receive: Receive, send: Send) -> None:
+        status, kind, body = self._answer(scope["path"])
+        headers = [(b"content-type", kind.encode()), (b"content-length", b"%d" % len(body))]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    def _answer(self, path: str) -> tuple[int, str, bytes]:
+        if path == "/metrics":
+            return 200, CONTENT_TYPE_LATEST, generate_latest(self._registry)
+        if path == "/health":
+            tree: Any = {"status": "ok", "sessions": len(self._edge.sessions)}
+            return 200, "application/json", json.dumps(tree).encode()
+        return 404, "application/json", json.dumps({"status": "?"}).encode()
 
     def close(self) -> None:
         """Stop answering."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
-
-class _Quiet(WSGIRequestHandler):
-    """Does not print a line for each request, and does not wait for ever for one."""
-
-    timeout = READ_S
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Print nothing."""
+        self._server.close()

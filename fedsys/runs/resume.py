@@ -34,6 +34,9 @@ _NOT_IN_DIGEST: Final = HARMLESS | {"rounds", "run", "text"}
 _IN_DIGEST: Final = {"variants": "prune"}
 """Former names of groups: checkpoints have the digest of these."""
 
+_LATER: Final = {"serving": frozenset({"max_waiting_bytes", "max_header_bytes", "header_s"})}
+"""Options of groups in the digest that came later and that the model does not depend on."""
+
 Plain = Mapping[str, Any]
 
 
@@ -41,6 +44,8 @@ def digest(config: Config) -> str:
     """Return the SHA-256 of everything that the model after a given round depends on."""
     groups = dataclasses.asdict(config).items()
     values = {_IN_DIGEST.get(k, k): v for k, v in groups if k not in _NOT_IN_DIGEST}
+    for group, names in _LATER.items():
+        values[group] = {k: v for k, v in values[group].items() if k not in names}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

@@ -7,49 +7,41 @@
     POST /v2/models/NAME[/versions/1]/infer     `fedsys.serving.v2`, or one image/png, image/jpeg
     GET  /status  /metrics                      for people and for Prometheus
 
-The HTTP server runs in a thread of its own; requests are computed in another (`batching`). A body
-is read up to its limit and no further, a request that takes too long is given up, and an error of
-one request is told to it alone.
+The HTTP server runs in a thread of its own (`fedsys.transport.http_server`); requests are computed
+in another (`batching`). Bodies are read up to their limit and within one limit of memory
+(`bodies`), a request that takes too long is given up, and an error of one is told to it alone.
 """
 
 from __future__ import annotations
 
 import asyncio
 import socket
-import threading
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from importlib.metadata import version
 from typing import Any, final
 from urllib.parse import urlsplit
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from fedsys.config.serving import ServingConfig
-from fedsys.errors import ConfigError, RequestError, RuntimeFailure
+from fedsys.errors import ConfigError, RequestError
 from fedsys.files import json_text
 from fedsys.serving import v2
 from fedsys.serving.batching import Batcher, BatchLimits, Served
+from fedsys.serving.bodies import Bodies
 from fedsys.serving.engine import Engine
-from fedsys.serving.images import decode, normalise
 from fedsys.serving.metrics import Metrics
+from fedsys.serving.reading import Reader
+from fedsys.transport.http_places import HttpLimits
+from fedsys.transport.http_server import ConnectionCollector, HttpServer, listening_socket
 
-DISCARD_S = 60.0
-"""How long the rest of a body that is too large is read and dropped, in seconds.
-
-A client hears the refusal only after it has sent its body, and whoever closes before cuts it off.
-"""
-
-KEEP_ALIVE_S = 30
-_IMAGES = ("image/png", "image/jpeg")
-_AT_ONCE = 32_768  # bytes of a body that are read without a thread: handing over takes longer
 _FEW = 4096  # numbers of an answer that are written without a thread
 _CLOSE = {"Connection": "close"}
+_WATCHED = ("/v2/health/live", "/v2/health/ready", "/metrics")
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -71,42 +63,36 @@ class Endpoint:
 
     def __init__(self, engine: Engine, options: ServingConfig) -> None:
         self._engine, self._options = engine, options
-        self._socket, self.address = listen(options.address)
+        listening, self.address = listen(options.address)
         limits = BatchLimits(options.max_batch, options.max_delay_ms, options.max_queue)
         self._batcher = Batcher(engine, limits)
+        self._bodies = Bodies(options)
+        self._reader = Reader(engine.card, options)
         self.metrics = Metrics(engine.status, lambda: self._batcher.waiting)
         self._draining = False
-        self._server = _Server(
-            uvicorn.Config(
-                self.application(),
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                lifespan="off",
-                ws="none",
-                limit_concurrency=options.max_connections,
-                timeout_keep_alive=KEEP_ALIVE_S,
-                timeout_graceful_shutdown=max(1, round(options.drain_s)),
-            )
+        self._server = HttpServer(
+            self.application(),
+            listening,
+            HttpLimits(options.max_connections, options.max_header_bytes, options.header_s),
+            always=_is_supervisors,
+            drain_s=options.drain_s,
         )
-        self._thread = threading.Thread(target=self._serve, name="http", daemon=True)
-        self._thread.start()
-        while not self._server.started:
-            if not self._thread.is_alive():
-                raise RuntimeFailure(f"the HTTP server at {self.address} ended at its start")
-            time.sleep(0.01)
+        self.metrics.registry.register(ConnectionCollector(self._server, "fedsys_serving"))
+        self.metrics.registry.register(self._bodies)
+        self.metrics.registry.register(self._reader)
 
-    def _serve(self) -> None:
-        self._server.run(sockets=[self._socket])
+    @property
+    def places(self) -> int:
+        """Connections that there may be: fewer than asked for where descriptors are short."""
+        return self._server.limits.connections
 
     def close(self) -> None:
         """Take no more requests, finish those in work, and end the engine."""
         self._draining = True
-        self._server.should_exit = True
-        self._thread.join(self._options.drain_s + 5)
+        self._server.close()
+        self._reader.close()
         self._batcher.close(self._options.drain_s)
         self._engine.close()
-        self._socket.close()
 
     # ----------------------------------------------------------------------------------------------
     # Routes
@@ -185,12 +171,12 @@ class Endpoint:
         began = time.perf_counter()
         if self._draining:
             raise RequestError(503, "the endpoint is about to end; ask another one")
-        body = await self._body(request)
-        self._engine.watch.received(len(body), time.perf_counter() - began)
-        if len(body) < _AT_ONCE and not self._options.resize:  # a small file may be a large image
-            inference = self._read(request, body)
-        else:
-            inference = await asyncio.to_thread(self._read, request, body)
+        async with self._bodies.read(request) as body:
+            self._engine.watch.received(len(body), time.perf_counter() - began)
+            return await self._inferred(request, body, began)
+
+    async def _inferred(self, request: Request, body: bytearray, began: float) -> Response:
+        inference = await self._reader.read(request.headers, body)
         rows = inference.images.shape[0]
         served = await self._served(self._batcher.submit(inference.images), began)
         took = time.perf_counter() - began
@@ -214,15 +200,6 @@ class Endpoint:
         headers[v2.HEADER_LENGTH] = str(head)
         return Response(content, headers=headers, media_type="application/octet-stream")
 
-    def _read(self, request: Request, body: bytearray) -> v2.Inference:
-        card, resize = self._engine.card, self._options.resize
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind in _IMAGES:
-            pixels = decode(bytes(body), card, resize=resize)
-            return v2.Inference(normalise(pixels[None], card))
-        length = request.headers.get(v2.HEADER_LENGTH)
-        return v2.read(body, length, card, max_rows=self._options.max_rows, resize=resize)
-
     async def _served(self, future: Any, began: float) -> Served:
         left = self._options.timeout_s - (time.perf_counter() - began)
         try:
@@ -232,47 +209,6 @@ class Endpoint:
             raise RequestError(504, text) from error
         return served
 
-    async def _body(self, request: Request) -> bytearray:
-        """Read the body up to its limit.
-
-        Raises:
-            RequestError: It is compressed, too large, or too slow.
-        """
-        limit = self._options.max_body_bytes
-        encoding = request.headers.get("content-encoding", "identity")
-        declared = request.headers.get("content-length", "")
-        stream = request.stream()
-        body = bytearray()
-        refusal: RequestError | None = None
-        if encoding != "identity":
-            refusal = RequestError(415, f"Content-Encoding: {encoding[:30]}: must be identity")
-        elif declared.isdecimal() and int(declared) > limit:
-            refusal = _too_large(int(declared), limit)
-        try:
-            async with asyncio.timeout(self._options.timeout_s):
-                while refusal is None:
-                    chunk = await anext(stream, None)
-                    if chunk is None:
-                        return body
-                    if len(body) + len(chunk) > limit:
-                        refusal = _too_large(len(body) + len(chunk), limit)
-                    else:
-                        body += chunk
-        except TimeoutError as error:
-            text = f"the body did not arrive within serving.timeout_s={self._options.timeout_s:g}"
-            raise RequestError(408, text) from error
-        del body
-        with suppress(TimeoutError):
-            async with asyncio.timeout(DISCARD_S):
-                async for _ in stream:
-                    pass
-        raise refusal
-
-
-def _too_large(size: int, limit: int) -> RequestError:
-    return RequestError(413, f"the body has {size:,} bytes or more: must be at most "
-                             f"serving.max_body_bytes={limit:,}")  # fmt: skip
-
 
 # --------------------------------------------------------------------------------------------------
 # Errors, as the protocol has them: an object with one text
@@ -280,7 +216,7 @@ def _too_large(size: int, limit: int) -> RequestError:
 
 async def _told(request: Request, error: Exception) -> Response:
     status = error.status if isinstance(error, RequestError) else 500
-    headers = dict(_CLOSE) if status in (408, 413, 415) else {}
+    headers = dict(_CLOSE) if status in (408, 413, 415, 503) else {}
     if status == 503:
         headers["Retry-After"] = "1"
     return JSONResponse({"error": str(error)}, status, headers)
@@ -298,16 +234,12 @@ async def _broken(request: Request, error: Exception) -> Response:
     return JSONResponse({"error": f"defect of the endpoint: {type(error).__name__}"}, 500)
 
 
-# --------------------------------------------------------------------------------------------------
-# The server
+# Addresses
 
 
-@final
-class _Server(uvicorn.Server):  # uvicorn offers no option for who handles signals
-    """Leaves signals to the command: it ends the endpoint in its own order."""
-
-    def run(self, sockets: list[socket.socket] | None = None) -> None:
-        asyncio.run(self.serve(sockets))
+def _is_supervisors(path: str) -> bool:
+    """Return whether a path is asked for by those who watch, and is answered under any load."""
+    return path in _WATCHED or (path.startswith("/v2/models/") and path.endswith("/ready"))
 
 
 def listen(address: str) -> tuple[socket.socket, str]:
@@ -323,20 +255,6 @@ def listen(address: str) -> tuple[socket.socket, str]:
         port = None
     if parts.scheme != "http" or not parts.hostname or port is None or parts.path.strip("/"):
         raise ConfigError.of("serving.address", address, "must be http://host:port")
-    try:
-        family, *_, place = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)[0]
-        made = socket.socket(family, socket.SOCK_STREAM)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            made.bind(place)
-            made.listen(1024)
-        except BaseException:
-            made.close()
-            raise
-    except (OSError, OverflowError) as error:
-        raise ConfigError.of(
-            "serving.address", address, f"cannot be listened on ({error})",
-            "choose another port; 0 for any",
-        ) from error  # fmt: skip
+    made = listening_socket("serving.address", address, parts.hostname, port)
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     return made, f"http://{host}:{made.getsockname()[1]}"

@@ -16,14 +16,12 @@ and three outputs: ``scores`` and ``probabilities`` (``FP32`` ``[n, classes]``) 
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
 import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,17 +30,29 @@ from torch import Tensor
 from fedsys.errors import RequestError
 from fedsys.serving.engine import Card, Fact
 from fedsys.serving.images import decode, normalise
+from fedsys.serving.tensor_json import (
+    INPUT as INPUT,
+)
+from fedsys.serving.tensor_json import (
+    files,
+    form,
+    numbers,
+    only_input,
+    parameters,
+    parse,
+)
+from fedsys.serving.tensor_json import (
+    refuse as refuse,
+)
 
 VERSION = "1"
 """The one version of the model: which variant answered stands in the parameters of a response."""
 
 EXTENSIONS = ("binary_tensor_data", "classification")
 HEADER_LENGTH = "Inference-Header-Content-Length"
-INPUT = "input"
 SCORES, PROBABILITIES, LABEL = "scores", "probabilities", "label"
 OUTPUTS = (SCORES, PROBABILITIES, LABEL)
 _DIGITS = 18  # of a length in bytes
-MAX_JSON_DEPTH = 8  # of nested data; deeper than any tensor here
 
 
 @dataclass(frozen=True)
@@ -73,11 +83,6 @@ class Inference:
     images: Tensor
     wanted: tuple[Wanted, ...] = field(default_factory=lambda: tuple(map(Wanted, OUTPUTS)))
     id: str | None = None
-
-
-def refuse(text: str, status: int = 400) -> NoReturn:
-    """Refuse a request: it can be mended by who sent it."""
-    raise RequestError(status, text)
 
 
 def metadata(name: str, card: Card) -> dict[str, Any]:
@@ -135,32 +140,16 @@ def read(
         if not said or int(header_length) > len(view):
             refuse(f"{HEADER_LENGTH}: {header_length[:30]}: must be at most the length of the body")
         end = int(header_length)
-    tree = _json(bytes(view[:end]))
-    inputs = tree.get("inputs")
-    if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], dict):
-        refuse(f"inputs: must be a list of one tensor, {INPUT}")
-    images = _images(inputs[0], view[end:], card, max_rows, resize)
+    tree = parse(bytes(view[:end]))
+    images = _images(only_input(tree), view[end:], card, max_rows, resize)
     identity = tree.get("id")
     if identity is not None and not isinstance(identity, str):
         refuse("id: must be a text")
     return Inference(images, _wanted(tree, card), identity)
 
 
-def _json(text: bytes) -> dict[str, Any]:
-    def constant(name: str) -> NoReturn:
-        refuse(f"the body has {name}, which JSON has not")
-
-    try:
-        tree = json.loads(text, parse_constant=constant)
-    except (ValueError, RecursionError) as error:
-        refuse(f"the body is not JSON: {error}")
-    if not isinstance(tree, dict):
-        refuse("the body must be a JSON object with inputs")
-    return tree
-
-
 def _wanted(tree: Mapping[str, Any], card: Card) -> tuple[Wanted, ...]:
-    default = _parameters(tree, "the request").get("binary_data_output", False)
+    default = parameters(tree, "the request").get("binary_data_output", False)
     outputs = tree.get("outputs")
     if not outputs:
         return tuple(Wanted(name, bool(default)) for name in OUTPUTS)
@@ -173,51 +162,34 @@ def _wanted(tree: Mapping[str, Any], card: Card) -> tuple[Wanted, ...]:
             refuse(f"outputs: {repr(name)[:60]}: must be one of {', '.join(OUTPUTS)}")
         if name in {wanted.name for wanted in result}:  # a short request has no endless answer
             refuse(f"outputs: {name!r}: must be asked for once")
-        parameters = _parameters(output, f"outputs: {name}")
-        top = parameters.get("classification", 0)
+        about = parameters(output, f"outputs: {name}")
+        top = about.get("classification", 0)
         if isinstance(top, bool) or not isinstance(top, int) or top < 0 or (top and name == LABEL):
             refuse(f"outputs: {name}: classification={top!r}: must be a number of classes")
-        binary = bool(parameters.get("binary_data", default))
+        binary = bool(about.get("binary_data", default))
         result.append(Wanted(name, binary, min(top, len(card.classes))))
     return tuple(result)
-
-
-def _parameters(tree: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    parameters = tree.get("parameters") or {}
-    if not isinstance(parameters, dict):
-        refuse(f"{where}: parameters: must be an object")
-    return parameters
 
 
 def _images(
     tensor: Mapping[str, Any], raw: memoryview, card: Card, max_rows: int, resize: bool
 ) -> Tensor:
-    name, kind, shape = tensor.get("name"), tensor.get("datatype"), tensor.get("shape")
-    if name != INPUT:
-        refuse(f"inputs: {name!r}: must be {INPUT!r}")
-    if kind not in ("FP32", "UINT8", "BYTES"):
-        refuse(f"{INPUT}: datatype={kind!r}: must be FP32, UINT8 or BYTES")
-    whole = isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape)
-    if not isinstance(shape, list) or not whole:
-        refuse(f"{INPUT}: shape={shape!r}: must be a list of whole numbers above 0")
-    fits = shape[1:] == list(card.input_shape) if kind != "BYTES" else shape[1:] in ([], [1])
-    if not fits or not shape:
-        must = "[n]" if kind == "BYTES" else f"[n, {', '.join(map(str, card.input_shape))}]"
-        refuse(f"{INPUT}: shape={shape}: must be {must} for {kind}")
-    if shape[0] > max_rows:
-        refuse(f"{INPUT}: shape={shape}: must have at most {max_rows} images", 413)
-    size = _parameters(tensor, INPUT).get("binary_data_size")
+    kind, shape = form(tensor, card.input_shape, max_rows)
+    size = parameters(tensor, INPUT).get("binary_data_size")
     if size is not None:
         if type(size) is not int or size != len(raw):
             refuse(f"{INPUT}: binary_data_size={size!r}: must be the {len(raw)} bytes behind JSON")
     elif len(raw):
         refuse(f"{len(raw)} bytes stand behind the JSON and belong to no tensor")
     if kind == "BYTES":
-        files = _files_json(tensor, shape[0]) if size is None else _files_raw(raw, shape[0])
+        found = files(tensor, shape[0]) if size is None else _files_raw(raw, shape[0])
         return normalise(torch.stack([
-            decode(file, card, resize=resize, where=f"image {i}") for i, file in enumerate(files)
+            decode(file, card, resize=resize, where=f"image {i}") for i, file in enumerate(found)
         ]), card)  # fmt: skip
-    values = _numbers_json(tensor, kind, shape) if size is None else _numbers_raw(raw, kind, shape)
+    if size is None:
+        values = _finite(torch.from_numpy(numbers(tensor, kind, shape)))
+    else:
+        values = _numbers_raw(raw, kind, shape)
     return normalise(values, card) if kind == "UINT8" else values
 
 
@@ -228,40 +200,6 @@ def _numbers_raw(raw: memoryview, kind: str, shape: Sequence[int]) -> Tensor:
         refuse(f"{INPUT}: {len(raw)} bytes: must be {expected} for {kind} {list(shape)}")
     array = np.frombuffer(raw, form).reshape(shape)
     return _finite(torch.from_numpy(array.astype(form.newbyteorder("="))))
-
-
-def _numbers_json(tensor: Mapping[str, Any], kind: str, shape: Sequence[int]) -> Tensor:
-    data = tensor.get("data")
-    if not isinstance(data, list):
-        refuse(f"{INPUT}: data: must be a list of numbers")
-    flat: list[Any] = []
-    _flatten(data, flat, math.prod(shape), 0)
-    if len(flat) != math.prod(shape):
-        refuse(f"{INPUT}: data: has {len(flat)} numbers: must be {math.prod(shape)}")
-    numbers = (int,) if kind == "UINT8" else (int, float)
-    for value in flat:
-        if type(value) not in numbers or (kind == "UINT8" and not 0 <= value <= 255):
-            refuse(f"{INPUT}: data: {repr(value)[:60]}: must be a number of {kind}")
-    try:
-        array = np.array(flat, np.uint8 if kind == "UINT8" else np.float64).reshape(shape)
-    except OverflowError as error:
-        refuse(f"{INPUT}: data: {error}")
-    if kind == "FP32":
-        with np.errstate(over="ignore"):  # what becomes infinite is refused
-            array = array.astype(np.float32)
-    return _finite(torch.from_numpy(array))
-
-
-def _flatten(data: list[Any], into: list[Any], most: int, depth: int) -> None:
-    if depth > MAX_JSON_DEPTH:
-        refuse(f"{INPUT}: data: is nested too deeply")
-    for value in data:
-        if isinstance(value, list):
-            _flatten(value, into, most, depth + 1)
-        else:
-            into.append(value)
-        if len(into) > most:
-            refuse(f"{INPUT}: data: has more than {most} numbers")
 
 
 def _finite(values: Tensor) -> Tensor:
@@ -285,20 +223,6 @@ def _files_raw(raw: memoryview, count: int) -> list[bytes]:
     if len(files) != count or place != len(raw):
         refuse(f"{INPUT}: has other than {count} elements")
     return files
-
-
-def _files_json(tensor: Mapping[str, Any], count: int) -> list[bytes]:
-    data = tensor.get("data")
-    if not isinstance(data, list):
-        refuse(f"{INPUT}: data: must be a list of texts in base64")
-    flat: list[Any] = []
-    _flatten(data, flat, count, 0)
-    if len(flat) != count:
-        refuse(f"{INPUT}: data: has {len(flat)} elements: must be {count}")
-    try:
-        return [base64.b64decode(value, validate=True) for value in flat]
-    except (TypeError, ValueError, binascii.Error) as error:
-        refuse(f"{INPUT}: data: must be files in base64: {error}")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,0 +1,246 @@
+"""Those who want something of an endpoint, and those who only take its places, memory and time.
+
+As a process it is the latter: ``python -m fedsys.commands.bench.crowd ADDRESS CROWD`` presses until
+its standard input ends, and then prints what became of it as JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+
+from fedsys.serving import v2
+
+PATH = "/v2/models/{}/infer"
+_AGAIN_S = 0.5  # from the end of a connection to the next one in its place
+_TRICKLE_S = 1.0  # from byte to byte of slow headers
+_PIECE = 1 << 16
+_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Crowd:
+    """Who presses.
+
+    Attributes:
+        idle: Connections that say nothing.
+        slow: Connections that send one byte of headers each second.
+        header_bytes: Of headers without an end, until so many are sent.
+        bodies: Requests at one time with a large JSON body.
+        body_bytes: Of each.
+        name: Of the model.
+        input_shape: Of the model.
+        rows: Images in each body.
+    """
+
+    idle: int
+    slow: int
+    header_bytes: int
+    bodies: int
+    body_bytes: int
+    name: str
+    input_shape: tuple[int, ...]
+    rows: int
+
+
+@dataclass
+class Heard:
+    """What clients heard.
+
+    Attributes:
+        ms: Of each answer, in milliseconds.
+        failures: What else happened, by text.
+    """
+
+    ms: list[float] = field(default_factory=list)
+    failures: Counter[str] = field(default_factory=Counter)
+
+    def quantile(self, share: float) -> float:
+        """Return the time within which that share was answered, in milliseconds; NaN for none."""
+        return float(np.quantile(self.ms, share)) if self.ms else float("nan")
+
+
+@dataclass(frozen=True)
+class Form:
+    """A request as it is sent.
+
+    Attributes:
+        method: Of HTTP.
+        path: Of HTTP.
+        body: None for none.
+        headers: Of HTTP.
+    """
+
+    method: str
+    path: str
+    body: bytes | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+HEALTH = Form("GET", "/v2/health/ready")
+
+
+def forms(name: str, input_shape: Sequence[int]) -> dict[str, Form]:
+    """Return a request about one image as JSON and with a raw tensor."""
+    image = np.random.default_rng(0).normal(size=(1, *input_shape)).astype("<f4")
+    entry = {"name": v2.INPUT, "datatype": "FP32", "shape": list(image.shape)}
+    raw = {**entry, "parameters": {"binary_data_size": image.nbytes}}
+    head = json.dumps({"inputs": [raw], "parameters": {"binary_data_output": True}}).encode()
+    text = json.dumps({"inputs": [{**entry, "data": image.ravel().tolist()}]}).encode()
+    path = PATH.format(name)
+    return {
+        "json": Form("POST", path, text),
+        "binary": Form("POST", path, head + image.tobytes(), {v2.HEADER_LENGTH: str(len(head))}),
+    }
+
+
+def ask(
+    address: str, form: Form, until: Callable[[int], bool], pause_s: float, *, keep: bool = True
+) -> Heard:
+    """Ask again and again, as one client that keeps its connection, and note what is heard.
+
+    Args:
+        address: As ``http://host:port``.
+        form: The request.
+        until: Given how often was asked: whether that is enough.
+        pause_s: From an answer to the next request.
+        keep: Whether the connection is kept; else each request has one of its own.
+    """
+    heard, asked = Heard(), 0
+    place = address.removeprefix("http://")
+    with closing(http.client.HTTPConnection(place, timeout=_TIMEOUT_S)) as connection:
+        while not until(asked):
+            asked += 1
+            start = time.perf_counter()
+            try:
+                connection.request(form.method, form.path, form.body, form.headers)
+                response = connection.getresponse()
+                response.read()
+            except (OSError, http.client.HTTPException) as error:
+                heard.failures[type(error).__name__] += 1
+                connection.close()
+            else:
+                if response.status == 200:
+                    heard.ms.append((time.perf_counter() - start) * 1e3)
+                else:
+                    heard.failures[str(response.status)] += 1
+            if not keep:
+                connection.close()
+            time.sleep(pause_s)
+    return heard
+
+
+# --------------------------------------------------------------------------------------------------
+# The crowd
+
+
+async def press(address: str, crowd: Crowd, stop: asyncio.Event) -> Counter[str]:
+    """Press until told to stop; return how often what happened."""
+    host, _, port = address.removeprefix("http://").rpartition(":")
+    seen: Counter[str] = Counter()
+
+    async def again(kind: str, once: Callable[[asyncio.StreamWriter], Awaitable[None]]) -> None:
+        while not stop.is_set():
+            try:
+                reader, writer = await asyncio.open_connection(host, int(port))
+            except OSError:
+                seen[f"{kind}: not connected"] += 1
+            else:
+                seen[f"{kind}: connected"] += 1
+                task = asyncio.ensure_future(once(writer))
+                try:
+                    line = await reader.readline()  # the end, or what the endpoint says
+                    seen[f"{kind}: {line.decode('latin-1').strip()[:12] or 'ended'}"] += 1
+                except OSError:
+                    seen[f"{kind}: reset"] += 1
+                finally:
+                    task.cancel()
+                    writer.transport.abort()
+                    await asyncio.gather(task, return_exceptions=True)
+            await asyncio.sleep(_AGAIN_S)
+
+    async def nothing(writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(0)
+
+    async def trickle(writer: asyncio.StreamWriter) -> None:
+        writer.write(b"GET /v2 HTTP/1.1\r\nX-Slow: ")
+        while True:
+            writer.write(b"a")
+            await asyncio.sleep(_TRICKLE_S)
+
+    async def endless(writer: asyncio.StreamWriter) -> None:
+        writer.write(b"GET /v2 HTTP/1.1\r\nX-Long: ")
+        while seen["header bytes"] < crowd.header_bytes:
+            writer.write(b"a" * _PIECE)
+            seen["header bytes"] += _PIECE
+            await writer.drain()
+
+    body = _body(crowd) if crowd.bodies else b""
+
+    async def large(writer: asyncio.StreamWriter) -> None:
+        head = f"POST {PATH.format(crowd.name)} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}"
+        writer.write(f"{head}\r\n\r\n".encode())
+        for start in range(0, len(body), _PIECE):
+            writer.write(body[start : start + _PIECE])
+            await writer.drain()
+
+    tasks = [
+        *(again("idle", nothing) for _ in range(crowd.idle)),
+        *(again("slow", trickle) for _ in range(crowd.slow)),
+        *(again("headers", endless) for _ in range(4 if crowd.header_bytes else 0)),
+        *(again("bodies", large) for _ in range(crowd.bodies)),
+    ]
+    running = [asyncio.ensure_future(task) for task in tasks]
+    await stop.wait()
+    for task in running:
+        task.cancel()
+    await asyncio.gather(*running, return_exceptions=True)
+    return seen
+
+
+def _body(crowd: Crowd) -> bytes:
+    """Return a right request for as many images as it may hold, written at length."""
+    shape = [crowd.rows, *crowd.input_shape]
+    count = int(np.prod(shape))
+    digits = max(1, crowd.body_bytes // count - len("0.,"))
+    number = "0." + "1" * digits
+    data = ",".join([number] * count)
+    head = f'{{"inputs":[{{"name":"{v2.INPUT}","datatype":"FP32","shape":{shape},"data":['
+    return f"{head}{data}]}}]}}".encode()
+
+
+def main() -> None:
+    """Press until standard input ends."""
+    address, crowd = sys.argv[1], Crowd(**json.loads(sys.argv[2]))
+
+    async def run() -> Counter[str]:
+        stop, loop = asyncio.Event(), asyncio.get_running_loop()
+
+        def wait() -> None:
+            sys.stdin.read()
+            loop.call_soon_threadsafe(stop.set)
+
+        threading.Thread(target=wait, daemon=True).start()
+        return await press(address, crowd, stop)
+
+    print(json.dumps(asyncio.run(run())))
+
+
+def command(address: str, crowd: Crowd) -> list[str]:
+    """Return the command line of the process that presses."""
+    about = json.dumps(asdict(crowd))
+    return [sys.executable, "-m", "fedsys.commands.bench.crowd", address, about]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""Tensors in the JSON of requests: what is read of them without PyTorch.
+
+`fedsys.serving.v2` reads small requests with it, and `fedsys.serving.json_process` large ones, for
+which it changes JSON into the form with raw tensors.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsys.errors import RequestError
+
+INPUT = "input"
+MAX_JSON_DEPTH = 8  # of nested data; deeper than any tensor here
+
+
+def refuse(text: str, status: int = 400) -> NoReturn:
+    """Refuse a request: it can be mended by who sent it."""
+    raise RequestError(status, text)
+
+
+def parse(text: bytes) -> dict[str, Any]:
+    """Return the object that a body holds.
+
+    Raises:
+        RequestError: It is no JSON, or no object.
+    """
+
+    def constant(name: str) -> NoReturn:
+        refuse(f"the body has {name}, which JSON has not")
+
+    try:
+        tree = json.loads(text, parse_constant=constant)
+    except (ValueError, RecursionError) as error:
+        refuse(f"the body is not JSON: {error}")
+    if not isinstance(tree, dict):
+        refuse("the body must be a JSON object with inputs")
+    return tree
+
+
+def only_input(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the one tensor of a request.
+
+    Raises:
+        RequestError: There is none, or more.
+    """
+    inputs = tree.get("inputs")
+    if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], dict):
+        refuse(f"inputs: must be a list of one tensor, {INPUT}")
+    return inputs[0]
+
+
+def parameters(tree: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """Return the parameters of a request or a tensor."""
+    found = tree.get("parameters") or {}
+    if not isinstance(found, dict):
+        refuse(f"{where}: parameters: must be an object")
+    return found
+
+
+def form(
+    tensor: Mapping[str, Any], input_shape: Sequence[int], max_rows: int
+) -> tuple[str, list[int]]:
+    """Return datatype and shape of the input.
+
+    Raises:
+        RequestError: They are none that the model takes.
+    """
+    name, kind, shape = tensor.get("name"), tensor.get("datatype"), tensor.get("shape")
+    if name != INPUT:
+        refuse(f"inputs: {name!r}: must be {INPUT!r}")
+    if kind not in ("FP32", "UINT8", "BYTES"):
+        refuse(f"{INPUT}: datatype={kind!r}: must be FP32, UINT8 or BYTES")
+    whole = isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape)
+    if not isinstance(shape, list) or not whole:
+        refuse(f"{INPUT}: shape={shape!r}: must be a list of whole numbers above 0")
+    fits = shape[1:] == list(input_shape) if kind != "BYTES" else shape[1:] in ([], [1])
+    if not fits or not shape:
+        must = "[n]" if kind == "BYTES" else f"[n, {', '.join(map(str, input_shape))}]"
+        refuse(f"{INPUT}: shape={shape}: must be {must} for {kind}")
+    if shape[0] > max_rows:
+        refuse(f"{INPUT}: shape={shape}: must have at most {max_rows} images", 413)
+    return kind, shape
+
+
+def numbers(tensor: Mapping[str, Any], kind: str, shape: Sequence[int]) -> NDArray[Any]:
+    """Return the numbers of ``data``: float32 or uint8 of `shape`; they may be infinite.
+
+    Raises:
+        RequestError: It holds something else, or too much.
+    """
+    data = tensor.get("data")
+    if not isinstance(data, list):
+        refuse(f"{INPUT}: data: must be a list of numbers")
+    flat: list[Any] = []
+    _flatten(data, flat, math.prod(shape), 0)
+    if len(flat) != math.prod(shape):
+        refuse(f"{INPUT}: data: has {len(flat)} numbers: must be {math.prod(shape)}")
+    kinds = (int,) if kind == "UINT8" else (int, float)
+    for value in flat:
+        if type(value) not in kinds or (kind == "UINT8" and not 0 <= value <= 255):
+            refuse(f"{INPUT}: data: {repr(value)[:60]}: must be a number of {kind}")
+    try:
+        array = np.array(flat, np.uint8 if kind == "UINT8" else np.float64).reshape(shape)
+    except OverflowError as error:
+        refuse(f"{INPUT}: data: {error}")
+    if kind == "FP32":
+        with np.errstate(over="ignore"):  # what becomes infinite is refused
+            array = array.astype(np.float32)
+    return array
+
+
+def _flatten(data: list[Any], into: list[Any], most: int, depth: int) -> None:
+    if depth > MAX_JSON_DEPTH:
+        refuse(f"{INPUT}: data: is nested too deeply")
+    for value in data:
+        if isinstance(value, list):
+            _flatten(value, into, most, depth + 1)
+        else:
+            into.append(value)
+        if len(into) > most:
+            refuse(f"{INPUT}: data: has more than {most} numbers")
+
+
+def files(tensor: Mapping[str, Any], count: int) -> list[bytes]:
+    """Return the files of ``data`` of the datatype BYTES.
+
+    Raises:
+        RequestError: They are not `count` texts in base64.
+    """
+    data = tensor.get("data")
+    if not isinstance(data, list):
+        refuse(f"{INPUT}: data: must be a list of texts in base64")
+    flat: list[Any] = []
+    _flatten(data, flat, count, 0)
+    if len(flat) != count:
+        refuse(f"{INPUT}: data: has {len(flat)} elements: must be {count}")
+    try:
+        return [base64.b64decode(value, validate=True) for value in flat]
+    except (TypeError, ValueError, binascii.Error) as error:
+        refuse(f"{INPUT}: data: must be files in base64: {error}")
+
+
+def with_raw_tensor(text: bytes, input_shape: Sequence[int], max_rows: int) -> tuple[bytes, bytes]:
+    """Return the same request with a raw tensor: its JSON and the bytes that follow it.
+
+    Raises:
+        RequestError: As reading it would.
+    """
+    tree = parse(text)
+    tensor = only_input(tree)
+    kind, shape = form(tensor, input_shape, max_rows)
+    about = parameters(tensor, INPUT)
+    if about.get("binary_data_size") is not None:
+        refuse(f"{INPUT}: binary_data_size: no bytes stand behind the JSON")
+    if kind == "BYTES":
+        raw = b"".join(struct.pack("<I", len(file)) + file for file in files(tensor, shape[0]))
+    else:
+        raw = numbers(tensor, kind, shape).tobytes()
+    entry = {key: value for key, value in tensor.items() if key != "data"}
+    entry["parameters"] = {**about, "binary_data_size": len(raw)}
+    rest = {key: tree[key] for key in ("id", "outputs", "parameters") if key in tree}
+    return json.dumps({**rest, "inputs": [entry]}).encode(), raw

@@ -1,0 +1,276 @@
+"""Places at an HTTP server: who goes when they run out, and what strangers cannot do.
+
+Before, 1,000 idle connections or 300 with slow headers shut everybody out, health checks included;
+headers of 200 MiB took 830 MiB; and every answer waited 40 ms for Nagle's algorithm.
+"""
+
+import http.client
+import json
+import resource
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import ExitStack, closing
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, generate_latest
+
+from fedsys.transport.http_door import Guard
+from fedsys.transport.http_places import GRACE_S, HttpLimits, Phase, Seat, overdue, victims
+from fedsys.transport.http_server import (
+    ConnectionCollector,
+    HttpServer,
+    affordable,
+    listening_socket,
+)
+
+NOW = 1000.0
+
+
+def seat(phase, ago, served=False, body=0):
+    return Seat(phase, NOW - ago, served, body)
+
+
+# --------------------------------------------------------------------------------------------------
+# The decisions
+
+
+def test_those_go_first_that_never_asked_and_those_in_work_never():
+    seats = [
+        seat(Phase.WORK, 900),
+        seat(Phase.BODY, 10, body=10_000_000),
+        seat(Phase.BODY, 10, body=10),
+        seat(Phase.IDLE, 5, served=True),
+        seat(Phase.IDLE, 20, served=True),
+        seat(Phase.HEADERS, 3),
+        seat(Phase.IDLE, 8),
+        seat(Phase.IDLE, GRACE_S / 2),
+    ]
+    assert victims(seats, NOW, 9) == [6, 5, 4, 3, 2]
+    assert victims(seats, NOW, 2) == [6, 5]
+    assert victims(seats, NOW, 9, grace_s=0.0) == [6, 5, 7, 4, 3, 2]
+
+
+@given(st.lists(st.tuples(st.sampled_from(Phase), st.floats(0, 99), st.booleans(), st.integers(0))))
+def test_who_works_or_has_just_come_stays(drawn):
+    seats = [seat(*one) for one in drawn]
+    gone = victims(seats, NOW, len(seats))
+    assert len(gone) == len(set(gone))
+    for number in gone:
+        assert seats[number].phase is not Phase.WORK
+        assert NOW - seats[number].since >= GRACE_S
+
+
+def test_each_phase_has_its_time():
+    limits = HttpLimits(header_s=10, keep_alive_s=30)
+    assert overdue(seat(Phase.IDLE, 11), NOW, limits)
+    assert not overdue(seat(Phase.IDLE, 11, served=True), NOW, limits)
+    assert overdue(seat(Phase.IDLE, 31, served=True), NOW, limits)
+    assert overdue(seat(Phase.HEADERS, 11, served=True), NOW, limits)
+    assert overdue(seat(Phase.BODY, 11, body=100), NOW, limits)
+    assert not overdue(seat(Phase.BODY, 11, body=100_000), NOW, limits)
+    assert not overdue(seat(Phase.WORK, 1e6), NOW, limits)
+
+
+# --------------------------------------------------------------------------------------------------
+# The server
+
+
+class App:
+    """Answers with the number of bytes of the body; ``/wait`` waits until it may."""
+
+    def __init__(self):
+        self.may = threading.Event()
+
+    async def __call__(self, scope, receive, send):
+        import asyncio
+
+        size, more = 0, True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            size += len(message["body"])
+            more = message["more_body"]
+        if scope["path"] == "/wait":
+            await asyncio.to_thread(self.may.wait, 20)
+        body = json.dumps({"size": size}).encode()
+        headers = [(b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+
+class Running:
+    def __init__(self, **limits):
+        self.app = App()
+        listening = listening_socket("address", "here", "127.0.0.1", 0)
+        self.place = listening.getsockname()
+        self.server = HttpServer(
+            self.app, listening, HttpLimits(**limits), always=lambda path: path == "/health",
+            drain_s=1,
+        )  # fmt: skip
+        self.registry = CollectorRegistry()
+        self.registry.register(ConnectionCollector(self.server, "it"))
+
+    def connect(self):
+        return socket.create_connection(self.place, timeout=20)
+
+    def get(self, path="/", body=None, **headers):
+        with closing(http.client.HTTPConnection(*self.place, timeout=20)) as connection:
+            connection.request("GET", path, body, headers)
+            response = connection.getresponse()
+            return response.status, json.loads(response.read())
+
+    def metric(self, name):
+        lines = generate_latest(self.registry).decode().splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+    def close(self):
+        self.app.may.set()
+        self.server.close()
+
+
+@pytest.fixture
+def start():
+    with ExitStack() as stack:
+        yield lambda **limits: stack.enter_context(closing(Running(**limits)))
+
+
+def ended(connection):
+    """Read until the end; what came."""
+    data = b""
+    try:
+        while piece := connection.recv(65_536):
+            data += piece
+    except ConnectionError:
+        pass
+    return data
+
+
+def test_bodies_and_keep_alive_work_behind_the_door(start):
+    running = start()
+    with closing(http.client.HTTPConnection(*running.place, timeout=20)) as connection:
+        for size in (0, 1, 20_000, 3_000_000):
+            connection.request("POST", "/", b"x" * size)
+            assert json.loads(connection.getresponse().read()) == {"size": size}
+        connection.request("POST", "/", iter([b"abc", b"d" * 100_000]))  # in chunks
+        assert json.loads(connection.getresponse().read()) == {"size": 100_003}
+
+
+def test_answers_are_sent_at_once(start, monkeypatch):
+    """Nagle's algorithm is off for each connection: asyncio asks the socket for its protocol."""
+    seen, made = [], Guard.connection_made
+
+    def note(guard, transport):
+        accepted = transport.get_extra_info("socket")
+        seen.append(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        made(guard, transport)
+
+    monkeypatch.setattr(Guard, "connection_made", note)
+    assert start().get()[0] == 200
+    assert seen == [1]
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_headers_beyond_their_limit_are_refused(start, at_once):
+    running = start(header_bytes=4096)
+    assert running.get(**{"X": "a" * 3000})[0] == 200
+    with running.connect() as connection:
+        if at_once:
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 20_000 + b"\r\n\r\n")
+        else:
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n")
+            for _ in range(60):
+                connection.sendall(b"X: " + b"a" * 100 + b"\r\n")
+        assert ended(connection).startswith(b"HTTP/1.1 431 ")
+    assert running.metric('it_connections_ended_total{reason="refused_431"}') == 1
+    assert running.get()[0] == 200
+
+
+def test_headers_without_an_end_take_no_memory(start):
+    running, sent = start(), 0
+    with running.connect() as connection, pytest.raises(ConnectionError):
+        connection.sendall(b"GET / HTTP/1.1\r\nX: ")
+        while sent < 1 << 28:
+            sent += connection.send(b"a" * 65_536)
+    assert sent < 1 << 25
+
+
+def test_slow_headers_and_silence_end_in_time(start):
+    running = start(header_s=0.4)
+    with running.connect() as silent, running.connect() as slow:
+        slow.sendall(b"GET / HTTP/1.1\r\nX: ")
+        assert ended(slow).startswith(b"HTTP/1.1 408 ")
+        assert ended(silent) == b""
+    assert running.metric('it_connections_ended_total{reason="slow_headers"}') == 1
+    assert running.metric('it_connections_ended_total{reason="idle"}') == 1
+
+
+def test_a_body_that_trickles_ends_and_its_place_is_free(start):
+    running = start(header_s=0.4)
+    with running.connect() as connection:
+        connection.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nx")
+        ended(connection)
+    assert running.metric('it_connections_ended_total{reason="slow_body"}') == 1
+    assert running.metric("it_connections{") == 0
+
+
+def test_the_idle_go_for_those_who_ask(start):
+    running = start(connections=16)
+    with ExitStack() as stack:
+        keeping = stack.enter_context(closing(http.client.HTTPConnection(*running.place)))
+        keeping.request("GET", "/wait")
+        for _ in range(300):
+            stack.enter_context(running.connect())
+        for _ in range(5):
+            assert running.get()[0] == 200
+            assert running.get("/health")[0] == 200
+        assert running.metric('it_connections_ended_total{reason="full"}') > 150
+        assert running.metric("it_connections{") <= 16 + 64
+        running.app.may.set()
+        assert keeping.getresponse().status == 200
+
+
+def test_health_is_told_while_all_places_are_in_work(start):
+    running = start(connections=4)
+    with ExitStack() as stack:
+        working = []
+        for _ in range(4):
+            connection = stack.enter_context(closing(http.client.HTTPConnection(*running.place)))
+            connection.request("GET", "/wait")
+            working.append(connection)
+        deadline = time.monotonic() + 20
+        while running.metric('it_connections{phase="work"}') < 4:
+            assert time.monotonic() < deadline
+        assert running.get("/health")[0] == 200
+        status, told = running.get()
+        assert status == 503
+        assert "ask again later" in told["error"]
+        assert running.metric("it_requests_full_total") == 1
+        running.app.may.set()
+        assert [connection.getresponse().status for connection in working] == [200] * 4
+
+
+def test_places_are_counted_against_the_descriptors_of_the_system():
+    program = (
+        "import resource; from fedsys.transport.http_server import affordable;"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, {hard})); print(affordable(1000),"
+        "resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
+    )
+
+    def seen(hard):
+        command = [sys.executable, "-c", program.format(hard=hard)]
+        return [int(n) for n in subprocess.check_output(command, text=True).split()]
+
+    places, soft = seen(400)
+    assert soft == 400
+    assert 200 < places < 300
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[1] >= 4000:
+        places, soft = seen(4000)
+        assert places == 1000
+        assert 1000 < soft < 1300
+    assert affordable(10) == 10
