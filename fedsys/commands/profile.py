@@ -148,65 +148,78 @@ def profile(
     layers = layered(model.to(device), fed.dataset.input_shape)
     repeats, name = int(options["repeats"]), str(options["name"] or socket.gethostname())
     timed = _Timed(config, layers, device)
-    sizes = sizes_of(config.client.batch_size)
-    forward, backward = timed.passes(sizes, repeats)
-    update = timed.updates(repeats)
-    sizes_at_cuts = {
-        cut: {
-            codec: tensor_bytes(crossings(layers)[cut - 1], config.client.batch_size, codec)
-            for codec in CODECS
-        }
-        for cut in layers.cuts
-    }
+    computing, words = _computing(timed, sizes_of(config.client.batch_size), repeats)
     link = _link(config, layers, options, repeats, credentials)
-    spread = _spread([*forward[sizes[-1]], *backward[sizes[-1]]])
     machine = {
+        **_about(config, layers, device),
+        **computing,
+        "load_s": _short(_load_s(config, repeats)),
+        "message_s": _short(link.message_s),
+        "byte_s": {codec: _short(seconds) for codec, seconds in link.byte_s.items()},
+        "bytes_at_cuts": _bytes_at_cuts(layers, config.client.batch_size),
+    }
+    rates = {
+        "up_mbit_s": link.up_bits_s / 1e6,
+        "down_mbit_s": link.down_bits_s / 1e6,
+        "latency_ms": link.latency_s * 1e3,
+    }
+    fleet: dict[str, Any] = {"machines": {name: machine}, "devices": [name], "servers": [name]}
+    if options["edge"]:
+        source = f"measured to {options['edge']}"
+        fleet["links"] = [{"name": "measured", "source": source, **rates}]
+    messages = (
+        f"{1e6 * link.message_s:.0f} µs and {1e9 * link.byte_s['fp32']:.2f} ns a byte for a message"
+    )
+    return {
+        "machine": name,
+        "fleet": fleet,
+        "bytes_at_cuts": machine["bytes_at_cuts"],
+        **rates,
+        "link": str(options["edge"] or "loopback"),
+        "summary": f"{machine['model']} on {name}: {words}, {messages}",
+    }
+
+
+def _about(config: Config, layers: LayeredModel, device: torch.device) -> dict[str, Any]:
+    """Return for what a machine was measured, and with what."""
+    client = config.client
+    return {
         "model": str(config.model.get("name") or config.model["_target_"]).rpartition(".")[2],
         "units": units_sha256(layers),
-        "batch_size": config.client.batch_size,
-        **made_for(config.client),
+        "batch_size": client.batch_size,
+        **made_for(client),
         "torch": str(torch.__version__),
-        "source": f"measured: {config.client.threads} threads, {device}, torch {torch.__version__}",
+        "source": f"measured: {client.threads} threads, {device}, torch {torch.__version__}",
         "workers": _workers(config, device),
+    }
+
+
+def _computing(timed: _Timed, sizes: list[int], repeats: int) -> tuple[dict[str, Any], str]:
+    """Return what computing takes, by size of micro-batch and unit, and the largest in words."""
+    forward, backward = timed.passes(sizes, repeats)
+    update, most = timed.updates(repeats), sizes[-1]
+    spread = _spread([*forward[most], *backward[most]])
+    there, back = (1e3 * sum(map(median, table[most])) for table in (forward, backward))
+    words = (
+        f"{there:.1f} ms forward, {back:.1f} ms backward for {most} examples (spread {spread:.0%})"
+    )
+    return {
         "spread": round(spread, 4),
-        "names": [unit.name for unit in layers.units],
+        "names": timed.names,
         "rows": sizes,
         "forward_s": [timed.by_unit(forward[n]) for n in sizes],
         "backward_s": [timed.by_unit(backward[n]) for n in sizes],
         "forward_spread": [timed.spread_by_unit(forward[n]) for n in sizes],
         "backward_spread": [timed.spread_by_unit(backward[n]) for n in sizes],
         "update_s": timed.by_unit(update),
-        "load_s": _short(_load_s(config, repeats)),
-        "message_s": _short(link.message_s),
-        "byte_s": {codec: _short(seconds) for codec, seconds in link.byte_s.items()},
-        "bytes_at_cuts": sizes_at_cuts,
-    }
-    fleet: dict[str, Any] = {"machines": {name: machine}, "devices": [name], "servers": [name]}
-    if options["edge"]:
-        fleet["links"] = [
-            {
-                "name": "measured",
-                "source": f"measured to {options['edge']}",
-                "up_mbit_s": link.up_bits_s / 1e6,
-                "down_mbit_s": link.down_bits_s / 1e6,
-                "latency_ms": link.latency_s * 1e3,
-            }
-        ]
-    whole = [sum(map(median, table[sizes[-1]])) for table in (forward, backward)]
-    summary = (
-        f"{machine['model']} on {name}: {whole[0] * 1e3:.1f} ms forward, {whole[1] * 1e3:.1f} ms "
-        f"backward for {sizes[-1]} examples (spread {spread:.0%}), "
-        f"{1e6 * link.message_s:.0f} µs and {1e9 * link.byte_s['fp32']:.2f} ns a byte for a message"
-    )
+    }, words
+
+
+def _bytes_at_cuts(layers: LayeredModel, rows: int) -> dict[int, dict[str, int]]:
+    """Return the bytes of what crosses each useful cut for a number of examples, by codec."""
     return {
-        "machine": name,
-        "fleet": fleet,
-        "bytes_at_cuts": sizes_at_cuts,
-        "up_mbit_s": link.up_bits_s / 1e6,
-        "down_mbit_s": link.down_bits_s / 1e6,
-        "latency_ms": link.latency_s * 1e3,
-        "link": str(options["edge"] or "loopback"),
-        "summary": summary,
+        cut: {codec: tensor_bytes(crossings(layers)[cut - 1], rows, codec) for codec in CODECS}
+        for cut in layers.cuts
     }
 
 
@@ -271,6 +284,7 @@ class _Timed:
 
     def __init__(self, config: Config, layers: LayeredModel, device: torch.device) -> None:
         self._config, self._layers, self._device = config, layers, device
+        self.names = [unit.name for unit in layers.units]
         self._parts = [part.train() for part in stages(layers, layers.cuts)]
         self._address = Address(config.seed, 0, 1)
         fed = federation.federation(config)

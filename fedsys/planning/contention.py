@@ -109,29 +109,68 @@ def together_s(
         if not late.all():
             seconds[~late] = together_s(_part(s, ~late), edge[~late], workers)
         return seconds
-    lengths = np.where(s.offloaded, s.pieces, 0).max(axis=0).astype(np.int64)
-    if not lengths.any():
+    row = _Row.of(s)
+    if not len(row.device):
         return alone_s(s)
-    # The pieces of all devices in a row: few devices have many, so a table would be mostly empty
-    starts = np.cumsum(lengths) - lengths
-    device = np.repeat(np.arange(len(lengths)), lengths)
-    piece = np.arange(len(device)) - starts[device]
-    pieces = s.pieces[:, device]
-    real = (piece < pieces) & s.offloaded[:, device]
-    gap = np.maximum(s.forward, s.up)[:, device]
-    arrival = (s.forward + s.up + s.latency)[:, device] + piece * gap
-    stepping = np.where(piece == pieces - 1, s.edge_update[:, device], 0.0)
-    held = np.where(real, s.edge[:, device] + stepping, 0.0)
-    freed = np.full(arrival.shape, -np.inf)  # when the edge has finished a piece, its step included
+    freed = _served(row, s, edge, workers)
+    return _whole(s, *_ends(row, s, freed))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """The pieces of all K devices in a row of R places, for C plans.
+
+    Few devices have many pieces: a table of devices and pieces would be mostly empty.
+
+    Attributes:
+        lengths: Places of each device, ``(K,)``: as many as it has pieces in some plan.
+        starts: Where they begin, ``(K,)``.
+        device: The device of each place, ``(R,)``.
+        piece: The piece, ``(R,)``.
+        pieces: How many the device has, ``(C, R)``.
+        real: Whether it has this one, ``(C, R)``.
+        arrival: When it is at the edge, ``(C, R)``.
+        stepping: What the edge's optimizer takes after it, ``(C, R)``.
+        held: What the edge takes for it, its step included, ``(C, R)``.
+    """
+
+    lengths: Indices
+    starts: Indices
+    device: Indices
+    piece: Indices
+    pieces: Array
+    real: NDArray[np.bool_]
+    arrival: Array
+    stepping: Array
+    held: Array
+
+    @classmethod
+    def of(cls, s: Stages) -> _Row:
+        lengths = np.where(s.offloaded, s.pieces, 0).max(axis=0).astype(np.int64)
+        starts = np.cumsum(lengths) - lengths
+        device = np.repeat(np.arange(len(lengths)), lengths)
+        piece = np.arange(len(device)) - starts[device]
+        pieces = s.pieces[:, device]
+        real = (piece < pieces) & s.offloaded[:, device]
+        gap = np.maximum(s.forward, s.up)[:, device]
+        arrival = (s.forward + s.up + s.latency)[:, device] + piece * gap
+        stepping = np.where(piece == pieces - 1, s.edge_update[:, device], 0.0)
+        held = np.where(real, s.edge[:, device] + stepping, 0.0)
+        return cls(lengths, starts, device, piece, pieces, real, arrival, stepping, held)
+
+
+def _served(row: _Row, s: Stages, edge: Indices, workers: Sequence[int]) -> Array:
+    """Return when edges have finished each piece and their step, ``(C, R)``; -inf for none."""
+    freed = np.full(row.arrival.shape, -np.inf)
     for index, several in enumerate(workers):
         served = s.offloaded & (edge == index)
         here = served.any(axis=0)  # a device that is elsewhere in all plans is left out
         if not here.any():
             continue
-        places, own = np.flatnonzero(here[device]), lengths[here]
-        mine = real[:, places] & served[:, device[places]]
-        at = np.where(mine, arrival[:, places], np.inf)
-        work = np.where(mine, held[:, places], 0.0)
+        places, own = np.flatnonzero(here[row.device]), row.lengths[here]
+        mine = row.real[:, places] & served[:, row.device[places]]
+        at = np.where(mine, row.arrival[:, places], np.inf)
+        work = np.where(mine, row.held[:, places], 0.0)
         begins = np.cumsum(own) - own
         if several >= len(own):
             end = np.empty_like(at)
@@ -143,17 +182,29 @@ def together_s(
             counts = np.where(served[:, here], s.pieces[:, here], 0).astype(np.int64)
             end = _some_workers(at, work, begins, counts, several)
         freed[:, places] = np.where(mine, end, freed[:, places])
-    down = s.down[:, device]
-    returned = freed - stepping - piece * down
-    for places in _alike(starts, lengths):
+    return freed
+
+
+def _ends(row: _Row, s: Stages, freed: Array) -> tuple[Array, Array]:
+    """Return when the last backward of each device ends, and its edge's work, ``(C, K)``.
+
+    Args:
+        row: The pieces.
+        s: The stages, ``(C, K)``.
+        freed: When edges have finished each piece, ``(C, R)``.
+    """
+    down = s.down[:, row.device]
+    returned = freed - row.stepping - row.piece * down
+    for places in _alike(row.starts, row.lengths):
         returned[:, places] = np.maximum.accumulate(returned[:, places], axis=-1)
-    left = (pieces - piece) * s.backward[:, device]
-    returned = np.where(real, returned + (piece + 1) * down + left, -np.inf)
-    away = lengths > 0
-    done, edge_end = np.zeros(edge.shape), np.full(edge.shape, -np.inf)
-    done[:, away] = np.maximum.reduceat(returned, starts[away], axis=-1) + s.latency[:, away]
-    edge_end[:, away] = np.maximum.reduceat(freed, starts[away], axis=-1)
-    return _whole(s, np.where(s.offloaded, done, 0.0), edge_end)
+    left = (row.pieces - row.piece) * s.backward[:, row.device]
+    returned = np.where(row.real, returned + (row.piece + 1) * down + left, -np.inf)
+    away = row.lengths > 0
+    done, edge_end = np.zeros(s.pieces.shape), np.full(s.pieces.shape, -np.inf)
+    starts = row.starts[away]
+    done[:, away] = np.maximum.reduceat(returned, starts, axis=-1) + s.latency[:, away]
+    edge_end[:, away] = np.maximum.reduceat(freed, starts, axis=-1)
+    return np.where(s.offloaded, done, 0.0), edge_end
 
 
 def _alike(starts: Indices, lengths: Indices) -> Iterator[Indices]:
