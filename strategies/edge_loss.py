@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator, Mapping
 
 from flwr.app import Message, RecordDict
@@ -13,6 +14,7 @@ from fedsys.errors import FedsysError
 from fedsys.offload.fleet import Fleet
 from fedsys.transport import records
 from fedsys.transport.messages import ARRAYS
+from strategies.returns import Returns
 from strategies.roster import Roster
 from strategies.split_sessions import Sent, SplitSessions
 
@@ -44,20 +46,47 @@ class Repeats:
         self._config, self._roster = config, roster
         self._fleet, self._sessions = fleet, sessions
 
-    def replies(
-        self, grid: Grid, again: Mapping[int, Sent], round_: int, lost: dict[int, str]
-    ) -> Iterator[tuple[int, Message, str]]:
+    def joined(
+        self,
+        grid: Grid,
+        again: Mapping[int, Sent],
+        round_: int,
+        returns: Returns,
+        lost: dict[int, str],
+    ) -> dict[int, Message]:
         """Have clients do their round again, together with an edge if one is left, else alone.
 
         Args:
             grid: Reaches the clients.
             again: What they were sent the first time.
             round_: The round.
+            returns: Takes in what they send back.
             lost: Takes in who is left out, with the reason.
 
-        Yields:
-            Client, reply, and where it was done again: ``edge`` or ``device``.
+        Returns:
+            By client, the replies that hold the whole model.
         """
+        began, finished = time.perf_counter(), dict[int, Message]()
+        steps = {client: returns.steps_of(client) for client in again}
+        for client, reply, where in self._replies(grid, again, round_, lost):
+            if returns.joined(client, reply, self._sessions.take(client)):
+                finished[client] = reply
+                entry = {
+                    "what": "repeat",
+                    "from": self._sessions.first_edge(again[client].assignment),
+                    "to": where,
+                    "repeated_steps": steps[client],
+                    "seconds": time.perf_counter() - began,
+                }
+                returns.totals.note(round_, client, entry)
+        for client in again.keys() - finished.keys() - lost.keys():
+            lost[client] = "its edge was lost twice"
+        return finished
+
+    def _replies(
+        self, grid: Grid, again: Mapping[int, Sent], round_: int, lost: dict[int, str]
+    ) -> Iterator[tuple[int, Message, str]]:
+        """Yield client, reply, and where it was done again: ``edge`` or ``device``."""
         node_of = self._roster.refresh(grid)
         messages: list[Message] = []
         places: dict[int, str] = {}

@@ -12,7 +12,6 @@ model it is left out of the round, and that is said.
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -123,7 +122,7 @@ class Offload(Around):
             elif sent is not None:
                 again[client] = sent
         if again and self._grid is not None:
-            done |= self._repeat(self._grid, again, server_round, returns)
+            done |= self._repeats.joined(self._grid, again, server_round, returns, self.lost)
         self._sessions.end()
         self._sessions.log_recoveries(server_round)
         ordered = [done[client] for client in sorted(done)]
@@ -206,24 +205,3 @@ class Offload(Around):
             "micro_batches": assignment.micro_batches or self._config.schedule.micro_batches,
             "codec": up if up == down else f"{up}/{down}",
         }
-
-    def _repeat(
-        self, grid: Grid, again: Mapping[int, Sent], round_: int, returns: Returns
-    ) -> dict[int, Message]:
-        """Have clients do their round again; return the replies that could be joined."""
-        began, finished = time.perf_counter(), dict[int, Message]()
-        steps = {client: self.seen_of(client).steps for client in again}
-        for client, reply, where in self._repeats.replies(grid, again, round_, self.lost):
-            if returns.joined(client, reply, self._sessions.take(client)):
-                finished[client] = reply
-                entry = {
-                    "what": "repeat",
-                    "from": self._sessions.first_edge(again[client].assignment),
-                    "to": where,
-                    "repeated_steps": steps[client],
-                    "seconds": time.perf_counter() - began,
-                }
-                self.totals.note(round_, client, entry)
-        for client in again.keys() - finished.keys() - self.lost.keys():
-            self.lost[client] = "its edge was lost twice"
-        return finished

@@ -34,6 +34,7 @@ class Returns:
 
     Attributes:
         traces: What each device did, with its edge.
+        totals: As given.
     """
 
     def __init__(
@@ -45,8 +46,12 @@ class Returns:
         assigned: Mapping[int, Assignment],
     ) -> None:
         self.traces: dict[int, list[Event]] = {}
-        self._division, self._sessions, self._totals = division, sessions, totals
+        self._division, self._sessions, self.totals = division, sessions, totals
         self._seen, self._assigned = seen, assigned
+
+    def steps_of(self, client: int) -> int:
+        """Return the steps that a client did, as far as is known."""
+        return Observation(**self._seen.get(client, {})).steps
 
     def joined(self, client: int, reply: Message, sent: Sent | None) -> bool:
         """Join the halves of a client in its reply; return whether the whole model is there."""
@@ -68,7 +73,7 @@ class Returns:
             return False
         finally:
             self._sessions.release(sent)
-        self._totals.edge_steps += edge.step
+        self.totals.edge_steps += edge.step
         self._division.join(reply.content, edge, like=sent.whole.array_records[ARRAYS])
         return True
 
@@ -76,12 +81,12 @@ class Returns:
         self, client: int, observation: Observation, outcome: Outcome, round_: int
     ) -> None:
         self._seen[client] = dataclasses.asdict(observation)
-        self._totals.bytes_up += observation.bytes_up
-        self._totals.bytes_down += observation.bytes_down
+        self.totals.bytes_up += observation.bytes_up
+        self.totals.bytes_down += observation.bytes_down
         for entry in json.loads(outcome.recoveries):
             for end in ("from", "to"):
                 entry[end] = self._sessions.edge_name(str(entry[end]))
-            self._totals.note(round_, client, entry)
+            self.totals.note(round_, client, entry)
 
     def _observe_alone(self, client: int, reply: Message) -> None:
         """Take in what a device measured with the whole model, unless another cut was planned."""

@@ -23,18 +23,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from fedsys.errors import FrameError, LinkClosed, SessionError
+from fedsys.errors import LinkClosed, SessionError
 from fedsys.offload.edge_part import EdgePart
 from fedsys.offload.emulation import Workers
-from fedsys.offload.session_tensors import encoded, norms_of
-from fedsys.offload.snapshot import SessionSpec, Snapshot, State, natural
+from fedsys.offload.operations import Operations
+from fedsys.offload.session_tensors import norms_of
+from fedsys.offload.snapshot import SessionSpec, Snapshot, natural
 from fedsys.offload.turns import Turns
-from fedsys.training.schedule import micro_batch_bounds
 from fedsys.transport.security import new_token
 from fedsys.transport.wire import Frame
 
@@ -65,7 +63,7 @@ class Session:
         self._replicate = replicate
         self._part = EdgePart(spec, start, device, workers or Workers(""))
         self._turns = Turns(spec.id, spec.micro_batches, start.step)
-        self._open: dict[int, tuple[Tensor, Tensor]] = {}  # label-private: input and output
+        self._operations = Operations(spec, self._part, self._turns)
         self._frozen = False
         self._lock = threading.RLock()
 
@@ -88,7 +86,7 @@ class Session:
             if self._frozen:
                 raise LinkClosed(f"session {self.spec.id} is no longer here")
             if frame.kind == "evaluate":
-                yield self._evaluate(frame)
+                yield self._operations.evaluate(frame)
                 return
             if frame.kind not in ("activation", "gradient", "norms"):
                 raise SessionError(f"{frame.kind}: not an operation of a session")
@@ -140,69 +138,20 @@ class Session:
         return self._part.nbytes
 
     def _in_turn(self, frame: Frame, piece: int) -> Iterator[Frame]:
-        turns = self._turns
+        turns, operations = self._turns, self._operations
         turns.check_piece(piece)
-        if frame.kind == "gradient" and piece not in self._open:
+        if frame.kind == "gradient" and not operations.awaits_gradient(piece):
             raise SessionError(f"gradient of piece {piece}, whose activation was not sent")
         turns.put(frame, piece)
         while (due := turns.due()) is not None:
             now, index = due
-            reply = self._activate(now, index) if now.kind == "activation" else self._return(*due)
+            ahead = now.kind == "activation"
+            reply = operations.activate(*due) if ahead else operations.take_back(*due)
             # Kept before it is sent: the link may be lost with it.
             turns.keep(now.kind, turns.steps, index, reply)
             yield reply
             if turns.complete and not self._part.clips:
                 self._apply(self._part.norms())
-
-    def _activate(self, frame: Frame, piece: int) -> Frame:
-        """Take the activation of a piece; reply with its output, or with its gradient."""
-        part, turns, codec = self._part, self._turns, self.spec.codec_down
-        batch = natural(frame, "batch")
-        if batch < 1 or (piece and batch != turns.batch):
-            raise FrameError(f"batch={batch}: must be at least 1, and the same for all pieces")
-        start, stop = self._bounds(piece, batch)
-        x = part.expected.activation(frame, stop - start)
-        part.arrived(frame, stop - start, forward=True)
-        labels = None if part.private else part.expected.labels(frame, stop - start)
-        if piece == 0:  # what is refused above has changed nothing
-            turns.begin(batch)
-            part.begin(turns.steps, batch)
-        x.requires_grad_(bool(frame.meta.get("needs_gradient", True)))
-        meta: dict[str, Any] = {"step": turns.steps, "piece": piece}
-        if labels is None:
-            out = part.compute(lambda: self._ahead(x, start, stop))
-            self._open[piece] = x, out
-            return encoded("activation", out, {**meta, "at_us": part.ended()}, codec)
-        more = part.compute(lambda: self._there_and_back(x, labels, start, stop))
-        return encoded("gradient", x.grad, {**meta, "at_us": part.ended()}, codec, more)
-
-    def _bounds(self, piece: int, batch: int) -> tuple[int, int]:
-        bounds = list(micro_batch_bounds(batch, self.spec.micro_batches))
-        if piece >= len(bounds):
-            raise SessionError(f"piece {piece} of a mini-batch with {batch} examples")
-        return bounds[piece]
-
-    def _ahead(self, x: Tensor, start: int, stop: int) -> Tensor:
-        out = self._part.ahead(x, start, stop)
-        self._turns.forward += 1
-        return out
-
-    def _there_and_back(self, x: Tensor, labels: Tensor, start: int, stop: int) -> State:
-        found = self._part.back(self._ahead(x, start, stop), labels)
-        self._turns.backward += 1
-        return found
-
-    def _return(self, frame: Frame, piece: int) -> Frame:
-        """Take the gradient of what was sent for a piece; reply with that of its input."""
-        x, out = self._open[piece]
-        self._part.arrived(frame, len(x), forward=False)
-        gradient = self._part.expected.gradient(frame, out)
-        del self._open[piece]
-        if out.requires_grad:
-            self._part.compute(lambda: out.backward(gradient))  # type: ignore[no-untyped-call]
-        self._turns.backward += 1
-        meta = {"step": self.steps, "piece": piece, "at_us": self._part.ended()}
-        return encoded("gradient", x.grad, meta, self.spec.codec_down)
 
     def _finish_with(self, frame: Frame) -> Frame:
         """Clip by the joint norm of both sides and step; reply with the norms of this side."""
@@ -221,10 +170,3 @@ class Session:
         every = self.spec.replicate_every
         if every and self.steps % every == 0:
             self._replicate(self.spec, self.snapshot())
-
-    def _evaluate(self, frame: Frame) -> Frame:
-        """Forward only; neither draws nor statistics change."""
-        tensor = self._part.expected.activation(frame, None)
-        out = self._part.compute(lambda: self._part.scored(tensor))
-        meta = {"index": natural(frame, "index")}
-        return Frame("outputs", {**meta, "codec": "fp32"}, {"x": out.clone()})

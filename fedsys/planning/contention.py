@@ -145,7 +145,7 @@ class _Row:
     held: Array
 
     @classmethod
-    def of(cls, s: Stages) -> _Row:
+    def of(cls, s: StageTimes) -> _Row:
         lengths = np.where(s.offloaded, s.pieces, 0).max(axis=0).astype(np.int64)
         starts = np.cumsum(lengths) - lengths
         device = np.repeat(np.arange(len(lengths)), lengths)
@@ -159,7 +159,7 @@ class _Row:
         return cls(lengths, starts, device, piece, pieces, real, arrival, stepping, held)
 
 
-def _served(row: _Row, s: Stages, edge: Indices, workers: Sequence[int]) -> Array:
+def _served(row: _Row, s: StageTimes, edge: Indices, workers: Sequence[int]) -> Array:
     """Return when edges have finished each piece and their step, ``(C, R)``; -inf for none."""
     freed = np.full(row.arrival.shape, -np.inf)
     for index, several in enumerate(workers):
@@ -185,7 +185,7 @@ def _served(row: _Row, s: Stages, edge: Indices, workers: Sequence[int]) -> Arra
     return freed
 
 
-def _ends(row: _Row, s: Stages, freed: Array) -> tuple[Array, Array]:
+def _ends(row: _Row, s: StageTimes, freed: Array) -> tuple[Array, Array]:
     """Return when the last backward of each device ends, and its edge's work, ``(C, K)``.
 
     Args:
