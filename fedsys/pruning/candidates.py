@@ -22,6 +22,7 @@ from fedsys.pruning.dense.architecture import save as save_dense
 from fedsys.pruning.dense.channels import Coupling
 from fedsys.pruning.dense.constants import Borders
 from fedsys.pruning.dense.fold import answering, check_folding, foldable
+from fedsys.pruning.dense.frozen import keep_frozen
 from fedsys.pruning.dense.removal import Removal, evaluation_graph, masked_copy, probes
 from fedsys.pruning.dense.shrink import Shrunk, compared, count_parameters, shrink, tolerance_of
 from fedsys.pruning.levels import Level, spread
@@ -83,7 +84,7 @@ def parent_candidate(
             "the traced model computes something else than the model; an operation in place on a "
             "part or a view of a tensor can be the reason: write it so that it gives a new tensor"
         )
-    content = _as_saved(graph)
+    content = _as_saved(keep_frozen(graph, whole, probes(input_shape)[:2]))
     module, folded, made = _answering(content, options, input_shape)
     variant = Variant(
         name=PARENT,

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from fedsys import data
 from fedsys.config import Config
 from fedsys.data import Dataset, Images
 from fedsys.errors import ConfigError
+from fedsys.models.modes import observed
 from fedsys.pruning.portfolio import Variant
 from fedsys.pruning.sparsify import one_shot
 from fedsys.pruning.structure import structure
@@ -163,7 +164,7 @@ def refined(level: Level, config: Config, dataset: Dataset) -> Level:
     return dataclasses.replace(level, model=model, made=made)
 
 
-def _tracks(module: nn.Module) -> bool:
+def _tracks(module: nn.Module) -> TypeGuard[_BatchNorm]:
     return isinstance(module, _BatchNorm) and module.running_mean is not None
 
 
@@ -184,8 +185,14 @@ def _fine_tune(model: nn.Module, masks: Masks, config: Config, dataset: Dataset)
 
 def _recalibrate(model: nn.Module, examples: int, dataset: Dataset) -> None:
     """Replace BatchNorm's running statistics by the mean over `examples` images."""
+    x, _ = next(iter(data.eval_batches(spread(dataset.train, 2), dataset, EVAL_BATCH)))
+    kept = observed(model, x).training  # what the model keeps in evaluation is not its own to move
     model.eval()
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and _tracks(m)]
+    norms = [
+        module
+        for name, module in model.named_modules()
+        if _tracks(module) and kept.get(name, {}).get("training", True)
+    ]
     before = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()

@@ -1,7 +1,8 @@
 """A dense variant of a portfolio as a model that can be trained (``model=variant``).
 
 Its architecture and weights are data (`fedsys.pruning.dense.architecture`), so it is fine-tuned,
-re-calibrated or pruned once more like any other model, also by federated and split training.
+re-calibrated or pruned once more like any other model, also by federated and split training. What
+its original froze is frozen.
 """
 
 from __future__ import annotations
@@ -45,6 +46,4 @@ def variant(input_shape: tuple[int, int, int], num_classes: int, *, path: str | 
         raise ConfigError.of("model.path", path, f"{rule} for {num_classes} classes, not {shape}")
     if any(p.dtype != torch.float32 for p in model.parameters()):
         raise ModelError(f"model.path={path}: must be in float32 to be trained")
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
     return model.to(wanted)

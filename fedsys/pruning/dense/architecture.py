@@ -24,8 +24,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from fedsys.errors import ModelError
+from fedsys.models.assemble import following, modes_of
+from fedsys.models.modes import Modes
 from fedsys.models.origins import place_of
 from fedsys.pruning.dense.vocabulary import (
     ATTRIBUTES,
@@ -39,16 +42,24 @@ from fedsys.pruning.dense.vocabulary import (
 WEIGHTS = "weights.safetensors"
 ARCHITECTURE = "architecture.json"
 FORMAT = "fedsys-dense-model-1"
+STILL = "in_evaluation"
+"""Layers that stay in evaluation when the model is trained; absent if there are none."""
+FROZEN = "frozen"
+"""Parameters that need no gradient; absent if there are none."""
 
 
-def constructor_arguments(module: nn.Module) -> dict[str, Any]:
+def constructor_arguments(module: nn.Module, kind: type[nn.Module] | None = None) -> dict[str, Any]:
     """Return the arguments that make a module of ``torch.nn`` like `module`, without its weights.
+
+    Args:
+        module: The layer.
+        kind: The class that is to be made; its own if None.
 
     Modules of torch.nn keep their arguments in attributes of the same name, but for ``bias``, which
     becomes the parameter itself.
     """
     result: dict[str, Any] = {}
-    for name in inspect.signature(type(module).__init__).parameters:
+    for name in inspect.signature((kind or type(module)).__init__).parameters:
         if name in ("self", "device", "dtype") or not hasattr(module, name):
             continue
         value = getattr(module, name)
@@ -85,7 +96,10 @@ def describe(model: fx.GraphModule) -> dict[str, Any]:
         for node in model.graph.nodes
         if node.op == "get_attr"
     }
-    return {"format": FORMAT, "layers": layers, "constants": sorted(constants), "nodes": nodes}
+    body = {"format": FORMAT, "layers": layers, "constants": sorted(constants), "nodes": nodes}
+    still = sorted(path for path in modes_of(model).training if path in layers)
+    frozen = sorted(name for name, p in model.named_parameters() if not p.requires_grad)
+    return body | ({STILL: still} if still else {}) | ({FROZEN: frozen} if frozen else {})
 
 
 def _lookup(model: nn.Module, path: str) -> Tensor:
@@ -123,10 +137,10 @@ def _at(node: fx.Node) -> str:
 
 
 def _describe_layer(node: fx.Node, module: nn.Module) -> list[Any]:
-    name = type(module).__name__
-    if LAYERS.get(name) is not type(module):
+    kind = _word(module)
+    if kind is None:
         raise ModelError(
-            f"{node.target} is a {name}, which cannot be saved as data{_at(node)}: it is none of "
+            f"{node.target} is a {type(module).__name__}, which cannot be saved as data{_at(node)}: it is none of "
             "the layers of torch.nn in fedsys/pruning/dense/vocabulary.py; build it of these, in a "
             "module of your own"
         )
@@ -136,7 +150,19 @@ def _describe_layer(node: fx.Node, module: nn.Module) -> list[Any]:
             "write what they do in forward; in place of torch.nn.utils.weight_norm or "
             "spectral_norm take those of torch.nn.utils.parametrizations"
         )
-    return [name, _encode(constructor_arguments(module), node)]
+    return [kind.__name__, _encode(constructor_arguments(module, kind), node)]
+
+
+def _word(module: nn.Module) -> type[nn.Module] | None:
+    """Return the class by which a layer can be named: its own, or what a BatchNorm is made of.
+
+    A BatchNorm with a ``train()`` of its own is one of torch in evaluation.
+    """
+    own = type(module)
+    for kind in own.__mro__ if isinstance(module, _NormBase) else (own,):
+        if LAYERS.get(kind.__name__) is kind:
+            return kind if kind.forward is own.forward else None
+    return None
 
 
 def _encode(value: Any, node: fx.Node) -> Any:
@@ -265,8 +291,11 @@ def build(body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> fx.GraphMod
             _checked_name(key)
         nodes[name] = _make_node(graph, parts, _checked_name(name), kind, target, *arguments)
     graph.lint()
-    model = fx.GraphModule(parts, graph, class_name="DenseModel")
+    still = {_checked_path(path): {"training": False} for path in body.get(STILL, ())}
+    model = following(parts, graph, "DenseModel", Modes(still))
     model.load_state_dict(dict(tensors), strict=True, assign=True)
+    for name in body.get(FROZEN, ()):
+        model.get_parameter(_checked_path(name)).requires_grad_(False)
     return model.eval()
 
 

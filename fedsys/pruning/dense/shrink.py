@@ -35,8 +35,12 @@ from fedsys.errors import ModelError
 from fedsys.pruning.dense.channels import Coupling
 from fedsys.pruning.dense.cloning import InFloat64
 from fedsys.pruning.dense.constants import Borders
+from fedsys.pruning.dense.frozen import keep_frozen
 from fedsys.pruning.dense.ops import Kind, Op
 from fedsys.pruning.dense.removal import Removal, evaluation_graph, masked_copy, plan_graph, probes
+
+_TRIED = 2
+"""Probes with which it is seen what training does to the modes of the layers."""
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 """Largest difference between outputs that passes, times max(1, largest output) of the example."""
@@ -133,6 +137,7 @@ def shrink(
     small = plan.apply()
     exact = _run_exactly(small, mixed) if verify else plan.reading.output
     _round(small, dtype)
+    small = keep_frozen(small, masked, inputs[:_TRIED].to(dtype))
     difference = difference_float64 = float("nan")
     if verify:
         expected, got = _run(masked, inputs.to(dtype)), _run(small, inputs.to(dtype))
