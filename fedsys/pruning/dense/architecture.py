@@ -139,8 +139,9 @@ def _at(node: fx.Node) -> str:
 def _describe_layer(node: fx.Node, module: nn.Module) -> list[Any]:
     kind = _word(module)
     if kind is None:
+        name = type(module).__name__
         raise ModelError(
-            f"{node.target} is a {type(module).__name__}, which cannot be saved as data{_at(node)}: it is none of "
+            f"{node.target} is a {name}, which cannot be saved as data{_at(node)}: it is none of "
             "the layers of torch.nn in fedsys/pruning/dense/vocabulary.py; build it of these, in a "
             "module of your own"
         )
