@@ -70,11 +70,12 @@ def where(cut: Cut) -> str:
     >>> where({"index": 5, "unit": "fc", "device_share": 1.0})
     'the whole model on the device'
     """
-    share = float(cut.get("device_share", 0.0))
-    if share >= 1.0:
+    share = cut.get("device_share")
+    if share is not None and share >= 1.0:
         return "the whole model on the device"
     after = f" after {cut['unit']}" if cut.get("unit") else ""
-    return f"cut {cut.get('index')}{after}, {percent(share)} of the work on the device"
+    work = "" if share is None else f", {percent(float(share))} of the work on the device"
+    return f"cut {cut.get('index')}{after}{work}"
 
 
 def how(cut: Cut) -> str:

@@ -12,6 +12,7 @@ from fedsys.main import main
 from fedsys.runs.checkpoint import Checkpoints
 from fedsys.runs.folder import RunFolder
 from fedsys.runs.report.charts import Curve, heat_map, lines, number, stacked, ticks
+from fedsys.runs.report.labels import labelled
 from fedsys.runs.report.loading import differences, load, named
 from fedsys.runs.report.page import page
 
@@ -160,7 +161,41 @@ def test_events_faults_and_lost_clients_are_listed(make):
     assert "Clients were lost 1 time: 2." in html
     assert "client 2, round 1, reason gone" in html
     assert "kind device_killed, who 2, round 1<" in html
-    assert re.search(r"<h2>Cuts</h2>.*<th>0</th><td>3</td><td>pool</td>", html)
+    assert re.search(
+        r"<h3>Where each device is cut</h3>.*<td>0</td><td>cut 3 after pool</td>", html
+    )
+
+
+def test_a_split_run_shows_who_is_cut_where_and_who_waits(make):
+    """Cuts were indices and shares with fifteen digits, and its pictures were not on the page."""
+    cut = {"index": 1, "unit": "conv1", "device_share": 0.10423138, "machine": "pi3"}
+    cut |= {"edge": "edge-0", "micro_batches": 16, "codec": "fp32"}
+    path = make(
+        "planned",
+        cuts={"0": cut, "1": cut},
+        idle={"device": 0.27, "edge": 0.92},
+        virtual_s=2.037874944,
+        bytes_up=33155254,
+        startup={"imports": 6.7513463},
+    )
+    html = rendered(path)
+    words = "<td>cut 1 after conv1, 10.4% of the work on the device</td><td>16 pieces, fp32</td>"
+    assert f"<th>pi3</th><td>0, 1</td>{words}<td>edge-0</td>" in html
+    assert "How long each waits" in html and "edge servers" in html and "waits: 92%" in html
+    assert "<td>2.04 s</td>" in html and "<td>33.2 MB</td>" in html and "<td>6.75 s</td>" in html
+    assert not re.search(r"<td>\d+\.\d{5,}", html[: html.index("Everything else")])
+    (path / "plots").mkdir(exist_ok=True)
+    for name in ("timeline.png", "idle.png"):
+        (path / "plots" / name).write_bytes(b"picture")
+    html = rendered(path)
+    assert html.count("data:image/png;base64,cGljdHVyZQ==") == 2
+
+
+def test_runs_are_called_by_what_differs_where_that_tells_them_apart(make):
+    runs = named([load(make("a", lr=0.1)), load(make("b", lr=0.25))])
+    assert [run.name for run in labelled(runs)] == ["lr 0.1", "lr 0.25"]
+    same = named([load(make("c", lr=0.1)), load(make("d", lr=0.1))])
+    assert [run.name for run in labelled(same)] == ["c", "d"]
 
 
 def test_who_holds_what_is_a_map(make):

@@ -205,6 +205,30 @@ def shares(
     return figure(title, "".join(bars), below or legend(entries))
 
 
+def portions(title: str, names: Sequence[str], rows: Sequence[tuple[str, Sequence[float]]]) -> str:
+    """Return one lying bar for each row that shows portions of one, as HTML.
+
+    Args:
+        title: Above the bars.
+        names: Of the portions.
+        rows: Label of each bar, and its portions, whose sum is 1.
+    """
+    bars = []
+    for label, values in rows:
+        pieces = "".join(
+            f'<span class="piece b{color % COLORS}" style="flex-grow:{value:.5f}" '
+            f'title="{escape(name)}: {value:.0%}">{f"{value:.0%}" if value > 0.09 else ""}</span>'
+            for color, (name, value) in enumerate(zip(names, values, strict=True))
+            if value > 0
+        )
+        bars.append(
+            f'<div class="share"><div class="share-name">{escape(label)}</div>'
+            f'<div class="share-bar">{pieces}</div></div>'
+        )
+    entries = [(name, color, False) for color, name in enumerate(names)]
+    return figure(title, "".join(bars), legend(entries))
+
+
 def heat_map(title: str, classes: Sequence[str], cells: Sequence[Sequence[int]]) -> str:
     """Return a map of class by client: the darker, the more examples."""
     most = max((count for row in cells for count in row), default=0) or 1

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from html import escape
 from typing import Any
 
 from fedsys.runs.plots import curves_of, time_parts
 from fedsys.runs.progress import seconds_text
-from fedsys.runs.report import charts
+from fedsys.runs.report import charts, fleet
 from fedsys.runs.report.charts import COLORS, Curve
+from fedsys.runs.report.figures import bytes_text, figure, name_of
 from fedsys.runs.report.loading import Run, differences
 from fedsys.runs.report.style import CSS
 
 _NAMES = {"val": "validation", "train": "training", "clients_eval": "clients' own examples"}
 _TOLD = ("accuracy", "loss", "val_accuracy", "val_loss", "rounds", "seconds", "model_sha256")
+_SHOWN = ("cuts", "idle")  # in a part of their own
 _EVENTS = 200  # rows at most
 
 
@@ -30,7 +32,9 @@ def page(runs: Sequence[Run], written: datetime) -> str:
     single = len(runs) == 1
     title = runs[0].name if single else f"{len(runs)} runs compared"
     parts = [_single_head(runs[0])] if single else [_comparison_head(runs)]
-    parts += [_problems(runs), _curves(runs), _time(runs), _class_counts(runs)]
+    parts += [_problems(runs), _curves(runs)]
+    parts += [_fleet(run, not single) for run in runs]
+    parts += [_time(runs), _class_counts(runs)]
     parts += [_events(run, not single) for run in runs]
     parts += [_tables(run, not single) for run in runs]
     parts += [_environment(runs), _configuration(runs)]
@@ -63,7 +67,8 @@ def _single_head(run: Run) -> str:
         ("test loss", _number(run.result.get("loss"))),
         ("rounds", rounds),
         ("time", _seconds(run.result.get("seconds", last.get("seconds_elapsed")))),
-        ("sent to and from clients", _bytes(sent)),
+        *_virtual(run),
+        ("sent to and from clients", bytes_text(sent)),
     ]
     digest = run.result.get("model_sha256")
     known = f'<p class="small muted">model <code>{escape(str(digest))}</code></p>' if digest else ""
@@ -71,6 +76,11 @@ def _single_head(run: Run) -> str:
         f"<h1>{escape(run.name)} {_badge(run)}</h1>"
         f'<p class="muted">{escape(", ".join(filter(None, what)))}</p>{_cards(cards)}{known}'
     )
+
+
+def _virtual(run: Run) -> list[tuple[str, str]]:
+    seconds = run.result.get("virtual_s")
+    return [] if seconds is None else [("time on the fleet", _seconds(seconds))]
 
 
 def _comparison_head(runs: Sequence[Run]) -> str:
@@ -260,6 +270,11 @@ def _events(run: Run, several: bool) -> str:
     return _heading("What happened", run, several) + told + _table(["after", "what", "more"], rows)
 
 
+def _fleet(run: Run, several: bool) -> str:
+    text = fleet.section(run)
+    return _heading("Devices, edge servers and network", run, several) + text if text else ""
+
+
 def _tables(run: Run, several: bool) -> str:
     """Return the lists in the result, such as faults and recoveries, and its other figures."""
     parts = []
@@ -267,19 +282,29 @@ def _tables(run: Run, several: bool) -> str:
         rows = value
         if isinstance(value, Mapping) and all(isinstance(v, Mapping) for v in value.values()):
             rows = [{"client": key, **entry} for key, entry in value.items()]
-        if isinstance(rows, list) and rows and all(isinstance(row, Mapping) for row in rows):
-            head = list(dict.fromkeys(k for row in rows for k, v in row.items() if v is not None))
-            cells = [[_value(row.get(key)) for key in head] for row in rows]
+        if name in _SHOWN or not isinstance(rows, list) or not rows:
+            continue
+        if all(isinstance(row, Mapping) for row in rows):
+            keys = list(dict.fromkeys(k for row in rows for k, v in row.items() if v is not None))
+            cells = [[figure(key, row.get(key)) for key in keys] for row in rows]
             parts.append(_heading(name.replace("_", " ").capitalize(), run, several))
-            parts.append(_table(head, cells))
-    figures = {
-        k: v for k, v in run.result.items()
-        if k not in (*_TOLD, "run_dir", "num_clients") and not isinstance(v, list | Mapping)
-    }  # fmt: skip
-    if figures:
+            parts.append(_table([name_of(key) for key in keys], cells))
+    rows_ = [[name_of(key), figure(key, value)] for key, value in _plain_figures(run)]
+    if rows_:
         parts.append(_heading("More figures", run, several))
-        parts.append(_table(["figure", "value"], [[k, _value(v)] for k, v in figures.items()]))
+        parts.append(_table(["figure", "value"], rows_))
     return "".join(parts)
+
+
+def _plain_figures(run: Run) -> Iterator[tuple[str, Any]]:
+    """Yield the figures that stand alone, and those of groups such as the start."""
+    for key, value in run.result.items():
+        if key in (*_TOLD, *_SHOWN, "run_dir", "num_clients") or isinstance(value, list):
+            continue
+        if not isinstance(value, Mapping):
+            yield key, value
+        elif key == "startup":
+            yield from ((f"startup: {part}_s", seconds) for part, seconds in value.items())
 
 
 def _environment(runs: Sequence[Run]) -> str:
@@ -380,14 +405,6 @@ def _number(value: Any) -> str:
 
 def _seconds(value: Any) -> str:
     return seconds_text(float(value)) if isinstance(value, int | float) else "–"
-
-
-def _bytes(value: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 999.5:
-            return f"{value:.3g} {unit}"
-        value /= 1000.0
-    return f"{value:.3g} TB"
 
 
 def _value(value: Any) -> str:

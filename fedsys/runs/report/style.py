@@ -31,6 +31,10 @@ margin:20px 0 8px}
 font-variant-numeric:tabular-nums}
 .card span{color:var(--muted);font-size:13px}
 .grid2{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,420px),1fr));gap:14px}
+.wide{display:grid;gap:14px;margin-top:14px}
+.plot{display:block;max-width:min(100%,760px);height:auto;margin:0 auto;
+background:#fff;border-radius:6px}
+h3{font-size:15px;margin:18px 0 8px}
 .panel{margin:0;padding:14px 16px 12px;min-width:0}
 figcaption{font-weight:600;margin-bottom:8px}
 .chart{display:block;width:100%;height:auto}
