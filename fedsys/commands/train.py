@@ -16,7 +16,7 @@ from fedsys.errors import ConfigError
 from fedsys.runs import opening, resume
 from fedsys.runs import startup as stages
 from fedsys.runs.folder import RunFolder
-from fedsys.runs.naming import default_path, label_of, point_to, take_back
+from fedsys.runs.naming import default_path, label_of, point_to, shortest, take_back
 
 
 def job(tree: Any) -> Mapping[str, Any]:
@@ -64,7 +64,7 @@ def _carried_out(config: Config, clock: stages.Startup) -> Mapping[str, Any]:
 
 
 def _how_to_continue(path: Path) -> str:
-    return f"the run is in {path}\ncontinue it: fedsys train {shlex.quote(f'resume={path}')}"
+    return f"continue the run by\n  fedsys train {shlex.quote(f'resume={shortest(path)}')}"
 
 
 def _checked(tree: Any) -> Config:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -93,11 +94,18 @@ def columns_for(row: Row, rounds: int, width: int) -> tuple[Column, ...]:
 
 
 def folded(text: str, width: int) -> str:
-    """Return a text in lines of at most `width` characters, but for words that are longer."""
-    return textwrap.fill(
-        text, max(width, 20), subsequent_indent="  ", break_long_words=False,
-        break_on_hyphens=False,
-    )  # fmt: skip
+    """Return a text in lines of at most `width` characters, but for words that are longer.
+
+    Lines end behind commas and colons where what stands between these is short enough.
+    """
+    width = max(width, 20)
+    parts = re.split(r"(?<=[,;:]) ", text)
+    if max(map(len, parts)) <= width - 2:
+        text = " ".join(part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts)
+    lines = textwrap.fill(
+        text, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
+    return lines.replace("\N{NO-BREAK SPACE}", " ")
 
 
 def _shown(row: Row, name: str, form: Callable[[float], str]) -> str:

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedsys.runs.lines import folded
 from fedsys.runs.progress import (
     LineProgress,
     Progress,
@@ -153,6 +154,20 @@ def test_the_table_stands_below_its_head(rounds: int) -> None:
     assert table_row(row, rounds).split() == [
         f"{rounds}/{rounds}",
         *["96.12%", "0.1321", "0.2210", "8", "1.24", "s"],
+    ]
+
+
+def test_a_line_is_folded_between_its_parts_where_they_are_short() -> None:
+    """The unit of the last number stood on a line of its own."""
+    text = "test accuracy 100.00%, test loss 0.0003, 3 rounds in 26.7 s"
+    assert folded(text, 56).splitlines() == [
+        "test accuracy 100.00%, test loss 0.0003,",
+        "  3 rounds in 26.7 s",
+    ]
+    assert folded(text, 80) == text
+    assert folded("a sentence that is longer than a line", 20).splitlines() == [
+        "a sentence that is",
+        "  longer than a line",
     ]
 
 

@@ -1,59 +1,43 @@
-"""What the header of a run says of layers that see pieces of mini-batches."""
+"""What stands above the rounds of a run."""
 
-from __future__ import annotations
+from types import SimpleNamespace
 
-import re
+from fedsys.config import compose_text, parse
+from strategies.heading import Plans, surroundings
+from strategies.offload import Offload
 
-import pytest
-
-from fedsys.training import federation
-from strategies.heading import about_pieces
-
-PARTLY = ("model=lenet", "model._target_=tests.models.partly.Partly", "model.dropout=0.1")
-FEW = ("data=synthetic", "data.shape=[1,8,8]", "data.examples=40")
+CUT = {"index": 1, "unit": "conv1", "device_share": 0.1, "machine": "pi3"}
 
 
-def said(configure, *overrides: str) -> str:
-    config = configure(*FEW, *overrides)
-    dataset = federation.federation(config).dataset
-    model = federation.build_model(config, dataset)
-    lines = about_pieces(config, model, dataset)
-    return "\n".join(lines)
+def lines(*overrides):
+    return surroundings(parse(compose_text(" ".join(overrides))))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ("policy=fixed", "schedule=pipelined"),
-        ("schedule.micro_batches=4",),  # pieces of plain training are pieces too
-        ("policy=fixed", "policy.cut=[1,2]", "policy.micro_batches=[1,4]"),
-    ],
-)
-def test_pieces_with_batchnorm_are_another_model_and_the_header_says_the_ways_out(
-    configure, options
-) -> None:
-    """`schedule=pipelined` of the default model trained another one, and only a page said so."""
-    text = said(configure, *options)
-    assert text.startswith("4 pieces of a mini-batch: BatchNorm (conv1.norm and 1 more) sees these")
-    assert "model.norm=deferred keeps the statistics of mini-batches" in text
-    assert "model.norm=group is exact up to rounding" in text
+def test_a_plain_run_has_no_surroundings():
+    assert lines("rounds=3") == []
 
 
-@pytest.mark.parametrize(
-    ("options", "begins"),
-    [
-        (("policy=auto", "schedule=pipelined", "fleet=pi_lab"), "pieces as planned: BatchNorm"),
-        (("policy=auto", "policy.micro_batches=[1,2]", "fleet=pi_lab"), "pieces as planned: Batch"),
-        (("policy=fixed", "schedule=pipelined", "model.norm=deferred"), "4 pieces .*not quite the"),
-        (("policy=auto", "fleet=pi_lab"), ""),  # one after the other, pieces save nothing
-        (("policy=splitfed", "schedule=pipelined", "fleet=pi_lab"), ""),
-        (("policy=fixed", "schedule=pipelined", "model.norm=group"), ""),
-        (("policy=fixed",), ""),
-        (("policy=fixed", "schedule=pipelined", *PARTLY, "+model.frozen=root"), ""),
-        (("policy=fixed", "schedule=pipelined", *PARTLY, "+model.frozen=forward"), ""),
-        (("policy=fixed", "schedule=pipelined", *PARTLY, "+model.frozen=stem"), "4 pieces .*norm"),
-    ],
-)
-def test_it_is_said_where_it_is_so(configure, options, begins: str) -> None:
-    text = said(configure, *options)
-    assert re.match(begins, text) if begins else not text
+def test_a_split_run_names_policy_edges_link_fleet_and_network():
+    assert lines("policy=fixed", "num_edges=2", "link=tcp") == [
+        "policy fixed, schedule sequential, 2 edge servers, link tcp"
+    ]
+    assert lines("policy=auto", "fleet=pi_lab", "network=wifi", "num_clients=5") == [
+        "policy auto, schedule sequential, 1 edge server, link memory",
+        "fleet of 2 pi4, 1 jetson, 2 pi3, edge 1 edge_cpu, network wifi 50/50 Mbit/s, 3 ms",
+    ]
+    emulated = lines("policy=fixed", "network=4g", "network.emulate=true")
+    assert len(emulated) == 2 and emulated[1].startswith("links emulated as 4g ")
+
+
+def test_a_plan_is_told_once_and_again_where_it_changes():
+    offload = Offload.__new__(Offload)
+    offload.totals = SimpleNamespace(cuts={"0": dict(CUT), "1": dict(CUT)})
+    offload.assigned = {0: None, 1: None}
+    said = []
+    plans = Plans(parse(compose_text("policy=auto fleet=pi_lab")), offload, said.append)
+    plans.tell(1)
+    plans.tell(2)
+    assert said == ["pi3 (clients 0, 1): cut 1 after conv1, 10% of the work on the device"]
+    offload.totals.cuts["1"] = {**CUT, "index": 5, "device_share": 1.0}
+    plans.tell(3)
+    assert said[1:] == ["round 3, planned anew: pi3 (client 1): the whole model on the device"]
