@@ -152,8 +152,7 @@ class Endpoint:
         except RequestError as error:
             response = await _told(request, error)
         except ClientDisconnect:
-            self.metrics.ended(499)  # as web servers count those who hung up
-            raise
+            response = Response(status_code=499)  # as web servers count those who hung up
         self.metrics.ended(response.status_code)
         return response
 

@@ -28,7 +28,7 @@ from fedsys.transport.http_places import HttpLimits, Phase
 BACKLOG = 4096
 """Connections that may wait in the system until they are taken in."""
 
-_AT_A_TIME = 32  # of these are taken in before those that are in get their turn
+_AT_A_TIME = 8  # of these are taken in before those that are in get their turn
 _OTHER_FILES = 64  # descriptors kept for all else that a process opens
 _FEWEST = 8
 
