@@ -1,7 +1,7 @@
 """Those who want something of an endpoint, and those who only take its places, memory and time.
 
-As a process it is the latter: ``python -m fedsys.commands.bench.crowd ADDRESS CROWD`` presses until
-its standard input ends, and then prints what became of it as JSON.
+As a process it is the latter: ``python -m fedsys.commands.bench.crowd ADDRESS CROWD`` says that it
+has begun, presses until its standard input ends, and then prints what became of it as JSON.
 """
 
 from __future__ import annotations
@@ -146,8 +146,10 @@ def ask(
 # The crowd
 
 
-async def press(address: str, crowd: Crowd, stop: asyncio.Event) -> Counter[str]:
-    """Press until told to stop; return how often what happened."""
+async def press(
+    address: str, crowd: Crowd, stop: asyncio.Event, begun: Callable[[], None] = lambda: None
+) -> Counter[str]:
+    """Press until told to stop, and call `begun` at the start; return how often what happened."""
     host, _, port = address.removeprefix("http://").rpartition(":")
     seen: Counter[str] = Counter()
 
@@ -188,6 +190,7 @@ async def press(address: str, crowd: Crowd, stop: asyncio.Event) -> Counter[str]
             await writer.drain()
 
     body = _body(crowd) if crowd.bodies else b""
+    begun()
 
     async def large(writer: asyncio.StreamWriter) -> None:
         head = f"POST {PATH.format(crowd.name)} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}"
@@ -234,7 +237,7 @@ def main() -> None:
             loop.call_soon_threadsafe(stop.set)
 
         threading.Thread(target=wait, daemon=True).start()
-        return await press(address, crowd, stop)
+        return await press(address, crowd, stop, lambda: print("begun", flush=True))
 
     print(json.dumps(asyncio.run(run())))
 

@@ -143,6 +143,9 @@ def _crowd(address: str, crowd: Crowd) -> Iterator[dict[str, int]]:
         command(address, crowd), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     try:
+        assert process.stdout is not None
+        if not process.stdout.readline():
+            raise RuntimeFailure("the crowd of the benchmark did not begin")
         yield met
         met.update(json.loads(process.communicate("", timeout=_END_S)[0]))
     finally:
