@@ -20,12 +20,9 @@ from fedsys.planning.options import PLANNED, PlanOptions, machines_of, run_workl
 from fedsys.planning.planner import Plan, best_static, next_best, plan
 from fedsys.planning.resources import RESOURCES
 from fedsys.planning.workload import Device, Menu, Workload
-from fedsys.runs.progress import seconds_text
+from fedsys.runs.lines import aligned, fitted, folded, seconds_text, width_of
 from fedsys.training import federation
 from fedsys.training.federation import layered_model
-
-WIDTH = 170
-"""Columns of the table where no terminal says how many there are."""
 
 
 def job(tree: Any) -> Mapping[str, Any]:
@@ -180,48 +177,97 @@ def _summary(load: Workload, made: Plan, whole: Plan) -> str:
 # For people
 
 
-def show(found: Mapping[str, Any]) -> None:
-    """Print a plan as a table."""
-    from rich.console import Console
-    from rich.table import Table
+HEAD = ("device", "choice", "round", "device / up / edge / down", "next best", "alone", "static")
 
-    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console.width = WIDTH
-    table = Table(box=None, pad_edge=False)
-    headings = ("device", "choice", "round", "device / up / edge / down", "next best")
-    for column in (*headings, "alone", "static"):
-        table.add_column(column, no_wrap=True)
-    several = len({row["network"] for row in found["devices"]}) > 1
-    for row in found["devices"]:
-        other = row["next_best"]
-        table.add_row(
-            " ".join([row["device"], row["machine"], *([row["network"]] if several else [])]),
-            _words(row),
-            seconds_text(row["round_s"]),
-            " / ".join(f"{1e3 * row[f'{name}_s']:.3g}" for name in RESOURCES) + " ms",
-            f"{_words(other)}: {seconds_text(other['round_s'])}",
-            seconds_text(row["all_on_device_s"]),
-            seconds_text(row["best_static_s"]),
-        )
-    console.print(
-        f"{found['model']} on {found['data']} ({found['examples']:,} training examples) over "
-        f"{found['network']}, planned by {found['method']}"
+Row = Mapping[str, Any]
+
+
+def show(found: Mapping[str, Any]) -> None:
+    """Print a plan: a line for each device, or where these do not fit, a few for each kind."""
+    rows = found["devices"]
+    several = len({row["network"] for row in rows}) > 1
+    width = width_of(sys.stdout)
+    lines = aligned(HEAD, [_cells(row, several) for row in rows]).splitlines()
+    if width is not None and max(map(len, lines)) > width:
+        lines = [line for kind in _kinds(rows) for line in _kind_lines(kind, several)]
+    static, known = found["best_static"], f"{found['examples']:,} training examples"
+    _print(
+        f"{found['model']} on {found['data']} ({known}) over {found['network']}, "
+        f"planned by {found['method']}"
     )
-    console.print(table)
-    static = found["best_static"]
-    console.print(found["why"], markup=False)
-    console.print(
-        f"best for all alike: {_words(static)}, "
-        f"{seconds_text(found['best_static_s'])}; {found['how']}, in "
-        f"{seconds_text(found['planned_s'])}",
-        markup=False,
+    for line in lines:
+        print(line if width is None or len(line) <= width else folded(line, width))
+    _print(found["why"])
+    _print(
+        f"best for all alike: {_words(static)}, {seconds_text(found['best_static_s'])}; "
+        f"{found['how']}, in {seconds_text(found['planned_s'])}"
     )
     told: dict[str, list[str]] = {}
-    for row in found["devices"]:
+    for row in rows:
         told.setdefault(row["why"], []).append(row["device"])
     for reason, names in told.items():
-        console.print(f"{', '.join(names)}: {reason}", markup=False)
+        _print(f"{', '.join(names)}: {reason}")
+
+
+def _print(text: str) -> None:
+    print(fitted(text, sys.stdout))
+
+
+def _device(row: Row, several: bool) -> str:
+    return " ".join([row["device"], row["machine"], *([row["network"]] if several else [])])
+
+
+def _cells(row: Row, several: bool) -> list[str]:
+    other = row["next_best"]
+    return [
+        _device(row, several),
+        _words(row),
+        seconds_text(row["round_s"]),
+        " / ".join(f"{1e3 * row[f'{name}_s']:.3g}" for name in RESOURCES) + " ms",
+        f"{_words(other)}: {seconds_text(other['round_s'])}",
+        seconds_text(row["all_on_device_s"]),
+        seconds_text(row["best_static_s"]),
+    ]
+
+
+def _kinds(rows: Sequence[Row]) -> list[list[Row]]:
+    """Return the devices together that are alike and do the same."""
+    kinds: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        key = (row["machine"], row["network"], _words(row), _words(row["next_best"]))
+        kinds.setdefault(key, []).append(row)
+    return list(kinds.values())
+
+
+def _kind_lines(kind: Sequence[Row], several: bool) -> list[str]:
+    first = kind[0]
+    names = [str(row["device"]) for row in kind]
+    who = names[0] if len(names) == 1 else f"{names[0]} to {names[-1].rpartition(' ')[2]}"
+    if len(names) > 1 and not _consecutive(names):
+        who = ", ".join(names)
+    network = f" over {first['network']}" if several else ""
+    busy = ", ".join(f"{RESOURCES[name]} {1e3 * first[f'{name}_s']:.3g} ms" for name in RESOURCES)
+    alone, static = (_span(kind, key) for key in ("all_on_device_s", "best_static_s"))
+    other = [row["next_best"] for row in kind]
+    return [
+        f"{first['machine']} ({who}){network}: {_words(first)}",
+        f"  a round: {_span(kind, 'round_s')}, alone {alone}, static {static}",
+        f"  a mini-batch: {busy}",
+        f"  next best: {_words(other[0])}: {_span(other, 'round_s')}",
+    ]
+
+
+def _consecutive(names: Sequence[str]) -> bool:
+    numbers = [name.rpartition(" ")[2] for name in names]
+    if not all(number.isdigit() for number in numbers):
+        return False
+    return int(numbers[-1]) - int(numbers[0]) == len(numbers) - 1
+
+
+def _span(rows: Sequence[Row], key: str) -> str:
+    """Return the least and the greatest of some seconds, or the one that all have."""
+    low, high = (seconds_text(best(float(row[key]) for row in rows)) for best in (min, max))
+    return low if low == high else f"{low} to {high}"
 
 
 def _words(row: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from fedsys.errors import ConfigError
 from fedsys.runs import opening, resume
 from fedsys.runs import startup as stages
 from fedsys.runs.folder import RunFolder
+from fedsys.runs.lines import fitted
 from fedsys.runs.naming import default_path, label_of, point_to, shortest, take_back
 
 
@@ -43,7 +44,7 @@ def job(tree: Any) -> Mapping[str, Any]:
 def _carried_out(config: Config, clock: stages.Startup) -> Mapping[str, Any]:
     clock.reached("command and configuration")
     for line in configuration.without_effect(config, configuration.given()):
-        print(f"note: {line}", file=sys.stderr)
+        print(fitted(f"note: {line}", sys.stderr), file=sys.stderr)
     if config.resume:
         path = Path(str(config.run.dir))
         info = RunFolder.open(path).info

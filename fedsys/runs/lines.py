@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
 Row = Mapping[str, Any]
 
@@ -221,3 +222,17 @@ def aligned(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[
         ).rstrip()
         for line in lines
     )
+
+
+def width_of(stream: TextIO | None) -> int | None:
+    """Return the columns of a terminal; None for everything else."""
+    try:
+        return None if stream is None else os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def fitted(text: str, stream: TextIO | None) -> str:
+    """Return a text that is folded if it goes to a terminal."""
+    width = width_of(stream)
+    return text if width is None else folded(text, width)

@@ -28,6 +28,7 @@ from fedsys.runs.lines import (
     summary_lines,
     table_head,
     table_row,
+    width_of,
 )
 
 if TYPE_CHECKING:
@@ -330,12 +331,12 @@ class RichProgress:
     def finish(self, summary: Row) -> None:
         """Take the bar away and write the summary."""
         self._bars.stop()
-        for line in narrowed(summary_lines(summary), _width_of(self._summary)):
+        for line in narrowed(summary_lines(summary), width_of(self._summary)):
             print(line, file=self._summary, flush=True)
 
     def _width(self) -> int:
         """Return the width of the terminal now; rich alone would ask another stream for it."""
-        if (width := _width_of(self._stream)) is not None:
+        if (width := width_of(self._stream)) is not None:
             self._console.width = width
         return self._console.width
 
@@ -346,14 +347,6 @@ class RichProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         self._bars.stop()  # shows the cursor again, whatever ended the block
-
-
-def _width_of(stream: TextIO) -> int | None:
-    """Return the columns of a terminal; None for everything else."""
-    try:
-        return os.get_terminal_size(stream.fileno()).columns
-    except (OSError, ValueError, AttributeError):
-        return None
 
 
 SPINNER = 2

@@ -6,7 +6,9 @@ import json
 
 import pytest
 
+from fedsys.commands import plan
 from fedsys.main import main
+from fedsys.runs.lines import folded
 
 
 def planned(capsys, *arguments):
@@ -32,6 +34,27 @@ def test_the_table_is_for_people(capsys):
     assert main(["plan", "model=vgg5", "fleet=pi3_lab", "network=wifi", "num_clients=2"]) == 0
     out = capsys.readouterr().out
     assert "next best" in out and "best for all alike" in out and "client 1 pi3" in out
+
+
+def test_a_plan_says_for_which_data_it_is(capsys):
+    assert main(["plan", "model=vgg5", "fleet=pi3_lab", "num_clients=2"]) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("vgg5 on digits 1x8x8 (") and "training examples) over none" in first
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_a_plan_fits_a_terminal(capsys, monkeypatch, columns):
+    """Its table was cut off to a letter or two in each column."""
+    found = planned(capsys, "fleet=pi_lab", "network=ethernet", "num_clients=5")
+    monkeypatch.setattr(plan, "width_of", lambda stream: columns)
+    monkeypatch.setattr(plan, "fitted", lambda text, stream: folded(text, columns))
+    plan.show(found)
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= columns and "…" not in out
+    words = " ".join(out.split())
+    assert "pi3 (client 3 to 4)" in words and "a mini-batch: device " in words
+    for row in found["devices"]:
+        assert plan._words(row) in words and plan._words(row["next_best"]) in words
 
 
 def test_a_plan_says_which_link_each_device_has(capsys):

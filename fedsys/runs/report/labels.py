@@ -19,13 +19,17 @@ def settings_text(settings: Mapping[str, Any]) -> str:
 
     >>> settings_text({"strategy._target_": "flwr.serverapp.strategy.FedProx", "client.lr": 0.1})
     'FedProx, lr 0.1'
+    >>> settings_text({"network.name": "wifi", "network.source": "any", "network.up_mbit_s": 50})
+    'network wifi'
     """
     chosen = {key.rpartition(".")[0] for key in settings if _names_choice(key)}
     told = []
     for key, value in settings.items():
         group, _, name = key.rpartition(".")
-        if _names_choice(key):
+        if name == "_target_":
             told.append(str(value).rpartition(".")[2])
+        elif _names_choice(key):
+            told.append(f"{group.rpartition('.')[2]} {value}")
         elif value is not None and not any(
             group == other or group.startswith(f"{other}.") for other in chosen
         ):
@@ -34,7 +38,8 @@ def settings_text(settings: Mapping[str, Any]) -> str:
 
 
 def _names_choice(key: str) -> bool:
-    return key.rpartition(".")[2] in ("_target_", "kind", "source", "method")
+    name = key.rpartition(".")[2]
+    return name in ("_target_", "kind", "method") or key in ("data.source", "network.name")
 
 
 def _short(value: Any) -> str:
