@@ -241,7 +241,7 @@ class Invocation:
     def _hydra(self, flags: Sequence[str], overrides: Sequence[str]) -> None:
         import hydra
 
-        from fedsys.config import CONF, known_models, renamed, sweeping, translated_errors
+        from fedsys.config import CONF, known_models, renamed, secret, sweeping, translated_errors
 
         arguments = [renamed(override) for override in overrides]
         # Hydra prints errors and exits by itself unless it is asked for the exceptions.
@@ -251,7 +251,8 @@ class Invocation:
         application = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
         try:
             several = arguments if self._multirun else ()
-            with translated_errors(), known_models(arguments), sweeping(several) as runs:
+            kept = secret.out_of(Path("multirun.yaml"), several)  # Hydra writes what was given
+            with translated_errors(), known_models(arguments), sweeping(several) as runs, kept:
                 self._sweep.runs = runs
                 application(self._job)()
         except SystemExit as error:  # argparse refuses an option
@@ -268,11 +269,14 @@ class Invocation:
         return function
 
     def _job(self, tree: Any) -> None:
+        from fedsys.config import given_keys, secret
+
         self._json = bool(tree.get("json"))
         if self._multirun and self.command.sweeps:
             opening.clear()
             print(self._sweep.heading(), file=sys.stderr, flush=True)
         opening.say(f"fedsys {self.verb}: starting")
+        secret.warn_of(given_keys())
         try:
             job: Job = self._function()
             opening.clear()

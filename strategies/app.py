@@ -221,7 +221,7 @@ def _conclude(
         "faults": safety.faults.report(),
         **more,
     }
-    text = configuration.with_values(config.text, resume=None)
+    text = configuration.public_text(configuration.with_values(config.text, resume=None))
     folder.save_model(state, {"config": text, "classes": "\n".join(fed.dataset.classes)})
     classes = fed.dataset.classes
     counts = data.class_counts(fed.dataset.train.labels.numpy(), fed.parts, len(classes))

@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from fedsys import config as configuration
-from fedsys.config import EdgeConfig
+from fedsys.config import EdgeConfig, secret
 from fedsys.errors import ConfigError, FedsysError
 from fedsys.offload import edge_store
 from fedsys.offload.edge import EdgeServer
@@ -67,27 +67,28 @@ def job(tree: Any) -> Mapping[str, Any]:
 
 
 def _server(config: EdgeConfig) -> EdgeServer:
-    credentials = None
+    credentials, token = None, secret.control_token(config, "edge")
     if config.credentials is not None:
         credentials = Credentials.load(Path(config.credentials), role="server")
     else:
-        _check_unprotected(config)
+        _check_unprotected(config, token)
     try:
         return EdgeServer(
             config.name,
             config.address,
             credentials=credentials,
-            control_token=config.control_token,
+            control_token=token,
             controller=config.controller if credentials else "",
             device=training.pick_device(config.device),
             limits=config,
+            models=config.models,
             crash=_crash if config.faults else None,
         )
     except ConfigError as error:
         raise ConfigError(f"edge.{error}") from error
 
 
-def _check_unprotected(config: EdgeConfig) -> None:
+def _check_unprotected(config: EdgeConfig, token: str) -> None:
     """Refuse what would let anybody control the server.
 
     Raises:
@@ -105,10 +106,11 @@ def _check_unprotected(config: EdgeConfig) -> None:
             f"{config.address} can be reached from other machines",
             "docs/deploy.md says how to make them; an edge.address on 127.0.0.1 needs none",
         )  # fmt: skip
-    if not config.control_token:
+    if not token:
         raise ConfigError.of(
-            "edge.control_token", "''", "must be set where there are no certificates",
-            "give the same to the run as fleet.control_token",
+            "edge.control_token_file", None,
+            "must name a file with a token where there are no certificates",
+            f"or set {secret.VARIABLE}; the run wants the same, as fleet.control_token_file",
         )  # fmt: skip
 
 

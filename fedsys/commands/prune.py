@@ -8,6 +8,7 @@ accuracy, everything from what the conversion makes of its masks.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 import sys
@@ -23,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fedsys import config as configuration
-from fedsys.config import Config
+from fedsys.config import Config, secret
 from fedsys.data import Dataset
 from fedsys.errors import ConfigError, ModelError, RunError
 from fedsys.pruning.export import export_onnx
@@ -31,6 +32,7 @@ from fedsys.pruning.levels import Level, Recipe, recipes
 from fedsys.pruning.making import Made, make
 from fedsys.pruning.pictures import draw_all
 from fedsys.pruning.portfolio import Portfolio, Variant
+from fedsys.runs import resume
 from fedsys.runs.folder import RunFolder, default_path
 from fedsys.training import federation
 from fedsys.training import plain as training
@@ -213,6 +215,17 @@ def run_config(run: Path, key: str = "run") -> dict[str, Any]:
         ) from error
     if not isinstance(own, dict):
         raise ModelError(f"{run / MODEL} is damaged: it has no configuration; train again")
+    return _with_secrets(own, run)
+
+
+def _with_secrets(own: dict[str, Any], run: Path) -> dict[str, Any]:
+    """Return the configuration of a model with what its file leaves out and its folder has."""
+    if secret.MASK not in str(own):
+        return own
+    with contextlib.suppress(RunError):
+        whole = {**resume.stored(run), "resume": None}
+        if secret.public(whole) == own:
+            return whole
     return own
 
 

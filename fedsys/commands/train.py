@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsys import config as configuration
-from fedsys.config import Config
+from fedsys.config import Config, secret
 from fedsys.config.pruning import check_rounds
 from fedsys.errors import ConfigError
 from fedsys.runs import opening, resume
@@ -87,7 +87,11 @@ def _placed(tree: Any, config: Config, path: Path | str | None) -> Config:
 def _new_folder() -> Iterator[Path]:
     """Make a folder in ``outputs/``, which is taken back if the run is refused in the block."""
     outputs, given = Path("outputs"), configuration.given()
-    values = {key: given[key].partition("=")[2] for key in configuration.varying()}
+    values = {
+        key: given[key].partition("=")[2]
+        for key in configuration.varying()
+        if not secret.is_secret(key)
+    }
     path = default_path(outputs, label_of("train", values)).absolute()
     before = point_to(outputs.absolute(), path)
     try:

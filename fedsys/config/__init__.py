@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedsys import faults
-from fedsys.config import rules
+from fedsys.config import rules, secret
 from fedsys.config.building import build
 from fedsys.config.composing import (
     CONF,
@@ -92,7 +92,9 @@ __all__ = [
     "options_of",
     "parse",
     "plain",
+    "public_text",
     "renamed",
+    "secret",
     "sweeping",
     "to_text",
     "translated_errors",
@@ -119,7 +121,7 @@ def parse(text: str) -> Config:
         raise ConfigError("configuration: must be a mapping of keys to values")
     tree.pop("hydra", None)
     config = typing.cast(Config, build(Config, with_present_names(tree), ""))
-    config = dataclasses.replace(config, text=text)
+    config = dataclasses.replace(config, text=_without_tokens(text, tree))
     rules.check(config)
     planned = faults.check(
         config.faults.list,
@@ -128,6 +130,12 @@ def parse(text: str) -> Config:
         edges=edge_names(config),
     )
     return dataclasses.replace(config, faults=FaultsConfig(planned))
+
+
+def _without_tokens(text: str, tree: Mapping[Any, Any]) -> str:
+    """Return a text that may be written and sent; as it is, if there is nothing to be masked."""
+    masked = secret.without_tokens(tree)
+    return text if masked == tree else to_text(masked)
 
 
 def edge_names(config: Config) -> list[str]:
@@ -194,6 +202,13 @@ def plain(tree: Any) -> dict[str, Any]:
 def with_values(text: str, **values: Any) -> str:
     """Return the YAML of a run with other values for some of its top-level keys."""
     return to_text(OmegaConf.merge(OmegaConf.create(text), OmegaConf.create(values)))
+
+
+def public_text(text: str) -> str:
+    """Return the YAML of a run without its secrets; as it is, if there are none."""
+    tree = plain(yaml.safe_load(text))
+    masked = secret.public(tree)
+    return text if masked == tree else to_text(masked)
 
 
 def divided(config: Config, num_clients: int) -> Config:

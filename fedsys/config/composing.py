@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from omegaconf.errors import OmegaConfBaseException
 
+from fedsys.config.secret import MASK, is_secret
 from fedsys.errors import ConfigError, better_name, did_you_mean, first_line
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -216,6 +217,7 @@ def _runs_of(overrides: Sequence[str]) -> list[dict[str, str]]:
         }
     except (HydraException, NotImplementedError):
         return []
+    several = {k: [MASK] * len(v) if is_secret(k) else v for k, v in several.items()}
     combined = itertools.product(*several.values())
     return [dict(zip(several, map(str, values), strict=True)) for values in combined]
 

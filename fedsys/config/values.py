@@ -10,6 +10,9 @@ from fedsys import faults
 from fedsys.config.pruning import PruningConfig
 from fedsys.config.serving import ServingConfig
 
+OWN_MODELS: Final = ("fedsys.models", "fedsys.pruning.variant", "torchvision.models")
+"""Where the constructors are that an edge server calls unless it is told others."""
+
 Spec = Mapping[str, Any]
 """A group whose keys belong to what its ``_target_`` (or kind) names, as a plain dict."""
 
@@ -206,7 +209,9 @@ class FleetConfig:
         replicate_every: Steps between replicas of a session, from which it continues if its edge
             is lost; 0: it continues from the start of the round.
         credentials: Folder with the server app's certificate for mutual TLS; None: that of `link`.
-        control_token: What edge servers that exist already want to hear instead of one.
+        control_token: What edge servers that exist already want to hear instead of one; see
+            `fedsys.config.secret.control_token`.
+        control_token_file: File that holds it, on the machine of the server app.
         machines: Costs by name: nominal rates or a profile (`fedsys.planning.hardware`).
         devices: Machine of each device, repeated if there are more; empty: none is modelled.
         servers: Machine of each edge server, repeated if there are more.
@@ -219,7 +224,8 @@ class FleetConfig:
     edges: tuple[EdgeAddress, ...] = ()
     replicate_every: int = 0
     credentials: str | None = None
-    control_token: str = ""
+    control_token: str = field(default="", repr=False)
+    control_token_file: str | None = None
     machines: Spec = field(default_factory=dict)
     devices: tuple[str, ...] = ()
     servers: tuple[str, ...] = ()
@@ -240,6 +246,8 @@ class EdgeConfig:
         credentials: Folder with ``ca.pem``, ``cert.pem`` and ``key.pem`` for mutual TLS.
         controller: Name in the certificate of a server app.
         control_token: What a server app without a certificate must present; on loopback only.
+        control_token_file: File that holds it.
+        models: What the models that it builds may be named by, as dotted prefixes; None for any.
         max_sessions: Sessions at one time.
         max_session_bytes: Weights and optimizer state of all sessions, in bytes.
         max_frame_bytes: Largest frame, in bytes.
@@ -254,7 +262,9 @@ class EdgeConfig:
     http: str | None = "127.0.0.1:9464"
     credentials: str | None = None
     controller: str = "server"
-    control_token: str = ""
+    control_token: str = field(default="", repr=False)
+    control_token_file: str | None = None
+    models: tuple[str, ...] | None = OWN_MODELS
     max_sessions: int = 256
     max_session_bytes: int = 16 << 30
     max_frame_bytes: int = 1 << 30

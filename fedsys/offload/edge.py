@@ -14,15 +14,17 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
+from fedsys import config as configuration
 from fedsys.config import EdgeConfig
 from fedsys.errors import FedsysError, LinkClosed, SessionError
 from fedsys.offload.edge_control import EdgeControl
 from fedsys.offload.edge_devices import EdgeDevices
 from fedsys.offload.edge_faults import EdgeFaults
+from fedsys.offload.edge_models import check_models
 from fedsys.offload.emulation import Workers
 from fedsys.offload.replication import hand_over, send_state
 from fedsys.offload.session import Session
@@ -56,6 +58,7 @@ class EdgeServer:
         device: Where sessions compute.
         limits: What it takes upon itself: the ``max_`` values of ``edge``.
         plain: Accept unprotected links from other hosts, for networks that are trusted.
+        models: Dotted prefixes of the constructors that a controller may name; None for any.
         crash: What the fault ``edge_killed`` does to this server; None refuses sessions that come
             with faults.
     """
@@ -71,11 +74,12 @@ class EdgeServer:
         device: torch.device | None = None,
         limits: EdgeConfig | None = None,
         plain: bool = False,
+        models: Sequence[str] | None = None,
         crash: Callable[[EdgeServer], None] | None = None,
     ) -> None:
         limits = limits or EdgeConfig()
         frames = Limits(frame_bytes=limits.max_frame_bytes, tensor_bytes=limits.max_frame_bytes)
-        self.name = name
+        self.name, self._models = name, models
         self._device, self._workers = device or torch.device("cpu"), Workers(name)
         self._table = table = SessionTable(name, limits)
         faults = EdgeFaults(name, None if crash is None else lambda: crash(self), table.tell)
@@ -143,6 +147,8 @@ class EdgeServer:
             self._server.stop(0.0)
 
     def _session(self, spec: SessionSpec, start: Snapshot) -> Session:
+        if self._models is not None:
+            check_models(configuration.parse(spec.config).model, self._models)
         return Session(spec, start, self._device, self._replicate, self._workers)
 
     def _replicate(self, spec: SessionSpec, snapshot: Snapshot) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from fedsys.config import Config, EdgeAddress, edge_names
+from fedsys.config import Config, EdgeAddress, edge_names, secret
 from fedsys.errors import ConfigError
 from fedsys.faults import Faults
 from fedsys.offload.edge import EdgeServer
@@ -39,7 +39,7 @@ def open_fleet(config: Config, faults: Faults | None = None) -> Iterator[Fleet |
         with Fleet(
             config.fleet.edges,
             credentials=credentials,
-            control_token=config.fleet.control_token,
+            control_token=secret.control_token(config.fleet, "fleet"),
             faults=faults,
         ) as fleet:
             yield fleet

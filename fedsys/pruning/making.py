@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fedsys import data
-from fedsys.config import Config, VariantsConfig
+from fedsys.config import Config, VariantsConfig, secret
 from fedsys.data import Dataset, Images
 from fedsys.errors import ConfigError, FedsysError, ModelError
 from fedsys.pruning.candidates import Candidate, convert, lower, lowered_name, parent_candidate
@@ -240,7 +240,7 @@ def _chosen(
     _check_objective(everything, options)
     by_name = {c.variant.name: c for c in candidates}
     about = About(
-        model=dict(config.model),
+        model=secret.public(config.model),
         classes=dataset.classes,
         input_shape=dataset.input_shape,
         mean=dataset.mean,

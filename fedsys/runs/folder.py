@@ -35,6 +35,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from fedsys.config import secret
 from fedsys.errors import ConfigError, RunError
 from fedsys.files import (
     ELSEWHERE,
@@ -188,8 +189,20 @@ class RunFolder:
         return self._info
 
     def log_config(self, config_yaml: str) -> None:
-        """Write ``config.yaml``."""
+        """Write ``config.yaml``; where it holds secrets, the folder is its owner's from then on."""
+        import yaml
+
+        tree = yaml.safe_load(config_yaml)
+        if isinstance(tree, Mapping) and secret.is_private(tree):
+            self._keep_private()
         write_atomic(self.path / "config.yaml", config_yaml.encode())
+
+    def _keep_private(self) -> None:
+        """Let nobody else read what is there and what will be."""
+        with writing(self.path):
+            self.path.chmod(0o700)
+            for path in self.path.rglob("*"):
+                path.chmod(0o700 if path.is_dir() else 0o600)
 
     def add_round(self, row: Mapping[str, Any]) -> None:
         """Append a round to ``metrics.csv`` and to TensorBoard at once.

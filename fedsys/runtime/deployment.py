@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fedsys.config import Config
+from fedsys.config import Config, secret
 from fedsys.errors import ConfigError, RunError, RuntimeFailure
 from fedsys.runs import startup as stages
 from fedsys.runs.folder import RunFolder, check_free
@@ -39,7 +39,8 @@ def run_deployment(config: Config) -> Mapping[str, Any]:
     runtime = config.runtime
     with choose(json=config.json) as progress:
         if runtime.launch:
-            with _settled(config), launched(config, progress) as here:
+            token = secret.handed_on(config.fleet.control_token)
+            with _settled(config), token, launched(config, progress) as here:
                 told = _carry_out(config, here, progress)
             result = {**told, **stages.current().figures()}
             RunFolder.open(Path(str(config.run.dir))).finish(result)  # with the time of the command
@@ -52,11 +53,27 @@ def run_deployment(config: Config) -> Mapping[str, Any]:
                 "or start one here with runtime.launch=true",
             )
         check_reachable(config, runtime.superlink)
+        _check_token(config)
         address = SuperLinkAddress.of(
             runtime.superlink, runtime.root_certificates, runtime.insecure
         )
         told = _carry_out(config, Launched(address, lambda: None, {}), progress)
         return {**told, **stages.current().figures()}
+
+
+def _check_token(config: Config) -> None:
+    """Refuse a token that could only reach the server app in what every device is told.
+
+    Raises:
+        ConfigError: The command line holds it.
+    """
+    if config.fleet.control_token not in ("", secret.MASK):
+        raise ConfigError.of(
+            "fleet.control_token", secret.MASK,
+            "must not be sent to a SuperLink, which tells all devices",
+            "name a file on the machine of the server app, fleet.control_token_file=FILE, or set "
+            f"{secret.VARIABLE} for its executor",
+        )  # fmt: skip
 
 
 @contextmanager

@@ -118,6 +118,7 @@ class EdgeProcesses:
             f"edge.address={self._config.link.between_processes}://{HOST}:0", f"edge.http={HOST}:0",
             f"edge.credentials={json.dumps(str(credentials))}",
             f"edge.controller={CONTROLLER}", f"edge.device={edge.device}",
+            "edge.models=null",  # the run is the user's own, and so is the edge server
             f"edge.max_sessions={edge.max_sessions}",
             f"edge.max_session_bytes={edge.max_session_bytes}",
             f"edge.max_frame_bytes={edge.max_frame_bytes}",

@@ -131,6 +131,7 @@ class Deployment:
         for file in folder.glob("superlink.db*"):  # its run would go on beside the new one
             file.unlink()
         private.mkdir(parents=True, mode=0o700)
+        folder.chmod(0o700)  # tokens of sessions pass through the SuperLink's database
         authority = Authority.create("fedsys run", days=30)
         authority.issue("superlink", ["localhost", HOST], role="server", days=30).save(private)
         (private / "executors").write_text(secrets.token_hex(32))

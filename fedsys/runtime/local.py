@@ -21,7 +21,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedsys.config import Config
+from fedsys.config import Config, secret
 from fedsys.runs import startup as stages
 from fedsys.runtime.apps import load_apps
 from fedsys.training.pulse import pulse
@@ -249,7 +249,8 @@ def run_local(config: Config) -> None:
     """Run the server app in this thread, and its clients in worker threads."""
     apps = load_apps(config)
     stages.current().reached("imports")
-    play_local(config, *apps)
+    with secret.handed_on(config.fleet.control_token):
+        play_local(config, *apps)
 
 
 def play_local(config: Config, server_app: ServerApp, client_app: ClientFunction) -> None:

@@ -35,7 +35,7 @@ from flwr.proto.task_pb2 import Task
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
-from fedsys.config import Config
+from fedsys.config import Config, secret
 from fedsys.errors import RuntimeFailure
 from fedsys.runs import startup as stages
 from fedsys.runtime.apps import load_apps, load_client
@@ -69,7 +69,8 @@ def run_simulation(config: Config) -> None:
             state=RecordDict(),
             run_config=run_config,
         )
-        server_app(grid, context)
+        with secret.handed_on(config.fleet.control_token):  # Ray's processes began without it
+            server_app(grid, context)
 
 
 def workers(config: Config) -> int:

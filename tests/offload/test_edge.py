@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import random
 import socket
 import threading
@@ -8,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fedsys.config import EdgeConfig
+from fedsys.config import EdgeConfig, compose_text
 from fedsys.errors import LinkClosed, LinkError, RemoteError, SecurityError
 from fedsys.offload.edge import CONTROLLER, EdgeServer
 from fedsys.offload.session import Session
@@ -112,6 +113,18 @@ def test_a_session_is_opened_trained_collected_and_released(edge_at, last_layer)
         "opened": 1, "steps": 3, "released": 1,
     }  # fmt: skip
     assert counted["bytes_in"] > 3 * last_layer.activation(0).tensors["x"].nbytes
+
+
+def test_a_controller_has_no_model_built_that_the_edge_server_does_not_name(edge_at, last_layer):
+    """Whoever had the token could have it call any function of any module."""
+    edge = edge_at(models=["fedsys.models"])
+    controller = Controller(edge.address)
+    spec, start = last_layer.spec(), last_layer.start()
+    evil = compose_text("model._target_=os.system")
+    reply = controller.open(dataclasses.replace(spec, config=evil), start)
+    assert reply.kind == "refused" and "model._target_=os.system" in reply.meta["reason"]
+    assert "edge.models=[" in reply.meta["reason"] and edge.sessions == []
+    assert controller.open(spec, start).kind == "opened"
 
 
 @pytest.mark.parametrize("token", ["", "wrong", "token of other", "token of s "])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsys.commands.doctor.checks import Check
-from fedsys.config import Config
+from fedsys.config import Config, secret
 from fedsys.errors import FedsysError
 
 PORTS = {
@@ -146,10 +146,10 @@ def _computes_alike(config: Config, name: str, address: str) -> Check:
     try:
         credentials = Credentials.load(Path(folder)) if folder else None
         link = dial(address, credentials=credentials, timeout_s=ANSWER_S, retry=False)
-        edge = EdgeClient(name, link, config.fleet.control_token, idle)
+        edge = EdgeClient(name, link, secret.control_token(config.fleet, "fleet"), idle)
         edge.close()
     except FedsysError as error:
-        return Check.failed(title, error, "check fleet.credentials and fleet.control_token")
+        return Check.failed(title, error, "check fleet.credentials and fleet.control_token_file")
     if apart := differences(edge.arithmetic):
         told = f"{apart}: results agree up to rounding, not to the bit"
         return Check(title, "warn", told, "install the same on both, on processors of one kind")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedsys.config import secret
 from fedsys.errors import RunError
 from fedsys.files import whole_lines
 from fedsys.runs.folder import RunFolder
@@ -96,8 +97,7 @@ def load(path: Path) -> Run:
         error = error or f"fedsys train resume={path} continues"
     if status == "failed" and isinstance(info.get("error"), Mapping):
         error = f"{info['error'].get('type')}: {info['error'].get('message')}"
-    if "config" not in info:
-        info["config"] = _config(path)
+    info["config"] = secret.public(info["config"] if "config" in info else _config(path))
     folder = RunFolder(path, info)
     try:
         rounds, events = folder.rounds(), folder.events()
