@@ -134,6 +134,24 @@ def check(
     return tuple(checked)
 
 
+def out_of_reach(faults: Sequence[Fault], steps: Sequence[int]) -> list[str]:
+    """Return a sentence for each fault at a step that nobody whom it strikes reaches in a round.
+
+    Args:
+        faults: As `check` returns them.
+        steps: Mini-batches of each client in a round.
+    """
+    told = []
+    for fault in faults:
+        own = KINDS[fault.kind].target in ("device", "link") and isinstance(fault.who, int)
+        most = steps[int(str(fault.who))] if own else max(steps, default=0)
+        if fault.step is not None and fault.step >= most:
+            whom = f"client {fault.who}" if own else "no client"
+            reach = f"has {most} steps" if own else f"has more than {most} steps"
+            told.append(f"{describe(fault)} is without effect: {whom} {reach} in a round")
+    return told
+
+
 def _checked(fault: Fault, name: str) -> Fault:
     kind = KINDS.get(fault.kind)
     if kind is None:

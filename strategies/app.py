@@ -17,6 +17,7 @@ from fedsys import config as configuration
 from fedsys import data
 from fedsys.config import Config
 from fedsys.data import Images
+from fedsys.faults import out_of_reach
 from fedsys.offload.fleet import Fleet
 from fedsys.offload.opening import open_fleet
 from fedsys.planning.workload import mini_batches
@@ -110,6 +111,8 @@ def _train(
     plans = Plans(config, strategy, progress.about)
     size, epochs = config.client.batch_size, config.client.epochs
     steps = [epochs * len(mini_batches(len(part), size)) for part in fed.parts]
+    for line in out_of_reach(config.faults.list, steps):
+        progress.note(line)
 
     def began(number: int, clients: Sequence[int]) -> None:
         pulse().begin(len(clients), sum(steps[client] for client in clients))

@@ -17,6 +17,7 @@ from fedsys.faults import (
     check,
     encode,
     from_json,
+    out_of_reach,
     struck_before,
     to_json,
 )
@@ -154,3 +155,15 @@ def test_the_server_is_killed_only_where_its_fault_says():
 
 def test_every_kind_has_a_position():
     assert all(kind.positions for kind in KINDS.values())
+
+
+def test_a_fault_behind_the_last_step_of_whom_it_strikes_is_told():
+    edge = Fault("edge_killed", 1, who="edge-0", step=9, position="after_step")
+    faults = [DEVICE, edge, SERVER]
+    assert out_of_reach(faults, [10, 5]) == []
+    (device,) = out_of_reach(faults, [10, 4])
+    assert device == (
+        "device_killed (who 1, round 2, step 4, after) is without effect: "
+        "client 1 has 4 steps in a round"
+    )
+    assert len(out_of_reach(faults, [9, 5])) == 1 and len(out_of_reach(faults, [9, 4])) == 2

@@ -1,13 +1,14 @@
 """The verbs of the command line, one module each: ``fedsys plan`` is `fedsys.commands.plan`.
 
-Each has a function ``job``, which takes the composed configuration and returns the figures of the
-JSON line. `fedsys.main` knows them by name, so that a command imports no other.
+Each has a function ``job``, which takes the composed configuration (or what stands behind the verb,
+where there is nothing to compose) and returns the figures of the JSON line. `fedsys.main` knows them by name, so that a command imports no other.
 """
 
 from typing import TYPE_CHECKING
 
 __all__ = [
     "bench",
+    "completion",
     "doctor",
     "edge",
     "plan",
@@ -15,6 +16,7 @@ __all__ = [
     "prune",
     "query",
     "report",
+    "runs",
     "serve",
     "train",
 ]
@@ -22,6 +24,7 @@ __all__ = [
 if TYPE_CHECKING:
     from fedsys.commands import (
         bench,
+        completion,
         doctor,
         edge,
         plan,
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
         prune,
         query,
         report,
+        runs,
         serve,
         train,
     )
