@@ -12,6 +12,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from flwr.serverapp.strategy import Strategy
@@ -51,6 +53,8 @@ def build(
     *,
     fleet: Fleet | None = None,
     dataset: Dataset | None = None,
+    folder: Path | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Sampled:
     """Return the strategy of a run, with all its wrappers.
 
@@ -61,6 +65,8 @@ def build(
         fleet: The edge servers; None trains on the devices alone.
         dataset: Tells the shape of the inputs and the number of classes; needed with a fleet, or
             to prune.
+        folder: Where policies keep what they have learned: that of the run; None: nowhere.
+        say: Told how far a policy is that has to learn first.
 
     Raises:
         ConfigError: The strategy or the clients' optimizer does not exist, an argument is not one
@@ -93,7 +99,8 @@ def build(
             raise ConfigError.of("dataset", None, "must be given to prune")
         inner = Pruned(inner, config, model, dataset)
     examples = [len(part) for part in federation.federation(config).parts] if fleet else []
-    policy = build_policy(config.policy, max(1, len(edge_names(config))), config, examples)
+    edges = max(1, len(edge_names(config)))
+    policy = build_policy(config.policy, edges, config, examples, folder=folder, say=say)
     if policy is None or fleet is None or dataset is None:
         return Sampled(inner, roster, sampling, seed=config.seed)
     check_mods(config.apps.client)

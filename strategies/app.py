@@ -100,7 +100,10 @@ def _train(
     training.set_threads(config.client.threads)
     device = training.pick_device(config.client.device)
     judge = Judge(model.to(device), fed)
-    strategy = build(config, model, roster, fleet=fleet, dataset=fed.dataset)
+    strategy = build(
+        config, model, roster, fleet=fleet, dataset=fed.dataset,
+        folder=folder.path, say=progress.phase,
+    )  # fmt: skip
     initial = safety.watch(strategy, records.to_record(model.state_dict()))
     clock = stages.current()
     clock.reached("data and model")

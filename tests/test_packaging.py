@@ -424,8 +424,8 @@ def test_every_package_that_is_imported_is_a_dependency():
 
 
 def test_what_an_extra_brings_is_imported_late_and_the_error_names_that_extra(monkeypatch):
+    from fedsys.config.targets import import_extra
     from fedsys.errors import ModelError
-    from fedsys.pruning.export import import_extra
 
     calls = {
         tuple(argument.value for argument in node.args[:2])
@@ -434,7 +434,9 @@ def test_what_an_extra_brings_is_imported_late_and_the_error_names_that_extra(mo
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "import_extra"
     }
     assert {name for name, *_ in calls} == {
-        "onnxruntime", "onnxruntime.quantization", "onnxscript", "torch_pruning",
+        "gymnasium", "onnxruntime", "onnxruntime.quantization", "onnxscript", "stable_baselines3",
+        "stable_baselines3.common.callbacks", "stable_baselines3.common.policies",
+        "stable_baselines3.common.vec_env.base_vec_env", "torch_pruning",
     }  # fmt: skip
     for name, *given in calls:
         extra = given[0] if given else "export"

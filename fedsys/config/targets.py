@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import typing
 from collections.abc import Callable, Mapping
@@ -9,7 +10,7 @@ from typing import Any
 
 from fedsys.config.building import build
 from fedsys.config.values import Spec
-from fedsys.errors import ConfigError, did_you_mean, first_line
+from fedsys.errors import ConfigError, ModelError, did_you_mean, first_line
 
 
 def call_target(spec: Spec, group: str, **given: Any) -> Any:
@@ -111,3 +112,22 @@ def _simple_types(target: Callable[..., Any]) -> dict[str, Any]:
 
 def _name_of(target: Callable[..., Any]) -> str:
     return str(getattr(target, "__name__", target))
+
+
+def import_extra(name: str, extra: str = "export", who: str = "ONNX") -> Any:
+    """Import a module of a package that an installation without extras may lack.
+
+    Args:
+        name: Of the module.
+        extra: What the package is declared in.
+        who: Needs it.
+
+    Raises:
+        ModelError: It is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ModelError(
+            f"{who} needs the package {name}: install it by pip install 'fedsys[{extra}]'"
+        ) from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 import logging
 import os
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedsys.config.targets import import_extra
 from fedsys.errors import ModelError
 from fedsys.pruning.dense.removal import probes
 
@@ -87,22 +87,3 @@ def quiet(*names: str | None) -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def import_extra(name: str, extra: str = "export", who: str = "ONNX") -> Any:
-    """Import a module of a package that an installation without extras may lack.
-
-    Args:
-        name: Of the module.
-        extra: What the package is declared in.
-        who: Needs it.
-
-    Raises:
-        ModelError: It is not installed.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ModelError(
-            f"{who} needs the package {name}: install it by pip install 'fedsys[{extra}]'"
-        ) from error

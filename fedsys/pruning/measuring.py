@@ -24,10 +24,10 @@ from statistics import median
 import torch
 from torch import Tensor, fx, nn
 
+from fedsys.config.targets import import_extra
 from fedsys.errors import ModelError
 from fedsys.identity import environment
 from fedsys.models.measure import measure
-from fedsys.pruning.export import import_extra
 from fedsys.pruning.portfolio import PARENT, Latency, Variant, ordered
 
 WARM_UP = 3

@@ -21,8 +21,9 @@ from typing import Any, final
 import torch
 from torch import Tensor, fx, nn
 
+from fedsys.config.targets import import_extra
 from fedsys.errors import ModelError
-from fedsys.pruning.export import export_onnx, import_extra, quiet
+from fedsys.pruning.export import export_onnx, quiet
 
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 

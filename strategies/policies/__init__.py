@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import cast
 
 from fedsys.config import Config, Spec, call_target
 from fedsys.errors import ConfigError, did_you_mean
 from fedsys.planning.options import PLANNED
+from strategies.policies.fedadapt import FedAdaptPolicy
 from strategies.policies.fixed import FixedPolicy
 from strategies.policies.planned import Planned
 from strategies.policies.policy import OffloadPolicy
 
 
 def build_policy(
-    spec: Spec, num_edges: int, config: Config | None = None, examples: Sequence[int] = ()
+    spec: Spec,
+    num_edges: int,
+    config: Config | None = None,
+    examples: Sequence[int] = (),
+    *,
+    folder: Path | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> OffloadPolicy | None:
     """Return the policy of the ``policy`` group; None where everything stays on the devices.
 
@@ -24,6 +32,8 @@ def build_policy(
         num_edges: Number of edge servers.
         config: The run; needed by policies that plan.
         examples: Examples of each client; likewise.
+        folder: Where policies keep what they have learned: that of the run; None: nowhere.
+        say: Told how far a policy is that has to learn first.
 
     Raises:
         ConfigError: There is no such policy, or an argument is not usable.
@@ -36,10 +46,12 @@ def build_policy(
         return FixedPolicy(spec.get("cut"), spec.get("codec", "fp32"), num_edges, pieces)
     if kind in PLANNED and config is not None:
         return Planned(config, examples)
+    if kind == "fedadapt" and config is not None:
+        return FedAdaptPolicy(config, examples, folder, say)
     if kind == "own":
         target = {key: value for key, value in spec.items() if key != "kind"}
         given = {"num_edges": num_edges, "config": config, "examples": examples}
         return cast(OffloadPolicy, call_target(target, "policy", **given))
-    known = ("none", "fixed", *PLANNED, "own")
+    known = ("none", "fixed", *PLANNED, "fedadapt", "own")
     hint = did_you_mean(str(kind), known)
     raise ConfigError.of("policy.kind", kind, f"must be one of {', '.join(known)}", hint.strip())

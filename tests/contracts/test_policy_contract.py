@@ -42,6 +42,7 @@ POLICIES = {
     "exhaustive": {"kind": "exhaustive", "micro_batches": [1, 8]},
     "pipar": {"kind": "pipar"},
     "splitfed": {"kind": "splitfed", "forget": 1},
+    "fedadapt": {"kind": "fedadapt", "training": {"fleets": 3}, "ppo": {"updates": 2}},
 }
 
 

@@ -27,12 +27,12 @@ from torch import nn
 from fedsys.commands.bench.prune_models import one_thread
 from fedsys.config import Config
 from fedsys.config.pruning import PruningConfig, check
+from fedsys.config.targets import import_extra
 from fedsys.errors import ConfigError, ModelError
 from fedsys.pruning.candidates import convert
 from fedsys.pruning.dense.fold import answering
 from fedsys.pruning.dense.removal import evaluation_graph, make_plan, masked_copy, probes
 from fedsys.pruning.dense.shrink import count_parameters
-from fedsys.pruning.export import import_extra
 from fedsys.pruning.levels import Level
 from fedsys.pruning.measuring import in_turns, macs, speedup
 from fedsys.pruning.sparsify import one_shot

@@ -1,0 +1,218 @@
+"""FedAdapt at work: from what was seen of devices to what each does in the next round.
+
+The loop of the paper: pre-processing (what an iteration takes, by the baseline), clustering, the
+trained agent, post-processing (a share of the work becomes the nearest legal cut). Beyond it: a
+device that was slower at its group's cut than alone stays alone until its link changes; pieces,
+codec and edge are chosen by the planner, given the cut; devices that compute faster or slower than
+before are grouped anew; and the agent can go on learning.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fedsys.planning.assignment import Assignment
+from fedsys.planning.learning.agent import Agent
+from fedsys.planning.learning.observing import nearest
+from fedsys.planning.learning.options import FedAdaptOptions
+from fedsys.planning.learning.scenarios import Scenario
+from fedsys.planning.learning.view import Times
+from fedsys.planning.resources import Observation
+
+State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is remembered of one device.
+
+    Attributes:
+        baseline_s: Seconds of an iteration alone; 0 before it is known.
+        cut: Index of its cut in the last round; -1 before the first.
+        iteration_s: Seconds of an iteration there.
+        compute_s: Seconds of an iteration in which it computed, by the cut's index.
+        up_bit_s: Seconds of a bit to the edge, as last seen; 0 if never.
+        down_bit_s: Seconds of a bit from it.
+        slow: Whether it is among those with slow links.
+        vetoed: Seconds of a bit, both ways together, with which each cut was slower than alone, by
+            the cut's index.
+    """
+
+    baseline_s: float = 0.0
+    cut: int = -1
+    iteration_s: float = 0.0
+    compute_s: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    up_bit_s: float = 0.0
+    down_bit_s: float = 0.0
+    slow: bool = False
+    vetoed: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def mbit_s(self) -> float:
+        """Rate of the slower way of its link; 0 if unknown."""
+        slower = max(self.up_bit_s, self.down_bit_s)
+        return 1e-6 / slower if slower > 0 else 0.0
+
+    def seen(self, got: Observation, alone: int, options: FedAdaptOptions) -> Known:
+        """Return what is known after a round.
+
+        Args:
+            got: What was seen in it.
+            alone: Index of the whole model.
+            options: What counts as a change.
+        """
+        if not got.iteration_s > 0 or self.cut < 0:
+            return self
+        rates = (got.up_bit_s or self.up_bit_s, got.down_bit_s or self.down_bit_s)
+        now = dataclasses.replace(
+            self, iteration_s=got.iteration_s, up_bit_s=rates[0], down_bit_s=rates[1]
+        )
+        return now._vetoing(alone, options) if self.cut < alone else now._based(got, options)
+
+    def _based(self, got: Observation, options: FedAdaptOptions) -> Known:
+        """Take what was measured alone as the baseline, where it differs from the one before."""
+        before = self.baseline_s
+        if before and abs(got.iteration_s / before - 1.0) <= options.drift:
+            return self
+        return dataclasses.replace(self, baseline_s=got.iteration_s, compute_s={}, vetoed={})
+
+    def _vetoing(self, alone: int, options: FedAdaptOptions) -> Known:
+        bit_s = self.up_bit_s + self.down_bit_s
+        kept = {
+            cut: at for cut, at in self.vetoed.items() if abs(bit_s / at - 1.0) <= options.drift
+        } if bit_s > 0 else dict(self.vetoed)  # fmt: skip
+        limit = None if options.veto is None else self.baseline_s * (1.0 + options.veto)
+        if limit is not None and self.baseline_s > 0 and self.iteration_s > limit:
+            kept[str(self.cut)] = bit_s or 1e-12
+        return dataclasses.replace(self, vetoed=kept)
+
+    def scaled(self, got: Observation, options: FedAdaptOptions) -> Known:
+        """Follow a machine that has become faster or slower while it offloads."""
+        at, now = str(self.cut), got.compute_s
+        before = self.compute_s.get(at, 0.0)
+        if not now > 0:
+            return self
+        if before > 0 and abs(now / before - 1.0) > options.drift:
+            baseline = self.baseline_s * now / before
+            return dataclasses.replace(self, baseline_s=baseline, compute_s={at: now}, vetoed={})
+        return dataclasses.replace(self, compute_s={**self.compute_s, at: before or now})
+
+
+class FedAdapt:
+    """Decides for the devices of a run.
+
+    Its state is a dict of plain values: ``known`` of each client, as `Known` has it, and ``groups``
+    and ``asked`` (shares of the work) of the last round.
+
+    Args:
+        base: The fleet and model of the run, as they are believed to be.
+        options: How devices are seen.
+        agent: What decides.
+        forced: Whether a device may not hold the whole model.
+    """
+
+    def __init__(
+        self, base: Scenario, options: FedAdaptOptions, agent: Agent, *, forced: bool = False
+    ) -> None:
+        self.agent = agent
+        self._base, self._options, self._forced = base, options, forced
+        self._alone = len(base.cuts) - 1
+
+    def init(self) -> State:
+        """Return the state before the first round."""
+        return {"known": {}, "groups": {}, "asked": []}
+
+    def plan(
+        self, state: State, seen: Mapping[int, Observation]
+    ) -> tuple[State, Mapping[int, Assignment]]:
+        """Take in what was seen, and decide for the devices of the next round.
+
+        Args:
+            state: What the last `plan` returned.
+            seen: The devices of the round, with what was last seen of each.
+        """
+        clients = sorted(seen)
+        known = {client: self._informed(state, client, seen[client]) for client in clients}
+        ready = [client for client in clients if known[client].baseline_s > 0]
+        picked = {client: self._first() for client in clients}
+        groups, asked = dict(state["groups"]), list(state["asked"])
+        if ready:
+            labels, slow, asked = self._asked([known[client] for client in ready])
+            for client, group, low in zip(ready, labels, slow, strict=True):
+                groups[client] = group
+                known[client] = dataclasses.replace(known[client], slow=low)
+                picked[client] = self._allowed(
+                    known[client], nearest(self._base.shares, asked[group])
+                )
+        for client in clients:
+            known[client] = dataclasses.replace(known[client], cut=picked[client])
+        made = {client: self._assignment(client, picked[client]) for client in clients}
+        remembered = {client: dataclasses.asdict(known[client]) for client in clients}
+        return {
+            "known": state["known"] | remembered, "groups": groups, "asked": asked,
+        }, made  # fmt: skip
+
+    def reasons(self, state: State, clients: Sequence[int]) -> dict[int, str]:
+        """Return one sentence about the decision for each client."""
+        return {client: self._reason(state, client) for client in clients}
+
+    def _informed(self, state: State, client: int, got: Observation) -> Known:
+        kept = state["known"].get(client)
+        known = Known() if kept is None else Known(**kept)
+        if not got.iteration_s > 0 or known.cut < 0:
+            return known
+        if known.cut < self._alone:
+            if known.baseline_s == 0.0:  # it never trained alone: its share of the work tells
+                share = self._base.shares[known.cut]
+                baseline = got.compute_s / share if share > 0 else got.iteration_s
+                known = dataclasses.replace(known, baseline_s=baseline)
+            known = known.scaled(got, self._options)
+        return known.seen(got, self._alone, self._options)
+
+    def _first(self) -> int:
+        """Return the cut of a device whose baseline is not known: alone, if it may."""
+        return 0 if self._forced and self._alone else self._alone
+
+    def _asked(
+        self, devices: Sequence[Known]
+    ) -> tuple[tuple[int, ...], tuple[bool, ...], list[float]]:
+        """Return the group of each device, whether its link is slow, and the groups' shares."""
+        base, now = self._times(devices, alone=True), self._times(devices, alone=False)
+        view = self.agent.view
+        labels, slow = view.labels(base, now, [device.slow for device in devices])
+        shares = [self._base.shares[self._alone if d.cut < 0 else d.cut] for d in devices]
+        return labels, slow, self.agent.shares(view.state(base, now, labels, shares))
+
+    def _times(self, devices: Sequence[Known], *, alone: bool) -> Times:
+        seconds = [d.baseline_s if alone else d.iteration_s or d.baseline_s for d in devices]
+        crossing = [self._base.crossing_bits * (d.up_bit_s + d.down_bit_s) for d in devices]
+        rates = [d.mbit_s for d in devices]
+        return Times(np.array(seconds), np.array(rates), np.array(crossing))
+
+    def _allowed(self, device: Known, cut: int) -> int:
+        if self._forced and cut == self._alone and self._alone:
+            return self._alone - 1
+        return self._alone if str(cut) in device.vetoed and not self._forced else cut
+
+    def _assignment(self, client: int, index: int) -> Assignment:
+        return self._base.assignment(client, index)
+
+    def _reason(self, state: State, client: int) -> str:
+        known = Known(**state["known"][client])
+        if known.baseline_s == 0.0:
+            return "its first round is alone, which tells its baseline"
+        group = state["groups"][client]
+        asked = state["asked"][group]
+        kind = "slow links" if known.slow else f"speed {group + 1} of {self.agent.view.groups}"
+        told = f"the agent asks the group of {kind} to keep {asked:.0%} of the work"
+        wanted = nearest(self._base.shares, asked)
+        if known.cut != wanted and known.cut == self._alone:
+            return f"{told}, but there it was slower than alone"
+        if known.cut == self._alone:
+            return f"{told}: it trains alone"
+        return f"{told}; the nearest cut keeps {self._base.shares[known.cut]:.0%}"

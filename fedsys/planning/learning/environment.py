@@ -1,0 +1,93 @@
+"""FedAdapt's learning problem as a gymnasium environment, wherever its steps are carried out.
+
+One step is a round in which each group of devices keeps the share of the work that the action asks
+for, at the nearest legal cut. `Rounds` carries it out: `fedsys.planning.learning.scenarios` on the
+timeline, or real clients in truncated rounds, which train a few iterations and exchange no weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from fedsys.config.targets import import_extra
+from fedsys.planning.learning.observing import MOST, Vector, in_vain, nearest, reward, share_of
+from fedsys.planning.learning.view import Times, View
+
+gymnasium = import_extra("gymnasium", "rl", "an environment of offloading")
+Environment: Any = gymnasium.Env
+
+
+class Rounds(Protocol):
+    """Carries the steps of an episode out.
+
+    Attributes:
+        shares: Device-side share of the work at each legal cut, ascending, the last one 1.
+    """
+
+    shares: tuple[float, ...]
+
+    def begin(self, random: np.random.Generator) -> Times:
+        """Begin an episode; return the times without offloading.
+
+        Args:
+            random: Where all is drawn from until the next episode.
+        """
+        ...
+
+    def carry_out(self, picked: Sequence[int]) -> Times:
+        """Return the times of a step in which each device is at a cut, by index."""
+        ...
+
+
+class OffloadEnvironment(Environment):  # type: ignore[misc]  # of an extra: without types
+    """Episodes of offloading; see the module.
+
+    Args:
+        rounds: Carries steps out.
+        view: How devices are seen.
+        straggler: Whether the time of the slowest device is rewarded, as well as that of each.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 - gymnasium's own name and type
+
+    def __init__(self, rounds: Rounds, view: View, *, straggler: bool = False) -> None:
+        high = np.full(view.size, MOST if view.times == "ratio" else np.inf, dtype=np.float32)
+        self.observation_space = gymnasium.spaces.Box(-high, high, dtype=np.float32)
+        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (view.groups,), dtype=np.float32)
+        self._rounds, self._view, self._straggler = rounds, view, straggler
+        self._steps = 0
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Vector, dict[str, Any]]:
+        """Measure a fleet without offloading, and return that as the first state."""
+        super().reset(seed=seed)
+        self._base = self._rounds.begin(self.np_random)
+        count = len(self._base.iteration_s)
+        self._labels, self._low = self._view.labels(self._base, self._base, [False] * count)
+        self._steps = 0
+        return self._view.state(self._base, self._base, self._labels, [1.0] * count), {}
+
+    def step(self, action: Vector) -> tuple[Vector, float, bool, bool, dict[str, Any]]:
+        """Carry a step out.
+
+        Returns:
+            The state, the reward, whether offloading was in vain (which ends the episode), whether
+            the episode is over, and ``iteration_s`` and ``picked`` of each device.
+        """
+        shares = self._rounds.shares
+        by_group = [nearest(shares, share_of(float(a))) for a in action]
+        picked = [by_group[group] for group in self._labels]
+        now = self._rounds.carry_out(picked)
+        seconds, base = now.iteration_s.tolist(), self._base.iteration_s.tolist()
+        earned = reward(seconds, base) / len(base)
+        if self._straggler:
+            earned += reward([max(seconds)], [max(base)])
+        self._labels, self._low = self._view.labels(self._base, now, self._low)
+        state = self._view.state(self._base, now, self._labels, [shares[i] for i in picked])
+        self._steps += 1
+        told = {"iteration_s": seconds, "picked": picked}
+        return state, earned, in_vain(seconds, base), self._steps >= self._view.episode, told

@@ -1,0 +1,112 @@
+"""What an agent sees, what it says, and what it is rewarded for: pure functions.
+
+State, of G groups (2G numbers, or 3G with bandwidth), each by its slowest member::
+
+    seconds of an iteration, over those of the baseline     T_g / B_g, at most 4
+    share of the work that is on the device                 u_g
+    seconds in which a batch would cross the first cut both ways, over B_g:   log10 / 3
+
+An empty group has the state of a device that trains alone. Seconds over the baseline do not depend
+on the model or on how fast devices are; FedAdapt's code feeds raw seconds (``times="seconds"``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+Vector = NDArray[np.float32]
+
+MOST: Final = 4.0
+"""Largest ratio of seconds to the baseline that is told apart."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What is known of one device.
+
+    Attributes:
+        baseline_s: Seconds of an iteration alone.
+        iteration_s: Seconds of an iteration as it trains now.
+        share: Share of the work that it keeps.
+        crossing_s: Seconds in which a batch would cross the first cut both ways; 0 if unknown.
+    """
+
+    baseline_s: float
+    iteration_s: float
+    share: float
+    crossing_s: float = 0.0
+
+
+def state_of(
+    members: Sequence[Seen | None], *, bandwidth: bool = False, times: str = "ratio"
+) -> Vector:
+    """Return the agent's state.
+
+    Args:
+        members: The slowest member of each group; None of an empty one.
+        bandwidth: Whether bandwidth is a part of it.
+        times: ``ratio`` to the baseline, or ``seconds``.
+    """
+    alone = Seen(1.0, 1.0, 1.0)
+    known = [member or alone for member in members]
+    parts = [
+        [_ratio(m) if times == "ratio" else m.iteration_s for m in known],
+        [m.share for m in known],
+    ]
+    if bandwidth:
+        parts.append([_crossing(m) for m in known])
+    return np.array([value for part in parts for value in part], dtype=np.float32)
+
+
+def _ratio(seen: Seen) -> float:
+    return min(MOST, seen.iteration_s / seen.baseline_s) if seen.baseline_s > 0 else 1.0
+
+
+def _crossing(seen: Seen) -> float:
+    if not (seen.crossing_s > 0 and seen.baseline_s > 0):
+        return 0.0
+    return float(np.clip(math.log10(seen.crossing_s / seen.baseline_s) / 3.0, -1.0, 1.0))
+
+
+def share_of(action: float) -> float:
+    """Return the share of the work that an action in [-1, 1] asks for.
+
+    Actions lie around 0: in [0, 1] an untrained Gaussian is clipped most of the time.
+    """
+    return (min(1.0, max(-1.0, action)) + 1.0) / 2.0
+
+
+def nearest(shares: Sequence[float], wanted: float) -> int:
+    """Return the index of the legal share nearest to what is wanted; of two equal ones the last.
+
+    VGG-5 with FedAdapt's offloading points:
+
+    >>> [nearest((0.1042, 0.6601, 0.9381, 1.0), a) for a in (0.38, 0.39, 0.79, 0.80, 0.968, 0.97)]
+    [0, 1, 1, 2, 2, 3]
+    """
+    return min(range(len(shares)), key=lambda i: (abs(shares[i] - wanted), -i))
+
+
+def reward(iteration_s: Sequence[float], baseline_s: Sequence[float]) -> float:
+    """Return what a step is worth: over all devices, the share of the time that is saved.
+
+    >>> reward([1.0], [1.0]), reward([0.5], [1.0]), reward([2.0], [1.0])
+    (0.0, 0.5, -0.5)
+
+    Source: FedAdapt, published code; each device counts from -1 to 1.
+    """
+    return sum(
+        1.0 - now / base if now < base else base / now - 1.0
+        for now, base in zip(iteration_s, baseline_s, strict=True)
+    )
+
+
+def in_vain(iteration_s: Sequence[float], baseline_s: Sequence[float]) -> bool:
+    """Return whether the slowest device is no faster than without offloading: an episode ends."""
+    return max(iteration_s) >= max(baseline_s)

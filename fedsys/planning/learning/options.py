@@ -1,0 +1,186 @@
+"""The ``policy`` group of ``policy=fedadapt``, as values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedsys.config import Spec
+from fedsys.config.building import build
+from fedsys.errors import ConfigError, did_you_mean
+from fedsys.planning.learning.grouping import LowBandwidth
+from fedsys.planning.learning.scenarios import Ranges
+from fedsys.planning.learning.view import View
+from fedsys.transport.codecs import check_codec
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """Hyper-parameters of proximal policy optimisation.
+
+    Attributes:
+        layers: Units of the hidden layers of each network.
+        lr: Adam's learning rate.
+        gamma: Discount of later rewards.
+        gae_lambda: 1: Monte Carlo returns.
+        clip: Largest relative change of the probability of an action that still counts.
+        epochs: Passes over what was collected, for each update.
+        every: Steps of each environment between two updates.
+        batch: Steps in a mini-batch; None: all that were collected.
+        environments: Fleets that are trained on side by side.
+        updates: Updates in all.
+        entropy: Weight of the entropy.
+        value: Weight of the critic's loss.
+        std: Standard deviation of an action, as a share of the work.
+        std_hold: Updates in which it stays.
+        std_decay: Factor of each later one.
+    """
+
+    layers: tuple[int, ...] = (64, 32)
+    lr: float = 3e-4
+    gamma: float = 0.9
+    gae_lambda: float = 1.0
+    clip: float = 0.2
+    epochs: int = 50
+    every: int = 10
+    batch: int | None = None
+    environments: int = 1
+    updates: int = 50
+    entropy: float = 0.01
+    value: float = 0.5
+    std: float = 0.5
+    std_hold: int = 20
+    std_decay: float = 0.9
+
+    @property
+    def steps(self) -> int:
+        """Steps of all environments together."""
+        return self.updates * self.every * self.environments
+
+    def std_at(self, update: int) -> float:
+        """Return the standard deviation before an update, from 0.
+
+        >>> [round(Hyper().std_at(n), 4) for n in (0, 20, 21, 22)]
+        [0.5, 0.5, 0.45, 0.405]
+        """
+        return float(self.std * self.std_decay ** max(0, update - self.std_hold))
+
+
+@dataclass(frozen=True)
+class Training:
+    """What an agent is trained on, where no file of one is given.
+
+    Attributes:
+        fleets: Fleets that are drawn around the run's.
+        moments: States of the links of each.
+        change: Probability that links change after a step.
+        straggler: Whether the time of the slowest device is rewarded, as well as that of each.
+        ranges: What fleets are drawn from.
+    """
+
+    fleets: int = 200
+    moments: int = 2
+    change: float = 0.05
+    straggler: bool = True
+    ranges: Ranges = field(default_factory=Ranges)
+
+
+@dataclass(frozen=True)
+class FedAdaptOptions:
+    """How an agent sees devices, and how it is trained.
+
+    Attributes:
+        kind: ``fedadapt``.
+        agent: File of a trained agent; None: one is trained before the first round.
+        groups: Number of groups of devices.
+        low_mbit_s: Below this rate a device belongs to the group of slow links; None: no such one.
+        hysteresis: Share by which the rate must be above that to leave the group.
+        bandwidth: Whether bandwidth is a part of the state.
+        times: ``ratio`` to the baseline, or ``seconds``.
+        veto: Share by which a device may be slower at its group's cut than alone; beyond it the
+            device stays alone. None: it does what the group does.
+        cuts: Cuts that may be chosen; None: all. The whole model always may.
+        codec: Codecs that may be chosen.
+        micro_batches: Numbers of pieces that may be chosen; None: what the batch allows.
+        drift: Relative change of what a device takes to compute from which on it is grouped anew.
+        learn: Whether the agent goes on learning in the run.
+        learn_std: Standard deviation of its actions then, as a share of the work.
+        learn_every: Rounds between two updates then.
+        training: What it is trained on.
+        ppo: Hyper-parameters.
+    """
+
+    kind: str = "fedadapt"
+    agent: str | None = None
+    groups: int = 3
+    low_mbit_s: float | None = 5.0
+    hysteresis: float = 0.2
+    bandwidth: bool = True
+    times: str = "ratio"
+    veto: float | None = 0.02
+    cuts: tuple[int, ...] | None = None
+    codec: Any = "fp32"
+    micro_batches: Any = None
+    drift: float = 0.2
+    learn: bool = False
+    learn_std: float = 0.05
+    learn_every: int = 10
+    training: Training = field(default_factory=Training)
+    ppo: Hyper = field(default_factory=Hyper)
+
+    @classmethod
+    def of(cls, spec: Spec) -> FedAdaptOptions:
+        """Return the options of a ``policy`` group.
+
+        Raises:
+            ConfigError: A key is unknown, or its value not usable.
+        """
+        made: FedAdaptOptions = build(cls, dict(spec), "policy")
+        for name, low, high in _BOUNDS:
+            value: Any = made
+            for part in name.split("."):
+                value = getattr(value, part)
+            if value is not None and not low <= value <= high:
+                raise ConfigError.of(f"policy.{name}", value, f"must be from {low:g} to {high:g}")
+        if made.times not in ("ratio", "seconds"):
+            hint = did_you_mean(made.times, ("ratio", "seconds"))
+            raise ConfigError.of("policy.times", made.times, "must be ratio or seconds", hint)
+        for codec in made.codecs:
+            check_codec(codec)
+        return made
+
+    @property
+    def codecs(self) -> tuple[str, ...]:
+        """Codecs that may be chosen."""
+        several = isinstance(self.codec, list | tuple)
+        return tuple(self.codec) if several else (str(self.codec),)
+
+    @property
+    def view(self) -> View:
+        """How the agent sees devices."""
+        low = None if self.low_mbit_s is None else LowBandwidth(self.low_mbit_s, self.hysteresis)
+        return View(self.groups, low, self.bandwidth, self.times, self.veto is not None)
+
+
+_BOUNDS = (
+    ("groups", 1, 8),
+    ("low_mbit_s", 0, 1e6),
+    ("hysteresis", 0, 10),
+    ("veto", 0, 10),
+    ("drift", 0.01, 10),
+    ("learn_std", 0.001, 1),
+    ("learn_every", 2, 10_000),
+    ("training.fleets", 1, 100_000),
+    ("training.moments", 1, 100),
+    ("training.change", 0, 1),
+    ("ppo.lr", 1e-8, 1),
+    ("ppo.gamma", 0, 1),
+    ("ppo.gae_lambda", 0, 1),
+    ("ppo.clip", 0.001, 10),
+    ("ppo.epochs", 1, 10_000),
+    ("ppo.every", 2, 1_000_000),
+    ("ppo.environments", 1, 100_000),
+    ("ppo.updates", 1, 1_000_000),
+    ("ppo.std", 0.001, 10),
+    ("ppo.std_decay", 0.01, 1),
+)
