@@ -29,11 +29,19 @@ def job(tree: Any) -> Mapping[str, Any]:
         ConfigError: A value of the configuration is not usable.
     """
     config = configuration.parse(configuration.to_text(tree))
-    found = list(checks(config))
+    found = [*_without_effect(config), *checks(config)]
     if not tree.json:
         show(found)
     ok = all(check.status != "fail" for check in found)
     return {"ok": ok, "checks": [dataclasses.asdict(check) for check in found]}
+
+
+def _without_effect(config: Config) -> Iterator[Check]:
+    """Yield a warning for each option of the command line that changes nothing."""
+    for line in configuration.without_effect(config, configuration.given()):
+        option, _, reason = line.partition(" is without effect: ")
+        detail, _, way_out = reason.partition("; ")
+        yield Check("options", "warn", f"{option} is without effect: {detail}", way_out)
 
 
 def checks(config: Config) -> Iterator[Check]:
