@@ -86,7 +86,8 @@ def page(
     if groups and not everything:
         group = "policy" if "policy" in groups else groups[0]
         name_ = "auto" if group == "policy" else options.default_choice(group)
-        parts.append(f"fedsys {verb} {group}={name_} --help shows the options of that choice, too.")
+        call = " ".join(filter(None, ["fedsys", verb, name or "NAME" * bool(command.names)]))
+        parts.append(f"{call} {group}={name_} --help shows the options of that choice, too.")
     parts.append(FLAGS)
     return "\n\n".join(part for part in parts if part)
 
