@@ -7,7 +7,8 @@ on one link (a broken frame, a wrong token, an operation out of turn) ends that 
 is counted, and touches no other session.
 
 Over TLS the controller is known by the name in its certificate; on loopback and in memory by a
-token that was given to both sides when the edge was started.
+token that was given to both sides when the edge was started. Until a link has shown what makes it
+one of the two, it is that of a stranger (`fedsys.transport.strangers`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -31,17 +33,22 @@ from fedsys.offload.session import Session
 from fedsys.offload.session_table import SessionTable
 from fedsys.offload.snapshot import SessionSpec, Snapshot
 from fedsys.transport.addresses import serve
-from fedsys.transport.link import Link, Server
+from fedsys.transport.descriptors import affordable
+from fedsys.transport.link import AcceptedLink, Server
 from fedsys.transport.security import Credentials
+from fedsys.transport.strangers import Census, Strangers
 from fedsys.transport.wire import Limits
 
 CONTROLLER = "server"
 """Name in the certificate of a server app, unless the edge is told another."""
 
 LINKS = 1024
-"""Links at one time."""
+"""Links of controllers and devices at one time, as far as there are descriptors."""
 
-_HELLO_S = 30.0  # for the first frame of a link
+_STRANGERS = Strangers()
+_DESCRIPTORS = {"tcp": 3, "grpc": 1, "memory": 0}  # of one link
+_OTHERS = 192  # descriptors for /health and /metrics
+
 
 _log = logging.getLogger(__name__)
 
@@ -87,12 +94,14 @@ class EdgeServer:
         self._control = EdgeControl(
             name, table, faults, self._session, token=control_token, controller=controller
         )
+        links, self._strangers = _places(address.partition("://")[0])
         self._server: Server = serve(
             address,
             self._serve,
             credentials=credentials,
             limits=frames,
-            max_links=LINKS,
+            max_links=links,
+            strangers=self._strangers,
             plain=plain,
         )
 
@@ -115,6 +124,10 @@ class EdgeServer:
     def counters(self) -> Counter[str]:
         """Events by name: ``opened``, ``released``, ``steps`` …, and ``refused_*`` by reason."""
         return self._table.counters
+
+    def census(self) -> Census:
+        """Return how many links there are, and how many may be."""
+        return self._server.census()
 
     def stop(self, grace_s: float = 5.0) -> list[tuple[SessionSpec, Snapshot]]:
         """Freeze every session at the end of its step, hand it to its controller, and stop.
@@ -154,9 +167,9 @@ class EdgeServer:
     def _replicate(self, spec: SessionSpec, snapshot: Snapshot) -> None:
         send_state(self._table, "replica", spec, snapshot)  # without one training goes on
 
-    def _serve(self, link: Link) -> None:
+    def _serve(self, link: AcceptedLink) -> None:
         try:
-            first = link.recv(_HELLO_S)
+            first = link.recv(self._strangers.seconds)
             if first.kind == "hello":
                 self._devices.serve(link, first)
             elif first.kind == "probe":
@@ -171,3 +184,15 @@ class EdgeServer:
             self._table.count(f"refused_{type(error).__name__}")
             _log.warning("%s refused %s: %s", self.name, link.peer or "a peer", error)
             raise
+
+
+def _places(kind: str) -> tuple[int, Strangers]:
+    """Return how many links there may be, and what those of strangers may cost.
+
+    Where the system allows fewer descriptors, there are fewer of both.
+    """
+    wanted = LINKS + _STRANGERS.places
+    each = _DESCRIPTORS.get(kind, 0)
+    found = affordable(wanted, each=each, kept=_OTHERS) if each else wanted
+    places = min(_STRANGERS.places, max(1, found // 4))
+    return found - places, replace(_STRANGERS, places=places)

@@ -10,7 +10,7 @@ from fedsys.offload.edge_faults import EdgeFaults
 from fedsys.offload.session import Session
 from fedsys.offload.session_table import SessionTable
 from fedsys.offload.snapshot import SessionSpec, Snapshot
-from fedsys.transport.link import Link
+from fedsys.transport.link import AcceptedLink, Link
 from fedsys.transport.security import same_token
 from fedsys.transport.wire import Frame
 
@@ -40,7 +40,7 @@ class EdgeControl:
         self._name, self._table, self._faults, self._make = name, table, faults, make
         self._token, self._controller = token, controller
 
-    def serve(self, link: Link, first: Frame) -> None:
+    def serve(self, link: AcceptedLink, first: Frame) -> None:
         """Obey a controller until its link ends.
 
         Raises:
@@ -50,6 +50,7 @@ class EdgeControl:
         given = str(first.meta.get("token", ""))
         if not known and not (self._token and same_token(given, self._token)):
             raise SecurityError(f"{link.peer or 'a peer without certificate'} may not control")
+        link.admit()
         about = {"name": self._name, "arithmetic": arithmetic()}
         link.send(Frame("ready", {**about, "request": first.meta.get("request")}))
         try:

@@ -6,7 +6,7 @@ from fedsys.errors import LinkClosed, LinkError, SecurityError
 from fedsys.offload.edge_faults import EdgeFaults
 from fedsys.offload.session import Session
 from fedsys.offload.session_table import SessionTable
-from fedsys.transport.link import Link
+from fedsys.transport.link import AcceptedLink, Link
 from fedsys.transport.security import same_token
 from fedsys.transport.wire import Frame
 
@@ -22,7 +22,7 @@ class EdgeDevices:
     def __init__(self, table: SessionTable, faults: EdgeFaults) -> None:
         self._table, self._faults = table, faults
 
-    def serve(self, link: Link, hello: Frame) -> None:
+    def serve(self, link: AcceptedLink, hello: Frame) -> None:
         """Let a device train until its link ends.
 
         Raises:
@@ -32,6 +32,7 @@ class EdgeDevices:
         if session is None:
             link.send(Frame("unknown"))
             return
+        link.admit()
         self._table.attach(session.spec.id, link)
         if session.at_work():  # the device lost its link meanwhile; it is not to think us gone
             link.send(Frame("wait"))

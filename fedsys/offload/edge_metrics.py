@@ -25,6 +25,7 @@ from fedsys.transport.http_server import (
     Send,
     listening_socket,
 )
+from fedsys.transport.strangers import Census
 
 LIMITS = HttpLimits(connections=64)
 """A supervisor or two ask at a time; descriptors are for links."""
@@ -55,6 +56,7 @@ class EdgeCollector:
         yield _gauge("started_seconds", "Start, in seconds since 1970.", self._started)
         yield _gauge("sessions", "Sessions that are open.", len(edge.sessions))
         yield _gauge("session_bytes", "Weights and optimizer state in bytes.", edge.session_bytes)
+        yield from _links(edge.census())
         counters = dict(edge.counters)
         for name, text in _COUNTED.items():
             yield CounterMetricFamily(f"fedsys_edge_{name}", text, value=counters.get(name, 0))
@@ -65,6 +67,26 @@ class EdgeCollector:
             if name.startswith("refused_"):
                 refused.add_metric([name.removeprefix("refused_")], count)
         yield refused
+
+
+def _links(census: Census) -> Iterator[Metric]:
+    places = GaugeMetricFamily(
+        "fedsys_edge_link_places", "Links that there may be, by whose.", labels=["whose"]
+    )
+    links = GaugeMetricFamily("fedsys_edge_links", "Links, by whose.", labels=["whose"])
+    for whose, count, most in (
+        ("known", census.known, census.known_places),
+        ("strangers", census.strangers, census.strangers_places),
+    ):
+        links.add_metric([whose], count)
+        places.add_metric([whose], most)
+    yield from (places, links)
+    ended = CounterMetricFamily(
+        "fedsys_edge_links_ended", "Connections that were sent away.", labels=["reason"]
+    )
+    for reason, number in sorted(census.ended.items()):
+        ended.add_metric([reason], number)
+    yield ended
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

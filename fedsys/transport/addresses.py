@@ -9,6 +9,7 @@ from fedsys.errors import ConfigError, SecurityError
 from fedsys.transport import memory_link, tcp_link
 from fedsys.transport.link import QUEUE_BYTES, Handler, Link, Server
 from fedsys.transport.security import Credentials
+from fedsys.transport.strangers import Strangers
 from fedsys.transport.wire import DEFAULT_LIMITS, Limits
 
 
@@ -59,6 +60,7 @@ def serve(
     limits: Limits = DEFAULT_LIMITS,
     queue_bytes: int = QUEUE_BYTES,
     max_links: int = 256,
+    strangers: Strangers | None = None,
     plain: bool = False,
 ) -> Server:
     """Accept links at `address` until the server is stopped.
@@ -75,6 +77,8 @@ def serve(
         limits: What this end accepts in a frame.
         queue_bytes: Bytes that each direction of a link holds before `send` waits.
         max_links: Links at one time; further ones are refused.
+        strangers: What links may cost, in TCP and gRPC, until the handler admits them; None: all
+            are admitted at once, and as many may be on their way as there may be links.
         plain: Accept unprotected links from other hosts, for networks that are trusted.
 
     Raises:
@@ -86,10 +90,14 @@ def serve(
         return memory_link.MemoryServer(place, handler, limits, queue_bytes, max_links)
     _require_tls(address, place, credentials, plain)
     if kind == "tcp":
-        return tcp_link.TcpServer(place, handler, credentials, limits, queue_bytes, max_links)
+        return tcp_link.TcpServer(
+            place, handler, credentials, limits, queue_bytes, max_links, strangers
+        )
     from fedsys.transport import grpc_link
 
-    return grpc_link.GrpcServer(place, handler, credentials, limits, queue_bytes, max_links)
+    return grpc_link.GrpcServer(
+        place, handler, credentials, limits, queue_bytes, max_links, strangers
+    )
 
 
 def _split(address: str) -> tuple[str, str]:

@@ -31,9 +31,11 @@ from fedsys.errors import (
     SecurityError,
 )
 from fedsys.transport.buffers import CHUNK_BYTES
+from fedsys.transport.descriptors import affordable
 from fedsys.transport.grpc_stream import Sender, Stream
 from fedsys.transport.link import Handler, HandlerThreads, Link
 from fedsys.transport.security import Credentials, check
+from fedsys.transport.strangers import Census, Strangers, WaitingRoom
 from fedsys.transport.wire import Buffer, Frame, Limits, encode_parts
 
 _SERVICE: Final = "fedsys.Link"
@@ -58,7 +60,13 @@ _SERVER_OPTIONS: Final = [
     *_KEEPALIVE,
     ("grpc.so_reuseport", 0),  # else a second server on the port would start, and take half
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    # A connection that says nothing is kept for two minutes otherwise, and one that greets in
+    # HTTP/2 and asks nothing for ever.
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    ("grpc.max_connection_idle_ms", 10_000),
+    ("grpc.max_concurrent_streams", 8),  # links have connections of their own
 ]
+_SILENT: Final = 4096  # connections without a stream, if there are descriptors for them
 
 
 def _closed_here() -> LinkClosed:
@@ -184,9 +192,13 @@ def dial(
 
 
 class _AcceptedLink:
-    def __init__(self, peer: str, stream: Stream) -> None:
+    def __init__(self, peer: str, stream: Stream, admitted: Callable[[], None]) -> None:
         self.peer = peer
-        self._stream = stream
+        self._stream, self._admitted = stream, admitted
+
+    def admit(self) -> None:
+        self._admitted()
+        self._stream.accepts = self._stream.limits
 
     @property
     def ended(self) -> bool:
@@ -209,16 +221,24 @@ class _AcceptedLink:
         self._stream.end(_closed_here(), discard=True)
 
 
+def _send_away(stream: Stream) -> None:
+    stream.reason = stream.reason or "others came, and who you are was not said"
+    stream.end(_closed_here(), discard=True)
+
+
 class _Method(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
     """Gives each stream that is opened a deserializer of its own, which knows its stream."""
 
-    def __init__(self, connect: Callable[..., None], limits: Limits, queue_bytes: int) -> None:
-        self._connect, self._limits, self._queue_bytes = connect, limits, queue_bytes
+    def __init__(
+        self, connect: Callable[..., None], limits: Limits, queue_bytes: int, first: Limits | None
+    ) -> None:
+        self._connect, self._first = connect, first
+        self._limits, self._queue_bytes = limits, queue_bytes
 
     def service(self, details: Any) -> Any:
         if details.method != f"/{_SERVICE}/{_METHOD}":
             return None
-        stream = Stream(self._limits, self._queue_bytes)
+        stream = Stream(self._limits, self._queue_bytes, self._first)
         connect = partial(self._connect, stream)
         # gRPC then passes a function that sends, to be called by whoever has something to send.
         connect.experimental_non_blocking = True  # type: ignore[attr-defined]
@@ -236,14 +256,21 @@ class GrpcServer:
         limits: Limits,
         queue_bytes: int,
         max_links: int,
+        strangers: Strangers | None = None,
     ) -> None:
-        self._handlers = HandlerThreads(f"grpc://{place}", handler, max_links)
-        # gRPC occupies one thread for each stream, so as many as there may be links.
+        self._open = strangers is None
+        self._room = WaitingRoom(strangers.places if strangers else max_links)
+        self._handlers = HandlerThreads(f"grpc://{place}", handler, max_links, self._room)
+        first = strangers.limits if strangers else None
+        # gRPC occupies one thread for each stream: of links, and of those who wait, twice as many
+        # as have places, so that some can wait for one.
+        streams = max_links + (2 * strangers.places if strangers else 0)
+        connections = affordable(streams + _SILENT)
         self._server = grpc.server(
-            ThreadPoolExecutor(max_links, thread_name_prefix=f"reads {place}"),
-            handlers=(_Method(self._connect, limits, queue_bytes),),
-            options=_SERVER_OPTIONS,
-            maximum_concurrent_rpcs=max_links,
+            ThreadPoolExecutor(streams, thread_name_prefix=f"reads {place}"),
+            handlers=(_Method(self._connect, limits, queue_bytes, first),),
+            options=[*_SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", connections)],
+            maximum_concurrent_rpcs=streams,
         )
         self.address = f"grpc://{place.rpartition(':')[0]}:{self._bind(place, credentials)}"
         self._server.start()
@@ -275,7 +302,13 @@ class GrpcServer:
     ) -> None:
         """Read one stream until its end; others send."""
         names = context.auth_context().get("x509_common_name", [b""])
-        link = _AcceptedLink(names[0].decode(errors="replace"), stream)
+        address = str(context.peer()).rpartition(":")[0]
+        stay = self._room.enter(address, partial(_send_away, stream))
+        if stay is None:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "it has stopped")
+            return  # it raises, which is not said of it
+        admitted = partial(self._handlers.admit, stay)
+        link = _AcceptedLink(names[0].decode(errors="replace"), stream, admitted)
 
         def pushed(message: bytes | None) -> None:
             if message is None and stream.reason:
@@ -286,9 +319,12 @@ class GrpcServer:
         stream.sender = Sender(pushed, stream)
         with stream.sending:  # nothing is sent before the greeting
             try:
-                self._handlers.start(link)
+                if self._open:
+                    link.admit()
             except LinkClosed as error:
+                self._room.leave(stay)
                 context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+            self._handlers.start(link, stay)
             context.send_initial_metadata((_GREETING,))
         try:
             stream.read(messages)
@@ -296,8 +332,13 @@ class GrpcServer:
         except grpc.RpcError:
             stream.end(LinkClosed("the link to the peer was lost"))
 
+    def census(self) -> Census:
+        """Return who is there; see `fedsys.transport.link.Server`."""
+        return self._handlers.census()
+
     def stop(self, grace_s: float = 0.0) -> None:
         """Accept no more, and end; see `fedsys.transport.link.Server`."""
+        self._room.close()
         refused = self._server.stop(grace_s + _LINGER_S)
         self._handlers.stop(grace_s)
         refused.wait(_LINGER_S)

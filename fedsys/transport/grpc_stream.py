@@ -30,16 +30,23 @@ _LATE: Final = b"late"  # stands for a frame for which the inbox had no room
 
 
 class Stream:
-    """The part of a link that is the same on both ends: two mailboxes around a stream."""
+    """The part of a link that is the same on both ends: two mailboxes around a stream.
 
-    def __init__(self, limits: Limits, queue_bytes: int) -> None:
-        self.limits = limits
+    Args:
+        limits: Of frames in both directions.
+        queue_bytes: Bytes that each direction holds before `send` waits.
+        first: What is accepted until `accepts` is set to something else, for frames that begin
+            later; None: `limits`.
+    """
+
+    def __init__(self, limits: Limits, queue_bytes: int, first: Limits | None = None) -> None:
+        self.limits, self.accepts = limits, first or limits
         self.inbox: Mailbox[Frame] = Mailbox(queue_bytes)
         self.outbox: Mailbox[bytes] = Mailbox(queue_bytes)
         self.reason = ""  # of a failure, for the peer
         self.sender: Sender | None = None  # of an accepted link
         self.sending = threading.Lock()
-        self._assembler = Assembler(limits)
+        self._assembler: Assembler | None = None
         self._late: Frame | None = None
 
     def send(self, parts: Sequence[Buffer]) -> None:
@@ -102,13 +109,14 @@ class Stream:
                     self._fail(error)
 
     def _feed(self, message: bytes) -> Frame | None:
+        self._assembler = assembler = self._assembler or Assembler(self.accepts)
         try:
-            frame = self._assembler.feed(message)
+            frame = assembler.feed(message)
         except LinkError as error:
             self._fail(error)
             return None
         if frame is not None:
-            self._assembler = Assembler(self.limits)
+            self._assembler = None
         return frame
 
     def _fail(self, error: LinkError) -> None:
@@ -119,6 +127,7 @@ class Stream:
         """End both directions for a reason; what has arrived can be read unless `discard`."""
         self.inbox.end(reason, discard=discard)
         self.outbox.end(reason)
+        self._assembler = None
         if self.sender is not None:
             self.sender.end()
 

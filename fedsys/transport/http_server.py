@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import resource
 import socket
 import threading
 import time
@@ -22,6 +20,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fedsys.errors import ConfigError, RuntimeFailure
+from fedsys.transport.descriptors import affordable
 from fedsys.transport.http_door import SPARE, Guard, Hall
 from fedsys.transport.http_places import HttpLimits, Phase
 
@@ -29,8 +28,6 @@ BACKLOG = 4096
 """Connections that may wait in the system until they are taken in."""
 
 _AT_A_TIME = 8  # of these are taken in before those that are in get their turn
-_OTHER_FILES = 64  # descriptors kept for all else that a process opens
-_FEWEST = 8
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -65,7 +62,7 @@ class HttpServer:
         always: Callable[[str], bool],
         drain_s: float,
     ) -> None:
-        self.limits = replace(limits, connections=affordable(limits.connections))
+        self.limits = replace(limits, connections=affordable(limits.connections, kept=SPARE))
         self._hall = Hall(self.limits)
         self._room = _Room(app, self.limits.connections, always)
         self._socket, self._drain_s = listening, drain_s
@@ -215,20 +212,3 @@ def listening_socket(argument: str, address: str, host: str, port: int) -> socke
             "choose another port; 0 for any",
         ) from error  # fmt: skip
     return made
-
-
-def affordable(connections: int) -> int:
-    """Return how many of so many connections there are descriptors for, at least a few.
-
-    The soft limit of the system is raised as far as it goes and is needed.
-    """
-    opened = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else _OTHER_FILES
-    others = opened + _OTHER_FILES + SPARE
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = connections + others
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        soft = needed if hard == resource.RLIM_INFINITY else min(hard, needed)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    if soft == resource.RLIM_INFINITY:
-        return connections
-    return max(min(_FEWEST, connections), min(connections, soft - others))

@@ -32,6 +32,7 @@ from fedsys.errors import (
     FedsysError,
     LinkClosed,
 )
+from fedsys.transport.strangers import Census, Stay, WaitingRoom
 from fedsys.transport.wire import Buffer, Frame
 
 QUEUE_BYTES: Final = 256 << 20
@@ -99,7 +100,21 @@ class FailingLink(Link, Protocol):
         ...
 
 
-Handler = Callable[[Link], None]
+class AcceptedLink(FailingLink, Protocol):
+    """A link at the end that serves, which begins as that of a stranger."""
+
+    def admit(self) -> None:
+        """Say that the peer has shown who it is: its place and its frames are those of a friend.
+
+        Where the server asks for nothing of that kind, it is so from the beginning.
+
+        Raises:
+            LinkClosed: There is no place left.
+        """
+        ...
+
+
+Handler = Callable[[AcceptedLink], None]
 
 
 class Server(Protocol):
@@ -114,6 +129,10 @@ class Server(Protocol):
         """Accept no more; give handlers `grace_s` seconds to finish, then end their links."""
         ...
 
+    def census(self) -> Census:
+        """Return who is there."""
+        ...
+
 
 class HandlerThreads:
     """Runs the handler of a server, one thread per link.
@@ -121,26 +140,56 @@ class HandlerThreads:
     Args:
         address: Of the server, for messages and names of threads.
         handler: Called with each link.
-        max_links: Links at one time.
+        max_links: Links at one time, without those of strangers.
+        room: Where strangers wait.
     """
 
-    def __init__(self, address: str, handler: Handler, max_links: int) -> None:
+    def __init__(
+        self, address: str, handler: Handler, max_links: int, room: WaitingRoom | None = None
+    ) -> None:
         self._address, self._handler, self._max_links = address, handler, max_links
-        self._running: dict[threading.Thread, FailingLink] = {}
+        self._room = WaitingRoom(max_links) if room is None else room
+        self._running: dict[threading.Thread, AcceptedLink] = {}
+        self._known = 0
         self._lock = threading.Lock()
 
-    def start(self, link: FailingLink) -> None:
-        """Give `link` to the handler in a new thread.
+    def census(self) -> Census:
+        """Return who is there."""
+        room = self._room
+        return Census(self._known, self._max_links, len(room), room.places, room.ended)
+
+    def admit(self, stay: Stay | None) -> None:
+        """Count a link among those that are known.
+
+        Args:
+            stay: Its place among strangers, which it gives back; None if it never had one.
 
         Raises:
             LinkClosed: There are `max_links` already.
         """
+        with self._lock:
+            if stay is not None and stay.admitted:
+                return
+            if self._known >= self._max_links:
+                self._room.count("no_place")
+                raise LinkClosed(f"{self._address} is full: it has {self._max_links} links")
+            self._known += 1
+            if stay is not None:
+                stay.admitted = True
+        if stay is not None:
+            self._room.leave(stay)
+
+    def start(self, link: AcceptedLink, stay: Stay | None = None) -> None:
+        """Give `link` to the handler in a new thread.
+
+        Args:
+            link: Its end here.
+            stay: Its place among strangers; None if it has been admitted.
+        """
         thread = threading.Thread(
-            target=self._run, args=(link,), name=f"link of {self._address}", daemon=True
+            target=self._run, args=(link, stay), name=f"link of {self._address}", daemon=True
         )
         with self._lock:
-            if len(self._running) >= self._max_links:
-                raise LinkClosed(f"{self._address} is full: it has {self._max_links} links")
             self._running[thread] = link
         thread.start()
 
@@ -154,7 +203,7 @@ class HandlerThreads:
             link.close()
         _join(others, _AFTER_CLOSE_S)
 
-    def _run(self, link: FailingLink) -> None:
+    def _run(self, link: AcceptedLink, stay: Stay | None) -> None:
         try:
             self._handler(link)
         except FedsysError as error:
@@ -167,6 +216,9 @@ class HandlerThreads:
             link.close()
             with self._lock:
                 del self._running[threading.current_thread()]
+                self._known -= stay is None or stay.admitted
+            if stay is not None:
+                self._room.leave(stay)
 
 
 def _join(threads: Iterable[threading.Thread], timeout_s: float) -> None:

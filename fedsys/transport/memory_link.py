@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from fedsys.errors import ConfigError, FrameError, LinkClosed, LinkError, LinkRefused, RemoteError
 from fedsys.transport.link import Handler, HandlerThreads, Link
 from fedsys.transport.mailbox import Mailbox
+from fedsys.transport.strangers import Census
 from fedsys.transport.wire import Assembler, Buffer, Frame, Limits, encode_parts
 
 
@@ -57,6 +58,9 @@ class MemoryLink:
         """Return the next frame; see `fedsys.transport.link.Link`."""
         return self._inbox.get(timeout_s)
 
+    def admit(self) -> None:
+        """Threads of one process know each other; see `fedsys.transport.link.AcceptedLink`."""
+
     def fail(self, reason: str) -> None:
         """End the link; the peer gets `reason`."""
         self._end(RemoteError(reason))
@@ -99,8 +103,13 @@ class MemoryServer:
         """Return the other end of a new link, with its own limits."""
         up: Mailbox[Frame] = Mailbox(self._queue_bytes)
         down: Mailbox[Frame] = Mailbox(queue_bytes)
+        self._handlers.admit(None)
         self._handlers.start(MemoryLink("", up, down, (self._limits, limits)))
         return MemoryLink(self.address, down, up, (limits, self._limits))
+
+    def census(self) -> Census:
+        """Return who is there; see `fedsys.transport.link.Server`."""
+        return self._handlers.census()
 
     def stop(self, grace_s: float = 0.0) -> None:
         """Accept no more; see `fedsys.transport.link.Server`."""

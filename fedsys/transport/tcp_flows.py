@@ -199,12 +199,12 @@ class Intake:
 
     Args:
         channel: Where from.
-        limits: What is accepted in a frame.
+        limits: What is accepted in a frame; may be changed for those that begin later.
         lost: The reason if it ends without a last word.
     """
 
     def __init__(self, channel: Channel, limits: Limits, lost: LinkError) -> None:
-        self._channel, self._limits, self._lost = channel, limits, lost
+        self._channel, self.limits, self._lost = channel, limits, lost
         self._head = memoryview(bytearray(_HEAD_BYTES))
         self._start = self._stop = 0  # of what was read and not used
         self._size = 0  # of the frame that is begun
@@ -244,6 +244,11 @@ class Intake:
                 return None
             self._stop += nbytes
 
+    def drop(self) -> None:
+        """Give up the memory of a frame that will not be completed."""
+        self._assembler = None
+        self._head, self._start, self._stop = memoryview(b""), 0, 0
+
     def _read(self, memory: memoryview) -> int | None:
         try:
             nbytes = self._channel.read_into(memory)
@@ -263,7 +268,7 @@ class Intake:
             if is_last(begun):
                 self._say_last(begun[:have])
                 return None
-            self._assembler, self._size = Assembler(self._limits), declared_bytes(begun)
+            self._assembler, self._size = Assembler(self.limits), declared_bytes(begun)
         take = min(have, self._size - self._assembler.received_bytes)
         data = self._head[self._start : self._start + take]
         self._start += take

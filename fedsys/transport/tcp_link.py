@@ -6,8 +6,8 @@ The end that dials says ``FSYS-LINK 0001`` and a line end; the other says the sa
 link, or why not as a last word (`fedsys.transport.tcp_flows`). With credentials all of it is
 inside of TLS 1.3, in which both ends show certificates; an end that finds the other without TLS
 says so outside of it. Who greets otherwise, or not within `GREETING_S`, is sent away and holds
-nothing: until then a connection counts among those that wait, of which there are at most as many
-as links; if there are more, the oldest goes.
+nothing. From its first moment until its link is admitted, a connection is that of a stranger
+(`fedsys.transport.strangers`).
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ import socket
 import ssl
 import threading
 import time
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, Final
-from urllib.parse import urlsplit
 
-from fedsys.errors import ConfigError, LinkClosed, LinkError, LinkRefused, SecurityError
+from fedsys.errors import LinkClosed, LinkError, LinkRefused, SecurityError
 from fedsys.transport.link import Handler, HandlerThreads, Link
 from fedsys.transport.security import Credentials, check
+from fedsys.transport.strangers import Census, Stay, Strangers, WaitingRoom
 from fedsys.transport.tcp_channel import (
     Channel,
     PlainChannel,
     TlsChannel,
     client_context,
-    drain,
     prepare,
     read_exactly,
     server_context,
@@ -39,6 +39,7 @@ from fedsys.transport.tcp_channel import (
     write_all,
 )
 from fedsys.transport.tcp_flows import Last, is_last, last_word, read_last
+from fedsys.transport.tcp_listening import Refusals, host_and_port, leave, listening, shut
 from fedsys.transport.tcp_stream import LINGER_S, TcpLink
 from fedsys.transport.wire import PREAMBLE_BYTES, Limits
 
@@ -49,9 +50,6 @@ GREETING_S: Final = 10.0
 _MAGIC: Final = GREETING[:10]
 _TLS_BEGINS: Final = (b"\x16\x03", b"\x15\x03")  # a handshake, an alert
 _RETRY_S: Final = 0.05
-_REFUSAL_S: Final = 1.0  # for a peer that is refused to read why
-_QUIET_S: Final = 1.0  # between two lines of the log about connections that were refused
-_BACKLOG: Final = 128
 _ONE_AUTHORITY: Final = "both sides need certificates of one authority"
 
 _log = logging.getLogger(__name__)
@@ -106,7 +104,7 @@ def dial(
 
 
 def _connected(place: str, context: ssl.SSLContext | None, deadline: float) -> Channel:
-    host, port = _host_and_port(place)
+    host, port = host_and_port(place)
     connection = _connection(host, port, deadline)
     try:
         prepare(connection)
@@ -222,11 +220,6 @@ def _unsafe(place: str, error: ssl.SSLError) -> SecurityError:
     return SecurityError(f"tcp://{place}: {text}; {way_out}")
 
 
-def _host_and_port(place: str) -> tuple[str, int]:
-    parts = urlsplit(f"//{place}")
-    return parts.hostname or "", parts.port or 0
-
-
 def _sealed(channel: Channel, data: bytes) -> list[memoryview]:
     return [part for batch in channel.sealed([data]) for part in batch]
 
@@ -249,18 +242,19 @@ class TcpServer:
         limits: Limits,
         queue_bytes: int,
         max_links: int,
+        strangers: Strangers | None = None,
     ) -> None:
-        self._limits, self._queue_bytes, self._most = limits, queue_bytes, max_links
+        self._limits, self._queue_bytes, self._strangers = limits, queue_bytes, strangers
         self._context: ssl.SSLContext | None = None
         if credentials is not None:
             check(credentials, role="server")
             self._context = server_context(credentials)
-        self._listener = _listener(place)
+        self._listener = listening(place)
         port = self._listener.getsockname()[1]
         self.address = f"tcp://{place.rpartition(':')[0]}:{port}"
-        self._handlers = HandlerThreads(self.address, handler, max_links)
-        self._refusals = _Refusals(self.address)
-        self._greeting: dict[socket.socket, None] = {}  # in the order in which they came
+        self._room = WaitingRoom(strangers.places if strangers else max_links)
+        self._handlers = HandlerThreads(self.address, handler, max_links, self._room)
+        self._refusals = Refusals(self.address)
         self._links: set[TcpLink] = set()
         self._lock = threading.Lock()
         self._stopped = False
@@ -281,39 +275,38 @@ class TcpServer:
             except BlockingIOError:
                 continue
             except OSError as error:  # no descriptors are left, or who came has gone again
+                self._room.count("not_accepted")
                 self._refusals.note("a peer", error)
                 time.sleep(_RETRY_S)
                 continue
-            self._receive(connection, f"{where[0]} port {where[1]}")
+            stay = self._room.enter(where[0], partial(shut, connection))
+            if stay is None:
+                connection.close()
+                return
+            where_text = f"{where[0]} port {where[1]}"
+            threading.Thread(
+                target=self._greet,
+                args=(connection, where_text, stay),
+                name=f"greets {where_text}",
+                daemon=True,
+            ).start()
 
-    def _receive(self, connection: socket.socket, where: str) -> None:
-        with self._lock:
-            if len(self._greeting) >= self._most:
-                oldest = next(iter(self._greeting))
-                del self._greeting[oldest]
-                _shut(oldest)
-            self._greeting[connection] = None
-        thread = threading.Thread(
-            target=self._greet, args=(connection, where), name=f"greets {where}", daemon=True
-        )
-        thread.start()
-
-    def _greet(self, connection: socket.socket, where: str) -> None:
+    def _greet(self, connection: socket.socket, where: str, stay: Stay) -> None:
         taken = False
         try:
             prepare(connection)
             deadline = time.monotonic() + GREETING_S
             channel, peer = self._secured(connection, deadline)
             self._check_greeting(channel, deadline)
-            self._open(channel, peer)
+            self._open(channel, peer, stay)
             taken = True
         except (OSError, LinkError, SecurityError) as error:
             self._refusals.note(where, error)
-            _leave(connection)
+            self._room.leave(stay, "slow" if isinstance(error, TimeoutError) else "refused")
+            leave(connection)
         finally:
-            with self._lock:
-                self._greeting.pop(connection, None)
             if not taken:
+                self._room.leave(stay)
                 connection.close()
 
     def _secured(self, connection: socket.socket, deadline: float) -> tuple[Channel, str]:
@@ -351,19 +344,31 @@ class TcpServer:
             self._refuse(channel, Last.VERSION, text, LinkClosed)
         raise LinkClosed(f"it begins with {greeting[:16]!r}: no link of fedsys")
 
-    def _open(self, channel: Channel, peer: str) -> None:
+    def _open(self, channel: Channel, peer: str, stay: Stay) -> None:
         """Give the link to its handler, and say so to the peer before the handler sends."""
-        link = TcpLink(channel, peer, self._limits, self._queue_bytes, linger=False)
+        link = TcpLink(
+            channel,
+            peer,
+            self._limits,
+            self._queue_bytes,
+            linger=False,
+            first=self._strangers.limits if self._strangers else None,
+            admitted=partial(self._handlers.admit, stay),
+            over=self._links.discard,
+        )
         with link.sending:
             try:
                 with self._lock:
                     if self._stopped:
                         raise LinkClosed(f"{self.address} has stopped")
-                    self._links = {one for one in self._links if not one.over} | {link}
-                self._handlers.start(link)
+                    self._links.add(link)
+                if self._strangers is None:
+                    link.admit()
             except LinkClosed as error:
+                self._room.leave(stay)
                 link.abandon()
                 self._refuse(channel, Last.FULL, str(error), LinkClosed)
+            self._handlers.start(link, stay)
             with contextlib.suppress(OSError):
                 write_all(channel.socket, b"".join(_sealed(channel, GREETING)), 0.0)
         link.begin()
@@ -375,12 +380,15 @@ class TcpServer:
             write_all(channel.socket, b"".join(_sealed(channel, last_word(why, text))), 0.0)
         raise error(text)
 
+    def census(self) -> Census:
+        """Return who is there; see `fedsys.transport.link.Server`."""
+        return self._handlers.census()
+
     def stop(self, grace_s: float = 0.0) -> None:
         """Accept no more, and end; see `fedsys.transport.link.Server`."""
         with self._lock:
             first, self._stopped = not self._stopped, True
-            for connection in self._greeting:
-                _shut(connection)
+        self._room.close()
         if first:
             self._waker.send(b"!")
             self._thread.join()
@@ -388,56 +396,5 @@ class TcpServer:
                 one.close()
         self._handlers.stop(grace_s)
         deadline = time.monotonic() + LINGER_S
-        for link in self._links:
+        for link in list(self._links):
             link.wait_closed(max(0.0, deadline - time.monotonic()))
-
-
-class _Refusals:
-    """Logs the connections that were refused, at most one line in `_QUIET_S` seconds."""
-
-    def __init__(self, address: str) -> None:
-        self._address = address
-        self._unsaid, self._said_s = 0, -_QUIET_S
-        self._lock = threading.Lock()
-
-    def note(self, where: str, error: Exception) -> None:
-        with self._lock:
-            now = time.monotonic()
-            if now - self._said_s < _QUIET_S:
-                self._unsaid += 1
-                return
-            more = f", and {self._unsaid} more before" if self._unsaid else ""
-            self._unsaid, self._said_s = 0, now
-        _log.warning("%s refused %s%s: %s", self._address, where, more, error)
-
-
-def _listener(place: str) -> socket.socket:
-    host, port = _host_and_port(place)
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, address = found[0][0], found[0][4]
-        both = host == "::" and socket.has_dualstack_ipv6()
-        listener = socket.create_server(
-            (str(address[0]), port), family=family, backlog=_BACKLOG, dualstack_ipv6=both
-        )
-    except OSError as error:
-        raise ConfigError.of(
-            "address",
-            f"tcp://{place}",
-            f"cannot be served ({error.strerror or error})",
-            "choose another port, or 0",
-        ) from error
-    listener.setblocking(False)
-    return listener
-
-
-def _shut(connection: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        connection.shutdown(socket.SHUT_RDWR)
-
-
-def _leave(connection: socket.socket) -> None:
-    """Let the peer read why it was refused."""
-    with contextlib.suppress(OSError):
-        connection.shutdown(socket.SHUT_WR)
-    drain(connection, time.monotonic() + _REFUSAL_S)

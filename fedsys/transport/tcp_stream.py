@@ -24,7 +24,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import Final
 
@@ -50,17 +50,30 @@ class TcpLink:
         limits: What this end accepts in a frame.
         queue_bytes: Bytes that each direction holds before `send` waits.
         linger: Whether `close` waits until the peer has everything, up to `LINGER_S` seconds.
+        first: What this end accepts until the peer is admitted.
+        admitted: Called when it is to be admitted.
+        over: Called with the link when it has given up its socket.
     """
 
     def __init__(
-        self, channel: Channel, peer: str, limits: Limits, queue_bytes: int, *, linger: bool
+        self,
+        channel: Channel,
+        peer: str,
+        limits: Limits,
+        queue_bytes: int,
+        *,
+        linger: bool,
+        first: Limits | None = None,
+        admitted: Callable[[], None] = lambda: None,
+        over: Callable[[TcpLink], None] = lambda link: None,
     ) -> None:
         self.peer, self.watched = peer, False
         self._limits, self._linger, self._channel = limits, linger, channel
         lost = LinkClosed(f"the link to {peer or 'the peer'} was lost")
         self._inbox: Mailbox[Frame] = Mailbox(queue_bytes)
         self._outflow = Outflow(channel, queue_bytes, lost)
-        self._intake, self._lost = Intake(channel, limits, lost), lost
+        self._intake, self._lost = Intake(channel, first or limits, lost), lost
+        self._admitted, self._forget = admitted, over
         self._silence = Silence(channel.socket)
         self._alarm, self._waker = socket.socketpair()
         self._poll = select.poll()
@@ -115,6 +128,11 @@ class TcpLink:
             raise LinkTimeout(f"nothing arrived within {timeout_s:g} s")
         return frame
 
+    def admit(self) -> None:
+        """Take the peer for a friend; see `fedsys.transport.link.AcceptedLink`."""
+        self._admitted()
+        self._intake.limits = self._limits
+
     def fail(self, reason: str) -> None:
         """End the link with a reason for the peer; see `fedsys.transport.link.FailingLink`."""
         self._end(_closed_here(), last_word(Last.FAILED, reason), discard=True)
@@ -130,6 +148,7 @@ class TcpLink:
         self._over.set()
         self._alarm.close()
         self._waker.close()
+        self._forget(self)
 
     def wait_closed(self, timeout_s: float) -> None:
         """Wait until a link that was closed has given up its socket."""
@@ -230,6 +249,7 @@ class TcpLink:
             if served:
                 return
         if not self._over.is_set():
+            self._intake.drop()
             drain(self._channel.socket, time.monotonic() + LINGER_S)
             self._finish()
 
@@ -256,6 +276,7 @@ class TcpLink:
             self._alarm.close()
             self._waker.close()
         self._summons.put(None)
+        self._forget(self)
 
 
 def _closed_here() -> LinkClosed:

@@ -2,6 +2,7 @@ import datetime as dt
 import json
 import math
 import re
+import resource
 import socket
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -107,6 +108,15 @@ def test_the_limit_of_a_container_counts(monkeypatch):
     sizes = {"memory.max": 900 * machine.MB, "memory.current": 800 * machine.MB}
     monkeypatch.setattr(machine, "_cgroup", sizes.get)
     assert machine.memory().status == "fail"
+
+
+@pytest.mark.parametrize(
+    "hard, status", [(1024, "warn"), (8192, "ok"), (resource.RLIM_INFINITY, "ok")]
+)
+def test_few_descriptors_are_said_as_an_edge_server_then_takes_fewer_links(hard, status):
+    check = machine.descriptors(hard)
+    assert check.status == status
+    assert ("LimitNOFILE=" in check.way_out) == (status == "warn")
 
 
 def test_a_folder_that_is_not_there_yet_is_checked_where_it_would_be_made(tmp_path):

@@ -476,7 +476,7 @@ def test_a_server_refuses_a_client_that_does_not_check_itself(network, monkeypat
     forged = Credentials(authority.certificate, forged.certificate, forged.key)
     called = []
     server = serve(f"{network}://127.0.0.1:0", called.append, credentials=edge)
-    monkeypatch.setattr(f"fedsys.{network}_link.check", lambda *args, **kwargs: None)
+    monkeypatch.setattr(f"fedsys.transport.{network}_link.check", lambda *args, **kwargs: None)
     try:
         with pytest.raises((LinkClosed, SecurityError)):
             dial(server.address, credentials=forged, timeout_s=0.3)

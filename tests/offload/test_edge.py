@@ -11,12 +11,15 @@ import torch
 
 from fedsys.config import EdgeConfig, compose_text
 from fedsys.errors import LinkClosed, LinkError, RemoteError, SecurityError
+from fedsys.offload import edge as edge_module
 from fedsys.offload.edge import CONTROLLER, EdgeServer
+from fedsys.offload.edge_metrics import EdgeCollector
 from fedsys.offload.session import Session
 from fedsys.offload.snapshot import Snapshot
 from fedsys.transport.addresses import dial
 from fedsys.transport.grpc_link import _SERVICE
 from fedsys.transport.security import Authority
+from fedsys.transport.strangers import Strangers
 from fedsys.transport.tcp_flows import Last, last_word
 from fedsys.transport.tcp_link import GREETING
 from fedsys.transport.wire import Frame, encode
@@ -125,6 +128,41 @@ def test_a_controller_has_no_model_built_that_the_edge_server_does_not_name(edge
     assert reply.kind == "refused" and "model._target_=os.system" in reply.meta["reason"]
     assert "edge.models=[" in reply.meta["reason"] and edge.sessions == []
     assert controller.open(spec, start).kind == "opened"
+
+
+@pytest.mark.parametrize("scheme", ["tcp", "grpc"])
+def test_strangers_keep_neither_controllers_nor_devices_out(
+    scheme, edge_at, last_layer, monkeypatch
+):
+    """1,024 links that said nothing held all places of an edge server for 30 s."""
+    monkeypatch.setattr(edge_module, "_STRANGERS", Strangers(places=4))
+    edge = edge_at(f"{scheme}://127.0.0.1:0")
+    silent = [dial(edge.address) for _ in range(12)]
+    controller = Controller(edge.address)
+    controller.open(last_layer.spec(), last_layer.start())
+    link, welcome = greet(edge.address)
+    assert welcome.kind == "welcome"
+    assert ask(link, last_layer.activation(0)).kind == "gradient"
+    metrics = {
+        (sample.name, *sample.labels.values()): sample.value
+        for metric in EdgeCollector(edge).collect()
+        for sample in metric.samples
+    }
+    assert metrics["fedsys_edge_links", "known"] == 2
+    assert metrics["fedsys_edge_links", "strangers"] <= 4
+    assert metrics["fedsys_edge_link_places", "strangers"] == 4
+    assert metrics["fedsys_edge_links_ended_total", "full"] >= 8
+    for one in (*silent, link):
+        one.close()
+
+
+def test_nobody_sends_much_before_an_edge_server_knows_him(edge_at, last_layer):
+    """Four first frames of 1 GiB took 1.2 GB from an edge server that nobody had a token for."""
+    edge = edge_at("tcp://127.0.0.1:0")
+    with pytest.raises(RemoteError, match="more than the limit"):
+        ask(dial(edge.address), Frame("hello", {}, {"x": torch.zeros(1 << 20)}))
+    controller = Controller(edge.address)  # with its token it may send what a session takes
+    assert controller.open(last_layer.spec(), last_layer.start()).kind == "opened"
 
 
 @pytest.mark.parametrize("token", ["", "wrong", "token of other", "token of s "])

@@ -19,12 +19,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, generate_latest
 
+from fedsys.transport.descriptors import affordable
 from fedsys.transport.http_door import Guard
 from fedsys.transport.http_places import GRACE_S, HttpLimits, Phase, Seat, overdue, victims
 from fedsys.transport.http_server import (
     ConnectionCollector,
     HttpServer,
-    affordable,
     listening_socket,
 )
 
@@ -257,8 +257,8 @@ def test_health_is_told_while_all_places_are_in_work(start):
 
 def test_places_are_counted_against_the_descriptors_of_the_system():
     program = (
-        "import resource; from fedsys.transport.http_server import affordable;"
-        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, {hard})); print(affordable(1000),"
+        "import resource; from fedsys.transport.descriptors import affordable;"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, {hard})); print(affordable(1000, kept=64),"
         "resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
     )
 

@@ -50,6 +50,7 @@ def checks(config: Config) -> Iterator[Check]:
     yield from machine.processor(config)
     yield machine.load()
     yield machine.memory()
+    yield machine.descriptors()
     yield machine.disk(Path(config.run.dir or "outputs").absolute())
     yield network.ports()
     yield from network.certificates(config)

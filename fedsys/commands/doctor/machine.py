@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import platform
+import resource
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -17,6 +18,7 @@ from fedsys.offload.processors import usable_cores
 
 MB = 2**20
 LEAST_MEMORY, GOOD_MEMORY = 512 * MB, 2048 * MB
+GOOD_DESCRIPTORS = 8192
 LEAST_DISK, GOOD_DISK = 50 * MB, 1024 * MB
 
 
@@ -137,6 +139,25 @@ def _cgroup(name: str) -> int | None:
     except OSError:
         return None
     return int(text) if text.isdigit() else None
+
+
+def descriptors(hard: int | None = None) -> Check:
+    """Check how many connections the system allows this process.
+
+    Args:
+        hard: Largest number of descriptors that it may ask for; None for that of the system.
+    """
+    if hard is None:
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    unlimited = hard == resource.RLIM_INFINITY
+    told = f"{'any number of' if unlimited else f'{hard:,}'} open files and connections"
+    if not unlimited and hard < GOOD_DESCRIPTORS:
+        way_out = (
+            f"an edge server wants {GOOD_DESCRIPTORS:,} and takes fewer links with less: "
+            "ulimit -n, LimitNOFILE= of its unit, or ulimits of its container"
+        )
+        return Check("descriptors", "warn", f"{told} at most", way_out)
+    return Check("descriptors", "ok", told)
 
 
 def disk(folder: Path) -> Check:
