@@ -112,6 +112,7 @@ COMMANDS: dict[str, Command] = {
             "switch": "changing variants under load, against three alternatives",
             "serving_load": "clients of an endpoint beside a crowd that takes places and memory",
             "prune": "exact conversion and portfolios, against Torch-Pruning and training",
+            "coverage": "which models of torchvision and timm are cut, split, pruned and served",
             "link": "links against bare gRPC, and the share of a shaped rate in use",
             "pipeline": "plans of split training on shaped links and slow devices, or virtually",
             "planning": "how long plans take to make, and how near they are to the optimum",

@@ -28,6 +28,7 @@ from fedsys.transport import records
 
 NAMES = COMMANDS["bench"].names
 SMALL = {
+    "coverage": ["bench.models=[squeezenet1_1,no_such_model]", "bench.columns=[traced,cut,saved]"],
     "prune": [
         "bench.families=[[mobilenet_v3_small,[0.5]],[mobilenet_v2,[0.999]],[mobilenet_v2,[0.996],4]]",
         "bench.conversions=[[mobilenet_v3_small,0.4]]",
