@@ -32,8 +32,9 @@ from fedsys.pruning.levels import Level, Recipe, recipes
 from fedsys.pruning.making import Made, make
 from fedsys.pruning.pictures import draw_all
 from fedsys.pruning.portfolio import Portfolio, Variant
-from fedsys.runs import resume
+from fedsys.runs import progress, resume
 from fedsys.runs.folder import RunFolder, default_path
+from fedsys.runs.progress import Progress
 from fedsys.training import federation
 from fedsys.training import plain as training
 from fedsys.training.masks import Masks
@@ -70,12 +71,14 @@ def job(tree: Any) -> Mapping[str, Any]:
     config = configuration.parse(configuration.to_text({**values, "run": {"dir": str(path)}}))
     with RunFolder.create(path) as folder:
         folder.log_config(config.text)
-        made = _make(config, run, path / "portfolio")
+        with progress.choose(config.json) as shown:
+            made = _make(config, run, path / "portfolio", shown)
         draw_all(made.measured, made.portfolio, path / "plots")
         files = _written(made.portfolio, path / "onnx") if config.variants.onnx else {}
         seconds = {part: round(value, 3) for part, value in made.seconds.items()}
         result: dict[str, Any] = {
             "variants": [_figures(v, made.portfolio.parent) for v in made.portfolio.variants],
+            "accuracies": {v.name: v.accuracy for v in made.measured},
             "refused": dict(made.refused),
             "seconds": {**seconds, "total": round(time.perf_counter() - began, 3)},
             "portfolio": str(made.portfolio.folder),
@@ -87,7 +90,7 @@ def job(tree: Any) -> Mapping[str, Any]:
     return result
 
 
-def _make(config: Config, run: Path | None, folder: Path) -> Made:
+def _make(config: Config, run: Path | None, folder: Path, shown: Progress) -> Made:
     training.set_threads(config.client.threads)
     dataset = federation.federation(config).dataset
     model = federation.build_model(config, dataset, initial=run is None)
@@ -100,12 +103,14 @@ def _make(config: Config, run: Path | None, folder: Path) -> Made:
             dataset,
             folder,
             source=source,
-            say=_say,
+            say=shown.note,
+            shown=shown,
         )
     further = any(key.partition(".")[0] == "pruning" for key in configuration.given_keys())
     parent, masked = of_run(run, model, config, dataset, further=further)
     masked += trained_further(config, dataset)
-    return make(parent, masked, config, dataset, folder, source=f"run {run.name}", say=_say)
+    source = f"run {run.name}"
+    return make(parent, masked, config, dataset, folder, source=source, say=shown.note, shown=shown)
 
 
 def _written(portfolio: Portfolio, folder: Path) -> dict[str, str]:
@@ -258,7 +263,7 @@ def of_run(
         sparsity = 100 * masks.figures().sparsity
         made = f"{sparsity:.4g} % of the weights pruned in training"
         level = Level(f"trained-{sparsity:.4g}", model, masks, made, trained=True)
-        found = [Recipe(level.name, lambda: level)]
+        found = [Recipe(level.name, lambda: level, trained=True)]
         if further and config.pruning.active:
             found += recipes(model, config, dataset, masks)
         return model, found
@@ -317,7 +322,7 @@ def _trained_further(run: Path, own: Config, dataset: Dataset, taken: set[str]) 
         made = f"{kind}, trained further in run {run.name}"
         return Level(name, model, masks, made, True, source=str(run), origin=_origin(path))
 
-    return Recipe(name, level)
+    return Recipe(name, level, trained=True)
 
 
 def _origin(path: object) -> Variant | None:
@@ -343,7 +348,10 @@ def _trained_levels(model: nn.Module, files: list[Path]) -> list[Recipe]:
 
 
 def _trained(name: str, model: nn.Module, weights: Path, masks: Masks, made: str) -> Recipe:
-    return Recipe(name, lambda: Level(name, _like(model, weights), masks, made, trained=True))
+    def level() -> Level:
+        return Level(name, _like(model, weights), masks, made, trained=True)
+
+    return Recipe(name, level, trained=True)
 
 
 def _like(model: nn.Module, file: Path) -> nn.Module:
@@ -372,7 +380,7 @@ def fill(model: nn.Module, file: Path) -> nn.Module:
 
 
 def show(made: Made) -> None:
-    """Print the portfolio as a table, and what was refused, to standard error."""
+    """Print all that was measured as a table, and why some was refused, to standard error."""
     from rich.console import Console
     from rich.table import Table
 
@@ -380,22 +388,29 @@ def show(made: Made) -> None:
     console.width = max(console.width, 120)  # in a file, too, no column is cut
     parent = made.portfolio.parent
     columns = ("variant", "val", "test", "parameters", "of parent", "MB", "p50 ms", "p95 ms")
-    table = Table(*columns, "speed", "peak MB", box=None)
+    table = Table(*columns, "speed", "peak MB", "kept", box=None)
     for v in made.portfolio.variants:
-        test = "" if v.test_accuracy is None else f"{v.test_accuracy:.2%}"
-        table.add_row(
-            v.name,
-            f"{v.accuracy:.2%}",
-            test,
-            f"{v.params:,}",
-            f"1/{parent.params / v.params:.3g}",
-            f"{v.bytes / 1e6:.3g}",
-            f"{v.p50_ms:.3g}",
-            f"{v.p95_ms:.3g}",
-            f"{parent.p50_ms / v.p50_ms:.3g} x",
-            f"{v.peak_bytes / 1e6:.3g}",
-        )
+        table.add_row(*_cells(v, parent), f"{v.peak_bytes / 1e6:.3g}", "yes")
+    kept = {v.name for v in made.portfolio.variants}
+    for v in made.measured:
+        if v.name not in kept:
+            table.add_row(*_cells(v, parent), "", "no", style="dim")
     console.print(table)
     for name, reason in made.refused.items():
         console.print(f"refused {name}: {reason}", markup=False)
     console.print(f"portfolio {made.portfolio.folder}", markup=False)
+
+
+def _cells(variant: Variant, parent: Variant) -> tuple[str, ...]:
+    test = "" if variant.test_accuracy is None else f"{variant.test_accuracy:.2%}"
+    return (
+        variant.name,
+        f"{variant.accuracy:.2%}",
+        test,
+        f"{variant.params:,}",
+        f"1/{parent.params / variant.params:.3g}",
+        f"{variant.bytes / 1e6:.3g}" if variant.bytes else "",
+        f"{variant.p50_ms:.3g}",
+        f"{variant.p95_ms:.3g}",
+        f"{parent.p50_ms / variant.p50_ms:.3g} x",
+    )

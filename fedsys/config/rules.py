@@ -102,7 +102,7 @@ RULES: tuple[Rule, ...] = (
         "",
     ),
     ("variants.recalibrate", lambda v: v >= 0, "must not be negative", "0 turns it off"),
-    ("variants.fine_tune", lambda v: v >= 0, "must not be negative", "0 turns it off"),
+    ("variants.fine_tune", _optional(lambda v: v >= 0), "must not be negative", "0 turns it off"),
     ("variants.batch_sizes", _counts, "must be a list of numbers of at least 1", ""),
     ("variants.threads", _counts, "must be a list of numbers of at least 1", ""),
     ("variants.runs", lambda v: v >= 30, "must be at least 30", "fewer say little about the tail"),

@@ -313,7 +313,8 @@ class VariantsConfig:
         precisions: Types of further variants: bfloat16, float16, int8.
         recalibrate: Training images on which BatchNorm takes its statistics anew in variants that
             were not trained under their mask; 0 for none.
-        fine_tune: Epochs of training under the mask.
+        fine_tune: Epochs of training under the mask; None: `FINE_TUNE` of the model of a run where
+            it was not trained under that mask, and none of an untrained model.
         fold_batchnorm: Whether BatchNorm is folded into the layer before it where variants answer.
         batch_sizes: Examples in the batches that are measured.
         threads: Intra-op threads that are measured.
@@ -331,7 +332,7 @@ class VariantsConfig:
     coupling: str = "group"
     precisions: tuple[str, ...] = ()
     recalibrate: int = 0
-    fine_tune: int = 0
+    fine_tune: int | None = None
     fold_batchnorm: bool = True
     batch_sizes: tuple[int, ...] = (1, 16)
     threads: tuple[int, ...] = (1, 2)

@@ -82,8 +82,10 @@ class _Tracer(fx.Tracer):  # torch.fx offers no other way to say which modules a
         own = isinstance(m, KeyedDropout | DeferredBatchNorm | ByMode)
         # torchvision's, by name so that it is not imported: its mode must not be frozen
         random_depth = type(m).__name__ == "StochasticDepth"
-        # a BatchNorm with a train() of its own: torch's forward cannot be traced through
-        norm = isinstance(m, _NormBase) and type(m).forward.__module__.startswith("torch.nn")
+        # a BatchNorm with a train() of its own: torch's forward cannot be traced through; one with
+        # a forward of its own counts its batches in it, which a graph does not record
+        torchs = type(m).forward.__module__.startswith("torch.nn")
+        norm = isinstance(m, _NormBase) and (torchs or not self._in_place)
         return own or random_depth or norm or super().is_leaf_module(m, module_qualified_name)
 
     def create_args_for_root(

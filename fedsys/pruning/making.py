@@ -9,6 +9,7 @@ part, which ones stay. Only then is the test part scored, once.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,9 +26,10 @@ from fedsys.data import Dataset, Images
 from fedsys.errors import ConfigError, FedsysError, ModelError
 from fedsys.pruning.candidates import Candidate, convert, lower, lowered_name, parent_candidate
 from fedsys.pruning.dense.removal import Removal
-from fedsys.pruning.levels import EVAL_BATCH, Level, Recipe, refined, spread
+from fedsys.pruning.levels import EVAL_BATCH, Done, Level, Recipe, epochs_of, refined, spread
 from fedsys.pruning.measuring import front, latencies, machine, peak_bytes
 from fedsys.pruning.portfolio import About, Latency, Portfolio, Variant
+from fedsys.runs.progress import Progress
 from fedsys.training import plain as training
 
 Say = Callable[[str], None]
@@ -117,6 +119,7 @@ def make(
     *,
     source: str = "",
     say: Say = lambda text: None,
+    shown: Progress | None = None,
 ) -> Made:
     """Make a portfolio of `parent` and of all masked models that are worth it.
 
@@ -129,6 +132,7 @@ def make(
         folder: Of the portfolio.
         source: Where the parent comes from, in words.
         say: Takes what a person wants to read meanwhile.
+        shown: Shows how far training under the masks is, epoch by epoch; None shows nothing.
 
     Raises:
         ConfigError: A value does not fit, or there is no validation part.
@@ -142,9 +146,10 @@ def make(
         images = _some(dataset)
         candidates = [parent_candidate(parent, options, dataset.input_shape, images)]
     failed: dict[str, FedsysError] = {}
+    epoch_done = _epochs(masked, config, shown)
     for recipe in masked:
         try:
-            candidates += _candidates(recipe, config, dataset, images, watch, say)
+            candidates += _candidates(recipe, config, dataset, images, watch, say, epoch_done)
         except (ConfigError, ModelError) as error:
             failed[recipe.name] = error
             say(f"{recipe.name}: {error}")
@@ -180,8 +185,28 @@ def _some(dataset: Dataset) -> Tensor:
     return images
 
 
+def _epochs(levels: Sequence[Recipe], config: Config, shown: Progress | None) -> Done:
+    """Begin to show epochs of training under all masks; return what is told of each."""
+    total = sum(epochs_of(config, trained=level.trained) for level in levels)
+    done = itertools.count(1)
+    if shown is None or not total:
+        return lambda score, seconds: None
+    shown.start(total, "training under the masks, by epoch")
+
+    def epoch_done(score: training.Score, seconds: float) -> None:
+        shown.round_done({"round": next(done), "train_loss": score.loss, "seconds_round": seconds})
+
+    return epoch_done
+
+
 def _candidates(
-    recipe: Recipe, config: Config, dataset: Dataset, images: Tensor, watch: Durations, say: Say
+    recipe: Recipe,
+    config: Config,
+    dataset: Dataset,
+    images: Tensor,
+    watch: Durations,
+    say: Say,
+    epoch_done: Done,
 ) -> list[Candidate]:
     """Return the dense model of a level and, if channels shall be rounded, one with more of them.
 
@@ -191,7 +216,7 @@ def _candidates(
     with watch.of("mask"):
         level = recipe.make()
     with watch.of("refine"):
-        level = refined(level, config, dataset)
+        level = refined(level, config, dataset, epoch_done)
     plain = dataclasses.replace(options, round_to=1)
     candidates = [_converted(level, plain, images, watch, say)]
     if options.round_to > 1:

@@ -28,7 +28,7 @@ from fedsys.errors import ModelError
 from fedsys.main import main
 from fedsys.pruning import candidates
 from fedsys.pruning.dense.architecture import load
-from fedsys.pruning.levels import Level, recipes, refined, spread
+from fedsys.pruning.levels import Level, epochs_of, recipes, refined, spread
 from fedsys.pruning.measuring import front, in_turns, latencies, peak_bytes
 from fedsys.pruning.portfolio import MANIFEST, PARENT, Latency, Portfolio, Variant, ordered, run
 from fedsys.training import federation
@@ -493,6 +493,23 @@ def test_statistics_of_a_level_that_was_trained_under_its_mask_stay(configure: A
     level = Level("a", model, Masks({}), "made", trained=True)
     assert refined(level, config, dataset) is level
     assert refined(dataclasses.replace(level, trained=False), config, dataset) is not level
+
+
+@pytest.mark.parametrize(
+    ("more", "trained", "epochs"),
+    [
+        ([], False, 0),  # an untrained model
+        (["+variants.run=outputs/latest"], False, 5),
+        (["+variants.run=outputs/latest"], True, 0),
+        (["+variants.run=outputs/latest", "+variants.fine_tune=2"], True, 2),
+        (["+variants.run=outputs/latest", "+variants.fine_tune=0"], False, 0),
+    ],
+)
+def test_the_model_of_a_run_is_trained_under_its_masks_unless_it_was(
+    configure: Any, more: list[str], trained: bool, epochs: int
+) -> None:
+    """Without it half of the weights of the README's model left 60.7 % of 98.9 % accuracy."""
+    assert epochs_of(configure(*more), trained=trained) == epochs
 
 
 def test_images_that_calibrate_are_of_every_class() -> None:

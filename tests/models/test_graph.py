@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import threading
 
 import pytest
@@ -240,3 +241,26 @@ def test_what_is_computed_of_buffers_alone_is_recorded_and_no_constant():
     assert torch.equal(traced(noise(2, 4)), model(noise(2, 4)))
     with torch.device("meta"):
         assert len(layered(OfBuffers(), (4,))) == 1
+
+
+class Counting(nn.BatchNorm2d):
+    """A BatchNorm of its own class that counts its batches itself, as timm's."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        return F.batch_norm(
+            input, self.running_mean, self.running_var, self.weight, self.bias, self.training
+        )
+
+
+def test_a_batchnorm_of_its_own_class_counts_its_batches_in_a_graph() -> None:
+    """Fourteen of timm's models were refused for it."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), Counting(2))
+    graph, x = trace(copy.deepcopy(model)), noise(4, 1, 5, 5)
+    for _ in range(2):
+        assert torch.equal(graph.train()(x), model.train()(x))
+    assert graph.state_dict()["1.num_batches_tracked"] == 2
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(graph.state_dict()[name], tensor)
+    assert torch.equal(graph.eval()(x), model.eval()(x))

@@ -104,6 +104,7 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
         rows.append(row)
         reasons += [{"model": name, "column": c, "reason": reason} for c, reason in why.items()]
         marks = " ".join(c if row.get(c) else f"NOT:{c}" for c in columns)
+        marks = "left out" if row["left_out"] else marks
         print(f"{number}/{len(names)} {name}: {marks}", file=sys.stderr, flush=True)
     return {"machine": machine(), "models": rows, "shares": _shares(rows, columns),
             "reasons": reasons}  # fmt: skip

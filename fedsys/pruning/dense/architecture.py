@@ -309,7 +309,8 @@ def _checked_name(name: object) -> str:
 
 def _checked_path(path: object) -> str:
     steps = path.split(".") if isinstance(path, str) else []
-    plain = all(s.isascii() and s.replace("_", "0").isalnum() and s[:2] != "__" for s in steps)
+    ordinary = str.maketrans("_-", "00")  # torchvision's RegNet has names such as block1-0
+    plain = all(s.isascii() and s.translate(ordinary).isalnum() and s[:2] != "__" for s in steps)
     if not steps or not plain:
         raise ModelError(f"{path!r} is not the path of a module")
     return ".".join(steps)
