@@ -115,14 +115,6 @@ def choice_text(group: str, name: str, extra: Sequence[Path] = ()) -> str:
     return ""
 
 
-def first_comment(text: str) -> str:
-    """Return the first sentence about a choice: the comment at the top of its file."""
-    for line in text.splitlines():
-        if line.startswith("#") and "@package" not in line:
-            return line.lstrip("# ").strip()
-    return ""
-
-
 def options_of(group: str, name: str, extra: Sequence[Path] = ()) -> list[Option]:
     """Return the options of a choice by their whole names, those that it inherits too."""
     text = choice_text(group, name, extra)

@@ -94,7 +94,6 @@ __all__ = [
     "plain",
     "public_text",
     "renamed",
-    "secret",
     "sweeping",
     "to_text",
     "translated_errors",
