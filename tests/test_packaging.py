@@ -435,7 +435,8 @@ def test_what_an_extra_brings_is_imported_late_and_the_error_names_that_extra(mo
     }
     assert {name for name, *_ in calls} == {
         "gymnasium", "onnxruntime", "onnxruntime.quantization", "onnxscript", "stable_baselines3",
-        "stable_baselines3.common.callbacks", "stable_baselines3.common.policies",
+        "stable_baselines3.common.callbacks", "stable_baselines3.common.logger",
+        "stable_baselines3.common.policies",
         "stable_baselines3.common.vec_env.base_vec_env", "torch_pruning",
     }  # fmt: skip
     for name, *given in calls:

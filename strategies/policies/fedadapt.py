@@ -65,7 +65,7 @@ class FedAdaptPolicy:
         )  # fmt: skip
         limit = self._config.client.max_model_bytes
         forced = limit is not None and sum(base.load.state_bytes) > limit
-        self._decider = FedAdapt(base, self._options, agent, forced=forced)
+        self._decider = FedAdapt(base, self._options, agent, forced=forced, seed=self._config.seed)
         return self._decider.init()
 
     def plan(

@@ -43,6 +43,13 @@ POLICIES = {
     "pipar": {"kind": "pipar"},
     "splitfed": {"kind": "splitfed", "forget": 1},
     "fedadapt": {"kind": "fedadapt", "training": {"fleets": 3}, "ppo": {"updates": 2}},
+    "learning": {
+        "kind": "fedadapt",
+        "learn": True,
+        "learn_every": 2,
+        "training": {"fleets": 2},
+        "ppo": {"updates": 1},
+    },
 }
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from fedsys.planning.assignment import Assignment
 from fedsys.planning.learning.agent import Agent
+from fedsys.planning.learning.going_on import Learning
 from fedsys.planning.learning.observing import nearest
 from fedsys.planning.learning.options import FedAdaptOptions
 from fedsys.planning.learning.scenarios import Scenario
@@ -106,26 +107,33 @@ class Known:
 class FedAdapt:
     """Decides for the devices of a run.
 
-    Its state is a dict of plain values: ``known`` of each client, as `Known` has it, and ``groups``
-    and ``asked`` (shares of the work) of the last round.
+    Its state is a dict of plain values: ``known`` of each client, as `Known` has it, ``groups`` and
+    ``asked`` (shares of the work) of the last round, and ``learning``, as `Learning` has it.
 
     Args:
         base: The fleet and model of the run, as they are believed to be.
         options: How devices are seen.
         agent: What decides.
         forced: Whether a device may not hold the whole model.
+        seed: Of the run: of the actions of an agent that goes on learning.
     """
 
     def __init__(
-        self, base: Scenario, options: FedAdaptOptions, agent: Agent, *, forced: bool = False
+        self,
+        base: Scenario,
+        options: FedAdaptOptions,
+        agent: Agent,
+        *,
+        forced: bool = False,
+        seed: int = 0,
     ) -> None:
         self.agent = agent
-        self._base, self._options, self._forced = base, options, forced
+        self._base, self._options, self._forced, self._seed = base, options, forced, seed
         self._alone = len(base.cuts) - 1
 
     def init(self) -> State:
         """Return the state before the first round."""
-        return {"known": {}, "groups": {}, "asked": []}
+        return {"known": {}, "groups": {}, "asked": [], "learning": {}}
 
     def plan(
         self, state: State, seen: Mapping[int, Observation]
@@ -141,8 +149,11 @@ class FedAdapt:
         ready = [client for client in clients if known[client].baseline_s > 0]
         picked = {client: self._first() for client in clients}
         groups, asked = dict(state["groups"]), list(state["asked"])
+        learning = Learning(**state["learning"])
         if ready:
-            labels, slow, asked = self._asked([known[client] for client in ready])
+            labels, slow, asked, learning = self._asked(
+                [known[client] for client in ready], learning
+            )
             for client, group, low in zip(ready, labels, slow, strict=True):
                 groups[client] = group
                 known[client] = dataclasses.replace(known[client], slow=low)
@@ -155,6 +166,7 @@ class FedAdapt:
         remembered = {client: dataclasses.asdict(known[client]) for client in clients}
         return {
             "known": state["known"] | remembered, "groups": groups, "asked": asked,
+            "learning": learning.to_values(),
         }, made  # fmt: skip
 
     def reasons(self, state: State, clients: Sequence[int]) -> dict[int, str]:
@@ -179,14 +191,21 @@ class FedAdapt:
         return 0 if self._forced and self._alone else self._alone
 
     def _asked(
-        self, devices: Sequence[Known]
-    ) -> tuple[tuple[int, ...], tuple[bool, ...], list[float]]:
-        """Return the group of each device, whether its link is slow, and the groups' shares."""
+        self, devices: Sequence[Known], learning: Learning
+    ) -> tuple[tuple[int, ...], tuple[bool, ...], list[float], Learning]:
+        """Return the group of each device, which links are slow, the groups' shares, and more."""
         base, now = self._times(devices, alone=True), self._times(devices, alone=False)
-        view = self.agent.view
+        view, options = self.agent.view, self._options
         labels, slow = view.labels(base, now, [device.slow for device in devices])
         shares = [self._base.shares[self._alone if d.cut < 0 else d.cut] for d in devices]
-        return labels, slow, self.agent.shares(view.state(base, now, labels, shares))
+        state = view.state(base, now, labels, shares)
+        if not options.learn:
+            return labels, slow, self.agent.shares(state), learning
+        agent = learning.acting(self.agent)
+        learning = learning.rewarded(base, now, straggler=options.training.straggler)
+        learning, agent = learning.updated(agent, state, options, self._seed)
+        learning, asked = learning.acted(agent, state, options.learn_std, self._seed)
+        return labels, slow, asked, learning
 
     def _times(self, devices: Sequence[Known], *, alone: bool) -> Times:
         seconds = [d.baseline_s if alone else d.iteration_s or d.baseline_s for d in devices]

@@ -16,12 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsys.config.targets import import_extra
+from fedsys.planning.learning.environment import spaces_of
 from fedsys.planning.learning.observing import MOST
 from fedsys.planning.learning.scenarios import Scenario
 from fedsys.planning.learning.view import Times, View
 from fedsys.planning.workload import Array
 
-spaces = import_extra("gymnasium", "rl", "an environment of offloading").spaces
 VecEnv: Any = import_extra(
     "stable_baselines3.common.vec_env.base_vec_env", "rl", "an environment of offloading"
 ).VecEnv
@@ -158,12 +158,7 @@ class DeckEnvironments(VecEnv):  # type: ignore[misc]  # of an extra: without ty
         self, deck: Deck, count: int, seed: int, *, moments: int = 1, change: float = 0.0
     ) -> None:
         view = deck.view
-        high = np.full(view.size, MOST if view.times == "ratio" else np.inf, dtype=np.float32)
-        super().__init__(
-            count,
-            spaces.Box(-high, high, dtype=np.float32),
-            spaces.Box(-1.0, 1.0, (view.groups,), dtype=np.float32),
-        )
+        super().__init__(count, *spaces_of(view))
         self._deck, self._moments, self._change = deck, moments, change
         self._random = np.random.default_rng(seed)
         self._actions = np.zeros((count, view.groups), dtype=np.float32)

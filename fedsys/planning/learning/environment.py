@@ -54,9 +54,7 @@ class OffloadEnvironment(Environment):  # type: ignore[misc]  # of an extra: wit
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 - gymnasium's own name and type
 
     def __init__(self, rounds: Rounds, view: View, *, straggler: bool = False) -> None:
-        high = np.full(view.size, MOST if view.times == "ratio" else np.inf, dtype=np.float32)
-        self.observation_space = gymnasium.spaces.Box(-high, high, dtype=np.float32)
-        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (view.groups,), dtype=np.float32)
+        self.observation_space, self.action_space = spaces_of(view)
         self._rounds, self._view, self._straggler = rounds, view, straggler
         self._steps = 0
 
@@ -91,3 +89,30 @@ class OffloadEnvironment(Environment):  # type: ignore[misc]  # of an extra: wit
         self._steps += 1
         told = {"iteration_s": seconds, "picked": picked}
         return state, earned, in_vain(seconds, base), self._steps >= self._view.episode, told
+
+
+class Spaces(Environment):  # type: ignore[misc]  # of an extra: without types
+    """The spaces of an agent and nothing in them: for what was done elsewhere."""
+
+    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 - gymnasium's own name
+
+    def __init__(self, view: View) -> None:
+        self.observation_space, self.action_space = spaces_of(view)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Vector, dict[str, Any]]:
+        """Return a state of zeros."""
+        super().reset(seed=seed)
+        return np.zeros(self.observation_space.shape, dtype=np.float32), {}
+
+    def step(self, action: Vector) -> tuple[Vector, float, bool, bool, dict[str, Any]]:
+        """End at once."""
+        return self.reset()[0], 0.0, True, False, {}
+
+
+def spaces_of(view: View) -> tuple[Any, Any]:
+    """Return the spaces of states and of actions."""
+    high = np.full(view.size, MOST if view.times == "ratio" else np.inf, dtype=np.float32)
+    box = gymnasium.spaces.Box
+    return box(-high, high, dtype=np.float32), box(-1.0, 1.0, (view.groups,), dtype=np.float32)

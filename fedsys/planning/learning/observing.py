@@ -82,6 +82,11 @@ def share_of(action: float) -> float:
     return (min(1.0, max(-1.0, action)) + 1.0) / 2.0
 
 
+def action_of(share: float) -> float:
+    """Return the action that asks for a share of the work."""
+    return 2.0 * share - 1.0
+
+
 def nearest(shares: Sequence[float], wanted: float) -> int:
     """Return the index of the legal share nearest to what is wanted; of two equal ones the last.
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +21,10 @@ from torch import nn
 
 from fedsys.config.targets import import_extra
 from fedsys.planning.learning.agent import Agent
+from fedsys.planning.learning.observing import Vector
 from fedsys.planning.learning.options import Hyper
+from fedsys.planning.learning.view import View
 from fedsys.randomness import seeded_default_generator
-
-if TYPE_CHECKING:
-    from fedsys.planning.learning.view import View
 
 WHO = "training an agent, in place of policy.agent=FILE,"
 
@@ -53,16 +54,82 @@ def train(
         progress: Told how far it is.
         about: Kept with the agent.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # bits depend on it, and so small a network is no faster with two
-    try:
-        with seeded_default_generator(seed % 2**32):
-            model = _ppo(environments, hyper, seed)
-            model.learn(hyper.steps, callback=_decaying(hyper, progress))
-    finally:
-        torch.set_num_threads(threads)
+    with one_thread(), seeded_default_generator(seed % 2**32):
+        model = _ppo(environments, hyper, seed)
+        model.learn(hyper.steps, callback=_decaying(hyper, progress))
     made = {"steps": hyper.steps, "seed": seed, "hyper": dataclasses.asdict(hyper)}
     return Agent(view, _weights(model.policy), {**made, **(about or {})})
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that was taken: what is learned from.
+
+    Attributes:
+        state: What was seen before.
+        action: What was done, in [-1, 1], of each group.
+        reward: What came of it.
+        last: Whether it ended an episode.
+    """
+
+    state: Vector
+    action: Vector
+    reward: float
+    last: bool
+
+
+def improved(
+    agent: Agent, steps: Sequence[Step], after: Vector, hyper: Hyper, std: float, seed: int
+) -> Agent:
+    """Return the agent after one update by steps that were taken by it.
+
+    Args:
+        agent: Took the steps.
+        steps: In their order.
+        after: What is seen after the last of them.
+        hyper: Hyper-parameters.
+        std: Standard deviation of the actions, as a share of the work.
+        seed: Of the order in which steps are gone through.
+    """
+    import_extra("stable_baselines3", "rl", WHO)
+    from fedsys.planning.learning.environment import Spaces  # of the extra ``rl``
+
+    every = dataclasses.replace(hyper, every=len(steps), environments=1, batch=None)
+    with one_thread(), seeded_default_generator(seed % 2**32):
+        model = _ppo(Spaces(agent.view), every, seed)
+        policy: Any = model.policy
+        _load(policy, {**agent.weights, "log_std": np.full(agent.view.groups, math.log(2 * std))})
+        _fill(model, policy, steps, after)
+        logger = import_extra("stable_baselines3.common.logger", "rl", WHO)
+        model.set_logger(logger.configure(None, []))
+        model.train()
+    return dataclasses.replace(agent, weights=_weights(policy))
+
+
+def _fill(model: Any, policy: Any, steps: Sequence[Step], after: Vector) -> None:
+    """Put the steps where stable-baselines3 looks for what it learns from."""
+    buffer, begins = model.rollout_buffer, True
+    with torch.no_grad():
+        for step in steps:
+            state = torch.from_numpy(step.state[None])
+            action = torch.from_numpy(step.action[None])
+            value, likelihood, _ = policy.evaluate_actions(state, action)
+            reward, start = np.array([step.reward]), np.array([begins])
+            buffer.add(step.state[None], step.action[None], reward, start, value, likelihood)
+            begins = step.last
+        last = policy.predict_values(torch.from_numpy(after[None]))
+        buffer.compute_returns_and_advantage(last, np.array([steps[-1].last]))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread: bits depend on it, and so small a network is no faster with two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _ppo(environments: Any, hyper: Hyper, seed: int) -> Any:
@@ -133,8 +200,20 @@ def _decaying(hyper: Hyper, progress: Progress) -> Any:
 
 
 def _weights(policy: Any) -> dict[str, Any]:
-    found = {"log_std": policy.log_std}
+    found = {"log_std": policy.log_std, **_parameters(policy)}
+    return {key: value.detach().numpy().astype(np.float32).copy() for key, value in found.items()}
+
+
+def _load(policy: Any, weights: Mapping[str, Any]) -> None:
+    with torch.no_grad():
+        for name, parameter in {"log_std": policy.log_std, **_parameters(policy)}.items():
+            parameter.copy_(torch.from_numpy(np.asarray(weights[name], dtype=np.float32)))
+
+
+def _parameters(policy: Any) -> dict[str, nn.Parameter]:
+    """Return the parameters of both networks by the names that agents give them."""
     networks = policy.mlp_extractor
+    found: dict[str, nn.Parameter] = {}
     for name, hidden, last in (
         ("actor", networks.policy_net, policy.action_net[0]),
         ("critic", networks.value_net, policy.value_net),
@@ -142,4 +221,4 @@ def _weights(policy: Any) -> dict[str, Any]:
         linear = [m for m in hidden if isinstance(m, nn.Linear)]
         for i, layer in enumerate([*linear, last]):
             found |= {f"{name}.{i}.weight": layer.weight, f"{name}.{i}.bias": layer.bias}
-    return {key: value.detach().numpy().astype(np.float32).copy() for key, value in found.items()}
+    return found

@@ -1,5 +1,6 @@
 """FedAdapt's parts, each by what its paper and code say, or by a closed form."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -23,10 +24,12 @@ from fedsys.planning.learning.grouping import LowBandwidth, cluster, regrouped, 
 from fedsys.planning.learning.making import agent_for, scenario_of, trained
 from fedsys.planning.learning.observing import Seen, in_vain, nearest, reward, share_of, state_of
 from fedsys.planning.learning.options import FedAdaptOptions, Hyper, Training
+from fedsys.planning.learning.ppo import Step, improved
 from fedsys.planning.learning.scenarios import Scenario, TimelineRounds, draw
 from fedsys.planning.learning.view import View
 from fedsys.planning.resources import Observation
 from fedsys.planning.virtual_clock import virtual_round
+from fedsys.runs.trees import keepable
 from fedsys.training.federation import layered_model
 
 CONFIG = parse(
@@ -411,6 +414,44 @@ def test_a_device_too_small_for_the_model_never_has_it_whole(base):
     for _ in range(3):
         state, plan = made.plan(state, {0: measured(9.0, 1.0)})
         assert plan[0].cut < 5
+
+
+def test_an_update_makes_what_was_rewarded_more_likely(agent):
+    """Steps below the mean were worth more than those above: the mean goes down."""
+    random = np.random.default_rng(0)
+    states = random.uniform(0.2, 1.2, (64, agent.view.size)).astype(np.float32)
+    steps = []
+    for state in states:
+        mean = np.array([2 * share - 1 for share in agent.shares(state)])
+        action = (mean + random.normal(0, 0.2, 3)).astype(np.float32)
+        steps.append(Step(state, action, float((mean - action).sum()), True))
+    hyper = Hyper(lr=1e-3, epochs=10)
+    better = improved(agent, steps, states[0], hyper, std=0.1, seed=1)
+    before = np.array([agent.shares(state) for state in states])
+    after = np.array([better.shares(state) for state in states])
+    assert (after.mean(axis=0) < before.mean(axis=0)).all()
+    again = improved(agent, steps, states[0], hyper, std=0.1, seed=1)
+    assert all(np.array_equal(again.weights[n], w) for n, w in better.weights.items())
+
+
+def test_an_agent_that_goes_on_learning_repeats_and_changes_its_weights(base, agent):
+    options = dataclasses.replace(SMALL, learn=True, learn_every=3, learn_std=0.1)
+    ends = []
+    for _ in range(2):
+        made = FedAdapt(base, options, agent, seed=5)
+        state, asked = made.init(), []
+        seen = {k: Observation() for k in range(3)}
+        for number in range(6):
+            state, _ = made.plan(state, seen)
+            state = copy.deepcopy(state)  # as through a checkpoint
+            asked.append(state["asked"])
+            seen = {k: measured(0.3 + 0.1 * k + 0.01 * number) for k in range(3)}
+        ends.append((asked, state["learning"]["weights"]))
+        assert keepable(state)
+    (first, weights), (again, others) = ends
+    assert first == again and len({tuple(a) for a in first[1:]}) == 5  # drawn anew each round
+    assert weights == others
+    assert weights["actor.0.weight"] != agent.weights["actor.0.weight"].tolist()
 
 
 def test_a_decision_for_a_hundred_devices_is_the_same_as_for_each_group(base, agent):
