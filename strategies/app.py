@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from fedsys.faults import out_of_reach
 from fedsys.offload.fleet import Fleet
 from fedsys.offload.opening import open_fleet
 from fedsys.planning.workload import mini_batches
-from fedsys.runs import plots, trace_plots
+from fedsys.runs import decisions, plots, trace_plots
 from fedsys.runs import startup as stages
+from fedsys.runs.decisions import OffloadDecision
 from fedsys.runs.folder import default_path, state_sha256
 from fedsys.runs.progress import Progress, choose
 from fedsys.runtime.edge_processes import with_launched
@@ -36,6 +37,7 @@ from fedsys.transport import records
 from strategies import Roster, build, pruned
 from strategies.around import find
 from strategies.crash_safety import CrashSafety, opened
+from strategies.decisions import decisions_of
 from strategies.heading import Plans, about_pieces, surroundings, title
 from strategies.offload import Offload
 from strategies.offload_figures import figures, recoveries, traces
@@ -122,6 +124,13 @@ def _train(
         plans.tell(number)
 
     virtual = _virtual(config, fed, strategy, folder.rounds())
+    layers = layered_model(config, fed.dataset.input_shape, fed.dataset.num_classes)
+
+    def told() -> list[OffloadDecision]:
+        modelled = {} if virtual is None else virtual.devices
+        offload = find(strategy, Offload)
+        return [] if offload is None else decisions_of(offload, config, layers, modelled)
+
     with watched(pulse(), progress):
         arrays = play(
             strategy,
@@ -132,7 +141,7 @@ def _train(
             elapsed_s=safety.seconds,
             timeout_s=config.runtime.timeout_s,
             judge=judge.validation,
-            done=Teller(config, strategy, safety, progress).tell,
+            done=Teller(config, strategy, safety, progress, told).tell,
             faults=safety.faults,
             timed=None if virtual is None else virtual.row,
             began=began,
@@ -172,19 +181,27 @@ class Teller:
         strategy: Whose recoveries and levels of pruning are told.
         safety: Keeps what the run can continue from, in the run's folder.
         progress: Shows the run.
+        decided: Returns the decisions of the last round.
     """
 
     def __init__(
-        self, config: Config, strategy: Strategy, safety: CrashSafety, progress: Progress
+        self,
+        config: Config,
+        strategy: Strategy,
+        safety: CrashSafety,
+        progress: Progress,
+        decided: Callable[[], Sequence[OffloadDecision]],
     ) -> None:
         self._config, self._strategy = config, strategy
         self._safety, self._progress = safety, progress
         self._told = len(recoveries(strategy))
+        self._decided = decided
 
     def tell(self, result: RoundResult) -> None:
         """Take note of a finished round."""
         strategy, folder, progress = self._strategy, self._safety.folder, self._progress
         folder.add_round(result.row)
+        decisions.write(folder.path, self._decided())
         progress.round_done(result.row)
         for client, reason in result.lost.items():
             folder.event("client_lost", client=client, round=result.number, reason=reason)

@@ -12,7 +12,9 @@ model it is left out of the round, and that is said.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -35,6 +37,21 @@ from strategies.roster import Roster
 from strategies.split_sessions import Sent, SplitSessions
 
 
+@dataclass(frozen=True)
+class Decided:
+    """What a policy knew when it decided on a round.
+
+    Attributes:
+        round: The round, from 1.
+        seen: What was last seen of each of its clients.
+        seconds: That deciding took.
+    """
+
+    round: int
+    seen: Mapping[int, Observation]
+    seconds: float
+
+
 class Offload(Around):
     """Wraps a strategy so that its clients train together with edge servers.
 
@@ -52,6 +69,7 @@ class Offload(Around):
         lost: Clients left out of the last round, with the reason.
         traces: What each device did in the last round, with its edge.
         assigned: What the policy said for the clients of the last round.
+        decided: What it had seen of them, and what deciding took; None before the first round.
     """
 
     STATE = ("totals", "_policy_state", "_seen")
@@ -72,6 +90,7 @@ class Offload(Around):
         self.totals, self.lost = OffloadTotals(), dict[int, str]()
         self.traces: dict[int, list[Event]] = {}
         self.assigned: Mapping[int, Assignment] = {}
+        self.decided: Decided | None = None
         self._config = config
         self._division = ModelDivision(config, input_shape, num_classes)
         self._layers = self._division.layers
@@ -97,7 +116,9 @@ class Offload(Around):
         self.fleet.revive()
         messages = self._by_client(self.inner.configure_train(server_round, arrays, config, grid))
         seen = {client: self.seen_of(client) for client in messages}
+        began = time.perf_counter()
         self._policy_state, self.assigned = self.policy.plan(self._policy_state, seen)
+        self.decided = Decided(server_round, seen, time.perf_counter() - began)
         for client in messages:  # what it does not tell of this round is not known
             self._seen.pop(client, None)
         for client, message in messages.items():
@@ -172,6 +193,10 @@ class Offload(Around):
         """Return what was last seen of a client."""
         return Observation(**self._seen.get(client, {}))
 
+    def pieces_of(self, assignment: Assignment) -> int:
+        """Return the pieces of a mini-batch: those of the schedule where nothing else is said."""
+        return assignment.micro_batches or self._config.schedule.micro_batches
+
     def _by_client(self, messages: Iterable[Message]) -> dict[int, Message]:
         """Return messages by partition id: strategies shuffle, and edges fill up in this order."""
         found = {self.roster.partition_of(m.metadata.dst_node_id): m for m in messages}
@@ -179,7 +204,7 @@ class Offload(Around):
 
     def _divide(self, message: Message, client: int, assignment: Assignment, round_: int) -> None:
         """Make of a message what a device is sent that trains as it is assigned."""
-        more = self._more_of(client, assignment)
+        more = self.manner_of(client, assignment)
         self.totals.note_cut(client, self._layers, assignment.cut, **more)
         message.content = with_pieces(
             message.content, assignment.micro_batches, self._config.client.batch_size
@@ -193,7 +218,7 @@ class Offload(Around):
         entry = {"what": "alone", "from": "edge", "to": "device", "repeated_steps": 0}
         self.totals.note(round_, client, {**entry, "seconds": 0.0})
 
-    def _more_of(self, client: int, assignment: Assignment) -> dict[str, Any]:
+    def manner_of(self, client: int, assignment: Assignment) -> dict[str, Any]:
         """Return what belongs to a cut, for whoever reads of it: machine, edge, pieces, codec."""
         machines, edges = self._config.fleet.devices, self.fleet.edges
         more = {"machine": machines[client % len(machines)]} if machines else {}
@@ -202,6 +227,6 @@ class Offload(Around):
         up, down = assignment.codec_up, assignment.codec_down
         return more | {
             "edge": edges[assignment.edge % len(edges)].name,
-            "micro_batches": assignment.micro_batches or self._config.schedule.micro_batches,
+            "micro_batches": self.pieces_of(assignment),
             "codec": up if up == down else f"{up}/{down}",
         }

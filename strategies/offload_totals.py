@@ -34,12 +34,16 @@ class OffloadTotals:
 
     def note_cut(self, client: int, layers: LayeredModel, cut: int, **more: object) -> None:
         """Note where the model was cut for a client, and what more is known of it."""
-        self.cuts[str(client)] = {
-            "index": cut,
-            "unit": layers.units[cut - 1].name if cut else "",
-            "device_share": fractions(layers)[cut - 1] if cut else 0.0,
-            **more,
-        }
+        self.cuts[str(client)] = {**place_of(layers, cut), **more}
+
+
+def place_of(layers: LayeredModel, cut: int) -> dict[str, Any]:
+    """Return where a cut is: its index, the unit before it, and the device's share of the work."""
+    return {
+        "index": cut,
+        "unit": layers.units[cut - 1].name if cut else "",
+        "device_share": fractions(layers)[cut - 1] if cut else 0.0,
+    }
 
 
 def in_words(entry: Mapping[str, Any]) -> str:

@@ -11,21 +11,30 @@ the links of sessions, not the messages that bring models.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from statistics import median
+import math
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean, median
 from typing import Any
 
 from fedsys.config import Config
 from fedsys.models.layers import LayeredModel
 from fedsys.planning.assignment import Assignment
+from fedsys.planning.costs import state_bytes
 from fedsys.planning.hardware import hardware
-from fedsys.planning.options import run_workload
+from fedsys.planning.options import choosable, pieces_of, run_workload
+from fedsys.planning.oracle import Oracle, regret
 from fedsys.planning.resources import RESOURCES
-from fedsys.planning.virtual_clock import iterations_of, predicted_iterations, virtual_round
+from fedsys.planning.virtual_clock import (
+    VirtualRound,
+    iterations_of,
+    predicted_iterations,
+    virtual_round,
+)
 from fedsys.planning.workload import Device, Workload
 from fedsys.runs.virtual_trace import ModelledRound
+from strategies.decisions import DeviceRound, best_of, probe_bytes
 from strategies.offload import Offload
-from strategies.policies.planned import Planned
+from strategies.policies.policy import Predicts
 
 Row = dict[str, Any]
 
@@ -45,6 +54,7 @@ class RoundClock:
 
     Attributes:
         last: The last round that was told; None before the first one.
+        devices: What is modelled of the clients of the last round, where a policy decides.
     """
 
     def __init__(
@@ -58,11 +68,12 @@ class RoundClock:
     ) -> None:
         self._config, self._layers, self._examples = config, layers, examples
         self._offload, self._now_s, self._done = offload, elapsed_s, done
-        self.last: ModelledRound | None = None
         self._machines = None if config.client.label_private else hardware(config, layers)
-        self._real = config.runtime.kind == "deployment" or (
-            config.network.emulate and config.fleet.emulate
-        )
+        self._emulated = config.network.emulate and config.fleet.emulate
+        self._real = config.runtime.kind == "deployment" or self._emulated
+        self.last: ModelledRound | None = None
+        self.devices: dict[int, DeviceRound] = {}
+        self._oracle = self._told_the_truth()
 
     def row(self, clients: Sequence[int], took: Mapping[int, float] | None = None) -> Row:
         """Return the columns of a round, and tell the policy what was measured.
@@ -73,9 +84,10 @@ class RoundClock:
 
         Returns:
             ``virtual_s``, ``idle_device``, ``idle_up``, ``idle_edge``, ``idle_down`` and
-            ``prediction_error``; nothing where nothing can be told.
+            ``prediction_error``; nothing where nothing can be told. Where a policy decides,
+            ``decide_ms`` and ``probe_bytes``, and ``regret`` where the oracle knows the truth.
         """
-        self._done += 1
+        self._done, self.devices = self._done + 1, {}
         who = sorted(clients)
         choices = [self._choice(client) for client in who]
         if self._machines is None or not who or any(choice.cut == 0 for choice in choices):
@@ -108,9 +120,62 @@ class RoundClock:
             for client, seen in zip(who, played.seen, strict=True):
                 if self._offload is not None:
                     self._offload.observe(client, dataclasses.asdict(seen))
+        judged = self._judged(load, choices, played, expected, who)
         self._now_s += played.seconds
         told = {"prediction_error": float(median(errors))} if errors else {}
-        return {"virtual_s": played.seconds, **row, **told}
+        return {"virtual_s": played.seconds, **row, **told, **judged}
+
+    # --- how good the policy was ------------------------------------------------------------------
+
+    def _told_the_truth(self) -> Oracle | None:
+        """Return the oracle; None where it is not wanted, or where the truth is not known."""
+        decides = self._offload is not None and self._config.run.oracle
+        if not decides or (self._real and not self._emulated):
+            return None
+        limit = self._config.client.max_model_bytes
+        forced = choosable(self._config.policy).offload or (
+            limit is not None and sum(state_bytes(self._layers)) > limit
+        )
+        return Oracle(offload=forced)
+
+    def _judged(
+        self,
+        load: Workload,
+        choices: Sequence[Assignment],
+        played: VirtualRound,
+        expected: Sequence[Sequence[float]],
+        who: Sequence[int],
+    ) -> Row:
+        """Return the columns about a decision, and keep what is modelled of each device."""
+        if self._offload is None or self._offload.decided is None:
+            return {}
+        optimum, row = None, dict[str, Any]()
+        if self._oracle is not None:
+            free = self._free(load)
+            own = played if free.exchange else virtual_round(free, choices, self._now_s)
+            optimum = self._oracle.best(free, self._now_s, (choices, own))
+            row = {} if optimum is None else {"regret": regret(own.seconds, optimum.seconds)}
+        exchange = load.exchange_s()
+        for k, (client, device) in enumerate(zip(who, load.devices, strict=True)):
+            rates = device.network.at(self._now_s, played.device_s[k])
+            self.devices[client] = DeviceRound(
+                up_mbit_s=_mbit_s(rates.up_bits_s),
+                down_mbit_s=_mbit_s(rates.down_bits_s),
+                predicted_s=sum(expected[k]) + float(exchange[k, choices[k].cut]),
+                measured_s=None if self._real else played.device_s[k],
+                **best_of(optimum, k),
+            )  # fmt: skip
+        decide_ms = 1e3 * self._offload.decided.seconds
+        return row | {"decide_ms": decide_ms, "probe_bytes": probe_bytes(self._offload)}
+
+    def _free(self, load: Workload) -> Workload:
+        """Return a workload with all that the oracle may choose, and the time that counts."""
+        options = choosable(self._config.policy)
+        pieces = pieces_of(self._config, options)
+        exchange = load.exchange and not self._emulated
+        return dataclasses.replace(
+            load, codecs=options.codec, micro_batches=pieces, exchange=exchange
+        )
 
     def _choice(self, client: int) -> Assignment:
         pieces = self._config.schedule.micro_batches
@@ -118,13 +183,13 @@ class RoundClock:
             return Assignment(len(self._layers), micro_batches=pieces)
         a = self._offload.assigned[client]
         edge = a.edge % len(self._offload.fleet.edges)
-        return dataclasses.replace(a, edge=edge, micro_batches=a.micro_batches or pieces)
+        return dataclasses.replace(a, edge=edge, micro_batches=self._offload.pieces_of(a))
 
     def _expected(
         self, load: Workload, choices: list[Assignment], who: list[int]
     ) -> list[list[float]]:
         """Return the seconds of iterations that the policy expected, or the fleet file gives."""
-        if self._offload is not None and isinstance(self._offload.policy, Planned):
+        if self._offload is not None and isinstance(self._offload.policy, Predicts):
             made = self._offload.policy.predicted(self._offload.policy_state, who)
             return iterations_of(load, made.iteration_s, made.rest_s)
         return predicted_iterations(load, choices)
@@ -143,6 +208,10 @@ def errors_of(expected: Mapping[int, float], measured: Mapping[int, float]) -> l
     ]
 
 
+def _mbit_s(bits_s: float) -> float | None:
+    return bits_s / 1e6 if bits_s < math.inf else None
+
+
 def _machine(device: Device) -> str:
     return device.costs.name.rpartition(".")[2]
 
@@ -152,7 +221,8 @@ def virtual_totals(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Returns:
         ``virtual_s`` of all rounds together, ``idle`` by kind, weighted by time, and
-        ``prediction_error``, the median.
+        ``prediction_error``, the median. Where a policy decides, ``regret``, the mean,
+        ``decide_ms``, the median, and ``probe_bytes``, the sum.
     """
     timed = [row for row in rounds if isinstance(row.get("virtual_s"), float)]
     if not timed:
@@ -165,4 +235,13 @@ def virtual_totals(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "virtual_s": seconds,
         "idle": idle,
         "prediction_error": median(errors) if errors else None,
+        **_decided_totals(timed),
     }
+
+
+def _decided_totals(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    ways: Mapping[str, Callable[[list[float]], float]] = {
+        "regret": fmean, "decide_ms": median, "probe_bytes": lambda sizes: int(sum(sizes)),
+    }  # fmt: skip
+    found = {name: [row[name] for row in rows if name in row] for name in ways}
+    return {name: way(found[name]) for name, way in ways.items() if found[name]}

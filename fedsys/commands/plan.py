@@ -19,8 +19,9 @@ from fedsys.planning.hardware import link_of
 from fedsys.planning.options import PLANNED, PlanOptions, machines_of, run_workload
 from fedsys.planning.planner import Plan, best_static, next_best, plan
 from fedsys.planning.resources import RESOURCES
-from fedsys.planning.workload import Device, Menu, Workload
+from fedsys.planning.workload import Device, Workload
 from fedsys.runs.lines import aligned, fitted, folded, seconds_text, width_of
+from fedsys.runs.reasons import Reasons, by_resource
 from fedsys.training import federation
 from fedsys.training.federation import layered_model
 
@@ -76,6 +77,7 @@ def figures(config: Config, layers: LayeredModel, examples: Sequence[int]) -> di
     whole = plan(load, "classic")
     static = best_static(load, offload=options.offload)
     others = next_best(load, made, offload=options.offload)
+    reasons = Reasons(load, made)
     links = [_link_name(link_of(config, k)) for k in range(len(load.devices))]
     devices = [
         {
@@ -85,11 +87,11 @@ def figures(config: Config, layers: LayeredModel, examples: Sequence[int]) -> di
             **_choice(layers, made.choices[k]),
             "iteration_s": made.iteration_s[k],
             "round_s": made.round_s[k],
-            **_by_resource(load, device, made.choices[k], made.iteration_s[k]),
+            **_busy(load, device, made.choices[k], made.iteration_s[k]),
             "next_best": _choice(layers, others[k][0]) | {"round_s": others[k][1]},
             "all_on_device_s": whole.round_s[k],
             "best_static_s": static.round_s[k],
-            "why": why(load, device, made, k, whole.round_s[k]),
+            "why": reasons.of(k),
         }
         for k, device in enumerate(load.devices)
     ]
@@ -125,42 +127,11 @@ def _choice(layers: LayeredModel, choice: Assignment) -> dict[str, Any]:
     }
 
 
-def _by_resource(
-    load: Workload, device: Device, choice: Assignment, whole: float
-) -> dict[str, float]:
+def _busy(load: Workload, device: Device, choice: Assignment, whole: float) -> dict[str, float]:
     """Return the seconds of an iteration in which each resource works for a device."""
-    s = Menu(load, [choice]).stages(device)
-    n = float(s.pieces[0])
-    seconds = {
-        "device_s": n * float(s.forward[0] + s.backward[0]) + float(s.device_update[0]),
-        "up_s": n * float(s.up[0]),
-        "edge_s": n * float(s.edge[0]) + float(s.edge_update[0]),
-        "down_s": n * float(s.down[0]),
-    }
-    return seconds | {"device_waits_s": max(0.0, whole - seconds["device_s"])}
-
-
-def why(load: Workload, device: Device, made: Plan, k: int, alone_s: float) -> str:
-    """Return one sentence about the choice of a device."""
-    choice = made.choices[k]
-    if choice.cut == load.units:
-        if not load.cuts:
-            return "the model has no cut"
-        forced = plan(dataclasses.replace(load, devices=(device,)), "auto", offload=True)
-        best = forced.choices[0]
-        busy = _by_resource(load, device, best, 0.0)
-        busiest = max(RESOURCES, key=lambda name: busy[f"{name}_s"])
-        return (
-            f"offloading would take {seconds_text(forced.round_s[0])} even with an edge of its "
-            f"own, most of it on the {RESOURCES[busiest]}; alone it takes {seconds_text(alone_s)}"
-        )
-    busy = _by_resource(load, device, choice, made.iteration_s[k])
-    busiest = max(RESOURCES, key=lambda name: busy[f"{name}_s"])
-    share = busy[f"{busiest}_s"] / made.iteration_s[k] if made.iteration_s[k] else 0.0
-    return (
-        f"{alone_s / made.round_s[k]:.1f} times faster than alone; the {RESOURCES[busiest]} is "
-        f"busy {share:.0%} of the time"
-    )
+    busy = by_resource(load, device, choice)
+    seconds = {f"{kind}_s": value for kind, value in busy.items()}
+    return seconds | {"device_waits_s": max(0.0, whole - busy["device"])}
 
 
 def _summary(load: Workload, made: Plan, whole: Plan) -> str:

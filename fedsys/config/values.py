@@ -279,10 +279,13 @@ class RunConfig:
     Attributes:
         dir: Where results go; None for a new folder in ``outputs/``.
         plots: Whether pictures are drawn at the end, which takes a few seconds.
+        oracle: Whether the choices of each round are compared with the best ones, where a policy
+            decides on a modelled fleet.
     """
 
     dir: str | None = None
     plots: bool = True
+    oracle: bool = True
 
 
 @dataclass(frozen=True)

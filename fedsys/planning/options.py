@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,7 +149,7 @@ def run_workload(
         devices,
         machines.edges,
         config.client.batch_size,
-        micro_batches=_pieces(config, options),
+        micro_batches=pieces_of(config, options),
         codecs=options.codec,
         epochs=config.client.epochs,
         exchange=options.objective == "round",
@@ -157,7 +157,28 @@ def run_workload(
     return dataclasses.replace(load, schedule=config.schedule.kind, depth=config.schedule.depth)
 
 
-def _pieces(config: Config, options: PlanOptions) -> tuple[int, ...]:
+def choosable(policy: Spec) -> PlanOptions:
+    """Return what may be chosen in place of a policy: what it may choose itself, if it says so.
+
+    Args:
+        policy: The ``policy`` group, of any kind.
+
+    Raises:
+        ConfigError: A value is not usable.
+    """
+    if policy.get("kind") == "own":
+        return PlanOptions()
+    codec, pieces = policy.get("codec", "fp32"), policy.get("micro_batches")
+    codecs = list(codec.values()) if isinstance(codec, Mapping) else _listed(codec)
+    asked = {
+        "codec": list(dict.fromkeys(codecs)),
+        "micro_batches": [count for count in _listed(pieces) if count is not None] or None,
+        "offload": policy.get("offload", "free"),
+    }
+    return PlanOptions.of(asked)
+
+
+def pieces_of(config: Config, options: PlanOptions) -> tuple[int, ...]:
     """Return the numbers of pieces that may be chosen.
 
     One after the other, they save nothing: then there is one, unless others are asked for.

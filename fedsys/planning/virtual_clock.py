@@ -72,6 +72,42 @@ def virtual_round(
     return VirtualRound(max(device_s), tuple(device_s), _idle(load, timeline), seen, timeline)
 
 
+class VirtualClock:
+    """Plays rounds, and those that are like an earlier one not again.
+
+    Args:
+        most: Turns that are played of a round, as in `virtual_round`.
+    """
+
+    _KEPT = 512
+
+    def __init__(self, most: int = MOST_TURNS) -> None:
+        self._most = most
+        # With the load, whose machines are told apart by identity
+        self._known: dict[tuple[object, ...], tuple[Workload, VirtualRound]] = {}
+
+    def play(
+        self, load: Workload, choices: Sequence[Assignment], start_s: float = 0.0
+    ) -> VirtualRound:
+        """Return the round with these choices, as `virtual_round` does."""
+        key = *same_round(load, start_s), tuple(choices)
+        if key not in self._known:
+            if len(self._known) >= self._KEPT:
+                del self._known[next(iter(self._known))]
+            self._known[key] = load, virtual_round(load, choices, start_s, most=self._most)
+        return self._known[key][1]
+
+
+def same_round(load: Workload, start_s: float) -> tuple[object, ...]:
+    """Return what is equal of two rounds that take the same time with the same choices.
+
+    It holds as long as the machines of the workload, which are told apart by identity, are kept.
+    """
+    devices = tuple((id(d.costs), d.network, d.examples) for d in load.devices)
+    changes = any(device.network.changes for device in load.devices)
+    return devices, tuple(map(id, load.edges)), load.exchange, start_s if changes else 0.0
+
+
 def _shortened(job: Job, share: float) -> Job:
     """Return a job with a share of its iterations, but for two at least."""
     return dataclasses.replace(

@@ -6,6 +6,7 @@
     ├── run.json            status, result, seed, configuration, versions; the last file to change
     ├── config.yaml         the composed configuration
     ├── metrics.csv         one line per round, written when the round ends
+    ├── decisions.csv       split training: each device in each round (`fedsys.runs.decisions`)
     ├── events.jsonl        faults, lost clients, decisions; one JSON object per line
     ├── run.log             what the ``fedsys`` logger said
     ├── tensorboard/        the numbers of metrics.csv for TensorBoard
@@ -47,6 +48,7 @@ from fedsys.files import (
     writing,
 )
 from fedsys.identity import environment, state_sha256
+from fedsys.runs import decisions
 from fedsys.runs.naming import default_path, unusable
 from fedsys.runs.scalars import Scalars, from_cell, to_cell
 
@@ -175,6 +177,7 @@ class RunFolder:
         run = cls.open(path)
         rows = [row for row in run._table() if float(row.get("round") or "inf") <= after_round]
         run._write_table(_columns(rows), rows)
+        decisions.forget(path, after_round)
         started = run._info.get("started", time.time())
         run._info = {"status": "running", "started": started, **environment()}
         run._write_info(run._info)

@@ -27,7 +27,7 @@ HARMLESS: Final = frozenset(
 )
 """Groups that the model does not depend on."""
 
-_OPEN: Final = ("rounds", "run.plots")  # keys of other groups that may change
+_OPEN: Final = ("rounds", "run.plots", "run.oracle")  # keys of other groups that may change
 
 _FIXED: Final = ("runtime.kind",)  # where a run is deployed, devices may have data of their own
 _NOT_IN_DIGEST: Final = HARMLESS | {"rounds", "run", "text"}

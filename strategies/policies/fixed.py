@@ -64,6 +64,13 @@ class FixedPolicy:
             for node in seen
         }
 
+    def reasons(self, state: PolicyState, clients: Sequence[int]) -> Mapping[int, str]:
+        """Return a sentence for each client: who asked for its cut."""
+        return {
+            client: f"policy.cut={self._cuts[client % len(self._cuts)]} says so"
+            for client in clients
+        }
+
 
 def codecs_of(codec: Any) -> tuple[str, str]:
     """Return the codecs for up and down that ``policy.codec`` names.

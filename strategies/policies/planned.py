@@ -25,6 +25,7 @@ from fedsys.planning.options import PlanOptions, machines_of, run_workload
 from fedsys.planning.planner import Plan, evaluate, plan
 from fedsys.planning.stage_table import score
 from fedsys.planning.workload import Device, Menu, Workload, mini_batches
+from fedsys.runs.reasons import Reasons
 from fedsys.transport.network import Network
 from strategies.policies.policy import Assignment, Observation
 
@@ -85,6 +86,11 @@ class Planned:
         """Return what is expected of some clients, by what is believed and chosen."""
         choices = [_kept(state["choices"][client]) for client in clients]
         return evaluate(self._load(clients, state), choices)
+
+    def reasons(self, state: State, clients: Sequence[int]) -> Mapping[int, str]:
+        """Return a sentence for each client about what it does, by what is believed."""
+        made = Reasons(self._load(clients, state), self.predicted(state, clients))
+        return {client: made.of(k) for k, client in enumerate(clients)}
 
     def _replanned(self, state: State, clients: list[int]) -> State:
         load = self._load(clients, state)

@@ -10,18 +10,29 @@ and sending happen in `strategies.offload`. A complete policy::
 
         def plan(self, state, seen):
             return state, {node: Assignment(cut=3, edge=0) for node in seen}
+
+What it may have beside, for what is told of its decisions: `Explains`, `Predicts`, `Probes`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from fedsys.models.layers import LayeredModel
 from fedsys.planning.assignment import Assignment
+from fedsys.planning.planner import Plan
 from fedsys.planning.resources import Observation
 
-__all__ = ["Assignment", "Observation", "OffloadPolicy", "PolicyState"]
+__all__ = [
+    "Assignment",
+    "Explains",
+    "Observation",
+    "OffloadPolicy",
+    "PolicyState",
+    "Predicts",
+    "Probes",
+]
 
 PolicyState = Any
 """Whatever a policy wants to remember, of plain values: it is kept in checkpoints."""
@@ -48,4 +59,31 @@ class OffloadPolicy(Protocol):
             state: What `init` or the last `plan` returned.
             seen: The devices of this round, with what was last seen of each.
         """
+        ...
+
+
+@runtime_checkable
+class Explains(Protocol):
+    """A policy that says why."""
+
+    def reasons(self, state: PolicyState, clients: Sequence[int]) -> Mapping[int, str]:
+        """Return a sentence for each client about what it does in the round that `plan` planned."""
+        ...
+
+
+@runtime_checkable
+class Predicts(Protocol):
+    """A policy that expects something of its plan."""
+
+    def predicted(self, state: PolicyState, clients: Sequence[int]) -> Plan:
+        """Return what it expects of some clients of the round that it has planned."""
+        ...
+
+
+@runtime_checkable
+class Probes(Protocol):
+    """A policy that sends something of its own to learn about links."""
+
+    def probe_bytes(self, state: PolicyState) -> int:
+        """Return the bytes that were sent for the last plan."""
         ...

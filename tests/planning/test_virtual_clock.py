@@ -18,7 +18,7 @@ from fedsys.runs.folder import RunFolder
 from fedsys.runtime import run
 from fedsys.training.federation import layered_model
 from fedsys.transport.network import Network
-from strategies.virtual_time import RoundClock, totals
+from strategies.virtual_time import RoundClock, virtual_totals
 
 ONE = MachineCosts("m", (1,), ((0.1, 0.2, 0.3),), ((0.2, 0.4, 0.6),), (0.0,) * 3)
 CROSSINGS = tuple(Crossing(n, 1) for n in (300, 100, 10))
@@ -111,10 +111,10 @@ def test_totals_are_weighted_by_time():
         {"round": 1.0, "virtual_s": 1.0, **{f"idle_{k}": 0.0 for k in RESOURCES}},
         {"round": 2.0, "virtual_s": 3.0, **{f"idle_{k}": 1.0 for k in RESOURCES}},
     ]
-    told = totals(rows)
+    told = virtual_totals(rows)
     assert told["virtual_s"] == 4.0 and told["prediction_error"] is None
     assert told["idle"] == pytest.approx(dict.fromkeys(RESOURCES, 0.75))
-    assert totals([{"round": 1.0}]) == {}
+    assert virtual_totals([{"round": 1.0}]) == {}
 
 
 EMULATED = (
