@@ -11,7 +11,12 @@ import time
 from collections.abc import Iterator
 from typing import Any, final
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from fedsys.errors import ConfigError
@@ -119,6 +124,8 @@ class MetricsEndpoint:
             self._app, listening, LIMITS, always=lambda path: True, drain_s=DRAIN_S
         )
         self._registry.register(EdgeCollector(edge))
+        # gRPC tells nobody of connections without a stream; their descriptors are seen all the same.
+        ProcessCollector(namespace="fedsys_edge", registry=self._registry)
         self._registry.register(ConnectionCollector(self._server, "fedsys_edge_http"))
 
     async def _app(self, scope: Scope, receive: Receive, send: Send) -> None:

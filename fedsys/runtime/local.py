@@ -249,8 +249,7 @@ def run_local(config: Config) -> None:
     """Run the server app in this thread, and its clients in worker threads."""
     apps = load_apps(config)
     stages.current().reached("imports")
-    with secret.handed_on(config.fleet.control_token):
-        play_local(config, *apps)
+    play_local(config, *apps)
 
 
 def play_local(config: Config, server_app: ServerApp, client_app: ClientFunction) -> None:
@@ -270,4 +269,5 @@ def play_local(config: Config, server_app: ServerApp, client_app: ClientFunction
             state=RecordDict(),
             run_config=run_config,
         )
-        server_app(grid, context)
+        with secret.handed_on(config.fleet.control_token):
+            server_app(grid, context)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -21,7 +22,7 @@ import psutil
 from flwr.app import Context, Message
 
 from fedsys import config as configuration
-from fedsys.config import BETWEEN_PROCESSES, Config
+from fedsys.config import BETWEEN_PROCESSES, Config, secret
 from fedsys.errors import RuntimeFailure
 from fedsys.planning.resources import Observation
 from fedsys.runtime.apps import load_apps
@@ -78,9 +79,10 @@ def edge_process(kind: str = BETWEEN_PROCESSES) -> Iterator[EdgeProcess]:
     token, name = new_token(), "edge-0"
     command = [
         *(sys.executable, "-m", "fedsys.main", "edge", "json=true", f"edge.name={name}"),
-        *(f"edge.address={kind}://127.0.0.1:0", f"edge.control_token={token}", "edge.http=null"),
+        *(f"edge.address={kind}://127.0.0.1:0", "edge.http=null"),
     ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    environment = {**os.environ, secret.VARIABLE: token}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
