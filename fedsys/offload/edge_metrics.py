@@ -124,7 +124,7 @@ class MetricsEndpoint:
             self._app, listening, LIMITS, always=lambda path: True, drain_s=DRAIN_S
         )
         self._registry.register(EdgeCollector(edge))
-        # gRPC tells nobody of connections without a stream; their descriptors are seen all the same.
+        # gRPC tells nobody of connections without a stream; their descriptors are seen.
         ProcessCollector(namespace="fedsys_edge", registry=self._registry)
         self._registry.register(ConnectionCollector(self._server, "fedsys_edge_http"))
 
