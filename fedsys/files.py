@@ -14,6 +14,7 @@ import os
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,36 @@ def write_atomic(path: Path, data: bytes) -> None:
         part.write_bytes(data)
 
 
+def write_new(path: Path, data: bytes, mode: int = 0o666) -> None:
+    """Write a file that must not exist yet; of two writers, one succeeds.
+
+    It is there with all of its content or not at all, unless the file system has no hard links.
+
+    Args:
+        path: The file.
+        data: Its content.
+        mode: Who may read and write it, less what the process masks.
+
+    Raises:
+        FileExistsError: It exists, or what should be its folder is a file.
+        OSError: It cannot be written.
+    """
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        opener = partial(os.open, mode=mode)
+        with open(part, "xb", opener=opener) as file:
+            file.write(data)
+        try:
+            os.link(part, path)
+        except FileExistsError:
+            raise
+        except OSError:
+            with open(path, "xb", opener=opener) as file:
+                file.write(data)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def append(path: Path, line: bytes) -> None:
     """Append one whole line, or raise `RunError` and leave the file as it was."""
     with writing(path), path.open("ab", buffering=0) as file:
@@ -79,6 +110,19 @@ def append(path: Path, line: bytes) -> None:
             with suppress(OSError):  # what cannot be cut, such as a device, keeps no part either
                 file.truncate(size)
             raise
+
+
+def end_line(path: Path) -> None:
+    """Drop what stands behind the last end of a line, so that the next one begins a line.
+
+    Raises:
+        RunError: The file cannot be changed.
+    """
+    if not path.exists():
+        return
+    with writing(path), path.open("r+b") as file:
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
 
 
 def whole_lines(path: Path) -> list[str]:

@@ -97,8 +97,7 @@ def opened(config: Config, path: Path, progress: Progress) -> Iterator[CrashSafe
         RunError: Another process is at work on the run, or no checkpoint is good.
     """
     if config.resume is None:
-        with RunFolder.create(path) as folder, Checkpoints(path) as checkpoints:
-            folder.log_config(config.text)
+        with RunFolder.create(path, config.text) as folder, Checkpoints(path) as checkpoints:
             yield CrashSafety(config, folder, checkpoints, None, _faults(config, folder, 0))
         return
     resume.check_folder(path)
@@ -106,8 +105,10 @@ def opened(config: Config, path: Path, progress: Progress) -> Iterator[CrashSafe
         last = checkpoints.newest()
         done = last.round if last else 0
         _check(config, last, path)
-        with RunFolder.resume(path, done) as folder:
-            folder.log_config(configuration.with_values(config.text, resume=None))
+        text = configuration.with_values(config.text, resume=None)
+        with RunFolder.resume(path, done, text) as folder:
+            for problem in folder.problems:
+                progress.note(f"{problem}; continuing after round {done}")
             for problem in checkpoints.problems:
                 folder.event("checkpoint_damaged", reason=problem, continued_after=done)
                 progress.note(f"{problem}; continuing after round {done}")

@@ -63,8 +63,7 @@ def job(tree: Any) -> Mapping[str, Any]:
     credentials = _credentials(config)
     if options["serve"]:
         serve_for_ever(str(options["serve"]), credentials, _announce)
-    with RunFolder.create(path) as folder:
-        folder.log_config(config.text)
+    with RunFolder.create(path, config.text) as folder:
         found = profile(config, options, credentials)
         file = path / "profile.yaml"
         head = "# Written by fedsys profile: use it as fleet=THIS_FILE\n"

@@ -69,8 +69,7 @@ def job(tree: Any) -> Mapping[str, Any]:
     configuration.parse(configuration.to_text(values))  # said before a folder is made
     path = Path(tree.run.dir or default_path(Path("outputs"), "prune")).absolute()
     config = configuration.parse(configuration.to_text({**values, "run": {"dir": str(path)}}))
-    with RunFolder.create(path) as folder:
-        folder.log_config(config.text)
+    with RunFolder.create(path, config.text) as folder:
         with progress.choose(config.json) as shown:
             made = _make(config, run, path / "portfolio", shown)
         draw_all(made.measured, made.portfolio, path / "plots")

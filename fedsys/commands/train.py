@@ -12,7 +12,7 @@ from typing import Any
 from fedsys import config as configuration
 from fedsys.config import Config, secret
 from fedsys.config.pruning import check_rounds
-from fedsys.errors import ConfigError
+from fedsys.errors import ConfigError, RunError
 from fedsys.runs import opening, resume
 from fedsys.runs import startup as stages
 from fedsys.runs.folder import RunFolder
@@ -47,8 +47,7 @@ def _carried_out(config: Config, clock: stages.Startup) -> Mapping[str, Any]:
         print(fitted(f"note: {line}", sys.stderr), file=sys.stderr)
     if config.resume:
         path = Path(str(config.run.dir))
-        info = RunFolder.open(path).info
-        if info["status"] == "finished" and info["result"]["rounds"] == config.rounds:
+        if _finished(path, config.rounds):
             print(f"{path} is finished; rounds= above {config.rounds} goes on", file=sys.stderr)
             return _result(path)
     opening.say("loading PyTorch and Flower")
@@ -62,6 +61,16 @@ def _carried_out(config: Config, clock: stages.Startup) -> Mapping[str, Any]:
             print(_how_to_continue(Path(config.run.dir)), file=sys.stderr)
         raise
     return _result(Path(str(config.run.dir))) if result is None else result
+
+
+def _finished(path: Path, rounds: int) -> bool:
+    """Return whether a run has all of its rounds behind it, and left its model and its figures."""
+    try:
+        info = RunFolder.open(path).info
+    except RunError:  # damaged: its checkpoints may be good
+        return False
+    whole = (path / "model.safetensors").is_file()
+    return info["status"] == "finished" and info["result"].get("rounds") == rounds and whole
 
 
 def _how_to_continue(path: Path) -> str:

@@ -206,19 +206,25 @@ class Portfolio:
 
         Raises:
             ConfigError: There is no such variant.
-            ModelError: A file is missing or damaged, or the variant needs a package that is not
-                installed.
+            ModelError: A file is missing or damaged, the variant does not compute what the
+                manifest says, or it needs a package that is not installed.
         """
         variant = self.variant(name)
         folder = self.folder / VARIANTS / variant.name
         if ONNX in variant.files:
             from fedsys.pruning.precision import OnnxModule  # needs a package of an extra
 
-            return OnnxModule(checked(folder / ONNX, variant.files[ONNX]))
+            onnx = OnnxModule(checked(folder / ONNX, variant.files[ONNX]))
+            return _answers(onnx, self.about, folder)
         model = architecture.load(folder)
-        module = answering(model, self.about.input_shape, fold=variant.folded > 0)
+        try:
+            module = answering(model, self.about.input_shape, fold=variant.folded > 0)
+        except ModelError:
+            raise
+        except Exception as error:  # the graph is run to find what can be folded
+            raise _useless(folder, repr(error)) from error
         discard(model)
-        return module
+        return _answers(module, self.about, folder)
 
     @classmethod
     def load(cls, folder: Path) -> Portfolio:
@@ -312,6 +318,26 @@ def checked(path: Path, expected: str) -> bytes:
     if hashlib.sha256(content).hexdigest() != expected:
         raise ModelError(f"{path} is damaged: its checksum does not fit; {_REMAKE}")
     return content
+
+
+def _answers(module: nn.Module, about: About, folder: Path) -> nn.Module:
+    """Return a variant that has scored one image of zeros.
+
+    Raises:
+        ModelError: It cannot, or its scores do not fit the classes. Checksums cannot tell that of
+            files that somebody made.
+    """
+    try:
+        scores = run(module, torch.zeros(1, *about.input_shape))
+    except Exception as error:
+        raise _useless(folder, repr(error)) from error
+    if not isinstance(scores, Tensor) or scores.shape != (1, len(about.classes)):
+        raise _useless(folder, f"there are no scores of {len(about.classes)} classes")
+    return module
+
+
+def _useless(folder: Path, reason: str) -> ModelError:
+    return ModelError(f"{folder} does not compute scores of images: {reason}; {_REMAKE}")
 
 
 def _digest(body: Mapping[str, Any]) -> str:

@@ -14,23 +14,22 @@
     └── model.safetensors   the trained state, with its configuration
 
 A folder always says how far its run came: ``run.json`` claims the folder with the status
-``running`` and ends as ``finished``, ``failed`` or ``interrupted``. Files are replaced as a whole
-or appended by whole lines, so that neither a full disk nor a killed process leaves half a result
-behind.
+``running`` and the configuration, and ends as ``finished``, ``failed`` or ``interrupted``. Files
+are replaced as a whole or appended by whole lines, so that neither a full disk nor a killed process
+leaves half a result behind. What a disk damages is said: lines of ``metrics.csv`` that cannot be read are dropped when
+the run continues, and the file is kept as ``metrics.damaged.csv``.
 """
 
 from __future__ import annotations
 
 import csv
 import errno
-import io
 import json
 import logging
-import struct
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -41,16 +40,19 @@ from fedsys.errors import ConfigError, RunError
 from fedsys.files import (
     ELSEWHERE,
     append,
+    end_line,
     json_text,
-    replacing,
     whole_lines,
     write_atomic,
+    write_new,
     writing,
 )
 from fedsys.identity import environment, state_sha256
 from fedsys.runs import decisions
+from fedsys.runs.model_file import save_model
 from fedsys.runs.naming import default_path, unusable
 from fedsys.runs.scalars import Scalars, from_cell, to_cell
+from fedsys.runs.table import Table, columns_of, csv_text, read_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,10 +91,13 @@ class RunFolder:
     Use it as a context manager: an exception that leaves the block marks the run as failed or
     interrupted, and the files are closed::
 
-        with RunFolder.create(path) as run:
-            run.log_config(text)
+        with RunFolder.create(path, text) as run:
             run.add_round({"round": 1, "val_accuracy": 0.91})
             run.finish({"accuracy": 0.9})
+
+    Attributes:
+        path: The folder.
+        problems: What was damaged when the run was continued, and how it went on.
     """
 
     def __init__(self, path: Path, info: Mapping[str, Any]) -> None:
@@ -102,24 +107,29 @@ class RunFolder:
         self._log: _LogFile | None = None
         self._level = logging.NOTSET
         self._scalars: Scalars | None = None
+        self.problems: tuple[str, ...] = ()
 
     @classmethod
-    def create(cls, path: Path) -> RunFolder:
-        """Make the folder of a new run and claim it.
+    def create(cls, path: Path, config_yaml: str = "") -> RunFolder:
+        """Make the folder of a new run, claim it, and write its configuration.
+
+        The claim holds the configuration too: whenever the process is killed, the run can be
+        continued.
 
         Args:
             path: A folder that does not exist, or one that holds no run.
+            config_yaml: What becomes ``config.yaml``; nothing becomes of an empty one.
 
         Raises:
             ConfigError: `path` holds a run, is a file, or cannot be written to.
             RunError: The disk is full.
         """
-        file = path / "run.json"
-        info = {"status": "running", "started": time.time(), **environment()}
+        config = _parsed(config_yaml)
+        info = {"status": "running", "started": time.time(), **environment(), "config": config}
         try:
             path.mkdir(parents=True, exist_ok=True)
-            with file.open("xb"):  # of two runs that want one folder, one gets it
-                pass
+            mode = 0o600 if secret.is_private(config) else 0o666
+            write_new(path / "run.json", _info_text(info), mode)
         except FileExistsError as error:
             if not path.is_dir():
                 raise unusable(
@@ -130,11 +140,12 @@ class RunFolder:
             raise unusable(path, error) from error
         run = cls(path, info)
         try:
-            run._write_info(info)
+            if config_yaml:
+                run.log_config(config_yaml)
             run._start_log()
         except BaseException:
             run.close()
-            file.unlink(missing_ok=True)
+            (path / "run.json").unlink(missing_ok=True)
             raise
         return run
 
@@ -155,14 +166,16 @@ class RunFolder:
             raise RunError(f"{path} {what}; name a folder that a run wrote") from error
         except OSError as error:
             raise RunError(f"cannot read {file}: {error.strerror}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RunError(f"{file} is damaged: {error}; run again into another folder") from error
         if not isinstance(info, dict) or not isinstance(info.get("status"), str):
             raise RunError(f"{file} is damaged: it has no status; run again into another folder")
+        if info["status"] == "finished" and not isinstance(info.get("result"), dict):
+            raise RunError(f"{file} is damaged: it has no result; run again into another folder")
         return cls(path, info)
 
     @classmethod
-    def resume(cls, path: Path, after_round: int) -> RunFolder:
+    def resume(cls, path: Path, after_round: int, config_yaml: str = "") -> RunFolder:
         """Open the folder of an existing run, to continue it behind a round.
 
         Rounds after `after_round` are dropped from ``metrics.csv`` and hidden from TensorBoard.
@@ -170,20 +183,32 @@ class RunFolder:
         Args:
             path: Folder of the run.
             after_round: Round of the checkpoint that the run continues from.
+            config_yaml: What becomes ``config.yaml``; an empty one leaves it.
 
         Raises:
             RunError: `path` holds no run, or cannot be written to.
         """
-        run = cls.open(path)
-        rows = [row for row in run._table() if float(row.get("round") or "inf") <= after_round]
-        run._write_table(_columns(rows), rows)
+        problems: list[str] = []
+        try:
+            started = cls.open(path).info.get("started")
+        except RunError as error:
+            if not (path / "run.json").is_file():
+                raise
+            started, problems = None, [str(error)]
+        run = cls(path, {"status": "running", "started": started or time.time(), **environment()})
+        if config_yaml:
+            run.log_config(config_yaml)
+        run._info["config"] = run._config()
+        problems += run._keep_rounds(after_round)
         decisions.forget(path, after_round)
-        started = run._info.get("started", time.time())
-        run._info = {"status": "running", "started": started, **environment()}
         run._write_info(run._info)
         run._start_log()
         run._scalars = Scalars(path / "tensorboard", first_round=after_round + 1)
+        end_line(path / "events.jsonl")  # half of one may be left by a process that was killed
+        for problem in problems:
+            run.event("damaged", reason=problem, continued_after=after_round)
         run.event("resumed", after_round=after_round)
+        run.problems = tuple(problems)
         return run
 
     @property
@@ -193,10 +218,7 @@ class RunFolder:
 
     def log_config(self, config_yaml: str) -> None:
         """Write ``config.yaml``; where it holds secrets, the folder is its owner's from then on."""
-        import yaml
-
-        tree = yaml.safe_load(config_yaml)
-        if isinstance(tree, Mapping) and secret.is_private(tree):
+        if secret.is_private(_parsed(config_yaml)):
             self._keep_private()
         write_atomic(self.path / "config.yaml", config_yaml.encode())
 
@@ -222,18 +244,21 @@ class RunFolder:
         with self._lock:
             known = next(csv.reader(whole_lines(file)[:1]), [])
             if set(cells) <= set(known):
-                append(file, _csv_text([[cells.get(name, "") for name in known]]))
+                append(file, csv_text([[cells.get(name, "") for name in known]]))
             else:
-                rows = [*self._table(), cells]
-                self._write_table(_columns(rows), rows)
+                self._write_table([*self.table().rows, cells])
             if self._scalars is None:
                 self._scalars = Scalars(self.path / "tensorboard")
             self._scalars.add(int(row["round"]), row)
 
     def rounds(self) -> list[dict[str, float | str]]:
         """Return the rows of ``metrics.csv``; numbers as floats, without the empty cells."""
-        rows = self._table()
+        rows = self.table().rows
         return [{name: from_cell(cell) for name, cell in row.items() if cell} for row in rows]
+
+    def table(self) -> Table:
+        """Return ``metrics.csv`` as text, with what is damaged in it."""
+        return read_table(self.path / "metrics.csv")
 
     def event(self, kind: str, **values: object) -> None:
         """Append an event to ``events.jsonl``, with the time in seconds since 1970.
@@ -247,8 +272,8 @@ class RunFolder:
             append(self.path / "events.jsonl", line.encode())
 
     def events(self) -> list[dict[str, Any]]:
-        """Return the events in the order in which they were written."""
-        return [json.loads(line) for line in whole_lines(self.path / "events.jsonl")]
+        """Return the events in the order in which they were written, without damaged lines."""
+        return list(filter(None, map(_event, whole_lines(self.path / "events.jsonl"))))
 
     def save_model(self, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
         """Write ``model.safetensors`` and return its path.
@@ -260,18 +285,8 @@ class RunFolder:
         Raises:
             RunError: The file cannot be written; a former model stays as it was.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
         path = self.path / "model.safetensors"
-        with replacing(path) as part:
-            try:
-                save_file(_independent(state), part, dict(metadata))
-                _order_metadata(part)
-            except SafetensorError as error:
-                raise RunError(
-                    f"cannot write {path}: {error}; free some space, or {ELSEWHERE}"
-                ) from error
+        save_model(path, state, metadata)
         return path
 
     def finish(self, result: Mapping[str, Any]) -> None:
@@ -342,7 +357,7 @@ class RunFolder:
 
     def _end(self, news: Mapping[str, Any]) -> None:
         config = self._config()
-        before = {k: v for k, v in self._info.items() if k not in ("status", "started")}
+        before = {k: v for k, v in self._info.items() if k not in ("status", "started", "config")}
         started = self._info.get("started")
         info = {
             **news,
@@ -356,65 +371,65 @@ class RunFolder:
         self._info = info
 
     def _config(self) -> dict[str, Any]:
-        import yaml
-
         file = self.path / "config.yaml"
         try:
-            config = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
-        except (OSError, yaml.YAMLError) as error:
+            return _parsed(file.read_text(encoding="utf-8")) if file.exists() else {}
+        except (OSError, ValueError) as error:
             raise RunError(f"cannot read {file}: {error}") from error
-        return config if isinstance(config, dict) else {}
 
     def _write_info(self, info: Mapping[str, Any]) -> None:
-        write_atomic(self.path / "run.json", (json_text(info, indent=2) + "\n").encode())
+        write_atomic(self.path / "run.json", _info_text(info))
 
-    def _table(self) -> list[dict[str, str]]:
-        """Return the rows of ``metrics.csv`` as text by column."""
-        reader = csv.reader(whole_lines(self.path / "metrics.csv"))
-        header = next(reader, [])
-        return [dict(zip(header, row, strict=False)) for row in reader]
+    def _keep_rounds(self, after_round: int) -> list[str]:
+        """Drop what is behind a round from ``metrics.csv``; return what is damaged or missing.
 
-    def _write_table(self, columns: list[str], rows: Iterable[Mapping[str, str]]) -> None:
+        A file with damage stays beside it, so that nothing is lost that a person could still read.
+        """
+        file, table = self.path / "metrics.csv", self.table()
+        rows = [row for row in table.rows if float(row["round"]) <= after_round]
+        problems = [f"{file} is damaged: {problem}" for problem in table.problems]
+        if problems:
+            copy = file.with_name("metrics.damaged.csv")
+            write_atomic(copy, file.read_bytes())
+            problems = [f"{problem}; the whole is in {copy}" for problem in problems[:1]]
+        missing = set(range(1, after_round + 1)) - {int(float(row["round"])) for row in rows}
+        if missing:
+            told = ", ".join(map(str, sorted(missing)))
+            problems.append(f"{file} has no line of the rounds {told}")
+        self._write_table(rows)
+        return problems
+
+    def _write_table(self, rows: list[dict[str, str]]) -> None:
+        columns = columns_of(rows)
         lines = [columns, *([row.get(name, "") for name in columns] for row in rows)]
-        write_atomic(self.path / "metrics.csv", _csv_text(lines) if columns else b"")
+        write_atomic(self.path / "metrics.csv", csv_text(lines) if columns else b"")
 
 
-def _columns(rows: Iterable[Mapping[str, str]]) -> list[str]:
-    """Return every column in the order of first appearance."""
-    return list(dict.fromkeys(name for row in rows for name in row))
+def _info_text(info: Mapping[str, Any]) -> bytes:
+    return (json_text(info, indent=2) + "\n").encode()
 
 
-def _csv_text(rows: Iterable[Iterable[str]]) -> bytes:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue().encode()
+def _parsed(config_yaml: str) -> dict[str, Any]:
+    """Return a configuration as a tree, empty if it is none.
 
-
-def _independent(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return contiguous tensors on the CPU of which no two share memory, as safetensors demands."""
-    seen: set[int] = set()
-    out: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        tensor = tensor.detach().cpu().contiguous()
-        place = tensor.untyped_storage().data_ptr()
-        out[name] = tensor.clone() if place in seen else tensor
-        seen.add(place)
-    return out
-
-
-def _order_metadata(file: Path) -> None:
-    """Sort the metadata of a safetensors file, which are written in an order of chance.
-
-    With it, equal states with equal metadata give equal files. The header keeps its length.
+    Raises:
+        ValueError: It is no YAML.
     """
-    with file.open("r+b") as stream:
-        (size,) = struct.unpack("<Q", stream.read(8))
-        header = json.loads(stream.read(size))
-        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
-        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size)
-        if len(text) == size:
-            stream.seek(8)
-            stream.write(text)
+    import yaml
+
+    try:
+        config = yaml.safe_load(config_yaml)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
+    return config if isinstance(config, dict) else {}
+
+
+def _event(line: str) -> dict[str, Any] | None:
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return event if isinstance(event, dict) and "kind" in event else None
 
 
 class _LogFile(logging.FileHandler):

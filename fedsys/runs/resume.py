@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from fedsys.config import Config
 from fedsys.errors import ConfigError, RunError
+from fedsys.runs.folder import RunFolder
 
 HARMLESS: Final = frozenset(
     {
@@ -63,23 +64,35 @@ def check_folder(path: Path) -> None:
 
 
 def stored(path: Path) -> dict[str, Any]:
-    """Return the configuration of the run in a folder.
+    """Return the configuration of the run in a folder: ``config.yaml``, or what ``run.json`` has.
 
     Raises:
-        RunError: It is missing or damaged.
+        RunError: Both are missing or damaged.
     """
     import yaml
 
-    file = path / "config.yaml"
-    way_out = "run again into another folder"
+    file, claimed = path / "config.yaml", _claimed(path)
     try:
         tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        if not isinstance(tree, dict) or (claimed and set(tree) != set(claimed)):
+            raise ValueError(f"{file} is damaged")
+        return tree
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        if claimed:  # killed before config.yaml was written, or it was damaged since
+            return claimed
         reason = str(error).splitlines()[0]
-        raise RunError(f"cannot continue {path}: {reason}; {way_out}") from error
-    if not isinstance(tree, dict):
-        raise RunError(f"cannot continue {path}: {file} is damaged; {way_out}")
-    return tree
+        raise RunError(
+            f"cannot continue {path}: {reason}; run again into another folder"
+        ) from error
+
+
+def _claimed(path: Path) -> dict[str, Any]:
+    """Return the configuration in ``run.json``; empty if there is none."""
+    try:
+        config = RunFolder.open(path).info.get("config")
+    except RunError:
+        return {}
+    return dict(config) if isinstance(config, dict) else {}
 
 
 def merged(own: Plain, asked: Plain, given: Sequence[str], path: Path) -> dict[str, Any]:

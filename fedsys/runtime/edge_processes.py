@@ -91,6 +91,7 @@ class EdgeProcesses:
         self._config, self._folder, self._processes, self._note = config, folder, processes, note
         self._names = [] if config.fleet.edges else edge_names(config)
         self._addresses: dict[str, str] = {}
+        self._from: dict[str, int] = {}  # where in its log an edge begins, behind former starts
         self._gone: set[str] = set()
 
     def __len__(self) -> int:
@@ -109,6 +110,8 @@ class EdgeProcesses:
             own = credentials_of_device(self._folder, partition)
             authority.issue(own.name, days=30).save(own)
         for name in self._names:
+            log = self._log_of(name)
+            self._from[name] = log.stat().st_size if log.exists() else 0
             self._processes.start(name, self._command(name, links / name), vital=False)
 
     def _command(self, name: str, credentials: Path) -> list[str]:
@@ -134,21 +137,25 @@ class EdgeProcesses:
         deadline = time.monotonic() + START_S
         with httpx.Client() as client:
             for name in self._names:
-                ready = self._ready(name, deadline)
+                ready = self._ready(name, deadline, self._from[name])
                 try:
                     client.get(f"{ready['http']}/health").raise_for_status()
                 except httpx.HTTPError as error:
                     raise RuntimeFailure(f"{name} is not healthy: {error}") from error
                 self._addresses[name] = str(ready["address"])
 
-    def _ready(self, name: str, deadline: float) -> Mapping[str, Any]:
-        """Return what an edge server says of itself once it serves."""
-        log = self._folder / f"{name}.log"
+    def _log_of(self, name: str) -> Path:
+        return self._folder / f"{name}.log"
+
+    def _ready(self, name: str, deadline: float, begin: int = 0) -> Mapping[str, Any]:
+        """Return what an edge server says of itself once it serves, behind a byte of its log."""
+        log = self._log_of(name)
         while True:
-            for line in log.read_text(errors="replace").splitlines() if log.exists() else ():
-                if line.startswith('{"ready": '):
-                    ready: Mapping[str, Any] = json.loads(line)["ready"]
-                    return ready
+            text = log.read_bytes()[begin:].decode(errors="replace") if log.exists() else ""
+            told = [line for line in text.split("\n")[:-1] if line.startswith('{"ready": ')]
+            if told:
+                ready: Mapping[str, Any] = json.loads(told[-1])["ready"]
+                return ready
             self._processes.check([name])
             if time.monotonic() > deadline:
                 raise RuntimeFailure(f"{name} did not start within {START_S:g} s; see {log}")

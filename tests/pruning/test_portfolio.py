@@ -1,16 +1,29 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
 
 from fedsys.errors import ConfigError, ModelError
+from fedsys.pruning.dense import architecture
 from fedsys.pruning.dense.shrink import shrink
-from fedsys.pruning.portfolio import MANIFEST, PARENT, About, Latency, Portfolio, Variant, run
+from fedsys.pruning.portfolio import (
+    MANIFEST,
+    PARENT,
+    About,
+    Latency,
+    Portfolio,
+    Variant,
+    _digest,
+    run,
+)
 from fedsys.pruning.precision import halved, int8
 from fedsys.randomness import seeded_default_generator
 
@@ -110,8 +123,6 @@ def test_damage_after_loading_is_found_when_the_variant_is_read(folder: Path) ->
 def test_a_manifest_that_says_something_impossible_is_refused(
     folder: Path, key: str, value: object
 ) -> None:
-    from fedsys.pruning.portfolio import _digest
-
     body = json.loads((folder / MANIFEST).read_bytes())
     del body["sha256"]
     body["variants"][1][key] = value
@@ -171,3 +182,61 @@ def test_int8_is_an_onnx_file_that_computes_nearly_the_same(tmp_path: Path) -> N
     (tmp_path / "p" / "variants" / "int8" / "model.onnx").write_bytes(small[:-9])
     with pytest.raises(ModelError, match=r"model\.onnx is damaged"):
         Portfolio.load(tmp_path / "p")
+
+
+def forged(folder: Path, change: Callable[[dict[str, Any]], None]) -> Portfolio:
+    """Change the architecture of a variant and make all checksums right again."""
+    place = folder / "variants" / "small"
+    body = json.loads((place / architecture.ARCHITECTURE).read_bytes())
+    del body["sha256"]
+    change(body)
+    text = json.dumps({"sha256": architecture._digest(body), **body}).encode()
+    (place / architecture.ARCHITECTURE).write_bytes(text)
+    manifest = json.loads((folder / MANIFEST).read_bytes())
+    del manifest["sha256"]
+    (small,) = [v for v in manifest["variants"] if v["name"] == "small"]
+    small["files"][architecture.ARCHITECTURE] = hashlib.sha256(text).hexdigest()
+    (folder / MANIFEST).write_text(json.dumps({"sha256": _digest(manifest), **manifest}))
+    return Portfolio.load(folder)
+
+
+def test_right_checksums_around_wrong_arguments_are_refused_by_the_name_of_the_variant(
+    folder: Path,
+) -> None:
+    """Layers of torch check their arguments by assertions, and some not before they compute.
+
+    An AssertionError ended ``fedsys serve`` with a traceback.
+    """
+    place = folder / "variants" / "small" / architecture.ARCHITECTURE
+    whole = place.read_bytes()
+    layers = json.loads(whole)["layers"]
+    asked = [(path, key) for path, (_, given) in layers.items() for key in given["dict"]]
+    assert len(asked) > 10
+    refused = 0
+    for path, key in asked:
+        for value in (None, -1, 0, 7, "reflect", {"tuple": [-3, 0]}, {"list": []}):
+            place.write_bytes(whole)
+
+            def change(
+                body: dict[str, Any], path: str = path, key: str = key, value: object = value
+            ) -> None:
+                body["layers"][path][1]["dict"][key] = value
+
+            portfolio = forged(folder, change)
+            try:
+                scores = run(portfolio.module("small"), images())
+            except ModelError as error:
+                refused += 1
+                assert str(place.parent) in str(error) or "allowed" in str(error)
+            else:
+                assert scores.shape == (4, 3)
+    assert refused > 50
+
+
+def test_a_variant_whose_scores_do_not_fit_the_classes_is_refused(folder: Path) -> None:
+    def swap(body: dict[str, Any]) -> None:
+        (output,) = [node for node in body["nodes"] if node[1] == "output"]
+        output[3] = {"tuple": [{"node": body["nodes"][0][0]}]}
+
+    with pytest.raises(ModelError, match="no scores of 3 classes"):
+        forged(folder, swap).module("small")

@@ -51,8 +51,6 @@ def nursery(tmp_path_factory):
 def edges(nursery, configure):
     """Return two edge servers that run, each in a process of its own; they may be struck."""
     folder, processes = nursery
-    for log in folder.glob("edge-*.log"):
-        log.unlink()
     notes = []
     launched = EdgeProcesses(configure(*SMALL, *SPLIT), folder, processes, notes.append)
     launched.start()
@@ -75,9 +73,28 @@ def edges(nursery, configure):
     processes.stop(["edge-0", "edge-1"])
 
 
+def ready(edges, name):
+    """Return the addresses that an edge server said, in each of its starts."""
+    lines = (edges.folder / f"{name}.log").read_text().splitlines()
+    return [json.loads(line)["ready"] for line in lines if line.startswith('{"ready"')]
+
+
 def http_of(edges, name):
-    text = (edges.folder / f"{name}.log").read_text()
-    return json.loads(text.splitlines()[0])["ready"]["http"]
+    return ready(edges, name)[-1]["http"]
+
+
+def test_a_second_start_is_not_taken_for_the_first_whose_log_it_continues(edges, configure):
+    """A launched run with edges could not be resumed: its logs are those of the former start.
+
+    The address of the former edge was read there, and nobody answered at it.
+    """
+    edges.processes.stop(["edge-0", "edge-1"])
+    again = EdgeProcesses(configure(*SMALL, *SPLIT), edges.folder, edges.processes, print)
+    again.start()
+    again.wait()
+    told = json.loads(again.run_config()["edges"])["edges"]
+    assert [e["address"] for e in told] == [ready(edges, e["name"])[-1]["address"] for e in told]
+    assert all(len(ready(edges, e["name"])) >= 2 for e in told)
 
 
 def last_line(edges, name):

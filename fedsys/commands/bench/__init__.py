@@ -83,8 +83,7 @@ def job(tree: Any) -> Mapping[str, Any]:
     config = configuration.parse(configuration.to_text(tree))
     module = importlib.import_module(f"fedsys.commands.bench.{name}")
     _check_kinds(name, config.bench)
-    with RunFolder.create(path) as folder:
-        folder.log_config(config.text)
+    with RunFolder.create(path, config.text) as folder:
         options = {key: value for key, value in config.bench.items() if key != "name"}
         before = os.getloadavg()[0]
         figures = dict(module.run(config, options))

@@ -20,7 +20,6 @@ from types import EllipsisType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, fx, nn
@@ -259,15 +258,10 @@ def load(folder: str | os.PathLike[str]) -> fx.GraphModule:
                          "copy or make the model again")  # fmt: skip
     try:
         return build(body, load_tensors(weights))
-    except (
-        SafetensorError,
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        RuntimeError,
-    ) as error:
-        raise ModelError(f"{folder} does not describe a model: {error}") from error
+    except ModelError:
+        raise
+    except Exception as error:  # layers refuse arguments by whatever their authors chose
+        raise ModelError(f"{folder} does not describe a model: {error!r}") from error
 
 
 def build(body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> fx.GraphModule:

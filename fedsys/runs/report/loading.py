@@ -101,9 +101,11 @@ def load(path: Path) -> Run:
     folder = RunFolder(path, info)
     try:
         rounds, events = folder.rounds(), folder.events()
-    except (RunError, ValueError) as problem:
+        if problems := folder.table().problems:
+            error = error or f"{path / 'metrics.csv'} is damaged: {problems[0]}"
+    except RunError as problem:
         rounds, events = [], []
-        error = error or f"{path}: {problem}"
+        error = error or str(problem)
     return Run(path.name, path, status, error, info, rounds, events, _counts(path))
 
 
@@ -170,9 +172,10 @@ def _counts(path: Path) -> Counts | None:
     try:
         header, *rows = csv.reader(whole_lines(path / "class_counts.csv"))
         cells = tuple(tuple(int(cell) for cell in row[1:]) for row in rows)
-    except (RunError, ValueError):
+    except (RunError, ValueError, csv.Error):
         return None
-    return Counts(tuple(header[1:]), cells) if cells else None
+    fits = all(len(row) == len(header) - 1 and min(row, default=-1) >= 0 for row in cells)
+    return Counts(tuple(header[1:]), cells) if cells and fits else None
 
 
 def as_json(run: Run) -> dict[str, Any]:
