@@ -7,18 +7,17 @@ empty where something is not known: rates before the first round, the oracle whe
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedsys.files import append, whole_lines, write_atomic
 from fedsys.runs.scalars import to_cell
+from fedsys.runs.table import csv_text, read_table
 
 FILE = "decisions.csv"
 
@@ -98,9 +97,9 @@ def write(folder: Path, decisions: Sequence[OffloadDecision]) -> None:
     if not decisions:
         return
     path = folder / FILE
-    lines = [] if path.exists() else [list(COLUMNS)]
+    lines = [] if whole_lines(path) else [list(COLUMNS)]
     lines += [[to_cell(getattr(entry, name)) for name in COLUMNS] for entry in decisions]
-    append(path, _text(lines))
+    append(path, csv_text(lines))
 
 
 def read(folder: Path) -> list[OffloadDecision]:
@@ -110,10 +109,13 @@ def read(folder: Path) -> list[OffloadDecision]:
         RunError: The file cannot be read.
         ValueError: It is damaged.
     """
-    header, *rows = list(csv.reader(whole_lines(folder / FILE))) or [[]]
-    if header and tuple(header) != COLUMNS:
+    table = read_table(folder / FILE)
+    rows = table.rows
+    if table.problems:
+        raise ValueError(f"{folder / FILE} is damaged: {table.problems[0]}")
+    if rows and tuple(rows[0]) != COLUMNS:
         raise ValueError(f"{folder / FILE} has other columns than those of this version")
-    return [_entry(row) for row in rows]
+    return [OffloadDecision(**{n: _value(n, cell) for n, cell in row.items()}) for row in rows]
 
 
 def forget(folder: Path, after_round: int) -> None:
@@ -122,21 +124,11 @@ def forget(folder: Path, after_round: int) -> None:
     Raises:
         RunError: The file cannot be read or written.
     """
-    header, *rows = list(csv.reader(whole_lines(folder / FILE))) or [[]]
-    kept = [row for row in rows if row[:1] and int(row[0]) <= after_round]
-    if len(kept) < len(rows):
-        write_atomic(folder / FILE, _text([header, *kept]))
-
-
-def _text(rows: Iterable[Sequence[str]]) -> bytes:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue().encode()
-
-
-def _entry(row: Sequence[str]) -> OffloadDecision:
-    cells = zip(COLUMNS, row, strict=True)
-    return OffloadDecision(**{name: _value(name, cell) for name, cell in cells})
+    path = folder / FILE
+    table = read_table(path)
+    kept = [row for row in table.rows if float(row["round"]) <= after_round]
+    if len(kept) < len(table.rows) or table.problems:
+        write_atomic(path, csv_text([COLUMNS, *(row.values() for row in kept)]) if kept else b"")
 
 
 def _value(name: str, cell: str) -> Any:

@@ -16,8 +16,8 @@
 A folder always says how far its run came: ``run.json`` claims the folder with the status
 ``running`` and the configuration, and ends as ``finished``, ``failed`` or ``interrupted``. Files
 are replaced as a whole or appended by whole lines, so that neither a full disk nor a killed process
-leaves half a result behind. What a disk damages is said: lines of ``metrics.csv`` that cannot be read are dropped when
-the run continues, and the file is kept as ``metrics.damaged.csv``.
+leaves half a result behind. What a disk damages is said: lines of ``metrics.csv`` that cannot be
+read are dropped when the run continues, and the file is kept as ``metrics.damaged.csv``.
 """
 
 from __future__ import annotations
