@@ -215,6 +215,10 @@ class FleetConfig:
         machines: Costs by name: nominal rates or a profile (`fedsys.planning.hardware`).
         devices: Machine of each device, repeated if there are more; empty: none is modelled.
         servers: Machine of each edge server, repeated if there are more.
+        believed: What policies believe of some machines instead, by name, where ``machines`` are
+            what the virtual clock and emulation take.
+        misjudged: Policies believe each unit of a machine off by a factor of up to this, another
+            one for each machine and unit, drawn from the seed; 1: as it is.
         links: Connection of each device, repeated, with both rates; empty: that of the group
             ``network``, which comes before them if it is chosen.
         emulate: Whether devices and edge servers take as long as those machines would, in real
@@ -229,6 +233,8 @@ class FleetConfig:
     machines: Spec = field(default_factory=dict)
     devices: tuple[str, ...] = ()
     servers: tuple[str, ...] = ()
+    believed: Spec = field(default_factory=dict)
+    misjudged: float = 1.0
     links: tuple[NetworkConfig, ...] = ()
     emulate: bool = False
 

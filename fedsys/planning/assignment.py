@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,17 @@ class Assignment:
     def pieces(self) -> int:
         """Pieces of a mini-batch where no schedule says otherwise."""
         return self.micro_batches or 1
+
+    def to_list(self) -> list[int | str]:
+        """Return what checkpoints keep; the codec down is empty where it is that up."""
+        up, down = self.codecs
+        return [self.cut, self.pieces, up, self.edge, "" if down == up else down]
+
+    @classmethod
+    def of_list(cls, values: Sequence[Any]) -> Assignment:
+        """Return what `to_list` took down."""
+        cut, pieces, up, edge, down = values
+        return cls(cut, edge, up, down or up, pieces)
 
     def to_record(self) -> dict[str, int | str]:
         """Return what a device is told of it; pieces and addresses of its edge stand beside."""

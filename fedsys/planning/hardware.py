@@ -30,6 +30,7 @@ from fedsys.errors import ConfigError, did_you_mean
 from fedsys.identity import package_version
 from fedsys.models.layers import LayeredModel
 from fedsys.planning.costs import MachineClass, MachineCosts, Messaging
+from fedsys.planning.misjudged import misjudged
 from fedsys.planning.traces import network_of
 from fedsys.transport.network import Network
 
@@ -84,12 +85,14 @@ def link_of(config: Config, partition: int) -> NetworkConfig:
     return links[partition % len(links)]
 
 
-def hardware(config: Config, layers: LayeredModel) -> Hardware | None:
+def hardware(config: Config, layers: LayeredModel, *, believed: bool = False) -> Hardware | None:
     """Return the machines that ``fleet=`` names; None if it names no devices.
 
     Args:
         config: The run.
         layers: Its model.
+        believed: Whether they are those that policies believe in (``fleet.believed`` and
+            ``fleet.misjudged``) instead of those that they are.
 
     Raises:
         ConfigError: A machine is not described, or its description is not usable for this model.
@@ -98,6 +101,14 @@ def hardware(config: Config, layers: LayeredModel) -> Hardware | None:
     if not fleet.devices:
         return None
     costs: dict[str, MachineCosts] = {}
+    others = fleet.believed if believed else {}
+    for name in fleet.believed:
+        if name not in fleet.machines:
+            hint = did_you_mean(name, fleet.machines)
+            raise ConfigError.of(
+                f"fleet.believed.{name}", fleet.believed[name], "must be of one of fleet.machines",
+                f"{hint}{', '.join(fleet.machines)}",
+            )  # fmt: skip
 
     def machine(path: str, name: str) -> MachineCosts:
         if name not in fleet.machines:
@@ -105,9 +116,10 @@ def hardware(config: Config, layers: LayeredModel) -> Hardware | None:
             known = ", ".join(fleet.machines) or "none"
             raise ConfigError.of(path, name, "must be one of fleet.machines", f"{hint}{known}")
         if name not in costs:
-            costs[name] = machine_costs(
-                f"fleet.machines.{name}", fleet.machines[name], layers, config.client
-            )
+            group = "believed" if name in others else "machines"
+            entry = others.get(name, fleet.machines[name])
+            made = machine_costs(f"fleet.{group}.{name}", entry, layers, config.client)
+            costs[name] = misjudged(made, fleet.misjudged, config.seed) if believed else made
         return costs[name]
 
     servers = fleet.servers

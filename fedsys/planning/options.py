@@ -33,6 +33,10 @@ class PlanOptions:
         drift: Relative change of a measured rate from which on it is believed.
         hysteresis: Share of the time that a new plan must save to replace the old one.
         forget: Rounds without a measurement after which a link is believed to be as before.
+        learn: Whether what is measured corrects the costs of machines unit by unit
+            (`fedsys.planning.learned`), instead of by one factor for each.
+        doubt: With `learn`: standard deviation of the factor by which each unit may be off.
+        optimism: With `learn`: standard deviations by which costs may be better than believed.
     """
 
     kind: str = "auto"
@@ -43,6 +47,9 @@ class PlanOptions:
     drift: float = 0.2
     hysteresis: float = 0.05
     forget: int = 5
+    learn: bool = False
+    doubt: float = 0.4
+    optimism: float = 1.0
 
     @classmethod
     def of(cls, spec: Spec) -> PlanOptions:
@@ -78,6 +85,13 @@ class PlanOptions:
         forget = spec.get("forget", 5)
         if type(forget) is not int or forget < 1:
             raise ConfigError.of("policy.forget", forget, "must be a number of rounds, at least 1")
+        learn = spec.get("learn", False)
+        if not isinstance(learn, bool):
+            raise ConfigError.of("policy.learn", learn, "must be true or false")
+        for key in ("doubt", "optimism"):
+            value = spec.get(key, 1.0)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 10:
+                raise ConfigError.of(f"policy.{key}", value, "must be above 0, and at most 10")
         return cls(
             str(spec.get("kind", "auto")),
             tuple(codecs),
@@ -87,6 +101,9 @@ class PlanOptions:
             float(spec.get("drift", 0.2)),
             float(spec.get("hysteresis", 0.05)),
             int(forget),
+            learn,
+            float(spec.get("doubt", 0.4)),
+            float(spec.get("optimism", 1.0)),
         )
 
 
@@ -97,12 +114,12 @@ def _listed(value: Any) -> list[Any]:
 
 
 def machines_of(config: Config, layers: LayeredModel) -> Hardware:
-    """Return the machines of a run that is to be planned.
+    """Return the machines of a run that is to be planned, as policies believe them.
 
     Raises:
         ConfigError: The fleet names no devices, or costs that are not usable.
     """
-    machines = hardware(config, layers)
+    machines = hardware(config, layers, believed=True)
     if machines is None:
         raise ConfigError.of(
             "fleet.devices", [], "must name machines whose costs are known",

@@ -8,9 +8,10 @@ from typing import cast
 
 from fedsys.config import Config, Spec, call_target
 from fedsys.errors import ConfigError, did_you_mean
-from fedsys.planning.options import PLANNED
+from fedsys.planning.options import PLANNED, PlanOptions
 from strategies.policies.fedadapt import FedAdaptPolicy
 from strategies.policies.fixed import FixedPolicy
+from strategies.policies.learned import learned_planner
 from strategies.policies.planned import Planned
 from strategies.policies.policy import OffloadPolicy
 
@@ -45,7 +46,8 @@ def build_policy(
         pieces = spec.get("micro_batches")
         return FixedPolicy(spec.get("cut"), spec.get("codec", "fp32"), num_edges, pieces)
     if kind in PLANNED and config is not None:
-        return Planned(config, examples)
+        learn = PlanOptions.of(spec).learn
+        return learned_planner(config, examples) if learn else Planned(config, examples)
     if kind == "fedadapt" and config is not None:
         return FedAdaptPolicy(config, examples, folder, say)
     if kind == "own":

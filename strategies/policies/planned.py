@@ -52,11 +52,7 @@ class Planned:
 
     def __init__(self, config: Config, examples: Sequence[int]) -> None:
         self._options = PlanOptions.of(config.policy)
-        if config.client.label_private:
-            raise ConfigError.of(
-                "policy.kind", self._options.kind,
-                "must be fixed with client.label_private=true: planners know one cut only",
-            )  # fmt: skip
+        refuse_private(config)
         self._config, self._examples = config, list(examples) or [config.client.batch_size]
         self._layers: LayeredModel | None = None
         self._machines: Hardware | None = None
@@ -79,12 +75,12 @@ class Planned:
         state = self._forgetful(self._informed(state, seen), clients, seen)
         if clients and (state["drifted"] or state["clients"] != clients):
             state = self._replanned(state, clients)
-        chosen = {client: _kept(state["choices"][client]) for client in clients}
+        chosen = {client: Assignment.of_list(state["choices"][client]) for client in clients}
         return state | {"drifted": False}, chosen
 
     def predicted(self, state: State, clients: Sequence[int]) -> Plan:
         """Return what is expected of some clients, by what is believed and chosen."""
-        choices = [_kept(state["choices"][client]) for client in clients]
+        choices = [Assignment.of_list(state["choices"][client]) for client in clients]
         return evaluate(self._load(clients, state), choices)
 
     def reasons(self, state: State, clients: Sequence[int]) -> Mapping[int, str]:
@@ -98,10 +94,10 @@ class Planned:
         known = [state["choices"].get(client) for client in clients]
         choices = made.choices
         if all(choice is not None for choice in known):
-            old = evaluate(load, [_kept(choice) for choice in known])
+            old = evaluate(load, [Assignment.of_list(choice) for choice in known])
             if _scored(made) > _scored(old) * (1 - self._options.hysteresis):
                 choices = old.choices
-        fresh = {client: _keeping(c) for client, c in zip(clients, choices, strict=True)}
+        fresh = {client: c.to_list() for client, c in zip(clients, choices, strict=True)}
         return state | {
             "choices": state["choices"] | fresh,
             "clients": clients,
@@ -158,7 +154,7 @@ class Planned:
         beliefs, drifted = dict(state["beliefs"]), False
         edges: dict[int, list[float]] = {}
         for client, device in zip(measured, load.devices, strict=True):
-            choice, got = _kept(state["choices"][client]), seen[client]
+            choice, got = Assignment.of_list(state["choices"][client]), seen[client]
             own, there = _busy(load, device, choice)
             now = (
                 1 / got.up_bit_s if got.up_bit_s > 0 else None,
@@ -209,20 +205,21 @@ class Planned:
         return now if abs(now / before - 1) > self._options.drift else before
 
 
+def refuse_private(config: Config) -> None:
+    """Refuse runs whose labels stay on the devices.
+
+    Raises:
+        ConfigError: ``client.label_private`` is true.
+    """
+    if config.client.label_private:
+        raise ConfigError.of(
+            "policy.kind", config.policy.get("kind"),
+            "must be fixed with client.label_private=true: planners know one cut only",
+        )  # fmt: skip
+
+
 def _scored(made: Plan) -> float:
     return float(score(np.array([made.round_s]))[0])
-
-
-def _keeping(choice: Assignment) -> list[int | str]:
-    """Return what checkpoints keep of a choice; the codec down is empty where it is that up."""
-    up, down = choice.codecs
-    return [choice.cut, choice.pieces, up, choice.edge, "" if down == up else down]
-
-
-def _kept(values: Sequence[Any]) -> Assignment:
-    """Return the choice that `_keeping` took down."""
-    cut, pieces, up, edge, down = values
-    return Assignment(cut, edge, up, down or up, pieces)
 
 
 def _busy(load: Workload, device: Device, choice: Assignment) -> tuple[float, float]:

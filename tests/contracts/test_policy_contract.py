@@ -41,6 +41,8 @@ POLICIES = {
     "forced": {"kind": "auto", "offload": "forced", "objective": "iteration"},
     "exhaustive": {"kind": "exhaustive", "micro_batches": [1, 8]},
     "pipar": {"kind": "pipar"},
+    "corrected": {"kind": "auto", "learn": True, "codec": ["fp32", "int8"]},
+    "corrected pipar": {"kind": "pipar", "learn": True, "forget": 1},
     "splitfed": {"kind": "splitfed", "forget": 1},
     "fedadapt": {"kind": "fedadapt", "training": {"fleets": 3}, "ppo": {"updates": 2}},
     "learning": {
