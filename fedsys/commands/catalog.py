@@ -116,6 +116,7 @@ COMMANDS: dict[str, Command] = {
             "link": "links against bare gRPC, and the share of a shaped rate in use",
             "pipeline": "plans of split training on shaped links and slow devices, or virtually",
             "planning": "how long plans take to make, and how near they are to the optimum",
+            "offload": "policies that decide on cuts, against classic training and the optimum",
             "split": "split training at every cut against the unsplit loop, and a device's memory",
             "sessions": "many sessions on an edge server against one with all cores, and memory",
             "codecs": "error, bytes and speed of each codec, and the accuracy of training with it",

@@ -13,6 +13,7 @@ from fedsys.commands.bench import (
     codecs,
     link,
     memory,
+    offload_fleets,
     planning,
     scale,
     sessions,
@@ -95,6 +96,17 @@ SMALL = {
         "bench.workers=[null]",
         "bench.repeats=2",
         "bench.exhaustive=2",
+    ],
+    "offload": [
+        "bench.methods=[classic,static,auto,exhaustive]",
+        "bench.models=[vgg5]",
+        "bench.examples=200",
+        "bench.rounds=20",
+        "bench.fleets=1",
+        "bench.fleet_rounds=6",
+        "bench.every=3",
+        "bench.decide_rounds=3",
+        "bench.most=200",
     ],
     "start": [
         "num_clients=2",
@@ -221,6 +233,70 @@ def test_both_loops_of_the_training_benchmark_make_the_same_model_to_the_bit(con
     plain.turn()
     for name, tensor in ours._model.state_dict().items():
         assert torch.equal(tensor, plain._model.state_dict()[name]), name
+
+
+def test_offload_plays_each_method_on_each_fleet_beside_the_optimum(tmp_path, capsys):
+    figures = job("offload", capsys, tmp_path / "run")
+    rows = {(row["name"], row["method"]): row for row in figures["scenarios"]}
+    names = ("paper vgg5", "bandwidth vgg5", "unseen fleets", "wrong profiles")
+    methods = ("classic", "static", "auto", "exhaustive")
+    assert set(rows) == {(name, method) for name in names for method in methods}
+    for (name, method), row in rows.items():
+        best = rows[name, "exhaustive"]
+        assert row["regret"] >= -1e-9 and row["mean_round_s"] >= row["straggler_s"] * (1 - 1e-9)
+        assert best["regret"] == 0.0 and best["rounds_to_5_percent"] == 1
+        classic = rows[name, "classic"]["mean_round_s"]
+        assert row["below_classic"] == pytest.approx(1 - row["mean_round_s"] / classic)
+        if method == "classic":
+            assert (row["below_classic"], row["worst_over_classic"]) == (0.0, 0.0)
+    right = rows["paper vgg5", "auto"]
+    assert right["regret"] < 0.01  # told the truth, the planner is the oracle
+    assert rows["paper vgg5", "classic"]["regret"] > 0.5
+    assert rows["paper vgg5", "auto"]["regret_after_change"] is None
+    moved = rows["bandwidth vgg5", "auto"]
+    assert moved["regret"] > 0.05  # the first round after each change is not known to it
+    assert moved["regret_after_change"] < 0.05
+    (deciding,) = figures["deciding"]
+    assert (deciding["method"], deciding["devices"]) == ("auto", 100)
+    assert 0 < deciding["decide_ms"] <= deciding["most_ms"]
+    assert figures["train_s"] is None and figures["skipped"] == []
+
+
+def test_offload_says_which_methods_it_leaves_out_and_refuses_others(tmp_path, capsys):
+    small = (
+        "bench.methods=[classic,fedadapt]",
+        "bench.train=[policy.nonsense=1]",
+        "bench.fleets=0",
+    )
+    figures = job("offload", capsys, tmp_path / "run", *small)
+    (left_out,) = figures["skipped"]
+    assert left_out["method"] == "fedadapt" and "policy.nonsense" in left_out["why"]
+    assert {row["method"] for row in figures["scenarios"]} == {"classic"}
+    call = ["bench", "offload", *SMALL["offload"], "bench.methods=[atuo]"]
+    assert main([*call, f"run.dir={tmp_path / 'other'}"]) == 2
+    assert "bench.methods=atuo" in capsys.readouterr().err
+
+
+def test_profiles_are_wrong_by_unit_and_kind_of_device(configure):
+    drawn = {"models": ["vgg5"], "rounds": 10, "fleets": 2, "fleet_rounds": 8, "every": 4}
+    made = [*offload_fleets.cases({**drawn, "examples": 100}, 7)]
+    right, wrong = made[2:4], made[4:]
+    assert [case.name for case in made] == [
+        "paper vgg5", "bandwidth vgg5", *["unseen fleets"] * 2, *["wrong profiles"] * 2,
+    ]  # fmt: skip
+    for a, b in zip(right, wrong, strict=True):
+        assert a.config == b.config and a.truth.edges == b.truth.edges  # believed alike
+        factors = {}
+        for one, other in zip(a.truth.devices, b.truth.devices, strict=True):
+            assert one.network == other.network
+            pairs = zip(one.costs.forward_s[0], other.costs.forward_s[0], strict=True)
+            factors.setdefault(one.costs.name, set()).add(tuple(y / x for x, y in pairs if x))
+        assert all(len(found) == 1 for found in factors.values())  # one for each kind
+        apart = {ratios for found in factors.values() for ratios in found}
+        assert len(apart) == len(factors)
+        assert all(0.499 < ratio < 2.001 for ratios in apart for ratio in ratios)
+        assert a.truth.at_round(1).devices != a.truth.at_round(5).devices
+    assert right[0].truth.devices != right[1].truth.devices
 
 
 def test_training_refuses_fewer_examples_than_a_batch(configure):
