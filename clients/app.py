@@ -19,7 +19,17 @@ from fedsys.identity import arithmetic
 from fedsys.offload.dialling import Dialler, dialler_of
 from fedsys.training import federation
 from fedsys.transport import messages
-from fedsys.transport.messages import ASSIGNMENT, DATA_ROOT, FAULTS, FEDERATION, IDENTITY
+from fedsys.transport.messages import (
+    ASSIGNMENT,
+    DATA_ROOT,
+    FAULTS,
+    FEDERATION,
+    IDENTITY,
+    OBSERVATION,
+    TRUNCATED,
+    TRUNCATED_ROUND,
+    Truncated,
+)
 
 app = ClientApp(mods=[mods.explain_errors, mods.unpack_arrays])
 
@@ -48,6 +58,19 @@ def evaluate(message: Message, context: Context) -> Message:
         return Message(offloaded.evaluate(), reply_to=message)
     client = _client(message, context)
     return Message(client.evaluate(message.content), reply_to=message)
+
+
+@app.query(TRUNCATED_ROUND.partition(".")[2])
+def truncated_round(message: Message, context: Context) -> Message:
+    """Train a few mini-batches, say what they took, and keep nothing of it."""
+    content = message.content
+    told = messages.read(Truncated, content.config_records.get(TRUNCATED, {}))
+    if ASSIGNMENT in content:
+        dialler = _dialler(message, context)
+        reply = _offloaded(message, context, dialler).train(most=told.iterations)
+    else:
+        reply = _client(message, context).train(content, most=told.iterations)
+    return Message(RecordDict({OBSERVATION: reply[OBSERVATION]}), reply_to=message)
 
 
 @app.query("identify")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import time
@@ -47,13 +48,14 @@ class LocalClient:
         self.config, self.partition = config, partition
         training.set_threads(config.client.threads)
 
-    def train(self, content: RecordDict) -> RecordDict:
+    def train(self, content: RecordDict, most: int | None = None) -> RecordDict:
         """Train from the received arrays.
 
         Args:
             content: Records ``arrays`` (the global model), ``config`` (with ``server-round``, and
                 ``proximal-mu`` from FedProx), ``optimizer`` if state was kept, and ``masks`` if
                 weights are pruned.
+            most: Mini-batches after which a truncated round is over; None: it is none.
 
         Returns:
             Records ``arrays``, ``metrics``, ``observation`` and, if the optimizer is kept,
@@ -75,7 +77,8 @@ class LocalClient:
         doom = Doom.of(content.config_records.get(messages.FAULTS))
         size = settings.micro_batches or self.config.schedule.micro_batches
         recorder = Recorder()
-        batches = self._paced(own_batches(self.config, self.partition, address), size, recorder)
+        own = own_batches(self.config, self.partition, address, most)
+        batches = self._paced(own, size, recorder)
         packed = records.from_record(content.array_records.get(messages.MASKS, ArrayRecord()))
         with held(Masks.unpacked(packed, named), model, optimizer), _frozen(model, client.frozen):
             score = training.train(
@@ -180,20 +183,29 @@ def doomed(batches: Batches, doom: Doom) -> Batches:
         pulse().batch_done()
 
 
-def own_batches(config: Config, partition: int, address: Address) -> Batches:
-    """Yield the mini-batches of a client's round, epoch after epoch.
+def own_batches(
+    config: Config, partition: int, address: Address, most: int | None = None
+) -> Batches:
+    """Return the mini-batches of a client's round, epoch after epoch.
 
     Args:
         config: The run.
         partition: The client.
         address: Seed, client and round.
+        most: How many there are in a truncated round, over as many epochs as that takes; None:
+            those of the epochs of the run.
 
-    Yields:
+    Returns:
         Inputs ``(batch, C, H, W)``, normalised and augmented, and labels ``(batch,)``.
     """
+    epochs = config.client.epochs if most is None else most  # there is a mini-batch in each
+    return itertools.islice(_epochs(config, partition, address, epochs), most)
+
+
+def _epochs(config: Config, partition: int, address: Address, epochs: int) -> Batches:
     fed = federation.federation(config)
     step = 0
-    for epoch in range(config.client.epochs):
+    for epoch in range(epochs):
         for batch in data.train_batches(
             fed.dataset.train,
             fed.parts[partition],

@@ -60,11 +60,12 @@ class OffloadClient:
         )
         self._address = Address(config.seed, partition, half.round)
 
-    def train(self, doom: Doom = SPARED) -> RecordDict:
+    def train(self, doom: Doom = SPARED, most: int | None = None) -> RecordDict:
         """Train together with the edge.
 
         Args:
             doom: What strikes the device before or after one of its steps.
+            most: Mini-batches after which a truncated round is over; None: it is none.
 
         Returns:
             The records of `LocalClient.train` with the device's half only, and ``observation``.
@@ -74,7 +75,7 @@ class OffloadClient:
         steps_of = Steps(
             self._half.split, self._address, self._remote, pace, self._recorder, self._half.device
         )
-        round_ = SplitRound(config, self._address, self._half, self._remote, steps_of)
+        round_ = SplitRound(config, self._address, self._half, self._remote, steps_of, most)
         began = time.perf_counter()
         try:
             part, sums, steps = round_.train(doom)

@@ -29,16 +29,23 @@ class SplitRound:
         half: The device's units.
         remote: The session.
         steps: Works through mini-batches.
+        most: As `own_batches` takes it.
 
     Attributes:
         reached: The step in work.
     """
 
     def __init__(
-        self, config: Config, address: Address, half: DeviceHalf, remote: Remote, steps: Steps
+        self,
+        config: Config,
+        address: Address,
+        half: DeviceHalf,
+        remote: Remote,
+        steps: Steps,
+        most: int | None = None,
     ) -> None:
         self.reached = 0
-        self._config, self._address = config, address
+        self._config, self._address, self._most = config, address, most
         self._half, self._remote, self._steps = half, remote, steps
 
     def train(self, doom: Doom) -> tuple[Part, Tally, int]:
@@ -85,7 +92,7 @@ class SplitRound:
     ) -> int:
         """Train from a step to the end of the round; return the number of steps."""
         every = self._config.fleet.replicate_every
-        source = own_batches(self._config, self._address.client, self._address)
+        source = own_batches(self._config, self._address.client, self._address, self._most)
         step = 0
         with Batches(source, self._half.device) as batches:
             while True:

@@ -85,6 +85,21 @@ def seeded_default_generator(seed: int) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def default_generator_lent() -> Iterator[None]:
+    """Let other threads have the generator, in a block inside that of `seeded_default_generator`.
+
+    Whoever waits for work of other threads there would otherwise wait for ever: they seed it too.
+    """
+    state = torch.default_generator.get_state()
+    _fork_lock.release()
+    try:
+        yield
+    finally:
+        _fork_lock.acquire()
+        torch.default_generator.set_state(state)
+
+
 # --------------------------------------------------------------------------------------------------
 # Randomness inside a model
 

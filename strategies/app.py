@@ -44,6 +44,7 @@ from strategies.offload_figures import figures, recoveries, traces
 from strategies.offload_totals import in_words
 from strategies.roster import gather
 from strategies.rounds import RoundResult, play
+from strategies.truncated_rounds import practise
 from strategies.virtual_time import RoundClock, virtual_totals
 from strategies.watching import watched
 
@@ -107,6 +108,7 @@ def _train(
         folder=folder.path, say=progress.phase,
     )  # fmt: skip
     initial = safety.watch(strategy, records.to_record(model.state_dict()))
+    practise(strategy, grid, initial, config, fed.dataset)
     clock = stages.current()
     clock.reached("data and model")
     clock.rounds_begin()

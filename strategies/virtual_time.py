@@ -70,7 +70,7 @@ class RoundClock:
         self._offload, self._now_s, self._done = offload, elapsed_s, done
         self._machines = None if config.client.label_private else hardware(config, layers)
         self._emulated = config.network.emulate and config.fleet.emulate
-        self._real = config.runtime.kind == "deployment" or self._emulated
+        self._real = is_real(config)
         self.last: ModelledRound | None = None
         self.devices: dict[int, DeviceRound] = {}
         self._oracle = self._told_the_truth()
@@ -193,6 +193,12 @@ class RoundClock:
             made = self._offload.policy.predicted(self._offload.policy_state, who)
             return iterations_of(load, made.iteration_s, made.rest_s)
         return predicted_iterations(load, choices)
+
+
+def is_real(config: Config) -> bool:
+    """Return whether what devices measure is what the fleet of the run takes."""
+    emulated = config.network.emulate and config.fleet.emulate
+    return config.runtime.kind == "deployment" or emulated
 
 
 def errors_of(expected: Mapping[int, float], measured: Mapping[int, float]) -> list[float]:

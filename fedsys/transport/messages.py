@@ -35,6 +35,7 @@ IDENTITY: Final = "identity"
 ASSIGNMENT: Final = "assignment"
 OBSERVATION: Final = "observation"
 TRACE: Final = "trace"
+TRUNCATED: Final = "truncated"
 FAULTS: Final = "faults"
 """Records with a dataclass: below, in `fedsys.planning`, and in `fedsys.faults`."""
 
@@ -43,6 +44,10 @@ STRUCK: Final = "struck"
 PARTITION_ID: Final = "partition-id"
 DATA_ROOT: Final = "data-root"
 """Keys that stand alone: in `CONFIG`, in `FAULTS` of a reply, in the configuration of a node."""
+
+
+TRUNCATED_ROUND: Final = "query.truncated_round"
+"""Message type of a round of a few mini-batches, of which nothing comes back but an observation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +84,13 @@ class Place:
     session: str
     token: str
     edges: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Truncated:
+    """`TRUNCATED`: after how many mini-batches a round is over."""
+
+    iterations: int
 
 
 @dataclass(frozen=True, slots=True)

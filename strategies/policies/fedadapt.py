@@ -8,14 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedsys.config import Config
 from fedsys.errors import ConfigError
 from fedsys.models.layers import LayeredModel
+from fedsys.planning.learning.agent import Agent
 from fedsys.planning.learning.deciding import FedAdapt, State
-from fedsys.planning.learning.making import agent_for, scenario_of
+from fedsys.planning.learning.making import FILE, agent_for, known_agent, scenario_of, trained_on
 from fedsys.planning.learning.options import FedAdaptOptions
+from fedsys.planning.learning.scenarios import Scenario
 from strategies.policies.policy import Assignment, Observation
+
+if TYPE_CHECKING:
+    from fedsys.planning.learning.environment import Rounds
 
 
 class FedAdaptPolicy:
@@ -43,10 +49,13 @@ class FedAdaptPolicy:
             )  # fmt: skip
         self._config, self._examples = config, list(examples) or [config.client.batch_size]
         self._folder, self._say = folder, say
+        self._base: Scenario | None = None
         self._decider: FedAdapt | None = None
 
     def init(self, layers: LayeredModel, nodes: Sequence[int]) -> State:
-        """Return the state before the first round, once there is an agent.
+        """Return the state before the first round.
+
+        There is an agent then, unless it is to be trained on the clients (`practise`).
 
         Raises:
             ConfigError: As `fedsys.planning.learning.making.agent_for`, or the model has no cut.
@@ -58,15 +67,47 @@ class FedAdaptPolicy:
                 "must have a cut: between its units more than one tensor flows",
                 "policy=none trains it on the devices",
             )  # fmt: skip
-        model = str(self._config.model.get("name") or self._config.model["_target_"])
-        agent = agent_for(
-            base, self._options, self._config.seed,
-            folder=self._folder, say=self._say, model=model,
+        self._base, options = base, self._options
+        agent = known_agent(options, self._folder)
+        if agent is None and options.training.where == "timeline":
+            agent = agent_for(
+                base, options, self._config.seed,
+                folder=self._folder, say=self._say, model=self._model,
+            )  # fmt: skip
+        if agent is not None:
+            self._decider = self._deciding(base, agent)
+        return FedAdapt.init()
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is an agent."""
+        return self._decider is not None
+
+    @property
+    def iterations(self) -> int:
+        """Mini-batches of a truncated round."""
+        return self._options.training.iterations
+
+    def practise(self, rounds_of: Callable[[Scenario, bool], Rounds]) -> None:
+        """Train an agent, and keep it in the folder of the run.
+
+        Args:
+            rounds_of: Given the fleet and model of the run, and whether a device may not hold the
+                whole model, returns what carries steps out.
+
+        Raises:
+            ModelError: The extra ``rl`` is not installed.
+        """
+        base = self._base
+        if base is None:
+            raise ConfigError.of("policy.kind", "fedadapt", "must be initialised first")
+        agent = trained_on(
+            rounds_of(base, self._forced(base)), self._options, self._config.seed,
+            say=self._say, model=self._model,
         )  # fmt: skip
-        limit = self._config.client.max_model_bytes
-        forced = limit is not None and sum(base.load.state_bytes) > limit
-        self._decider = FedAdapt(base, self._options, agent, forced=forced, seed=self._config.seed)
-        return self._decider.init()
+        if self._folder is not None:
+            agent.save(self._folder / FILE)
+        self._decider = self._deciding(base, agent)
 
     def plan(
         self, state: State, seen: Mapping[int, Observation]
@@ -81,5 +122,21 @@ class FedAdaptPolicy:
     @property
     def _ready(self) -> FedAdapt:
         if self._decider is None:
-            raise ConfigError.of("policy.kind", "fedadapt", "must be initialised first")
+            raise ConfigError.of(
+                "policy.training.where", self._options.training.where,
+                "must be timeline where there are no clients to train an agent on",
+                "or give one that is trained: policy.agent=FILE",
+            )  # fmt: skip
         return self._decider
+
+    @property
+    def _model(self) -> str:
+        return str(self._config.model.get("name") or self._config.model["_target_"])
+
+    def _forced(self, base: Scenario) -> bool:
+        limit = self._config.client.max_model_bytes
+        return limit is not None and sum(base.load.state_bytes) > limit
+
+    def _deciding(self, base: Scenario, agent: Agent) -> FedAdapt:
+        forced, seed = self._forced(base), self._config.seed
+        return FedAdapt(base, self._options, agent, forced=forced, seed=seed)

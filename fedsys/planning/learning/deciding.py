@@ -131,7 +131,8 @@ class FedAdapt:
         self._base, self._options, self._forced, self._seed = base, options, forced, seed
         self._alone = len(base.cuts) - 1
 
-    def init(self) -> State:
+    @staticmethod
+    def init() -> State:
         """Return the state before the first round."""
         return {"known": {}, "groups": {}, "asked": [], "learning": {}}
 

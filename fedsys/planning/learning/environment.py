@@ -38,7 +38,10 @@ class Rounds(Protocol):
         ...
 
     def carry_out(self, picked: Sequence[int]) -> Times:
-        """Return the times of a step in which each device is at a cut, by index."""
+        """Return the times of a step in which each device is at a cut, by index.
+
+        A device that did not answer has NaN seconds; one has.
+        """
         ...
 
 
@@ -80,14 +83,18 @@ class OffloadEnvironment(Environment):  # type: ignore[misc]  # of an extra: wit
         by_group = [nearest(shares, share_of(float(a))) for a in action]
         picked = [by_group[group] for group in self._labels]
         now = self._rounds.carry_out(picked)
-        seconds, base = now.iteration_s.tolist(), self._base.iteration_s.tolist()
+        here = [k for k, seconds in enumerate(now.iteration_s) if np.isfinite(seconds)]
+        present, before = now.of(here), self._base.of(here)
+        seconds, base = present.iteration_s.tolist(), before.iteration_s.tolist()
         earned = reward(seconds, base) / len(base)
         if self._straggler:
             earned += reward([max(seconds)], [max(base)])
         self._labels, self._low = self._view.labels(self._base, now, self._low)
-        state = self._view.state(self._base, now, self._labels, [shares[i] for i in picked])
+        state = self._view.state(
+            before, present, [self._labels[k] for k in here], [shares[picked[k]] for k in here]
+        )
         self._steps += 1
-        told = {"iteration_s": seconds, "picked": picked}
+        told = {"iteration_s": now.iteration_s.tolist(), "picked": picked}
         return state, earned, in_vain(seconds, base), self._steps >= self._view.episode, told
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import torch
 
 from fedsys.config import Config
 from fedsys.errors import ConfigError
@@ -16,9 +21,13 @@ from fedsys.planning.hardware import Hardware, hardware, network_for
 from fedsys.planning.learning.agent import Agent, load
 from fedsys.planning.learning.options import FedAdaptOptions
 from fedsys.planning.learning.scenarios import Scenario, drawn_fleet
+from fedsys.planning.learning.view import Times
 from fedsys.planning.options import PlanOptions, run_workload
-from fedsys.randomness import Address
+from fedsys.randomness import Address, default_generator_lent
 from fedsys.transport.network import Network
+
+if TYPE_CHECKING:
+    from fedsys.planning.learning.environment import Rounds
 
 FILE: Final = "agent.safetensors"
 """Name of the agent in a run folder."""
@@ -100,15 +109,24 @@ def agent_for(
         ConfigError: The file is no agent's or one of another kind, or none is given and the extra
             ``rl`` is not installed.
     """
+    if (known := known_agent(options, folder)) is not None:
+        return known
+    made = trained(base, options, seed, say=say, model=model)
+    if folder is not None:
+        made.save(folder / FILE)
+    return made
+
+
+def known_agent(options: FedAdaptOptions, folder: Path | None = None) -> Agent | None:
+    """Return the agent of a file, or one that lies in a run folder; None if none is there yet.
+
+    Raises:
+        ConfigError: The file is no agent's or one of another kind.
+    """
     if options.agent:
         return load(Path(options.agent).expanduser(), options.groups)
     kept = None if folder is None else folder / FILE
-    if kept is not None and kept.is_file():
-        return load(kept, options.groups)
-    made = trained(base, options, seed, say=say, model=model)
-    if kept is not None:
-        made.save(kept)
-    return made
+    return load(kept, options.groups) if kept is not None and kept.is_file() else None
 
 
 def trained(
@@ -148,6 +166,61 @@ def trained(
     )  # fmt: skip
     say(f"trained the agent: {hyper.steps:,} steps in {time.perf_counter() - began:.0f} s")
     return made
+
+
+def trained_on(
+    rounds: Rounds,
+    options: FedAdaptOptions,
+    seed: int,
+    *,
+    say: Say = lambda text: None,
+    model: str = "",
+) -> Agent:
+    """Return an agent that was trained on rounds which are carried out one after the other.
+
+    Raises:
+        ModelError: The extra ``rl`` is not installed.
+    """
+    from fedsys.planning.learning import ppo  # of the extra ``rl``
+    from fedsys.planning.learning.environment import OffloadEnvironment
+
+    began, every = time.perf_counter(), options.ppo.every
+    batch = min(options.ppo.batch or every, every)
+    hyper = dataclasses.replace(options.ppo, environments=1, batch=batch)
+    lent, straggler = _Lent(rounds), options.training.straggler
+    environment = OffloadEnvironment(lent, options.view, straggler=straggler)
+    made = ppo.train(
+        environment, options.view, hyper, seed,
+        progress=_progress(say, "training the agent on the clients"),
+        about={"model": model, "where": "clients"},
+    )  # fmt: skip
+    say(f"trained the agent: {hyper.steps:,} steps in {time.perf_counter() - began:.0f} s")
+    return made
+
+
+class _Lent:
+    """Rounds that work in other threads, which have torch to themselves meanwhile."""
+
+    def __init__(self, inner: Rounds) -> None:
+        self.shares, self._inner = inner.shares, inner
+
+    def begin(self, random: np.random.Generator) -> Times:
+        with _torch_lent():
+            return self._inner.begin(random)
+
+    def carry_out(self, picked: Sequence[int]) -> Times:
+        with _torch_lent():
+            return self._inner.carry_out(picked)
+
+
+@contextmanager
+def _torch_lent() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    with default_generator_lent():
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)  # clients set their own
 
 
 def _progress(say: Say, what: str) -> Callable[[int, int], None]:

@@ -71,6 +71,9 @@ class Training:
     """What an agent is trained on, where no file of one is given.
 
     Attributes:
+        where: ``timeline``, on fleets that are drawn, or ``clients``, in truncated rounds of the
+            run's own.
+        iterations: Mini-batches of a truncated round.
         fleets: Fleets that are drawn around the run's.
         moments: States of the links of each.
         change: Probability that links change after a step.
@@ -78,6 +81,8 @@ class Training:
         ranges: What fleets are drawn from.
     """
 
+    where: str = "timeline"
+    iterations: int = 5
     fleets: int = 200
     moments: int = 2
     change: float = 0.05
@@ -145,6 +150,9 @@ class FedAdaptOptions:
         if made.times not in ("ratio", "seconds"):
             hint = did_you_mean(made.times, ("ratio", "seconds"))
             raise ConfigError.of("policy.times", made.times, "must be ratio or seconds", hint)
+        if (where := made.training.where) not in ("timeline", "clients"):
+            rule, hint = "must be timeline or clients", did_you_mean(where, ("timeline", "clients"))
+            raise ConfigError.of("policy.training.where", where, rule, hint)
         for codec in made.codecs:
             check_codec(codec)
         return made
@@ -170,6 +178,7 @@ _BOUNDS = (
     ("drift", 0.01, 10),
     ("learn_std", 0.001, 1),
     ("learn_every", 2, 10_000),
+    ("training.iterations", 2, 10_000),
     ("training.fleets", 1, 100_000),
     ("training.moments", 1, 100),
     ("training.change", 0, 1),

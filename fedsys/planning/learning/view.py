@@ -15,7 +15,7 @@ class Times:
     """What is known of the devices after a step, by device.
 
     Attributes:
-        iteration_s: Seconds of an iteration, ``(K,)``.
+        iteration_s: Seconds of an iteration, ``(K,)``; NaN of one that was left out.
         mbit_s: Rate of the slower way of their links; 0 if unknown.
         crossing_s: Seconds in which a batch would cross the first cut both ways; 0 if unknown.
     """
@@ -23,6 +23,11 @@ class Times:
     iteration_s: Array
     mbit_s: Array
     crossing_s: Array
+
+    def of(self, which: Sequence[int]) -> Times:
+        """Return what is known of some of them, by index."""
+        at = list(which)
+        return Times(self.iteration_s[at], self.mbit_s[at], self.crossing_s[at])
 
 
 @dataclass(frozen=True)
