@@ -263,11 +263,8 @@ def test_offload_plays_each_method_on_each_fleet_beside_the_optimum(tmp_path, ca
 
 
 def test_offload_says_which_methods_it_leaves_out_and_refuses_others(tmp_path, capsys):
-    small = (
-        "bench.methods=[classic,fedadapt]",
-        "bench.train=[policy.nonsense=1]",
-        "bench.fleets=0",
-    )
+    wrong = "bench.train='policy.nonsense=1'"
+    small = ("bench.methods=[classic,fedadapt]", wrong, "bench.fleets=0")
     figures = job("offload", capsys, tmp_path / "run", *small)
     (left_out,) = figures["skipped"]
     assert left_out["method"] == "fedadapt" and "policy.nonsense" in left_out["why"]
