@@ -119,6 +119,7 @@ COMMANDS: dict[str, Command] = {
             "offload": "policies that decide on cuts, against classic training and the optimum",
             "split": "split training at every cut against the unsplit loop, and a device's memory",
             "sessions": "many sessions on an edge server against one with all cores, and memory",
+            "soak": "split training for a while, with a fault at edge servers or links every 3 s",
             "codecs": "error, bytes and speed of each codec, and the accuracy of training with it",
         },
         aliases={"virtual": "bench.virtual"},

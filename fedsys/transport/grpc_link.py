@@ -43,7 +43,7 @@ _METHOD: Final = "Connect"
 _GREETING: Final = ("fedsys-link", "1")
 _LINGER_S: Final = 5.0  # for frames under way when this end closes
 _RETRY_S: Final = 0.05
-_MESSAGE_LIMIT: Final = [("grpc.max_receive_message_length", 4 * CHUNK_BYTES)]
+_MESSAGE_LIMIT: Final = [("grpc.max_receive_message_length", 2 * CHUNK_BYTES)]  # as pieces are cut
 _KEEPALIVE: Final = [
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 10_000),

@@ -532,3 +532,20 @@ def test_rivals_are_the_largest_that_fit(most, expected):
 
     found = largest(made, lambda size: size, most, steps=20)
     assert found == expected
+
+
+# --------------------------------------------------------------------------------------------------
+# Soak
+
+
+@pytest.mark.slow  # edge servers are started
+def test_a_soak_counts_faults_runs_and_what_became_of_them(tmp_path, capsys):
+    more = ["bench.minutes=0.1", "bench.links=[tcp]", "bench.every_s=0.5", "rounds=8"]
+    call = ["bench", "soak", *more, "bench.edges=2", "num_clients=2", "json=true"]
+    assert main([*call, f"run.dir={tmp_path / 'run'}"]) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    (row,) = figures["links"]
+    assert row["runs"] >= 1 and row["faults"] >= 1
+    assert (row["ended"], row["other_model"]) == (0, 0)
+    assert {sample["link"] for sample in figures["samples"]} == {"tcp"}
+    assert not (tmp_path / "run" / "soak" / "run").exists()
