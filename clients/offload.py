@@ -21,6 +21,7 @@ from clients.split_round import SplitRound
 from clients.steps import Steps
 from fedsys import data
 from fedsys.config import Config
+from fedsys.errors import RemoteError
 from fedsys.faults import SPARED, Doom
 from fedsys.offload.emulation import Pace, device_costs
 from fedsys.offload.remote import EdgesLost, Moved, Remote
@@ -79,7 +80,7 @@ class OffloadClient:
         began = time.perf_counter()
         try:
             part, sums, steps = round_.train(doom)
-        except EdgesLost as error:
+        except (EdgesLost, RemoteError) as error:  # the round can be done without that edge
             return self._stranded(round_.reached, str(error), began)
         finally:
             self._remote.close()
@@ -107,7 +108,7 @@ class OffloadClient:
         began = time.perf_counter()
         try:
             score = self._score()
-        except EdgesLost as error:
+        except (EdgesLost, RemoteError) as error:
             return self._stranded(0, str(error), began)
         finally:
             self._remote.close()

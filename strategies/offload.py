@@ -170,15 +170,26 @@ class Offload(Around):
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """Release the sessions and pass the scores on."""
-        valid = []
+        """Release the sessions, have scored alone what lost its edge, and pass the scores on."""
+        valid: dict[int, Message] = {}
+        again: dict[int, Sent] = {}
         for reply in replies:
+            client = self.roster.partition_of(reply.metadata.src_node_id)
+            sent = self._sessions.take(client)
             if OBSERVATION in reply.content:
                 del reply.content[OBSERVATION]
             if reply.content.metric_records:
-                valid.append(reply)
+                valid[client] = reply
+            elif sent is not None:
+                again[client] = sent
+            if sent is not None:
+                self._sessions.release(sent)
+        if again and self._grid is not None:
+            for reply in self._repeats.scored_alone(self._grid, again):
+                valid[self.roster.partition_of(reply.metadata.src_node_id)] = reply
         self._sessions.end()
-        return self.inner.aggregate_evaluate(server_round, valid)
+        ordered = [valid[client] for client in sorted(valid)]
+        return self.inner.aggregate_evaluate(server_round, ordered)
 
     @property
     def policy_state(self) -> PolicyState:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedsys.errors import SessionError
-from fedsys.offload.fleet import Fleet
+from fedsys.offload.fleet import Fleet, Unreachable
 from fedsys.offload.snapshot import SessionSpec, Snapshot
 from fedsys.transport.messages import ASSIGNMENT, Place, written
 from strategies.model_division import ModelDivision
@@ -43,6 +43,7 @@ class SplitSessions:
     def __init__(self, fleet: Fleet, division: ModelDivision) -> None:
         self._fleet, self._division = fleet, division
         self._sent: dict[int, Sent] = {}
+        self._opened = self._worked = False  # in this phase; in one before
         self._names = {edge.for_devices: edge.name for edge in fleet.edges}
 
     def edge_name(self, address: str) -> str:
@@ -72,6 +73,7 @@ class SplitSessions:
         content[ASSIGNMENT] = ConfigRecord({**assignment.to_record(), **written(place)})
         message.content = content
         self._sent[client] = Sent(whole, assignment, spec)
+        self._opened = True
 
     def open_if_any(
         self, message: Message, client: int, assignment: Assignment, round_: int
@@ -79,14 +81,16 @@ class SplitSessions:
         """Open a session if an edge is left, and return whether that was done.
 
         Raises:
-            SessionError: There are edges, and none takes the session.
+            SessionError: The first sessions of a run are refused: there are too few edges for it,
+                or too small ones. Later that is no reason to end.
         """
         try:
             self.open(message, client, assignment, round_)
-        except SessionError:
-            if self._fleet.alive:
+        except SessionError as error:
+            if not isinstance(error, Unreachable) and not self._worked:
                 raise
-            return False  # the last of them may have gone just now
+            _log.warning("client %d: %s", client, error)
+            return False
         return True
 
     def take(self, client: int) -> Sent | None:
@@ -117,6 +121,7 @@ class SplitSessions:
         for sent in self._sent.values():
             self.release(sent)
         self._sent = {}
+        self._worked, self._opened = self._worked or self._opened, False
 
     def log_recoveries(self, round_: int) -> None:
         """Log what the fleet did about losses since the last call."""

@@ -15,6 +15,7 @@ from contextlib import suppress
 from fedsys.config import EdgeAddress
 from fedsys.errors import FedsysError, LinkError, SessionError
 from fedsys.faults import Faults, from_json
+from fedsys.offload.edge_client import EdgeClient
 from fedsys.offload.fleet_edges import FleetEdges
 from fedsys.offload.held_sessions import Held, HeldSessions
 from fedsys.offload.placing import Placing
@@ -24,6 +25,13 @@ from fedsys.transport.security import Credentials
 from fedsys.transport.wire import Frame
 
 _log = logging.getLogger(__name__)
+
+TRIES = 4
+"""How many times a request is made of edges whose links are lost and made again."""
+
+
+class Unreachable(SessionError):
+    """No edge can be reached that might take the session: those that are there refused nothing."""
 
 
 class Fleet:
@@ -105,50 +113,71 @@ class Fleet:
         for name in set(edges.addresses) - set(edges.alive):
             with self._recovery.lock, suppress(FedsysError):
                 edges.clients[name] = edges.reach(edges.addresses[name], again=True)
+                edges.settle(name)
 
     def open(self, spec: SessionSpec, start: Snapshot, edge: str) -> str:
         """Open a session and return the name of its edge: `edge`, or another if that is gone.
 
+        An edge whose link is lost meanwhile is reached again, and asked again.
+
         Raises:
-            SessionError: No edge can take it; with what the last one said.
+            SessionError: An edge refuses it, and no other takes it; with what it said.
+            Unreachable: No edge is left.
         """
+        refused: dict[str, str] = {}
         problem = "no edge server is left"
-        for name in self._placing.candidates(edge):
-            try:
-                self._placing.open_at(name, spec, start)
-            except (LinkError, SessionError) as error:
-                problem = str(error)
-                continue
-            held = Held(spec, start, name)
-            with self._held.lock:
-                self._held.add(held)
-                lost = self._edges.clients[name].lost
-            if lost:  # since it answered: whoever took note of that may not have seen the session
-                self._recovery.on_lost(name)
-            return held.edge
-        raise SessionError(f"session of client {spec.client}: {problem}")
+        for _ in range(TRIES):
+            for name in self._placing.candidates(edge):
+                if name in refused:
+                    continue
+                link = self._edges.clients[name]
+                try:
+                    self._placing.open_at(name, spec, start)
+                except SessionError as error:
+                    refused[name] = problem = str(error)
+                except LinkError as error:
+                    problem = str(error)
+                else:
+                    return self._hold(Held(spec, start, name), link)
+            lost = [n for n in self._edges.addresses if n not in refused]
+            if not [name for name in lost if self._recovery.regained(name)]:
+                break
+        kind = SessionError if refused else Unreachable
+        raise kind(f"session of client {spec.client}: {problem}")
+
+    def _hold(self, held: Held, link: EdgeClient) -> str:
+        """Take in a session that was opened over a link; return its edge."""
+        with self._held.lock:
+            self._held.add(held)
+            lost = link.lost or self._edges.clients[held.edge] is not link
+        if lost:  # since it answered: whoever took note of that may not have seen the session
+            self._recovery.on_lost(held.edge, again=True)
+        return held.edge
 
     def collect(self, session: str) -> Snapshot:
         """Return the state of a session as it stands, or stood when its edge handed it back.
 
         Raises:
-            SessionError: There is no such session, or its edge is gone.
+            SessionError: There is no such session.
+            LinkError: Its edge is gone.
         """
         held = self._held.get(session)
         if held is None:
             raise SessionError(f"session {session} is not open")
-        asked = held.edge
-        try:
-            frame = self._edges.request(asked, "collect", {"session": session})
-        except (LinkError, SessionError):
-            with self._recovery.lock:  # its device may have gone on where it is being opened
-                moved = held.edge != asked
-            if moved:
-                return self.collect(session)
-            if held.returned is None:
-                raise
-            return held.returned  # an edge that stops hands its sessions back
-        return Snapshot.from_frame(frame)
+        for _ in range(TRIES):
+            asked = held.edge
+            try:
+                frame = self._edges.request(asked, "collect", {"session": session})
+                return Snapshot.from_frame(frame)
+            except (LinkError, SessionError) as error:
+                problem = error
+            # Its device may have gone on where it is being opened, or its edge be reached again.
+            again = self._recovery.regained(asked) and isinstance(problem, LinkError)
+            if held.edge == asked and not again:
+                break
+        if held.returned is None:
+            raise problem
+        return held.returned  # an edge that stops hands its sessions back
 
     def release(self, session: str) -> None:
         """Close a session; nothing happens if it is not open."""
@@ -157,7 +186,9 @@ class Fleet:
             return
         try:
             self._edges.request(held.edge, "release", {"session": session})
-        except (LinkError, SessionError) as error:  # an edge that is gone has released it
+        except LinkError:  # it is released when the edge is reached again, if it is not gone
+            self._held.leave(session, held.edge)
+        except SessionError as error:
             _log.debug("session %s: %s", session, error)
 
     def recoveries(self) -> list[Recovery]:

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from fedsys.config import EdgeAddress
-from fedsys.errors import FedsysError, LinkError, LinkRefused, LinkTimeout, SecurityError
+from fedsys.errors import (
+    FedsysError,
+    LinkClosed,
+    LinkError,
+    LinkRefused,
+    LinkTimeout,
+    SecurityError,
+    SessionError,
+)
 from fedsys.offload.edge_client import EdgeClient, Hooks
 from fedsys.offload.held_sessions import HeldSessions
 from fedsys.offload.snapshot import Snapshot
@@ -19,6 +27,13 @@ from fedsys.transport.wire import Frame
 
 REDIAL_S = (0.0, 0.2, 0.5)
 """Waits before the attempts to reach an edge again whose link was lost and that does not refuse."""
+
+LAST_REDIALS = 3
+"""How many more attempts there are where no other edge is left; before each of them stands the
+time limit of a link, which grows by each one in vain."""
+
+FIRST_DIALS = 5
+"""How many times a run that begins tries to reach an edge whose link is lost again at once."""
 
 ANSWER_S = 10.0
 """How long an edge may take to accept the first link, in seconds; then round trips tell."""
@@ -95,11 +110,18 @@ class FleetEdges:
             LinkError: It does not answer; the message names it.
             SecurityError: One end does not accept the other.
         """
-        try:
-            link = self._dial(edge.address, retry=not again)
-        except (LinkError, SecurityError) as error:
-            raise type(error)(f"edge server {edge.name}: {error}") from error
-        return EdgeClient(edge.name, link, self._token, self._hooks)
+        attempts = 1 if again else FIRST_DIALS
+        while True:
+            attempts -= 1
+            try:
+                link = self._dial(edge.address, retry=not again)
+            except (LinkError, SecurityError) as error:
+                raise type(error)(f"edge server {edge.name}: {error}") from error
+            try:
+                return EdgeClient(edge.name, link, self._token, self._hooks)
+            except LinkClosed:
+                if not attempts or self.closing.wait(REDIAL_S[1]):
+                    raise
 
     def request(
         self, name: str, kind: str, meta: Mapping[str, object], snapshot: Snapshot | None = None
@@ -138,28 +160,59 @@ class FleetEdges:
         return False
 
     def still_there(self, name: str) -> set[str]:
-        """Reach an edge again; return its sessions of this run, none if it is gone."""
+        """Reach an edge again if its link is lost; return its sessions of this run.
+
+        Returns:
+            None of them if it is gone.
+        """
         if self.clients[name].silent:  # it was asked already
             return set()
-        for wait in REDIAL_S:
-            time.sleep(wait)
-            if self.closing.is_set():
+        for wait in self._waits(name):
+            if self.closing.wait(wait):
                 return set()
-            mine = self._sessions_at(name)
-            edge: EdgeClient | None = None
+            edge = self.clients[name]
+            new = edge.lost
             try:
-                edge = self.reach(self.addresses[name], again=True)
-                there = edge.request("ping", {"sessions": mine}, {}).meta.get("sessions")
+                if new:
+                    edge = self.reach(self.addresses[name], again=True)
+                return self._claimed(name, edge)
             except LinkRefused:  # its process is gone, and its sessions with it
                 return set()
             except FedsysError:
-                if edge is not None:
+                if new and edge is not self.clients[name]:
                     edge.close()
-                continue
-            with self._held.lock:
-                self.clients[name] = edge
-            return set(mine) & set(there if isinstance(there, list) else [])
         return set()
+
+    def settle(self, name: str) -> None:
+        """Release what was left at an edge when links to it were lost."""
+        for session in self._held.take_left(name):
+            try:
+                self.request(name, "release", {"session": session})
+            except LinkError:
+                self._held.leave(session, name)
+            except SessionError:  # it never had it
+                continue
+
+    def _claimed(self, name: str, edge: EdgeClient) -> set[str]:
+        """Take the sessions of an edge over to a link; return those that are there.
+
+        Raises:
+            FedsysError: The link is lost.
+        """
+        mine = self._sessions_at(name)
+        there = edge.request("ping", {"sessions": mine}, {}).meta.get("sessions")
+        with self._held.lock:
+            self.clients[name] = edge
+        self.settle(name)
+        return set(mine) & set(there if isinstance(there, list) else [])
+
+    def _waits(self, name: str) -> Iterator[float]:
+        yield from REDIAL_S
+        for _ in range(LAST_REDIALS):
+            if set(self.alive) - {name}:
+                return
+            yield self._patience.limit_s
+            self._patience.missed()
 
     def _watch(self) -> None:
         while not self.closing.wait(BEAT_S):

@@ -30,6 +30,9 @@ class Held:
 class HeldSessions:
     """Sessions by name. Methods may be called from any thread.
 
+    A request whose answer is lost may have been carried out: a session of which it is not known
+    whether an edge has it, and which is not wanted there, is *left*, to be released later.
+
     Attributes:
         lock: For what is to happen at once; it may be taken again by who holds it.
     """
@@ -37,6 +40,7 @@ class HeldSessions:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self._held: dict[str, Held] = {}
+        self._left: dict[str, set[str]] = {}
 
     def __getitem__(self, session: str) -> Held:
         with self.lock:
@@ -61,6 +65,17 @@ class HeldSessions:
         """Return the names of all sessions."""
         with self.lock:
             return list(self._held)
+
+    def leave(self, session: str, edge: str) -> None:
+        """Take note that an edge may have a session that is not wanted there."""
+        with self.lock:
+            self._left.setdefault(edge, set()).add(session)
+
+    def take_left(self, edge: str) -> list[str]:
+        """Return what was left at an edge, once, without what is there by now."""
+        with self.lock:
+            wanted = {held.spec.id for held in self.at(edge)}
+            return sorted(self._left.pop(edge, set()) - wanted)
 
     def at(self, edge: str) -> list[Held]:
         """Return the sessions of an edge."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fedsys.errors import LinkError
 from fedsys.faults import AT_EDGE, Faults, to_json
 from fedsys.offload.fleet_edges import FleetEdges
 from fedsys.offload.held_sessions import HeldSessions
@@ -43,4 +44,8 @@ class Placing:
             ),
         ]
         meta = {"spec": spec.to_meta(), "step": start.step, "faults": to_json(coming)}
-        self._edges.request(edge, "open", meta, start)
+        try:
+            self._edges.request(edge, "open", meta, start)
+        except LinkError:
+            self._held.leave(spec.id, edge)
+            raise

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from fedsys.errors import FedsysError, LinkError, SessionError
+from fedsys.offload.edge_client import EdgeClient
 from fedsys.offload.fleet_edges import FleetEdges
 from fedsys.offload.held_sessions import HeldSessions
 from fedsys.offload.placing import Placing
@@ -53,14 +54,30 @@ class EdgeRecovery:
 
     def __init__(self, edges: FleetEdges, held: HeldSessions, placing: Placing) -> None:
         self.lock, self.done = threading.Lock(), list[Recovery]()
+        self._dealt: dict[str, EdgeClient] = {}  # by edge: the link whose loss was dealt with
         self._edges, self._held, self._placing = edges, held, placing
 
-    def on_lost(self, name: str) -> None:
-        """Reach the edge again, or open its sessions elsewhere. For a thread of its own."""
+    def on_lost(self, name: str, *, again: bool = False) -> None:
+        """Reach an edge again, or open its sessions elsewhere; returns when that is done.
+
+        Args:
+            name: The edge.
+            again: Whether to look anew at a loss that was dealt with: there is another session.
+        """
         began = time.perf_counter()
         with self.lock:
-            if not self._edges.closing.is_set():
-                self._move_sessions(name, self._edges.still_there(name), began)
+            if self._edges.closing.is_set():
+                return
+            lost = self._edges.clients[name]
+            if not again and (not lost.lost or self._dealt.get(name) is lost):
+                return
+            self._dealt[name] = lost
+            self._move_sessions(name, self._edges.still_there(name), began)
+
+    def regained(self, name: str) -> bool:
+        """Return whether an edge can be reached, once the loss of its link was dealt with."""
+        self.on_lost(name)
+        return not self._edges.clients[name].lost
 
     def _move_sessions(self, name: str, kept: set[str], began: float) -> None:
         """Open the sessions of an edge elsewhere, or there if it was started anew.
