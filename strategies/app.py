@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ from strategies.offload_figures import figures, recoveries, traces
 from strategies.offload_totals import in_words
 from strategies.roster import gather
 from strategies.rounds import RoundResult, play
+from strategies.sampling import Sampled
 from strategies.truncated_rounds import practise
 from strategies.virtual_time import RoundClock, virtual_totals
 from strategies.watching import watched
@@ -96,6 +98,52 @@ def _train(
 ) -> dict[str, Any]:
     folder = safety.folder
     started = time.perf_counter()
+    job = _prepared(config, grid, roster, safety, progress, fleet)
+    stages.current().rounds_begin()
+    _announce(config, job, safety, progress)
+    virtual = _virtual(config, job.fed, job.strategy, folder.rounds())
+    arrays = _rounds(config, grid, job, safety, progress, virtual)
+    drawing = ", drawing plots" if config.run.plots else ""
+    progress.phase(f"scoring the test part{drawing}")
+    seconds = safety.seconds + time.perf_counter() - started
+    modelled = None if virtual is None else virtual.last
+    trace_plots.write(folder.path, traces(job.strategy), modelled, draw=config.run.plots)
+    pruned.keep_masks(job.strategy, folder.path)
+    virtual_figures = virtual_totals(folder.rounds())
+    more = {**figures(job.strategy), **pruned.figures(job.strategy), **virtual_figures}
+    return _conclude(config, job.fed, safety, arrays, job.judge, more, seconds)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a run is made of when its first round begins.
+
+    Attributes:
+        fed: Data and the parts of the clients.
+        model: As it was built.
+        judge: Scores global models.
+        strategy: With all that stands around it.
+        initial: The global model before the next round.
+        steps: Mini-batches of each client in a round.
+    """
+
+    fed: Federation
+    model: nn.Module
+    judge: Judge
+    strategy: Sampled
+    initial: ArrayRecord
+    steps: Sequence[int]
+
+
+def _prepared(
+    config: Config,
+    grid: Grid,
+    roster: Roster,
+    safety: CrashSafety,
+    progress: Progress,
+    fleet: Fleet | None,
+) -> _Job:
+    """Load the data, build the model, and put the strategy together; let its policy practise."""
     progress.phase(f"loading {config.data.get('source', 'data')}")
     fed = federation.federation(config)
     model = federation.build_model(config, fed.dataset)
@@ -105,57 +153,70 @@ def _train(
     judge = Judge(model.to(device), fed)
     strategy = build(
         config, model, roster, fleet=fleet, dataset=fed.dataset,
-        folder=folder.path, say=progress.phase,
+        folder=safety.folder.path, say=progress.phase,
     )  # fmt: skip
     initial = safety.watch(strategy, records.to_record(model.state_dict()))
     practise(strategy, grid, initial, config, fed.dataset)
-    clock = stages.current()
-    clock.reached("data and model")
-    clock.rounds_begin()
-    progress.start(config.rounds, title(config, model, fed.dataset), safety.done)
-    for line in (*surroundings(config), *about_pieces(config, model, fed.dataset)):
-        progress.about(line)
-    plans = Plans(config, strategy, progress.about)
+    stages.current().reached("data and model")
     size, epochs = config.client.batch_size, config.client.epochs
     steps = [epochs * len(mini_batches(len(part), size)) for part in fed.parts]
-    for line in out_of_reach(config.faults.list, steps):
+    return _Job(fed, model, judge, strategy, initial, steps)
+
+
+def _announce(config: Config, job: _Job, safety: CrashSafety, progress: Progress) -> None:
+    """Say what is about to be done, and what will have no effect."""
+    dataset = job.fed.dataset
+    progress.start(config.rounds, title(config, job.model, dataset), safety.done)
+    for line in (*surroundings(config), *about_pieces(config, job.model, dataset)):
+        progress.about(line)
+    for line in out_of_reach(config.faults.list, job.steps):
         progress.note(line)
 
+
+def _rounds(
+    config: Config,
+    grid: Grid,
+    job: _Job,
+    safety: CrashSafety,
+    progress: Progress,
+    virtual: RoundClock | None,
+) -> ArrayRecord:
+    """Play the rounds that are left, and return the global model after them."""
+    plans = Plans(config, job.strategy, progress.about)
+
     def began(number: int, clients: Sequence[int]) -> None:
-        pulse().begin(len(clients), sum(steps[client] for client in clients))
+        pulse().begin(len(clients), sum(job.steps[client] for client in clients))
         plans.tell(number)
 
-    virtual = _virtual(config, fed, strategy, folder.rounds())
-    layers = layered_model(config, fed.dataset.input_shape, fed.dataset.num_classes)
-
-    def told() -> list[OffloadDecision]:
-        modelled = {} if virtual is None else virtual.devices
-        offload = find(strategy, Offload)
-        return [] if offload is None else decisions_of(offload, config, layers, modelled)
-
+    teller = Teller(config, job.strategy, safety, progress, lambda: _decided(config, job, virtual))
     with watched(pulse(), progress):
-        arrays = play(
-            strategy,
+        return play(
+            job.strategy,
             grid,
-            initial,
+            job.initial,
             first=safety.done + 1,
             last=config.rounds,
             elapsed_s=safety.seconds,
             timeout_s=config.runtime.timeout_s,
-            judge=judge.validation,
-            done=Teller(config, strategy, safety, progress, told).tell,
+            judge=job.judge.validation,
+            done=teller.tell,
             faults=safety.faults,
             timed=None if virtual is None else virtual.row,
             began=began,
         )
-    drawing = ", drawing plots" if config.run.plots else ""
-    progress.phase(f"scoring the test part{drawing}")
-    seconds = safety.seconds + time.perf_counter() - started
-    modelled = None if virtual is None else virtual.last
-    trace_plots.write(folder.path, traces(strategy), modelled, draw=config.run.plots)
-    pruned.keep_masks(strategy, folder.path)
-    more = {**figures(strategy), **pruned.figures(strategy), **virtual_totals(folder.rounds())}
-    return _conclude(config, fed, safety, arrays, judge, more, seconds)
+
+
+def _decided(config: Config, job: _Job, virtual: RoundClock | None) -> list[OffloadDecision]:
+    """Return what was decided for each device in the last round; none where nothing is split.
+
+    A model that trains as a whole need not be one that can be traced.
+    """
+    offload = find(job.strategy, Offload)
+    if offload is None:
+        return []
+    dataset = job.fed.dataset
+    layers = layered_model(config, dataset.input_shape, dataset.num_classes)
+    return decisions_of(offload, config, layers, {} if virtual is None else virtual.devices)
 
 
 def _virtual(

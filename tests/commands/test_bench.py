@@ -145,10 +145,12 @@ def test_every_benchmark_has_a_file_of_choices_and_a_line_of_help():
     assert {path.stem for path in (CONF / "bench").glob("*.yaml")} == set(NAMES)
 
 
-def test_the_options_of_a_benchmark_are_shown_by_its_help(capsys):
+def test_the_options_of_a_benchmark_are_shown_by_its_help_and_all_by_that_of_bench(capsys):
     assert main(["bench", "training", "--help"]) == 0
     shown = capsys.readouterr().out
-    assert "bench:\n  name: training\n  batches: 2" in shown
+    assert "bench:\n  name: training\n  batches: 2" in shown and NAMES["training"] in shown
+    assert main(["bench", "--help"]) == 0
+    shown = capsys.readouterr().out
     assert all(f"  {name}: {text}" in shown for name, text in NAMES.items())
 
 

@@ -1,9 +1,11 @@
-"""A model with every kind of tensor that a state may have, and some that are not in it.
+"""A model with every kind of tensor that a state may have, and one that only trains as a whole.
 
-Importable by name (``_target_: tests.models.odd.Odd``), so that runs can be made of it.
+Importable by name (``_target_: tests.models.odd.Odd``), so that runs can be made of them.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -62,3 +64,20 @@ class Odd(nn.Module):
         x = self.drop(F.relu(x + self.hidden).mean((2, 3))) + self.anchors.sum()
         x = x + self.placeholder.sum() + self.empty_rows.sum()
         return self.fc(x) * (self.scale if self.shared else 1.0)
+
+
+class Forked(nn.Module):
+    """A linear layer whose path depends on the values of tensors: it cannot be traced.
+
+    Args:
+        input_shape: Of an image.
+        num_classes: Number of outputs.
+    """
+
+    def __init__(self, *, input_shape: tuple[int, int, int], num_classes: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(math.prod(input_shape), num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(x.flatten(1))
+        return x if x.sum() > 0 else 2 * x
