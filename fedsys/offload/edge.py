@@ -94,7 +94,7 @@ class EdgeServer:
         self._control = EdgeControl(
             name, table, faults, self._session, token=control_token, controller=controller
         )
-        links, self._strangers = _places(address.partition("://")[0])
+        links, self._strangers = _places(address.partition("://")[0], limits.max_sessions)
         self._server: Server = serve(
             address,
             self._serve,
@@ -186,12 +186,16 @@ class EdgeServer:
             raise
 
 
-def _places(kind: str) -> tuple[int, Strangers]:
+def _places(kind: str, sessions: int) -> tuple[int, Strangers]:
     """Return how many links there may be, and what those of strangers may cost.
 
     Where the system allows fewer descriptors, there are fewer of both.
+
+    Args:
+        kind: Of the links: ``tcp``, ``grpc`` or ``memory``.
+        sessions: How many there may be; a device that comes back may have two links for a moment.
     """
-    wanted = LINKS + _STRANGERS.places
+    wanted = max(LINKS, 2 * sessions) + _STRANGERS.places
     each = _DESCRIPTORS.get(kind, 0)
     found = affordable(wanted, each=each, kept=_OTHERS) if each else wanted
     places = min(_STRANGERS.places, max(1, found // 4))

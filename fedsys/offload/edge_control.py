@@ -50,7 +50,7 @@ class EdgeControl:
         given = str(first.meta.get("token", ""))
         if not known and not (self._token and same_token(given, self._token)):
             raise SecurityError(f"{link.peer or 'a peer without certificate'} may not control")
-        link.admit()
+        link.admit(vital=True)
         about = {"name": self._name, "arithmetic": arithmetic()}
         link.send(Frame("ready", {**about, "request": first.meta.get("request")}))
         try:

@@ -33,7 +33,7 @@ from fedsys.errors import (
 from fedsys.transport.buffers import CHUNK_BYTES
 from fedsys.transport.descriptors import affordable
 from fedsys.transport.grpc_stream import Sender, Stream
-from fedsys.transport.link import Handler, HandlerThreads, Link
+from fedsys.transport.link import Admitted, Handler, HandlerThreads, Link, kept_of
 from fedsys.transport.security import Credentials, check
 from fedsys.transport.strangers import Census, Strangers, WaitingRoom
 from fedsys.transport.wire import Buffer, Frame, Limits, encode_parts
@@ -192,12 +192,12 @@ def dial(
 
 
 class _AcceptedLink:
-    def __init__(self, peer: str, stream: Stream, admitted: Callable[[], None]) -> None:
+    def __init__(self, peer: str, stream: Stream, admitted: Admitted) -> None:
         self.peer = peer
         self._stream, self._admitted = stream, admitted
 
-    def admit(self) -> None:
-        self._admitted()
+    def admit(self, *, vital: bool = False) -> None:
+        self._admitted(vital=vital)
         self._stream.accepts = self._stream.limits
 
     @property
@@ -260,7 +260,9 @@ class GrpcServer:
     ) -> None:
         self._open = strangers is None
         self._room = WaitingRoom(strangers.places if strangers else max_links)
-        self._handlers = HandlerThreads(f"grpc://{place}", handler, max_links, self._room)
+        self._handlers = HandlerThreads(
+            f"grpc://{place}", handler, max_links, self._room, kept_of(max_links, strangers)
+        )
         first = strangers.limits if strangers else None
         # gRPC occupies one thread for each stream: of links, and of those who wait, twice as many
         # as have places, so that some can wait for one.

@@ -32,12 +32,13 @@ from fedsys.errors import (
     FedsysError,
     LinkClosed,
 )
-from fedsys.transport.strangers import Census, Stay, WaitingRoom
+from fedsys.transport.strangers import Census, Stay, Strangers, WaitingRoom
 from fedsys.transport.wire import Buffer, Frame
 
 QUEUE_BYTES: Final = 256 << 20
 """Bytes that each direction of a link holds before `send` waits, unless told otherwise."""
 
+_KEPT: Final = 16  # places for vital links: those of controllers
 _AFTER_CLOSE_S: Final = 5.0  # for handlers whose link was closed under them
 
 _log = logging.getLogger(__name__)
@@ -103,10 +104,13 @@ class FailingLink(Link, Protocol):
 class AcceptedLink(FailingLink, Protocol):
     """A link at the end that serves, which begins as that of a stranger."""
 
-    def admit(self) -> None:
+    def admit(self, *, vital: bool = False) -> None:
         """Say that the peer has shown who it is: its place and its frames are those of a friend.
 
         Where the server asks for nothing of that kind, it is so from the beginning.
+
+        Args:
+            vital: Whether it is one of those for whom the last places are kept.
 
         Raises:
             LinkClosed: There is no place left.
@@ -115,6 +119,19 @@ class AcceptedLink(FailingLink, Protocol):
 
 
 Handler = Callable[[AcceptedLink], None]
+
+
+class Admitted(Protocol):
+    """Takes note that a link is admitted; see `AcceptedLink.admit`."""
+
+    def __call__(self, *, vital: bool) -> None:
+        """Give it a place, or raise."""
+        ...
+
+
+def kept_of(max_links: int, strangers: Strangers | None) -> int:
+    """Return how many places are kept for vital links, where there are strangers at all."""
+    return min(_KEPT, max_links // 4) if strangers else 0
 
 
 class Server(Protocol):
@@ -142,15 +159,21 @@ class HandlerThreads:
         handler: Called with each link.
         max_links: Links at one time, without those of strangers.
         room: Where strangers wait.
+        kept: How many of `max_links` are for vital ones alone.
     """
 
     def __init__(
-        self, address: str, handler: Handler, max_links: int, room: WaitingRoom | None = None
+        self,
+        address: str,
+        handler: Handler,
+        max_links: int,
+        room: WaitingRoom | None = None,
+        kept: int = 0,
     ) -> None:
         self._address, self._handler, self._max_links = address, handler, max_links
         self._room = WaitingRoom(max_links) if room is None else room
         self._running: dict[threading.Thread, AcceptedLink] = {}
-        self._known = 0
+        self._known, self._kept = 0, kept
         self._lock = threading.Lock()
 
     def census(self) -> Census:
@@ -158,21 +181,23 @@ class HandlerThreads:
         room = self._room
         return Census(self._known, self._max_links, len(room), room.places, room.ended)
 
-    def admit(self, stay: Stay | None) -> None:
+    def admit(self, stay: Stay | None, *, vital: bool = False) -> None:
         """Count a link among those that are known.
 
         Args:
             stay: Its place among strangers, which it gives back; None if it never had one.
+            vital: Whether it may have one of the places that are kept.
 
         Raises:
-            LinkClosed: There are `max_links` already.
+            LinkClosed: There are as many already as there may be.
         """
         with self._lock:
             if stay is not None and stay.admitted:
                 return
-            if self._known >= self._max_links:
+            most = self._max_links - (0 if vital else self._kept)
+            if self._known >= most:
                 self._room.count("no_place")
-                raise LinkClosed(f"{self._address} is full: it has {self._max_links} links")
+                raise LinkClosed(f"{self._address} is full: it has {most} links")
             self._known += 1
             if stay is not None:
                 stay.admitted = True

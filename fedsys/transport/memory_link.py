@@ -58,7 +58,7 @@ class MemoryLink:
         """Return the next frame; see `fedsys.transport.link.Link`."""
         return self._inbox.get(timeout_s)
 
-    def admit(self) -> None:
+    def admit(self, *, vital: bool = False) -> None:
         """Threads of one process know each other; see `fedsys.transport.link.AcceptedLink`."""
 
     def fail(self, reason: str) -> None:

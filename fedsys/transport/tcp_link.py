@@ -24,7 +24,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Final
 
 from fedsys.errors import LinkClosed, LinkError, LinkRefused, SecurityError
-from fedsys.transport.link import Handler, HandlerThreads, Link
+from fedsys.transport.link import Handler, HandlerThreads, Link, kept_of
 from fedsys.transport.security import Credentials, check
 from fedsys.transport.strangers import Census, Stay, Strangers, WaitingRoom
 from fedsys.transport.tcp_channel import (
@@ -253,7 +253,9 @@ class TcpServer:
         port = self._listener.getsockname()[1]
         self.address = f"tcp://{place.rpartition(':')[0]}:{port}"
         self._room = WaitingRoom(strangers.places if strangers else max_links)
-        self._handlers = HandlerThreads(self.address, handler, max_links, self._room)
+        self._handlers = HandlerThreads(
+            self.address, handler, max_links, self._room, kept_of(max_links, strangers)
+        )
         self._refusals = Refusals(self.address)
         self._links: set[TcpLink] = set()
         self._lock = threading.Lock()

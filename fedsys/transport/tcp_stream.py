@@ -30,6 +30,7 @@ from typing import Final
 
 from fedsys.errors import FrameError, LinkClosed, LinkError, LinkTimeout
 from fedsys.transport import tcp_standby as standby
+from fedsys.transport.link import Admitted
 from fedsys.transport.mailbox import Mailbox
 from fedsys.transport.tcp_channel import SILENCE_S, Channel, Silence, drain
 from fedsys.transport.tcp_flows import Intake, Last, Outflow, last_word
@@ -51,7 +52,7 @@ class TcpLink:
         queue_bytes: Bytes that each direction holds before `send` waits.
         linger: Whether `close` waits until the peer has everything, up to `LINGER_S` seconds.
         first: What this end accepts until the peer is admitted.
-        admitted: Called when it is to be admitted.
+        admitted: Called when the peer is to be admitted.
         over: Called with the link when it has given up its socket.
     """
 
@@ -64,7 +65,7 @@ class TcpLink:
         *,
         linger: bool,
         first: Limits | None = None,
-        admitted: Callable[[], None] = lambda: None,
+        admitted: Admitted = lambda *, vital: None,
         over: Callable[[TcpLink], None] = lambda link: None,
     ) -> None:
         self.peer, self.watched = peer, False
@@ -128,9 +129,9 @@ class TcpLink:
             raise LinkTimeout(f"nothing arrived within {timeout_s:g} s")
         return frame
 
-    def admit(self) -> None:
+    def admit(self, *, vital: bool = False) -> None:
         """Take the peer for a friend; see `fedsys.transport.link.AcceptedLink`."""
-        self._admitted()
+        self._admitted(vital=vital)
         self._intake.limits = self._limits
 
     def fail(self, reason: str) -> None:

@@ -34,9 +34,10 @@ def until(true):
 
 def doorkeeper(link):
     """Admit whoever knows the word, and echo what he says."""
-    if link.recv(WAIT_S).meta.get("word") != "friend":
+    first = link.recv(WAIT_S)
+    if first.meta.get("word") != "friend":
         return
-    link.admit()
+    link.admit(vital=first.meta.get("vital", False))
     link.send(Frame("welcome"))
     while True:
         link.send(link.recv(WAIT_S))
@@ -49,9 +50,9 @@ def server(request):
     made.stop()
 
 
-def friend(server):
+def friend(server, **more):
     link = dial(server.address, timeout_s=WAIT_S)
-    link.send(Frame("hello", {"word": "friend"}))
+    link.send(Frame("hello", {"word": "friend", **more}))
     assert link.recv(WAIT_S).kind == "welcome"
     return link
 
@@ -149,6 +150,20 @@ def test_friends_are_limited_in_number_and_told(server):
     links.append(friend(server))
     for link in links:
         link.close()
+
+
+@pytest.mark.parametrize("scheme", ["tcp", "grpc"])
+def test_the_last_places_are_kept_for_those_who_are_vital(scheme):
+    server = serve(f"{scheme}://127.0.0.1:0", doorkeeper, max_links=4, strangers=FEW)
+    links = [friend(server) for _ in range(3)]
+    with pytest.raises(RemoteError, match="is full: it has 3 links"):
+        friend(server)
+    links.append(friend(server, vital=True))
+    with pytest.raises(RemoteError, match="is full: it has 4 links"):
+        friend(server, vital=True)
+    for link in links:
+        link.close()
+    server.stop()
 
 
 def test_a_server_without_strangers_admits_all_at_once():
