@@ -22,7 +22,7 @@ from fedsys.faults import out_of_reach
 from fedsys.offload.fleet import Fleet
 from fedsys.offload.opening import open_fleet
 from fedsys.planning.workload import mini_batches
-from fedsys.runs import decisions, plots, trace_plots
+from fedsys.runs import decision_plots, decisions, plots, trace_plots
 from fedsys.runs import startup as stages
 from fedsys.runs.decisions import OffloadDecision
 from fedsys.runs.folder import default_path, state_sha256
@@ -314,6 +314,7 @@ def _conclude(
     data.write_class_counts(counts, classes, folder.path / "class_counts.csv")
     if config.run.plots:
         plots.draw_all(folder)
+        decision_plots.draw(folder.path)
         data.plot_class_counts(counts, classes, folder.path / "plots" / "class_counts.png")
     safety.faults.check_all_fired()
     result |= stages.current().figures()

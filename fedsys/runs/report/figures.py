@@ -11,6 +11,9 @@ from fedsys.runs.progress import seconds_text
 NAMES = {
     "virtual_s": "time on the fleet (virtual)",
     "prediction_error": "error of the planned time, as a share",
+    "regret": "longer than with the best choices, as a share",
+    "decide_ms": "milliseconds to decide for a round",
+    "probe_bytes": "sent to learn about links",
     "edge_steps": "optimizer steps on edge servers",
     "bytes_up": "sent from devices to edge servers",
     "bytes_down": "sent from edge servers to devices",

@@ -29,9 +29,9 @@ def section(run: Run) -> str:
     if isinstance(told, Mapping) and told:
         parts.append(_cut_table(told))
     pictures = [
-        charts.figure(title, picture)
+        charts.figure(title, drawn)
         for name, title in PICTURES.items()
-        if (picture := _picture(run, name, title))
+        if (drawn := picture(run, name, title))
     ]
     idle = run.result.get("idle")
     if isinstance(idle, Mapping) and not (run.path / "plots" / "idle.png").is_file():
@@ -93,7 +93,7 @@ def _cut_table(told: Mapping[str, Any]) -> str:
     )
 
 
-def _picture(run: Run, name: str, title: str) -> str:
+def picture(run: Run, name: str, title: str) -> str:
     """Return a picture of the run's folder within the page, which needs no other file."""
     try:
         data = (run.path / "plots" / name).read_bytes()

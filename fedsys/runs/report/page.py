@@ -12,6 +12,7 @@ from fedsys.runs.plots import curves_of, time_parts
 from fedsys.runs.progress import seconds_text
 from fedsys.runs.report import charts, fleet
 from fedsys.runs.report.charts import COLORS, Curve
+from fedsys.runs.report.decided import section as decided_section
 from fedsys.runs.report.figures import bytes_text, figure, name_of
 from fedsys.runs.report.loading import Run, differences
 from fedsys.runs.report.style import CSS
@@ -272,7 +273,9 @@ def _events(run: Run, several: bool) -> str:
 
 def _fleet(run: Run, several: bool) -> str:
     text = fleet.section(run)
-    return _heading("Devices, edge servers and network", run, several) + text if text else ""
+    told = _heading("Devices, edge servers and network", run, several) + text if text else ""
+    decided = decided_section(run)
+    return told + (_heading("Decisions", run, several) + decided if decided else "")
 
 
 def _tables(run: Run, several: bool) -> str:
