@@ -20,6 +20,9 @@ FLAGS = """\
 --config-dir DIR      add a folder with groups of your own
 --help-all            all options there are"""
 
+EXPERIMENT = "experiment"
+"""The group of which nothing is chosen by default: its files choose from the others."""
+
 EXAMPLES = {
     "train": "fedsys train model=vgg5 data=synthetic_32x32 rounds=20 client.lr=0.05",
     "edge": "fedsys edge edge.address=tcp://127.0.0.1:9443",
@@ -74,9 +77,14 @@ def page(
     keys = _top_keys() if everything else command.options
     sections = [options.section(key) for key in _merged(keys)]
     parts.append("\n".join(["json: false           # print JSON only", *_joined(sections)]))
-    groups = options.groups() if everything else command.groups
+    groups = command.groups
+    if everything:
+        groups = tuple(group for group in options.groups() if group != EXPERIMENT)
     if groups:
         parts.append("Choose with group=name:\n" + "\n".join(_choices(groups, chosen, extra)))
+    if "policy" in groups:
+        names = ", ".join(options.choices(EXPERIMENT, extra))
+        parts.append(f"Choose many at once with +{EXPERIMENT}=name, as papers do: {names}")
     shown = groups if everything else [g for g in groups if g in command.whole or g in chosen]
     for group in shown:
         choice = chosen.get(group, options.default_choice(group))

@@ -21,6 +21,9 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 RENAMED = {"prune": "variants"}
 """Groups by their former names, which command lines and files of before still use."""
 
+EXPERIMENT = "experiment"
+"""The group of which nothing is chosen by default: its files choose from the others."""
+
 _ABSENT = object()
 
 
@@ -81,6 +84,10 @@ def _explain(error: BaseException) -> str:
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match[1]
         groups = [p.name for p in CONF.iterdir() if p.is_dir() and not p.name.startswith("_")]
+        if key == EXPERIMENT:
+            return (
+                f"{key}: must be added to the others: +{key}=NAME, of {', '.join(options_of(key))}"
+            )
         if choices := _choices_with(key):
             chosen = " or ".join(f"{key.partition('.')[0]}={name}" for name in choices)
             return f"{key}: no such option with what is chosen; {chosen} has it"

@@ -23,6 +23,7 @@ from fedsys.config import (
 )
 from fedsys.config.rules import RULES
 from fedsys.errors import ConfigError, first_line
+from fedsys.planning.traces import network_of
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +109,19 @@ OF_OTHER_COMMANDS = {"bench", "report", "variants", "__pycache__"}
 def test_every_choice_of_every_group_is_a_run(configure, group):
     for name in options_of(group):
         edges = ["policy=fixed"] if group == "faults" else []
-        assert isinstance(configure(*edges, f"{group}={name}"), Config)
+        added = "+" if group == "experiment" else ""
+        assert isinstance(configure(*edges, f"{added}{group}={name}"), Config)
+
+
+def test_an_experiment_chooses_from_other_groups_and_stands_behind_what_is_typed(configure):
+    config = configure("+experiment=fedadapt_bandwidth", "rounds=7", "network.trace.first=2")
+    assert (config.policy["kind"], config.fleet.devices[2], config.rounds) == (
+        "fedadapt", "jetson", 7,
+    )  # fmt: skip
+    rates = [network_of(config.network, k).at(3).up_bits_s for k in (0, 1)]
+    assert rates == [5e6, 75e6]
+    with pytest.raises(ConfigError, match=r"\+experiment=NAME, of fedadapt_bandwidth, fedadapt_p"):
+        configure("experiment=fedadapt_paper")
 
 
 # --------------------------------------------------------------------------------------------------
