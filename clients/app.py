@@ -17,8 +17,11 @@ from fedsys.errors import ConfigError
 from fedsys.faults import SPARED, Doom, to_json
 from fedsys.identity import arithmetic
 from fedsys.offload.dialling import Dialler, dialler_of
+from fedsys.offload.link_probes import link_rate
+from fedsys.planning.resources import Observation
 from fedsys.training import federation
 from fedsys.transport import messages
+from fedsys.transport.link_rate import LinkRate
 from fedsys.transport.messages import (
     ASSIGNMENT,
     DATA_ROOT,
@@ -26,8 +29,10 @@ from fedsys.transport.messages import (
     FEDERATION,
     IDENTITY,
     OBSERVATION,
+    PROBE,
     TRUNCATED,
     TRUNCATED_ROUND,
+    Probe,
     Truncated,
 )
 
@@ -45,7 +50,9 @@ def train(message: Message, context: Context) -> Message:
         if dialler.struck:
             reply[FAULTS] = ConfigRecord({messages.STRUCK: to_json(dialler.struck)})
     else:
+        seen = _probed(message, context)
         reply = _client(message, context).train(message.content)
+        _tell(reply, seen)
     doom.reach("after")
     return Message(reply, reply_to=message)
 
@@ -69,7 +76,9 @@ def truncated_round(message: Message, context: Context) -> Message:
         dialler = _dialler(message, context)
         reply = _offloaded(message, context, dialler).train(most=told.iterations)
     else:
+        seen = _probed(message, context)
         reply = _client(message, context).train(content, most=told.iterations)
+        _tell(reply, seen)
     return Message(RecordDict({OBSERVATION: reply[OBSERVATION]}), reply_to=message)
 
 
@@ -83,6 +92,25 @@ def identify(message: Message, context: Context) -> Message:
     return Message(
         RecordDict({IDENTITY: ConfigRecord(messages.written(identity))}), reply_to=message
     )
+
+
+def _probed(message: Message, context: Context) -> LinkRate | None:
+    """Measure the link of a device that trains alone, if that is asked for; None: not done."""
+    if (told := message.content.config_records.get(PROBE)) is None:
+        return None
+    probe = messages.read(Probe, told)
+    return link_rate(probe.edges, probe.token, probe.nbytes, _dialler(message, context))
+
+
+def _tell(reply: RecordDict, seen: LinkRate | None) -> None:
+    """Say of a link what was measured of it."""
+    if seen is not None:
+        told = reply.config_records[OBSERVATION]
+        more = dataclasses.replace(
+            Observation.of(told),
+            up_bit_s=1 / seen.up_bits_s, down_bit_s=1 / seen.down_bits_s, probe_bytes=seen.nbytes,
+        )  # fmt: skip
+        reply[OBSERVATION] = ConfigRecord({**told, **messages.written(more)})
 
 
 def _client(message: Message, context: Context) -> LocalClient:

@@ -74,9 +74,11 @@ def decisions_of(
 
 
 def probe_bytes(offload: Offload) -> int:
-    """Return what the policy sent for its last decision, to learn about links."""
+    """Return what policy and devices sent for the last decision, and in its round, for probes."""
     policy = offload.policy
-    return policy.probe_bytes(offload.policy_state) if isinstance(policy, Probes) else 0
+    by_devices = sum(offload.seen_of(client).probe_bytes for client in offload.assigned)
+    own = policy.probe_bytes(offload.policy_state) if isinstance(policy, Probes) else 0
+    return by_devices + own
 
 
 def _reasons(offload: Offload, config: Config, clients: Sequence[int]) -> Mapping[int, str]:

@@ -31,7 +31,13 @@ from strategies.edge_loss import Repeats, too_small
 from strategies.message_halves import with_pieces
 from strategies.model_division import ModelDivision
 from strategies.offload_totals import OffloadTotals
-from strategies.policies.policy import Assignment, Observation, OffloadPolicy, PolicyState
+from strategies.policies.policy import (
+    Assignment,
+    MeasuresLinks,
+    Observation,
+    OffloadPolicy,
+    PolicyState,
+)
 from strategies.returns import Returns
 from strategies.roster import Roster
 from strategies.split_sessions import Sent, SplitSessions
@@ -98,6 +104,7 @@ class Offload(Around):
         self._repeats = Repeats(config, roster, fleet, self._sessions)
         self._policy_state = policy.init(self._layers, range(config.num_clients))
         self._seen: dict[int, dict[str, Any]] = {}  # observations as checkpoints hold them
+        self._measuring: Mapping[int, int] = {}
         self._grid: Grid | None = None
 
     def configure_train(
@@ -119,6 +126,8 @@ class Offload(Around):
         began = time.perf_counter()
         self._policy_state, self.assigned = self.policy.plan(self._policy_state, seen)
         self.decided = Decided(server_round, seen, time.perf_counter() - began)
+        if isinstance(self.policy, MeasuresLinks):
+            self._measuring = self.policy.to_measure(self._policy_state, list(messages))
         for client in messages:  # what it does not tell of this round is not known
             self._seen.pop(client, None)
         for client, message in messages.items():
@@ -221,6 +230,8 @@ class Offload(Around):
             message.content, assignment.micro_batches, self._config.client.batch_size
         )
         whole = assignment.cut == len(self._layers)
+        if whole and client in self._measuring:
+            self._sessions.have_measured(message, client, self._measuring[client])
         if whole or self._sessions.open_if_any(message, client, assignment, round_):
             return
         if reason := too_small(self._config, message.content):

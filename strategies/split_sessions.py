@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from fedsys.errors import SessionError
+from fedsys.errors import FedsysError, SessionError
 from fedsys.offload.fleet import Fleet, Unreachable
 from fedsys.offload.snapshot import SessionSpec, Snapshot
-from fedsys.transport.messages import ASSIGNMENT, Place, written
+from fedsys.transport import records
+from fedsys.transport.messages import ASSIGNMENT, PROBE, Place, Probe, written
+from fedsys.transport.security import new_token
 from strategies.model_division import ModelDivision
 from strategies.policies.policy import Assignment
 
@@ -92,6 +94,27 @@ class SplitSessions:
             _log.warning("client %d: %s", client, error)
             return False
         return True
+
+    def have_measured(self, message: Message, client: int, nbytes: int) -> None:
+        """Ask a device that trains alone to measure its link, if an edge server expects that.
+
+        Args:
+            message: What it is sent.
+            client: The device.
+            nbytes: Bytes each way.
+        """
+        alive = self._fleet.alive
+        if not alive or not nbytes:
+            return
+        name, token = alive[client % len(alive)], new_token()
+        try:
+            self._fleet.expect(name, token)
+        except FedsysError as error:
+            _log.warning("client %d does not measure its link: %s", client, error)
+            return
+        place = Probe(nbytes, token, tuple(self._fleet.device_addresses(name)[:1]))
+        message.content = records.own_copy(message.content)
+        message.content[PROBE] = ConfigRecord(written(place))
 
     def take(self, client: int) -> Sent | None:
         """Return what a client was sent, once; None if it trains alone."""

@@ -167,6 +167,7 @@ class RealClients:
         division: Divides the model at a cut.
         arrays: The model with which the run begins.
         iterations: Mini-batches.
+        probe_bytes: Bytes each way with which those that train alone measure their links.
     """
 
     def __init__(
@@ -178,7 +179,9 @@ class RealClients:
         division: ModelDivision,
         arrays: ArrayRecord,
         iterations: int,
+        probe_bytes: int = 0,
     ) -> None:
+        self._probe_bytes = probe_bytes
         self._config, self._grid, self._roster, self._fleet = config, grid, roster, fleet
         self._sessions = SplitSessions(fleet, division)
         self._whole_cut, self._arrays, self._iterations = len(division.layers), arrays, iterations
@@ -235,6 +238,8 @@ class RealClients:
             except FedsysError as error:
                 _log.warning("truncated round: client %d: %s", client, error)
                 return None
+        else:
+            self._sessions.have_measured(message, client, self._probe_bytes)
         return message
 
 
@@ -319,8 +324,9 @@ def practise(
     division = ModelDivision(config, dataset.input_shape, dataset.num_classes)
     count = policy.iterations
     clients: Clients = RealClients(
-        config, grid, offload.roster, offload.fleet, division, arrays, count
-    )
+        config, grid, offload.roster, offload.fleet, division, arrays, count,
+        policy.probe_size if is_real(config) else 0,
+    )  # fmt: skip
     if not is_real(config):
         clients = ModelledClients(config, division.layers, count, clients)
     policy.practise(lambda base, forced: TruncatedRounds(base, clients, forced=forced))

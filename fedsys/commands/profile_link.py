@@ -21,6 +21,7 @@ import torch
 
 from fedsys.errors import LinkClosed, RuntimeFailure
 from fedsys.planning.costs import Crossing, tensor_bytes
+from fedsys.transport import link_rate
 from fedsys.transport.addresses import dial, serve
 from fedsys.transport.codecs import CODECS, decode_activation, encode_activation
 from fedsys.transport.link import Link
@@ -57,12 +58,8 @@ def answer(link: Link) -> None:
     try:
         while True:
             frame = link.recv()
-            size = frame.meta.get("reply")
-            if type(size) is int:
-                reply = {"x": torch.zeros(min(max(size, 1), MOST), dtype=torch.uint8)}
-                link.send(Frame("reply", {}, reply))
-            else:
-                link.send(Frame("reply", dict(frame.meta), dict(frame.tensors)))
+            same = Frame("reply", dict(frame.meta), dict(frame.tensors))
+            link.send(link_rate.reply_to(frame, MOST) or same)
     except LinkClosed:
         return
 
@@ -130,8 +127,9 @@ def measure_link(
             nbytes = tensor_bytes(crossing, rows, codec)
             seconds = median(_costs(link, large, codec, repeats))
             byte_s[codec] = max(0.0, seconds - message_s) / nbytes
-        up, down, latency_s = _rates(link, 4 * large.numel(), repeats)
-        return LinkCosts(message_s, byte_s, up, down, latency_s)
+        much = max(4 * large.numel(), 1 << 16)
+        rate = link_rate.measure(link, much, repeats, _ENDLESS_S)
+        return LinkCosts(message_s, byte_s, rate.up_bits_s, rate.down_bits_s, rate.latency_s)
     finally:
         link.close()
 
@@ -147,33 +145,6 @@ def _costs(link: Link, x: torch.Tensor, codec: str, repeats: int) -> list[float]
         decode_activation(back.tensors, back.meta)
         found.append((time.process_time() - began) / 2)
     return found
-
-
-def _rates(link: Link, nbytes: int, repeats: int) -> tuple[float, float, float]:
-    """Return bits per second each way, and seconds of latency one way."""
-    little = torch.zeros(1, dtype=torch.uint8)
-    much = torch.zeros(max(nbytes, 1 << 16), dtype=torch.uint8)
-
-    def seconds(sent: torch.Tensor, asked: int) -> tuple[float, int]:
-        """Return the median seconds of an answer, and the bytes that came: not more than MOST."""
-
-        def once() -> tuple[float, int]:
-            began = time.perf_counter()
-            link.send(Frame("ask", {"reply": asked}, {"x": sent}))
-            reply = link.recv(_ENDLESS_S)
-            return time.perf_counter() - began, len(reply.tensors["x"])
-
-        found = [once() for _ in range(repeats)]
-        return median(took for took, _ in found), min(came for _, came in found)
-
-    def rate(nbytes: int, took: float) -> float:
-        bits = 8.0 * nbytes
-        return bits / max(took - there_and_back, 1e-12 * bits)  # more cannot be told from nothing
-
-    there_and_back, _ = seconds(little, 1)
-    there, _ = seconds(much, 1)
-    back, came = seconds(little, len(much))
-    return rate(len(much), there), rate(came, back), there_and_back / 2
 
 
 def _main(arguments: Sequence[str]) -> None:

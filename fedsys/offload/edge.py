@@ -28,6 +28,7 @@ from fedsys.offload.edge_devices import EdgeDevices
 from fedsys.offload.edge_faults import EdgeFaults
 from fedsys.offload.edge_models import check_models
 from fedsys.offload.emulation import Workers
+from fedsys.offload.link_probes import LinkProbes
 from fedsys.offload.replication import hand_over, send_state
 from fedsys.offload.session import Session
 from fedsys.offload.session_table import SessionTable
@@ -90,10 +91,11 @@ class EdgeServer:
         self._device, self._workers = device or torch.device("cpu"), Workers(name)
         self._table = table = SessionTable(name, limits)
         faults = EdgeFaults(name, None if crash is None else lambda: crash(self), table.tell)
-        self._devices = EdgeDevices(table, faults)
+        self._devices, self._probes = EdgeDevices(table, faults), LinkProbes()
         self._control = EdgeControl(
-            name, table, faults, self._session, token=control_token, controller=controller
-        )
+            name, table, faults, self._session, self._probes,
+            token=control_token, controller=controller,
+        )  # fmt: skip
         links, self._strangers = _places(address.partition("://")[0], limits.max_sessions)
         self._server: Server = serve(
             address,
@@ -174,10 +176,13 @@ class EdgeServer:
                 self._devices.serve(link, first)
             elif first.kind == "probe":
                 self._devices.say_whether_here(link, first)
+            elif first.kind == "measure":
+                self._probes.serve(link, first)
             elif first.kind == "control":
                 self._control.serve(link, first)
             else:
-                raise SessionError(f"{first.kind}: a link begins with hello, probe or control")
+                kinds = "hello, probe, measure or control"
+                raise SessionError(f"{first.kind}: a link begins with {kinds}")
         except LinkClosed:
             pass
         except FedsysError as error:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from fedsys.errors import FedsysError, FrameError, SecurityError, SessionError
 from fedsys.identity import arithmetic
 from fedsys.offload.edge_faults import EdgeFaults
+from fedsys.offload.link_probes import LinkProbes
 from fedsys.offload.session import Session
 from fedsys.offload.session_table import SessionTable
 from fedsys.offload.snapshot import SessionSpec, Snapshot
@@ -23,6 +24,7 @@ class EdgeControl:
         table: The sessions.
         faults: What strikes them.
         make: Builds a session.
+        probes: Of devices without a session.
         token: What a controller without a certificate presents; empty: none may come.
         controller: Name in the certificate of others; empty: none may come.
     """
@@ -33,12 +35,13 @@ class EdgeControl:
         table: SessionTable,
         faults: EdgeFaults,
         make: Callable[[SessionSpec, Snapshot], Session],
+        probes: LinkProbes,
         *,
         token: str,
         controller: str,
     ) -> None:
         self._name, self._table, self._faults, self._make = name, table, faults, make
-        self._token, self._controller = token, controller
+        self._probes, self._token, self._controller = probes, token, controller
 
     def serve(self, link: AcceptedLink, first: Frame) -> None:
         """Obey a controller until its link ends.
@@ -80,6 +83,9 @@ class EdgeControl:
             named = frame.meta.get("sessions")
             table.claim(named if isinstance(named, list) else (), link)
             return Frame("pong", {"sessions": table.names, "counters": dict(table.counters)})
+        if frame.kind == "expect":
+            self._probes.expect(str(frame.meta.get("token", "")))
+            return Frame("expected")
         name = str(frame.meta.get("session", ""))
         session = table.get(name)
         if session is None:

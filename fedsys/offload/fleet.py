@@ -191,6 +191,15 @@ class Fleet:
         except SessionError as error:
             _log.debug("session %s: %s", session, error)
 
+    def expect(self, edge: str, token: str) -> None:
+        """Have an edge let a device measure its link that presents a token.
+
+        Raises:
+            SessionError: The edge refused.
+            LinkError: It is gone.
+        """
+        self._edges.request(edge, "expect", {"token": token})
+
     def recoveries(self) -> list[Recovery]:
         """Return what was done about losses since the last call."""
         with self._held.lock:

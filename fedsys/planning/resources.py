@@ -88,6 +88,7 @@ class Observation(Measured):
         waited_s: Of these, seconds in which it waited for its edge.
         bytes_up: Bytes sent to the edge.
         bytes_down: Bytes received from it.
+        probe_bytes: Bytes sent and received to measure the link of a device without a session.
     """
 
     steps: int = 0
@@ -95,6 +96,7 @@ class Observation(Measured):
     waited_s: float = 0.0
     bytes_up: int = 0
     bytes_down: int = 0
+    probe_bytes: int = 0
 
     @classmethod
     def of(cls, told: Mapping[str, Any]) -> Observation:

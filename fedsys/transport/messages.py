@@ -36,6 +36,7 @@ ASSIGNMENT: Final = "assignment"
 OBSERVATION: Final = "observation"
 TRACE: Final = "trace"
 TRUNCATED: Final = "truncated"
+PROBE: Final = "probe"
 FAULTS: Final = "faults"
 """Records with a dataclass: below, in `fedsys.planning`, and in `fedsys.faults`."""
 
@@ -91,6 +92,15 @@ class Truncated:
     """`TRUNCATED`: after how many mini-batches a round is over."""
 
     iterations: int
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """`PROBE`: bytes each way to measure a link with, and an edge server that expects it."""
+
+    nbytes: int
+    token: str
+    edges: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,6 +119,16 @@ class FedAdaptPolicy:
         """Return one sentence about the decision for each client."""
         return self._ready.reasons(state, clients)
 
+    def to_measure(self, state: State, clients: Sequence[int]) -> Mapping[int, int]:
+        """Return the bytes each way, by client that is to measure its link although it is alone."""
+        decider, nbytes = self._ready, self.probe_size
+        return dict.fromkeys(decider.unmeasured(state, clients), nbytes) if nbytes else {}
+
+    @property
+    def probe_size(self) -> int:
+        """Bytes each way with which a device measures its link; 0: none does."""
+        return self._options.probe_bytes if self._options.probe_every else 0
+
     @property
     def _ready(self) -> FedAdapt:
         if self._decider is None:

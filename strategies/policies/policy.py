@@ -11,7 +11,8 @@ and sending happen in `strategies.offload`. A complete policy::
         def plan(self, state, seen):
             return state, {node: Assignment(cut=3, edge=0) for node in seen}
 
-What it may have beside, for what is told of its decisions: `Explains`, `Predicts`, `Probes`.
+What it may have beside, for what is told of its decisions: `Explains`, `Predicts`, `Probes`; and
+`MeasuresLinks`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from fedsys.planning.resources import Observation
 __all__ = [
     "Assignment",
     "Explains",
+    "MeasuresLinks",
     "Observation",
     "OffloadPolicy",
     "PolicyState",
@@ -77,6 +79,15 @@ class Predicts(Protocol):
 
     def predicted(self, state: PolicyState, clients: Sequence[int]) -> Plan:
         """Return what it expects of some clients of the round that it has planned."""
+        ...
+
+
+@runtime_checkable
+class MeasuresLinks(Protocol):
+    """A policy that has devices measure their links which train alone."""
+
+    def to_measure(self, state: PolicyState, clients: Sequence[int]) -> Mapping[int, int]:
+        """Return the bytes each way, by client that is to do so in the round that is planned."""
         ...
 
 

@@ -13,6 +13,7 @@ from fedsys.main import main
 from fedsys.offload.processors import usable_cores
 from fedsys.planning.costs import Crossing
 from fedsys.transport.addresses import dial, serve
+from fedsys.transport.link_rate import measure
 from fedsys.transport.network import Network
 from fedsys.transport.shaping import Shaped
 
@@ -118,7 +119,7 @@ def test_a_rate_is_that_of_the_bytes_that_came(monkeypatch):
     server = serve("memory://bounded", answer)
     link = Shaped(dial("memory://bounded"), Network(down_bits_s=4e6))
     try:
-        _, down, _ = profile_link._rates(link, 1 << 18, 3)
+        down = measure(link, 1 << 18, 3, 60.0).down_bits_s
     finally:
         link.close()
         server.stop()

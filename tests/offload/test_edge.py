@@ -194,7 +194,9 @@ def test_a_link_that_greets_nobody_is_refused(edge_at, last_layer):
     for kind in ("activation", "open", "collect", "welcome"):
         link = dial(edge.address)
         link.send(Frame(kind, {"session": "s"}))
-        with pytest.raises(RemoteError, match="a link begins with hello, probe or control"):
+        with pytest.raises(
+            RemoteError, match="a link begins with hello, probe, measure or control"
+        ):
             link.recv(WAIT_S)
     assert edge.counters["refused_SessionError"] == 4
 

@@ -18,8 +18,10 @@ from fedsys.transport.messages import (
     Identity,
     Outcome,
     Place,
+    Probe,
     Settings,
     TraceRecord,
+    Truncated,
     read,
     written,
 )
@@ -62,7 +64,10 @@ def test_the_keys_are_those_of_the_wire():
     assert list(Assignment(3).to_record()) == ["cut", "codec-up", "codec-down"]
     assert {*written(Observation()), *written(Outcome())} == {
         *("steps", "seconds", "waited-s", "bytes-up", "bytes-down", "recoveries", "stranded"),
-        *("iteration-s", "compute-s", "edge-s", "up-bit-s", "down-bit-s"),
+        *("iteration-s", "compute-s", "edge-s", "up-bit-s", "down-bit-s", "probe-bytes"),
+    }
+    assert {*written(Truncated(5)), *written(Probe(1, "t", ()))} == {
+        *("iterations", "nbytes", "token", "edges"),
     }
     assert list(written(TraceRecord(b""))) == ["events", "ends", "late"]
 

@@ -42,6 +42,7 @@ class Known:
         slow: Whether it is among those with slow links.
         vetoed: Seconds of a bit, both ways together, with which each cut was slower than alone, by
             the cut's index.
+        unseen: Rounds since its link was measured, that of the last plan included.
     """
 
     baseline_s: float = 0.0
@@ -52,6 +53,7 @@ class Known:
     down_bit_s: float = 0.0
     slow: bool = False
     vetoed: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    unseen: int = 0
 
     @property
     def mbit_s(self) -> float:
@@ -79,14 +81,19 @@ class Known:
         """Take what was measured alone as the baseline, where it differs from the one before."""
         before = self.baseline_s
         if before and abs(got.iteration_s / before - 1.0) <= options.drift:
-            return self
+            return dataclasses.replace(self, vetoed=self._still_vetoed(options))
         return dataclasses.replace(self, baseline_s=got.iteration_s, compute_s={}, vetoed={})
 
-    def _vetoing(self, alone: int, options: FedAdaptOptions) -> Known:
+    def _still_vetoed(self, options: FedAdaptOptions) -> dict[str, float]:
+        """Return the vetoes that hold still: those of a link that is as it was."""
         bit_s = self.up_bit_s + self.down_bit_s
-        kept = {
-            cut: at for cut, at in self.vetoed.items() if abs(bit_s / at - 1.0) <= options.drift
-        } if bit_s > 0 else dict(self.vetoed)  # fmt: skip
+        if not bit_s > 0:
+            return dict(self.vetoed)
+        drift = options.drift
+        return {cut: at for cut, at in self.vetoed.items() if abs(bit_s / at - 1.0) <= drift}
+
+    def _vetoing(self, alone: int, options: FedAdaptOptions) -> Known:
+        bit_s, kept = self.up_bit_s + self.down_bit_s, self._still_vetoed(options)
         limit = None if options.veto is None else self.baseline_s * (1.0 + options.veto)
         if limit is not None and self.baseline_s > 0 and self.iteration_s > limit:
             kept[str(self.cut)] = bit_s or 1e-12
@@ -162,13 +169,28 @@ class FedAdapt:
                     known[client], nearest(self._base.shares, asked[group])
                 )
         for client in clients:
-            known[client] = dataclasses.replace(known[client], cut=picked[client])
+            measured = seen[client].up_bit_s > 0
+            unseen = 1 if measured else known[client].unseen + 1
+            known[client] = dataclasses.replace(known[client], cut=picked[client], unseen=unseen)
         made = {client: self._assignment(client, picked[client]) for client in clients}
         remembered = {client: dataclasses.asdict(known[client]) for client in clients}
         return {
             "known": state["known"] | remembered, "groups": groups, "asked": asked,
             "learning": learning.to_values(),
         }, made  # fmt: skip
+
+    def unmeasured(self, state: State, clients: Sequence[int]) -> list[int]:
+        """Return who is alone because of a slow link that has long not been measured."""
+        every = self._options.probe_every
+        known = {client: Known(**state["known"][client]) for client in clients}
+        return [
+            client
+            for client, device in known.items()
+            if every
+            and device.cut == self._alone
+            and (device.slow or device.vetoed)
+            and device.unseen >= every
+        ]
 
     def reasons(self, state: State, clients: Sequence[int]) -> dict[int, str]:
         """Return one sentence about the decision for each client."""

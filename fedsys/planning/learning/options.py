@@ -108,6 +108,9 @@ class FedAdaptOptions:
         codec: Codecs that may be chosen.
         micro_batches: Numbers of pieces that may be chosen; None: what the batch allows.
         drift: Relative change of what a device takes to compute from which on it is grouped anew.
+        probe_every: Rounds in which the link of a device that is alone because it is slow was not
+            measured, until that is done; 0: never.
+        probe_bytes: Bytes each way with which it is.
         learn: Whether the agent goes on learning in the run.
         learn_std: Standard deviation of its actions then, as a share of the work.
         learn_every: Rounds between two updates then.
@@ -127,6 +130,8 @@ class FedAdaptOptions:
     codec: Any = "fp32"
     micro_batches: Any = None
     drift: float = 0.2
+    probe_every: int = 5
+    probe_bytes: int = 65_536
     learn: bool = False
     learn_std: float = 0.05
     learn_every: int = 10
@@ -176,6 +181,8 @@ _BOUNDS = (
     ("hysteresis", 0, 10),
     ("veto", 0, 10),
     ("drift", 0.01, 10),
+    ("probe_every", 0, 1_000_000),
+    ("probe_bytes", 1024, 1 << 20),
     ("learn_std", 0.001, 1),
     ("learn_every", 2, 10_000),
     ("training.iterations", 2, 10_000),

@@ -362,6 +362,26 @@ def test_the_first_round_is_alone_and_tells_the_baseline(base):
     assert "keep 10% of the work" in made.reasons(state, [3])[3]
 
 
+@pytest.mark.parametrize("every", [1, 3, 0])
+def test_who_is_alone_because_of_a_slow_link_measures_it_now_and_then(base, every):
+    made = decider(base, [0.1, 0.1, 1.0], probe_every=every)
+    state, _ = made.plan(made.init(), {0: Observation(), 3: Observation()})
+    alone, due = Observation(iteration_s=0.6), []
+    assert made.unmeasured(state, [0, 3]) == []  # nothing is known to be slow
+    state, _ = made.plan(state, {0: alone, 3: alone})
+    state, plan = made.plan(state, {0: measured(3.0, mbit_s=4.0), 3: measured(0.3, mbit_s=75.0)})
+    assert (plan[0].cut, plan[3].cut) == (5, 1)
+    for _ in range(6):
+        due.append(made.unmeasured(state, [0, 3]))
+        got = measured(0.6, mbit_s=4.0) if due[-1] else alone
+        state, plan = made.plan(state, {0: got, 3: measured(0.3, mbit_s=75.0)})
+        assert plan[0].cut == 5
+    wanted = {1: [[0]] * 6, 3: [[], [], [0], [], [], [0]], 0: [[]] * 6}
+    assert due == wanted[every]
+    state, plan = made.plan(state, {0: measured(0.6, mbit_s=50.0), 3: measured(0.3)})
+    assert plan[0].cut == 1 and made.unmeasured(state, [0, 3]) == []  # the link has recovered
+
+
 def test_a_device_that_was_slower_than_alone_stays_alone_until_its_link_changes(base):
     made = decider(base, [0.1, 0.1, 0.1])
     state, _ = made.plan(made.init(), {0: Observation()})
@@ -371,9 +391,10 @@ def test_a_device_that_was_slower_than_alone_stays_alone_until_its_link_changes(
     assert plan[0].cut == 5 and "slower than alone" in made.reasons(state, [0])[0]
     state, plan = made.plan(state, {0: measured(0.6, mbit_s=10.5)})
     assert plan[0].cut == 5
-    state, _ = made.plan(state, {0: measured(0.6, mbit_s=60.0)})
+    state, plan = made.plan(state, {0: Observation(iteration_s=0.6)})
+    assert plan[0].cut == 5  # nothing was measured of its link
     state, plan = made.plan(state, {0: measured(0.6, mbit_s=60.0)})
-    assert plan[0].cut == 5  # no rate was measured while it offloaded there
+    assert plan[0].cut == 1  # it has changed
     bold = decider(base, [0.1, 0.1, 0.1], veto=None)
     state, _ = bold.plan(bold.init(), {0: Observation()})
     state, _ = bold.plan(state, {0: measured(0.6)})
