@@ -30,6 +30,7 @@ from flwr.supercore.fab import Fab
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
 from fedsys.errors import ConfigError, FedsysError, RuntimeFailure, SecurityError
+from fedsys.runtime.busy import asked_again
 
 STATUS_S = 1.0
 """Seconds between two looks at whether a run that says nothing still exists."""
@@ -115,9 +116,8 @@ class SuperLinkClient:
     def register(self, public_key: bytes, name: str) -> int:
         """Register a node by its public key (PEM) and return its id."""
         with self._explained():
-            response = self._client.RegisterNode(
-                RegisterNodeRequest(public_key=public_key, name=name)
-            )
+            request = RegisterNodeRequest(public_key=public_key, name=name)
+            response = asked_again(lambda: self._client.RegisterNode(request))
         return int(response.node_id)
 
     def submit(self, bundle: bytes, sha256: str, run_config: dict[str, str]) -> int:
@@ -133,7 +133,7 @@ class SuperLinkClient:
             override_config=user_config_to_proto(dict(run_config)),
         )
         with self._explained():
-            response = self._client.StartRun(request)
+            response = asked_again(lambda: self._client.StartRun(request))
         if not response.HasField("run_id"):
             raise RuntimeFailure(
                 f"the SuperLink at {self.address.host_port} did not start the run: {response.note}"
@@ -143,7 +143,8 @@ class SuperLinkClient:
     def status(self, run_id: int) -> tuple[str, str]:
         """Return how a run ended and details, or two empty strings if it has not ended."""
         with self._explained():
-            runs = self._client.ListRuns(ListRunsRequest(run_id=run_id)).run_dict
+            request = ListRunsRequest(run_id=run_id)
+            runs = asked_again(lambda: self._client.ListRuns(request)).run_dict
         if run_id not in runs:
             return "", ""
         status = runs[run_id].status

@@ -13,6 +13,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
+
+from fedsys import config as configuration
 from fedsys.config import Config, secret
 from fedsys.errors import ConfigError, RunError, RuntimeFailure
 from fedsys.runs import startup as stages
@@ -41,7 +44,7 @@ def run_deployment(config: Config) -> Mapping[str, Any]:
         if runtime.launch:
             token = secret.handed_on(config.fleet.control_token)
             with _settled(config), token, launched(config, progress) as here:
-                told = _carry_out(config, here, progress)
+                told = _carry_through(config, here, progress)
             result = {**told, **stages.current().figures()}
             RunFolder.open(Path(str(config.run.dir))).finish(result)  # with the time of the command
             return result
@@ -59,6 +62,56 @@ def run_deployment(config: Config) -> Mapping[str, Any]:
         )
         told = _carry_out(config, Launched(address, lambda: None, {}), progress)
         return {**told, **stages.current().figures()}
+
+
+SUBMISSIONS = 3
+"""How many times a run is submitted to a SuperLink that was started for it."""
+
+
+class Unfinished(RuntimeFailure):
+    """A run ended before its last round, and its server app did not say why."""
+
+
+def _carry_through(config: Config, here: Launched, progress: Progress) -> Mapping[str, Any]:
+    """Carry out a run, and go on with it where it was Flower that ended it.
+
+    A SuperLink on a machine that is short of time answers too late: its database is locked, the
+    session in which objects are pushed expires, or the token of the server app does, whose
+    heartbeats come late. No round is lost by that.
+    """
+    for _ in range(SUBMISSIONS - 1):
+        try:
+            return _carry_out(config, here, progress)
+        except Unfinished as error:
+            if not _ended_by_flower(Path(str(config.run.dir))):
+                raise
+            progress.note(f"{error}; it is submitted again")
+            config = _continued(config)
+    return _carry_out(config, here, progress)
+
+
+def _ended_by_flower(path: Path) -> bool:
+    """Return whether a run ended as requests to the SuperLink failed, by what its folder says."""
+    if not (path / "run.json").is_file():  # before its server app came so far
+        return True
+    try:
+        info = RunFolder.open(path).info
+    except RunError:
+        return False
+    told = info.get("error")
+    kind = str(told.get("type")) if isinstance(told, Mapping) else ""
+    of_httpx = getattr(httpx, kind, None)
+    failed = isinstance(of_httpx, type) and issubclass(of_httpx, httpx.HTTPError)
+    # Without its token, Flower interrupts the server app, and answers that the run does not run.
+    return failed or kind in ("KeyboardInterrupt", "SystemExit", "RunNotRunningException")
+
+
+def _continued(config: Config) -> Config:
+    """Return the configuration with which a run goes on, if it has begun."""
+    path = Path(str(config.run.dir))
+    if not (path / "run.json").is_file():
+        return config
+    return configuration.parse(configuration.with_values(config.text, resume=str(path)))
 
 
 def _check_token(config: Config) -> None:
@@ -125,7 +178,8 @@ def _carry_out(config: Config, there: Launched, progress: Progress) -> Mapping[s
     if replay.error is not None:
         raise replay.error
     if ended != "completed" or replay.result is None:
-        raise RuntimeFailure(
+        kind = RuntimeFailure if ended == "stopped" else Unfinished
+        raise kind(
             f"run {run_id} ended as {ended}: {details or 'the server app said nothing'}; "
             "fedsys train resume=RUN on the machine of the server app continues it"
         )

@@ -16,6 +16,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
+from fedsys.runtime.busy import asked_again
 from fedsys.runtime.grid_around import GridAround
 from fedsys.training.pulse import pulse
 from fedsys.transport import packing
@@ -62,7 +63,8 @@ class AttentiveGrid(GridAround):
     Contents travel packed (`fedsys.transport.packing`); the client app unpacks them and packs its
     reply.
 
-    A node that does not reply is nudged (`NUDGE_S`).
+    A node that does not reply is nudged (`NUDGE_S`), and a SuperLink that is too busy for a request
+    is asked again (`fedsys.runtime.busy`).
 
     When a node is lost, the SuperLink answers in its place and under its own id; here such a reply
     carries the id of the node that was asked.
@@ -75,6 +77,10 @@ class AttentiveGrid(GridAround):
         super().__init__(inner)
         self._nudges: dict[str, int] = {}  # those that nobody has answered, with the node
 
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the nodes that are connected."""
+        return asked_again(lambda: list(self.inner.get_node_ids()))
+
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Send messages packed; afterwards they are as before, with the id that they were given."""
         batch = list(messages)
@@ -83,14 +89,15 @@ class AttentiveGrid(GridAround):
         try:
             for message, content in zip(batch, contents, strict=True):
                 message.content = packed[id(content)]
-            return list(self.inner.push_messages(batch))
+            return asked_again(lambda: list(self.inner.push_messages(batch)))
         finally:
             for message, content in zip(batch, contents, strict=True):
                 message.content = content
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return the replies that are there, unpacked."""
-        replies = list(self.inner.pull_messages(message_ids))
+        wanted = list(message_ids)
+        replies = asked_again(lambda: list(self.inner.pull_messages(wanted)))
         for reply in replies:
             if packing.is_packed(reply):
                 reply.content = packing.unpack(reply.content)

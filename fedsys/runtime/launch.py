@@ -6,7 +6,7 @@
     ├── superlink.db       the SuperLink's state: killed and started again, it goes on with its run
     ├── superlink.log  superlink-executor.log  node-0.log  node-0-executor.log  edge-0.log  …
     ├── secrets/           certificates, node keys, the executors' secret; gone after the run
-    └── home/              Flower's own folder (FLWR_HOME); gone after the run
+    └── home/              Flower's own folder (FLWR_HOME); gone after the run, also a killed one
 
 Everything speaks TLS with certificates made for this run, listens on 127.0.0.1 only, and each
 node is known to the SuperLink by its key. Apps run in processes of executors beside SuperLink and
@@ -20,6 +20,7 @@ import secrets
 import shutil
 import ssl
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,8 +43,14 @@ HOST = "127.0.0.1"
 START_S = 120.0
 """Longest time for the SuperLink to answer after its start, in seconds."""
 
+RESTARTS = 3
+"""How many times the processes of a device are started again."""
+
 POLL_S = "0.1"
 """Seconds between two looks of an executor for work; Flower's default is 1."""
+
+PRIVATE = ("secrets", "home")
+"""Folders that nobody needs after the run."""
 
 Check = Callable[[], None]
 
@@ -77,7 +84,8 @@ def launched(config: Config, progress: Progress) -> Iterator[Launched]:
     deployment = Deployment.prepare(folder, port, config.num_clients)
     try:
         progress.phase("starting a SuperLink")
-        with Processes(folder, environment(folder / "home")) as processes:
+        private = [folder / name for name in PRIVATE]
+        with Processes(folder, environment(folder / "home"), private) as processes:
             stages.current().reached("imports")
             edges = EdgeProcesses(config, folder, processes, progress.note)
             deployment.start_superlink(processes)
@@ -93,8 +101,11 @@ def launched(config: Config, progress: Progress) -> Iterator[Launched]:
                 progress.phase(f"starting {len(edges)} edge server{'s' if len(edges) > 1 else ''}")
                 edges.wait()
 
+            devices = Devices(deployment, processes, progress.note)
+
             def check() -> None:
                 processes.check()
+                devices.check()
                 edges.check()
 
             yield Launched(deployment.address, check, edges.run_config())
@@ -103,7 +114,7 @@ def launched(config: Config, progress: Progress) -> Iterator[Launched]:
 
 
 def _remove_private(folder: Path) -> None:
-    for name in ("secrets", "home"):
+    for name in PRIVATE:
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
@@ -191,6 +202,8 @@ class Deployment:
     def start_node(self, processes: Processes, partition: int, name: str = "") -> None:
         """Start the SuperNode of a partition, and what runs its client app.
 
+        The run is to outlive both.
+
         Args:
             processes: Where it is started.
             partition: Its partition id.
@@ -208,10 +221,17 @@ class Deployment:
                 "--superexec-auth-secret-file", str(self._secret("executors")),
                 "--node-config", self._node_config(partition),
             ],
+            vital=False,
         )  # fmt: skip
+        self.start_node_executor(processes, partition, name)
+
+    def start_node_executor(self, processes: Processes, partition: int, name: str = "") -> None:
+        """Start what runs the client app of a partition; arguments as for `start_node`."""
+        name = name or f"node-{partition}"
         # A home for each: two processes that unpack one bundle at one place disturb each other.
         home = {"FLWR_HOME": str(self.folder / "home" / name)}
-        processes.start(f"{name}-executor", self._executor(f"{HOST}:{port}"), home)
+        command = self._executor(f"{HOST}:{self.node_ports[partition]}")
+        processes.start(f"{name}-executor", command, home, vital=False)
 
     def _node_config(self, partition: int) -> str:
         about = f"partition-id={partition} num-partitions={len(self.node_keys)}"
@@ -234,6 +254,49 @@ class Deployment:
 
     def _secret(self, name: str) -> Path:
         return self.folder / "secrets" / name
+
+
+class Devices:
+    """Starts the processes of devices again that end, and says so; the others go on meanwhile.
+
+    What the device was at is answered for by Flower, which notices that nobody works on it: it is
+    left out of that round.
+
+    Args:
+        deployment: Starts them.
+        processes: Where they are.
+        note: Told what ended, and what becomes of it.
+    """
+
+    def __init__(
+        self, deployment: Deployment, processes: Processes, note: Callable[[str], None]
+    ) -> None:
+        self._deployment, self._processes, self._note = deployment, processes, note
+        self._restarts: Counter[int] = Counter()
+        self._gone: set[int] = set()
+
+    def check(self) -> None:
+        """See which have ended since the last call."""
+        ended = self._processes.ended()
+        for partition in range(len(self._deployment.node_keys)):
+            node, executor = f"node-{partition}", f"node-{partition}-executor"
+            status = ended.get(node, ended.get(executor))
+            if status is None or partition in self._gone:
+                continue
+            name = node if node in ended else executor
+            why = f"{name} ended with status {status} ({self._processes.last_words(name)})"
+            self._processes.stop([executor] if name == executor else [node, executor], at_once=True)
+            self._restarts[partition] += 1
+            if self._restarts[partition] > RESTARTS:
+                self._gone.add(partition)
+                self._processes.stop([node, executor], at_once=True)
+                self._note(f"{why}; device {partition} is left out")
+                continue
+            self._note(f"{why}; it is started again")
+            if name == executor:
+                self._deployment.start_node_executor(self._processes, partition)
+            else:
+                self._deployment.start_node(self._processes, partition)
 
 
 def write_node_key(file: Path) -> bytes:

@@ -1,4 +1,4 @@
-"""``python -m fedsys.runtime.nursery``: starts Flower's programs as forks, for `Processes`.
+"""``python -m fedsys.runtime.nursery [FOLDER…]``: starts programs as forks, for `Processes`.
 
 Reads one JSON object per line from standard input and answers each with one line::
 
@@ -10,13 +10,15 @@ A SuperLink needs no torch, and is started before that is preloaded for the prog
 on two cores, the two go on at the same time.
 
 Ends, with everything that it started, when standard input ends: also when whoever holds the other
-end was killed.
+end was killed. Then it removes the folders that it was given, which hold secrets: nobody else is
+left to do so.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -45,6 +47,8 @@ def main() -> None:
     for pid, status in children.items():
         if status is None:
             os.killpg(pid, signal.SIGKILL)
+    for folder in sys.argv[1:]:
+        shutil.rmtree(folder, ignore_errors=True)
     os._exit(0)  # Python would take seconds to tear down what was imported for the forks
 
 

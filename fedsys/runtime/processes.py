@@ -42,16 +42,17 @@ class Processes:
     Args:
         logs: Folder for what they print, a file for each.
         env: Their environment.
+        private: Folders with secrets, which are removed when all has ended, whatever ends it.
     """
 
-    def __init__(self, logs: Path, env: Mapping[str, str]) -> None:
+    def __init__(self, logs: Path, env: Mapping[str, str], private: Sequence[Path] = ()) -> None:
         self._logs = logs
         self._pids: dict[str, int] = {}
         self._busy = False
         self._vital: set[str] = set()
         with (logs / "nursery.log").open("ab") as log:
             self._nursery = subprocess.Popen(
-                [sys.executable, "-P", "-m", "fedsys.runtime.nursery"],
+                [sys.executable, "-P", "-m", "fedsys.runtime.nursery", *map(str, private)],
                 env={**env, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -128,6 +129,11 @@ class Processes:
     def status(self, name: str) -> int | None:
         """Return the exit status of a program; None while it runs."""
         return self._ended().get(self._pids[name])
+
+    def ended(self) -> dict[str, int]:
+        """Return the exit status of each program that has ended, by name."""
+        ended = self._ended()
+        return {name: ended[pid] for name, pid in self._pids.items() if pid in ended}
 
     def check(self, names: Sequence[str] | None = None) -> None:
         """Raise if a program has ended, by default one that is vital.

@@ -1,0 +1,206 @@
+"""What ends in a launched deployment is started again, and its secrets go with whoever made them.
+
+The executor of one device, killed, ended a run of which all else lived; the keys of a launcher that
+was killed stayed on the disk.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import httpx
+import psutil
+import pytest
+
+from fedsys.errors import RuntimeFailure
+from fedsys.runs.folder import RunFolder
+from fedsys.runtime import deployment, launch
+from fedsys.runtime.busy import WAITS_S, asked_again
+from fedsys.runtime.launch import RESTARTS, Devices
+from fedsys.runtime.processes import Processes, free_ports
+
+WAIT_S = 60.0
+
+
+def until(true):
+    deadline = time.monotonic() + WAIT_S
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+class Waiting:
+    """A deployment whose nodes and executors only wait for a SuperLink that is not there."""
+
+    node_keys = (b"one", b"two")
+
+    def start_node(self, processes, partition):
+        self._start(processes, f"node-{partition}")
+        self.start_node_executor(processes, partition)
+
+    def start_node_executor(self, processes, partition):
+        self._start(processes, f"node-{partition}-executor")
+
+    def _start(self, processes, name):
+        port, nobody = free_ports(2)
+        superlink = f"127.0.0.1:{nobody}"
+        command = ["flower-supernode", "--insecure", "--superlink", superlink]
+        processes.start(name, [*command, "--port", str(port)], vital=False)
+
+
+@pytest.fixture
+def watched(tmp_path):
+    """Return the processes of two devices, what watches them, and what it says."""
+    notes, made = [], Waiting()
+    with Processes(tmp_path, launch.environment(tmp_path / "home")) as processes:
+        for partition in (0, 1):
+            made.start_node(processes, partition)
+        devices = Devices(made, processes, notes.append)
+        yield SimpleNamespace(processes=processes, notes=notes, devices=devices)
+
+
+def kill(watched, name):
+    pid = watched.processes.pid(name)
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: name in watched.processes.ended())
+    return pid
+
+
+def test_the_executor_of_a_device_is_started_again_and_its_node_stays(watched):
+    node, other = watched.processes.pid("node-0"), watched.processes.pid("node-1-executor")
+    former = kill(watched, "node-0-executor")
+    watched.devices.check()
+    watched.processes.check()
+    assert watched.processes.pid("node-0-executor") != former
+    assert watched.processes.pid("node-0") == node
+    assert watched.processes.pid("node-1-executor") == other
+    assert watched.processes.ended() == {}
+    (note,) = watched.notes
+    assert note.startswith("node-0-executor ended with status -9") and "started again" in note
+
+
+def test_a_node_is_started_again_with_its_executor(watched):
+    before = kill(watched, "node-1"), watched.processes.pid("node-1-executor")
+    watched.devices.check()
+    names = ("node-1", "node-1-executor")
+    assert not {watched.processes.pid(name) for name in names} & set(before)
+    assert watched.processes.ended() == {}
+
+
+def test_a_device_that_ends_again_and_again_is_left_out_and_the_others_stay(watched):
+    for _ in range(RESTARTS + 1):
+        kill(watched, "node-0-executor")
+        watched.devices.check()
+    watched.devices.check()
+    watched.processes.check()
+    assert watched.notes[-1].endswith("device 0 is left out") and len(watched.notes) == RESTARTS + 1
+    with pytest.raises(KeyError):
+        watched.processes.pid("node-0")
+    assert watched.processes.status("node-1") is None
+
+
+LAUNCHER = """
+import os, sys, time
+from pathlib import Path
+from fedsys.runtime.processes import Processes
+folder = Path(sys.argv[1])
+with Processes(folder, dict(os.environ), [folder / "secrets"]) as processes:
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_secrets_go_although_the_launcher_was_killed(tmp_path):
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets" / "key.pem").write_text("a key")
+    command = [sys.executable, "-c", LAUNCHER, tmp_path]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout.readline() == "ready\n"
+        assert (tmp_path / "secrets" / "key.pem").exists()
+        launcher.kill()
+    until(lambda: not (tmp_path / "secrets").exists())
+
+
+def test_a_busy_superlink_is_asked_again_and_others_errors_are_raised_at_once():
+    """A locked database, answered by 500, ended a run before its first round."""
+    waited, answers = [], [500, 503, 500, 200]
+    handler = httpx.MockTransport(lambda request: httpx.Response(answers.pop(0)))
+
+    def call():
+        return client.get("http://superlink/").raise_for_status().status_code
+
+    with httpx.Client(transport=handler) as client:
+        assert asked_again(call, waited.append) == 200
+        assert tuple(waited) == WAITS_S[:3]
+        answers[:] = [403]
+        with pytest.raises(httpx.HTTPStatusError, match="403"):
+            asked_again(call, waited.append)
+        answers[:] = [500] * 20
+        with pytest.raises(httpx.HTTPStatusError, match="500"):
+            asked_again(call, waited.append)
+        assert len(answers) == 20 - 1 - len(WAITS_S)
+
+
+@pytest.mark.parametrize(
+    ("error", "again"),
+    [
+        (httpx.HTTPStatusError("locked", request=None, response=None), True),
+        (httpx.ReadTimeout("late"), True),
+        (KeyboardInterrupt(), True),  # what Flower does to a server app without its token
+        (ValueError("of a strategy"), False),
+    ],
+)
+def test_a_run_that_flower_ended_is_submitted_again_and_goes_on(
+    error, again, tmp_path, configure, monkeypatch
+):
+    """An expired session or a lost token of the server app ended a run for good."""
+    folder = tmp_path / "run"
+    config = configure("rounds=1", f"run.dir={folder}")
+    asked, notes = [], []
+
+    def carried_out(config, here, progress):
+        asked.append(config.resume)
+        if len(asked) == 1:  # as a server app that ends in this way leaves its folder
+            with pytest.raises(type(error)), RunFolder.create(folder, config.text):
+                raise error
+            raise deployment.Unfinished("run 1 ended as failed")
+        return {"accuracy": 1.0}
+
+    monkeypatch.setattr(deployment, "_carry_out", carried_out)
+    progress = SimpleNamespace(note=notes.append)
+    if again:
+        assert deployment._carry_through(config, None, progress) == {"accuracy": 1.0}
+        assert asked == [None, str(folder)] and "submitted again" in notes[0]
+    else:
+        with pytest.raises(RuntimeFailure, match="run 1 ended"):
+            deployment._carry_through(config, None, progress)
+
+
+@pytest.mark.deployment
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")
+def test_a_run_outlives_the_executor_of_one_of_its_devices(tmp_path):
+    folder = tmp_path / "run"
+    command = [
+        sys.executable, "-m", "fedsys.main", "train", "runtime=deployment", "runtime.launch=true",
+        "data=synthetic", "data.max_examples=200", "model=cnn", "rounds=3", "num_clients=2",
+        "run.plots=false", f"run.dir={folder}",
+    ]  # fmt: skip
+    with (tmp_path / "said").open("w") as said:
+        child = subprocess.Popen(command, stderr=said)
+        until(lambda: (folder / "metrics.csv").exists() or child.poll() is not None)
+        executor = str(folder / "flower" / "node-1-executor.log")
+        (found,) = [
+            process
+            for process in psutil.Process(child.pid).children(recursive=True)
+            if os.getpgid(process.pid) == process.pid
+            and executor in {os.path.realpath(file.path) for file in process.open_files()}
+        ]
+        found.kill()
+        assert child.wait(300) == 0, (tmp_path / "said").read_text()
+    assert "node-1-executor ended with status -9" in (tmp_path / "said").read_text()
+    assert [row["round"] for row in RunFolder.open(folder).rounds()] == [1, 2, 3]
+    assert not (folder / "flower" / "secrets").exists()
