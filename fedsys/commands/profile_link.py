@@ -21,6 +21,7 @@ import torch
 
 from fedsys.errors import LinkClosed, RuntimeFailure
 from fedsys.planning.costs import Crossing, tensor_bytes
+from fedsys.runtime.processes import wait_or_kill
 from fedsys.transport import link_rate
 from fedsys.transport.addresses import dial, serve
 from fedsys.transport.codecs import CODECS, decode_activation, encode_activation
@@ -89,11 +90,7 @@ def other_end(kind: str) -> Iterator[str]:
         yield address
     finally:
         process.stdin.close()
-        try:
-            process.wait(5)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        wait_or_kill(process, 5)
         process.stdout.close()
 
 

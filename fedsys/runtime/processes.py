@@ -80,11 +80,7 @@ class Processes:
             assert self._nursery.stdin is not None and self._nursery.stdout is not None
             with contextlib.suppress(OSError):
                 self._nursery.stdin.close()
-            try:
-                self._nursery.wait(STOP_S)
-            except subprocess.TimeoutExpired:
-                self._nursery.kill()
-                self._nursery.wait()
+            wait_or_kill(self._nursery, STOP_S)
             self._nursery.stdout.close()
 
     def _kill(self) -> None:
@@ -199,6 +195,15 @@ class Processes:
 def _signal_group(group: int, number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(group, number)
+
+
+def wait_or_kill(process: subprocess.Popen[Any], patience_s: float) -> None:
+    """Wait for a process that is about to end; kill it if it has not done so in time."""
+    try:
+        process.wait(patience_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def free_ports(count: int) -> list[int]:

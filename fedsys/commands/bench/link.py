@@ -33,6 +33,7 @@ import torch
 from fedsys.commands.bench import Chart
 from fedsys.config import Config
 from fedsys.errors import ConfigError, RuntimeFailure
+from fedsys.runtime.processes import wait_or_kill
 from fedsys.transport.addresses import dial, serve
 from fedsys.transport.link import Link
 from fedsys.transport.network import Network
@@ -172,11 +173,7 @@ def _server_process(prefix: Sequence[str], host: str = "127.0.0.1") -> Iterator[
         yield _Servers(told["addresses"], told["bare"], device)
     finally:
         process.stdin.close()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        wait_or_kill(process, 10)
         process.stdout.close()
 
 

@@ -27,6 +27,7 @@ from fedsys.errors import RuntimeFailure
 from fedsys.planning.resources import Observation
 from fedsys.runtime.apps import load_apps
 from fedsys.runtime.local import ClientFunction, play_local
+from fedsys.runtime.processes import wait_or_kill
 from fedsys.transport.messages import OBSERVATION, PARTITION_ID, TRACE, TraceRecord, number, read
 from fedsys.transport.security import new_token
 
@@ -91,11 +92,7 @@ def edge_process(kind: str = BETWEEN_PROCESSES) -> Iterator[EdgeProcess]:
         yield EdgeProcess(name, str(json.loads(line)["ready"]["address"]), token, process.pid)
     finally:
         process.terminate()
-        try:
-            process.wait(END_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        wait_or_kill(process, END_S)
         if process.stdout is not None:
             process.stdout.close()
 

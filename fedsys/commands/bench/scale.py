@@ -22,6 +22,7 @@ from fedsys.commands.bench import Chart
 from fedsys.config import Config
 from fedsys.errors import ConfigError, RuntimeFailure
 from fedsys.runs.folder import RunFolder
+from fedsys.runtime.processes import wait_or_kill
 
 LOOK_S = 1.0
 """Seconds between two looks at the memory."""
@@ -111,11 +112,7 @@ def _ended(command: list[str], log: Any) -> Iterator[subprocess.Popen[bytes]]:
         yield process
     finally:
         process.terminate()
-        try:
-            process.wait(END_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        wait_or_kill(process, END_S)
 
 
 def memory_of_tree(pid: int) -> dict[str, float]:
