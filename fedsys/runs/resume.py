@@ -38,15 +38,21 @@ _IN_DIGEST: Final = {"variants": "prune"}
 _LATER: Final = {"serving": frozenset({"max_waiting_bytes", "max_header_bytes", "header_s"})}
 """Options of groups in the digest that came later and that the model does not depend on."""
 
+_THEN: Final = {"variants": {"fine_tune": 0}}
+"""What options in the digest that the model does not depend on were before they could be null."""
+
 Plain = Mapping[str, Any]
 
 
 def digest(config: Config) -> str:
     """Return the SHA-256 of everything that the model after a given round depends on."""
     groups = dataclasses.asdict(config).items()
-    values = {_IN_DIGEST.get(k, k): v for k, v in groups if k not in _NOT_IN_DIGEST}
+    values = {k: v for k, v in groups if k not in _NOT_IN_DIGEST}
     for group, names in _LATER.items():
         values[group] = {k: v for k, v in values[group].items() if k not in names}
+    for group, then in _THEN.items():
+        values[group] |= {k: v for k, v in then.items() if values[group][k] is None}
+    values = {_IN_DIGEST.get(k, k): v for k, v in values.items()}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
