@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -49,12 +49,25 @@ class Agent:
 
     def shares(self, state: Vector) -> list[float]:
         """Return the share of the work that each group should keep on its devices: the mean."""
-        x = state.astype(np.float64)
+        return [share_of(float(value)) for value in self._means(state)]
+
+    def shares_of_each(self, states: NDArray[np.float32], groups: Sequence[int]) -> list[float]:
+        """Return the share that each device should keep.
+
+        Args:
+            states: A state for each device, ``(K, view.size)``.
+            groups: Its group, ``(K,)``.
+        """
+        means = self._means(states)[np.arange(len(groups)), np.array(groups)]
+        return [share_of(float(value)) for value in means]
+
+    def _means(self, states: NDArray[np.float32]) -> NDArray[np.float64]:
+        x: NDArray[np.float64] = states.astype(np.float64)
         layers = sum(name.startswith("actor.") for name in self.weights) // 2
         for i in range(layers):
-            x = self.weights[f"actor.{i}.weight"] @ x + self.weights[f"actor.{i}.bias"]
+            x = x @ self.weights[f"actor.{i}.weight"].T + self.weights[f"actor.{i}.bias"]
             x = np.tanh(x if i + 1 < layers else x / 2)
-        return [share_of(float(value)) for value in x]
+        return x
 
     def save(self, path: Path) -> None:
         """Write the agent to a file."""

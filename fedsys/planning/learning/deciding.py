@@ -1,8 +1,9 @@
 """FedAdapt at work: from what was seen of devices to what each does in the next round.
 
 The loop of the paper: pre-processing (what an iteration takes, by the baseline), clustering, the
-trained agent, post-processing (a share of the work becomes the nearest legal cut). Beyond it: a
-device that was slower at its group's cut than alone stays alone until its link changes; pieces,
+trained agent, post-processing (a share of the work becomes the nearest legal cut). Beyond it: each
+device is asked for by itself, as the one that stands for its group; one that was slower at a cut
+than alone stays alone until its link changes; after some trials what was fastest is kept; pieces,
 codec and edge are chosen by the planner, given the cut; devices that compute faster or slower than
 before are grouped anew; and the agent can go on learning.
 """
@@ -22,6 +23,7 @@ from fedsys.planning.learning.going_on import Learning
 from fedsys.planning.learning.observing import nearest
 from fedsys.planning.learning.options import FedAdaptOptions
 from fedsys.planning.learning.scenarios import Scenario
+from fedsys.planning.learning.settling import Conditions, Memory
 from fedsys.planning.learning.view import Times
 from fedsys.planning.resources import Observation
 
@@ -115,7 +117,8 @@ class FedAdapt:
     """Decides for the devices of a run.
 
     Its state is a dict of plain values: ``known`` of each client, as `Known` has it, ``groups`` and
-    ``asked`` (shares of the work) of the last round, and ``learning``, as `Learning` has it.
+    ``asked`` (share of the work) of each in the last round, ``memory``, as `Memory` has it, and
+    ``learning``, as `Learning` has it.
 
     Args:
         base: The fleet and model of the run, as they are believed to be.
@@ -141,7 +144,7 @@ class FedAdapt:
     @staticmethod
     def init() -> State:
         """Return the state before the first round."""
-        return {"known": {}, "groups": {}, "asked": [], "learning": {}}
+        return {"known": {}, "groups": {}, "asked": {}, "memory": {}, "learning": {}}
 
     def plan(
         self, state: State, seen: Mapping[int, Observation]
@@ -155,29 +158,50 @@ class FedAdapt:
         clients = sorted(seen)
         known = {client: self._informed(state, client, seen[client]) for client in clients}
         ready = [client for client in clients if known[client].baseline_s > 0]
-        picked = {client: self._first() for client in clients}
-        groups, asked = dict(state["groups"]), list(state["asked"])
+        memory = self._remembered(state, known, ready)
+        groups, asked = dict(state["groups"]), dict(state["asked"])
         learning = Learning(**state["learning"])
+        picked = {client: self._first() for client in clients}
         if ready:
-            labels, slow, asked, learning = self._asked(
-                [known[client] for client in ready], learning
-            )
-            for client, group, low in zip(ready, labels, slow, strict=True):
-                groups[client] = group
+            labels, slow, shares, learning = self._asked([known[c] for c in ready], learning)
+            for client, group, low, share in zip(ready, labels, slow, shares, strict=True):
+                groups[client], asked[client] = group, share
                 known[client] = dataclasses.replace(known[client], slow=low)
-                picked[client] = self._allowed(
-                    known[client], nearest(self._base.shares, asked[group])
-                )
+                wanted = nearest(self._base.shares, share)
+                picked[client] = self._allowed(known[client], wanted)
+            if self._settled(memory) and set(memory.picked) == set(ready):
+                picked |= memory.picked
         for client in clients:
             measured = seen[client].up_bit_s > 0
             unseen = 1 if measured else known[client].unseen + 1
             known[client] = dataclasses.replace(known[client], cut=picked[client], unseen=unseen)
-        made = {client: self._assignment(client, picked[client]) for client in clients}
+        made = {client: self._base.assignment(client, picked[client]) for client in clients}
         remembered = {client: dataclasses.asdict(known[client]) for client in clients}
         return {
-            "known": state["known"] | remembered, "groups": groups, "asked": asked,
+            "known": state["known"] | remembered,
+            "groups": groups,
+            "asked": asked,
+            "memory": dataclasses.asdict(memory),
             "learning": learning.to_values(),
-        }, made  # fmt: skip
+        }, made
+
+    def _settled(self, memory: Memory) -> bool:
+        trials = self._options.trials
+        return trials is not None and not self._options.learn and memory.rounds > trials
+
+    def _remembered(self, state: State, known: Mapping[int, Known], ready: Sequence[int]) -> Memory:
+        """Return what was fastest, with what the last round has shown."""
+        memory = Memory.of(state["memory"])
+        measured = [c for c in ready if known[c].iteration_s > 0 and known[c].cut >= 0]
+        if not ready or measured != list(ready):
+            return memory
+        now = Conditions(
+            {c: known[c].up_bit_s + known[c].down_bit_s for c in ready},
+            {c: known[c].baseline_s for c in ready},
+        )
+        slowest = max(known[c].iteration_s for c in ready)
+        picked = {c: known[c].cut for c in ready}
+        return memory.seen(now, picked, slowest, self._options.drift)
 
     def unmeasured(self, state: State, clients: Sequence[int]) -> list[int]:
         """Return who is alone because of a slow link that has long not been measured."""
@@ -216,19 +240,23 @@ class FedAdapt:
     def _asked(
         self, devices: Sequence[Known], learning: Learning
     ) -> tuple[tuple[int, ...], tuple[bool, ...], list[float], Learning]:
-        """Return the group of each device, which links are slow, the groups' shares, and more."""
+        """Return group, whether the link is slow, and share of each device; and what is learned."""
         base, now = self._times(devices, alone=True), self._times(devices, alone=False)
         view, options = self.agent.view, self._options
         labels, slow = view.labels(base, now, [device.slow for device in devices])
         shares = [self._base.shares[self._alone if d.cut < 0 else d.cut] for d in devices]
-        state = view.state(base, now, labels, shares)
-        if not options.learn:
-            return labels, slow, self.agent.shares(state), learning
-        agent = learning.acting(self.agent)
-        learning = learning.rewarded(base, now, straggler=options.training.straggler)
-        learning, agent = learning.updated(agent, state, options, self._seed)
-        learning, asked = learning.acted(agent, state, options.learn_std, self._seed)
-        return labels, slow, asked, learning
+        if options.learn:
+            state = view.state(base, now, labels, shares)
+            agent = learning.acting(self.agent)
+            learning = learning.rewarded(base, now, options.training.reward)
+            learning, agent = learning.updated(agent, state, options, self._seed)
+            learning, by_group = learning.acted(agent, state, options.learn_std, self._seed)
+            return labels, slow, [by_group[group] for group in labels], learning
+        if options.each:
+            states = view.states(base, now, labels, shares)
+            return labels, slow, self.agent.shares_of_each(states, labels), learning
+        by_group = self.agent.shares(view.state(base, now, labels, shares))
+        return labels, slow, [by_group[group] for group in labels], learning
 
     def _times(self, devices: Sequence[Known], *, alone: bool) -> Times:
         seconds = [d.baseline_s if alone else d.iteration_s or d.baseline_s for d in devices]
@@ -241,18 +269,17 @@ class FedAdapt:
             return self._alone - 1
         return self._alone if str(cut) in device.vetoed and not self._forced else cut
 
-    def _assignment(self, client: int, index: int) -> Assignment:
-        return self._base.assignment(client, index)
-
     def _reason(self, state: State, client: int) -> str:
         known = Known(**state["known"][client])
         if known.baseline_s == 0.0:
             return "its first round is alone, which tells its baseline"
         group = state["groups"][client]
-        asked = state["asked"][group]
+        asked = state["asked"][client]
         kind = "slow links" if known.slow else f"speed {group + 1} of {self.agent.view.groups}"
-        told = f"the agent asks the group of {kind} to keep {asked:.0%} of the work"
+        told = f"the agent asks it, of the group of {kind}, to keep {asked:.0%} of the work"
         wanted = nearest(self._base.shares, asked)
+        if known.cut != wanted and self._settled(Memory.of(state["memory"])):
+            return f"{told}, but what it does was the fastest of all that was tried"
         if known.cut != wanted and known.cut == self._alone:
             return f"{told}, but there it was slower than alone"
         if known.cut == self._alone:

@@ -51,7 +51,7 @@ class Deck:
     Args:
         scenarios: The scenarios.
         view: How devices are seen.
-        straggler: Whether the time of the slowest device is rewarded, as well as that of each.
+        reward: What a step is worth, a name of `fedsys.planning.learning.observing.REWARDS`.
         progress: Told how many scenarios are timed, and of how many.
 
     Attributes:
@@ -66,7 +66,7 @@ class Deck:
         scenarios: Sequence[Scenario],
         view: View,
         *,
-        straggler: bool,
+        reward: str = "log",
         progress: Callable[[int, int], None] = lambda done, count: None,
     ) -> None:
         self.view = view
@@ -80,7 +80,7 @@ class Deck:
         self.rewards, self.vain = np.zeros(shape), np.zeros(shape, dtype=bool)
         for s, scenario in enumerate(scenarios):
             progress(s, len(scenarios))
-            self._time(s, scenario, straggler)
+            self._time(s, scenario, reward)
 
     def plan_of(self, actions: NDArray[np.float32]) -> NDArray[np.int64]:
         """Return the index of the combination that actions ask for, ``(N, G)`` to ``(N,)``."""
@@ -91,31 +91,29 @@ class Deck:
         found: NDArray[np.int64] = nearest @ base
         return found
 
-    def _time(self, s: int, scenario: Scenario, straggler: bool) -> None:
+    def _time(self, s: int, scenario: Scenario, reward: str) -> None:
         base = scenario.times(scenario.baseline_s)
         labels, _ = self.view.labels(base, base, [False] * len(base.iteration_s))
         by_plan = self._plans[:, list(labels)]
         picked = self._cuts[by_plan]
         seconds = scenario.iterations_s(picked)
-        if self.view.veto:
-            alone = len(scenario.shares) - 1
-            picked = np.where(seconds > base.iteration_s, alone, picked)
-            seconds = scenario.iterations_s(picked)
-        self.rewards[s] = _earned(seconds, base.iteration_s).mean(axis=1)
-        slowest, before = seconds.max(axis=1), base.iteration_s.max()
-        if straggler:
-            self.rewards[s] += _earned(slowest, before)
-        self.vain[s] = slowest >= before
+        self.rewards[s] = _earned(seconds, base.iteration_s, reward)
+        self.vain[s] = seconds.max(axis=1) >= base.iteration_s.max()
         shares = np.array(scenario.shares)[picked]
         self.states[s] = _states(self.view, base, labels, seconds, shares)
 
 
-def _earned(seconds: Array, baseline_s: Array) -> Array:
-    """Return what each device earns: see `fedsys.planning.learning.observing.reward`."""
-    saved: Array = np.where(
-        seconds < baseline_s, 1.0 - seconds / baseline_s, baseline_s / seconds - 1.0
-    )
-    return saved
+def _earned(seconds: Array, baseline_s: Array, reward: str) -> Array:
+    """Return what P plans earn: `fedsys.planning.learning.observing.REWARDS`, all at once."""
+    if reward == "saved":
+        saved = np.where(
+            seconds < baseline_s, 1.0 - seconds / baseline_s, baseline_s / seconds - 1.0
+        )
+        earned: Array = saved.mean(axis=1)
+        return earned
+    slowest = np.log10(baseline_s.max() / seconds.max(axis=1))
+    total: Array = slowest + 0.1 * np.log10(baseline_s / seconds).mean(axis=1)
+    return total
 
 
 def _states(
@@ -124,23 +122,27 @@ def _states(
     """Return the states after P plans, ``(P, view.size)``."""
     plans = np.arange(len(seconds))
     group = np.array(labels)
-    ratio = np.ones((len(seconds), view.groups))
-    kept, crossing = np.ones_like(ratio), np.zeros_like(ratio)
+    alone = 1.0 if view.times == "seconds" else 0.0
+    took, crossing = (np.full((len(seconds), view.groups), x) for x in (alone, 0.0))
+    kept = np.ones_like(took)
     for g in range(view.groups):
         mine = np.flatnonzero(group == g)
         if not len(mine):
             continue
         slowest = mine[seconds[:, mine].argmax(axis=1)]
-        baseline = base.iteration_s[slowest]
-        took = seconds[plans, slowest]
-        ratio[:, g] = np.minimum(MOST, took / baseline) if view.times == "ratio" else took
+        baseline, now = base.iteration_s[slowest], seconds[plans, slowest]
+        took[:, g] = now if view.times == "seconds" else _logs(now, baseline)
         kept[:, g] = shares[plans, slowest]
         across = base.crossing_s[slowest]
-        known = across > 0
-        logs = np.log10(np.where(known, across, 1.0) / baseline) / 3.0
-        crossing[:, g] = np.where(known, np.clip(logs, -1.0, 1.0), 0.0)
-    parts = [ratio, kept, crossing] if view.bandwidth else [ratio, kept]
+        crossing[:, g] = np.where(across > 0, _logs(np.where(across > 0, across, 1.0), baseline), 0)
+    parts = [took, kept, crossing] if view.bandwidth else [took, kept]
     return np.concatenate(parts, axis=1).astype(np.float32)
+
+
+def _logs(seconds: Array, baseline_s: Array) -> Array:
+    """Return logarithms of ratios to the baseline, within what is told apart."""
+    logs: Array = np.clip(np.log10(seconds / baseline_s), -MOST, MOST)
+    return logs
 
 
 class DeckEnvironments(VecEnv):  # type: ignore[misc]  # of an extra: without types

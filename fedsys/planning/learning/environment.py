@@ -13,7 +13,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from fedsys.config.targets import import_extra
-from fedsys.planning.learning.observing import MOST, Vector, in_vain, nearest, reward, share_of
+from fedsys.planning.learning.observing import (
+    MOST,
+    REWARDS,
+    Vector,
+    in_vain,
+    nearest,
+    share_of,
+)
 from fedsys.planning.learning.view import Times, View
 
 gymnasium = import_extra("gymnasium", "rl", "an environment of offloading")
@@ -51,14 +58,14 @@ class OffloadEnvironment(Environment):  # type: ignore[misc]  # of an extra: wit
     Args:
         rounds: Carries steps out.
         view: How devices are seen.
-        straggler: Whether the time of the slowest device is rewarded, as well as that of each.
+        reward: What a step is worth, a name of `fedsys.planning.learning.observing.REWARDS`.
     """
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 - gymnasium's own name and type
 
-    def __init__(self, rounds: Rounds, view: View, *, straggler: bool = False) -> None:
+    def __init__(self, rounds: Rounds, view: View, *, reward: str = "log") -> None:
         self.observation_space, self.action_space = spaces_of(view)
-        self._rounds, self._view, self._straggler = rounds, view, straggler
+        self._rounds, self._view, self._reward = rounds, view, REWARDS[reward]
         self._steps = 0
 
     def reset(
@@ -86,9 +93,7 @@ class OffloadEnvironment(Environment):  # type: ignore[misc]  # of an extra: wit
         here = [k for k, seconds in enumerate(now.iteration_s) if np.isfinite(seconds)]
         present, before = now.of(here), self._base.of(here)
         seconds, base = present.iteration_s.tolist(), before.iteration_s.tolist()
-        earned = reward(seconds, base) / len(base)
-        if self._straggler:
-            earned += reward([max(seconds)], [max(base)])
+        earned = self._reward(seconds, base)
         self._labels, self._low = self._view.labels(self._base, now, self._low)
         state = self._view.state(
             before, present, [self._labels[k] for k in here], [shares[picked[k]] for k in here]
@@ -120,6 +125,6 @@ class Spaces(Environment):  # type: ignore[misc]  # of an extra: without types
 
 def spaces_of(view: View) -> tuple[Any, Any]:
     """Return the spaces of states and of actions."""
-    high = np.full(view.size, MOST if view.times == "ratio" else np.inf, dtype=np.float32)
+    high = np.full(view.size, MOST if view.times == "log" else np.inf, dtype=np.float32)
     box = gymnasium.spaces.Box
     return box(-high, high, dtype=np.float32), box(-1.0, 1.0, (view.groups,), dtype=np.float32)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fedsys.planning.learning.agent import Agent
-from fedsys.planning.learning.observing import Vector, action_of, in_vain, reward, share_of
+from fedsys.planning.learning.observing import REWARDS, Vector, action_of, in_vain, share_of
 from fedsys.planning.learning.options import FedAdaptOptions
 from fedsys.planning.learning.view import Times
 from fedsys.randomness import Address
@@ -48,14 +48,12 @@ class Learning:
             return {}
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
-    def rewarded(self, base: Times, now: Times, *, straggler: bool) -> Learning:
+    def rewarded(self, base: Times, now: Times, reward: str) -> Learning:
         """Take note of what came of the last action."""
         if len(self.rewards) == len(self.actions):
             return self
         seconds, baseline = now.iteration_s.tolist(), base.iteration_s.tolist()
-        earned = reward(seconds, baseline) / len(baseline)
-        if straggler:
-            earned += reward([max(seconds)], [max(baseline)])
+        earned = REWARDS[reward](seconds, baseline)
         ended = in_vain(seconds, baseline)
         return dataclasses.replace(self, rewards=(*self.rewards, earned), ends=(*self.ends, ended))
 

@@ -154,7 +154,7 @@ def trained(
         for scenario in drawn_fleet(base, random, training.moments, training.ranges)
     ]
     deck = Deck(
-        fleets, options.view, straggler=training.straggler,
+        fleets, options.view, reward=training.reward,
         progress=_progress(say, "timing fleets for the agent"),
     )  # fmt: skip
     environments = DeckEnvironments(
@@ -187,8 +187,8 @@ def trained_on(
     began, every = time.perf_counter(), options.ppo.every
     batch = min(options.ppo.batch or every, every)
     hyper = dataclasses.replace(options.ppo, environments=1, batch=batch)
-    lent, straggler = _Lent(rounds), options.training.straggler
-    environment = OffloadEnvironment(lent, options.view, straggler=straggler)
+    lent, reward = _Lent(rounds), options.training.reward
+    environment = OffloadEnvironment(lent, options.view, reward=reward)
     made = ppo.train(
         environment, options.view, hyper, seed,
         progress=_progress(say, "training the agent on the clients"),

@@ -9,6 +9,7 @@ from fedsys.config import Spec
 from fedsys.config.building import build
 from fedsys.errors import ConfigError, did_you_mean
 from fedsys.planning.learning.grouping import LowBandwidth
+from fedsys.planning.learning.observing import REWARDS
 from fedsys.planning.learning.scenarios import Ranges
 from fedsys.planning.learning.view import View
 from fedsys.transport.codecs import check_codec
@@ -77,7 +78,8 @@ class Training:
         fleets: Fleets that are drawn around the run's.
         moments: States of the links of each.
         change: Probability that links change after a step.
-        straggler: Whether the time of the slowest device is rewarded, as well as that of each.
+        reward: What a step is worth: ``log`` or ``saved``, as in
+            `fedsys.planning.learning.observing.REWARDS`.
         ranges: What fleets are drawn from.
     """
 
@@ -86,7 +88,7 @@ class Training:
     fleets: int = 200
     moments: int = 2
     change: float = 0.05
-    straggler: bool = True
+    reward: str = "log"
     ranges: Ranges = field(default_factory=Ranges)
 
 
@@ -101,7 +103,11 @@ class FedAdaptOptions:
         low_mbit_s: Below this rate a device belongs to the group of slow links; None: no such one.
         hysteresis: Share by which the rate must be above that to leave the group.
         bandwidth: Whether bandwidth is a part of the state.
-        times: ``ratio`` to the baseline, or ``seconds``.
+        times: ``log`` of the ratio to the baseline, or ``seconds``.
+        each: Whether the agent is asked for each device by itself, as the one that stands for its
+            group; else all devices of a group do the same.
+        trials: Rounds after a change in which the agent is followed; then what was fastest is kept
+            until something changes. None: the agent is always followed.
         veto: Share by which a device may be slower at its group's cut than alone; beyond it the
             device stays alone. None: it does what the group does.
         cuts: Cuts that may be chosen; None: all. The whole model always may.
@@ -124,7 +130,9 @@ class FedAdaptOptions:
     low_mbit_s: float | None = 5.0
     hysteresis: float = 0.2
     bandwidth: bool = True
-    times: str = "ratio"
+    times: str = "log"
+    each: bool = True
+    trials: int | None = 4
     veto: float | None = 0.02
     cuts: tuple[int, ...] | None = None
     codec: Any = "fp32"
@@ -152,12 +160,14 @@ class FedAdaptOptions:
                 value = getattr(value, part)
             if value is not None and not low <= value <= high:
                 raise ConfigError.of(f"policy.{name}", value, f"must be from {low:g} to {high:g}")
-        if made.times not in ("ratio", "seconds"):
-            hint = did_you_mean(made.times, ("ratio", "seconds"))
-            raise ConfigError.of("policy.times", made.times, "must be ratio or seconds", hint)
-        if (where := made.training.where) not in ("timeline", "clients"):
-            rule, hint = "must be timeline or clients", did_you_mean(where, ("timeline", "clients"))
-            raise ConfigError.of("policy.training.where", where, rule, hint)
+        for name, given, known in (
+            ("times", made.times, ("log", "seconds")),
+            ("training.reward", made.training.reward, tuple(REWARDS)),
+            ("training.where", made.training.where, ("timeline", "clients")),
+        ):
+            if given not in known:
+                hint = did_you_mean(given, known)
+                raise ConfigError.of(f"policy.{name}", given, f"must be {' or '.join(known)}", hint)
         for codec in made.codecs:
             check_codec(codec)
         return made
@@ -172,13 +182,14 @@ class FedAdaptOptions:
     def view(self) -> View:
         """How the agent sees devices."""
         low = None if self.low_mbit_s is None else LowBandwidth(self.low_mbit_s, self.hysteresis)
-        return View(self.groups, low, self.bandwidth, self.times, self.veto is not None)
+        return View(self.groups, low, self.bandwidth, self.times)
 
 
 _BOUNDS = (
     ("groups", 1, 8),
     ("low_mbit_s", 0, 1e6),
     ("hysteresis", 0, 10),
+    ("trials", 1, 1_000_000),
     ("veto", 0, 10),
     ("drift", 0.01, 10),
     ("probe_every", 0, 1_000_000),

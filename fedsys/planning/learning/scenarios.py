@@ -40,7 +40,7 @@ class Ranges:
         mbit_s: Rates of links.
     """
 
-    devices: tuple[int, int] = (2, 8)
+    devices: tuple[int, int] = (2, 5)
     speed: tuple[float, float] = (0.25, 4.0)
     unit: tuple[float, float] = (0.7, 1.4)
     edge: tuple[float, float] = (0.5, 4.0)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fedsys.planning.learning.grouping import LowBandwidth, regrouped, representatives
 from fedsys.planning.learning.observing import Seen, Vector, state_of
 from fedsys.planning.workload import Array
@@ -38,16 +41,14 @@ class View:
         groups: Number of groups, that of slow links included.
         low: When a link is slow; None: there is no such group.
         bandwidth: Whether bandwidth is a part of the state.
-        times: ``ratio`` to the baseline, or ``seconds``.
-        veto: Whether a device that is slower at its group's cut than alone stays alone.
+        times: ``log`` of the ratio to the baseline, or ``seconds``.
         episode: Steps of an episode at most.
     """
 
     groups: int = 3
     low: LowBandwidth | None = None
     bandwidth: bool = False
-    times: str = "ratio"
-    veto: bool = False
+    times: str = "log"
     episode: int = 100
 
     @property
@@ -64,12 +65,34 @@ class View:
     def state(
         self, base: Times, now: Times, labels: Sequence[int], shares: Sequence[float]
     ) -> Vector:
-        """Return the state of devices that keep these shares."""
-        seconds = now.iteration_s.tolist()
-        members = [
-            None
-            if k is None
-            else Seen(float(base.iteration_s[k]), seconds[k], shares[k], float(now.crossing_s[k]))
-            for k in representatives(labels, seconds, self.groups)
-        ]
+        """Return the state of devices that keep these shares of the work."""
+        devices = _devices(base, now, shares)
+        slowest = representatives(labels, now.iteration_s.tolist(), self.groups)
+        return self._state([None if k is None else devices[k] for k in slowest])
+
+    def states(
+        self, base: Times, now: Times, labels: Sequence[int], shares: Sequence[float]
+    ) -> NDArray[np.float32]:
+        """Return for each device the state in which it stands for its group, ``(K, size)``."""
+        devices = _devices(base, now, shares)
+        slowest = representatives(labels, now.iteration_s.tolist(), self.groups)
+        members = [None if k is None else devices[k] for k in slowest]
+        common = self._state(members)
+        states = np.tile(common, (len(devices), 1))
+        for k, (device, group) in enumerate(zip(devices, labels, strict=True)):
+            alone = self._state([device])  # its own numbers, one of each kind
+            states[k, group :: self.groups] = alone
+        return states
+
+    def _state(self, members: Sequence[Seen | None]) -> Vector:
         return state_of(members, bandwidth=self.bandwidth, times=self.times)
+
+
+def _devices(base: Times, now: Times, shares: Sequence[float]) -> list[Seen]:
+    return [
+        Seen(*values)
+        for values in zip(
+            base.iteration_s.tolist(), now.iteration_s.tolist(), shares, now.crossing_s.tolist(),
+            strict=True,
+        )
+    ]  # fmt: skip
