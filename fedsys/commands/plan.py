@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 from fedsys import config as configuration
@@ -16,21 +18,30 @@ from fedsys.config import Config, NetworkConfig
 from fedsys.models.layers import LayeredModel
 from fedsys.planning.assignment import Assignment
 from fedsys.planning.hardware import link_of
-from fedsys.planning.options import PLANNED, PlanOptions, machines_of, run_workload
-from fedsys.planning.planner import Plan, best_static, next_best, plan
+from fedsys.planning.options import PLANNED, PlanOptions, choosable, machines_of, run_workload
+from fedsys.planning.oracle import Oracle, regret
+from fedsys.planning.planner import Plan, best_static, evaluate, next_best, plan
+from fedsys.planning.policy_rounds import decided_rounds
 from fedsys.planning.resources import RESOURCES
 from fedsys.planning.workload import Device, Workload
+from fedsys.runs import opening
 from fedsys.runs.lines import aligned, fitted, folded, seconds_text, width_of
 from fedsys.runs.reasons import Reasons, by_resource
 from fedsys.training import federation
 from fedsys.training.federation import layered_model
 
+ROUNDS = 30
+"""Rounds on the virtual clock in which a policy learns before its plan is shown."""
+
+POLICIES = "strategies.policies.build_policy"
+
 
 def job(tree: Any) -> Mapping[str, Any]:
     """Plan the run that the command line describes.
 
-    With ``policy=none`` or ``fixed`` it is planned as ``policy=auto`` would, and with a sequential
-    schedule as if it were pipelined, unless they are named on the command line.
+    With ``policy=none`` or ``fixed`` it is planned as ``policy=auto`` would. A policy that learns
+    decides for `ROUNDS` rounds on the virtual clock, and its last plan is shown. With a
+    sequential schedule it is planned as if it were pipelined, unless that is named.
 
     Args:
         tree: The composed configuration (a DictConfig).
@@ -69,11 +80,14 @@ def figures(config: Config, layers: LayeredModel, examples: Sequence[int]) -> di
         For the round ``predicted_s``, ``all_on_device_s``, ``best_static``, ``how``, ``planned_s``,
         ``why``; and ``devices``, each with its choice, seconds by resource, and alternatives.
     """
-    planned = config.policy.get("kind") in PLANNED
-    options = PlanOptions.of(config.policy) if planned else PlanOptions()
+    kind = str(config.policy.get("kind", "none"))
+    learns = kind not in (*PLANNED, "none", "fixed")
+    options = PlanOptions.of(config.policy) if kind in PLANNED else PlanOptions()
+    options = choosable(config.policy) if learns else options
     machines = machines_of(config, layers)
     load = run_workload(config, layers, machines, examples, options)
-    made = plan(load, options.kind, offload=options.offload)
+    learned = _learned(config, layers, examples, load) if learns else None
+    made = learned.plan if learned else plan(load, options.kind, offload=options.offload)
     whole = plan(load, "classic")
     static = best_static(load, offload=options.offload)
     others = next_best(load, made, offload=options.offload)
@@ -91,7 +105,7 @@ def figures(config: Config, layers: LayeredModel, examples: Sequence[int]) -> di
             "next_best": _choice(layers, others[k][0]) | {"round_s": others[k][1]},
             "all_on_device_s": whole.round_s[k],
             "best_static_s": static.round_s[k],
-            "why": reasons.of(k),
+            "why": learned.why.get(k) or reasons.of(k) if learned else reasons.of(k),
         }
         for k, device in enumerate(load.devices)
     ]
@@ -106,8 +120,46 @@ def figures(config: Config, layers: LayeredModel, examples: Sequence[int]) -> di
         "planned_s": made.planned_s,
         "how": made.how,
         "why": _summary(load, made, whole),
+        **({} if learned is None else learned.figures),
         "devices": devices,
     }
+
+
+@dataclass(frozen=True)
+class LearnedPlan:
+    """What a policy that learns has come to.
+
+    Attributes:
+        plan: What it decided in its last round.
+        why: Its own reasons, by device.
+        figures: ``regret`` of that round against the best choices, ``rounds`` that it had to learn
+            in, and ``decide_ms``, the median.
+    """
+
+    plan: Plan
+    why: Mapping[int, str]
+    figures: Mapping[str, float]
+
+
+def _learned(
+    config: Config, layers: LayeredModel, examples: Sequence[int], load: Workload
+) -> LearnedPlan:
+    """Let a policy decide on the virtual clock, as in a run, and return its last plan."""
+    build = configuration.locate(POLICIES, "policy")
+    edges = max(1, len(configuration.edge_names(config)))
+    policy = build(config.policy, edges, config, examples, say=opening.say)
+    done = list(decided_rounds(policy, layers, load, ROUNDS))
+    opening.clear()
+    last, kind = done[-1], str(config.policy["kind"])
+    how = f"as decided in round {last.number} on the virtual clock, in which nothing is trained"
+    made = evaluate(last.load, last.choices, method=kind, how=how)
+    best = Oracle().best(last.load, last.start_s, (last.choices, last.played))
+    over = {} if best is None else {"regret": regret(last.played.seconds, best.seconds)}
+    nodes = range(len(load.devices))
+    why = policy.reasons(last.state, nodes) if hasattr(policy, "reasons") else {}
+    decide_s = median(one.decide_s for one in done)
+    figures = {**over, "rounds": last.number, "decide_ms": 1e3 * decide_s}
+    return LearnedPlan(dataclasses.replace(made, planned_s=last.decide_s), why, figures)
 
 
 def _link_name(link: NetworkConfig) -> str:

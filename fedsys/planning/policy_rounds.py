@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from fedsys.errors import ConfigError
 from fedsys.models.layers import LayeredModel
 from fedsys.planning.assignment import Assignment
 from fedsys.planning.resources import Observation
@@ -73,6 +74,9 @@ def decided_rounds(
         truth: The machines and networks as they are.
         rounds: How many.
         clock: Plays them.
+
+    Raises:
+        ConfigError: The policy lets raw inputs leave a device, which is not timed.
     """
     clock, now = clock or VirtualClock(), 0.0
     nodes = range(len(truth.devices))
@@ -91,6 +95,10 @@ def decided_rounds(
 
 
 def _settled(choice: Assignment, edges: int) -> Assignment:
+    if choice.cut == 0:
+        raise ConfigError.of(
+            "policy.cut", 0, "must be at least 1 where time is modelled: raw inputs are not timed"
+        )
     return dataclasses.replace(choice, edge=choice.edge % edges, micro_batches=choice.pieces)
 
 

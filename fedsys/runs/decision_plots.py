@@ -108,8 +108,9 @@ def _cuts_painter(made: Made, shown: Sequence[int], rounds: Sequence[int]) -> pl
 
 def _cuts_title(made: Made, shown: Sequence[int], oracle: bool) -> str:
     devices = len({entry.client for entry in made})
-    some = f", the {len(shown)} slowest of {devices} devices" if len(shown) < devices else ""
-    return f"Where devices are cut{', and below where the oracle would' * oracle}{some}"
+    some = f" of the {len(shown)} slowest of {devices} devices" if len(shown) < devices else ""
+    beside = ", and below them the oracle's" if oracle else ""
+    return f"Cuts{some}{beside}"
 
 
 def _places(made: Made) -> dict[int, str]:

@@ -8,6 +8,7 @@ import pytest
 
 from fedsys.commands import plan
 from fedsys.main import main
+from fedsys.planning.assignment import Assignment
 from fedsys.runs.lines import folded
 
 
@@ -113,3 +114,35 @@ def test_a_plan_says_which_link_each_device_has(capsys):
 def test_what_cannot_be_planned_is_said_with_status_two(capsys, arguments, names):
     assert main(["plan", "model=vgg5", *arguments]) == 2
     assert names in capsys.readouterr().err
+
+
+class Halves:
+    """A policy that trains alone at first, and is cut deeper with each round."""
+
+    def __init__(self, num_edges, config, examples):
+        self.examples = examples
+
+    def init(self, layers, nodes):
+        return len(layers)
+
+    def plan(self, state, seen):
+        return max(1, state - 1), {node: Assignment(state, micro_batches=2) for node in seen}
+
+    def reasons(self, state, clients):
+        return {0: f"because it is at {state}"}
+
+
+def test_a_policy_that_learns_decides_on_the_virtual_clock_before_its_plan_is_shown(capsys):
+    """It was planned as ``policy=auto`` would, and called that."""
+    target = f"+policy._target_={Halves.__module__}.Halves"
+    given = ("policy=none", "policy.kind=own", target, "fleet=pi_lab", "network=wifi")
+    found = planned(capsys, *given, "num_clients=2")
+    assert (found["method"], found["rounds"]) == ("own", plan.ROUNDS)
+    assert [row["cut"] for row in found["devices"]] == [1, 1]
+    assert [row["micro_batches"] for row in found["devices"]] == [2, 2]
+    assert found["devices"][0]["why"] == "because it is at 1"
+    assert "faster than alone" in found["devices"][1]["why"]
+    assert found["regret"] >= 0 and found["decide_ms"] > 0
+    assert "round 30 on the virtual clock" in found["how"]
+    usual = planned(capsys, "policy=auto", "fleet=pi_lab", "network=wifi", "num_clients=2")
+    assert usual["predicted_s"] <= found["predicted_s"] and "regret" not in usual

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fedsys.config import compose_text, parse
+from fedsys.errors import ConfigError
 from fedsys.planning.assignment import Assignment
 from fedsys.planning.options import machines_of, run_workload
 from fedsys.planning.planner import plan
@@ -80,3 +81,9 @@ def test_a_planning_policy_goes_on_as_in_a_run():
     told = [[c.cut for c in plan(truth.at_round(n)).choices] for n in (1, 5)]
     assert told[0] != told[1]
     assert cuts == [told[0]] * 3 + [told[1]] * 2
+
+
+def test_raw_inputs_that_leave_a_device_are_not_timed():
+    _, layers, truth = run_of()
+    with pytest.raises(ConfigError, match="raw inputs are not timed"):
+        next(decided_rounds(Notes(0), layers, truth, 1))
