@@ -43,8 +43,12 @@ HOST = "127.0.0.1"
 START_S = 120.0
 """Longest time for the SuperLink to answer after its start, in seconds."""
 
-RESTARTS = 3
+RESTARTS = 6
 """How many times the processes of a device are started again."""
+
+RESTART_S = 20.0
+"""Seconds between two such starts: Flower refuses a node that died until it has noticed that, which
+takes it a minute."""
 
 POLL_S = "0.1"
 """Seconds between two looks of an executor for work; Flower's default is 1."""
@@ -266,37 +270,46 @@ class Devices:
         deployment: Starts them.
         processes: Where they are.
         note: Told what ended, and what becomes of it.
+        clock: Seconds; replaced in tests.
     """
 
     def __init__(
-        self, deployment: Deployment, processes: Processes, note: Callable[[str], None]
+        self,
+        deployment: Deployment,
+        processes: Processes,
+        note: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._deployment, self._processes, self._note = deployment, processes, note
+        self._clock = clock
         self._restarts: Counter[int] = Counter()
-        self._gone: set[int] = set()
+        self._due: dict[int, float] = {}  # by device: when it may be started again
 
     def check(self) -> None:
-        """See which have ended since the last call."""
-        ended = self._processes.ended()
+        """Start again what has ended, as far as it is time for that."""
+        ended, now = self._processes.ended(), self._clock()
         for partition in range(len(self._deployment.node_keys)):
             node, executor = f"node-{partition}", f"node-{partition}-executor"
-            status = ended.get(node, ended.get(executor))
-            if status is None or partition in self._gone:
-                continue
             name = node if node in ended else executor
-            why = f"{name} ended with status {status} ({self._processes.last_words(name)})"
-            self._processes.stop([executor] if name == executor else [node, executor], at_once=True)
-            self._restarts[partition] += 1
-            if self._restarts[partition] > RESTARTS:
-                self._gone.add(partition)
-                self._processes.stop([node, executor], at_once=True)
-                self._note(f"{why}; device {partition} is left out")
-                continue
-            self._note(f"{why}; it is started again")
-            if name == executor:
-                self._deployment.start_node_executor(self._processes, partition)
-            else:
-                self._deployment.start_node(self._processes, partition)
+            if name in ended and now >= self._due.get(partition, now):
+                self._due[partition] = now + RESTART_S
+                self._restart(partition, name, ended[name])
+
+    def _restart(self, partition: int, name: str, status: int) -> None:
+        node, executor = f"node-{partition}", f"node-{partition}-executor"
+        why = f"{name} ended with status {status}"
+        self._restarts[partition] += 1
+        if self._restarts[partition] > RESTARTS:
+            self._processes.stop([node, executor], at_once=True)
+            self._note(f"{why}; device {partition} is left out")
+            return
+        self._note(f"{why}; it is started again")
+        if name == executor:
+            self._processes.stop([executor], at_once=True)
+            self._deployment.start_node_executor(self._processes, partition)
+        else:
+            self._processes.stop([node, executor], at_once=True)
+            self._deployment.start_node(self._processes, partition)
 
 
 def write_node_key(file: Path) -> bytes:
