@@ -12,8 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsys.planning.contention import Indices
 from fedsys.planning.resources import Measured
-from fedsys.planning.workload import Workload
+from fedsys.planning.workload import Array, Workload
 from fedsys.transport.network import Network
 
 BOUNDS: Final = (1.0, 1e15)
@@ -65,27 +69,55 @@ class Links:
             drift: Relative change from which on a rate is believed.
             forget: Rounds alone after which the configuration is believed again.
         """
-        rates, alone = dict(self.rates), dict(self.alone)
-        for client, device in zip(clients, load.devices, strict=True):
-            configured = [device.network.up_bits_s, device.network.down_bits_s]
-            before = list(rates.get(client, configured))
-            bit_s = seen[client].up_bit_s, seen[client].down_bit_s
-            after = [_taken(b, s, drift) for b, s in zip(before, bit_s, strict=True)]
-            measured = offloaded.get(client, True) or any(s > 0 for s in bit_s)
-            if measured or after == configured:
-                alone.pop(client, None)
-            else:
-                alone[client] = alone.get(client, 0) + 1
-                if alone[client] > forget:
-                    del alone[client]
-                    after = configured
-            if after != configured or client in rates:
-                rates[client] = after
-        return Links(rates, alone)
+        links = [device.network for device in load.devices]
+        configured = [(link.up_bits_s, link.down_bits_s) for link in links]
+        after, alone = after_round(
+            np.array([self.rates.get(c, own) for c, own in zip(clients, configured, strict=True)]),
+            np.array(configured),
+            np.array([(seen[c].up_bit_s, seen[c].down_bit_s) for c in clients]),
+            np.array([self.alone.get(client, 0) for client in clients]),
+            np.array([offloaded.get(client, True) for client in clients]),
+            drift=drift,
+            forget=forget,
+        )
+        fresh = dict(zip(clients, after.tolist(), strict=True))
+        counts = dict(self.alone) | dict(zip(clients, alone.tolist(), strict=True))
+        return Links(
+            dict(self.rates)
+            | {
+                client: fresh[client]
+                for client, own in zip(clients, configured, strict=True)
+                if client in self.rates or fresh[client] != list(own)
+            },
+            {client: count for client, count in counts.items() if count},
+        )
 
 
-def _taken(before: float, bit_s: float, drift: float) -> float:
-    if bit_s <= 0:
-        return before
-    now = min(max(1 / bit_s, BOUNDS[0]), BOUNDS[1])
-    return now if abs(now / before - 1) > drift else before
+def after_round(
+    rates: Array,
+    configured: Array,
+    bit_s: Array,
+    alone: Indices,
+    offloaded: NDArray[np.bool_],
+    *,
+    drift: float,
+    forget: int,
+) -> tuple[Array, Indices]:
+    """Return the rates that are believed after a round, and for how many no link was measured.
+
+    Args:
+        rates: What was believed before, bits per second up and down, ``(K, 2)``.
+        configured: What is believed without measurements.
+        bit_s: Seconds of a bit as measured; 0 where none was.
+        alone: Rounds since each device measured its link, ``(K,)``.
+        offloaded: Who trained with an edge server.
+        drift: Relative change from which on a rate is believed.
+        forget: Rounds alone after which the configuration is believed again.
+    """
+    measured = bit_s > 0
+    now = 1.0 / np.clip(bit_s, 1 / BOUNDS[1], 1 / BOUNDS[0])
+    after = np.where(measured & (np.abs(now / rates - 1) > drift), now, rates)
+    told = offloaded | measured.any(axis=1) | (after == configured).all(axis=1)
+    rounds = np.where(told, 0, alone + 1)
+    over = rounds > forget
+    return np.where(over[:, None], configured, after), np.where(over, 0, rounds)

@@ -9,6 +9,7 @@ from typing import cast
 from fedsys.config import Config, Spec, call_target
 from fedsys.errors import ConfigError, did_you_mean
 from fedsys.planning.options import PLANNED, PlanOptions
+from strategies.policies.bandit import bandit
 from strategies.policies.fedadapt import FedAdaptPolicy
 from strategies.policies.fixed import FixedPolicy
 from strategies.policies.learned import learned_planner
@@ -48,12 +49,14 @@ def build_policy(
     if kind in PLANNED and config is not None:
         learn = PlanOptions.of(spec).learn
         return learned_planner(config, examples) if learn else Planned(config, examples)
+    if kind == "bandit" and config is not None:
+        return bandit(config, examples)
     if kind == "fedadapt" and config is not None:
         return FedAdaptPolicy(config, examples, folder, say)
     if kind == "own":
         target = {key: value for key, value in spec.items() if key != "kind"}
         given = {"num_edges": num_edges, "config": config, "examples": examples}
         return cast(OffloadPolicy, call_target(target, "policy", **given))
-    known = ("none", "fixed", *PLANNED, "fedadapt", "own")
+    known = ("none", "fixed", *PLANNED, "bandit", "fedadapt", "own")
     hint = did_you_mean(str(kind), known)
     raise ConfigError.of("policy.kind", kind, f"must be one of {', '.join(known)}", hint.strip())

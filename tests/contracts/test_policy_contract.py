@@ -41,6 +41,7 @@ POLICIES = {
     "forced": {"kind": "auto", "offload": "forced", "objective": "iteration"},
     "exhaustive": {"kind": "exhaustive", "micro_batches": [1, 8]},
     "pipar": {"kind": "pipar"},
+    "bandit": {"kind": "bandit", "codec": ["fp32", "int8"], "forget": 1},
     "corrected": {"kind": "auto", "learn": True, "codec": ["fp32", "int8"]},
     "corrected pipar": {"kind": "pipar", "learn": True, "forget": 1},
     "splitfed": {"kind": "splitfed", "forget": 1},
