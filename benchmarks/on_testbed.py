@@ -13,6 +13,11 @@ shapes and whose processes share a quota of processor time.
    over mutual TLS. Quotas are set when all are ready to train.
 3. The same setting is emulated: shaped links on loopback, devices and edge slowed by waiting.
 
+With ``--policy fedadapt auto --change-at 4 --change-to 5`` policies decide instead, for a few
+rounds, in which the rate of ``device0`` changes (and with ``--back-at`` changes back). What each
+device did, what its iterations took, and what they would have taken with the best cut are compared
+with what the model of time says of that rate. ``--agent`` names the file of FedAdapt's agent.
+
 The last line is one JSON object.
 """
 
@@ -26,7 +31,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -39,12 +45,13 @@ from fedsys.config import Config
 from fedsys.planning.assignment import Assignment
 from fedsys.planning.costs import MachineCosts, Messaging
 from fedsys.planning.hardware import machine_costs
-from fedsys.planning.planner import evaluate
+from fedsys.planning.planner import evaluate, plan
 from fedsys.planning.workload import Device, Workload, workload
 from fedsys.runtime.apps import load_apps
 from fedsys.runtime.local import play_local
 from fedsys.training import federation
 from fedsys.training.federation import layered_model
+from fedsys.transport.messages import ASSIGNMENT, OBSERVATION, settings_of
 from fedsys.transport.network import Network
 from fedsys.transport.security import Authority
 
@@ -74,6 +81,11 @@ def main() -> None:
         codecs=[choice.codec_up],
         exchange=False,
     )
+    if given.policy:
+        rounds = {kind: decided(given, kind, load, found) for kind in given.policy}
+        shown = {k: v for k, v in vars(given).items() if k not in ("testbed", "agent")}
+        print(json.dumps({**shown, "rounds": rounds, "load": os.getloadavg()[0]}))
+        return
     predicted = max(evaluate(load, [choice] * given.devices).iteration_s)
     print(f"predicted {predicted:.3f} s", file=sys.stderr, flush=True)
     real = on_testbed(given, config)
@@ -102,22 +114,23 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--micro-batches", type=int, default=10)
     parser.add_argument("--codec", default="int8")
     parser.add_argument("--iterations", type=int, default=20)
+    parser.add_argument("--policy", nargs="+", default=[], help="policies that decide on cuts")
+    parser.add_argument("--agent", type=Path, help="file of an agent, for fedadapt")
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--change-at", type=int, default=4, help="round with another rate")
+    parser.add_argument("--change-to", type=float, default=5.0, help="Mbit/s of device0 from then")
+    parser.add_argument("--back-at", type=int, default=0, help="round with the first one; 0: none")
     return parser.parse_args()
 
 
-def _config(given: argparse.Namespace) -> Config:
-    text = configuration.compose_text("+bench=pipeline run.plots=false")
+def _config(given: argparse.Namespace, kind: str = "fixed") -> Config:
+    text = configuration.compose_text(f"+bench=pipeline run.plots=false policy={kind}")
     base = configuration.parse(text)
     wanted = base.client.batch_size * (given.iterations + 3)
     values: dict[str, Any] = {
         "num_clients": 1,
         "data": {"examples": round(wanted / 0.9)},
-        "policy": {
-            "kind": "fixed",
-            "cut": given.cut,
-            "codec": given.codec,
-            "micro_batches": given.micro_batches,
-        },
+        "policy": _policy(given, kind),
         "fleet": {"machines": {}, "devices": [], "servers": []},
     }
     return configuration.parse(configuration.with_values(text, **values))
@@ -138,21 +151,29 @@ def slowed(costs: MachineCosts, factor: float) -> MachineCosts:
 # Namespaces
 
 
-def on_testbed(given: argparse.Namespace, config: Config) -> float:
-    """Return the median seconds of an iteration of the devices."""
+@contextmanager
+def testbed_of(given: argparse.Namespace) -> Iterator[Any]:
+    """Build the testbed of the arguments for a block."""
     spec = importlib.util.spec_from_file_location("testbed", given.testbed)
     if spec is None or spec.loader is None:
         raise SystemExit(f"{given.testbed}: no Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        module.Testbed("fs", given.devices, 1, given.up, given.down, 0, 0) as testbed,
-    ):
+    with module.Testbed("fs", given.devices, 1, given.up, given.down, 0, 0) as testbed:
+        yield testbed
+
+
+def on_testbed(given: argparse.Namespace, config: Config) -> float:
+    """Return the median seconds of an iteration of the devices."""
+    with tempfile.TemporaryDirectory() as folder, testbed_of(given) as testbed:
         return _between(given, config, testbed, Path(folder))
 
 
-def _between(given: argparse.Namespace, config: Config, testbed: Any, folder: Path) -> float:
+@contextmanager
+def started(
+    given: argparse.Namespace, config: Config, testbed: Any, folder: Path, **values: Any
+) -> Iterator[list[subprocess.Popen[str]]]:
+    """Start the edge server and the devices, which wait before each round, for a block."""
     address = f"{testbed.ip('edge0')}:9443"
     authority = Authority.create()
     authority.issue("edge-0", [testbed.ip("edge0")], role="server").save(folder / "edge")
@@ -166,21 +187,24 @@ def _between(given: argparse.Namespace, config: Config, testbed: Any, folder: Pa
         stdout=subprocess.PIPE,
         text=True,
     )
-    names = [f"device{i}" for i in range(given.devices)]
     processes = [edge]
     try:
         _said(edge)
         devices = []
-        for index, name in enumerate(names):
-            values: dict[str, Any] = {
+        for index in range(given.devices):
+            name = f"device{index}"
+            own: dict[str, Any] = {
                 "seed": index,
                 "json": True,
                 "run": {"dir": str(folder / name)},
                 "link": {"kind": "grpc", "credentials": str(folder / "server")},
-                "fleet": {"edges": [{"name": "edge-0", "address": f"grpc://{address}"}]},
+                "fleet": {
+                    **values.get("fleet", {}),
+                    "edges": [{"name": "edge-0", "address": f"grpc://{address}"}],
+                },
             }
             file = folder / f"{name}.yaml"
-            file.write_text(configuration.with_values(config.text, **values))
+            file.write_text(configuration.with_values(config.text, **{**values, **own}))
             devices.append(
                 testbed.popen(
                     name,
@@ -191,22 +215,50 @@ def _between(given: argparse.Namespace, config: Config, testbed: Any, folder: Pa
                 )
             )
         processes += devices
-        for process in devices:
-            _said(process)
-        for name in names:
-            testbed.set_cpu(name, given.cpu)
-        for process in devices:
-            process.stdin.write("go\n")
-            process.stdin.flush()
-        ends = [json.loads(_said(process))["ends"] for process in devices]
-        for name in names:
-            testbed.set_cpu(name, 0)
-        # the first mini-batch and the last, which may be smaller, do not count
-        return median(b - a for e in ends for a, b in pairwise(e[:-1]))
+        yield devices
     finally:
         for process in processes:
             process.terminate()
             process.communicate()
+
+
+def _round(
+    given: argparse.Namespace,
+    testbed: Any,
+    devices: list[subprocess.Popen[str]],
+    rate: float | None = None,
+) -> list[dict[str, Any]]:
+    """Have devices train a round within their quotas; return what each says of it.
+
+    Quotas, and another `rate` of the first one in Mbit/s, hold while they train: what their server
+    apps say to the edge before and after has no such device in between.
+    """
+    names = [f"device{i}" for i in range(given.devices)]
+    for process in devices:
+        _said(process)
+    for name in names:
+        testbed.set_cpu(name, given.cpu)
+    if rate is not None:
+        testbed.shape(names[0], rate, rate)
+    for process in devices:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    told = []
+    for name, process in zip(names, devices, strict=True):
+        told.append(json.loads(_said(process)))
+        if rate is not None and name == names[0]:
+            testbed.shape(name, given.up, given.down)
+    for name in names:
+        testbed.set_cpu(name, 0)
+    return told
+
+
+def _between(given: argparse.Namespace, config: Config, testbed: Any, folder: Path) -> float:
+    with started(given, config, testbed, folder) as devices:
+        ends = [told["ends"] for told in _round(given, testbed, devices)]
+    # the first mini-batch and the last, which may be smaller, do not count
+    return median(b - a for e in ends for a, b in pairwise(e[:-1]))
 
 
 def _said(process: subprocess.Popen[str]) -> str:
@@ -218,29 +270,119 @@ def _said(process: subprocess.Popen[str]) -> str:
 
 
 def device(file: Path) -> None:
-    """Be one device of the testbed: wait before training, and tell when each mini-batch ended."""
+    """Be one device of the testbed: wait before each round, and tell what was seen in it."""
     config = configuration.parse(file.read_text())
-
-    def ready() -> None:
-        print("ready", flush=True)
-        sys.stdin.readline()
-
     server, client = load_apps(config)
-    watching = Watching(client, ready=ready)
-    play_local(config, server, _Telling(watching))
+    play_local(config, server, _Telling(client))
 
 
 class _Telling:
-    """Tells what was seen as soon as the training is over."""
+    """Waits before each round, and tells what was seen as soon as it is over."""
 
-    def __init__(self, watching: Watching) -> None:
-        self._watching = watching
+    def __init__(self, client: Any) -> None:
+        self._client = client
 
     def __call__(self, message: Any, context: Any) -> Any:
-        reply = self._watching(message, context)
-        if message.metadata.message_type == "train":
-            print(json.dumps({"ends": self._watching.watch.ends[0]}), flush=True)
+        if message.metadata.message_type != "train":
+            return self._client(message, context)
+        print("ready", flush=True)
+        sys.stdin.readline()
+        asked = dict(message.content.config_records.get(ASSIGNMENT, {}))
+        pieces = settings_of(message.content).micro_batches
+        watching = Watching(self._client)
+        reply = watching(message, context)
+        seen = reply.content.config_records[OBSERVATION] if reply.has_content() else {}
+        told = {"ends": watching.watch.ends.get(0, []), "cut": asked.get("cut"), "pieces": pieces}
+        print(json.dumps({**told, "seen": dict(seen)}), flush=True)
         return reply
+
+
+# --------------------------------------------------------------------------------------------------
+# Policies that decide
+
+
+def decided(
+    given: argparse.Namespace, kind: str, load: Workload, host: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Return what a policy did in each round, beside what the model of time says of it."""
+    rows: list[dict[str, Any]] = []
+    network = load.devices[0].network
+    values = {
+        "rounds": given.rounds,
+        "runtime": {"kind": "deployment"},  # what is measured counts, not a virtual clock
+        "network": {
+            "name": "testbed",
+            "up_mbit_s": network.up_bits_s / 1e6,
+            "down_mbit_s": network.down_bits_s / 1e6,
+        },
+        "fleet": _machines(host, 1.0 / given.cpu),
+    }
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        testbed_of(given) as testbed,
+        started(given, _config(given, kind), testbed, Path(folder), **values) as devices,
+    ):
+        for number in range(1, given.rounds + 1):
+            changed = given.change_at <= number < (given.back_at or given.rounds + 1)
+            rate = given.change_to if changed else None
+            for index, one in enumerate(_round(given, testbed, devices, rate)):
+                own = given.up if rate is None or index else rate
+                rows.append({"round": number, "device": index, **_judged(given, load, own, one)})
+                print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    return rows
+
+
+def _policy(given: argparse.Namespace, kind: str) -> dict[str, Any]:
+    """Return the options of a policy; links that are not used are tried in every second round."""
+    same = {"codec": given.codec, "micro_batches": given.micro_batches}
+    if kind == "fixed":
+        return {**same, "cut": given.cut}
+    if kind == "fedadapt":
+        return {**same, "agent": str(given.agent.resolve()), "probe_every": 1}
+    return {**same, "objective": "iteration", "forget": 1}
+
+
+def _judged(
+    given: argparse.Namespace, load: Workload, mbit_s: float, told: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Compare a round of a device with what is predicted for its rate, and with the best cut."""
+    rate = mbit_s * 1e6 * PAYLOAD
+    count = load.batch_size * (given.iterations + 3)
+    mine = dataclasses.replace(load.devices[0], network=Network(rate, rate), examples=count)
+    alone = dataclasses.replace(load, devices=(mine,))
+    whole = told["cut"] is None
+    cut = load.units if whole else int(told["cut"])
+    pieces = 1 if whole else told["pieces"]
+    chosen = Assignment(cut, 0, given.codec, given.codec, pieces)
+    predicted = evaluate(alone, [chosen]).iteration_s[0]
+    best = plan(alone, "exhaustive")
+    measured = float(told["seen"].get("iteration-s", 0.0))
+    return {
+        "mbit_s": mbit_s,
+        "cut": None if whole else cut,
+        "pieces": pieces,
+        "measured_s": measured,
+        "predicted_s": predicted,
+        "best_cut": None if best.choices[0].cut == load.units else best.choices[0].cut,
+        "best_s": best.iteration_s[0],
+        "regret": measured / best.iteration_s[0] - 1,
+        "predicted_regret": predicted / best.iteration_s[0] - 1,
+        "seen_mbit_s": [
+            1e-6 / told["seen"][way] if told["seen"].get(way) else None
+            for way in ("up-bit-s", "down-bit-s")
+        ],
+        "probe_bytes": told["seen"].get("probe-bytes", 0),
+    }
+
+
+def _machines(host: Mapping[str, Any], factor: float) -> dict[str, Any]:
+    """Return a fleet of devices that are this machine, slower, and of edge servers like it."""
+    slow = {
+        **host,
+        **{k: _times(host[k], factor) for k in ("forward_s", "backward_s", "update_s", "byte_s")},
+        **{k: host.get(k, 0.0) * factor for k in ("load_s", "message_s", "operation_s")},
+    }
+    return {"machines": {"slow": slow, "host": host}, "devices": ["slow"], "servers": ["host"]}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -251,12 +393,6 @@ def emulate(
     given: argparse.Namespace, config: Config, load: Workload, host: Mapping[str, Any]
 ) -> float:
     """Return the median seconds of an iteration with shaped links and machines that wait."""
-    factor = 1.0 / given.cpu
-    slow = {
-        **host,
-        **{k: _times(host[k], factor) for k in ("forward_s", "backward_s", "update_s", "byte_s")},
-        **{k: host.get(k, 0.0) * factor for k in ("load_s", "message_s", "operation_s")},
-    }
     network = load.devices[0].network
     with tempfile.TemporaryDirectory() as folder, edge_process() as edge:
         watch, _ = watched_round(
@@ -273,12 +409,7 @@ def emulate(
                 "latency_ms": 0.0,
                 "emulate": True,
             },
-            fleet={
-                "machines": {"slow": slow, "host": host},
-                "devices": ["slow"],
-                "servers": ["host"],
-                "emulate": True,
-            },
+            fleet={**_machines(host, 1.0 / given.cpu), "emulate": True},
         )
         return median(watch.iterations(given.iterations))
 

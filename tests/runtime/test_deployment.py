@@ -91,6 +91,13 @@ RUNS = {
         "pruning=magnitude",
         "pruning.steps=1",
     ),
+    "an agent that is trained on the clients": (
+        "policy=fedadapt",
+        "policy.training.where=clients",
+        "policy.training.iterations=2",
+        "policy.ppo.updates=1",
+        "policy.ppo.every=2",
+    ),
 }
 
 

@@ -87,12 +87,11 @@ class Known:
         return dataclasses.replace(self, baseline_s=got.iteration_s, compute_s={}, vetoed={})
 
     def _still_vetoed(self, options: FedAdaptOptions) -> dict[str, float]:
-        """Return the vetoes that hold still: those of a link that is as it was."""
+        """Return the vetoes that hold still: those of a link that has not become faster."""
         bit_s = self.up_bit_s + self.down_bit_s
         if not bit_s > 0:
             return dict(self.vetoed)
-        drift = options.drift
-        return {cut: at for cut, at in self.vetoed.items() if abs(bit_s / at - 1.0) <= drift}
+        return {cut: at for cut, at in self.vetoed.items() if at / bit_s - 1.0 <= options.drift}
 
     def _vetoing(self, alone: int, options: FedAdaptOptions) -> Known:
         bit_s, kept = self.up_bit_s + self.down_bit_s, self._still_vetoed(options)

@@ -397,6 +397,8 @@ def test_a_device_that_was_slower_than_alone_stays_alone_until_its_link_changes(
     assert plan[0].cut == 5
     state, plan = made.plan(state, {0: Observation(iteration_s=0.6)})
     assert plan[0].cut == 5  # nothing was measured of its link
+    state, plan = made.plan(state, {0: measured(0.6, mbit_s=7.0)})
+    assert plan[0].cut == 5  # it has changed for the worse
     state, plan = made.plan(state, {0: measured(0.6, mbit_s=60.0)})
     assert plan[0].cut == 1  # it has changed
     bold = decider(base, [0.1, 0.1, 0.1], veto=None)
