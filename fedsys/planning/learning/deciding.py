@@ -42,8 +42,8 @@ class Known:
         up_bit_s: Seconds of a bit to the edge, as last seen; 0 if never.
         down_bit_s: Seconds of a bit from it.
         slow: Whether it is among those with slow links.
-        vetoed: Seconds of a bit, both ways together, with which each cut was slower than alone, by
-            the cut's index.
+        vetoed: Seconds of a bit, both ways together, and of an iteration, with which each cut was
+            slower than alone, by the cut's index.
         unseen: Rounds since its link was measured, that of the last plan included.
     """
 
@@ -54,7 +54,7 @@ class Known:
     up_bit_s: float = 0.0
     down_bit_s: float = 0.0
     slow: bool = False
-    vetoed: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    vetoed: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
     unseen: int = 0
 
     @property
@@ -81,23 +81,25 @@ class Known:
 
     def _based(self, got: Observation, options: FedAdaptOptions) -> Known:
         """Take what was measured alone as the baseline, where it differs from the one before."""
-        before = self.baseline_s
-        if before and abs(got.iteration_s / before - 1.0) <= options.drift:
-            return dataclasses.replace(self, vetoed=self._still_vetoed(options))
-        return dataclasses.replace(self, baseline_s=got.iteration_s, compute_s={}, vetoed={})
+        before, now = self.baseline_s, self
+        if not before or abs(got.iteration_s / before - 1.0) > options.drift:
+            now = dataclasses.replace(self, baseline_s=got.iteration_s, compute_s={})
+        return dataclasses.replace(now, vetoed=now._still_vetoed(options))
 
-    def _still_vetoed(self, options: FedAdaptOptions) -> dict[str, float]:
-        """Return the vetoes that hold still: those of a link that has not become faster."""
-        bit_s = self.up_bit_s + self.down_bit_s
-        if not bit_s > 0:
-            return dict(self.vetoed)
-        return {cut: at for cut, at in self.vetoed.items() if at / bit_s - 1.0 <= options.drift}
+    def _still_vetoed(self, options: FedAdaptOptions) -> dict[str, Sequence[float]]:
+        """Return the vetoes that hold still, now that baseline or link are others."""
+        return {cut: at for cut, at in self.vetoed.items() if self._holds(*at, options=options)}
+
+    def _holds(self, bit_s: float, iteration_s: float, *, options: FedAdaptOptions) -> bool:
+        now = self.up_bit_s + self.down_bit_s
+        faster = now > 0 and bit_s / now - 1.0 > options.drift
+        return not faster and iteration_s > self.baseline_s * (1.0 + (options.veto or 0.0))
 
     def _vetoing(self, alone: int, options: FedAdaptOptions) -> Known:
         bit_s, kept = self.up_bit_s + self.down_bit_s, self._still_vetoed(options)
         limit = None if options.veto is None else self.baseline_s * (1.0 + options.veto)
         if limit is not None and self.baseline_s > 0 and self.iteration_s > limit:
-            kept[str(self.cut)] = bit_s or 1e-12
+            kept[str(self.cut)] = (bit_s, self.iteration_s)
         return dataclasses.replace(self, vetoed=kept)
 
     def scaled(self, got: Observation, options: FedAdaptOptions) -> Known:
@@ -108,7 +110,8 @@ class Known:
             return self
         if before > 0 and abs(now / before - 1.0) > options.drift:
             baseline = self.baseline_s * now / before
-            return dataclasses.replace(self, baseline_s=baseline, compute_s={at: now}, vetoed={})
+            other = dataclasses.replace(self, baseline_s=baseline, compute_s={at: now})
+            return dataclasses.replace(other, vetoed=other._still_vetoed(options))
         return dataclasses.replace(self, compute_s={**self.compute_s, at: before or now})
 
 

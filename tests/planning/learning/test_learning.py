@@ -386,6 +386,25 @@ def test_who_is_alone_because_of_a_slow_link_measures_it_now_and_then(base, ever
     assert plan[0].cut == 1 and made.unmeasured(state, [0, 3]) == []  # the link has recovered
 
 
+def test_a_device_with_a_quota_that_waits_for_a_slow_link_is_not_taken_for_a_faster_one(base):
+    """On the testbed, computing took half as long where a device of 0.2 cores waited for its link.
+
+    Its baseline was halved, found to be wrong a round later, and with it the veto was forgotten:
+    every other round was tried again at 5 Mbit/s.
+    """
+    made = decider(base, [0.1, 0.1, 0.1])
+    state, _ = made.plan(made.init(), {0: Observation()})
+    state, plan = made.plan(state, {0: measured(0.6)})
+    state, plan = made.plan(state, {0: measured(0.3, compute=0.2, mbit_s=50.0)})
+    assert plan[0].cut == 1
+    state, plan = made.plan(state, {0: measured(0.9, compute=0.1, mbit_s=4.75)})
+    for _ in range(3):
+        assert plan[0].cut == 5
+        state, plan = made.plan(state, {0: measured(0.6, mbit_s=5.03)})
+    state, plan = made.plan(state, {0: measured(1.2, mbit_s=5.03)})
+    assert plan[0].cut == 1  # alone it takes longer now than that did
+
+
 def test_a_device_that_was_slower_than_alone_stays_alone_until_its_link_changes(base):
     made = decider(base, [0.1, 0.1, 0.1])
     state, _ = made.plan(made.init(), {0: Observation()})
