@@ -81,6 +81,7 @@ def dial(
         check(credentials, role="client")
         context = client_context(credentials)
     deadline = time.monotonic() + timeout_s
+    error: LinkError
     while True:
         try:
             channel = _connected(place, context, deadline)
@@ -90,7 +91,7 @@ def dial(
         except _Final as final:
             raise final.error from None
         except TimeoutError:
-            error: LinkError = LinkClosed(f"tcp://{place} does not answer within {timeout_s:g} s")
+            error = LinkClosed(f"tcp://{place} does not answer within {timeout_s:g} s")
         except ConnectionRefusedError:
             error = LinkRefused(f"tcp://{place}: nobody listens there")
         except OSError as problem:
@@ -101,6 +102,8 @@ def dial(
         if not retry or time.monotonic() + _RETRY_S > deadline:
             raise error
         time.sleep(_RETRY_S)
+        if time.monotonic() >= deadline:  # on a busy machine; another attempt would only be late
+            raise error
 
 
 def _connected(place: str, context: ssl.SSLContext | None, deadline: float) -> Channel:
