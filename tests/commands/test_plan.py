@@ -146,3 +146,11 @@ def test_a_policy_that_learns_decides_on_the_virtual_clock_before_its_plan_is_sh
     assert "round 30 on the virtual clock" in found["how"]
     usual = planned(capsys, "policy=auto", "fleet=pi_lab", "network=wifi", "num_clients=2")
     assert usual["predicted_s"] <= found["predicted_s"] and "regret" not in usual
+
+
+def test_a_bandit_is_shown_with_what_it_comes_to_and_why(capsys):
+    given = ("policy=bandit", "fleet=pi_lab", "network=wifi", "data=synthetic_32x32")
+    found = planned(capsys, *given, "num_clients=5", "client.batch_size=100")
+    assert found["method"] == "bandit" and found["regret"] <= 0.1
+    assert found["predicted_s"] <= found["all_on_device_s"]
+    assert all("s alone" in row["why"] for row in found["devices"])
