@@ -156,7 +156,7 @@ def test_an_unregistered_node_is_refused(launched):
     log = launched.deployment.folder / "node-7.log"
     with pytest.raises(RuntimeFailure, match="node-7 ended with status 1"):
         while True:
-            launched.processes.check()
+            launched.processes.check(["node-7"])
             time.sleep(0.05)
     launched.processes.stop(["node-7", "node-7-executor"])
     assert "Exit Code: 305" in log.read_text()
