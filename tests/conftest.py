@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from fedsys.config import Config
@@ -23,6 +24,10 @@ os.environ |= {
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+
+# No test asserts a time, nor does Hypothesis: other work on the machine is no fault of ours.
+settings.register_profile("fedsys", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("fedsys")
 
 _LONG = ("deployment", "ray", "slow")
 

@@ -3,8 +3,7 @@
 It plans as the other planners do, for costs that `fedsys.planning.correction` has corrected by what
 was measured, at the lower end of what they may be. So it tries what may be better, and each trial
 tells what it takes: a plan that is kept has no rival that could still be much better. Machines of a
-kind share what they learn. Where there is time to spare, devices that do not decide how long a
-round takes try cuts that their kind does not know (`Trials`).
+kind share what they learn.
 """
 
 from __future__ import annotations
@@ -100,8 +99,8 @@ class LearnedPlanner:
     """Plans by what it learns. It is a policy: state in, state out.
 
     Its state is a dict of plain values: ``devices`` and ``edges`` (`Ratios` of each), ``rates`` and
-    ``alone`` (`Links`), ``planned`` and ``choices`` of each client, which differ in trials,
-    ``clients`` of the last plan, and ``plans``, their number.
+    ``alone`` (`Links`), ``planned`` and ``choices`` of each client, ``clients`` of the last plan,
+    and ``plans``, their number.
 
     Args:
         believed: What is believed at first.
