@@ -59,7 +59,7 @@ Says = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class PolicyRounds:
     """What one method did on one fleet.
 
     Attributes:
@@ -128,7 +128,7 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         makers = Makers(config, options, Path(folder))
         makers.train()
-        found: dict[tuple[str, str], list[tuple[Outcome, Outcome]]] = {}
+        found: dict[tuple[str, str], list[tuple[PolicyRounds, PolicyRounds]]] = {}
         for case in cases(options, config.seed):
             began = time.perf_counter()
             for method, pair in outcomes(case, makers, options).items():
@@ -234,7 +234,7 @@ class Told:
 
 def outcomes(
     case: OffloadCase, makers: Makers, options: Mapping[str, Any]
-) -> dict[str, tuple[Outcome, Outcome]]:
+) -> dict[str, tuple[PolicyRounds, PolicyRounds]]:
     """Return what each method did on a fleet, with what classic training did beside it."""
     clock = VirtualClock(int(options["most"]))
     oracle = Oracle(clock=clock)
@@ -256,14 +256,16 @@ def outcomes(
     return found
 
 
-def _outcome(case: OffloadCase, policy: Decides, clock: VirtualClock, oracle: Oracle) -> Outcome:
+def _outcome(
+    case: OffloadCase, policy: Decides, clock: VirtualClock, oracle: Oracle
+) -> PolicyRounds:
     done = list(decided_rounds(policy, case.layers, case.truth, case.rounds, clock))
     regrets = []
     for one in done:
         best = oracle.best(one.load, one.start_s, (one.choices, one.played))
         assert best is not None  # there are few devices
         regrets.append(regret(one.played.seconds, best.seconds))
-    return Outcome(
+    return PolicyRounds(
         tuple(one.played.device_s for one in done),
         tuple(regrets),
         _changed(case),
@@ -271,13 +273,13 @@ def _outcome(case: OffloadCase, policy: Decides, clock: VirtualClock, oracle: Or
     )
 
 
-def _best(case: OffloadCase, clock: VirtualClock, oracle: Oracle) -> Outcome:
+def _best(case: OffloadCase, clock: VirtualClock, oracle: Oracle) -> PolicyRounds:
     rounds = []
     for number in range(1, case.rounds + 1):
         best = oracle.best(case.truth.at_round(number))
         assert best is not None  # there are few devices
         rounds.append(best.played.device_s)
-    return Outcome(tuple(rounds), (0.0,) * len(rounds), _changed(case))
+    return PolicyRounds(tuple(rounds), (0.0,) * len(rounds), _changed(case))
 
 
 def _changed(case: OffloadCase) -> tuple[int, ...]:
@@ -314,7 +316,9 @@ def _deciding(makers: Makers, options: Mapping[str, Any]) -> list[dict[str, Any]
 # Figures
 
 
-def _row(name: str, method: str, pairs: Sequence[tuple[Outcome, Outcome]]) -> dict[str, Any]:
+def _row(
+    name: str, method: str, pairs: Sequence[tuple[PolicyRounds, PolicyRounds]]
+) -> dict[str, Any]:
     """Return the figures of a method over the fleets of a scenario."""
     over = [own.mean_s / classic.mean_s for own, classic in pairs]
     straggler = [

@@ -135,7 +135,7 @@ class Edge:
 
 
 @dataclass
-class Seen:
+class Watched:
     """What was seen over one kind of link.
 
     Attributes:
@@ -177,8 +177,8 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _soaked(
     config: Config, options: Mapping[str, Any], kind: str, folder: Path, expected: str
-) -> Seen:
-    seen, token, over = Seen(), new_token(), threading.Event()
+) -> Watched:
+    seen, token, over = Watched(), new_token(), threading.Event()
     with contextlib.ExitStack() as stack:
         edges = [Edge(f"{kind}-{i}", kind, token, folder) for i in range(options["edges"])]
         for edge in edges:
@@ -215,7 +215,7 @@ def _soaked(
 
 
 def _one_run(
-    config: Config, folder: Path, split: Mapping[str, Any], expected: str, seen: Seen
+    config: Config, folder: Path, split: Mapping[str, Any], expected: str, seen: Watched
 ) -> None:
     seen.runs += 1
     try:
@@ -245,7 +245,7 @@ def _carried_out(config: Config, folder: Path, name: str, **values: Any) -> str:
 def _strike(
     edges: Sequence[Edge],
     options: Mapping[str, Any],
-    seen: Seen,
+    seen: Watched,
     over: threading.Event,
     trains: Callable[[], bool],
 ) -> None:
@@ -269,7 +269,7 @@ def _drawn(draws: random.Random, faults: Sequence[str], edges: Sequence[Edge]) -
     return (fault, draws.choice(serving)) if serving else ("reset", edges[0])
 
 
-def _sample(edge: Edge, seen: Seen, over: threading.Event) -> None:
+def _sample(edge: Edge, seen: Watched, over: threading.Event) -> None:
     here, there = psutil.Process(), psutil.Process(edge.process.pid)
     began = time.monotonic()
     while not over.wait(SAMPLE_S):
@@ -281,7 +281,7 @@ def _sample(edge: Edge, seen: Seen, over: threading.Event) -> None:
             ))  # fmt: skip
 
 
-def _row(kind: str, seen: Seen) -> dict[str, Any]:
+def _row(kind: str, seen: Watched) -> dict[str, Any]:
     row: dict[str, Any] = {
         "link": kind, "runs": seen.runs, "ended": len(seen.ended), "other_model": seen.other,
         "faults": seen.faults.total(), **{f"{k}s": n for k, n in sorted(seen.faults.items())},
