@@ -170,7 +170,7 @@ def test_what_fails_while_loading_fails_in_the_round_and_the_thread_ends_with_it
     with Batches(source(), torch.device("cpu")) as batches:
         assert batches.take() is not None
         batches.load()
-        assert set(threading.enumerate()) > before
+        assert set(threading.enumerate()) - before  # those of other tests may just be ending
         with pytest.raises(OSError, match="the disk is gone"):
             batches.take()
     assert set(threading.enumerate()) <= before
