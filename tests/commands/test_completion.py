@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
         ("fedsys train --multi", ["--multirun"]),
         ("fedsys bench spl", ["split"]),
         ("fedsys bench split bench.tu", ["bench.turns="]),
-        ("fedsys prune run", ["run=", "run.dir=", "run.plots="]),
+        ("fedsys prune run", ["run=", "run.dir=", "run.plots=", "run.oracle="]),
         ("fedsys nothing x", []),
     ],
 )
