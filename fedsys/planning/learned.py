@@ -99,8 +99,8 @@ class LearnedPlanner:
     """Plans by what it learns. It is a policy: state in, state out.
 
     Its state is a dict of plain values: ``devices`` and ``edges`` (`Ratios` of each), ``rates`` and
-    ``alone`` (`Links`), ``planned`` and ``choices`` of each client, ``clients`` of the last plan,
-    and ``plans``, their number.
+    ``alone`` (`Links`), ``choices`` of each client, ``clients`` of the last plan, and ``plans``,
+    their number.
 
     Args:
         believed: What is believed at first.
@@ -116,7 +116,7 @@ class LearnedPlanner:
         self._layers = layers
         self._believed(layers, list(nodes))  # refuses what cannot be planned
         parts: dict[str, Any] = {name: {} for name in ("devices", "edges", "rates", "alone")}
-        return parts | {"choices": {}, "planned": {}, "clients": [], "plans": 0}
+        return parts | {"choices": {}, "clients": [], "plans": 0}
 
     def plan(
         self, state: State, seen: Mapping[int, Observation]
@@ -127,7 +127,7 @@ class LearnedPlanner:
             return state, {}
         load = self._load(clients)
         after, news = self._informed(state, load, clients, seen)
-        known = all(client in state["planned"] for client in clients)
+        known = all(client in state["choices"] for client in clients)
         if news or not known or state["clients"] != clients:
             after = self._replanned(after, load, clients)
         return after, {client: Assignment.of_list(after["choices"][client]) for client in clients}
@@ -156,7 +156,7 @@ class LearnedPlanner:
         most = self._options.most_bytes
         forced = self._options.offload or (most is not None and sum(load.state_bytes) > most)
         made = plan(hopeful, self._options.method, offload=forced)
-        known = [state["planned"].get(client) for client in clients]
+        known = [state["choices"].get(client) for client in clients]
         choices = made.choices
         if all(known):
             old = evaluate(hopeful, [Assignment.of_list(choice) for choice in known])
@@ -164,7 +164,6 @@ class LearnedPlanner:
                 choices = old.choices
         fresh = {client: c.to_list() for client, c in zip(clients, choices, strict=True)}
         return state | {
-            "planned": state["planned"] | fresh,
             "choices": state["choices"] | fresh,
             "clients": clients,
             "plans": state["plans"] + 1,
