@@ -26,7 +26,7 @@ from fedsys.planning.assignment import Assignment
 from fedsys.randomness import Address, drawing, rows
 from fedsys.runs.tracing import Recorder
 from fedsys.training import plain as training
-from fedsys.training.part import Part, safe_input
+from fedsys.training.part import Part, keep_gradient, safe_input
 from fedsys.training.plain import Score
 from fedsys.training.schedule import micro_batch_bounds, operations
 from fedsys.transport.codecs import decode_activation, encode_activation
@@ -241,11 +241,12 @@ class Steps:
     def _tail(self, piece: int, back: nn.Module, labels: Tensor, weight: float) -> None:
         """Compute the last units, the loss, and the gradient that goes back to the edge."""
         answer = self._await("activation", piece)
-        z = self._decoded(answer).requires_grad_()
+        z = self._decoded(answer)
+        kept = keep_gradient(z)
         outputs = back(safe_input(back, z))
         loss = training.loss_of(outputs, labels, weight)
         loss.backward()  # type: ignore[no-untyped-call]  # torch has no type for it
-        gradient = z.grad if z.grad is not None else torch.zeros_like(z)
+        gradient = kept[0] if kept else torch.zeros_like(z)
         tensors, codec = encode_activation(gradient, self._split.assignment.codec_up)
         nbytes = self._remote.prepare("gradient", self._step, piece, codec, tensors)
         self._returned[piece] = loss.detach(), (outputs.detach().argmax(1) == labels).sum()

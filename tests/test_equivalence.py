@@ -62,6 +62,7 @@ MODELS |= {
     "parameters frozen": partly("parameters"),
     "odd tensors": ("lenet", {"_target_": "tests.models.odd.Odd", "dropout": 0.2}),
     "lazy": ("lenet", {"_target_": "tests.models.test_fits.Lazy", "dropout": 0.2}),
+    "tokens": ("lenet", {"_target_": "tests.models.tokens.Tokens", "dropout": 0.2}),
 }
 FEATURES = {
     "plain": {},
@@ -209,6 +210,10 @@ TABLE = [
     (("odd tensors", 1), BETWEEN_ROUNDS, (1, "sequential"), "link", True, "grpc"),
     (("odd tensors", 1), LEVELS, (1, "sequential"), "never", False, "memory"),
     (("lazy", 1), BETWEEN_ROUNDS, (2, "pipelined"), "link", False, "memory"),
+    # What crosses is transposed and its gradient is not: sums before the cut had other last bits
+    (("tokens", 2), "plain", (1, "sequential"), "never", False, "memory"),
+    (("tokens", 2), "momentum, decay, cosine", (2, "pipelined"), "link", False, "tcp"),
+    (("tokens", 2), "proximal, clipped, two epochs", (1, "sequential"), "never", True, "grpc"),
     (("parameters frozen", 2), "momentum, decay, cosine", (1, "sequential"), "never", False, "tcp"),
 ]
 

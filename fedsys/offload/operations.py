@@ -11,6 +11,7 @@ from fedsys.offload.edge_part import EdgePart
 from fedsys.offload.session_tensors import encoded
 from fedsys.offload.snapshot import SessionSpec, State, natural
 from fedsys.offload.turns import Turns
+from fedsys.training.part import keep_gradient
 from fedsys.training.schedule import micro_batch_bounds
 from fedsys.transport.wire import Frame
 
@@ -26,7 +27,8 @@ class Operations:
 
     def __init__(self, spec: SessionSpec, part: EdgePart, turns: Turns) -> None:
         self._spec, self._part, self._turns = spec, part, turns
-        self._open: dict[int, tuple[Tensor, Tensor]] = {}  # label-private: input and output
+        # Label-private: output, and where the gradient of the input will be
+        self._open: dict[int, tuple[Tensor, list[Tensor]]] = {}
 
     def awaits_gradient(self, piece: int) -> bool:
         """Return whether the output of a piece was sent to the device, which has the labels."""
@@ -45,14 +47,14 @@ class Operations:
         if piece == 0:  # what is refused above has changed nothing
             turns.begin(batch)
             part.begin(turns.steps, batch)
-        x.requires_grad_(bool(frame.meta.get("needs_gradient", True)))
+        gradient = keep_gradient(x) if frame.meta.get("needs_gradient", True) else []
         meta: dict[str, Any] = {"step": turns.steps, "piece": piece}
         if labels is None:
             out = part.compute(lambda: self._ahead(x, start, stop))
-            self._open[piece] = x, out
+            self._open[piece] = out, gradient
             return encoded("activation", out, {**meta, "at_us": part.ended()}, codec)
         more = part.compute(lambda: self._there_and_back(x, labels, start, stop))
-        return encoded("gradient", x.grad, {**meta, "at_us": part.ended()}, codec, more)
+        return encoded("gradient", _of(gradient), {**meta, "at_us": part.ended()}, codec, more)
 
     def _bounds(self, piece: int, batch: int) -> tuple[int, int]:
         bounds = list(micro_batch_bounds(batch, self._spec.micro_batches))
@@ -72,15 +74,15 @@ class Operations:
 
     def take_back(self, frame: Frame, piece: int) -> Frame:
         """Take the gradient of what was sent for a piece; reply with that of its input."""
-        x, out = self._open[piece]
-        self._part.arrived(frame, len(x), forward=False)
-        gradient = self._part.expected.gradient(frame, out)
+        out, gradient = self._open[piece]
+        self._part.arrived(frame, len(out), forward=False)
+        came = self._part.expected.gradient(frame, out)
         del self._open[piece]
         if out.requires_grad:
-            self._part.compute(lambda: out.backward(gradient))  # type: ignore[no-untyped-call]
+            self._part.compute(lambda: out.backward(came))  # type: ignore[no-untyped-call]
         self._turns.backward += 1
         meta = {"step": self._turns.steps, "piece": piece, "at_us": self._part.ended()}
-        return encoded("gradient", x.grad, meta, self._spec.codec_down)
+        return encoded("gradient", _of(gradient), meta, self._spec.codec_down)
 
     def evaluate(self, frame: Frame) -> Frame:
         """Score a mini-batch, forward only; neither draws nor statistics change."""
@@ -88,3 +90,8 @@ class Operations:
         out = self._part.compute(lambda: self._part.scored(tensor))
         meta = {"index": natural(frame, "index")}
         return Frame("outputs", {**meta, "codec": "fp32"}, {"x": out.clone()})
+
+
+def _of(gradient: list[Tensor]) -> Tensor | None:
+    """Return the gradient that backward has left; None if it left none."""
+    return gradient[0] if gradient else None

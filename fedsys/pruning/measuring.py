@@ -16,6 +16,7 @@ import platform
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -200,6 +201,8 @@ def _measure_memory(folder: Path, batch: int, names: Sequence[str]) -> dict[str,
                     module(images)
                 os.write(writer, str(1024 * max(0, _status_kb("VmHWM") - before)).encode())
                 status = 0
+            except Exception:
+                traceback.print_exc()  # of a child, whose status says no more than that it failed
             finally:
                 os._exit(status)
         os.close(writer)

@@ -173,6 +173,19 @@ def names_between(model: LayeredModel, cuts: Sequence[int]) -> list[set[str]]:
     return [set(stage.state_dict()) for stage in stages(model, cuts)]
 
 
+def keep_gradient(x: Tensor) -> list[Tensor]:
+    """Return a list that backward will put the gradient of `x` into, in the layout that it has.
+
+    ``x.grad`` is laid out in memory as `x` is. In a model that is not split the gradient keeps the
+    layout in which it was computed, and sums over it in the units before have other last bits in
+    another one: where tokens are transposed pixels, gradients of scales were off by 1e-8 of
+    themselves.
+    """
+    kept: list[Tensor] = []
+    x.requires_grad_().register_hook(kept.append)  # type: ignore[no-untyped-call]
+    return kept
+
+
 def safe_input(module: nn.Module, x: Tensor) -> Tensor:
     """Return `x`, or a copy if `module` works in place and might begin with that."""
     if x.requires_grad and any(getattr(m, "inplace", False) for m in module.modules()):

@@ -391,7 +391,7 @@ def test_folders_that_hold_no_trained_model_are_refused(
     assert "holds no run.json" in refused(capsys, f"run={tmp_path}")
     other = tmp_path / "other"
     other.mkdir()
-    (other / "run.json").write_text(json.dumps({"status": "finished"}))
+    (other / "run.json").write_text(json.dumps({"status": "finished", "result": {"rounds": 1}}))
     assert "this one has no model.safetensors" in refused(capsys, f"run={other}")
     (other / "run.json").write_text(json.dumps({"status": "failed"}))
     assert "this run is failed" in refused(capsys, f"run={other}")
@@ -419,7 +419,7 @@ def test_masks_that_kill_a_layer_are_refused_by_its_name(
 def test_a_model_that_does_not_trace_and_an_objective_that_nothing_meets_are_refused(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = ("model=torchvision", "model._target_=tests.test_prune.Untraceable")
+    model = ("model=torchvision", "model._target_=tests.commands.test_prune.Untraceable")
     model = (*model, "~model.name", "data.examples=200", f"run.dir={tmp_path / 'a'}")
     assert "cannot be traced" in refused(capsys, *model, status=1)
     options = (f"run={trained}", "pruning=magnitude", "pruning.sparsity=0.98")
@@ -427,6 +427,7 @@ def test_a_model_that_does_not_trace_and_an_objective_that_nothing_meets_are_ref
         *options,
         "variants.max_drop=0.0",
         "variants.recalibrate=0",
+        "variants.fine_tune=0",
         f"run.dir={tmp_path / 'b'}",
     )
     said = refused(capsys, *options, status=1)
@@ -688,8 +689,9 @@ def test_more_weights_take_more_memory(tmp_path: Path) -> None:
     from fedsys.pruning.dense.shrink import shrink
     from fedsys.pruning.portfolio import About
 
-    wide = nn.Sequential(nn.Flatten(), nn.Linear(12, 2_000), nn.ReLU(), nn.Linear(2_000, 2_000))
-    models = {PARENT: wide, "small": nn.Sequential(nn.Flatten(), nn.Linear(12, 10))}
+    hidden = (nn.Linear(12, 2_000), nn.ReLU(), nn.Linear(2_000, 2_000), nn.ReLU())
+    wide = nn.Sequential(nn.Flatten(), *hidden, nn.Linear(2_000, 1))
+    models = {PARENT: wide, "small": nn.Sequential(nn.Flatten(), nn.Linear(12, 1))}
     about = About({}, ("a",), (3, 2, 2), (0.0,) * 3, (1.0,) * 3)
     pairs = [
         (dataclasses.replace(figures(n, 0.5, 1.0)), shrink(m, (3, 2, 2)).model)

@@ -39,6 +39,7 @@ from fedsys.randomness import Address, drawing, seeded_default_generator
 from fedsys.serving.portfolio import PortfolioEngine
 from fedsys.training import plain as training
 from fedsys.training.masks import prunable
+from fedsys.training.part import keep_gradient
 
 CLASSES = 10
 COLUMNS = ("traced", "cut", "split_exact", "shrunk_exact", "saved", "served", "onnx")
@@ -218,9 +219,10 @@ def _split_exact(case: _Case) -> dict[str, Any]:
         _backward(F.cross_entropy(whole(case.images), labels))
     with _drawing(case):
         sent = device(case.images)
-        arrived = sent.detach().requires_grad_()
+        arrived = sent.detach()
+        gradient = keep_gradient(arrived)
         _backward(F.cross_entropy(edge(arrived), labels))
-        torch.autograd.backward(sent, arrived.grad)
+        torch.autograd.backward(sent, gradient)
     halves = (device, edge)
     grads = {n: p.grad for half in halves for n, p in half.named_parameters()}
     states = {n: t for half in halves for n, t in half.state_dict().items()}

@@ -547,9 +547,9 @@ def test_a_decision_for_a_hundred_devices_is_the_same_as_for_each_group(base, ag
 def test_a_trained_agent_saves_time_on_fleets_that_it_has_not_seen(base):
     """Mean time of the slowest device over alone; a short training, so a wide margin."""
     options = FedAdaptOptions(
-        training=Training(fleets=40),
-        ppo=Hyper(lr=1e-3, gamma=0.5, environments=64, every=8, updates=80, batch=256, epochs=4,
-                  std=0.3, std_hold=30, std_decay=0.97),
+        training=Training(fleets=60),
+        ppo=Hyper(lr=2e-3, gamma=0.0, gae_lambda=0.0, environments=64, every=8, updates=100,
+                  batch=256, epochs=6, entropy=0.0, std=0.4, std_hold=30, std_decay=0.97),
     )  # fmt: skip
     made = FedAdapt(base, options, trained(base, options, seed=0))
     random = np.random.default_rng(77)
@@ -560,9 +560,8 @@ def test_a_trained_agent_saves_time_on_fleets_that_it_has_not_seen(base):
         state, seen = made.init(), {k: Observation() for k in range(count)}
         for _ in range(6):
             state, plan = made.plan(state, seen)
-            load = dataclasses.replace(scenario.load, exchange=False)
-            played = virtual_round(load, [plan[k] for k in range(count)])
+            played = virtual_round(scenario.load, [plan[k] for k in range(count)])
             seen = {k: Observation(**dataclasses.asdict(s)) for k, s in enumerate(played.seen)}
         saved.append(max(s.iteration_s for s in played.seen) / max(scenario.baseline_s))
     assert max(saved) <= 1.02
-    assert float(np.mean(saved)) < 0.75
+    assert float(np.mean(saved)) < 0.85
