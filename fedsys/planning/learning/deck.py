@@ -111,8 +111,8 @@ def _earned(seconds: Array, baseline_s: Array, reward: str) -> Array:
         )
         earned: Array = saved.mean(axis=1)
         return earned
-    slowest = np.log10(baseline_s.max() / seconds.max(axis=1))
-    total: Array = slowest + 0.1 * np.log10(baseline_s / seconds).mean(axis=1)
+    slowest = -_logs(seconds.max(axis=1), baseline_s.max())
+    total: Array = slowest - 0.1 * _logs(seconds, baseline_s).mean(axis=1)
     return total
 
 
@@ -139,9 +139,9 @@ def _states(
     return np.concatenate(parts, axis=1).astype(np.float32)
 
 
-def _logs(seconds: Array, baseline_s: Array) -> Array:
+def _logs(seconds: Array, baseline_s: Array | float) -> Array:
     """Return logarithms of ratios to the baseline, within what is told apart."""
-    logs: Array = np.clip(np.log10(seconds / baseline_s), -MOST, MOST)
+    logs: Array = np.clip(np.log10(seconds) - np.log10(baseline_s), -MOST, MOST)
     return logs
 
 

@@ -70,9 +70,15 @@ def state_of(
 
 
 def _log(seconds: float, seen: Seen) -> float:
-    if not (seconds > 0 and seen.baseline_s > 0):
+    return log_ratio(seconds, seen.baseline_s)
+
+
+def log_ratio(seconds: float, others: float) -> float:
+    """Return the logarithm to base 10 of a ratio, within what is told apart; 0 if unknown."""
+    if not (seconds > 0 and others > 0):
         return 0.0
-    return min(MOST, max(-MOST, math.log10(seconds / seen.baseline_s)))
+    # Of the ratio itself there may be none: it is beyond what a number can be
+    return min(MOST, max(-MOST, math.log10(seconds) - math.log10(others)))
 
 
 def share_of(action: float) -> float:
@@ -109,8 +115,8 @@ def log_reward(iteration_s: Sequence[float], baseline_s: Sequence[float]) -> flo
     >>> log_reward([0.1], [1.0]), round(log_reward([0.1, 1.0], [1.0, 1.0]), 3)
     (1.1, 0.05)
     """
-    slowest = math.log10(max(baseline_s) / max(iteration_s))
-    each = [math.log10(b / now) for now, b in zip(iteration_s, baseline_s, strict=True)]
+    slowest = log_ratio(max(baseline_s), max(iteration_s))
+    each = [log_ratio(b, now) for now, b in zip(iteration_s, baseline_s, strict=True)]
     return slowest + 0.1 * sum(each) / len(each)
 
 
