@@ -35,6 +35,15 @@ FLOORS = (
 
 LEVELS = {room: level for level, floor in enumerate(FLOORS) for room in floor}
 
+ALL_ROOMS = {
+    *("transport", "models", "data", "config", "training", "privacy", "planning"),
+    *("offload", "partition", "runs", "pruning", "serving", "runtime", "commands"),
+}
+"""The rooms that `fedsys/` has or is going to have: it has no others."""
+
+LOOSE = {"errors", "identity", "randomness", "files", "faults"}
+"""The ground: modules that stand in no room."""
+
 MODULES = {
     ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
     for package in PACKAGES
@@ -82,11 +91,17 @@ def test_every_room_and_loose_file_has_a_floor():
     assert len(LEVELS) == sum(map(len, FLOORS))
 
 
-def test_there_are_a_dozen_rooms_and_five_loose_files_at_most():
+def test_no_room_and_no_loose_file_is_outside_of_the_list():
+    """A closed list, not a number: a dozen rooms stood, and privacy and partition were planned.
+
+    What needs a room of its own is a system, not a helper that has no home: so a name is added
+    here, in FLOORS and in the drawing, with the reason why no room that is there can hold it.
+    """
     inside = [p for p in (ROOT / "fedsys").iterdir() if p.name != "__pycache__"]
-    rooms = [path.name for path in inside if path.is_dir()]
-    loose = {path.stem for path in inside if path.suffix == ".py"} - {"__init__", "main"}
-    assert len(rooms) <= 12 and len(loose) <= 5
+    assert {path.name for path in inside if path.is_dir()} <= ALL_ROOMS
+    loose = {path.stem for path in inside if path.suffix == ".py"} - {"__init__"}
+    assert loose == {*LOOSE, "main"}
+    assert LEVELS.keys() == {*ALL_ROOMS, *loose, *PACKAGES}
 
 
 def test_a_room_imports_only_what_stands_before_it():
@@ -282,13 +297,8 @@ def drawn() -> "tuple[dict[str, list[str]], list[str]]":
 def test_the_drawing_shows_the_rooms_in_their_order():
     floors, order = drawn()
     assert list(floors) == order
-    rooms = [[room.removesuffix(":::planned") for room in floors[name]] for name in order]
+    rooms = [floors[name] for name in order]
     assert rooms[::-1] == [list(floor) for floor in FLOORS if floor != ("fedsys",)]
-
-
-def test_a_room_of_the_drawing_is_dashed_as_long_as_it_is_to_come():
-    for room_ in (room for floor in drawn()[0].values() for room in floor):
-        assert exists(room_.removesuffix(":::planned")) == (not room_.endswith(":::planned")), room_
 
 
 def rows(heading: str) -> "dict[str, str]":
