@@ -72,6 +72,9 @@ def build(
         ConfigError: The strategy or the clients' optimizer does not exist, an argument is not one
             of its own, or a mod of the client app does not go with split training.
     """
+    if config.privacy.active:
+        rule, way_out = "is not built yet", "privacy=none promises nothing"
+        raise ConfigError.of("privacy.mechanism", config.privacy.mechanism, rule, way_out)
     spec: dict[str, Any] = dict(config.strategy)
     sampling = Sampling.of(spec)
     buffers = str(spec.pop("buffers", "aggregate"))

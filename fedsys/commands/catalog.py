@@ -61,7 +61,7 @@ COMMANDS: dict[str, Command] = {
         "job",
         "train a model by federated learning",
         options=(*RUN, "num_edges", "resume", "client", "edge.device", "checkpoint", "run"),
-        groups=(*TRAINED, *SPLIT, "pruning", "runtime", "faults"),
+        groups=(*TRAINED, *SPLIT, "pruning", "privacy", "runtime", "faults"),
         sweeps=True,
     ),
     "edge": Command(
@@ -125,7 +125,7 @@ COMMANDS: dict[str, Command] = {
         aliases={"virtual": "bench.virtual"},
         implied={"data.root": "data=image_folder"},
         options=(*RUN, "client"),
-        groups=(*TRAINED, *SPLIT, "pruning", "serving"),
+        groups=(*TRAINED, *SPLIT, "pruning", "privacy", "serving"),
     ),
     "prune": Command(
         "fedsys.commands.prune",
@@ -156,7 +156,7 @@ COMMANDS: dict[str, Command] = {
         "job",
         "check whether the run can go, and say what to expect",
         options=(*RUN, "num_edges", "client", "run"),
-        groups=(*TRAINED, *SPLIT, "pruning", "runtime"),
+        groups=(*TRAINED, *SPLIT, "pruning", "privacy", "runtime"),
     ),
     "completion": Command(
         "fedsys.commands.completion",

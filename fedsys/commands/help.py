@@ -89,7 +89,10 @@ def page(
     for group in shown:
         choice = chosen.get(group, options.default_choice(group))
         choice = _implied(command, group) or choice if group not in chosen else choice
-        if text := _body(options.choice_text(group, choice, extra)):
+        given = options.choice_text(group, choice, extra)
+        if (text := _body(given)) and "@package _global_" in given:  # of several groups
+            parts.append(f"# {group}={choice}\n{text}")
+        elif text:
             parts.append(f"{group}: # {group}={choice}\n{textwrap.indent(text, '  ')}")
     if groups and not everything:
         group = "policy" if "policy" in groups else groups[0]

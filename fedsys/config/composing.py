@@ -106,8 +106,9 @@ def _choices_with(key: str) -> list[str]:
     group, *inner = key.split(".")
     found = []
     for name in options_of(group) if inner else ():
-        node: Any = yaml.safe_load((CONF / group / f"{name}.yaml").read_text(encoding="utf-8"))
-        for part in inner:
+        text = (CONF / group / f"{name}.yaml").read_text(encoding="utf-8")
+        node: Any = yaml.safe_load(text)
+        for part in key.split(".") if "@package _global_" in text else inner:
             node = node.get(part, _ABSENT) if isinstance(node, dict) else _ABSENT
         if node is not _ABSENT:
             found.append(name)

@@ -156,6 +156,10 @@ IDLE: tuple[Idle, ...] = (
         "pruning=group_norm, or another method, prunes",
     ),
     Idle(
+        "privacy.", lambda c: not c.privacy.active, "nothing is promised with privacy=none",
+        "privacy=record, or another mechanism, adds noise",
+    ),
+    Idle(
         "client.momentum", lambda c: c.client.optimizer.lower() in WITHOUT_MOMENTUM,
         "the optimizer has no momentum", "client.optimizer=sgd has one",
     ),

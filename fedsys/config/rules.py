@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from fedsys.config import privacy as privacy_settings
 from fedsys.config import pruning as pruning_settings
 from fedsys.config.serving import RULES as SERVING_RULES
 from fedsys.config.values import Config, NetworkConfig
@@ -125,6 +126,7 @@ def check(config: Config) -> None:
         if not test(value):
             raise ConfigError.of(path, value, rule, way_out)
     pruning_settings.check(config.pruning)
+    privacy_settings.check(config.privacy)
     _check_links(config)
     _check_addresses(config)
     if config.schedule.micro_batches > config.client.batch_size:

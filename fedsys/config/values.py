@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from fedsys import faults
+from fedsys.config.privacy import PrivacyConfig
 from fedsys.config.pruning import PruningConfig
 from fedsys.config.serving import ServingConfig
 
@@ -389,6 +390,7 @@ class Config:
     bench: Spec = field(default_factory=dict)
     profile: Spec = field(default_factory=dict)
     pruning: PruningConfig = field(default_factory=PruningConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     variants: VariantsConfig = field(default_factory=VariantsConfig)
     serving: ServingConfig = field(default_factory=ServingConfig)
     portfolio: str | None = None

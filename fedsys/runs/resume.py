@@ -48,6 +48,8 @@ def digest(config: Config) -> str:
     """Return the SHA-256 of everything that the model after a given round depends on."""
     groups = dataclasses.asdict(config).items()
     values = {k: v for k, v in groups if k not in _NOT_IN_DIGEST}
+    if not config.privacy.active:  # a group that came later
+        del values["privacy"]
     for group, names in _LATER.items():
         values[group] = {k: v for k, v in values[group].items() if k not in names}
     for group, then in _THEN.items():
