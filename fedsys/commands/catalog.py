@@ -61,7 +61,7 @@ COMMANDS: dict[str, Command] = {
         "job",
         "train a model by federated learning",
         options=(*RUN, "num_edges", "resume", "client", "edge.device", "checkpoint", "run"),
-        groups=(*TRAINED, *SPLIT, "pruning", "privacy", "runtime", "faults"),
+        groups=(*TRAINED, *SPLIT, "mobility", "pruning", "privacy", "runtime", "faults"),
         sweeps=True,
     ),
     "edge": Command(
@@ -89,7 +89,7 @@ COMMANDS: dict[str, Command] = {
         "job",
         "say for each device where to cut, how long it takes, and why",
         options=("num_clients", "num_edges", "seed", "client.epochs", "client.batch_size"),
-        groups=("data", "model", "fleet", "network", "policy", "schedule"),
+        groups=("data", "model", "fleet", "network", "policy", "schedule", "mobility"),
         whole=("policy",),
     ),
     "profile": Command(
@@ -156,7 +156,7 @@ COMMANDS: dict[str, Command] = {
         "job",
         "check whether the run can go, and say what to expect",
         options=(*RUN, "num_edges", "client", "run"),
-        groups=(*TRAINED, *SPLIT, "pruning", "privacy", "runtime"),
+        groups=(*TRAINED, *SPLIT, "mobility", "pruning", "privacy", "runtime"),
     ),
     "completion": Command(
         "fedsys.commands.completion",

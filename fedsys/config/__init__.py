@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedsys import faults
-from fedsys.config import rules, secret
+from fedsys.config import mobility, rules, secret
 from fedsys.config.building import build
 from fedsys.config.composing import (
     CONF,
@@ -38,6 +38,7 @@ from fedsys.config.composing import (
     within_hydra,
 )
 from fedsys.config.effect import without_effect
+from fedsys.config.mobility import EdgePlace, MobilityConfig
 from fedsys.config.targets import call_target, check_keywords, locate
 from fedsys.config.values import (
     BETWEEN_PROCESSES,
@@ -69,10 +70,12 @@ __all__ = [
     "Config",
     "EdgeAddress",
     "EdgeConfig",
+    "EdgePlace",
     "FaultsConfig",
     "FleetConfig",
     "LearningRate",
     "LinkConfig",
+    "MobilityConfig",
     "NetworkConfig",
     "RunConfig",
     "RuntimeConfig",
@@ -122,11 +125,19 @@ def parse(text: str) -> Config:
     config = typing.cast(Config, build(Config, with_present_names(tree), ""))
     config = dataclasses.replace(config, text=_without_tokens(text, tree))
     rules.check(config)
+    edges = edge_names(config)
+    mobility.check(
+        config.mobility,
+        config.fleet.places,
+        edges=edges,
+        num_clients=config.num_clients,
+        micro_batches=config.schedule.micro_batches,
+    )
     planned = faults.check(
         config.faults.list,
         rounds=config.rounds,
         num_clients=config.num_clients,
-        edges=edge_names(config),
+        edges=edges,
     )
     return dataclasses.replace(config, faults=FaultsConfig(planned))
 
@@ -176,6 +187,9 @@ def to_text(tree: Any) -> str:
         for link in (made.get("network"), *((made.get("fleet") or {}).get("links") or ())):
             if link and link.get("trace"):
                 link.trace = _absolute(plain({"trace": link.trace})["trace"])
+        moving = made.get("mobility")
+        if moving and moving.get("file"):
+            moving.file = _absolute(str(moving.file))
         return OmegaConf.to_yaml(made, resolve=True)
 
 

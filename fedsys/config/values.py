@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from fedsys import faults
+from fedsys.config.mobility import EdgePlace, MobilityConfig
 from fedsys.config.privacy import PrivacyConfig
 from fedsys.config.pruning import PruningConfig
 from fedsys.config.serving import ServingConfig
@@ -224,6 +225,8 @@ class FleetConfig:
             ``network``, which comes before them if it is chosen.
         emulate: Whether devices and edge servers take as long as those machines would, in real
             time, by waiting (`fedsys.offload.emulation`).
+        places: Where each edge server stands, for devices that move (``mobility``); empty: spread
+            evenly over where these are.
     """
 
     edges: tuple[EdgeAddress, ...] = ()
@@ -238,6 +241,7 @@ class FleetConfig:
     misjudged: float = 1.0
     links: tuple[NetworkConfig, ...] = ()
     emulate: bool = False
+    places: tuple[EdgePlace, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -389,6 +393,7 @@ class Config:
     network: NetworkConfig = field(default_factory=NetworkConfig)
     bench: Spec = field(default_factory=dict)
     profile: Spec = field(default_factory=dict)
+    mobility: MobilityConfig = field(default_factory=MobilityConfig)
     pruning: PruningConfig = field(default_factory=PruningConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     variants: VariantsConfig = field(default_factory=VariantsConfig)

@@ -23,7 +23,7 @@ from fedsys.runs.folder import RunFolder
 HARMLESS: Final = frozenset(
     {
         *("json", "resume", "runtime", "faults", "checkpoint", "bench", "hydra"),
-        *("num_edges", "fleet", "edge", "link", "network"),
+        *("num_edges", "fleet", "edge", "link", "network", "mobility"),
     }
 )
 """Groups that the model does not depend on."""

@@ -108,9 +108,11 @@ OF_OTHER_COMMANDS = {"bench", "report", "variants", "__pycache__"}
 )
 def test_every_choice_of_every_group_is_a_run(configure, group):
     for name in options_of(group):
-        edges = ["policy=fixed"] if group == "faults" else []
+        edges = {"faults": ["policy=fixed"], "mobility": ["policy=fixed", "num_edges=2"]}
         added = "+" if group == "experiment" else ""
-        assert isinstance(configure(*edges, f"{added}{group}={name}"), Config)
+        more = ["mobility.file=fcd.xml"] if (group, name) == ("mobility", "trace") else []
+        chosen = [*edges.get(group, []), f"{added}{group}={name}", *more]
+        assert isinstance(configure(*chosen), Config)
 
 
 def test_an_experiment_chooses_from_other_groups_and_stands_behind_what_is_typed(configure):
