@@ -137,7 +137,7 @@ class Dialler:
         except LinkRefused:
             raise
         except LinkClosed:
-            self._patience.missed()
+            self._patience.failed(self._clock() - began)
             raise
         self._patience.saw(self._clock() - began)
         return link

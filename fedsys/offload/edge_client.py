@@ -67,6 +67,7 @@ class EdgeClient:
         self.name, self.lost, self.silent = name, False, False
         self._link, self._hooks = link, hooks
         self._pending: dict[int, Future[Frame]] = {}
+        self._sends: dict[int, float] = {}  # since when requests are being sent, by number
         self._next = 0
         self._ping: tuple[int, float] | None = None  # number and time of the one without a reply
         self._heard = time.monotonic()
@@ -95,12 +96,18 @@ class EdgeClient:
             self._next += 1
             number = self._next
             self._pending[number] = future
+            self._sends[number] = time.monotonic()
         try:
             self._link.send(Frame(kind, {**meta, "request": number}, tensors))
+            self._sends.pop(number, None)
             reply = self._result(future, kind)
+        except LinkClosed as error:  # whoever asks next is to know, if the listener does not yet
+            self._end(error)
+            raise
         finally:
             with self._lock:
                 self._pending.pop(number, None)
+                self._sends.pop(number, None)
         if reply.kind == "refused":
             raise SessionError(f"edge server {self.name}: {reply.meta.get('reason')}")
         return reply
@@ -108,13 +115,14 @@ class EdgeClient:
     def is_late(self) -> bool:
         """Send a heartbeat if none is under way; return whether the last one is late.
 
-        It is not while requests are: they are answered in their order.
+        It is not while requests are: they are answered in their order. A request that cannot even
+        be sent counts as one: who stands still takes nothing, and the system answers for him.
         """
         now = time.monotonic()
         with self._lock:
             if self.lost or self._closed or self._pending:
                 self._ping = None
-                return False
+                return not self.lost and self._send_is_late(now)
             if self._ping is not None:
                 late = now - max(self._ping[1], self._heard) > self._patience.limit_s
                 if late:
@@ -127,15 +135,26 @@ class EdgeClient:
             self._link.send(ping)
         return False
 
+    def _send_is_late(self, now: float) -> bool:
+        """Return whether a request has been on its way out for long, once for each `ASK_S`."""
+        late = [number for number, began in self._sends.items() if now - began > ASK_S]
+        self._sends.update(dict.fromkeys(late, now))
+        return bool(late)
+
     def abandon(self, sessions: Sequence[str]) -> None:
         """Give the edge up; should it wake up again, it finds that its sessions are released."""
         self.silent = True
         self._end(LinkTimeout(f"edge server {self.name} does not answer any more"))
-        for name in sessions:
-            with suppress(LinkError):
-                self._link.send(Frame("release", {"session": name}))
-        # Closing waits for what is under way.
-        threading.Thread(target=self._link.close, name=f"ends {self.name}", daemon=True).start()
+        threading.Thread(
+            target=self._let_go, args=(sessions,), name=f"ends {self.name}", daemon=True
+        ).start()
+
+    def _let_go(self, sessions: Sequence[str]) -> None:
+        if not self._sends:  # else it takes nothing more
+            for name in sessions:
+                with suppress(LinkError):
+                    self._link.send(Frame("release", {"session": name}))
+        self._link.close()  # waits for what is under way
 
     def close(self) -> None:
         """End the link on purpose."""

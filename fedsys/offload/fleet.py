@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from contextlib import suppress
 
 from fedsys.config import EdgeAddress
-from fedsys.errors import FedsysError, LinkError, SessionError
+from fedsys.errors import LinkError, SessionError
 from fedsys.faults import Faults, from_json
 from fedsys.offload.edge_client import EdgeClient
 from fedsys.offload.fleet_edges import FleetEdges
@@ -109,16 +108,14 @@ class Fleet:
 
     def revive(self) -> None:
         """Reach the edges again that were lost: they may have been started anew."""
-        edges = self._edges
-        for name in set(edges.addresses) - set(edges.alive):
-            with self._recovery.lock, suppress(FedsysError):
-                edges.clients[name] = edges.reach(edges.addresses[name], again=True)
-                edges.settle(name)
+        with self._recovery.lock:
+            self._edges.reach_lost()
 
     def open(self, spec: SessionSpec, start: Snapshot, edge: str) -> str:
         """Open a session and return the name of its edge: `edge`, or another if that is gone.
 
-        An edge whose link is lost meanwhile is reached again, and asked again.
+        An edge whose link is lost meanwhile is reached again, and asked again, as long as there is
+        time for that in this phase (`fedsys.offload.fleet_edges.AGAIN_S`).
 
         Raises:
             SessionError: An edge refuses it, and no other takes it; with what it said.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 from fedsys.config import EdgeAddress
 from fedsys.errors import (
@@ -21,7 +24,7 @@ from fedsys.offload.held_sessions import HeldSessions
 from fedsys.offload.snapshot import Snapshot
 from fedsys.transport.addresses import dial
 from fedsys.transport.link import Link
-from fedsys.transport.patience import Patience
+from fedsys.transport.patience import Allowance, Patience
 from fedsys.transport.security import Credentials
 from fedsys.transport.wire import Frame
 
@@ -30,7 +33,14 @@ REDIAL_S = (0.0, 0.2, 0.5)
 
 LAST_REDIALS = 3
 """How many more attempts there are where no other edge is left; before each of them stands the
-time limit of a link, which grows by each one in vain."""
+time limit of a link, twice as long each time."""
+
+AGAIN_S = 30.0
+"""How long a phase of a round waits at most, all edges and sessions together, for edges whose links
+are lost. Then sessions are opened at edges that are there, or their devices train alone."""
+
+REVIVE_S = 5.0
+"""How long at most, in seconds, a round that begins tries to reach edges that were lost before."""
 
 FIRST_DIALS = 5
 """How many times a run that begins tries to reach an edge whose link is lost again at once."""
@@ -64,6 +74,7 @@ class FleetEdges:
         addresses: Where the edges are, by name.
         clients: The links, by name; those that are lost too, until they are made again.
         closing: Set when all is over.
+        allowance: What waiting for lost edges may take; granted anew by `reach_lost`.
     """
 
     def __init__(
@@ -82,6 +93,7 @@ class FleetEdges:
         self.closing = threading.Event()
         self._held, self._credentials, self._token, self._plain = held, credentials, token, plain
         self._patience = Patience(ANSWER_S, LEAST_ANSWER_S)  # for a new link to an edge
+        self.allowance = Allowance(AGAIN_S)
         self._hooks = Hooks(held.take_in, struck, lost, self.answers)
 
     @property
@@ -99,12 +111,28 @@ class FleetEdges:
         for edge in self.clients.values():
             edge.close()
 
-    def reach(self, edge: EdgeAddress, *, again: bool = False) -> EdgeClient:
+    def reach_lost(self) -> None:
+        """Reach the edges again that were lost, all at the same time: they may be there anew."""
+        self.allowance.renew()
+        lost = sorted(set(self.addresses) - set(self.alive))
+        if lost:
+            with ThreadPoolExecutor(len(lost), thread_name_prefix="revives") as pool:
+                list(pool.map(self._revive, lost))
+
+    def _revive(self, name: str) -> None:
+        with suppress(FedsysError):
+            self.clients[name] = self.reach(self.addresses[name], again=True, most_s=REVIVE_S)
+            self.settle(name)
+
+    def reach(
+        self, edge: EdgeAddress, *, again: bool = False, most_s: float = math.inf
+    ) -> EdgeClient:
         """Return a new link to an edge.
 
         Args:
             edge: The edge.
             again: Whether it was reached before; then one that refuses is not waited for.
+            most_s: Longest time for its system to accept, in seconds.
 
         Raises:
             LinkError: It does not answer; the message names it.
@@ -114,7 +142,7 @@ class FleetEdges:
         while True:
             attempts -= 1
             try:
-                link = self._dial(edge.address, retry=not again)
+                link = self._dial(edge.address, retry=not again, most_s=most_s)
             except (LinkError, SecurityError) as error:
                 raise type(error)(f"edge server {edge.name}: {error}") from error
             try:
@@ -142,22 +170,35 @@ class FleetEdges:
 
     def answers(self, name: str) -> bool:
         """Ask an edge over a new link whether it is alive."""
-        for _ in range(ASKED):
-            try:
-                link = self._dial(self.addresses[name].address)
-            except LinkRefused:
-                return False
-            except FedsysError:
-                continue
-            try:
-                link.send(Frame("control", {"token": self._token}))
-                link.recv(self._patience.limit_s)
-                return True
-            except LinkError:
-                self._patience.missed()
-            finally:
-                link.close()
-        return False
+        with self.allowance.spending():
+            for _ in range(ASKED):
+                try:
+                    link = self._dial(self.addresses[name].address, most_s=self._left_s)
+                except LinkRefused:
+                    return False
+                except FedsysError:
+                    continue
+                if self._greeted(link):
+                    return True
+            return False
+
+    def _greeted(self, link: Link) -> bool:
+        """Return whether an edge says over a new link that it may be controlled; ends the link."""
+        began = time.monotonic()
+        try:
+            link.send(Frame("control", {"token": self._token}))
+            link.recv(min(self._patience.limit_s, self._left_s))
+            return True
+        except LinkError:
+            self._patience.failed(time.monotonic() - began)
+            return False
+        finally:
+            link.close()
+
+    @property
+    def _left_s(self) -> float:
+        """How long one more question may take: who asks gets at least a moment."""
+        return max(self.allowance.left_s, LEAST_ANSWER_S)
 
     def still_there(self, name: str) -> set[str]:
         """Reach an edge again if its link is lost; return its sessions of this run.
@@ -167,14 +208,18 @@ class FleetEdges:
         """
         if self.clients[name].silent:  # it was asked already
             return set()
+        with self.allowance.spending():
+            return self._sessions_found(name)
+
+    def _sessions_found(self, name: str) -> set[str]:
         for wait in self._waits(name):
-            if self.closing.wait(wait):
+            if wait >= self.allowance.left_s or self.closing.wait(wait):
                 return set()
             edge = self.clients[name]
             new = edge.lost
             try:
                 if new:
-                    edge = self.reach(self.addresses[name], again=True)
+                    edge = self.reach(self.addresses[name], again=True, most_s=self._left_s)
                 return self._claimed(name, edge)
             except LinkRefused:  # its process is gone, and its sessions with it
                 return set()
@@ -208,11 +253,10 @@ class FleetEdges:
 
     def _waits(self, name: str) -> Iterator[float]:
         yield from REDIAL_S
-        for _ in range(LAST_REDIALS):
+        for doubled in range(LAST_REDIALS):
             if set(self.alive) - {name}:
                 return
-            yield self._patience.limit_s
-            self._patience.missed()
+            yield self._patience.limit_s * 2**doubled
 
     def _watch(self) -> None:
         while not self.closing.wait(BEAT_S):
@@ -227,8 +271,8 @@ class FleetEdges:
     def _sessions_at(self, name: str) -> list[str]:
         return [held.spec.id for held in self._held.at(name)]
 
-    def _dial(self, address: str, *, retry: bool = False) -> Link:
-        began, limit = time.monotonic(), self._patience.limit_s
+    def _dial(self, address: str, *, retry: bool = False, most_s: float = math.inf) -> Link:
+        began, limit = time.monotonic(), min(self._patience.limit_s, most_s)
         try:
             link = dial(
                 address,
@@ -240,7 +284,7 @@ class FleetEdges:
         except LinkRefused:
             raise
         except LinkError:
-            self._patience.missed()
+            self._patience.failed(time.monotonic() - began)
             raise
         self._patience.saw(time.monotonic() - began)
         return link

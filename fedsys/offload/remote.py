@@ -53,6 +53,10 @@ each time, so this is after 63 times the limit."""
 FRUITLESS = 5
 """Recoveries in a row after which not one answer came, until the device gives up."""
 
+STANDING = 12
+"""Recoveries after which it got no further than before, until it gives up: an edge that dies again
+and again has it do the same steps over and over."""
+
 _REPLY = {
     ("activation", False): "gradient",
     ("activation", True): "activation",
@@ -128,7 +132,8 @@ class Remote:
         self._arrived: dict[tuple[str, int, int], Frame] = {}
         self._patience, self._greetings = Patience(), Patience(GREETING_S)
         self._began = self._heard = clock()
-        self._fruitless = self._late = 0
+        self._fruitless = self._late = self._standing = 0
+        self._furthest: dict[str, tuple[int, int]] = {}  # position answered, by kind of answer
 
     def open(self) -> int:
         """Connect; return the step at which the session stands.
@@ -243,6 +248,9 @@ class Remote:
         else:
             step = natural(frame, "step")
             index = natural(frame, "piece") if "piece" in frame.meta else 0
+        if (step, index) > self._furthest.get(frame.kind, (-1, -1)):
+            self._furthest[frame.kind] = step, index
+            self._standing = 0
         asked = {"gradient": "gradient" if self._private else "activation", "outputs": "evaluate"}
         if (asked.get(frame.kind, frame.kind), step, index) in self._unanswered:
             self._arrived[frame.kind, step, index] = frame  # others came twice: forget them
@@ -286,8 +294,10 @@ class Remote:
                 link.close()
         except (LinkRefused, RemoteError):  # it says what is the matter when it is greeted
             return ""
-        except LinkError:
+        except LinkTimeout:
             self._greetings.missed()
+            return None
+        except LinkError:
             return None
         self._greetings.saw(self._clock() - began)
         return str(answer.meta.get("incarnation", ""))
@@ -303,8 +313,11 @@ class Remote:
             EdgesLost: None was found.
         """
         self._fruitless += 1
+        self._standing += 1
         if _refusal(error):
             raise error
+        if self._standing > STANDING:
+            raise EdgesLost(f"session {self._session}: lost {STANDING} times at the same step")
         if self._fruitless > FRUITLESS:
             raise EdgesLost(
                 f"session {self._session}: {FRUITLESS} links in a row without an answer"
@@ -334,9 +347,13 @@ class Remote:
         order = [self._edge, *(edge for edge in self._edges if edge != self._edge)]
         began, longest = self._clock(), self._worth_waiting()
         wait, at_most = ASK_AGAIN_S
+        again = False
         while True:
             refused = silent = 0
             for edge in order:
+                if again and self._clock() - began > longest:
+                    silent += 1  # each was asked, and this may take as long as all before
+                    continue
                 try:
                     step = self._greet(edge)
                 except RemoteError as error:
@@ -361,27 +378,18 @@ class Remote:
                     f"{refused} are gone and {silent} do not answer"
                 )
             self._sleep(wait)
-            wait = min(2 * wait, at_most)
+            wait, again = min(2 * wait, at_most), True
 
     def _greet(self, edge: str) -> int | None:
         """Present the token; return the session's step, or None if the edge does not know it."""
         began = self._clock()
-        try:
-            link = self._connect(edge)
-        except LinkRefused:
-            raise
-        except LinkError:
-            self._greetings.missed()
-            raise
+        link = self._connect(edge)
         try:
             link.send(Frame("hello", {"session": self._session, "token": self._token}))
-            answer = link.recv(self._greetings.limit_s)
-            self._greetings.saw(self._clock() - began)
-            if answer.kind == "wait":  # an operation of this session is in work
-                answer = link.recv()
-        except LinkError as error:
-            if isinstance(error, LinkTimeout):
-                self._greetings.missed()
+            answer = self._greeted(link, began)
+            if answer.kind == "wait":
+                answer = self._let_in(link, edge)
+        except LinkError:
             link.close()
             raise
         if answer.kind != "welcome":
@@ -392,6 +400,31 @@ class Remote:
         self._link, self._edge = link, edge
         self._incarnation = str(answer.meta.get("incarnation"))
         return int(answer.meta.get("step", 0))
+
+    def _greeted(self, link: Link, began: float) -> Frame:
+        """Return the first answer over a link whose making began then."""
+        try:
+            answer = link.recv(self._greetings.limit_s)
+        except LinkTimeout:
+            self._greetings.missed()
+            raise
+        self._greetings.saw(self._clock() - began)
+        return answer
+
+    def _let_in(self, link: Link, edge: str) -> Frame:
+        """Return what an edge says once the operation of this session that is in work is done.
+
+        Raises:
+            LinkError: The edge is gone, or this takes longer than any answer may.
+        """
+        for _ in range(ALIVE):
+            try:
+                return link.recv(self._patience.limit_s)
+            except LinkTimeout:
+                self._patience.missed()
+            if not self._probe(edge):
+                break
+        raise LinkTimeout(f"edge {edge}: the operation in work does not come to its end")
 
 
 def _refusal(error: LinkError) -> bool:

@@ -4,9 +4,17 @@ The estimate is TCP's (Jacobson, "Congestion avoidance and control", SIGCOMM 198
 smoothed round trip and four times its smoothed deviation, doubled each time in vain. It differs in
 what a limit means. Here it only says when to ask: whoever finds the other side alive waits on, so a
 limit that is too short costs a question and never a session.
+
+Limits that follow each other add up: over attempts, edges and sessions. An `Allowance` is what all
+of them may take together.
 """
 
 from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 FIRST_S = 1.0
 """Limit before there was a round trip, in seconds, as in RFC 6298."""
@@ -53,3 +61,53 @@ class Patience:
     def missed(self) -> None:
         """Take note that the limit passed without an answer."""
         self._missed = min(self._missed + 1, 64)
+
+    def failed(self, seconds: float) -> None:
+        """Take note of an attempt that failed after so long.
+
+        One that was cut short tells nothing of how long to wait: a forwarder before a process that
+        is gone ends each connection at once.
+        """
+        if seconds >= self.limit_s:
+            self.missed()
+
+
+class Allowance:
+    """Seconds that may be waited all together, by any threads, until they are granted anew.
+
+    Args:
+        seconds: How many.
+        clock: Seconds; replaced in tests.
+    """
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._granted, self._clock = seconds, clock
+        self._used = 0.0
+        self._begun: dict[object, float] = {}  # blocks that spend at this moment
+        self._lock = threading.Lock()
+
+    @property
+    def left_s(self) -> float:
+        """Seconds that are left, at least 0."""
+        with self._lock:
+            now = self._clock()
+            used = self._used + sum(now - began for began in self._begun.values())
+        return max(0.0, self._granted - used)
+
+    def renew(self) -> None:
+        """Grant all of them anew."""
+        with self._lock:
+            self._used = 0.0
+            self._begun = dict.fromkeys(self._begun, self._clock())
+
+    @contextmanager
+    def spending(self) -> Iterator[None]:
+        """Take off what the block takes, from its begin on."""
+        block = object()
+        with self._lock:
+            self._begun[block] = self._clock()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._used += self._clock() - self._begun.pop(block)

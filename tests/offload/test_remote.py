@@ -11,6 +11,7 @@ from fedsys.config import EdgeAddress
 from fedsys.errors import LinkClosed, LinkTimeout, SessionError
 from fedsys.offload.edge import EdgeServer
 from fedsys.offload.fleet import Fleet
+from fedsys.offload.operations import Operations
 from fedsys.offload.remote import FRUITLESS, EdgesLost, Moved, Remote
 from fedsys.offload.session import Session
 from fedsys.transport.addresses import dial
@@ -259,3 +260,64 @@ def test_a_probe_leaves_the_link_of_the_session_alone_and_needs_its_token(place)
     assert place.edges["a"].counters["refused_SecurityError"] == 1
     train(remote, place.layer, [1])
     assert remote.traffic.recoveries == []
+
+
+def test_a_device_whose_edges_die_again_and_again_gives_up(place, monkeypatch):
+    """It did the same steps over and over, for as long as a phase of a round may take."""
+    monkeypatch.setattr("fedsys.offload.remote.STANDING", 3)
+    remote = place.device()
+    remote.open()
+    train(remote, place.layer, range(2))
+    deaths = 0
+
+    def die():
+        nonlocal deaths
+        deaths += 1
+        place.fleet.release("s")
+        place.fleet.open(place.layer.spec(), place.layer.start(), "ab"[deaths % 2])
+
+    with pytest.raises(EdgesLost, match="lost 3 times at the same step"):
+        while True:
+            die()
+            try:
+                train(remote, place.layer, [0, 1])  # answered, and no further than before
+                die()
+                train(remote, place.layer, [2])
+            except Moved:
+                continue
+    assert 3 <= deaths <= 10
+
+
+@pytest.mark.parametrize("edge", ["works on", "stands still"])
+def test_a_device_that_comes_back_waits_for_the_operation_in_work_and_not_for_ever(
+    edge, place, monkeypatch
+):
+    """An edge that was stopped right after it had said "wait" held its device without a bound."""
+    begun, let_go, activate = threading.Event(), threading.Event(), Operations.activate
+
+    def slowly(operations, frame, piece):
+        if frame.meta["step"] == 1:
+            begun.set()
+            let_go.wait(60)
+        return activate(operations, frame, piece)
+
+    monkeypatch.setattr(Operations, "activate", slowly)
+    if edge == "stands still":
+        monkeypatch.setattr("fedsys.offload.remote.ASKING_S", 0.0)
+    else:
+        monkeypatch.setattr("fedsys.offload.remote.ALIVE", 10**6)
+    remote = place.device()
+    remote.open()
+    train(remote, place.layer, [0])
+    remote._patience = Patience(0.01, 0.01)
+    send(remote, place.layer, 1)
+    assert begun.wait(60)
+    remote._link.close()
+    if edge == "works on":
+        threading.Timer(0.3, let_go.set).start()
+        assert remote.receive("activation", 1, 0).kind == "gradient"
+        assert trained_to(place, 2)
+    else:
+        with pytest.raises(EdgesLost):
+            remote.receive("activation", 1, 0)
+        let_go.set()

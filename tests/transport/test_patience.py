@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsys.transport.patience import FIRST_S, LEAST_S, MOST_S, Patience
+from fedsys.transport.patience import FIRST_S, LEAST_S, MOST_S, Allowance, Patience
 
 seconds = st.floats(1e-4, 1e3)
 
@@ -48,3 +48,34 @@ def test_each_limit_in_vain_doubles_the_next_up_to_the_most(round_trips, misses)
         assert patience.limit_s == pytest.approx(max(before, min(2 * before, MOST_S)))
     patience.saw(round_trips[-1])
     assert patience.limit_s <= max(base, LEAST_S, 8 * max(round_trips))
+
+
+def test_an_attempt_that_was_cut_short_does_not_make_the_limit_longer():
+    patience = Patience()
+    for _ in range(9):
+        patience.failed(0.001)
+    assert patience.limit_s == FIRST_S
+    patience.failed(FIRST_S)
+    assert patience.limit_s == 2 * FIRST_S
+
+
+def test_an_allowance_is_shared_by_all_who_wait_and_runs_while_they_do():
+    now = [0.0]
+    allowance = Allowance(10.0, lambda: now[0])
+    with allowance.spending():
+        now[0] += 3
+        assert allowance.left_s == 7
+        with allowance.spending():  # another thread: both wait
+            now[0] += 2
+            assert allowance.left_s == 3
+    assert allowance.left_s == 3
+    now[0] += 100  # nobody waits
+    assert allowance.left_s == 3
+    with allowance.spending():
+        now[0] += 100
+    assert allowance.left_s == 0
+    with allowance.spending():
+        allowance.renew()
+        now[0] += 4
+        assert allowance.left_s == 6
+    assert allowance.left_s == 6
