@@ -40,7 +40,8 @@ MODELS = {
     "cnn-group": ("cnn", {"width": 4, "hidden": 16, "norm": "group"}),
     "cnn-deferred": ("cnn", {"width": 4, "hidden": 16, "norm": "deferred"}),
     "vgg5-batch": ("vgg5", {"dropout": 0.2}),
-    "resnet18": ("resnet18", {"width": 4}),
+    # some builds of torch 2.15 end in the gradient of a narrower one that is channels_last
+    "resnet18": ("resnet18", {"width": 8}),
     "mobilenet_v2": ("mobilenet_v2", {"width": 0.25}),
 }
 
