@@ -42,6 +42,7 @@ from fedsys import config as configuration
 from fedsys.commands.bench.rounds import Watching, edge_process, watched_round
 from fedsys.commands.profile import OPTIONS, profile
 from fedsys.config import Config
+from fedsys.models.layers import LayeredModel
 from fedsys.planning.assignment import Assignment
 from fedsys.planning.costs import MachineCosts, Messaging
 from fedsys.planning.hardware import machine_costs
@@ -69,23 +70,13 @@ def main() -> None:
     layers = layered_model(config, fed.dataset.input_shape, fed.dataset.num_classes)
     found = profile(config, {**OPTIONS, "name": "host"})["fleet"]["machines"]["host"]
     host = machine_costs("host", found, layers)
-    slow = slowed(host, 1.0 / given.cpu)
-    network = Network(given.up * 1e6 * PAYLOAD, given.down * 1e6 * PAYLOAD)
-    choice = Assignment(given.cut, 0, given.codec, given.codec, given.micro_batches)
-    load = workload(
-        layers,
-        [Device(f"device{i}", slow, network, 1) for i in range(given.devices)],
-        [host],
-        config.client.batch_size,
-        micro_batches=[choice.pieces],
-        codecs=[choice.codec_up],
-        exchange=False,
-    )
+    load = _load(given, config, layers, host)
     if given.policy:
         rounds = {kind: decided(given, kind, load, found) for kind in given.policy}
         shown = {k: v for k, v in vars(given).items() if k not in ("testbed", "agent")}
         print(json.dumps({**shown, "rounds": rounds, "load": os.getloadavg()[0]}))
         return
+    choice = Assignment(given.cut, 0, given.codec, given.codec, given.micro_batches)
     predicted = max(evaluate(load, [choice] * given.devices).iteration_s)
     print(f"predicted {predicted:.3f} s", file=sys.stderr, flush=True)
     real = on_testbed(given, config)
@@ -101,6 +92,23 @@ def main() -> None:
         "load": os.getloadavg()[0],
     }
     print(json.dumps(result))
+
+
+def _load(
+    given: argparse.Namespace, config: Config, layers: LayeredModel, host: MachineCosts
+) -> Workload:
+    """Return what the devices do, with the machines and links that the arguments describe."""
+    slow = slowed(host, 1.0 / given.cpu)
+    network = Network(given.up * 1e6 * PAYLOAD, given.down * 1e6 * PAYLOAD)
+    return workload(
+        layers,
+        [Device(f"device{i}", slow, network, 1) for i in range(given.devices)],
+        [host],
+        config.client.batch_size,
+        micro_batches=[given.micro_batches],
+        codecs=[given.codec],
+        exchange=False,
+    )
 
 
 def _arguments() -> argparse.Namespace:
@@ -190,36 +198,42 @@ def started(
     processes = [edge]
     try:
         _said(edge)
-        devices = []
         for index in range(given.devices):
-            name = f"device{index}"
-            own: dict[str, Any] = {
-                "seed": index,
-                "json": True,
-                "run": {"dir": str(folder / name)},
-                "link": {"kind": "grpc", "credentials": str(folder / "server")},
-                "fleet": {
-                    **values.get("fleet", {}),
-                    "edges": [{"name": "edge-0", "address": f"grpc://{address}"}],
-                },
-            }
-            file = folder / f"{name}.yaml"
-            file.write_text(configuration.with_values(config.text, **{**values, **own}))
-            devices.append(
-                testbed.popen(
-                    name,
-                    [sys.executable, os.path.abspath(__file__), "_device", str(file)],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    text=True,
-                )
-            )
-        processes += devices
-        yield devices
+            text = _device_config(config, index, address, folder, **values)
+            processes.append(_device_process(testbed, f"device{index}", text, folder))
+        yield processes[1:]
     finally:
         for process in processes:
             process.terminate()
             process.communicate()
+
+
+def _device_config(config: Config, index: int, address: str, folder: Path, **values: Any) -> str:
+    """Return the configuration of a device whose only edge server is at an address."""
+    own: dict[str, Any] = {
+        "seed": index,
+        "json": True,
+        "run": {"dir": str(folder / f"device{index}")},
+        "link": {"kind": "grpc", "credentials": str(folder / "server")},
+        "fleet": {
+            **values.get("fleet", {}),
+            "edges": [{"name": "edge-0", "address": f"grpc://{address}"}],
+        },
+    }
+    return configuration.with_values(config.text, **{**values, **own})
+
+
+def _device_process(testbed: Any, name: str, text: str, folder: Path) -> subprocess.Popen[str]:
+    file = folder / f"{name}.yaml"
+    file.write_text(text)
+    process: subprocess.Popen[str] = testbed.popen(
+        name,
+        [sys.executable, os.path.abspath(__file__), "_device", str(file)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return process
 
 
 def _round(

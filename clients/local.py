@@ -69,22 +69,21 @@ class LocalClient:
         records.load_into(model, content.array_records[messages.ARRAYS])
         place = pruning.position(self.config.pruning, round_, self.config.rounds)
         lr = optimizers.learning_rate(client.lr, client.lr_schedule, *place)
-        optimizer = optimizers.make_optimizer(model.parameters(), client, lr)
         named = dict(model.named_parameters())
+        optimizer = optimizers.make_optimizer(model.parameters(), client, lr)
         if (kept := content.array_records.get(messages.OPTIMIZER)) is not None:
             optimizers.unpack_optimizer(optimizer, named, records.from_record(kept))
         address = Address(self.config.seed, self.partition, round_)
         doom = Doom.of(content.config_records.get(messages.FAULTS))
         size = settings.micro_batches or self.config.schedule.micro_batches
         recorder = Recorder()
-        own = own_batches(self.config, self.partition, address, most)
-        batches = self._paced(own, size, recorder)
+        batches = own_batches(self.config, self.partition, address, most)
         packed = records.from_record(content.array_records.get(messages.MASKS, ArrayRecord()))
         with held(Masks.unpacked(packed, named), model, optimizer), _frozen(model, client.frozen):
             score = training.train(
                 model,
                 optimizer,
-                doomed(batches, doom),
+                doomed(self._paced(batches, size, recorder), doom),
                 address,
                 micro_batches=size,
                 clip_norm=client.clip_norm,
@@ -92,16 +91,23 @@ class LocalClient:
                 penalty=self._penalty(round_),
             )
         seconds = time.perf_counter() - began
-        reply = RecordDict(
-            {
-                messages.ARRAYS: records.to_record(model.state_dict()),
-                messages.METRICS: train_metrics(score, client.epochs, seconds),
-                messages.OBSERVATION: observation(score.steps, seconds, recorder.sums()),
-            }
-        )
+        reply = self._reply(model, score, seconds, recorder)
         if client.keep_optimizer:
             state = optimizers.pack_optimizer(optimizer, named)
             reply[messages.OPTIMIZER] = records.to_record(state)
+        return reply
+
+    def _reply(
+        self, model: nn.Module, score: training.Score, seconds: float, recorder: Recorder
+    ) -> RecordDict:
+        """Return what a round tells: the model, how it went, and what was measured of it."""
+        reply = RecordDict(
+            {
+                messages.ARRAYS: records.to_record(model.state_dict()),
+                messages.METRICS: train_metrics(score, self.config.client.epochs, seconds),
+                messages.OBSERVATION: observation(score.steps, seconds, recorder.sums()),
+            }
+        )
         if self.config.fleet.emulate:
             reply[messages.TRACE] = ConfigRecord(messages.written(recorder.record()))
         return reply

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import TypeGuard
 
 
 class FedsysError(Exception):
@@ -111,6 +112,15 @@ class LinkRefused(LinkClosed):
 
 class RemoteError(LinkError):
     """The peer answered with an error of its own."""
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Say whether a value is a number, which a truth value is not.
+
+    >>> is_number(1), is_number(0.5), is_number(True), is_number("1")
+    (True, True, False, False)
+    """
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -77,26 +77,10 @@ def build(
         raise ConfigError.of("privacy.mechanism", config.privacy.mechanism, rule, way_out)
     spec: dict[str, Any] = dict(config.strategy)
     sampling = Sampling.of(spec)
-    buffers = str(spec.pop("buffers", "aggregate"))
-    if buffers not in ("aggregate", "average"):
-        raise ConfigError.of("strategy.buffers", buffers, "must be one of aggregate, average")
-    # The wrapper has sampled already: the inner strategy takes every node that it is shown.
-    everyone: dict[str, Any] = {
-        "fraction_train": 1.0,
-        "fraction_evaluate": 1.0,
-        "min_train_nodes": 1,
-        "min_evaluate_nodes": 1,
-        "min_available_nodes": 1,
-    }
-    inner = call_target(spec, "strategy", **everyone)
-    if not isinstance(inner, Strategy):
-        raise ConfigError.of(
-            "strategy._target_", spec.get("_target_"), "must build a flwr.serverapp Strategy"
-        )
     make_optimizer(model.parameters(), config.client, config.client.lr)  # refused here, once
-    parameters = frozenset(name for name, _ in model.named_parameters(remove_duplicate=False))
-    typed = TypedBuffers(inner, parameters, step_buffers=buffers == "aggregate")
-    inner = KeptState(typed, roster) if config.client.keep_optimizer else typed
+    inner: Strategy = _typed(spec, model)
+    if config.client.keep_optimizer:
+        inner = KeptState(inner, roster)
     if config.pruning.active:
         if dataset is None:
             raise ConfigError.of("dataset", None, "must be given to prune")
@@ -117,3 +101,25 @@ def build(
         num_classes=dataset.num_classes,
     )
     return Sampled(offload, roster, sampling, seed=config.seed)
+
+
+def _typed(spec: dict[str, Any], model: nn.Module) -> TypedBuffers:
+    """Return the strategy that the ``strategy`` group names, with buffers that keep their type."""
+    buffers = str(spec.pop("buffers", "aggregate"))
+    if buffers not in ("aggregate", "average"):
+        raise ConfigError.of("strategy.buffers", buffers, "must be one of aggregate, average")
+    # The wrapper has sampled already: the inner strategy takes every node that it is shown.
+    everyone: dict[str, Any] = {
+        "fraction_train": 1.0,
+        "fraction_evaluate": 1.0,
+        "min_train_nodes": 1,
+        "min_evaluate_nodes": 1,
+        "min_available_nodes": 1,
+    }
+    inner = call_target(spec, "strategy", **everyone)
+    if not isinstance(inner, Strategy):
+        raise ConfigError.of(
+            "strategy._target_", spec.get("_target_"), "must build a flwr.serverapp Strategy"
+        )
+    parameters = frozenset(name for name, _ in model.named_parameters(remove_duplicate=False))
+    return TypedBuffers(inner, parameters, step_buffers=buffers == "aggregate")

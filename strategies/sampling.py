@@ -17,7 +17,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from fedsys.errors import ConfigError, RuntimeFailure
+from fedsys.errors import ConfigError, RuntimeFailure, is_number
 from fedsys.randomness import SERVER, Address
 from fedsys.runtime.grids import ChosenNodes
 from strategies.around import Around
@@ -49,11 +49,11 @@ class Sampling:
         """
         found = {name: spec.pop(name) for name in cls.__dataclass_fields__ if name in spec}
         for name, value in found.items():
-            number = isinstance(value, int | float) and not isinstance(value, bool)
             if name.startswith("fraction"):
-                low = "(0, 1]" if name == "fraction_train" else "[0, 1]"
-                if not number or not 0 <= value <= 1 or (name == "fraction_train" and value == 0):
-                    raise ConfigError.of(f"strategy.{name}", value, f"must be in {low}")
+                some = name == "fraction_train"
+                if not is_number(value) or not 0 <= value <= 1 or (some and value == 0):
+                    rule = f"must be in {'(0, 1]' if some else '[0, 1]'}"
+                    raise ConfigError.of(f"strategy.{name}", value, rule)
             elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError.of(f"strategy.{name}", value, "must be a whole number above 0")
         return cls(**found)

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from fedsys.config import Config
+    from fedsys.faults import Faults
 
 # Bits depend on the number of threads; Flower and Ray must not call home. Flower's processes
 # inherit what is set before they are imported.
@@ -78,43 +79,13 @@ def carry_out(identity: None) -> "Callable[..., SimpleNamespace]":
     """Play the rounds of a configuration in this process, without a folder, scores or plots."""
     from fedsys.faults import Faults
     from fedsys.identity import state_sha256
-    from fedsys.offload.opening import open_fleet
-    from fedsys.runtime.apps import load_client
-    from fedsys.runtime.local import LocalGrid
-    from fedsys.training import federation
-    from fedsys.training import plain as training
     from fedsys.transport import records
-    from strategies import Roster, build
     from strategies.offload_figures import figures
-    from strategies.rounds import play
-
-    unscored = training.Score(0.0, 0.0, 1)
 
     def carried_out(config: "Config", fleet: Any = None) -> SimpleNamespace:
-        fed = federation.federation(config)
-        model = federation.build_model(config, fed.dataset)
         rounds: list[Any] = []
         faults = Faults(config.faults.list)
-        with ExitStack() as stack:
-            fleet = fleet or stack.enter_context(open_fleet(config, faults))
-            run_config: Any = {"hydra-config": config.text}
-            client = load_client(config.apps.client)
-            grid = LocalGrid(client, config.num_clients, run_config=run_config)
-            stack.enter_context(grid)
-            strategy = build(
-                config, model, Roster(config.num_clients), fleet=fleet, dataset=fed.dataset
-            )
-            arrays = play(
-                strategy,
-                grid,
-                records.to_record(model.state_dict()),
-                first=1,
-                last=config.rounds,
-                timeout_s=60.0,
-                judge=lambda _: unscored,
-                done=rounds.append,
-                faults=faults,
-            )
+        strategy, arrays = _played(config, fleet, faults, rounds.append)
         state = records.from_record(arrays)
         return SimpleNamespace(
             sha256=state_sha256(state),
@@ -127,6 +98,43 @@ def carry_out(identity: None) -> "Callable[..., SimpleNamespace]":
         )
 
     return carried_out
+
+
+def _played(
+    config: "Config", fleet: Any, faults: "Faults", done: "Callable[[Any], None]"
+) -> tuple[Any, Any]:
+    """Play all rounds; return the strategy and the arrays that it ends with."""
+    from fedsys.offload.opening import open_fleet
+    from fedsys.runtime.apps import load_client
+    from fedsys.runtime.local import LocalGrid
+    from fedsys.training import federation
+    from fedsys.training import plain as training
+    from fedsys.transport import records
+    from strategies import Roster, build
+    from strategies.rounds import play
+
+    unscored = training.Score(0.0, 0.0, 1)
+    fed = federation.federation(config)
+    model = federation.build_model(config, fed.dataset)
+    with ExitStack() as stack:
+        fleet = fleet or stack.enter_context(open_fleet(config, faults))
+        client, run_config = load_client(config.apps.client), {"hydra-config": config.text}
+        grid = LocalGrid(client, config.num_clients, run_config=run_config)  # type: ignore[arg-type]
+        stack.enter_context(grid)
+        roster = Roster(config.num_clients)
+        strategy = build(config, model, roster, fleet=fleet, dataset=fed.dataset)
+        arrays = play(
+            strategy,
+            grid,
+            records.to_record(model.state_dict()),
+            first=1,
+            last=config.rounds,
+            timeout_s=60.0,
+            judge=lambda _: unscored,
+            done=done,
+            faults=faults,
+        )
+    return strategy, arrays
 
 
 @pytest.fixture

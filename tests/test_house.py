@@ -3,9 +3,11 @@
 import ast
 import graphlib
 import importlib
+import io
 import re
 import subprocess
 import sys
+import tokenize
 from collections import defaultdict
 from pathlib import Path
 
@@ -148,6 +150,73 @@ def test_no_two_classes_share_a_name():
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 homes[node.name].append(module)
     assert {name: where for name, where in homes.items() if len(where) > 1} == {}
+
+
+# --------------------------------------------------------------------------------------------------
+# Lengths
+
+LONGEST = 40
+CODE = sorted(
+    file
+    for folder in (*PACKAGES, "benchmarks", "examples", "tests")
+    for file in (ROOT / folder).rglob("*.py")
+)
+
+
+def lines_of_code(source: str, above: int = 0) -> dict[str, int]:
+    """Return how many lines of code the functions of a source have, of those that have more.
+
+    Counted are the lines of its body on which a token of code stands, or through which one runs, as
+    a text of several lines does. Not counted are its name and parameters, its docstring and those
+    of functions inside it, comments, and blank lines. A function inside another counts in both.
+    """
+    tree = ast.parse(source)
+    spans = [
+        (f"{node.name}:{node.lineno}", node.body[0].lineno, node.end_lineno or 0)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    if all(end - start < above for _, start, end in spans):
+        return {}  # without a look at every token
+    quiet = {
+        *(tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE),
+        *(tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER),
+    }
+    code: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in quiet:
+            code |= set(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(tree):
+        with_text = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        if with_text and ast.get_docstring(node, clean=False) is not None:
+            first = node.body[0]
+            code -= set(range(first.lineno, (first.end_lineno or 0) + 1))
+    counted = {name: len(code & set(range(start, end + 1))) for name, start, end in spans}
+    return {name: lines for name, lines in counted.items() if lines > above}
+
+
+def test_no_function_has_more_than_forty_lines_of_code():
+    """Some had, up to 68: what they did one after another had no names."""
+    long = {
+        f"{file.relative_to(ROOT)}:{name}": lines
+        for file in CODE
+        for name, lines in lines_of_code(file.read_text(), LONGEST).items()
+    }
+    assert long == {}
+
+
+def test_lines_of_code_are_those_of_the_body_without_what_explains_them():
+    source = (
+        "def outer(\n    a,\n    b,\n):\n"
+        '    """Say what.\n\n    And more.\n    """\n'
+        "    # why\n\n"
+        '    text = """one\n\n    two"""  # three lines\n'
+        "    def inner():\n"
+        '        """Not counted."""\n'
+        "        return (\n            text  # this, and both brackets\n        )\n"
+        "    return inner\n"
+    )
+    assert lines_of_code(source) == {"outer:1": 3 + 1 + 3 + 1, "inner:14": 3}
 
 
 # --------------------------------------------------------------------------------------------------

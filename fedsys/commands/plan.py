@@ -23,7 +23,7 @@ from fedsys.planning.oracle import Oracle, regret
 from fedsys.planning.planner import Plan, best_static, evaluate, next_best, plan
 from fedsys.planning.policy_rounds import decided_rounds
 from fedsys.planning.resources import RESOURCES
-from fedsys.planning.workload import Device, Workload
+from fedsys.planning.workload import Workload
 from fedsys.runs import opening
 from fedsys.runs.lines import aligned, fitted, folded, seconds_text, width_of
 from fedsys.runs.reasons import Reasons, by_resource
@@ -95,19 +95,16 @@ def figures(config: Config, layers: LayeredModel, examples: Sequence[int]) -> di
     links = [_link_name(link_of(config, k)) for k in range(len(load.devices))]
     devices = [
         {
-            "device": device.name,
-            "machine": device.costs.name.rpartition(".")[2],
-            "network": links[k],
-            **_choice(layers, made.choices[k]),
-            "iteration_s": made.iteration_s[k],
-            "round_s": made.round_s[k],
-            **_busy(load, device, made.choices[k], made.iteration_s[k]),
+            "device": load.devices[k].name,
+            "machine": load.devices[k].costs.name.rpartition(".")[2],
+            "network": link,
+            **_planned(layers, load, made, k),
             "next_best": _choice(layers, others[k][0]) | {"round_s": others[k][1]},
             "all_on_device_s": whole.round_s[k],
             "best_static_s": static.round_s[k],
             "why": learned.why.get(k) or reasons.of(k) if learned else reasons.of(k),
         }
-        for k, device in enumerate(load.devices)
+        for k, link in enumerate(links)
     ]
     return {
         "method": made.method,
@@ -179,11 +176,17 @@ def _choice(layers: LayeredModel, choice: Assignment) -> dict[str, Any]:
     }
 
 
-def _busy(load: Workload, device: Device, choice: Assignment, whole: float) -> dict[str, float]:
-    """Return the seconds of an iteration in which each resource works for a device."""
-    busy = by_resource(load, device, choice)
-    seconds = {f"{kind}_s": value for kind, value in busy.items()}
-    return seconds | {"device_waits_s": max(0.0, whole - busy["device"])}
+def _planned(layers: LayeredModel, load: Workload, made: Plan, k: int) -> dict[str, Any]:
+    """Return the choice for a device, and the seconds in which each resource works for it."""
+    choice, iteration_s = made.choices[k], made.iteration_s[k]
+    busy = by_resource(load, load.devices[k], choice)
+    return {
+        **_choice(layers, choice),
+        "iteration_s": iteration_s,
+        "round_s": made.round_s[k],
+        **{f"{kind}_s": value for kind, value in busy.items()},
+        "device_waits_s": max(0.0, iteration_s - busy["device"]),
+    }
 
 
 def _summary(load: Workload, made: Plan, whole: Plan) -> str:

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from fedsys.errors import ConfigError, did_you_mean
+from fedsys.errors import ConfigError, did_you_mean, is_number
 
 
 def build(kind: Any, value: Any, path: str) -> Any:
@@ -32,7 +32,7 @@ def build(kind: Any, value: Any, path: str) -> Any:
         if not isinstance(value, Mapping):
             raise ConfigError.of(path, value, "must be a group of keys")
         return {str(k): v for k, v in value.items()}
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+    if kind is float and is_number(value):
         if not math.isfinite(value):
             raise ConfigError.of(path, value, "must be a finite number")
         return float(value)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedsys.errors import ConfigError, did_you_mean
+from fedsys.errors import ConfigError, did_you_mean, is_number
 
 Spec = Mapping[str, Any]
 
@@ -24,8 +24,7 @@ def whole(spec: Spec, key: str, default: int, *, least: int = 1, group: str = "d
 def fraction(spec: Spec, key: str, default: float, *, open_below: bool = False) -> float:
     """Return a number in [0, 1), or in (0, 1) when `open_below`."""
     value = spec.get(key, default)
-    usable = isinstance(value, int | float) and not isinstance(value, bool)
-    if not usable or not 0.0 <= value < 1.0 or (open_below and value == 0.0):
+    if not is_number(value) or not 0.0 <= value < 1.0 or (open_below and value == 0.0):
         low = "above 0" if open_below else "at least 0"
         raise ConfigError.of(f"data.{key}", value, f"must be a number {low} and below 1")
     return float(value)
@@ -34,8 +33,7 @@ def fraction(spec: Spec, key: str, default: float, *, open_below: bool = False) 
 def positive(spec: Spec, key: str, default: float, *, most: float, group: str) -> float:
     """Return a finite number above zero and at most `most`."""
     value = spec.get(key, default)
-    usable = isinstance(value, int | float) and not isinstance(value, bool)
-    if not usable or not math.isfinite(value) or not 0.0 < value <= most:
+    if not is_number(value) or not math.isfinite(value) or not 0.0 < value <= most:
         raise ConfigError.of(f"{group}.{key}", value, f"must be above 0 and at most {most:g}")
     return float(value)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedsys.errors import ConfigError, did_you_mean
+from fedsys.errors import ConfigError, did_you_mean, is_number
 
 Shape = tuple[int, int, int]
 """Channels, height and width of one image."""
@@ -82,7 +82,7 @@ class PadShortcut(nn.Module):
 
 def check_probability(argument: str, value: float) -> None:
     """Raise a ConfigError unless `value` is a number in [0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+    if not is_number(value) or not 0.0 <= value <= 1.0:
         raise ConfigError.of(argument, value, "must be a number from 0 to 1")
 
 

@@ -20,7 +20,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsys.errors import ConfigError, did_you_mean
+from fedsys.errors import ConfigError, did_you_mean, is_number
 from fedsys.models.layers import LayeredModel
 from fedsys.transport.codecs import CODECS, encoded_bytes
 
@@ -234,8 +234,7 @@ class MachineClass:
                 f"{name}.macs_per_s", None, "must be given", "its multiply-accumulates per second"
             )
         for key, value in values.items():
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if key not in ("source", "byte_s") and not number:
+            if key not in ("source", "byte_s") and not is_number(value):
                 raise ConfigError.of(f"{name}.{key}", value, "must be a number")
         rest = {k: v for k, v in values.items() if k not in ("message_s", "byte_s")}
         messaging = Messaging(values.get("message_s", 0.0), dict(values.get("byte_s", {})))

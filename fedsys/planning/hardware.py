@@ -19,14 +19,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
 from fedsys.config import ClientConfig, Config, NetworkConfig
-from fedsys.errors import ConfigError, did_you_mean
+from fedsys.errors import ConfigError, did_you_mean, is_number
 from fedsys.identity import package_version
 from fedsys.models.layers import LayeredModel
 from fedsys.planning.costs import MachineClass, MachineCosts, Messaging
@@ -100,8 +100,6 @@ def hardware(config: Config, layers: LayeredModel, *, believed: bool = False) ->
     fleet = config.fleet
     if not fleet.devices:
         return None
-    costs: dict[str, MachineCosts] = {}
-    others = fleet.believed if believed else {}
     for name in fleet.believed:
         if name not in fleet.machines:
             hint = did_you_mean(name, fleet.machines)
@@ -109,41 +107,42 @@ def hardware(config: Config, layers: LayeredModel, *, believed: bool = False) ->
                 f"fleet.believed.{name}", fleet.believed[name], "must be of one of fleet.machines",
                 f"{hint}{', '.join(fleet.machines)}",
             )  # fmt: skip
-
-    def machine(path: str, name: str) -> MachineCosts:
-        if name not in fleet.machines:
-            hint = did_you_mean(name, fleet.machines)
-            known = ", ".join(fleet.machines) or "none"
-            raise ConfigError.of(path, name, "must be one of fleet.machines", f"{hint}{known}")
-        if name not in costs:
-            group = "believed" if name in others else "machines"
-            entry = others.get(name, fleet.machines[name])
-            made = machine_costs(f"fleet.{group}.{name}", entry, layers, config.client)
-            costs[name] = misjudged(made, fleet.misjudged, config.seed) if believed else made
-        return costs[name]
-
-    servers = fleet.servers
-    if not servers:
+    if not fleet.servers:
         raise ConfigError.of(
-            "fleet.servers", list(servers), "must name the machine of an edge server",
+            "fleet.servers", [], "must name the machine of an edge server",
             f"one of {', '.join(fleet.machines)}",
         )  # fmt: skip
-    edges = len(fleet.edges) or config.num_edges
+    costs: dict[str, MachineCosts] = {}
+
+    def machines(group: str, names: Sequence[str], count: int) -> tuple[MachineCosts, ...]:
+        for i, name in enumerate(names[:count]):
+            if name not in costs:
+                path = f"fleet.{group}[{i}]"
+                costs[name] = _costs_of(config, layers, path, name, believed=believed)
+        return tuple(costs[names[i % len(names)]] for i in range(count))
+
     return Hardware(
-        tuple(
-            machine(f"fleet.devices[{i % len(fleet.devices)}]", name)
-            for i, name in enumerate(_repeated(fleet.devices, config.num_clients))
-        ),
+        machines("devices", fleet.devices, config.num_clients),
         tuple(network_for(config, k) for k in range(config.num_clients)),
-        tuple(
-            machine(f"fleet.servers[{i % len(servers)}]", name)
-            for i, name in enumerate(_repeated(servers, edges))
-        ),
+        machines("servers", fleet.servers, len(fleet.edges) or config.num_edges),
     )
 
 
-def _repeated(names: tuple[str, ...], count: int) -> list[str]:
-    return [names[i % len(names)] for i in range(count)]
+def _costs_of(
+    config: Config, layers: LayeredModel, path: str, name: str, *, believed: bool
+) -> MachineCosts:
+    """Return the costs of a machine of the fleet that stands at a path."""
+    fleet = config.fleet
+    if name not in fleet.machines:
+        hint = did_you_mean(name, fleet.machines)
+        known = ", ".join(fleet.machines) or "none"
+        raise ConfigError.of(path, name, "must be one of fleet.machines", f"{hint}{known}")
+    if not believed:
+        return machine_costs(f"fleet.machines.{name}", fleet.machines[name], layers, config.client)
+    group = "believed" if name in fleet.believed else "machines"
+    entry = fleet.believed.get(name, fleet.machines[name])
+    made = machine_costs(f"fleet.{group}.{name}", entry, layers, config.client)
+    return misjudged(made, fleet.misjudged, config.seed)
 
 
 def machine_costs(
@@ -256,7 +255,7 @@ def _list(path: str, value: object) -> list[Any]:
 
 
 def _number(path: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not is_number(value):
         raise ConfigError.of(path, value, "must be a number")
     return float(value)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fedsys.config import Config, Spec
-from fedsys.errors import ConfigError, did_you_mean
+from fedsys.errors import ConfigError, did_you_mean, is_number
 from fedsys.models.layers import LayeredModel
 from fedsys.planning.hardware import Hardware, hardware
 from fedsys.planning.planner import METHODS
@@ -72,39 +72,41 @@ class PlanOptions:
                 "policy.micro_batches", pieces, "must be whole numbers to choose from",
                 "null leaves the choice to the planner",
             )  # fmt: skip
-        offload = spec.get("offload", "free")
-        if offload not in ("free", "forced"):
-            raise ConfigError.of("policy.offload", offload, "must be free or forced")
-        objective = spec.get("objective", "round")
-        if objective not in ("round", "iteration"):
-            raise ConfigError.of("policy.objective", objective, "must be round or iteration")
-        for key in ("drift", "hysteresis"):
-            value = spec.get(key, 0.0)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-                raise ConfigError.of(f"policy.{key}", value, "must be a share from 0 to below 1")
-        forget = spec.get("forget", 5)
-        if type(forget) is not int or forget < 1:
-            raise ConfigError.of("policy.forget", forget, "must be a number of rounds, at least 1")
-        learn = spec.get("learn", False)
-        if not isinstance(learn, bool):
-            raise ConfigError.of("policy.learn", learn, "must be true or false")
-        for key in ("doubt", "optimism"):
-            value = spec.get(key, 1.0)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 10:
-                raise ConfigError.of(f"policy.{key}", value, "must be above 0, and at most 10")
-        return cls(
-            str(spec.get("kind", "auto")),
-            tuple(codecs),
-            tuple(pieces),
-            offload == "forced",
-            objective,
-            float(spec.get("drift", 0.2)),
-            float(spec.get("hysteresis", 0.05)),
-            int(forget),
-            learn,
-            float(spec.get("doubt", 0.4)),
-            float(spec.get("optimism", 1.0)),
-        )
+        plain = {key: _checked(key, spec[key]) for key in _RULES if key in spec}
+        offload = plain.pop("offload", "free") == "forced"
+        kind = str(spec.get("kind", cls.kind))
+        return cls(kind, tuple(codecs), tuple(pieces), offload, **plain)
+
+
+def _share(value: object) -> bool:
+    return is_number(value) and 0 <= value < 1
+
+
+def _factor(value: object) -> bool:
+    return is_number(value) and 0 < value <= 10
+
+
+def _rounds(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
+_RULES: Mapping[str, tuple[Callable[[object], bool], str]] = {
+    "offload": (lambda value: value in ("free", "forced"), "must be free or forced"),
+    "objective": (lambda value: value in ("round", "iteration"), "must be round or iteration"),
+    "drift": (_share, "must be a share from 0 to below 1"),
+    "hysteresis": (_share, "must be a share from 0 to below 1"),
+    "forget": (_rounds, "must be a number of rounds, at least 1"),
+    "learn": (lambda value: isinstance(value, bool), "must be true or false"),
+    "doubt": (_factor, "must be above 0, and at most 10"),
+    "optimism": (_factor, "must be above 0, and at most 10"),
+}
+
+
+def _checked(key: str, value: Any) -> Any:
+    holds, rule = _RULES[key]
+    if not holds(value):
+        raise ConfigError.of(f"policy.{key}", value, rule)
+    return value
 
 
 def _listed(value: Any) -> list[Any]:

@@ -310,17 +310,26 @@ def test_rounded_channels_are_measured_beside_exact_ones(
     assert all(after % 8 == 0 or after == before for _, before, after in rounded.channels)
 
 
-def test_variants_that_were_trained_further_come_back_to_the_portfolio(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], everything_stays: None
-) -> None:
-    run_folder, prune = tmp_path / "tuned", ("prune", f"run={trained}", *FAST)
-    status, out, err = call(capsys, *prune, "pruning.sparsity=[0.8]", f"run.dir={tmp_path / 'a'}")
+def shrunk_and_trained(
+    capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path
+) -> tuple[Path, Path]:
+    """Prune a run, and train a variant of it further; return both folders."""
+    options = (*FAST, "pruning.sparsity=[0.8]", f"run.dir={tmp_path / 'a'}")
+    status, out, err = call(capsys, "prune", f"run={trained}", *options)
     assert status == 0, err
     first = Path(json.loads(out.splitlines()[-1])["portfolio"])
-    path = first / "variants" / "group_norm-80"
+    path, run_folder = first / "variants" / "group_norm-80", tmp_path / "tuned"
     train = ("train", "model=variant", f"model.path={path}", "num_clients=2", "rounds=2")
     train = (*train, "client.lr=0.02", "run.plots=false", f"run.dir={run_folder}")
     assert call(capsys, *train)[0] == 0
+    return path, run_folder
+
+
+def test_variants_that_were_trained_further_come_back_to_the_portfolio(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], everything_stays: None
+) -> None:
+    path, run_folder = shrunk_and_trained(capsys, trained, tmp_path)
+    prune = ("prune", f"run={trained}", *FAST)
     again = (f"variants.trained=[{run_folder}]", f"run.dir={tmp_path / 'b'}")
     status, out, err = call(capsys, *prune, "pruning.sparsity=[0.8]", *again)
     assert status == 0, err

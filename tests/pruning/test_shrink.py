@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -104,32 +105,7 @@ class RandomNet(nn.Module):
         other = pick(len(widths))
         if kind in ("add", "subtract") and (widths[other] != width or other == source):
             kind = "conv"
-        out = 2 + pick(3)
-        made: nn.Module = nn.Identity()
-        match kind:
-            case "conv":
-                made = nn.Conv2d(width, out, 3, padding=1, bias=bool(pick(2)))
-            case "pointwise":
-                made = nn.Conv2d(width, out, 1)
-            case "depthwise":
-                out, made = width, nn.Conv2d(width, width, 3, padding=1, groups=width)
-            case "grouped" if width % 2 == 0:
-                out, made = 4, nn.Conv2d(width, 4, 3, padding=1, groups=2)
-            case "pool":
-                out, made = width, nn.MaxPool2d(3, 1, 1)
-            case "average":
-                out, made = width, nn.AvgPool2d(3, 1, 1)
-            case "gate":
-                out = width
-                made = nn.Sequential(
-                    nn.AdaptiveAvgPool2d(1), nn.Conv2d(width, width, 1), nn.Sigmoid()
-                )
-            case "cat":
-                out = width + widths[other]
-            case "add" | "subtract":
-                out = width
-            case _:
-                kind, out, made = "norm", width, nn.BatchNorm2d(width)
+        kind, out, made = self._made(kind, width, widths[other], pick)
         self.layers.append(made)
         self.steps.append((kind, source, other))
         widths.append(out)
@@ -141,6 +117,34 @@ class RandomNet(nn.Module):
             self.layers.append(activations[pick(len(activations))])
             self.steps.append(("act", len(widths) - 1, 0))
             widths.append(out)
+
+    @staticmethod
+    def _made(
+        kind: str, width: int, other: int, pick: Callable[[int], int]
+    ) -> tuple[str, int, nn.Module]:
+        """Return what is added, how many channels it has, and its layer."""
+        out = 2 + pick(3)
+        match kind:
+            case "conv":
+                return kind, out, nn.Conv2d(width, out, 3, padding=1, bias=bool(pick(2)))
+            case "pointwise":
+                return kind, out, nn.Conv2d(width, out, 1)
+            case "depthwise":
+                return kind, width, nn.Conv2d(width, width, 3, padding=1, groups=width)
+            case "grouped" if width % 2 == 0:
+                return kind, 4, nn.Conv2d(width, 4, 3, padding=1, groups=2)
+            case "pool":
+                return kind, width, nn.MaxPool2d(3, 1, 1)
+            case "average":
+                return kind, width, nn.AvgPool2d(3, 1, 1)
+            case "gate":
+                mean, mix = nn.AdaptiveAvgPool2d(1), nn.Conv2d(width, width, 1)
+                return kind, width, nn.Sequential(mean, mix, nn.Sigmoid())
+            case "cat":
+                return kind, width + other, nn.Identity()
+            case "add" | "subtract":
+                return kind, width, nn.Identity()
+        return "norm", width, nn.BatchNorm2d(width)
 
     def forward(self, x: Tensor) -> Tensor:
         values = [x]

@@ -181,6 +181,17 @@ def test_an_edge_that_freezes_is_left_without_waiting_for_its_links_to_end(
     edges.processes.stop(["edge-0"], at_once=True)
 
 
+def refuses_those_of_another_authority(address, device):
+    stranger = Authority.create().issue("device-0")
+    with pytest.raises(SecurityError, match="certificates of one authority"):
+        dial(address, credentials=stranger, timeout_s=WAIT_S, retry=False)
+    half = Credentials(device.ca, stranger.certificate, stranger.key)
+    with pytest.raises(SecurityError, match="not issued by the authority"):
+        dial(address, credentials=half, timeout_s=WAIT_S, retry=False)
+    with pytest.raises(SecurityError, match="wants TLS"):
+        dial(address, timeout_s=WAIT_S, retry=False)
+
+
 def test_strangers_are_refused_with_a_reason_and_counted_and_nobody_else_notices(edges, last_layer):
     address = edges.addresses[0].address
 
@@ -197,14 +208,7 @@ def test_strangers_are_refused_with_a_reason_and_counted_and_nobody_else_notices
     link, welcome = greet(edges.device[0])
     assert welcome.kind == "welcome"
 
-    stranger = Authority.create().issue("device-0")
-    with pytest.raises(SecurityError, match="certificates of one authority"):
-        dial(address, credentials=stranger, timeout_s=WAIT_S, retry=False)
-    half = Credentials(edges.device[0].ca, stranger.certificate, stranger.key)
-    with pytest.raises(SecurityError, match="not issued by the authority"):
-        dial(address, credentials=half, timeout_s=WAIT_S, retry=False)
-    with pytest.raises(SecurityError, match="wants TLS"):
-        dial(address, timeout_s=WAIT_S, retry=False)
+    refuses_those_of_another_authority(address, edges.device[0])
     with pytest.raises(RemoteError, match="session s: belongs to device-0, not to device-1"):
         greet(edges.device[1])
     with pytest.raises(RemoteError, match="session t: the token is not that of this session"):

@@ -14,9 +14,10 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -150,67 +151,80 @@ async def press(
     address: str, crowd: Crowd, stop: asyncio.Event, begun: Callable[[], None] = lambda: None
 ) -> Counter[str]:
     """Press until told to stop, and call `begun` at the start; return how often what happened."""
-    host, _, port = address.removeprefix("http://").rpartition(":")
-    seen: Counter[str] = Counter()
+    pressing = _Pressing(address, crowd, stop)
+    begun()
+    running = [asyncio.ensure_future(one) for one in pressing.everybody()]
+    await stop.wait()
+    for task in running:
+        task.cancel()
+    await asyncio.gather(*running, return_exceptions=True)
+    return pressing.seen
 
-    async def again(kind: str, once: Callable[[asyncio.StreamWriter], Awaitable[None]]) -> None:
-        while not stop.is_set():
+
+class _Pressing:
+    """What each of a crowd does, and how often what happened."""
+
+    def __init__(self, address: str, crowd: Crowd, stop: asyncio.Event) -> None:
+        host, _, port = address.removeprefix("http://").rpartition(":")
+        self._place, self._crowd, self._stop = (host, int(port)), crowd, stop
+        self._body = _body(crowd) if crowd.bodies else b""
+        self.seen: Counter[str] = Counter()
+
+    def everybody(self) -> list[Coroutine[Any, Any, None]]:
+        crowd = self._crowd
+        return [
+            *(self._again("idle", self._say_nothing) for _ in range(crowd.idle)),
+            *(self._again("slow", self._trickle) for _ in range(crowd.slow)),
+            *(self._again("headers", self._go_on) for _ in range(4 if crowd.header_bytes else 0)),
+            *(self._again("bodies", self._send_body) for _ in range(crowd.bodies)),
+        ]
+
+    async def _again(
+        self, kind: str, once: Callable[[asyncio.StreamWriter], Coroutine[Any, Any, None]]
+    ) -> None:
+        """Connect, do it, wait for the end of the connection, and begin again."""
+        while not self._stop.is_set():
             try:
-                reader, writer = await asyncio.open_connection(host, int(port))
+                reader, writer = await asyncio.open_connection(*self._place)
             except OSError:
-                seen[f"{kind}: not connected"] += 1
+                self.seen[f"{kind}: not connected"] += 1
             else:
-                seen[f"{kind}: connected"] += 1
+                self.seen[f"{kind}: connected"] += 1
                 task = asyncio.ensure_future(once(writer))
                 try:
                     line = await reader.readline()  # the end, or what the endpoint says
-                    seen[f"{kind}: {line.decode('latin-1').strip()[:12] or 'ended'}"] += 1
+                    self.seen[f"{kind}: {line.decode('latin-1').strip()[:12] or 'ended'}"] += 1
                 except OSError:
-                    seen[f"{kind}: reset"] += 1
+                    self.seen[f"{kind}: reset"] += 1
                 finally:
                     task.cancel()
                     writer.transport.abort()
                     await asyncio.gather(task, return_exceptions=True)
             await asyncio.sleep(_AGAIN_S)
 
-    async def nothing(writer: asyncio.StreamWriter) -> None:
+    async def _say_nothing(self, writer: asyncio.StreamWriter) -> None:
         await asyncio.sleep(0)
 
-    async def trickle(writer: asyncio.StreamWriter) -> None:
+    async def _trickle(self, writer: asyncio.StreamWriter) -> None:
         writer.write(b"GET /v2 HTTP/1.1\r\nX-Slow: ")
         while True:
             writer.write(b"a")
             await asyncio.sleep(_TRICKLE_S)
 
-    async def endless(writer: asyncio.StreamWriter) -> None:
+    async def _go_on(self, writer: asyncio.StreamWriter) -> None:
         writer.write(b"GET /v2 HTTP/1.1\r\nX-Long: ")
-        while seen["header bytes"] < crowd.header_bytes:
+        while self.seen["header bytes"] < self._crowd.header_bytes:
             writer.write(b"a" * _PIECE)
-            seen["header bytes"] += _PIECE
+            self.seen["header bytes"] += _PIECE
             await writer.drain()
 
-    body = _body(crowd) if crowd.bodies else b""
-    begun()
-
-    async def large(writer: asyncio.StreamWriter) -> None:
-        head = f"POST {PATH.format(crowd.name)} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}"
+    async def _send_body(self, writer: asyncio.StreamWriter) -> None:
+        path, size = PATH.format(self._crowd.name), len(self._body)
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {size}"
         writer.write(f"{head}\r\n\r\n".encode())
-        for start in range(0, len(body), _PIECE):
-            writer.write(body[start : start + _PIECE])
+        for start in range(0, size, _PIECE):
+            writer.write(self._body[start : start + _PIECE])
             await writer.drain()
-
-    tasks = [
-        *(again("idle", nothing) for _ in range(crowd.idle)),
-        *(again("slow", trickle) for _ in range(crowd.slow)),
-        *(again("headers", endless) for _ in range(4 if crowd.header_bytes else 0)),
-        *(again("bodies", large) for _ in range(crowd.bodies)),
-    ]
-    running = [asyncio.ensure_future(task) for task in tasks]
-    await stop.wait()
-    for task in running:
-        task.cancel()
-    await asyncio.gather(*running, return_exceptions=True)
-    return seen
 
 
 def _body(crowd: Crowd) -> bytes:

@@ -71,23 +71,14 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
     work = _Work.of(config, int(options["cut"]))
     cores = usable_cores()
     alone = _Work.of(parse(with_values(config.text, client={"threads": cores})), work.cut)
-    steps, sessions, ahead = options["steps"], options["sessions"], options["in_flight"]
+    steps, sessions = options["steps"], options["sessions"]
     with _server() as (pid, fleet, address):
         _train(fleet, address, work, 1, 2)
         empty = _resident(pid)
         _forget_peak(pid)
         peak, rest = _train(fleet, address, work, sessions, max(2, steps), pid).memory
         _train(fleet, address, alone, 1, 2)
-        rates: list[tuple[float, float]] = []
-        for turn in range(options["turns"]):
-            pair: dict[str, float] = {}
-            for who in ("many", "one") if turn % 2 else ("one", "many"):
-                if who == "many":
-                    pair[who] = _train(fleet, address, work, sessions, steps).rate
-                else:  # as many steps as the others do together
-                    count = max(2, sessions * steps)
-                    pair[who] = _train(fleet, address, alone, 1, count, ahead=ahead).rate
-            rates.append((pair["many"], pair["one"]))
+        rates = [_turn(fleet, address, work, alone, options, k) for k in range(options["turns"])]
     ratios = sorted(many / one for many, one in rates)
     held, activations = work.held_bytes(), work.activation_bytes()
     per_session = (peak - empty) / sessions
@@ -108,6 +99,21 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
         "activations_mb": activations / 1e6,
         "memory_ratio": per_session / (held + activations),
     }
+
+
+def _turn(
+    fleet: Fleet, address: str, many: _Work, one: _Work, options: Mapping[str, Any], turn: int
+) -> tuple[float, float]:
+    """Return the examples per second of many sessions and of one, who begin by turns."""
+    rates: dict[str, float] = {}
+    for who in ("many", "one") if turn % 2 else ("one", "many"):
+        sessions, steps = options["sessions"], options["steps"]
+        if who == "many":
+            rates[who] = _train(fleet, address, many, sessions, steps).rate
+        else:  # as many steps as the others do together
+            steps, ahead = max(2, sessions * steps), options["in_flight"]
+            rates[who] = _train(fleet, address, one, 1, steps, ahead=ahead).rate
+    return rates["many"], rates["one"]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -258,48 +258,67 @@ def play(
         variant: The only one that answers; None for the portfolio that switches.
     """
     options = dataclasses.replace(options, variant=variant)
-    accuracy = {v.name: v.accuracy if v.test_accuracy is None else v.test_accuracy
-                for v in portfolio.variants}  # fmt: skip
     engine = PortfolioEngine(portfolio, options)
     batcher = Batcher(
         engine, BatchLimits(options.max_batch, options.max_delay_ms, options.max_queue)
     )
     image = torch.zeros(1, *portfolio.about.input_shape)
-    ledgers, lock = [Ledger() for _ in trace], threading.Lock()
+    books = _Books(portfolio, engine, trace, options.objective.p95_ms)
     if variant is None:
         engine.control.start(options.interval_s)
+    _send(batcher, engine, trace, arrivals(trace, seed), image, books.note, books.ledgers)
+    batcher.close(options.drain_s)
+    status = engine.status()
+    engine.close()
+    return Played(
+        variant or "switching",
+        books.accuracy[variant] if variant else math.nan,
+        books.ledgers,
+        status["switches"],
+        status["relieved"],
+    )
 
-    def look(began: float, number: int, future: Future[Served]) -> None:
+
+class _Books:
+    """Notes what becomes of the requests of one contender: a ledger for each segment."""
+
+    def __init__(
+        self,
+        portfolio: Portfolio,
+        engine: PortfolioEngine,
+        trace: Sequence[Segment],
+        objective_ms: float,
+    ) -> None:
+        self._portfolio, self._engine = portfolio, engine
+        self._trace, self._objective_ms = trace, objective_ms
+        self._lock = threading.Lock()
+        self.ledgers = [Ledger() for _ in trace]
+        self.accuracy = {
+            v.name: v.accuracy if v.test_accuracy is None else v.test_accuracy
+            for v in portfolio.variants
+        }
+
+    def note(self, began: float, number: int, future: Future[Served]) -> None:
+        """Enter an answer to what was sent at a moment in a segment; what has failed is none."""
         took_ms = (time.perf_counter() - began) * 1e3
         if future.exception() is not None:
             return
-        served, ledger, budget = future.result(), ledgers[number], trace[number].memory_bytes
-        needed = _needed(portfolio, served.by, engine.in_memory)
-        with lock:
+        served, ledger = future.result(), self.ledgers[number]
+        budget = self._trace[number].memory_bytes
+        needed = _needed(self._portfolio, served.by, self._engine.in_memory)
+        with self._lock:
             ledger.answered += 1
             ledger.by[served.by] += 1
             ledger.queued_ms.append(served.queue_ms)
             ledger.computed_ms.append(served.compute_ms)
             if budget is not None and needed > budget:
                 ledger.over_budget += 1
-            elif took_ms <= options.objective.p95_ms:
+            elif took_ms <= self._objective_ms:
                 ledger.in_time += 1
-                ledger.value += accuracy[served.by]
+                ledger.value += self.accuracy[served.by]
             else:
                 waited = served.queue_ms > served.compute_ms
                 ledger.late["queued" if waited else "computed"] += 1
-
-    _send(batcher, engine, trace, arrivals(trace, seed), image, look, ledgers)
-    batcher.close(options.drain_s)
-    status = engine.status()
-    engine.close()
-    return Played(
-        variant or "switching",
-        accuracy[variant] if variant else math.nan,
-        ledgers,
-        status["switches"],
-        status["relieved"],
-    )
 
 
 def _needed(portfolio: Portfolio, by: str, in_memory: Sequence[str]) -> int:

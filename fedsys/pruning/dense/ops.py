@@ -37,6 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fedsys.errors import is_number
 from fedsys.randomness import KeyedDropout
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -221,7 +222,7 @@ def _kind_of_function(
     if len(inputs) == 1 and given[:2] == shape[:2]:
         if target in _SAME_FUNCTIONS or target in _SAME_METHODS:
             return Kind.SAME
-        if target in _SCALAR_MATH and any(_is_number(each) for each in node.args):
+        if target in _SCALAR_MATH and any(is_number(each) for each in node.args):
             return Kind.SAME
         if target in _MEANS and _over_space(node, len(given)):
             return Kind.SAME
@@ -254,10 +255,6 @@ def _asks_for_size(node: fx.Node) -> bool:
     return whole and all(
         user.target is operator.getitem and user.args[1] in (0, 2, 3) for user in node.users
     )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _over_space(node: fx.Node, dimensions: int) -> bool:
