@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import threading
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -184,6 +184,26 @@ def piece_of(module: nn.Module) -> Piece | None:
     if now is None:
         return None
     return Piece(now.start, now.stop, now.batch_size, now.count(module) - 1)
+
+
+def drawn_for_rows(key: str, draw: Callable[[Address, int, int], Tensor]) -> Tensor:
+    """Return the rows in work of a tensor that is drawn once for a whole mini-batch.
+
+    Args:
+        key: Name of the draw among those of a step.
+        draw: Takes the address, the step and the examples of the mini-batch; returns
+            ``(examples, …)``.
+
+    Raises:
+        ModelError: No step is in work.
+    """
+    now: _Step | None = getattr(_current, "step", None)
+    if now is None:
+        raise ModelError(f"{key}: must be drawn inside fedsys.randomness.drawing(…)")
+    whole = now.masks.get(key)
+    if whole is None:
+        whole = now.masks[key] = draw(now.address, now.step, now.batch_size)
+    return whole[now.start : now.stop]
 
 
 class KeyedDropout(nn.Module):
