@@ -9,6 +9,7 @@ from typing import Any
 from fedsys.config import Config
 from fedsys.models.layers import LayeredModel
 from fedsys.planning.assignment import Assignment
+from fedsys.planning.leakage import leakage_note
 from fedsys.planning.oracle import Optimum
 from fedsys.runs.decisions import OffloadDecision
 from strategies.offload import Offload
@@ -60,11 +61,12 @@ def decisions_of(
         return []
     clients = sorted(offload.assigned)
     why = _reasons(offload, config, clients)
+    note = leakage_note(config, layers)
     return [
         OffloadDecision(
             round=decided.round,
             client=client,
-            reason=why[client],
+            reason=f"{why[client]}; {note}" if note else why[client],
             **_choice(offload, layers, client, offload.assigned[client]),
             **_seen(decided.seen[client]),
             **_outcome(offload, layers, client, modelled.get(client, DeviceRound())),

@@ -22,8 +22,9 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedsys.config import Config
-from fedsys.errors import RuntimeFailure
+from fedsys.errors import ConfigError, RuntimeFailure
 from fedsys.offload.fleet import Fleet
+from fedsys.planning.leakage import leakage_limit
 from fedsys.planning.resources import Event
 from fedsys.transport.messages import OBSERVATION
 from strategies.around import Around
@@ -102,6 +103,7 @@ class Offload(Around):
         self._layers = self._division.layers
         self._sessions = SplitSessions(fleet, self._division)
         self._repeats = Repeats(config, roster, fleet, self._sessions)
+        self._limit = leakage_limit(config, self._layers)
         self._policy_state = policy.init(self._layers, range(config.num_clients))
         self._seen: dict[int, dict[str, Any]] = {}  # observations as checkpoints hold them
         self._measuring: Mapping[int, int] = {}
@@ -125,6 +127,7 @@ class Offload(Around):
         seen = {client: self.seen_of(client) for client in messages}
         began = time.perf_counter()
         self._policy_state, self.assigned = self.policy.plan(self._policy_state, seen)
+        self._check_leakage()
         self.decided = Decided(server_round, seen, time.perf_counter() - began)
         if isinstance(self.policy, MeasuresLinks):
             self._measuring = self.policy.to_measure(self._policy_state, list(messages))
@@ -212,6 +215,19 @@ class Offload(Around):
     def seen_of(self, client: int) -> Observation:
         """Return what was last seen of a client."""
         return Observation(**self._seen.get(client, {}))
+
+    def _check_leakage(self) -> None:
+        """Refuse assignments at which more leaks than the run allows.
+
+        Raises:
+            ConfigError: The policy chose such a cut.
+        """
+        cuts = {a.cut for a in self.assigned.values() if a.cut < len(self._layers)}
+        if self._limit is not None and (why := self._limit.reason(sorted(cuts))):
+            raise ConfigError.of(
+                "policy.kind", self._config.policy.get("kind"), f"chose a cut that leaks: {why}",
+                "another policy.cut, or a policy that plans",
+            )  # fmt: skip
 
     def pieces_of(self, assignment: Assignment) -> int:
         """Return the pieces of a mini-batch: those of the schedule where nothing else is said."""

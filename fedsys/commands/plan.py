@@ -18,6 +18,7 @@ from fedsys.config import Config, NetworkConfig
 from fedsys.models.layers import LayeredModel
 from fedsys.planning.assignment import Assignment
 from fedsys.planning.hardware import link_of
+from fedsys.planning.leakage import leakage_note
 from fedsys.planning.options import PLANNED, PlanOptions, choosable, machines_of, run_workload
 from fedsys.planning.oracle import Oracle, regret
 from fedsys.planning.planner import Plan, best_static, evaluate, next_best, plan
@@ -91,7 +92,7 @@ def figures(config: Config, layers: LayeredModel, examples: Sequence[int]) -> di
     whole = plan(load, "classic")
     static = best_static(load, offload=options.offload)
     others = next_best(load, made, offload=options.offload)
-    reasons = Reasons(load, made)
+    reasons, note = Reasons(load, made), leakage_note(config, layers)
     links = [_link_name(link_of(config, k)) for k in range(len(load.devices))]
     devices = [
         {
@@ -116,7 +117,7 @@ def figures(config: Config, layers: LayeredModel, examples: Sequence[int]) -> di
         "best_static": _choice(layers, static.choices[0]),
         "planned_s": made.planned_s,
         "how": made.how,
-        "why": _summary(load, made, whole),
+        "why": _summary(load, made, whole) + (f"; {note}" if note else ""),
         **({} if learned is None else learned.figures),
         "devices": devices,
     }

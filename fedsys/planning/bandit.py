@@ -32,6 +32,7 @@ from fedsys.planning.arms import MOST, Arms, Guess, best_pieces, expected
 from fedsys.planning.assignment import Assignment
 from fedsys.planning.contention import Indices
 from fedsys.planning.correction import kind_of
+from fedsys.planning.leakage import without_limit
 from fedsys.planning.measured_rates import after_round
 from fedsys.planning.resources import Observation
 from fedsys.planning.workload import Array, Workload
@@ -92,7 +93,7 @@ class BanditOptions:
         Raises:
             ConfigError: A key is unknown, or its value not usable.
         """
-        made: BanditOptions = build(cls, dict(spec), "policy")
+        made: BanditOptions = build(cls, without_limit(spec), "policy")
         for name, low, high in (
             ("optimism", 0.0, 10.0), ("hysteresis", 0.0, 1.0), ("patience", 1, 1000),
             ("movers", 0.0, 1.0), ("drift", 0.0, 1.0), ("forget", 1, 10**6),

@@ -11,6 +11,7 @@ from fedsys.config import Config, Spec
 from fedsys.errors import ConfigError, did_you_mean, is_number
 from fedsys.models.layers import LayeredModel
 from fedsys.planning.hardware import Hardware, hardware
+from fedsys.planning.leakage import allowed_cuts, without_limit
 from fedsys.planning.planner import METHODS
 from fedsys.planning.workload import Device, Workload, counts, workload
 from fedsys.transport.codecs import check_codec
@@ -59,7 +60,7 @@ class PlanOptions:
             ConfigError: A key is unknown, or its value not usable.
         """
         known = {field.name for field in dataclasses.fields(cls)}
-        for key in spec:
+        for key in without_limit(spec):
             if key not in known:
                 hint = did_you_mean(key, known)
                 raise ConfigError.of(f"policy.{key}", spec[key], "must be a known key", hint)
@@ -173,7 +174,12 @@ def run_workload(
         epochs=config.client.epochs,
         exchange=options.objective == "round",
     )
-    return dataclasses.replace(load, schedule=config.schedule.kind, depth=config.schedule.depth)
+    return dataclasses.replace(
+        load,
+        cuts=allowed_cuts(config, layers, load.cuts),
+        schedule=config.schedule.kind,
+        depth=config.schedule.depth,
+    )
 
 
 def choosable(policy: Spec) -> PlanOptions:

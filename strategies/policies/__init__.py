@@ -8,6 +8,7 @@ from typing import cast
 
 from fedsys.config import Config, Spec, call_target
 from fedsys.errors import ConfigError, did_you_mean
+from fedsys.planning.leakage import without_limit
 from fedsys.planning.options import PLANNED, PlanOptions
 from strategies.policies.bandit import bandit
 from strategies.policies.fedadapt import FedAdaptPolicy
@@ -54,7 +55,7 @@ def build_policy(
     if kind == "fedadapt" and config is not None:
         return FedAdaptPolicy(config, examples, folder, say)
     if kind == "own":
-        target = {key: value for key, value in spec.items() if key != "kind"}
+        target = {key: value for key, value in without_limit(spec).items() if key != "kind"}
         given = {"num_edges": num_edges, "config": config, "examples": examples}
         return cast(OffloadPolicy, call_target(target, "policy", **given))
     known = ("none", "fixed", *PLANNED, "bandit", "fedadapt", "own")

@@ -47,6 +47,7 @@ from fedsys.data import Dataset
 from fedsys.errors import ConfigError
 from fedsys.files import write_atomic
 from fedsys.models.layers import LayeredModel, layered, split
+from fedsys.planning.leakage import FILE, unit_list
 from fedsys.privacy.audit_canaries import canary_bound, release_bound
 from fedsys.privacy.audit_inversion import Inversion, invert, mean_image
 from fedsys.privacy.audit_labels import gradients_of, infer_labels
@@ -58,6 +59,7 @@ from fedsys.privacy.release import Noise, clipped
 from fedsys.randomness import Address
 from fedsys.training import federation
 from fedsys.training import plain as training
+from fedsys.training.federation import layered_model
 
 MECHANISMS = ("none", "cut")
 
@@ -318,15 +320,15 @@ def _label_figures(audit: Audit, seen: _Seen, back: nn.Module) -> Row:
 def _leave(audit: Audit, cuts: Sequence[Row], inversions: Inversions) -> None:
     """Write the file for ``policy.leakage`` and the picture into the run folder."""
     folder = Path(str(audit.config.run.dir))
+    shape = audit.dataset.input_shape
     kept = ("mechanism", "epsilon", "cut", "after", "ssim", "psnr", "label_auc")
     told = {
         "version": 1,
-        "model": dict(audit.config.model),
         "data": audit.dataset.name,
-        "input_shape": list(audit.dataset.input_shape),
+        "units": unit_list(layered_model(audit.config, shape, audit.dataset.num_classes)),
         "cuts": [{key: row.get(key) for key in kept} for row in cuts if row["cut"]],
     }
-    write_atomic(folder / "leakage.json", json.dumps(told, indent=1).encode())
+    write_atomic(folder / FILE, json.dumps(told, indent=1).encode())
     count = audit.number("pictures")
     strips = [(name, found.images[:count], found.ssim) for name, found in inversions]
     draw_reconstructions(folder / "plots" / "reconstructions.png", strips)

@@ -18,6 +18,7 @@ from fedsys.errors import ConfigError
 from fedsys.models.layers import LayeredModel, fractions
 from fedsys.planning.costs import MachineClass, Messaging
 from fedsys.planning.hardware import Hardware, hardware, network_for
+from fedsys.planning.leakage import allowed_cuts
 from fedsys.planning.learning.agent import Agent, load
 from fedsys.planning.learning.options import FedAdaptOptions
 from fedsys.planning.learning.scenarios import Scenario, drawn_fleet
@@ -50,7 +51,8 @@ def scenario_of(
     machines = hardware(config, layers) or _often(config, layers)
     planning = PlanOptions(codec=options.codecs, micro_batches=_counts(options.micro_batches))
     load = run_workload(config, layers, machines, examples, planning)
-    cuts = legal_cuts(layers, options.cuts)
+    legal = legal_cuts(layers, options.cuts)
+    cuts = [*allowed_cuts(config, layers, legal[:-1]), legal[-1]]
     done = fractions(layers)
     return Scenario(load, [done[cut - 1] for cut in cuts], cuts)
 

@@ -8,6 +8,7 @@ from typing import Any
 from fedsys.config import Spec
 from fedsys.config.building import build
 from fedsys.errors import ConfigError, did_you_mean
+from fedsys.planning.leakage import without_limit
 from fedsys.planning.learning.grouping import LowBandwidth
 from fedsys.planning.learning.observing import REWARDS
 from fedsys.planning.learning.scenarios import Ranges
@@ -153,7 +154,7 @@ class FedAdaptOptions:
         Raises:
             ConfigError: A key is unknown, or its value not usable.
         """
-        made: FedAdaptOptions = build(cls, dict(spec), "policy")
+        made: FedAdaptOptions = build(cls, without_limit(spec), "policy")
         for name, low, high in _BOUNDS:
             value: Any = made
             for part in name.split("."):
