@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
@@ -28,6 +27,7 @@ from fedsys.models.layers import LayeredModel
 from fedsys.offload.fleet import Fleet
 from fedsys.planning.assignment import Assignment
 from fedsys.planning.hardware import hardware
+from fedsys.planning.learning.client_rounds import Clients
 from fedsys.planning.learning.scenarios import Scenario
 from fedsys.planning.learning.view import Times
 from fedsys.planning.options import run_workload
@@ -61,18 +61,6 @@ ROUND = 1
 _log = logging.getLogger("fedsys.offload")
 
 Seen = Mapping[int, Observation]
-
-
-class Clients(Protocol):
-    """Those of a run, who train a few mini-batches when they are asked."""
-
-    def begin(self) -> Sequence[int]:
-        """Return the clients that are there, at the beginning of an episode."""
-        ...
-
-    def carry_out(self, assigned: Mapping[int, Assignment]) -> Seen:
-        """Return what those that answer have seen, given what each client is to do."""
-        ...
 
 
 class TruncatedRounds:
@@ -329,4 +317,8 @@ def practise(
     )  # fmt: skip
     if not is_real(config):
         clients = ModelledClients(config, division.layers, count, clients)
-    policy.practise(lambda base, forced: TruncatedRounds(base, clients, forced=forced))
+    policy.practise(clients, _steps_of)
+
+
+def _steps_of(base: Scenario, clients: Clients, forced: bool) -> TruncatedRounds:
+    return TruncatedRounds(base, clients, forced=forced)

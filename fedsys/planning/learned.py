@@ -34,9 +34,9 @@ from fedsys.planning.correction import (
 from fedsys.planning.costs import MachineCosts
 from fedsys.planning.measured_rates import Links
 from fedsys.planning.options import PlanOptions
-from fedsys.planning.planner import Plan, evaluate, plan
+from fedsys.planning.planner import Plan, evaluate
+from fedsys.planning.replanning import must_offload, replanned
 from fedsys.planning.resources import Observation
-from fedsys.planning.stage_table import score
 from fedsys.planning.workload import Workload
 
 _SURE = 2.0
@@ -152,22 +152,12 @@ class LearnedPlanner:
         return self._believed(self._layers, clients)
 
     def _replanned(self, state: State, load: Workload, clients: list[int]) -> State:
-        hopeful = self._corrected(state, load, clients, self._options.optimism)
-        most = self._options.most_bytes
-        forced = self._options.offload or (most is not None and sum(load.state_bytes) > most)
-        made = plan(hopeful, self._options.method, offload=forced)
-        known = [state["choices"].get(client) for client in clients]
-        choices = made.choices
-        if all(known):
-            old = evaluate(hopeful, [Assignment.of_list(choice) for choice in known])
-            if _scored(made) > _scored(old) * (1 - self._options.hysteresis):
-                choices = old.choices
-        fresh = {client: c.to_list() for client, c in zip(clients, choices, strict=True)}
-        return state | {
-            "choices": state["choices"] | fresh,
-            "clients": clients,
-            "plans": state["plans"] + 1,
-        }
+        o = self._options
+        hopeful = self._corrected(state, load, clients, o.optimism)
+        offload = must_offload(load, o.offload, o.most_bytes)
+        return replanned(
+            state, hopeful, clients, o.method, offload=offload, hysteresis=o.hysteresis
+        )
 
     # --- what is believed -------------------------------------------------------------------------
 
@@ -298,7 +288,3 @@ class _Kinds:
         new_cut = all(cut not in other for other in mine.values())
         mine[machine] = noted(own, cut, ratio)
         self.news |= new_cut or off > _SURE * doubt.noise * expected
-
-
-def _scored(made: Plan) -> float:
-    return float(score(np.array([made.round_s]))[0])

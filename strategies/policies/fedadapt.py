@@ -13,11 +13,16 @@ from typing import TYPE_CHECKING
 from fedsys.config import Config
 from fedsys.errors import ConfigError
 from fedsys.models.layers import LayeredModel
-from fedsys.planning.learning.agent import Agent
+from fedsys.planning.learning.client_rounds import Clients
+from fedsys.planning.learning.cut_agent import CutAgent
+from fedsys.planning.learning.cut_deciding import CutFedAdapt
 from fedsys.planning.learning.deciding import FedAdapt, State
-from fedsys.planning.learning.making import FILE, agent_for, known_agent, scenario_of, trained_on
+from fedsys.planning.learning.making import FILE, agent_for, known_agent, scenario_of
 from fedsys.planning.learning.options import FedAdaptOptions
+from fedsys.planning.learning.practice import AnyAgent, trained_on, trained_on_clients
+from fedsys.planning.learning.run_fleet import RunFleet
 from fedsys.planning.learning.scenarios import Scenario
+from fedsys.planning.planner import Plan
 from strategies.policies.policy import Assignment, Observation
 
 if TYPE_CHECKING:
@@ -50,7 +55,7 @@ class FedAdaptPolicy:
         self._config, self._examples = config, list(examples) or [config.client.batch_size]
         self._folder, self._say = folder, say
         self._base: Scenario | None = None
-        self._decider: FedAdapt | None = None
+        self._decider: FedAdapt | CutFedAdapt | None = None
 
     def init(self, layers: LayeredModel, nodes: Sequence[int]) -> State:
         """Return the state before the first round.
@@ -76,7 +81,7 @@ class FedAdaptPolicy:
             )  # fmt: skip
         if agent is not None:
             self._decider = self._deciding(base, agent)
-        return FedAdapt.init()
+        return CutFedAdapt.init() if options.action == "cuts" else FedAdapt.init()
 
     @property
     def ready(self) -> bool:
@@ -88,23 +93,34 @@ class FedAdaptPolicy:
         """Mini-batches of a truncated round."""
         return self._options.training.iterations
 
-    def practise(self, rounds_of: Callable[[Scenario, bool], Rounds]) -> None:
+    def practise(
+        self, clients: Clients, rounds_of: Callable[[Scenario, Clients, bool], Rounds]
+    ) -> None:
         """Train an agent, and keep it in the folder of the run.
 
         Args:
-            rounds_of: Given the fleet and model of the run, and whether a device may not hold the
-                whole model, returns what carries steps out.
+            clients: Carry truncated rounds out.
+            rounds_of: Given the fleet and model of the run, the clients, and whether a device may
+                not hold the whole model, returns the steps of an agent that says shares.
 
         Raises:
+            RuntimeFailure: No client answered.
             ModelError: The extra ``rl`` is not installed.
         """
         base = self._base
         if base is None:
             raise ConfigError.of("policy.kind", "fedadapt", "must be initialised first")
-        agent = trained_on(
-            rounds_of(base, self._forced(base)), self._options, self._config.seed,
-            say=self._say, model=self._model,
-        )  # fmt: skip
+        options, seed, forced = self._options, self._config.seed, self._forced(base)
+        agent: AnyAgent
+        if options.action == "cuts":
+            fleet = RunFleet(base, forced=forced, told=False)
+            agent = trained_on_clients(
+                fleet, clients, self._config.num_clients, options, seed,
+                say=self._say, model=self._model,
+            )  # fmt: skip
+        else:
+            rounds = rounds_of(base, clients, forced)
+            agent = trained_on(rounds, options, seed, say=self._say, model=self._model)
         if self._folder is not None:
             agent.save(self._folder / FILE)
         self._decider = self._deciding(base, agent)
@@ -119,6 +135,11 @@ class FedAdaptPolicy:
         """Return one sentence about the decision for each client."""
         return self._ready.reasons(state, clients)
 
+    def predicted(self, state: State, clients: Sequence[int]) -> Plan | None:
+        """Return what is expected of some clients; agents that say shares expect nothing."""
+        decider = self._ready
+        return decider.predicted(state, clients) if isinstance(decider, CutFedAdapt) else None
+
     def to_measure(self, state: State, clients: Sequence[int]) -> Mapping[int, int]:
         """Return the bytes each way, by client that is to measure its link although it is alone."""
         decider, nbytes = self._ready, self.probe_size
@@ -130,7 +151,7 @@ class FedAdaptPolicy:
         return self._options.probe_bytes if self._options.probe_every else 0
 
     @property
-    def _ready(self) -> FedAdapt:
+    def _ready(self) -> FedAdapt | CutFedAdapt:
         if self._decider is None:
             raise ConfigError.of(
                 "policy.training.where", self._options.training.where,
@@ -147,6 +168,9 @@ class FedAdaptPolicy:
         limit = self._config.client.max_model_bytes
         return limit is not None and sum(base.load.state_bytes) > limit
 
-    def _deciding(self, base: Scenario, agent: Agent) -> FedAdapt:
-        forced, seed = self._forced(base), self._config.seed
-        return FedAdapt(base, self._options, agent, forced=forced, seed=seed)
+    def _deciding(self, base: Scenario, agent: AnyAgent) -> FedAdapt | CutFedAdapt:
+        forced, seed, options = self._forced(base), self._config.seed, self._options
+        if isinstance(agent, CutAgent):
+            told = bool(self._config.fleet.devices)
+            return CutFedAdapt(base, options, agent, forced=forced, told=told, seed=seed)
+        return FedAdapt(base, options, agent, forced=forced, seed=seed)

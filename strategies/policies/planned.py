@@ -14,16 +14,14 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-import numpy as np
-
 from fedsys.config import Config
 from fedsys.errors import ConfigError
 from fedsys.models.layers import LayeredModel
 from fedsys.planning.costs import MachineCosts
 from fedsys.planning.hardware import Hardware
 from fedsys.planning.options import PlanOptions, machines_of, run_workload
-from fedsys.planning.planner import Plan, evaluate, plan
-from fedsys.planning.stage_table import score
+from fedsys.planning.planner import Plan, evaluate
+from fedsys.planning.replanning import must_offload, replanned
 from fedsys.planning.workload import Device, Menu, Workload, mini_batches
 from fedsys.runs.reasons import Reasons
 from fedsys.transport.network import Network
@@ -89,25 +87,9 @@ class Planned:
         return {client: made.of(k) for k, client in enumerate(clients)}
 
     def _replanned(self, state: State, clients: list[int]) -> State:
-        load = self._load(clients, state)
-        made = plan(load, self._options.kind, offload=self._forced(load))
-        known = [state["choices"].get(client) for client in clients]
-        choices = made.choices
-        if all(choice is not None for choice in known):
-            old = evaluate(load, [Assignment.of_list(choice) for choice in known])
-            if _scored(made) > _scored(old) * (1 - self._options.hysteresis):
-                choices = old.choices
-        fresh = {client: c.to_list() for client, c in zip(clients, choices, strict=True)}
-        return state | {
-            "choices": state["choices"] | fresh,
-            "clients": clients,
-            "plans": state["plans"] + 1,
-        }
-
-    def _forced(self, load: Workload) -> bool:
-        """Return whether devices must offload: they are told to, or the model is too large."""
-        limit = self._config.client.max_model_bytes
-        return self._options.offload or (limit is not None and sum(load.state_bytes) > limit)
+        load, o = self._load(clients, state), self._options
+        offload = must_offload(load, o.offload, self._config.client.max_model_bytes)
+        return replanned(state, load, clients, o.kind, offload=offload, hysteresis=o.hysteresis)
 
     # --- what is believed -------------------------------------------------------------------------
 
@@ -216,10 +198,6 @@ def refuse_private(config: Config) -> None:
             "policy.kind", config.policy.get("kind"),
             "must be fixed with client.label_private=true: planners know one cut only",
         )  # fmt: skip
-
-
-def _scored(made: Plan) -> float:
-    return float(score(np.array([made.round_s]))[0])
 
 
 def _busy(load: Workload, device: Device, choice: Assignment) -> tuple[float, float]:

@@ -46,8 +46,21 @@ POLICIES = {
     "corrected pipar": {"kind": "pipar", "learn": True, "forget": 1},
     "splitfed": {"kind": "splitfed", "forget": 1},
     "fedadapt": {"kind": "fedadapt", "training": {"fleets": 3}, "ppo": {"updates": 2}},
+    "fedadapt shares": {
+        "kind": "fedadapt",
+        "action": "shares",
+        "training": {"fleets": 3},
+        "ppo": {"updates": 2},
+    },
     "learning": {
         "kind": "fedadapt",
+        "learn": True,
+        "learn_every": 2,
+        "ppo": {"updates": 1, "epochs": 4},
+    },
+    "learning shares": {
+        "kind": "fedadapt",
+        "action": "shares",
         "learn": True,
         "learn_every": 2,
         "training": {"fleets": 2},

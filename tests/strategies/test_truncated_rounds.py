@@ -11,11 +11,14 @@ from fedsys.errors import ConfigError, RuntimeFailure
 from fedsys.offload.edge import EdgeServer
 from fedsys.offload.fleet import EdgeAddress, Fleet
 from fedsys.planning.learning.agent import load
+from fedsys.planning.learning.client_rounds import ClientRounds
+from fedsys.planning.learning.device_rounds import CutEnvironment
 from fedsys.planning.learning.environment import OffloadEnvironment
 from fedsys.planning.learning.grouping import LowBandwidth
 from fedsys.planning.learning.making import scenario_of
 from fedsys.planning.learning.observing import log_reward
 from fedsys.planning.learning.options import FedAdaptOptions
+from fedsys.planning.learning.run_fleet import RunFleet
 from fedsys.planning.learning.view import View
 from fedsys.runs.folder import RunFolder
 from fedsys.runtime import run
@@ -64,7 +67,9 @@ def truncated(configure, identity):
             if modelled:
                 clients = ModelledClients(config, division.layers, 2, clients)
             rounds = TruncatedRounds(base, clients)
-            return SimpleNamespace(rounds=rounds, base=base, edge=edge, replies=replies)
+            return SimpleNamespace(
+                rounds=rounds, base=base, edge=edge, replies=replies, clients=clients
+            )
 
         yield made
 
@@ -90,6 +95,31 @@ def test_the_environment_on_clients_passes_the_checkers_of_both_libraries(trunca
     environment = OffloadEnvironment(truncated().rounds, View(2, LowBandwidth(), bandwidth=True))
     of_gymnasium(environment, skip_render_check=True)
     of_stable_baselines3(environment, warn=True)
+
+
+def test_rounds_in_which_cuts_are_scored_pass_them_too_and_are_what_the_timeline_says(truncated):
+    from gymnasium.utils.env_checker import check_env as of_gymnasium
+    from stable_baselines3.common.env_checker import check_env as of_stable_baselines3
+
+    made = truncated()
+    rounds = ClientRounds(RunFleet(made.base, told=False), made.clients, 2)
+    of_gymnasium(CutEnvironment(rounds), skip_render_check=True)
+    of_stable_baselines3(CutEnvironment(rounds), warn=True)
+    rounds.begin(np.random.default_rng(0))
+    alone = rounds._look.outlook.alone_s[:, -1]
+    assert alone == pytest.approx(made.base.baseline_s[:2], rel=0.05)
+    earned, _ = rounds.step(np.array([0, 1]))
+    assert made.edge.sessions == [] and (earned < 0).all()
+
+
+def test_who_does_not_answer_earns_nothing_where_cuts_are_scored(truncated):
+    made = truncated(client=silent_from(1, partition=1))
+    rounds = ClientRounds(RunFleet(made.base, told=False), made.clients, 2)
+    rounds.begin(np.random.default_rng(0))
+    before = rounds._known.work_s[1].copy()
+    earned, _ = rounds.step(np.array([0, 0]))
+    assert earned[0] < 0.0 == earned[1] and np.isfinite(rounds.seen).all()
+    assert (rounds._known.work_s[1] == before).all()
 
 
 def test_a_step_is_what_the_timeline_says_where_time_is_not_real(truncated):

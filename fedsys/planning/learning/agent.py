@@ -1,34 +1,28 @@
-"""A trained agent: two small networks and what they were trained to see, in one safetensors file.
+"""A trained agent that says shares of the work: two small networks and what they see.
 
-The file holds the weights as tensors and everything else as JSON in its metadata, with a checksum
-over both; nothing is unpickled. Deciding needs NumPy alone, training needs the extra ``rl``.
+Deciding needs NumPy alone, training needs the extra ``rl``. `load` reads agents of all kinds.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from fedsys.errors import ConfigError
-from fedsys.files import write_atomic
+from fedsys.planning.learning import agent_files
+from fedsys.planning.learning.agent_files import Weights
+from fedsys.planning.learning.cut_agent import CutAgent
 from fedsys.planning.learning.grouping import LowBandwidth
 from fedsys.planning.learning.observing import Vector, share_of
+from fedsys.planning.learning.options import FedAdaptOptions
+from fedsys.planning.learning.outlook import FEATURES
 from fedsys.planning.learning.view import View
-
-FORMAT: Final = 1
-"""Version of the file."""
-
-Weights = Mapping[str, NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -71,55 +65,40 @@ class Agent:
 
     def save(self, path: Path) -> None:
         """Write the agent to a file."""
-        weights = {name: np.ascontiguousarray(self.weights[name]) for name in sorted(self.weights)}
         told = {"view": dataclasses.asdict(self.view), "about": dict(self.about)}
-        text = json.dumps(told, sort_keys=True)
-        metadata = {"format": str(FORMAT), "agent": text, "sha256": _digest(text, weights)}
-        write_atomic(path, save(weights, metadata))
+        agent_files.write(path, agent_files.SHARES, told, self.weights)
 
 
-def load(path: Path, groups: int | None = None) -> Agent:
+def load(path: Path, options: FedAdaptOptions | None = None) -> Agent | CutAgent:
     """Return the agent of a file.
 
     Args:
         path: The file.
-        groups: How many groups it has to decide for; None: any.
+        options: For what it has to decide; None: anything.
 
     Raises:
-        ConfigError: There is no such file, it is damaged, of another version, or for another
-            number of groups.
+        ConfigError: There is no such file, it is damaged, of another version, or for another kind
+            of action or number of groups.
     """
-    way_out = "train one: leave policy.agent out"
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = dict(file.metadata() or {})
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError) as error:
+    version, told, weights = agent_files.read(path)
+    says = agent_files.FORMATS[version]
+    if options is not None and says != options.action:
         raise ConfigError.of(
-            "policy.agent", path, f"must be an agent's file ({error})", way_out
-        ) from error
-    if metadata.get("format") != str(FORMAT):
-        raise ConfigError.of(
-            "policy.agent", path,
-            f"must be of version {FORMAT}, and is of {metadata.get('format', 'none')}", way_out,
+            "policy.action", options.action,
+            f"must be {says}, for which {path} was trained", agent_files.WAY_OUT,
         )  # fmt: skip
-    text = metadata.get("agent", "")
-    if metadata.get("sha256") != _digest(text, weights):
-        raise ConfigError.of("policy.agent", path, "is damaged: its checksum is not that", way_out)
-    told = json.loads(text)
+    if says == "cuts":
+        if told["features"] != list(FEATURES):
+            raise ConfigError.of(
+                "policy.agent", path, "must see candidates as this version of fedsys does",
+                agent_files.WAY_OUT,
+            )  # fmt: skip
+        return CutAgent(weights, told["about"])
     low = told["view"].pop("low")
     view = View(**told["view"], low=None if low is None else LowBandwidth(**low))
-    if groups is not None and view.groups != groups:
+    if options is not None and view.groups != options.groups:
         raise ConfigError.of(
-            "policy.groups", groups,
-            f"must be {view.groups}, for which {path} was trained", way_out,
+            "policy.groups", options.groups,
+            f"must be {view.groups}, for which {path} was trained", agent_files.WAY_OUT,
         )  # fmt: skip
     return Agent(view, weights, told["about"])
-
-
-def _digest(text: str, weights: Weights) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(weights):
-        array = weights[name]
-        digest.update(f"\0{name}\0{array.shape}\0".encode() + array.astype("<f4").tobytes())
-    return digest.hexdigest()

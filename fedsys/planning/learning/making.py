@@ -1,17 +1,11 @@
-"""An agent for a run: read from a file, or trained on fleets that are drawn around the run's."""
+"""The fleet of a run as agents see it, and an agent for it: read from a file, or trained."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
-
-import numpy as np
-import torch
+from typing import Final
 
 from fedsys.config import Config
 from fedsys.errors import ConfigError
@@ -19,21 +13,15 @@ from fedsys.models.layers import LayeredModel, fractions
 from fedsys.planning.costs import MachineClass, Messaging
 from fedsys.planning.hardware import Hardware, hardware, network_for
 from fedsys.planning.leakage import allowed_cuts
-from fedsys.planning.learning.agent import Agent, load
+from fedsys.planning.learning.agent import load
 from fedsys.planning.learning.options import FedAdaptOptions
-from fedsys.planning.learning.scenarios import Scenario, drawn_fleet
-from fedsys.planning.learning.view import Times
+from fedsys.planning.learning.practice import AnyAgent, Say, trained
+from fedsys.planning.learning.scenarios import Scenario
 from fedsys.planning.options import PlanOptions, run_workload
-from fedsys.randomness import Address, default_generator_lent
 from fedsys.transport.network import Network
-
-if TYPE_CHECKING:
-    from fedsys.planning.learning.environment import Rounds
 
 FILE: Final = "agent.safetensors"
 """Name of the agent in a run folder."""
-
-Say = Callable[[str], None]
 
 _DEVICE = MachineClass("device", 4e9, 2.0, 1e9, 1e-3, 2e-5, Messaging(5e-4, {"fp32": 8e-9}))
 _EDGE = MachineClass("edge", 1e11, 2.0, 4e9, 2e-4, 0.0, Messaging(1e-4, {"fp32": 1e-9}), 4)
@@ -48,7 +36,7 @@ def scenario_of(
     Raises:
         ConfigError: A cut is none of the model's.
     """
-    machines = hardware(config, layers) or _often(config, layers)
+    machines = hardware(config, layers, believed=True) or _often(config, layers)
     planning = PlanOptions(codec=options.codecs, micro_batches=_counts(options.micro_batches))
     load = run_workload(config, layers, machines, examples, planning)
     legal = legal_cuts(layers, options.cuts)
@@ -96,7 +84,7 @@ def agent_for(
     folder: Path | None = None,
     say: Say = lambda text: None,
     model: str = "",
-) -> Agent:
+) -> AnyAgent:
     """Return the agent of a run.
 
     Args:
@@ -119,122 +107,13 @@ def agent_for(
     return made
 
 
-def known_agent(options: FedAdaptOptions, folder: Path | None = None) -> Agent | None:
+def known_agent(options: FedAdaptOptions, folder: Path | None = None) -> AnyAgent | None:
     """Return the agent of a file, or one that lies in a run folder; None if none is there yet.
 
     Raises:
         ConfigError: The file is no agent's or one of another kind.
     """
     if options.agent:
-        return load(Path(options.agent).expanduser(), options.groups)
+        return load(Path(options.agent).expanduser(), options)
     kept = None if folder is None else folder / FILE
-    return load(kept, options.groups) if kept is not None and kept.is_file() else None
-
-
-def trained(
-    base: Scenario,
-    options: FedAdaptOptions,
-    seed: int,
-    *,
-    say: Say = lambda text: None,
-    model: str = "",
-) -> Agent:
-    """Return an agent that was trained on the timeline; the same for the same seed.
-
-    Raises:
-        ModelError: The extra ``rl`` is not installed.
-    """
-    from fedsys.planning.learning import ppo  # of the extra ``rl``
-    from fedsys.planning.learning.deck import Deck, DeckEnvironments
-
-    began = time.perf_counter()
-    training, hyper = options.training, options.ppo
-    random = Address(seed).numpy("agent")
-    fleets = [
-        scenario
-        for _ in range(training.fleets)
-        for scenario in drawn_fleet(base, random, training.moments, training.ranges)
-    ]
-    deck = Deck(
-        fleets, options.view, reward=training.reward,
-        progress=_progress(say, "timing fleets for the agent"),
-    )  # fmt: skip
-    environments = DeckEnvironments(
-        deck, hyper.environments, seed, moments=training.moments, change=training.change
-    )
-    made = ppo.train(
-        environments, options.view, hyper, seed,
-        progress=_progress(say, "training the agent"), about={"model": model},
-    )  # fmt: skip
-    say(f"trained the agent: {hyper.steps:,} steps in {time.perf_counter() - began:.0f} s")
-    return made
-
-
-def trained_on(
-    rounds: Rounds,
-    options: FedAdaptOptions,
-    seed: int,
-    *,
-    say: Say = lambda text: None,
-    model: str = "",
-) -> Agent:
-    """Return an agent that was trained on rounds which are carried out one after the other.
-
-    Raises:
-        ModelError: The extra ``rl`` is not installed.
-    """
-    from fedsys.planning.learning import ppo  # of the extra ``rl``
-    from fedsys.planning.learning.environment import OffloadEnvironment
-
-    began, every = time.perf_counter(), options.ppo.every
-    batch = min(options.ppo.batch or every, every)
-    hyper = dataclasses.replace(options.ppo, environments=1, batch=batch)
-    lent, reward = _Lent(rounds), options.training.reward
-    environment = OffloadEnvironment(lent, options.view, reward=reward)
-    made = ppo.train(
-        environment, options.view, hyper, seed,
-        progress=_progress(say, "training the agent on the clients"),
-        about={"model": model, "where": "clients"},
-    )  # fmt: skip
-    say(f"trained the agent: {hyper.steps:,} steps in {time.perf_counter() - began:.0f} s")
-    return made
-
-
-class _Lent:
-    """Rounds that work in other threads, which have torch to themselves meanwhile."""
-
-    def __init__(self, inner: Rounds) -> None:
-        self.shares, self._inner = inner.shares, inner
-
-    def begin(self, random: np.random.Generator) -> Times:
-        with _torch_lent():
-            return self._inner.begin(random)
-
-    def carry_out(self, picked: Sequence[int]) -> Times:
-        with _torch_lent():
-            return self._inner.carry_out(picked)
-
-
-@contextmanager
-def _torch_lent() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    with default_generator_lent():
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)  # clients set their own
-
-
-def _progress(say: Say, what: str) -> Callable[[int, int], None]:
-    """Return what tells how far something is, and how long it still takes, once a second."""
-    began = last = time.perf_counter()
-
-    def told(done: int, count: int) -> None:
-        nonlocal last
-        now = time.perf_counter()
-        if done and now - last >= 1.0:
-            last = now
-            left = (now - began) * (count - done) / done
-            say(f"{what}: {done / count:.0%}, ETA {int(left) // 60}:{int(left) % 60:02}")
-
-    return told
+    return load(kept, options) if kept is not None and kept.is_file() else None

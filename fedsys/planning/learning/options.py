@@ -9,6 +9,7 @@ from fedsys.config import Spec
 from fedsys.config.building import build
 from fedsys.errors import ConfigError, did_you_mean
 from fedsys.planning.leakage import without_limit
+from fedsys.planning.learning.fleets import Draws
 from fedsys.planning.learning.grouping import LowBandwidth
 from fedsys.planning.learning.observing import REWARDS
 from fedsys.planning.learning.scenarios import Ranges
@@ -82,6 +83,8 @@ class Training:
         reward: What a step is worth: ``log`` or ``saved``, as in
             `fedsys.planning.learning.observing.REWARDS`.
         ranges: What fleets are drawn from.
+        draws: What fleets are drawn from where cuts are scored; of the others only `where` and
+            `iterations` matter then.
     """
 
     where: str = "timeline"
@@ -91,6 +94,7 @@ class Training:
     change: float = 0.05
     reward: str = "log"
     ranges: Ranges = field(default_factory=Ranges)
+    draws: Draws = field(default_factory=Draws)
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,10 @@ class FedAdaptOptions:
 
     Attributes:
         kind: ``fedadapt``.
+        action: What an agent says: ``cuts``, a score for each legal cut of each device, or
+            ``shares``, a share of the work for each group of devices, as the paper's.
+        first: With cuts, on what the first round rests: ``told``, what the fleet file says, where
+            there is one, or ``alone``: all train alone.
         agent: File of a trained agent; None: one is trained before the first round.
         groups: Number of groups of devices.
         low_mbit_s: Below this rate a device belongs to the group of slow links; None: no such one.
@@ -109,8 +117,8 @@ class FedAdaptOptions:
             group; else all devices of a group do the same.
         trials: Rounds after a change in which the agent is followed; then what was fastest is kept
             until something changes. None: the agent is always followed.
-        veto: Share by which a device may be slower at its group's cut than alone; beyond it the
-            device stays alone. None: it does what the group does.
+        veto: Share by which a device may be slower at a cut than alone; beyond it the device stays
+            alone. None: it does what the agent says.
         cuts: Cuts that may be chosen; None: all. The whole model always may.
         codec: Codecs that may be chosen.
         micro_batches: Numbers of pieces that may be chosen; None: what the batch allows.
@@ -126,6 +134,8 @@ class FedAdaptOptions:
     """
 
     kind: str = "fedadapt"
+    action: str = "cuts"
+    first: str = "told"
     agent: str | None = None
     groups: int = 3
     low_mbit_s: float | None = 5.0
@@ -162,6 +172,8 @@ class FedAdaptOptions:
             if value is not None and not low <= value <= high:
                 raise ConfigError.of(f"policy.{name}", value, f"must be from {low:g} to {high:g}")
         for name, given, known in (
+            ("action", made.action, ("cuts", "shares")),
+            ("first", made.first, ("told", "alone")),
             ("times", made.times, ("log", "seconds")),
             ("training.reward", made.training.reward, tuple(REWARDS)),
             ("training.where", made.training.where, ("timeline", "clients")),

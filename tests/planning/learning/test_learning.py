@@ -21,7 +21,7 @@ from fedsys.planning.learning.deciding import FedAdapt
 from fedsys.planning.learning.deck import Deck, DeckEnvironments, spread
 from fedsys.planning.learning.environment import OffloadEnvironment
 from fedsys.planning.learning.grouping import LowBandwidth, cluster, regrouped, representatives
-from fedsys.planning.learning.making import agent_for, scenario_of, trained
+from fedsys.planning.learning.making import agent_for, scenario_of
 from fedsys.planning.learning.observing import (
     Seen,
     in_vain,
@@ -33,6 +33,7 @@ from fedsys.planning.learning.observing import (
 )
 from fedsys.planning.learning.options import FedAdaptOptions, Hyper, Training
 from fedsys.planning.learning.ppo import Step, improved
+from fedsys.planning.learning.practice import trained
 from fedsys.planning.learning.scenarios import Scenario, TimelineRounds, draw
 from fedsys.planning.learning.view import Times, View
 from fedsys.planning.resources import Observation
@@ -48,6 +49,7 @@ CONFIG = parse(
 )
 LAYERS = layered_model(CONFIG, (3, 32, 32), 10)
 SMALL = FedAdaptOptions(
+    action="shares",
     training=Training(fleets=12),
     ppo=Hyper(lr=1e-3, environments=16, every=8, updates=12, batch=64, epochs=2),
 )
@@ -248,7 +250,7 @@ def test_the_same_seed_gives_the_same_agent_whatever_else_is_drawn(base, agent):
 
 def test_an_agent_is_the_same_after_it_was_kept(agent, tmp_path):
     agent.save(tmp_path / "a.safetensors")
-    kept = load(tmp_path / "a.safetensors", groups=3)
+    kept = load(tmp_path / "a.safetensors", SMALL)
     assert kept.view == agent.view and kept.about["model"] == "vgg5"
     state = np.linspace(-0.5, 2.0, agent.view.size, dtype=np.float32)
     assert kept.shares(state) == agent.shares(state)
@@ -272,7 +274,10 @@ def test_what_an_agent_decides_is_the_mean_of_the_networks_that_were_trained(bas
         (lambda data: data[:-1] + bytes([data[-1] ^ 1]), "is damaged: its checksum is not that"),
         (lambda data: data[: len(data) // 2], "must be an agent's file"),
         (lambda data: b"", "must be an agent's file"),
-        (lambda data: data.replace(b'"format":"1"', b'"format":"9"'), "version 1, and is of 9"),
+        (
+            lambda data: data.replace(b'"format":"1"', b'"format":"9"'),
+            "version 1 or 2, and is of 9",
+        ),
     ],
 )
 def test_a_damaged_agent_is_refused(agent, tmp_path, damage, said):
@@ -285,11 +290,11 @@ def test_a_damaged_agent_is_refused(agent, tmp_path, damage, said):
 def test_an_agent_for_another_number_of_groups_or_none_is_refused(agent, tmp_path):
     agent.save(tmp_path / "a")
     with pytest.raises(ConfigError, match=r"policy\.groups=2: must be 3, for which .* was trained"):
-        load(tmp_path / "a", groups=2)
+        load(tmp_path / "a", dataclasses.replace(SMALL, groups=2))
     with pytest.raises(ConfigError, match=r"policy\.agent=.*must be an agent's file"):
         load(tmp_path / "none")
     save_file({"x": np.zeros(1, dtype=np.float32)}, tmp_path / "b")
-    with pytest.raises(ConfigError, match="must be of version 1, and is of none"):
+    with pytest.raises(ConfigError, match="must be of version 1 or 2, and is of none"):
         load(tmp_path / "b")
 
 
@@ -547,6 +552,7 @@ def test_a_decision_for_a_hundred_devices_is_the_same_as_for_each_group(base, ag
 def test_a_trained_agent_saves_time_on_fleets_that_it_has_not_seen(base):
     """Mean time of the slowest device over alone; a short training, so a wide margin."""
     options = FedAdaptOptions(
+        action="shares",
         training=Training(fleets=60),
         ppo=Hyper(lr=2e-3, gamma=0.0, gae_lambda=0.0, environments=64, every=8, updates=100,
                   batch=256, epochs=6, entropy=0.0, std=0.4, std_hold=30, std_decay=0.97),

@@ -1,0 +1,129 @@
+"""The stages of devices at cuts, by what is known of them: what closed forms are given."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsys.planning.contention import Indices
+from fedsys.planning.learning.knowing import CutTable, Knowledge, Rows
+from fedsys.planning.workload import Array, StageTimes
+
+
+@dataclass(frozen=True)
+class Setup:
+    """R devices at C cuts by Q courses: all that does not depend on what is known of them.
+
+    Attributes:
+        rows: The devices.
+        share: Share of the work on the device, ``(R, C)``.
+        away: Which cuts leave work to an edge, ``(R, C)``.
+        held_bits: Bits of the device's part of the model, ``(R, C)``.
+        depth: Pieces in flight at most; None: all.
+        offloaded: As `away`, ``(R, C, Q)``.
+        pieces: Micro-batches.
+        part: One over them.
+        up_bits: Bits of a piece that a device sends.
+        down_bits: And receives.
+        sending_s: Seconds of the device for a forward beside its work.
+        receiving_s: Seconds for a backward.
+        rest: Share of the work that the edge has in a piece.
+        serving_s: Seconds of the edge for a piece beside that.
+        latency_s: One way.
+        zeros: Nothing, of that shape.
+    """
+
+    rows: Rows
+    share: Array
+    away: NDArray[np.bool_]
+    held_bits: Array
+    depth: int | None
+    offloaded: NDArray[np.bool_]
+    pieces: Array
+    part: Array
+    up_bits: Array
+    down_bits: Array
+    sending_s: Array
+    receiving_s: Array
+    rest: Array
+    serving_s: Array
+    latency_s: Array
+    zeros: Array
+
+    @classmethod
+    def of(cls, table: CutTable, rows: Rows) -> Setup:
+        """Return the setup of some devices."""
+        count = len(rows.fleet)
+        shape = (count, table.share.shape[-1], len(table.pieces))
+        share = np.broadcast_to(table.share, shape[:2])
+        offloaded = np.broadcast_to(table.up_bits > 0, shape)
+        pieces = np.where(offloaded, table.pieces, 1.0)
+        part = 1.0 / pieces
+        up, down = table.up_bits * part, table.down_bits * part
+        message_s, fixed = rows.bit_s[:, None, :], rows.piece_s[:, None, None]
+        serving = 2 * rows.edge_piece_s[:, None, None] + rows.edge_bit_s[:, None, :] * (up + down)
+        return cls(
+            rows,
+            share,
+            offloaded[:, :, 0],
+            np.broadcast_to(table.held_bits, shape[:2]),
+            table.depth,
+            offloaded,
+            pieces,
+            part,
+            up,
+            down,
+            message_s * up + fixed,
+            message_s * down + fixed,
+            (1.0 - share)[:, :, None] * part,
+            np.where(offloaded, serving, 0.0),
+            np.where(offloaded, rows.latency_s[:, None, None], 0.0),
+            np.zeros(shape),
+        )
+
+    def at(self, cut: Indices, course: Indices) -> Setup:
+        """Return the setup in which each device has one cut and one course."""
+        here = np.arange(len(cut))
+        made = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, np.ndarray):
+                value = value[here, cut, course] if value.ndim == 3 else value[here, cut]
+            made[field.name] = value
+        return Setup(**made)
+
+
+def stages(setup: Setup, known: Knowledge, works_s: Array) -> StageTimes:
+    """Return the stages of each device at each cut by each course, ``(R, C, Q)``.
+
+    Args:
+        setup: Devices and cuts; of one cut and course each, shapes are ``(R,)``.
+        known: Rates of links, and what edges take.
+        works_s: Seconds of work on the device at each cut, ``(R, C)``.
+    """
+    several = setup.part.ndim == 3
+    one = (slice(None), None, None) if several else slice(None)
+    third = (works_s[:, :, None] if several else works_s) * setup.part / 3
+    zeros = setup.zeros
+    return StageTimes(
+        forward=third + setup.sending_s,
+        up=setup.up_bits * known.up_bit_s[one],
+        edge=setup.rest * known.edge_s[one] + setup.serving_s,
+        down=setup.down_bits * known.down_bit_s[one],
+        backward=2 * third + setup.receiving_s,
+        pieces=setup.pieces,
+        device_update=zeros,
+        edge_update=zeros,
+        load=zeros,
+        latency=setup.latency_s,
+        offloaded=setup.offloaded,
+    )
+
+
+def stages_at(setup: Setup, known: Knowledge, cut: Indices, course: Indices) -> StageTimes:
+    """Return the stages of each device at one cut by one course, ``(R,)``."""
+    works = known.works_s(setup.share)[np.arange(len(cut)), cut]
+    return stages(setup.at(cut, course), known, works)
