@@ -17,15 +17,19 @@ from torch import Tensor
 
 from clients.device_half import DeviceHalf
 from clients.local import eval_metrics, observation, train_metrics
+from clients.roaming import Roaming, handover_of
 from clients.split_round import SplitRound
 from clients.steps import Steps
 from fedsys import data
 from fedsys.config import Config
 from fedsys.errors import RemoteError
 from fedsys.faults import SPARED, Doom
+from fedsys.offload.asking import EdgesLost
 from fedsys.offload.emulation import Pace, device_costs
-from fedsys.offload.remote import EdgesLost, Moved, Remote
+from fedsys.offload.remote import Moved, Remote
 from fedsys.planning.hardware import network_for
+from fedsys.planning.moves import moves_of, to_text
+from fedsys.planning.workload import mini_batches
 from fedsys.randomness import Address
 from fedsys.runs.tracing import Recorder
 from fedsys.training import federation
@@ -34,7 +38,7 @@ from fedsys.training.plain import Score
 from fedsys.transport import messages, records
 from fedsys.transport.codecs import decode_activation, encode_activation
 from fedsys.transport.link import Link
-from fedsys.transport.messages import ARRAYS, OBSERVATION, OPTIMIZER
+from fedsys.transport.messages import ARRAYS, OBSERVATION, OPTIMIZER, Itinerary
 
 Connect = Callable[[str], Link]
 
@@ -60,6 +64,8 @@ class OffloadClient:
             list(place.edges), place.session, place.token, connect, private=half.split.private
         )
         self._address = Address(config.seed, partition, half.round)
+        self._began_s = time.monotonic()
+        self._itinerary = itinerary_of(content)
 
     def train(self, doom: Doom = SPARED, most: int | None = None) -> RecordDict:
         """Train together with the edge.
@@ -73,11 +79,21 @@ class OffloadClient:
         """
         config = self._config
         pace = Pace(device_costs(config, self._half.layers, self._partition))
+        roaming = self._roaming() if most is None else None
         steps_of = Steps(
-            self._half.split, self._address, self._remote, pace, self._recorder, self._half.device
+            self._half.split,
+            self._address,
+            self._remote,
+            pace,
+            self._recorder,
+            self._half.device,
+            roaming,
         )
-        round_ = SplitRound(config, self._address, self._half, self._remote, steps_of, most)
+        round_ = SplitRound(
+            config, self._address, self._half, self._remote, steps_of, most, roaming
+        )
         began = time.perf_counter()
+        self._began_s = time.monotonic()
         try:
             part, sums, steps = round_.train(doom)
         except (EdgesLost, RemoteError) as error:  # the round can be done without that edge
@@ -140,10 +156,32 @@ class OffloadClient:
             except Moved:  # to a session with the same parameters: nothing was trained
                 continue
 
+    def _roaming(self) -> Roaming | None:
+        """Return the moves of the device in this round; None if there are none."""
+        told = self._itinerary
+        if told is None:
+            return None
+        own = len(federation.federation(self._config).parts[self._partition])
+        client = self._config.client
+        steps = client.epochs * len(mini_batches(own, client.batch_size))
+        return Roaming(moves_of(told.moves), told.edges, steps, self._remote, restart=told.restart)
+
     def _stranded(self, reached: int, reason: str, began: float) -> RecordDict:
         seconds = time.perf_counter() - began
         return RecordDict({OBSERVATION: self._observation(reached, seconds, reason)})
 
     def _observation(self, steps: int, seconds: float, stranded: str = "") -> ConfigRecord:
         sums = self._recorder.sums(network_for(self._config, self._partition).latency_s)
-        return observation(steps, seconds, sums, self._remote.traffic, stranded)
+        moves = [
+            handover_of(one, self._partition, self._half.round, self._began_s)
+            for one in self._remote.traffic.moves
+        ]
+        more = {"edge": self._remote.edge, "moves": to_text(moves)}
+        seen = observation(steps, seconds, sums, self._remote.traffic, stranded)
+        return ConfigRecord({**seen, **more})
+
+
+def itinerary_of(content: RecordDict) -> Itinerary | None:
+    """Return where a device is to go in the round that a message begins; None: it stays."""
+    told = content.config_records.get(messages.MOVES)
+    return None if told is None else messages.read(Itinerary, told)

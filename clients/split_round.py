@@ -11,10 +11,12 @@ from torch import Tensor
 
 from clients.device_half import DeviceHalf, Point
 from clients.local import own_batches
+from clients.roaming import Roaming
 from clients.steps import Batches, Steps, Tally
 from fedsys.config import Config
 from fedsys.faults import Doom
-from fedsys.offload.remote import EdgesLost, Moved, Remote
+from fedsys.offload.asking import EdgesLost
+from fedsys.offload.remote import Moved, Remote
 from fedsys.randomness import Address
 from fedsys.training.part import Part
 from fedsys.training.pulse import pulse
@@ -30,6 +32,7 @@ class SplitRound:
         remote: The session.
         steps: Works through mini-batches.
         most: As `own_batches` takes it.
+        roaming: Moves of the device in this round; None: there are none.
 
     Attributes:
         reached: The step in work.
@@ -43,10 +46,12 @@ class SplitRound:
         remote: Remote,
         steps: Steps,
         most: int | None = None,
+        roaming: Roaming | None = None,
     ) -> None:
         self.reached = 0
         self._config, self._address, self._most = config, address, most
         self._half, self._remote, self._steps = half, remote, steps
+        self._roaming = roaming
 
     def train(self, doom: Doom) -> tuple[Part, Tally, int]:
         """Train to the end of the round; return the units, what was seen, and the steps.
@@ -66,6 +71,8 @@ class SplitRound:
             sums = points[step].sums.copy()
             try:
                 steps = self._from(step, part, sums, points, doom)
+                if self._roaming is not None:
+                    self._roaming.at(steps, 0)
                 self._say_done(steps)
                 return part, sums, steps
             except Moved as moved:

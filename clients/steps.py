@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from clients.roaming import Roaming
 from fedsys.config import ScheduleConfig
 from fedsys.offload.emulation import Pace
 from fedsys.offload.remote import Remote
@@ -145,6 +146,7 @@ class Steps:
         pace: When operations end.
         recorder: Takes note of them.
         device: Where the device computes.
+        roaming: Moves of the device in this round; None: there are none.
     """
 
     def __init__(
@@ -155,8 +157,9 @@ class Steps:
         pace: Pace,
         recorder: Recorder,
         device: torch.device,
+        roaming: Roaming | None = None,
     ) -> None:
-        self._device = device
+        self._device, self._roaming = device, roaming
         self._split, self._address, self._remote = split, address, remote
         self._cut = split.assignment.cut
         self._pace, self._recorder = pace, recorder
@@ -227,6 +230,8 @@ class Steps:
     # --- operations -------------------------------------------------------------------------------
 
     def _forward(self, piece: int, size: int, front: nn.Module, x: Tensor, labels: Tensor) -> None:
+        if self._roaming is not None:
+            self._roaming.at(self._step, piece)
         self._pace.begin()
         z = training.forward(front, x)
         tensors, codec = encode_activation(z, self._split.assignment.codec_up)

@@ -25,10 +25,12 @@ from fedsys.config import Config
 from fedsys.errors import ConfigError, RuntimeFailure
 from fedsys.offload.fleet import Fleet
 from fedsys.planning.leakage import leakage_limit
+from fedsys.planning.moves import MobilitySource
 from fedsys.planning.resources import Event
 from fedsys.transport.messages import OBSERVATION
 from strategies.around import Around
 from strategies.edge_loss import Repeats, too_small
+from strategies.journeys import Journeys, journeys
 from strategies.message_halves import with_pieces
 from strategies.model_division import ModelDivision
 from strategies.offload_totals import OffloadTotals
@@ -70,6 +72,7 @@ class Offload(Around):
         roster: Who is there.
         input_shape: ``(C, H, W)`` of one example.
         num_classes: Number of classes.
+        mobility: Where devices are; None: wherever the policy wants them.
 
     Attributes:
         totals: For the result of the run.
@@ -77,6 +80,7 @@ class Offload(Around):
         traces: What each device did in the last round, with its edge.
         assigned: What the policy said for the clients of the last round.
         decided: What it had seen of them, and what deciding took; None before the first round.
+        mobility: Where devices are; None: wherever the policy wants them.
     """
 
     STATE = ("totals", "_policy_state", "_seen")
@@ -91,6 +95,7 @@ class Offload(Around):
         roster: Roster,
         input_shape: tuple[int, int, int],
         num_classes: int,
+        mobility: MobilitySource | None = None,
     ) -> None:
         super().__init__(inner)
         self.fleet, self.policy, self.roster = fleet, policy, roster
@@ -98,10 +103,11 @@ class Offload(Around):
         self.traces: dict[int, list[Event]] = {}
         self.assigned: Mapping[int, Assignment] = {}
         self.decided: Decided | None = None
-        self._config = config
+        self._config, self.mobility, self._journeys = config, mobility, Journeys()
         self._division = ModelDivision(config, input_shape, num_classes)
         self._layers = self._division.layers
-        self._sessions = SplitSessions(fleet, self._division)
+        restart = config.mobility.mode == "restart"
+        self._sessions = SplitSessions(fleet, self._division, restart=restart)
         self._repeats = Repeats(config, roster, fleet, self._sessions)
         self._limit = leakage_limit(config, self._layers)
         self._policy_state = policy.init(self._layers, range(config.num_clients))
@@ -133,6 +139,8 @@ class Offload(Around):
             self._measuring = self.policy.to_measure(self._policy_state, list(messages))
         for client in messages:  # what it does not tell of this round is not known
             self._seen.pop(client, None)
+        self._journeys = journeys(self.mobility, server_round, list(messages), self.fleet.edges)
+        self.assigned = self._journeys.placed(self.assigned)
         for client, message in messages.items():
             self._divide(message, client, self.assigned[client], server_round)
         if messages and len(self.lost) == len(messages):
@@ -248,7 +256,8 @@ class Offload(Around):
         whole = assignment.cut == len(self._layers)
         if whole and client in self._measuring:
             self._sessions.have_measured(message, client, self._measuring[client])
-        if whole or self._sessions.open_if_any(message, client, assignment, round_):
+        moves = self._journeys.moves.get(client, ())
+        if whole or self._sessions.open_if_any(message, client, assignment, round_, moves):
             return
         if reason := too_small(self._config, message.content):
             self.lost[client] = reason

@@ -20,6 +20,7 @@ class OffloadTotals:
         bytes_up: Bytes that devices sent to edges.
         bytes_down: Bytes that they received.
         recoveries: What was done about losses.
+        moves: What became of moves between edges, as `fedsys.planning.moves.Handover`.
     """
 
     cuts: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -27,6 +28,7 @@ class OffloadTotals:
     bytes_up: int = 0
     bytes_down: int = 0
     recoveries: list[dict[str, Any]] = field(default_factory=list)
+    moves: list[dict[str, Any]] = field(default_factory=list)
 
     def note(self, round_: int, client: int, entry: Mapping[str, Any]) -> None:
         """Note what was done about a loss of a client."""

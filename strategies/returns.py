@@ -11,6 +11,7 @@ from typing import Any
 from flwr.app import Message
 
 from fedsys.errors import FedsysError
+from fedsys.planning.moves import handovers_of
 from fedsys.planning.resources import Event
 from fedsys.runs.tracing import unpack
 from fedsys.transport.messages import ARRAYS, OBSERVATION, TRACE, Outcome, TraceRecord, read
@@ -67,7 +68,7 @@ class Returns:
             if outcome.stranded:
                 _log.warning("client %d: %s", client, outcome.stranded)
                 return False
-            edge = self._sessions.collect(sent, observation.steps)
+            edge = self._sessions.collect(sent, observation.steps, outcome.edge)
         except FedsysError as error:
             _log.warning("client %d, round %d: %s", client, sent.spec.round, error)
             return False
@@ -87,6 +88,10 @@ class Returns:
             for end in ("from", "to"):
                 entry[end] = self._sessions.edge_name(str(entry[end]))
             self.totals.note(round_, client, entry)
+        for one in handovers_of(outcome.moves):
+            name = self._sessions.edge_name
+            moved = dataclasses.replace(one, source=name(one.source), target=name(one.target))
+            self.totals.moves.append(dataclasses.asdict(moved))
 
     def _observe_alone(self, client: int, reply: Message) -> None:
         """Take in what a device measured with the whole model, unless another cut was planned."""

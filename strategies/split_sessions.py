@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -10,8 +11,17 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from fedsys.errors import FedsysError, SessionError
 from fedsys.offload.fleet import Fleet, Unreachable
 from fedsys.offload.snapshot import SessionSpec, Snapshot
+from fedsys.planning.moves import Move, to_text
 from fedsys.transport import records
-from fedsys.transport.messages import ASSIGNMENT, PROBE, Place, Probe, written
+from fedsys.transport.messages import (
+    ASSIGNMENT,
+    MOVES,
+    PROBE,
+    Itinerary,
+    Place,
+    Probe,
+    written,
+)
 from fedsys.transport.security import new_token
 from strategies.model_division import ModelDivision
 from strategies.policies.policy import Assignment
@@ -40,10 +50,11 @@ class SplitSessions:
     Args:
         fleet: The edge servers.
         division: Divides the messages.
+        restart: Whether rounds of devices that move begin anew.
     """
 
-    def __init__(self, fleet: Fleet, division: ModelDivision) -> None:
-        self._fleet, self._division = fleet, division
+    def __init__(self, fleet: Fleet, division: ModelDivision, *, restart: bool = False) -> None:
+        self._fleet, self._division, self._restart = fleet, division, restart
         self._sent: dict[int, Sent] = {}
         self._opened = self._worked = False  # in this phase; in one before
         self._names = {edge.for_devices: edge.name for edge in fleet.edges}
@@ -58,9 +69,23 @@ class SplitSessions:
         return edges[assignment.edge % len(edges)].name
 
     def open(
-        self, message: Message, client: int, assignment: Assignment, round_: int, attempt: int = 0
+        self,
+        message: Message,
+        client: int,
+        assignment: Assignment,
+        round_: int,
+        attempt: int = 0,
+        moves: Sequence[Move] = (),
     ) -> None:
         """Open a session with the edge's half and leave the device's half in the message.
+
+        Args:
+            message: What the device is to be sent.
+            client: The device.
+            assignment: What the policy says.
+            round_: The round.
+            attempt: How many times it was begun before.
+            moves: Of the device in the round.
 
         Raises:
             SessionError: No edge takes it.
@@ -73,21 +98,32 @@ class SplitSessions:
         content = self._division.device_half(whole, spec)
         place = Place(spec.last, spec.id, spec.token, tuple(self._fleet.device_addresses(name)))
         content[ASSIGNMENT] = ConfigRecord({**assignment.to_record(), **written(place)})
+        if moves:
+            addresses = tuple(edge.for_devices for edge in self._fleet.edges)
+            itinerary = Itinerary(to_text(moves), addresses, self._restart)
+            content[MOVES] = ConfigRecord(written(itinerary))
         message.content = content
         self._sent[client] = Sent(whole, assignment, spec)
         self._opened = True
 
     def open_if_any(
-        self, message: Message, client: int, assignment: Assignment, round_: int
+        self,
+        message: Message,
+        client: int,
+        assignment: Assignment,
+        round_: int,
+        moves: Sequence[Move] = (),
     ) -> bool:
         """Open a session if an edge is left, and return whether that was done.
+
+        What is not told here is as `open` takes it.
 
         Raises:
             SessionError: The first sessions of a run are refused: there are too few edges for it,
                 or too small ones. Later that is no reason to end.
         """
         try:
-            self.open(message, client, assignment, round_)
+            self.open(message, client, assignment, round_, moves=moves)
         except SessionError as error:
             if not isinstance(error, Unreachable) and not self._worked:
                 raise
@@ -120,17 +156,18 @@ class SplitSessions:
         """Return what a client was sent, once; None if it trains alone."""
         return self._sent.pop(client, None)
 
-    def collect(self, sent: Sent, steps: int) -> Snapshot:
+    def collect(self, sent: Sent, steps: int, at: str = "") -> Snapshot:
         """Return the edge's half of a client.
 
         Args:
             sent: What the client was sent.
             steps: Steps that the device did.
+            at: Address of the edge at which it ended, as devices reach it; empty: not known.
 
         Raises:
             FedsysError: No edge has it, or not at this step.
         """
-        snapshot = self._fleet.collect(sent.spec.id)
+        snapshot = self._fleet.collect(sent.spec.id, self.edge_name(at))
         if snapshot.step != steps:
             raise SessionError(f"{snapshot.step} steps on the edge, {steps} on the device")
         return snapshot

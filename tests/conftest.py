@@ -82,10 +82,10 @@ def carry_out(identity: None) -> "Callable[..., SimpleNamespace]":
     from fedsys.transport import records
     from strategies.offload_figures import figures
 
-    def carried_out(config: "Config", fleet: Any = None) -> SimpleNamespace:
+    def carried_out(config: "Config", fleet: Any = None, mobility: Any = None) -> SimpleNamespace:
         rounds: list[Any] = []
         faults = Faults(config.faults.list)
-        strategy, arrays = _played(config, fleet, faults, rounds.append)
+        strategy, arrays = _played(config, fleet, faults, rounds.append, mobility)
         state = records.from_record(arrays)
         return SimpleNamespace(
             sha256=state_sha256(state),
@@ -101,7 +101,11 @@ def carry_out(identity: None) -> "Callable[..., SimpleNamespace]":
 
 
 def _played(
-    config: "Config", fleet: Any, faults: "Faults", done: "Callable[[Any], None]"
+    config: "Config",
+    fleet: Any,
+    faults: "Faults",
+    done: "Callable[[Any], None]",
+    mobility: Any = None,
 ) -> tuple[Any, Any]:
     """Play all rounds; return the strategy and the arrays that it ends with."""
     from fedsys.offload.opening import open_fleet
@@ -111,6 +115,8 @@ def _played(
     from fedsys.training import plain as training
     from fedsys.transport import records
     from strategies import Roster, build
+    from strategies.around import find
+    from strategies.offload import Offload
     from strategies.rounds import play
 
     unscored = training.Score(0.0, 0.0, 1)
@@ -123,6 +129,8 @@ def _played(
         stack.enter_context(grid)
         roster = Roster(config.num_clients)
         strategy = build(config, model, roster, fleet=fleet, dataset=fed.dataset)
+        if mobility is not None:
+            find(strategy, Offload).mobility = mobility
         arrays = play(
             strategy,
             grid,

@@ -28,7 +28,10 @@ from fedsys.offload.edge_devices import EdgeDevices
 from fedsys.offload.edge_faults import EdgeFaults
 from fedsys.offload.edge_models import check_models
 from fedsys.offload.emulation import Workers
+from fedsys.offload.fencing import Epoch
 from fedsys.offload.link_probes import LinkProbes
+from fedsys.offload.moving import Moving
+from fedsys.offload.peers import Peers
 from fedsys.offload.replication import hand_over, send_state
 from fedsys.offload.session import Session
 from fedsys.offload.session_table import SessionTable
@@ -91,9 +94,12 @@ class EdgeServer:
         self._device, self._workers = device or torch.device("cpu"), Workers(name)
         self._table = table = SessionTable(name, limits)
         faults = EdgeFaults(name, None if crash is None else lambda: crash(self), table.tell)
-        self._devices, self._probes = EdgeDevices(table, faults), LinkProbes()
+        peers = Peers(name, credentials, frames, plain=plain)
+        self._moving = moving = Moving(name, table, peers, self._session)
+        self._devices = EdgeDevices(table, faults, moving.moves, moving.copies)
+        self._probes = LinkProbes()
         self._control = EdgeControl(
-            name, table, faults, self._session, self._probes,
+            name, table, faults, self._session, self._probes, moving,
             token=control_token, controller=controller,
         )  # fmt: skip
         links, self._strangers = _places(address.partition("://")[0], limits.max_sessions)
@@ -143,6 +149,7 @@ class EdgeServer:
         Returns:
             The sessions that no controller took.
         """
+        self._moving.close()
         left = hand_over(self._table, self._table.stop(), grace_s)
         self._server.stop(0.0)
         return left
@@ -154,10 +161,13 @@ class EdgeServer:
             SessionError: It is open already, or this server is full.
             FrameError: It does not fit its own specification.
         """
-        self._table.hold(self._session(spec, start), None)
+        with self._table.lock:
+            self._table.hold(self._session(spec, start), None)
+            self._moving.opened(spec, start, Epoch(1, 0, self.name))
 
     def kill(self) -> None:
         """Drop every session and link without a word, as a crash would."""
+        self._moving.close()
         if self._table.kill():
             self._server.stop(0.0)
 
@@ -180,8 +190,10 @@ class EdgeServer:
                 self._probes.serve(link, first)
             elif first.kind == "control":
                 self._control.serve(link, first)
+            elif first.kind == "peer":
+                self._moving.moves.serve_peer(link, first)
             else:
-                kinds = "hello, probe, measure or control"
+                kinds = "hello, probe, measure, control or peer"
                 raise SessionError(f"{first.kind}: a link begins with {kinds}")
         except LinkClosed:
             pass

@@ -34,12 +34,14 @@ class Hooks:
     Attributes:
         replica: With a replica or a handover of a session.
         struck: With faults that are about to strike.
+        told: With the name of the edge and what it says of moves of sessions.
         lost: With the name of the edge, once its link is lost.
         alive: Asks an edge over a new link whether it is alive.
     """
 
     replica: Callable[[Frame], None]
     struck: Callable[[Frame], None]
+    told: Callable[[str, Frame], None]
     lost: Callable[[str], None]
     alive: Callable[[str], bool]
 
@@ -186,6 +188,9 @@ class EdgeClient:
         self._heard = time.monotonic()
         if frame.kind in ("replica", "handover"):
             self._hooks.replica(frame)
+            return
+        if frame.kind in ("staged", "moved", "wanted"):
+            self._hooks.told(self.name, frame)
             return
         if frame.kind == "struck":
             self._hooks.struck(frame)

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from fedsys.errors import FedsysError, FrameError, SecurityError, SessionError
 from fedsys.identity import arithmetic
 from fedsys.offload.edge_faults import EdgeFaults
+from fedsys.offload.fencing import Epoch
 from fedsys.offload.link_probes import LinkProbes
+from fedsys.offload.moving import Moving
 from fedsys.offload.session import Session
 from fedsys.offload.session_table import SessionTable
 from fedsys.offload.snapshot import SessionSpec, Snapshot
@@ -25,6 +27,7 @@ class EdgeControl:
         faults: What strikes them.
         make: Builds a session.
         probes: Of devices without a session.
+        moving: What moves sessions between edge servers.
         token: What a controller without a certificate presents; empty: none may come.
         controller: Name in the certificate of others; empty: none may come.
     """
@@ -36,12 +39,14 @@ class EdgeControl:
         faults: EdgeFaults,
         make: Callable[[SessionSpec, Snapshot], Session],
         probes: LinkProbes,
+        moving: Moving,
         *,
         token: str,
         controller: str,
     ) -> None:
         self._name, self._table, self._faults, self._make = name, table, faults, make
         self._probes, self._token, self._controller = probes, token, controller
+        self._moving = moving
 
     def serve(self, link: AcceptedLink, first: Frame) -> None:
         """Obey a controller until its link ends.
@@ -86,6 +91,11 @@ class EdgeControl:
         if frame.kind == "expect":
             self._probes.expect(str(frame.meta.get("token", "")))
             return Frame("expected")
+        if frame.kind == "fleet":
+            self._moving.tell(frame, link)
+            return Frame("told")
+        if frame.kind == "move":
+            return Frame("moving", {"sessions": self._moving.command(frame)})
         name = str(frame.meta.get("session", ""))
         session = table.get(name)
         if session is None:
@@ -105,11 +115,14 @@ class EdgeControl:
         spec = SessionSpec.from_meta(described)
         for name in self._table.long_orphaned():
             self._release(name)
+        epoch = Epoch.of(frame.meta.get("epoch")) or Epoch(1, 0, self._name)
+        self._moving.make_room(spec, epoch)
         self._table.check_room(spec)  # before anything is built, and again when there is something
-        planned = self._faults.coming_with(frame)
-        session = self._make(spec, Snapshot.from_frame(frame))
+        planned, start = self._faults.coming_with(frame), Snapshot.from_frame(frame)
+        session = self._make(spec, start)
         with self._table.lock:
             self._table.hold(session, link)
+            self._moving.opened(spec, start, epoch)
             self._faults.plan(spec.id, planned)
         self._table.count("opened")
         return Frame("opened")
@@ -118,3 +131,4 @@ class EdgeControl:
         with self._table.lock:
             self._faults.forget(name)
             self._table.release(name)
+            self._moving.forget(name)

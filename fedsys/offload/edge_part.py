@@ -74,10 +74,18 @@ class EdgePart:
         self._address = Address(config.seed, spec.client, spec.round)
         self._step = self._batch = 0
         self._draws: dict[str, Tensor] = {}
+        self._before: dict[str, Tensor] = {}  # buffers when the mini-batch in work began
 
-    def snapshot(self, step: int) -> Snapshot:
-        """Return the state as it is after a number of steps; copied."""
+    def snapshot(self, step: int, *, begun: bool = False) -> Snapshot:
+        """Return the state as it is after a number of steps; copied.
+
+        Args:
+            step: The number.
+            begun: Whether the next one is in work; what it changed is left out.
+        """
         state = {n: t.cpu().clone() for n, t in self._part.state().items()}
+        if begun:
+            state |= {n: t.cpu().clone() for n, t in self._before.items() if n in state}
         optimizer, anchor = self._part.optimizer_state(), self._part.anchor()
         return Snapshot(step, state, optimizer, anchor, self._pruned)
 
@@ -94,6 +102,7 @@ class EdgePart:
     def begin(self, step: int, batch: int) -> None:
         """Begin a mini-batch of `batch` examples."""
         self._step, self._batch, self._draws = step, batch, {}
+        self._before = {n: b.clone() for n, b in self._stage.named_buffers()}
         self._part.zero_grad()
 
     def compute(self, work: Callable[[], T]) -> T:

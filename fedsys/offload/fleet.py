@@ -9,13 +9,15 @@ devices find them by asking at the edges that their assignment names.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from fedsys.config import EdgeAddress
 from fedsys.errors import LinkError, SessionError
 from fedsys.faults import Faults, from_json
 from fedsys.offload.edge_client import EdgeClient
 from fedsys.offload.fleet_edges import FleetEdges
+from fedsys.offload.fleet_moves import FleetMoves
 from fedsys.offload.held_sessions import Held, HeldSessions
 from fedsys.offload.placing import Placing
 from fedsys.offload.recovery import EdgeRecovery, Recovery
@@ -42,6 +44,8 @@ class Fleet:
         control_token: For edges that were started with one.
         plain: Accept unprotected links to other hosts.
         faults: What is to strike edges and links; sessions are opened with theirs.
+        between: How slow links between edges are made: ``mbit_s``, ``latency_ms``; None: as they
+            are.
 
     Raises:
         LinkError: An edge does not answer; the message names it.
@@ -55,6 +59,7 @@ class Fleet:
         control_token: str = "",
         plain: bool = False,
         faults: Faults | None = None,
+        between: Mapping[str, float] | None = None,
     ) -> None:
         self._faults, self._held = faults or Faults(), HeldSessions()
         self._edges = FleetEdges(
@@ -65,8 +70,11 @@ class Fleet:
             plain=plain,
             struck=self._on_struck,
             lost=lambda name: self._recovery.on_lost(name),
+            told=lambda name, frame: self._moves.told(name, frame),
+            between=between,
         )
         self._placing = Placing(self._edges, self._held, self._faults)
+        self._moves = FleetMoves(self._edges, self._held, self._placing)
         self._recovery = EdgeRecovery(self._edges, self._held, self._placing)
         with self._recovery.lock:  # an edge that is lost meanwhile is dealt with later, or never
             try:
@@ -121,6 +129,7 @@ class Fleet:
             SessionError: An edge refuses it, and no other takes it; with what it said.
             Unreachable: No edge is left.
         """
+        spec = replace(spec, fleet=self._edges.secret)
         refused: dict[str, str] = {}
         problem = "no edge server is left"
         for _ in range(TRIES):
@@ -135,7 +144,7 @@ class Fleet:
                 except LinkError as error:
                     problem = str(error)
                 else:
-                    return self._hold(Held(spec, start, name), link)
+                    return self._hold(Held(spec, start, name, start=start), link)
             lost = [n for n in self._edges.addresses if n not in refused]
             if not [name for name in lost if self._recovery.regained(name)]:
                 break
@@ -151,8 +160,12 @@ class Fleet:
             self._recovery.on_lost(held.edge, again=True)
         return held.edge
 
-    def collect(self, session: str) -> Snapshot:
+    def collect(self, session: str, at: str = "") -> Snapshot:
         """Return the state of a session as it stands, or stood when its edge handed it back.
+
+        Args:
+            session: Its name.
+            at: Edge at which its device trained last; empty: where it was opened last.
 
         Raises:
             SessionError: There is no such session.
@@ -161,6 +174,7 @@ class Fleet:
         held = self._held.get(session)
         if held is None:
             raise SessionError(f"session {session} is not open")
+        self._moves.is_at(held, at)
         for _ in range(TRIES):
             asked = held.edge
             try:
@@ -181,12 +195,25 @@ class Fleet:
         held = self._held.pop(session)
         if held is None:
             return
-        try:
-            self._edges.request(held.edge, "release", {"session": session})
-        except LinkError:  # it is released when the edge is reached again, if it is not gone
-            self._held.leave(session, held.edge)
-        except SessionError as error:
-            _log.debug("session %s: %s", session, error)
+        for edge in {held.edge, *held.trail}:
+            try:
+                self._edges.request(edge, "release", {"session": session})
+            except LinkError:  # it is released when the edge is reached again, if it is not gone
+                self._held.leave(session, edge)
+            except SessionError as error:
+                _log.debug("session %s: %s", session, error)
+
+    def move(self, session: str, edge: str) -> None:
+        """Have a session go to another edge; its device learns of it when it is there.
+
+        Raises:
+            SessionError: There is no such session, or no such edge.
+            LinkError: The edge that has it is gone.
+        """
+        held = self._held.get(session)
+        if held is None:
+            raise SessionError(f"session {session} is not open")
+        self._edges.request(held.edge, "move", {"session": session, "to": edge})
 
     def expect(self, edge: str, token: str) -> None:
         """Have an edge let a device measure its link that presents a token.

@@ -25,7 +25,7 @@ from fedsys.offload.snapshot import Snapshot
 from fedsys.transport.addresses import dial
 from fedsys.transport.link import Link
 from fedsys.transport.patience import Allowance, Patience
-from fedsys.transport.security import Credentials
+from fedsys.transport.security import Credentials, new_token
 from fedsys.transport.wire import Frame
 
 REDIAL_S = (0.0, 0.2, 0.5)
@@ -69,12 +69,16 @@ class FleetEdges:
         plain: Accept unprotected links to other hosts.
         struck: Called with faults that are about to strike.
         lost: Called with the name of an edge whose link is lost, in a thread of its own.
+        told: Called with the name of an edge and what it says of moves of sessions.
+        between: What edges are told of the links between them: ``mbit_s`` and ``latency_ms``, to
+            make them as slow as that; empty leaves them as they are.
 
     Attributes:
         addresses: Where the edges are, by name.
         clients: The links, by name; those that are lost too, until they are made again.
         closing: Set when all is over.
         allowance: What waiting for lost edges may take; granted anew by `reach_lost`.
+        secret: What the edges know each other by; empty where there is only one.
     """
 
     def __init__(
@@ -87,14 +91,17 @@ class FleetEdges:
         plain: bool,
         struck: Callable[[Frame], None],
         lost: Callable[[str], None],
+        told: Callable[[str, Frame], None],
+        between: Mapping[str, float] | None = None,
     ) -> None:
+        self.secret, self._between = new_token() if len(edges) > 1 else "", dict(between or {})
         self.addresses = {edge.name: edge for edge in edges}
         self.clients: dict[str, EdgeClient] = {}
         self.closing = threading.Event()
         self._held, self._credentials, self._token, self._plain = held, credentials, token, plain
         self._patience = Patience(ANSWER_S, LEAST_ANSWER_S)  # for a new link to an edge
         self.allowance = Allowance(AGAIN_S)
-        self._hooks = Hooks(held.take_in, struck, lost, self.answers)
+        self._hooks = Hooks(held.take_in, struck, told, lost, self.answers)
 
     @property
     def alive(self) -> list[str]:
@@ -146,10 +153,22 @@ class FleetEdges:
             except (LinkError, SecurityError) as error:
                 raise type(error)(f"edge server {edge.name}: {error}") from error
             try:
-                return EdgeClient(edge.name, link, self._token, self._hooks)
+                client = EdgeClient(edge.name, link, self._token, self._hooks)
+                self._introduce(client)
+                return client
             except LinkClosed:
                 if not attempts or self.closing.wait(REDIAL_S[1]):
                     raise
+
+    def _introduce(self, client: EdgeClient) -> None:
+        """Tell an edge of the others, between which sessions move."""
+        if not self.secret:
+            return
+        edges = [
+            {"name": edge.name, "address": edge.address, "devices": edge.for_devices}
+            for edge in self.addresses.values()
+        ]
+        client.request("fleet", {"secret": self.secret, "edges": edges, **self._between}, {})
 
     def request(
         self, name: str, kind: str, meta: Mapping[str, object], snapshot: Snapshot | None = None

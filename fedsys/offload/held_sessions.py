@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fedsys.offload.snapshot import SessionSpec, Snapshot
 from fedsys.transport.wire import Frame
@@ -19,12 +20,18 @@ class Held:
         newest: Its state at a step to which the device can return, too.
         edge: Name of its edge.
         returned: What the edge sent last, at whatever step; None: nothing.
+        start: Its state when it was opened first; None: `newest`.
+        trail: Edges that may have a copy of it beside the one that has it.
+        wanted: Name of the edge at which its device is, as far as that is known to be another one.
     """
 
     spec: SessionSpec
     newest: Snapshot
     edge: str
     returned: Snapshot | None = None
+    start: Snapshot | None = None
+    trail: set[str] = field(default_factory=set)
+    wanted: str = ""
 
 
 class HeldSessions:
@@ -41,6 +48,12 @@ class HeldSessions:
         self.lock = threading.RLock()
         self._held: dict[str, Held] = {}
         self._left: dict[str, set[str]] = {}
+        self._generations = itertools.count(1)
+
+    def next_generation(self) -> int:
+        """Return a number larger than all before, for the token of a session that is opened."""
+        with self.lock:
+            return next(self._generations)
 
     def __getitem__(self, session: str) -> Held:
         with self.lock:

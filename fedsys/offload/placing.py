@@ -29,7 +29,7 @@ class Placing:
             return [name for name in (first, *others) if name in alive]
 
     def open_at(self, edge: str, spec: SessionSpec, start: Snapshot) -> None:
-        """Open a session at an edge.
+        """Open a session at an edge, under a token that outranks all others.
 
         Raises:
             LinkError: The edge is gone.
@@ -44,6 +44,7 @@ class Placing:
             ),
         ]
         meta = {"spec": spec.to_meta(), "step": start.step, "faults": to_json(coming)}
+        meta["epoch"] = [self._held.next_generation(), 0, edge]
         try:
             self._edges.request(edge, "open", meta, start)
         except LinkError:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from fedsys.errors import FedsysError, LinkError, SessionError
 from fedsys.offload.edge_client import EdgeClient
 from fedsys.offload.fleet_edges import FleetEdges
-from fedsys.offload.held_sessions import HeldSessions
+from fedsys.offload.held_sessions import Held, HeldSessions
 from fedsys.offload.placing import Placing
-from fedsys.offload.snapshot import SessionSpec, Snapshot
+from fedsys.offload.snapshot import Snapshot
 
 _log = logging.getLogger("fedsys.offload.fleet")
 
@@ -93,7 +93,7 @@ class EdgeRecovery:
         _log.warning("edge server %s is lost, with %d sessions", name, len(orphans))
         for held in orphans:
             session, start = held.spec.id, held.newest
-            target = self._open_anywhere(held.spec, start, name)
+            target = self._open_anywhere(held, start, name)
             seconds = time.perf_counter() - began
             with self._held.lock:
                 wanted = self._held.get(session) is held
@@ -105,11 +105,14 @@ class EdgeRecovery:
                 with suppress(FedsysError):
                     self._edges.request(target, "release", {"session": session})
 
-    def _open_anywhere(self, spec: SessionSpec, start: Snapshot, first: str) -> str:
-        """Open a session at the first edge that takes it; return its name, or nothing."""
-        for name in self._placing.candidates(first):
+    def _open_anywhere(self, held: Held, start: Snapshot, first: str) -> str:
+        """Open a session at the first edge that takes it; return its name, or nothing.
+
+        It is a move whose source is gone: what is still trained elsewhere has an older token.
+        """
+        for name in self._placing.candidates(held.wanted or first):
             try:
-                self._placing.open_at(name, spec, start)
+                self._placing.open_at(name, held.spec, start)
             except (LinkError, SessionError) as error:
                 _log.warning("edge server %s: %s", name, error)
                 continue

@@ -20,14 +20,9 @@ from typing import Any
 
 from torch import Tensor
 
-from fedsys.errors import (
-    LinkClosed,
-    LinkError,
-    LinkRefused,
-    LinkTimeout,
-    RemoteError,
-    SessionError,
-)
+from fedsys.errors import LinkClosed, LinkError, LinkTimeout
+from fedsys.offload.asking import Asking, EdgesLost, FoundSession, refusal
+from fedsys.offload.leaving import Leaving
 from fedsys.offload.snapshot import natural
 from fedsys.transport.link import Link
 from fedsys.transport.patience import Patience
@@ -36,15 +31,6 @@ from fedsys.transport.wire import Frame, encode_parts
 ASKING_S = 20.0
 """How long a device asks for a session at least; or as long as its work in the round took so far,
 which is what it would cost to do it again."""
-
-REFUSED_S = 1.5
-"""How long it asks where every edge server refuses: their processes are gone, not the network."""
-
-ASK_AGAIN_S = (0.02, 0.25)
-"""Shortest and longest pause between two rounds of asking."""
-
-GREETING_S = 10.0
-"""How long the first greeting may take: before it, nothing is known of the network."""
 
 ALIVE = 6
 """Late answers in a row, with the edge alive, until the device connects again: the limit doubles
@@ -76,10 +62,6 @@ class Moved(Exception):
         self.step = step
 
 
-class EdgesLost(LinkError):
-    """No edge has the session any more."""
-
-
 @dataclass
 class Traffic:
     """What went over the links of a session.
@@ -89,12 +71,14 @@ class Traffic:
         bytes_down: Received.
         waited_s: Seconds in which the device waited for answers.
         recoveries: One entry for each loss: what, from, to, seconds.
+        moves: Those from edge to edge, in their order.
     """
 
     bytes_up: int = 0
     bytes_down: int = 0
     waited_s: float = 0.0
     recoveries: list[dict[str, Any]] = field(default_factory=list)
+    moves: list[Leaving] = field(default_factory=list)
 
 
 class Remote:
@@ -123,14 +107,15 @@ class Remote:
     ) -> None:
         self._sleep = sleep
         self.traffic = Traffic()
-        self._edges, self._session, self._token = list(edges), session, token
-        self._connect, self._private, self._clock = connect, private, clock
+        self._asking = Asking(edges, session, token, connect, clock=clock, sleep=sleep)
+        self._edges, self._session = len(edges), session
+        self._private, self._clock = private, clock
         self._link: Link | None = None
-        self._edge = self._edges[0]
+        self._leaving: Leaving | None = None
         self._incarnation = ""
         self._unanswered: dict[tuple[str, int, int], tuple[float, list[Any]]] = {}
         self._arrived: dict[tuple[str, int, int], Frame] = {}
-        self._patience, self._greetings = Patience(), Patience(GREETING_S)
+        self._patience = Patience()
         self._began = self._heard = clock()
         self._fruitless = self._late = self._standing = 0
         self._furthest: dict[str, tuple[int, int]] = {}  # position answered, by kind of answer
@@ -143,7 +128,12 @@ class Remote:
             RemoteError: The edge refuses the device.
         """
         self._began = self._clock()
-        return self._ask()
+        return self._ask().step
+
+    @property
+    def edge(self) -> str:
+        """Address of the edge server that had the session last."""
+        return self._asking.where.edge
 
     def close(self) -> None:
         """End the link. The session stays for the server app to collect."""
@@ -219,6 +209,43 @@ class Remote:
         self._patience.saw(now - sent)
         return self._arrived.pop((answer, step, piece))
 
+    def foresee(self, to: str) -> None:
+        """Say that the device will soon go to the edge server at an address.
+
+        Raises:
+            Moved: The session goes on elsewhere, from an earlier step.
+            EdgesLost: No edge has it.
+        """
+        self._say("foresee", to)
+
+    def leave(self, to: str, how: str, away_s: float = 0.0, *, step: int = 0) -> None:
+        """Go to the edge server at an address and go on there; `traffic` has what that took.
+
+        A device that announces it goes when it is told to, and stays if that edge refuses it. One
+        that does not is simply there.
+
+        Args:
+            to: The address.
+            how: ``announced``, ``foreseen`` or ``unannounced``; or ``restart``: the round begins
+                anew there.
+            away_s: Seconds in which it reaches neither edge.
+            step: Mini-batches that are done.
+
+        Raises:
+            Moved: The session goes on from an earlier step.
+            EdgesLost: No edge has it.
+        """
+        leaving = self._leaving = Leaving(self.edge, to, how, self._clock(), away_s)
+        leaving.step = step
+        try:
+            if how in ("announced", "foreseen"):
+                self._say("moving", to)
+                self._await_word(leaving)
+            else:
+                self._go(leaving)
+        finally:
+            self._leaving = None
+
     def forget(self) -> None:
         """Forget what was sent and not answered: the trainer begins a step anew."""
         self._unanswered.clear()
@@ -243,6 +270,13 @@ class Remote:
         self.traffic.bytes_down += frame.encoded_bytes
         self._fruitless = self._late = 0
         self._heard = self._clock()
+        if frame.kind == "redirect":
+            self._follow(frame)
+            return
+        if frame.kind == "staying":
+            if self._leaving is not None:
+                self._leaving.over = True
+            return
         if frame.kind == "outputs":
             step, index = 0, natural(frame, "index")
         else:
@@ -264,43 +298,19 @@ class Remote:
         """
         self._patience.missed()
         self._late += 1
-        found = self._probe(self._edge)
+        found = self._asking.probe(self.edge)
         if found is None:  # it may only have been slow to answer this once
-            found = next(filter(None, map(self._probe, self._edges)), None)
+            found = self._asking.probe_all()
         if found == self._incarnation and self._late % ALIVE:
             self._heard = self._clock()
             return
         if found is None:
             if self._clock() - self._heard > self._worth_waiting():
                 raise EdgesLost(
-                    f"session {self._session}: none of {len(self._edges)} edge servers answers"
+                    f"session {self._session}: none of {self._edges} edge servers answers"
                 ) from error
             return  # this end may be cut off; what is under way may yet arrive
         self._recover(error)
-
-    def _probe(self, edge: str) -> str | None:
-        """Ask an edge for the session, and leave it its link.
-
-        Returns:
-            The session's incarnation, empty if the edge does not have it; None without an answer.
-        """
-        began = self._clock()
-        try:
-            link = self._connect(edge)
-            try:
-                link.send(Frame("probe", {"session": self._session, "token": self._token}))
-                answer = link.recv(self._greetings.limit_s)
-            finally:
-                link.close()
-        except (LinkRefused, RemoteError):  # it says what is the matter when it is greeted
-            return ""
-        except LinkTimeout:
-            self._greetings.missed()
-            return None
-        except LinkError:
-            return None
-        self._greetings.saw(self._clock() - began)
-        return str(answer.meta.get("incarnation", ""))
 
     def _worth_waiting(self) -> float:
         return max(ASKING_S, self._heard - self._began)
@@ -314,7 +324,7 @@ class Remote:
         """
         self._fruitless += 1
         self._standing += 1
-        if _refusal(error):
+        if refusal(error):
             raise error
         if self._standing > STANDING:
             raise EdgesLost(f"session {self._session}: lost {STANDING} times at the same step")
@@ -322,111 +332,99 @@ class Remote:
             raise EdgesLost(
                 f"session {self._session}: {FRUITLESS} links in a row without an answer"
             )
-        began, former, known = self._clock(), self._edge, self._incarnation
+        began, former, known = self._clock(), self._asking.where.edge, self._incarnation
         self.close()
-        step = self._ask()
+        found = self._ask()
         same = self._incarnation == known
+        if same and found.told:  # it was handed over, and the word of that was lost with the link
+            leaving = self._leaving or Leaving(former, "", "commanded", began)
+            self._arrived_at(leaving, found)
+            self._repeat()
+            return
         self.traffic.recoveries.append(
             {
                 "what": "link" if same else "edge",
                 "why": f"{type(error).__name__}: {error}",
                 "from": former,
-                "to": self._edge,
+                "to": self._asking.where.edge,
                 "repeated_steps": 0,
                 "seconds": self._clock() - began,
             }
         )
         if not same:
             self.forget()
-            raise Moved(step)
+            raise Moved(found.step)
+        self._repeat()
+
+    def _repeat(self) -> None:
+        """Send again what was not answered."""
         for _, parts in list(self._unanswered.values()):
             self._transmit(parts)
 
-    def _ask(self) -> int:
-        """Ask edge after edge, the last known one first, until one welcomes the device."""
-        order = [self._edge, *(edge for edge in self._edges if edge != self._edge)]
-        began, longest = self._clock(), self._worth_waiting()
-        wait, at_most = ASK_AGAIN_S
-        again = False
-        while True:
-            refused = silent = 0
-            for edge in order:
-                if again and self._clock() - began > longest:
-                    silent += 1  # each was asked, and this may take as long as all before
-                    continue
-                try:
-                    step = self._greet(edge)
-                except RemoteError as error:
-                    if not _refusal(error):  # the greeting was damaged on its way
-                        silent += 1
-                        continue
-                    raise SessionError(
-                        f"edge {edge} refuses session {self._session}: {error}"
-                    ) from error
-                except LinkRefused:
-                    refused += 1
-                    continue
-                except LinkError:
-                    silent += 1
-                    continue
-                if step is not None:
-                    return step
-            asked = self._clock() - began
-            if asked > (REFUSED_S if refused == len(order) else longest):
-                raise EdgesLost(
-                    f"session {self._session} is at none of {len(order)} edge servers, of which "
-                    f"{refused} are gone and {silent} do not answer"
-                )
-            self._sleep(wait)
-            wait, again = min(2 * wait, at_most), True
+    def _ask(self, first: str = "", *, anew: bool = False) -> FoundSession:
+        """Ask for the session, and have the link to it."""
+        awaiting = [key for key in self._unanswered if key[0] != "evaluate"]
+        self._asking.patience = self._patience
+        found = self._asking.ask(self._worth_waiting(), awaiting, first=first, anew=anew)
+        self._link, self._incarnation = found.link, found.incarnation
+        return found
 
-    def _greet(self, edge: str) -> int | None:
-        """Present the token; return the session's step, or None if the edge does not know it."""
-        began = self._clock()
-        link = self._connect(edge)
+    # --- from edge to edge ------------------------------------------------------------------------
+
+    def _say(self, kind: str, to: str) -> None:
+        awaiting = [list(key) for key in self._unanswered if key[0] != "evaluate"]
         try:
-            link.send(Frame("hello", {"session": self._session, "token": self._token}))
-            answer = self._greeted(link, began)
-            if answer.kind == "wait":
-                answer = self._let_in(link, edge)
-        except LinkError:
-            link.close()
-            raise
-        if answer.kind != "welcome":
-            link.close()
-            if answer.kind == "unknown":
-                return None
-            raise LinkTimeout(f"edge {edge}: {answer.kind} instead of a welcome")
-        self._link, self._edge = link, edge
-        self._incarnation = str(answer.meta.get("incarnation"))
-        return int(answer.meta.get("step", 0))
+            self._live().send(Frame(kind, {"to": to, "awaiting": awaiting}))
+        except LinkError as error:
+            if self._leaving is None:
+                self._recover(error)
+            else:
+                self._go(self._leaving)
 
-    def _greeted(self, link: Link, began: float) -> Frame:
-        """Return the first answer over a link whose making began then."""
-        try:
-            answer = link.recv(self._greetings.limit_s)
-        except LinkTimeout:
-            self._greetings.missed()
-            raise
-        self._greetings.saw(self._clock() - began)
-        return answer
+    def _await_word(self, leaving: Leaving) -> None:
+        """Wait until the edge says where to go, or that the device is to stay."""
+        while not leaving.over:
+            try:
+                self._take(self._live().recv(self._patience.limit_s))
+            except LinkTimeout as error:
+                if self._clock() - leaving.began_s > self._worth_waiting():
+                    self._go(leaving)
+                else:
+                    self._doubt(error)
+            except LinkError:
+                self._go(leaving)
 
-    def _let_in(self, link: Link, edge: str) -> Frame:
-        """Return what an edge says once the operation of this session that is in work is done.
+    def _follow(self, frame: Frame) -> None:
+        """Go where the edge says that the session is now."""
+        where, leaving = self._asking.where, self._leaving
+        if leaving is None:
+            leaving = Leaving(where.edge, "", "commanded", self._clock())
+        leaving.to = where.redirected(frame)
+        leaving.was_told(frame.meta, self._clock())
+        self._go(leaving)
+
+    def _go(self, leaving: Leaving) -> None:
+        """Leave the edge, and go on where the session is found.
 
         Raises:
-            LinkError: The edge is gone, or this takes longer than any answer may.
+            Moved: It goes on from an earlier step.
+            EdgesLost: It is nowhere.
         """
-        for _ in range(ALIVE):
-            try:
-                return link.recv(self._patience.limit_s)
-            except LinkTimeout:
-                self._patience.missed()
-            if not self._probe(edge):
-                break
-        raise LinkTimeout(f"edge {edge}: the operation in work does not come to its end")
+        known, leaving.over = self._incarnation, True
+        self.close()
+        if leaving.away_s:
+            self._sleep(leaving.away_s)
+        found = self._ask(leaving.to, anew=leaving.how == "restart")
+        self._arrived_at(leaving, found)
+        if self._incarnation != known:
+            leaving.repeated_steps = max(0, leaving.step - found.step)
+            self.forget()
+            raise Moved(found.step)
+        self._repeat()
 
-
-def _refusal(error: LinkError) -> bool:
-    """Say whether the edge will not do it next time either; a damaged frame may come well then."""
-    return isinstance(error, RemoteError) and not str(error).startswith("FrameError")
+    def _arrived_at(self, leaving: Leaving, found: FoundSession) -> None:
+        leaving.over = True
+        leaving.arrived(self._asking.where.edge, found.told, self._clock())
+        self._fruitless = 0
+        if leaving.to != leaving.source:
+            self.traffic.moves.append(leaving)

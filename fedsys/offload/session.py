@@ -31,7 +31,7 @@ from fedsys.offload.edge_part import EdgePart
 from fedsys.offload.emulation import Workers
 from fedsys.offload.operations import Operations
 from fedsys.offload.session_tensors import norms_of
-from fedsys.offload.snapshot import SessionSpec, Snapshot, natural
+from fedsys.offload.snapshot import SessionPosition, SessionSpec, Snapshot, natural
 from fedsys.offload.turns import Turns
 from fedsys.transport.security import new_token
 from fedsys.transport.wire import Frame
@@ -64,6 +64,7 @@ class Session:
         self._part = EdgePart(spec, start, device, workers or Workers(""))
         self._turns = Turns(spec.id, spec.micro_batches, start.step)
         self._operations = Operations(spec, self._part, self._turns)
+        self._done: list[Frame] = []  # operations of the step in work, to be done again elsewhere
         self._frozen = False
         self._lock = threading.RLock()
 
@@ -121,6 +122,40 @@ class Session:
             self._frozen = True
             return snapshot
 
+    def hold_still(self) -> SessionPosition:
+        """Return the state as it is, also within a step, and do nothing more until `go_on`."""
+        with self._lock:
+            self._frozen = True
+            return self.as_it_stands()
+
+    def as_it_stands(self) -> SessionPosition:
+        """Return the state as it is, also within a step."""
+        with self._lock:
+            snapshot = self._part.snapshot(self.steps, begun=bool(self._done))
+            replies = self._turns.replies_before()
+            return SessionPosition(snapshot, self.incarnation, tuple(self._done), replies)
+
+    def go_on(self) -> None:
+        """Do operations again after `hold_still`."""
+        with self._lock:
+            self._frozen = False
+
+    def take_up(self, position: SessionPosition) -> None:
+        """Come to where another session stood that began with the same snapshot.
+
+        Raises:
+            SessionError: It did operations that are not due here.
+            FrameError: They do not fit.
+        """
+        with self._lock:
+            for reply in position.replies:
+                piece = natural(reply, "piece") if "piece" in reply.meta else 0
+                self._turns.keep(str(reply.meta["for"]), natural(reply, "step"), piece, reply)
+            for operation in position.operations:
+                for _ in self.handle(operation):
+                    pass
+            self.incarnation = position.incarnation
+
     def at_work(self) -> bool:
         """Return whether an operation is in work, without waiting for it."""
         if not self._lock.acquire(blocking=False):
@@ -143,6 +178,7 @@ class Session:
         if frame.kind == "gradient" and not operations.awaits_gradient(piece):
             raise SessionError(f"gradient of piece {piece}, whose activation was not sent")
         turns.put(frame, piece)
+        self._done.append(frame)
         while (due := turns.due()) is not None:
             now, index = due
             ahead = now.kind == "activation"
@@ -167,6 +203,7 @@ class Session:
     def _apply(self, norms: Mapping[str, float]) -> None:
         self._part.step(norms)
         self._turns.end()
+        self._done.clear()
         every = self.spec.replicate_every
         if every and self.steps % every == 0:
             self._replicate(self.spec, self.snapshot())

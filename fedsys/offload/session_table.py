@@ -69,12 +69,23 @@ class SessionTable:
         Raises:
             SessionError: It is open already, or there is no room for it.
         """
-        limits = self._limits
         with self.lock:
             if self._stopped:
                 raise SessionError(f"{self._name} has stopped")
             if spec.id in self._sessions:
                 raise SessionError(f"session {spec.id} is open already")
+            self.check_room_for(nbytes)
+
+    def check_room_for(self, nbytes: int) -> None:
+        """Check that one more session with so many bytes may be held.
+
+        Raises:
+            SessionError: There is no room for it.
+        """
+        limits = self._limits
+        with self.lock:
+            if self._stopped:
+                raise SessionError(f"{self._name} has stopped")
             if len(self._sessions) >= limits.max_sessions:
                 raise SessionError(f"{self._name} is full: {limits.max_sessions} sessions")
             held, most = self.nbytes + nbytes, limits.max_session_bytes
@@ -102,6 +113,11 @@ class SessionTable:
             former, self._devices[name] = self._devices.get(name), link
         if former is not None:
             former.close()  # a device that comes back has lost its link, and may not know it yet
+
+    def device_link(self, name: str) -> Link | None:
+        """Return the link over which a session's device speaks; None if it has none."""
+        with self.lock:
+            return self._devices.get(name)
 
     def claim(self, names: Iterable[object], link: Link) -> None:
         """Send to `link` what concerns some sessions: their controller is back."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -38,6 +38,7 @@ class SessionSpec:
         codec_down: How the edge writes what it returns.
         holder: Name in the certificate of the device; empty for any that has the token.
         replicate_every: Steps between two replicas of the session; 0 for none.
+        fleet: What the edge servers of its run know each other by; empty: it stays where it is.
     """
 
     id: str
@@ -55,6 +56,7 @@ class SessionSpec:
     codec_down: str = "fp32"
     holder: str = ""
     replicate_every: int = 0
+    fleet: str = field(default="", repr=False)
 
     def to_meta(self) -> dict[str, Any]:
         """Return plain values for the header of a frame."""
@@ -120,6 +122,24 @@ class Snapshot:
             _part(named, "anchor/"),
             _part(named, "masks/"),
         )
+
+
+@dataclass(frozen=True)
+class SessionPosition:
+    """Where a session stands, also within a step.
+
+    Attributes:
+        snapshot: The state after the last step.
+        incarnation: Of the session.
+        operations: What was done of the next step, in its order. Done again, it leaves the same
+            gradients, replies and statistics: draws have addresses.
+        replies: To the step before, each with ``for``, the kind of operation that it answers.
+    """
+
+    snapshot: Snapshot
+    incarnation: str
+    operations: tuple[Frame, ...] = ()
+    replies: tuple[Frame, ...] = ()
 
 
 def _part(tensors: State, prefix: str) -> dict[str, Tensor]:

@@ -95,6 +95,14 @@ class Turns:
         """Keep the reply to an operation, in case that it comes again."""
         self._replies[kind, step, piece] = reply
 
+    def replies_before(self) -> tuple[Frame, ...]:
+        """Return the replies of the step before the one in work, each with what it answers."""
+        return tuple(
+            Frame(reply.kind, {**reply.meta, "for": kind}, reply.tensors)
+            for (kind, step, _), reply in self._replies.items()
+            if step == self.steps - 1
+        )
+
     def end(self) -> None:
         """End the step in work."""
         self.forward = self.backward = 0

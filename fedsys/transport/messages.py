@@ -38,6 +38,7 @@ TRACE: Final = "trace"
 TRUNCATED: Final = "truncated"
 PROBE: Final = "probe"
 FAULTS: Final = "faults"
+MOVES: Final = "moves"
 """Records with a dataclass: below, in `fedsys.planning`, and in `fedsys.faults`."""
 
 MICRO_BATCHES: Final = "micro-batches"
@@ -88,6 +89,18 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
+class Itinerary:
+    """`MOVES`: moves of the device in the round (JSON), and the addresses of all edge servers.
+
+    With `restart` its round begins anew at each edge server that it comes to.
+    """
+
+    moves: str
+    edges: tuple[str, ...]
+    restart: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Truncated:
     """`TRUNCATED`: after how many mini-batches a round is over."""
 
@@ -105,10 +118,16 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """`OBSERVATION`, beside the figures: losses overcome (JSON), and why no edge is left, if so."""
+    """`OBSERVATION`, beside the figures: what became of links and edges.
+
+    Losses overcome (JSON), why no edge is left, if so, the address of the edge at which the session
+    ended, and what became of moves (JSON).
+    """
 
     recoveries: str = "[]"
     stranded: str = ""
+    edge: str = ""
+    moves: str = "[]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +139,7 @@ class TraceRecord:
     late: float = 0.0
 
 
-_KINDS: Final[Any] = {"int": int, "float": int | float, "str": str, "bytes": bytes}
+_KINDS: Final[Any] = {"int": int, "float": int | float, "str": str, "bytes": bytes, "bool": bool}
 
 
 def written(value: Any) -> dict[str, Any]:
@@ -193,4 +212,4 @@ def _is(value: object, kind: str) -> bool:
     if kind.startswith("tuple["):
         inner = kind.removeprefix("tuple[").removesuffix(", ...]")
         return isinstance(value, list | tuple) and all(_is(v, inner) for v in value)
-    return isinstance(value, _KINDS[kind]) and not isinstance(value, bool)
+    return isinstance(value, _KINDS[kind]) and isinstance(value, bool) == (kind == "bool")

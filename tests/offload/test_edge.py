@@ -195,7 +195,7 @@ def test_a_link_that_greets_nobody_is_refused(edge_at, last_layer):
         link = dial(edge.address)
         link.send(Frame(kind, {"session": "s"}))
         with pytest.raises(
-            RemoteError, match="a link begins with hello, probe, measure or control"
+            RemoteError, match="a link begins with hello, probe, measure, control or peer"
         ):
             link.recv(WAIT_S)
     assert edge.counters["refused_SessionError"] == 4
@@ -274,7 +274,8 @@ def test_a_device_that_comes_back_takes_over_from_its_former_link(edge_at, last_
     former, first = greet(edge.address)
     ask(former, last_layer.activation(0))
     link, second = greet(edge.address)
-    assert second.meta == {"step": 1, "incarnation": first.meta["incarnation"]}
+    about = {"step": 1, "incarnation": first.meta["incarnation"], "epoch": [1, 0, "edge"]}
+    assert second.meta == about
     with pytest.raises(LinkClosed):
         former.recv(WAIT_S)
     # what the former link asked for is answered again, not done again

@@ -9,10 +9,11 @@ import torch
 
 from fedsys.config import EdgeAddress
 from fedsys.errors import LinkClosed, LinkTimeout, SessionError
+from fedsys.offload.asking import EdgesLost
 from fedsys.offload.edge import EdgeServer
 from fedsys.offload.fleet import Fleet
 from fedsys.offload.operations import Operations
-from fedsys.offload.remote import FRUITLESS, EdgesLost, Moved, Remote
+from fedsys.offload.remote import FRUITLESS, Moved, Remote
 from fedsys.offload.session import Session
 from fedsys.transport.addresses import dial
 from fedsys.transport.faulty import Faulty, LinkFault
@@ -253,10 +254,10 @@ def test_a_probe_leaves_the_link_of_the_session_alone_and_needs_its_token(place)
     remote = place.device()
     remote.open()
     train(remote, place.layer, [0])
-    assert remote._probe(place.edges["a"].address) == remote._incarnation
-    assert remote._probe(place.edges["b"].address) == ""
+    assert remote._asking.probe(place.edges["a"].address) == remote._incarnation
+    assert remote._asking.probe(place.edges["b"].address) == ""
     other = Remote([place.edges["a"].address], "s", "guessed", dial)
-    assert other._probe(place.edges["a"].address) == ""
+    assert other._asking.probe(place.edges["a"].address) == ""
     assert place.edges["a"].counters["refused_SecurityError"] == 1
     train(remote, place.layer, [1])
     assert remote.traffic.recoveries == []
@@ -305,7 +306,7 @@ def test_a_device_that_comes_back_waits_for_the_operation_in_work_and_not_for_ev
     if edge == "stands still":
         monkeypatch.setattr("fedsys.offload.remote.ASKING_S", 0.0)
     else:
-        monkeypatch.setattr("fedsys.offload.remote.ALIVE", 10**6)
+        monkeypatch.setattr("fedsys.offload.asking.WAITS", 10**6)
     remote = place.device()
     remote.open()
     train(remote, place.layer, [0])

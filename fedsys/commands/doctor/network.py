@@ -142,7 +142,13 @@ def _computes_alike(config: Config, name: str, address: str) -> Check:
     from fedsys.transport.security import Credentials
 
     title, folder = f"edge {name}, bits", config.fleet.credentials or config.link.credentials
-    idle = Hooks(lambda frame: None, lambda frame: None, lambda name: None, lambda name: False)
+    idle = Hooks(
+        lambda frame: None,
+        lambda frame: None,
+        lambda name, frame: None,
+        lambda name: None,
+        lambda name: False,
+    )
     try:
         credentials = Credentials.load(Path(folder)) if folder else None
         link = dial(address, credentials=credentials, timeout_s=ANSWER_S, retry=False)

@@ -1,0 +1,92 @@
+"""A device on its way: at which points of its round it leaves one edge server for another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedsys.offload.leaving import Leaving
+from fedsys.offload.remote import Remote
+from fedsys.planning.moves import Handover, Move
+
+
+@dataclass(frozen=True)
+class _Stop:
+    """A point of the round at which something is done about a move."""
+
+    step: int
+    piece: int
+    move: Move
+    foresees: bool
+
+
+class Roaming:
+    """Does the moves of one device in one round, each once. For one thread.
+
+    Args:
+        moves: The moves.
+        addresses: Of all edge servers, as devices reach them, by their index.
+        steps: Mini-batches of the round.
+        remote: The session.
+        restart: Whether the round begins anew at each edge server that the device comes to.
+    """
+
+    def __init__(
+        self,
+        moves: Sequence[Move],
+        addresses: Sequence[str],
+        steps: int,
+        remote: Remote,
+        *,
+        restart: bool = False,
+    ) -> None:
+        self._addresses, self._remote, self._restart = addresses, remote, restart
+        self._stops = [_Stop(m.step(steps), m.piece, m, False) for m in moves]
+        if not restart:
+            self._stops += [
+                _Stop(m.notice_step(steps), 0, m, True) for m in moves if m.how == "foreseen"
+            ]
+        self._stops.sort(key=lambda stop: (stop.step, stop.piece, not stop.foresees))
+
+    def at(self, step: int, piece: int) -> None:
+        """Do what is due before a piece of a mini-batch is sent.
+
+        Raises:
+            Moved: The session goes on from an earlier step.
+            EdgesLost: It is nowhere.
+        """
+        while self._stops and (self._stops[0].step, self._stops[0].piece) <= (step, piece):
+            stop = self._stops.pop(0)
+            to = self._addresses[stop.move.edge % len(self._addresses)]
+            if to == self._remote.edge:
+                continue
+            if stop.foresees:
+                self._remote.foresee(to)
+                continue
+            how = "restart" if self._restart else stop.move.how
+            self._remote.leave(to, how, stop.move.away_s, step=step)
+
+
+def handover_of(leaving: Leaving, client: int, round_: int, began_s: float) -> Handover:
+    """Return a move of a device as its server app is told of it.
+
+    Args:
+        leaving: What the device took note of.
+        client: Its partition id.
+        round_: The round.
+        began_s: When the device began it, by the same clock.
+    """
+    return Handover(
+        client=client,
+        round=round_,
+        step=leaving.step,
+        source=leaving.source,
+        target=leaving.to,
+        how=leaving.how,
+        pause_s=leaving.pause_s,
+        bytes=leaving.bytes,
+        precopied_bytes=leaving.precopied,
+        repeated_steps=leaving.repeated_steps,
+        parts_s=dict(leaving.parts),
+        began_s=max(0.0, leaving.began_s - began_s),
+    )

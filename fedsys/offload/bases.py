@@ -1,0 +1,87 @@
+"""What an edge server has of a session before it comes, so that only the difference has to be sent.
+
+Sessions of a round that begin with the same units begin with the same tensors: an edge server that
+holds one of them has what another one began with. And a session of which it is known that it will
+come is sent ahead.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from fedsys.offload.snapshot import SessionSpec, Snapshot, State
+from fedsys.transport.tensors import dense_bytes
+from fedsys.transport.wire import checksum
+
+Tensors = Mapping[str, Tensor]
+
+
+class Bases:
+    """Tensors that other edge servers may refer to. Methods may be called from any thread."""
+
+    def __init__(self) -> None:
+        self._starts: dict[str, State] = {}
+        self._keys: dict[str, str] = {}  # by session
+        self._ahead: dict[str, tuple[str, Tensors]] = {}  # by session: its name, and what came
+        self._lock = threading.Lock()
+
+    def began(self, spec: SessionSpec, start: Snapshot) -> None:
+        """Keep what a session begins with, once for all that begin so."""
+        if not spec.fleet or start.step:
+            return
+        tensors = {f"state/{name}": tensor for name, tensor in start.state.items()}
+        key = f"{spec.round}-{spec.first}-{spec.last}-{_digest(tensors)}"
+        with self._lock:
+            if key not in self._starts:
+                self._starts[key] = {n: t.cpu().clone() for n, t in tensors.items()}
+            self._keys[spec.id] = key
+
+    def goes_on(self, session: str, key: str | None) -> None:
+        """Take note of what a session that came began with, if that is here."""
+        with self._lock:
+            if key in self._starts:
+                self._keys[session] = str(key)
+
+    def key_of(self, session: str) -> str | None:
+        """Return the name of what a session began with; None where it is not here."""
+        with self._lock:
+            return self._keys.get(session)
+
+    def keys(self) -> list[str]:
+        """Return the names of all beginnings that are here."""
+        with self._lock:
+            return list(self._starts)
+
+    def came_ahead(self, session: str, name: str, tensors: Tensors) -> None:
+        """Keep what was sent ahead of a session, instead of what came before."""
+        with self._lock:
+            self._ahead[session] = name, dict(tensors)
+
+    def get(self, session: str, name: object) -> Tensors:
+        """Return tensors by the name of a beginning, or of what was sent ahead; else nothing."""
+        with self._lock:
+            ahead = self._ahead.get(session)
+            if ahead is not None and ahead[0] == name:
+                return ahead[1]
+            return self._starts.get(str(name), {})
+
+    def forget(self, session: str) -> None:
+        """Forget a session, and its beginning if no other session began so."""
+        with self._lock:
+            self._ahead.pop(session, None)
+            key = self._keys.pop(session, None)
+            if key is not None and key not in self._keys.values():
+                self._starts.pop(key, None)
+
+
+def _digest(tensors: Tensors) -> str:
+    total = hashlib.blake2b(digest_size=12)
+    for name, tensor in sorted(tensors.items()):
+        data, dtype, shape, _ = dense_bytes(name, tensor.detach().cpu().contiguous())
+        total.update(f"{name} {shape} {dtype}".encode())
+        total.update(checksum(data).to_bytes(4, "big"))
+    return total.hexdigest()

@@ -1,0 +1,217 @@
+"""Sessions that come to an edge server: handed over by another one, or fetched for their device."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from fedsys.errors import FedsysError, SessionError
+from fedsys.offload import migration
+from fedsys.offload.bases import Bases
+from fedsys.offload.checkpoint import SessionCheckpoint
+from fedsys.offload.copies import Copies
+from fedsys.offload.fencing import Epoch, Presented
+from fedsys.offload.migration import Say
+from fedsys.offload.peers import PeerGroup, Peers
+from fedsys.offload.session import Session
+from fedsys.offload.session_table import SessionTable
+from fedsys.offload.snapshot import SessionSpec, Snapshot
+from fedsys.transport.link import Link
+from fedsys.transport.wire import Frame
+
+_log = logging.getLogger("fedsys.offload.edge")
+
+SOURCES = 4
+"""How many edge servers are asked one after the other for a session that moved on and on."""
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A session that was fetched.
+
+    Attributes:
+        epoch: Its token.
+        told: What its device is told of that.
+    """
+
+    epoch: Epoch
+    told: dict[str, Any]
+
+
+class Arrivals:
+    """Takes sessions in. Methods may be called from any thread.
+
+    Args:
+        name: Of the edge server.
+        table: Its sessions.
+        copies: Which of them may train.
+        bases: What it has of others.
+        peers: The other edge servers.
+        make: Builds a session.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        table: SessionTable,
+        copies: Copies,
+        bases: Bases,
+        peers: Peers,
+        make: Callable[[SessionSpec, Snapshot], Session],
+    ) -> None:
+        self._name, self._table, self._copies = name, table, copies
+        self._bases, self._peers, self._make = bases, peers, make
+        self._controllers: dict[str, Link] = {}  # by the secret of the fleet
+        self._coming: set[str] = set()  # sessions that are being fetched
+
+    def told(self, secret: str, controller: Link) -> None:
+        """Take note of who controls the sessions of a fleet."""
+        self._controllers[secret] = controller
+
+    def is_coming(self, name: str) -> bool:
+        """Return whether a session is being fetched."""
+        return name in self._coming
+
+    def answer(self, group: PeerGroup, peer: str, frame: Frame, epoch: Epoch) -> Frame:
+        """Answer an edge server that hands a session over.
+
+        Raises:
+            FedsysError: The session is not taken.
+        """
+        name = str(frame.meta.get("session", ""))
+        if frame.kind == "prepare":
+            rule = partial(migration.on_prepare, source=peer, epoch=epoch)
+            (say,) = self._copies.decide(name, rule)
+            if say.kind == "refused":
+                raise SessionError(f"{self._name} has a later one of session {name}")
+            nbytes = frame.meta.get("nbytes")
+            self._table.check_room_for(nbytes if isinstance(nbytes, int) else 0)
+            return Frame("prepared", {"start": frame.meta.get("start") in self._bases.keys()})  # noqa: SIM118 - a method
+        if frame.kind == "ahead":
+            made = SessionCheckpoint.of(frame, self._bases.get(name, frame.meta.get("base")))
+            ahead = str(frame.meta.get("ahead", ""))
+            self._bases.came_ahead(name, ahead, made.position.snapshot.tensors())
+            return Frame("copied")
+        if frame.kind == "transfer":
+            return Frame("committed", {"restore_s": self._stage(group, peer, frame, epoch)})
+        raise SessionError(f"{frame.kind}: not a request of an edge server")
+
+    def fetch(self, name: str, hello: Frame, shown: Presented) -> Fetched | None:
+        """Fetch the session of a device that is here from where it was; None if that fails."""
+        place = str(hello.meta.get("from", ""))
+        group, source = self._peers.find(place)
+        if group is None or source is None:
+            return None
+        question = Frame(
+            "fetch",
+            {
+                **{key: hello.meta.get(key) for key in ("token", "epoch", "told", "awaiting")},
+                "session": name,
+                "starts": self._bases.keys(),
+            },
+        )
+        self._coming.add(name)
+        try:
+            return self._ask_sources(group, source, question)
+        finally:
+            self._coming.discard(name)
+
+    def _ask_sources(self, group: PeerGroup, source: str, question: Frame) -> Fetched | None:
+        """Ask for a session where it was, and where it went from there."""
+        name = str(question.meta["session"])
+        for _ in range(SOURCES):
+            try:
+                asked = time.monotonic()
+                answer = self._peers.ask(group, source, question)
+                if answer.kind != "redirect":
+                    return self._fetched(group, source, answer, time.monotonic() - asked)
+            except SessionError as error:
+                _log.info("session %s is not fetched from %s: %s", name, source, error)
+                return None
+            except FedsysError as error:
+                _log.warning("session %s is not fetched from %s: %s", name, source, error)
+                self._say_wanted(group, name, source)
+                return None
+            source = str(answer.meta.get("to", ""))
+            if source == self._name:
+                return None
+        return None
+
+    def _fetched(self, group: PeerGroup, source: str, frame: Frame, took: float) -> Fetched:
+        epoch = Epoch.of(frame.meta.get("epoch"))
+        if epoch is None or frame.kind != "transfer":
+            raise SessionError(f"{frame.kind}: not a session")
+        restored = self._stage(group, source, frame, epoch)
+        told = frame.meta.get("parts")
+        parts = {k: float(v) for k, v in told.items()} if isinstance(told, dict) else {}
+        parts |= {"transfer": max(0.0, took - sum(parts.values())), "restore": restored}
+        nbytes = sum(tensor.nbytes for tensor in frame.tensors.values())
+        return Fetched(epoch, {"moved": {"parts": parts, "bytes": nbytes, "precopied": 0}})
+
+    def _stage(self, group: PeerGroup, source: str, frame: Frame, epoch: Epoch) -> float:
+        """Take a session in that waits for its device; return the seconds that it took.
+
+        Raises:
+            FedsysError: It is damaged, too old, or does not fit.
+        """
+        began, name = time.monotonic(), str(frame.meta.get("session", ""))
+        rule = partial(migration.on_transfer, source=source, epoch=epoch)
+        copy = self._copies.get(name)
+        if rule(copy)[1][0].kind == "refused" or epoch.holder != self._name:
+            raise SessionError(f"{self._name} has a later one of session {name}")
+        if copy is not None and copy.epoch == epoch:
+            return 0.0  # it came before, and the answer was lost
+        made = SessionCheckpoint.of(frame, self._bases.get(name, frame.meta.get("base")))
+        if made.spec.id != name or made.spec.fleet != group.secret:
+            raise SessionError(f"{name}: what came is another session")
+        session = self._make(made.spec, made.position.snapshot)
+        session.take_up(made.position)
+        controller = self._controllers.get(group.secret)
+        (say,) = self._copies.staged(session, rule, lambda: self._table.hold(session, controller))
+        if say.kind == "refused":
+            raise SessionError(f"{self._name} has a later one of session {name}")
+        self._bases.goes_on(name, str(frame.meta.get("base")))
+        self._table.count("moved_here")
+        self._table.tell(name, Frame("staged", {"session": name, "from": source}))
+        return time.monotonic() - began
+
+    def tell_source(self, session: Session, say: Say) -> None:
+        """Tell another edge server that its copy is not needed; in a thread of its own."""
+        group = self._peers.group(session.spec.fleet)
+        if group is None or say.epoch is None:
+            return
+        name = session.spec.id
+        if say.kind == "release":
+            about = {"session": name, "from": say.to, "step": session.steps}
+            self._table.tell(name, Frame("moved", {**about, "epoch": list(say.epoch)}))
+        frame = Frame(say.kind, {"session": name, "epoch": list(say.epoch)})
+        threading.Thread(
+            target=self._say, args=(group, say.to, frame), name=f"{say.kind} {name}", daemon=True
+        ).start()
+
+    def _say(self, group: PeerGroup, to: str, frame: Frame) -> None:
+        try:
+            self._peers.ask(group, to, frame)
+        except FedsysError as error:  # it is released at the end of the round
+            _log.info("%s to %s: %s", frame.kind, to, error)
+
+    def want_anew(self, name: str, hello: Frame) -> None:
+        """Tell the server app that a device is here that begins its round anew."""
+        group, source = self._peers.find(str(hello.meta.get("from", "")))
+        if group is not None and source is not None:
+            self._say_wanted(group, name, source, anew=True)
+
+    def _say_wanted(self, group: PeerGroup, name: str, source: str, *, anew: bool = False) -> None:
+        """Tell the server app that a device is here whose session cannot be fetched."""
+        link = self._controllers.get(group.secret)
+        if link is None:
+            return
+        try:
+            link.send(Frame("wanted", {"session": name, "from": source, "anew": anew}))
+        except FedsysError as error:
+            _log.info("session %s: %s", name, error)

@@ -1,0 +1,85 @@
+"""What the server app learns of sessions that move, and what it does where edges cannot."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from fedsys.errors import FedsysError, SessionError
+from fedsys.offload.fleet_edges import FleetEdges
+from fedsys.offload.held_sessions import Held, HeldSessions
+from fedsys.offload.placing import Placing
+from fedsys.offload.snapshot import Snapshot
+from fedsys.transport.wire import Frame
+
+_log = logging.getLogger("fedsys.offload.fleet")
+
+
+class FleetMoves:
+    """Follows sessions from edge to edge. Methods may be called from any thread.
+
+    Args:
+        edges: The edge servers.
+        held: The sessions that are open.
+        placing: Opens them.
+    """
+
+    def __init__(self, edges: FleetEdges, held: HeldSessions, placing: Placing) -> None:
+        self._edges, self._held, self._placing = edges, held, placing
+        self._opening: set[str] = set()
+
+    def told(self, edge: str, frame: Frame) -> None:
+        """Take in what an edge says: that it has a copy, has the device, or cannot fetch one."""
+        with self._held.lock:
+            held = self._held.get(str(frame.meta.get("session", "")))
+            if held is None:
+                return
+            if frame.kind == "staged":
+                held.trail.add(edge)
+            elif frame.kind == "moved":
+                self.is_at(held, edge)
+            else:
+                held.wanted = edge
+                self._open_there(held, edge, frame)
+
+    def is_at(self, held: Held, edge: str) -> None:
+        """Take note of the edge that has a session."""
+        with self._held.lock:
+            if edge and edge != held.edge and edge in self._edges.addresses:
+                held.trail.add(held.edge)
+                held.edge, held.wanted = edge, ""
+
+    def _open_there(self, held: Held, edge: str, frame: Frame) -> None:
+        """Open a session at the edge where its device is, if nobody else does."""
+        anew, source = frame.meta.get("anew") is True, str(frame.meta.get("from", ""))
+        client = self._edges.clients.get(source)
+        lost = client is None or client.lost
+        if held.spec.id in self._opening or (lost and not anew):
+            return  # whoever deals with the loss opens it there
+        self._opening.add(held.spec.id)
+        threading.Thread(
+            target=self._relay, args=(held, edge, source, anew), name=f"opens at {edge}",
+            daemon=True,
+        ).start()  # fmt: skip
+
+    def _relay(self, held: Held, edge: str, source: str, anew: bool) -> None:
+        """Bring a session to an edge that cannot reach the one that has it."""
+        session = held.spec.id
+        try:
+            if anew:
+                start = held.start or held.newest
+            else:
+                frame = self._edges.request(source, "collect", {"session": session})
+                start = Snapshot.from_frame(frame)
+            self._placing.open_at(edge, held.spec, start)
+            with self._held.lock:
+                if self._held.get(session) is not held:
+                    raise SessionError(f"session {session} was released meanwhile")
+                if anew:
+                    held.newest = start
+            self.is_at(held, edge)
+        except FedsysError as error:
+            _log.warning("session %s is not opened at %s: %s", session, edge, error)
+            self._held.leave(session, edge)
+        finally:
+            self._opening.discard(session)

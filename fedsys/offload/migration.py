@@ -1,0 +1,176 @@
+"""The protocol by which a session moves: a copy and a message, to a copy and messages.
+
+::
+
+    device        source                              destination
+      │ moving ─▶   │ prepare ─────────────────────────▶  │   may it come?
+      │             │ ◀───────────────── prepared/refused  │
+      │             │ (pre-copies, while it trains on)     │
+      │             │ transfer ────────────────────────▶   │   the source does not train any more
+      │             │ ◀──────────────── committed/refused  │   the destination has it whole
+      │ ◀─ redirect │                                      │
+      │ hello ─────────────────────────────────────────▶   │   from here on it trains
+      │             │ ◀─────────────────────────── release │   the source forgets its copy
+
+A device that is simply there (`hello` at an edge without a copy) has that edge `fetch` the copy
+from the one that the device names: what follows is the same from `transfer` on. A recovery is the
+same move, whose source is the server app: it opens the newest replica under a token of the next
+generation.
+
+The edge servers run exactly these functions (`fedsys.offload.edge_moves`), and so does the model
+check (`tests/offload/test_migration_model.py`). Which copies may train is the matter of
+`fedsys.offload.fencing`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from fedsys.offload import fencing
+from fedsys.offload.fencing import Copy, CopyPhase, Epoch, Presented
+
+
+@dataclass(frozen=True, slots=True)
+class Say:
+    """What an edge says about a session because of what it was told.
+
+    Attributes:
+        kind: ``welcome``, ``redirect``, ``unknown``, ``wait`` or ``staying`` to the device;
+            ``prepare``, ``transfer``, ``cancel``, ``release`` to an edge; ``prepared``,
+            ``committed``, ``refused``, ``released`` in reply to one.
+        to: ``device``, or the name of an edge.
+        epoch: The token that it is about.
+    """
+
+    kind: str
+    to: str
+    epoch: Epoch | None = None
+
+
+Outcome = tuple[Copy | None, tuple[Say, ...]]
+"""What becomes of a copy (None: there is none any more), and what is said."""
+
+DEVICE = "device"
+
+
+def on_hello(copy: Copy | None, me: str, shown: Presented) -> Outcome:
+    """A device asks for its session."""
+    unknown = (Say("unknown", DEVICE),)
+    if copy is None:
+        return None, unknown
+    if not copy.knows(shown):
+        return (None if fencing.outran(copy, shown) else copy), unknown
+    if copy.phase in fencing.TRAINS:
+        return copy, (Say("welcome", DEVICE, copy.epoch),)
+    if copy.phase is CopyPhase.FROZEN:
+        return copy, (Say("wait", DEVICE),)
+    if copy.phase is CopyPhase.STAGED:
+        if shown.told != copy.epoch:
+            return copy, unknown
+        live = Copy(copy.epoch, issued=copy.issued, granted=shown.epoch)
+        said = Say("welcome", DEVICE, live.epoch), Say("release", copy.peer, live.epoch)
+        return live, said
+    if shown.back and shown.told == copy.offered:
+        mine = fencing.taken_back(copy, me, shown)
+        return mine, (Say("welcome", DEVICE, mine.epoch), Say("cancel", copy.peer, copy.offered))
+    return copy, (Say("redirect", DEVICE, copy.offered),)
+
+
+def on_move(copy: Copy | None, me: str, to: str) -> Outcome:
+    """A session is to go to another edge: its device says so, or an operator, or a policy."""
+    if copy is None or copy.phase is not CopyPhase.LIVE or to == me:
+        return copy, (Say("staying", DEVICE),)
+    now = fencing.offered(copy, to, CopyPhase.OFFERED)
+    return now, (Say("prepare", to, now.offered),)
+
+
+def on_prepared(copy: Copy | None, epoch: Epoch) -> Outcome:
+    """The other edge would take it: from here on it does not train here."""
+    if not _is(copy, CopyPhase.OFFERED, epoch):
+        return copy, ()
+    assert copy is not None
+    now = replace(copy, phase=CopyPhase.FROZEN)
+    return now, (Say("transfer", copy.peer, epoch),)
+
+
+def on_committed(copy: Copy | None, epoch: Epoch) -> Outcome:
+    """The other edge has it: only now its device is told."""
+    if not _is(copy, CopyPhase.FROZEN, epoch):
+        return copy, ()
+    assert copy is not None
+    return replace(copy, phase=CopyPhase.GIVEN), (Say("redirect", DEVICE, epoch),)
+
+
+def on_failed(copy: Copy | None, epoch: Epoch) -> Outcome:
+    """The other edge refuses, is gone, or does not answer; its device was told nothing."""
+    if not (_is(copy, CopyPhase.OFFERED, epoch) or _is(copy, CopyPhase.FROZEN, epoch)):
+        return copy, ()
+    assert copy is not None
+    return fencing.kept(copy), (Say("cancel", copy.peer, epoch), Say("staying", DEVICE))
+
+
+def on_prepare(copy: Copy | None, source: str, epoch: Epoch) -> Outcome:
+    """Another edge asks whether its session may come."""
+    if copy is not None and copy.phase is not CopyPhase.GIVEN and copy.epoch[:2] >= epoch[:2]:
+        return copy, (Say("refused", source, epoch),)
+    return copy, (Say("prepared", source, epoch),)
+
+
+def on_transfer(copy: Copy | None, source: str, epoch: Epoch) -> Outcome:
+    """A session comes whole from another edge; a second time, if the answer was lost."""
+    if copy is not None and copy.epoch == epoch:
+        return copy, (Say("committed", source, epoch),)
+    if copy is not None and copy.epoch[:2] >= epoch[:2]:
+        return copy, (Say("refused", source, epoch),)
+    staged = Copy(epoch, CopyPhase.STAGED, source, issued=epoch.moves)
+    return staged, (Say("committed", source, epoch),)
+
+
+def on_fetch(copy: Copy | None, me: str, to: str, shown: Presented) -> Outcome:
+    """Another edge, at which the device is, wants the session."""
+    refused = (Say("refused", to),)
+    if copy is None:
+        return None, refused
+    if not copy.knows(shown) or shown.epoch.generation < copy.epoch.generation:
+        return (None if fencing.outran(copy, shown) else copy), refused
+    if copy.phase is CopyPhase.GIVEN:
+        if copy.peer == to:
+            return copy, (Say("transfer", to, copy.offered),)
+        return copy, (Say("redirect", to, copy.offered),)
+    if copy.phase in fencing.TRAINS:
+        # The device is there and may be welcomed at any moment: there is no way back but by it.
+        now = fencing.offered(copy, to, CopyPhase.GIVEN)
+        return now, (Say("transfer", to, now.offered),)
+    return copy, refused
+
+
+def on_release(copy: Copy | None, epoch: Epoch) -> Outcome:
+    """Another edge has the device under a token of its own."""
+    if copy is None:
+        return None, ()
+    if copy.phase is CopyPhase.GIVEN and copy.offered == epoch:
+        return None, ()
+    unused = copy.granted is not None and copy.epoch.holder != epoch.holder
+    if unused and copy.epoch[:2] > epoch[:2] and copy.phase in fencing.TRAINS:
+        return None, ()  # it was taken back, and then its device went there after all
+    return copy, ()
+
+
+def on_cancel(copy: Copy | None, epoch: Epoch) -> Outcome:
+    """The edge from which it came trains it on."""
+    return (None if _came(copy, epoch) else copy), ()
+
+
+def on_open(copy: Copy | None, epoch: Epoch) -> Outcome:
+    """The server app opens a session; whatever is here of it from before is over."""
+    if copy is not None and copy.epoch.generation >= epoch.generation:
+        return copy, (Say("refused", "control", epoch),)
+    return Copy(epoch), (Say("opened", "control", epoch),)
+
+
+def _is(copy: Copy | None, phase: CopyPhase, epoch: Epoch) -> bool:
+    return copy is not None and copy.phase is phase and copy.offered == epoch
+
+
+def _came(copy: Copy | None, epoch: Epoch) -> bool:
+    return copy is not None and copy.phase is CopyPhase.STAGED and copy.epoch == epoch

@@ -1,0 +1,113 @@
+"""Devices that move between edge servers in the middle of a round train the model of those that
+stay, to the bit."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from fedsys.planning.moves import Move
+
+SMALL = (
+    "data.max_examples=200",
+    "rounds=2",
+    "num_clients=2",
+    "client.epochs=2",
+    "client.batch_size=20",
+    "model.width=4",
+    "model.hidden=16",
+    "json=true",
+)
+SPLIT = ("policy=fixed", "policy.cut=0.3", "num_edges=2")
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A mobility source that says what it was told."""
+
+    listed: tuple[Move, ...]
+
+    def places(self, round_, clients, edges):
+        return {}
+
+    def moves(self, round_, clients, edges):
+        return tuple(m for m in self.listed if m.round == round_ and m.client in clients)
+
+
+_still = {}
+
+
+@pytest.fixture
+def still(configure, carry_out):
+    """Return the model of devices that train alone and stay where they are."""
+
+    def model(*overrides):
+        if overrides not in _still:
+            _still[overrides] = carry_out(configure(*SMALL, *overrides)).sha256
+        return _still[overrides]
+
+    return model
+
+
+@pytest.fixture
+def travel(configure, carry_out):
+    """Train with devices that move."""
+
+    def travelled(*moves, more=()):
+        return carry_out(configure(*SMALL, *SPLIT, *more), mobility=Listed(moves))
+
+    return travelled
+
+
+@pytest.mark.parametrize(
+    ("how", "at"),
+    [
+        ("announced", 0.0),
+        ("announced", 0.5),
+        ("announced", 1.0),
+        ("foreseen", 0.5),
+        ("unannounced", 0.5),
+    ],
+)
+def test_a_move_changes_nothing_in_the_model(how, at, travel, still):
+    run = travel(Move(0, 1, at, 1, how))
+    (moved,) = run.figures["moves"]
+    assert run.sha256 == still()
+    assert run.figures["recoveries"] == []
+    assert (moved["source"], moved["target"], moved["repeated_steps"]) == ("edge-0", "edge-1", 0)
+    assert moved["step"] == int(at * 10)
+    assert moved["pause_s"] == pytest.approx(sum(moved["parts_s"].values()), rel=0.05)
+
+
+def test_a_round_that_begins_anew_where_the_device_arrives_repeats_its_steps(travel, still):
+    run = travel(Move(0, 1, 0.5, 1), more=("mobility=halfway", "mobility.mode=restart"))
+    (moved,) = run.figures["moves"]
+    assert run.sha256 == still()
+    assert (moved["how"], moved["target"], moved["repeated_steps"]) == ("restart", "edge-1", 5)
+
+
+SEVERAL = (
+    Move(0, 1, 0.2, 1),
+    Move(1, 1, 0.2, 0, "foreseen"),
+    Move(0, 1, 0.6, 0, "unannounced"),
+    Move(1, 1, 0.7, 1),
+    Move(0, 2, 0.45, 1, "announced", piece=2),
+    Move(1, 2, 0.5, 0, "unannounced", piece=1),
+)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("schedule=pipelined", "schedule.micro_batches=4"),
+        ("schedule=pipelined", "schedule.micro_batches=3", "client.label_private=true"),
+        ("schedule.micro_batches=3", "client.clip_norm=0.5", "model.norm=deferred"),
+        ("policy.codec=fp16", "strategy=fedprox"),
+    ],
+    ids=" ".join,
+)
+def test_devices_move_there_and_back_with_the_pipeline_full(more, travel, carry_out, configure):
+    run = travel(*SEVERAL, more=more)
+    assert run.sha256 == carry_out(configure(*SMALL, *SPLIT, *more)).sha256
+    assert [(m["client"], m["target"]) for m in run.figures["moves"]].count((1, "edge-0")) == 2
+    assert len(run.figures["moves"]) == 6
+    assert run.figures["recoveries"] == []
