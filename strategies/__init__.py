@@ -23,6 +23,7 @@ from fedsys.config import Config, call_target, edge_names
 from fedsys.data import Dataset
 from fedsys.errors import ConfigError
 from fedsys.offload.fleet import Fleet
+from fedsys.planning.mobility.sources import source_of
 from fedsys.runtime.apps import check_mods
 from fedsys.training import federation
 from fedsys.training.optimizers import make_optimizer
@@ -91,6 +92,9 @@ def build(
     if policy is None or fleet is None or dataset is None:
         return Sampled(inner, roster, sampling, seed=config.seed)
     check_mods(config.apps.client)
+    mobility, said = source_of(config, edges)
+    for line in said:
+        say(line)
     offload = Offload(
         inner,
         fleet,
@@ -99,6 +103,7 @@ def build(
         roster=roster,
         input_shape=dataset.input_shape,
         num_classes=dataset.num_classes,
+        mobility=mobility,
     )
     return Sampled(offload, roster, sampling, seed=config.seed)
 
