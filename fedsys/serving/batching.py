@@ -1,7 +1,9 @@
 """Requests that wait together are computed together.
 
 A batch is closed when it is full, or when its first request has waited
-`BatchLimits.max_delay_ms`. A request is never divided, so one variant answers all of it. Each gets
+`BatchLimits.max_delay_ms`. A request of more images than a batch may have is computed in pieces of
+that size, and a batch of others, if any wait, between each two: nobody waits for more than a piece.
+One variant answers all of a request; where it changes meanwhile, the request begins anew. Each gets
 an answer or an error: it is computed, refused at once because the queue is full, given up because
 its time is over, or failed with the reason.
 """
@@ -13,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import final
 
 import torch
@@ -22,13 +24,16 @@ from torch import Tensor
 from fedsys.errors import FedsysError, RequestError
 from fedsys.serving.engine import Answer, Engine, Fact, Pressure
 
+ANEW = 2
+"""How many times a request in pieces begins anew until it is computed in one."""
+
 
 @dataclass(frozen=True)
 class BatchLimits:
     """How much waits, and how long.
 
     Attributes:
-        max_batch: Images in a batch; a request with more makes a batch by itself.
+        max_batch: Images in a batch; a request with more is computed in as many as it needs.
         max_delay_ms: How long the first request of a batch waits for others, in milliseconds.
         max_queue: Images that may wait.
     """
@@ -46,8 +51,8 @@ class Served:
         scores: float32 ``(rows, classes)``.
         by: What answered.
         queue_ms: From its submission to the start of its batch, in milliseconds.
-        compute_ms: Duration of its batch.
-        batch: Images in its batch.
+        compute_ms: Duration of its batch, or batches.
+        batch: Images in its batch, or batches.
         facts: What the engine said besides.
     """
 
@@ -70,6 +75,57 @@ class _Waiting:
         return self.images.shape[0]
 
 
+@dataclass(eq=False)
+class _Divided:
+    """A request that is computed in pieces.
+
+    Attributes:
+        request: Of which images wait that are not computed.
+        began: When its first piece was, by `time.perf_counter`; 0.0 before.
+        answers: Of the pieces so far, all by the same.
+        took_ms: Duration of its pieces.
+        again: How many times it had to begin anew.
+    """
+
+    request: _Waiting
+    began: float = 0.0
+    answers: list[Answer] = field(default_factory=list)
+    took_ms: float = 0.0
+    again: int = 0
+
+    @property
+    def done(self) -> int:
+        """Images that are computed."""
+        return sum(answer.scores.shape[0] for answer in self.answers)
+
+    @property
+    def by(self) -> str:
+        """Who computed them; empty if there are none."""
+        return self.answers[0].by if self.answers else ""
+
+    def is_wanted(self) -> bool:
+        """Return whether anybody waits for it; asked once, before its first piece."""
+        return self.request.future.set_running_or_notify_cancel()
+
+    def piece(self, most: int) -> Tensor:
+        """Return the images that are next: `most`, or all if that is the only way to its end."""
+        if self.again > ANEW:
+            return self.request.images
+        return self.request.images[self.done : self.done + most]
+
+    def take(self, answer: Answer) -> None:
+        """Take the answer to a piece; if another one gave it, all before are to be done again."""
+        if self.by not in ("", answer.by):
+            self.answers.clear()
+            self.again += 1
+        else:
+            self.answers.append(answer)
+
+    def whole(self) -> Answer:
+        """Return the answer to all of it."""
+        return replace(self.answers[-1], scores=torch.cat([one.scores for one in self.answers]))
+
+
 @final
 class Batcher:
     """Takes requests from any thread and has them computed, batch by batch, in one of its own.
@@ -82,6 +138,7 @@ class Batcher:
     def __init__(self, engine: Engine, limits: BatchLimits) -> None:
         self._engine, self._limits = engine, limits
         self._queue: deque[_Waiting] = deque()
+        self._divided: deque[_Divided] = deque()  # the first is in work
         self._rows = 0
         self._change = threading.Condition()
         self._closing = False
@@ -108,7 +165,10 @@ class Batcher:
                 raise RequestError(503, "the endpoint is about to end; ask another one")
             if self._rows and self._rows + waiting.rows > self._limits.max_queue:
                 raise RequestError(503, f"{self._rows} images wait already; ask again later")
-            self._queue.append(waiting)
+            if waiting.rows > self._limits.max_batch:
+                self._divided.append(_Divided(waiting))
+            else:
+                self._queue.append(waiting)
             self._rows += waiting.rows
             self._engine.watch.arrived(waiting.rows)
             self._change.notify()
@@ -129,30 +189,45 @@ class Batcher:
         self._thread.join(drain_s)
         with self._change:
             left = [self._take() for _ in range(len(self._queue))]
-        failed = 0
-        for waiting in left:
-            if waiting.future.set_running_or_notify_cancel():
-                waiting.future.set_exception(RequestError(503, "the endpoint ended before"))
-                failed += 1
-        return failed
+            divided = [one for one in list(self._divided) if self._drop(one)]
+        wanted = [w for w in left if w.future.set_running_or_notify_cancel()]
+        wanted += [one.request for one in divided if one.began or one.is_wanted()]
+        _fail(wanted, RequestError(503, "the endpoint ended before"))
+        return len(wanted)
 
     def _take(self) -> _Waiting:
         waiting = self._queue.popleft()
-        self._rows -= waiting.rows
-        self._engine.watch.left(waiting.rows)
+        self._leave(waiting.rows)
         return waiting
 
+    def _drop(self, divided: _Divided) -> bool:
+        """Have a request no more; return whether it was still there."""
+        if divided not in self._divided:
+            return False
+        self._divided.remove(divided)
+        self._leave(divided.request.rows)
+        return True
+
+    def _leave(self, rows: int) -> None:
+        self._rows -= rows
+        self._engine.watch.left(rows)
+
     def _work(self) -> None:
-        while batch := self._next():
+        while True:
+            batch = self._next()
             wanted = [w for w in batch if w.future.set_running_or_notify_cancel()]
             if wanted:
                 self._compute(wanted)
+            if self._divided:
+                self._compute_piece(self._divided[0])
+            elif not batch:
+                return
 
     def _next(self) -> list[_Waiting]:
-        """Wait for a batch; an empty one means the end."""
+        """Wait for a batch; an empty one means the end, or that there are only pieces."""
         limit = self._limits.max_batch
         with self._change:
-            self._change.wait_for(lambda: self._queue or self._closing)
+            self._change.wait_for(lambda: self._queue or self._divided or self._closing)
             if not self._queue:
                 return []
             until = self._queue[0].since + self._limits.max_delay_ms / 1e3
@@ -174,11 +249,7 @@ class Batcher:
             pressure = Pressure((start - batch[0].since) * 1e3, self._rows)
             answer = self._engine.answer(images, pressure)
         except Exception as error:  # whatever the engine says: the requests are told, others go on
-            known = isinstance(error, FedsysError)
-            text = str(error) if known else f"{type(error).__name__}: {error}"
-            for waiting in batch:
-                failure = error if isinstance(error, RequestError) else RequestError(500, text)
-                waiting.future.set_exception(failure)
+            _fail(batch, error)
             return
         self._give(batch, answer, start, (time.perf_counter() - start) * 1e3)
 
@@ -192,3 +263,35 @@ class Batcher:
             served = Served(scores, answer.by, queued, took_ms, rows, answer.facts)
             self._engine.watch.answered((time.perf_counter() - waiting.since) * 1e3)
             waiting.future.set_result(served)
+
+    def _compute_piece(self, divided: _Divided) -> None:
+        request, start = divided.request, time.perf_counter()
+        with self._change:
+            if divided not in self._divided:
+                return
+            if not divided.began and not divided.is_wanted():
+                self._drop(divided)
+                return
+            divided.began = divided.began or start
+        images = divided.piece(self._limits.max_batch)
+        problem: Exception | None = None
+        try:
+            pressure = Pressure((start - request.since) * 1e3, self._rows - images.shape[0])
+            divided.take(self._engine.answer(images, pressure, divided.by))
+        except Exception as error:
+            problem = error
+        divided.took_ms += (time.perf_counter() - start) * 1e3
+        with self._change:
+            ended = (problem or divided.done == request.rows) and self._drop(divided)
+        if ended and problem:
+            _fail([request], problem)
+        elif ended:
+            self._give([request], divided.whole(), divided.began, divided.took_ms)
+
+
+def _fail(requests: list[_Waiting], error: Exception) -> None:
+    known = isinstance(error, FedsysError)
+    text = str(error) if known else f"{type(error).__name__}: {error}"
+    for waiting in requests:
+        failure = error if isinstance(error, RequestError) else RequestError(500, text)
+        waiting.future.set_exception(failure)

@@ -97,8 +97,14 @@ class Engine(Protocol):
     def ready(self) -> bool:
         """Whether requests are answered now; else they wait."""
 
-    def answer(self, images: Tensor, pressure: Pressure = CALM) -> Answer:
-        """Return the scores of normalised float32 images ``(batch, C, H, W)``."""
+    def answer(self, images: Tensor, pressure: Pressure = CALM, by: str = "") -> Answer:
+        """Return the scores of normalised float32 images ``(batch, C, H, W)``.
+
+        Args:
+            images: The images.
+            pressure: How urgent they are.
+            by: Who is to compute them if that can be: they are part of what it has begun.
+        """
 
     def status(self) -> Mapping[str, Any]:
         """Return how it is, as plain values; numbers at its top become metrics."""

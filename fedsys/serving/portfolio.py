@@ -80,14 +80,12 @@ class PortfolioEngine:
         """Whether a variant is in memory that answers; else requests wait for one."""
         return self._switcher.ready
 
-    def answer(self, images: Tensor, pressure: Pressure = CALM) -> Answer:
-        """Return the scores, all by one variant: that of the policy, or one that relieves it."""
-        backlog = Backlog(images.shape[0], pressure.waited_ms, pressure.behind)
-        name, in_time = self.control.pick(backlog)
-        if not in_time:
-            self.watch.overdue()
-            self.control.hurry()
-        with self._switcher.lease(name) as active:
+    def answer(self, images: Tensor, pressure: Pressure = CALM, by: str = "") -> Answer:
+        """Return the scores, all by one variant: that of the policy, or one that relieves it.
+
+        With `by` it is that variant, unless it is in memory no more.
+        """
+        with self._switcher.lease(by or self._picked(images.shape[0], pressure)) as active:
             start = time.perf_counter()
             scores = active.run(images)
             took = (time.perf_counter() - start) * 1e3
@@ -101,6 +99,13 @@ class PortfolioEngine:
             "meets_objective": last is not None and last.meets,
         }
         return Answer(scores.float(), active.name, facts)
+
+    def _picked(self, rows: int, pressure: Pressure) -> str | None:
+        name, in_time = self.control.pick(Backlog(rows, pressure.waited_ms, pressure.behind))
+        if not in_time:
+            self.watch.overdue()
+            self.control.hurry()
+        return name
 
     @property
     def in_memory(self) -> list[str]:

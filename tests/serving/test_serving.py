@@ -83,7 +83,7 @@ class Sums:
         self.error = None
         self.closed = False
 
-    def answer(self, images, pressure=CALM):
+    def answer(self, images, pressure=CALM, by=""):
         self.batches.append(images.shape[0])
         assert self.go.wait(30)
         if self.error:
@@ -95,6 +95,14 @@ class Sums:
 
     def close(self):
         self.closed = True
+
+
+def until(true):
+    """Wait for what another thread is about to do."""
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
 
 
 @pytest.fixture(scope="module")
@@ -422,6 +430,83 @@ def test_what_cannot_be_drained_in_time_is_failed_and_not_forgotten():
 
 # --------------------------------------------------------------------------------------------------
 # The endpoint
+
+
+def test_a_large_request_lets_others_in_between_its_pieces():
+    """Small requests waited for the whole forward of a large one: a second for 256 images."""
+    engine = Sums()
+    engine.go.clear()
+    batcher = Batcher(engine, BatchLimits(max_batch=4, max_delay_ms=0.0))
+    large, other, small = (pixels(rows).float() for rows in (18, 5, 2))
+    futures = [batcher.submit(large)]
+    until(lambda: engine.batches == [4])  # its first piece is in work
+    futures += [batcher.submit(images) for images in (other, small, small)]
+    assert batcher.waiting == 18 + 5 + 2 + 2
+    engine.go.set()
+    served = [future.result(30) for future in futures]
+    assert engine.batches == [4, 4, 4, 4, 4, 2, 4, 1]
+    for images, one in zip((large, other, small, small), served, strict=True):
+        assert torch.equal(one.scores, Sums().answer(images).scores)
+    assert [one.batch for one in served] == [18, 5, 4, 4]
+    assert batcher.close(30) == 0 and batcher.waiting == 0
+
+
+class Changing(Sums):
+    """An engine whose variant changes after each of some pieces, whatever it is asked."""
+
+    def __init__(self, changes):
+        super().__init__()
+        self.changes, self.wanted = changes, []
+
+    def answer(self, images, pressure=CALM, by=""):
+        self.wanted.append(by)
+        answer = super().answer(images, pressure)
+        number = sum(change < len(self.batches) for change in self.changes)
+        return dataclasses.replace(answer, by=f"v{number}", scores=answer.scores + 1000 * number)
+
+
+@pytest.mark.parametrize(
+    ("changes", "batches"),
+    [
+        ([], [4, 4, 2]),
+        ([1], [4, 4, 4, 4, 2]),
+        ([2], [4, 4, 2, 4, 4, 2]),
+        ([1, 2, 3, 4, 5, 6, 7, 8], [4, 4, 4, 4, 4, 4, 10]),
+    ],
+)
+def test_one_variant_answers_all_pieces_of_a_request(changes, batches):
+    engine = Changing(changes)
+    batcher = Batcher(engine, BatchLimits(max_batch=4, max_delay_ms=0.0))
+    images = pixels(10).float()
+    served = batcher.submit(images).result(30)
+    assert engine.batches == batches
+    expected = Sums().answer(images).scores + 1000 * int(served.by[1:])
+    assert torch.equal(served.scores, expected)
+    assert batcher.close(30) == 0
+
+
+def test_an_error_in_a_piece_is_told_to_its_request_alone():
+    engine = Sums()
+    batcher = Batcher(engine, BatchLimits(max_batch=4, max_delay_ms=0.0))
+    engine.error = ModelError("no weights")
+    with pytest.raises(RequestError, match="no weights"):
+        batcher.submit(pixels(9).float()).result(30)
+    engine.error = None
+    assert batcher.submit(pixels(9).float()).result(30).batch == 9
+    assert batcher.close(30) == 0 and batcher.waiting == 0
+
+
+def test_what_is_in_pieces_when_the_endpoint_ends_is_told_so():
+    engine = Sums()
+    engine.go.clear()
+    batcher = Batcher(engine, BatchLimits(max_batch=4, max_delay_ms=0.0))
+    futures = [batcher.submit(pixels(9).float()) for _ in range(2)]
+    until(lambda: engine.batches)
+    assert batcher.close(0.1) == 2
+    engine.go.set()
+    for future in futures:
+        with pytest.raises(RequestError, match="the endpoint ended before"):
+            future.result(30)
 
 
 def test_it_tells_what_it_is(endpoint):

@@ -118,7 +118,7 @@ class LeasedEngine:
         """Whether a variant is in memory."""
         return self._switcher.ready
 
-    def answer(self, images: Tensor, pressure: Pressure = CALM) -> Answer:
+    def answer(self, images: Tensor, pressure: Pressure = CALM, by: str = "") -> Answer:
         """Compute the scores."""
         asked = time.perf_counter()
         with self._switcher.lease() as active:
