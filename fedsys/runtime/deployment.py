@@ -26,6 +26,7 @@ from fedsys.runtime.control import SuperLinkAddress, SuperLinkClient
 from fedsys.runtime.edge_processes import check_reachable
 from fedsys.runtime.launch import Launched, launched
 from fedsys.runtime.relay import Replay
+from fedsys.runtime.server_side import Restarted
 
 
 def run_deployment(config: Config) -> Mapping[str, Any]:
@@ -43,7 +44,9 @@ def run_deployment(config: Config) -> Mapping[str, Any]:
     with choose(json=config.json) as progress:
         if runtime.launch:
             token = secret.handed_on(config.fleet.control_token)
-            with _settled(config), token, launched(config, progress) as here:
+            with (
+                _settled(config), _with_way_on(config), token, launched(config, progress) as here
+            ):  # fmt: skip
                 told = _carry_through(config, here, progress)
             result = {**told, **stages.current().figures()}
             RunFolder.open(Path(str(config.run.dir))).finish(result)  # with the time of the command
@@ -60,12 +63,26 @@ def run_deployment(config: Config) -> Mapping[str, Any]:
         address = SuperLinkAddress.of(
             runtime.superlink, runtime.root_certificates, runtime.insecure
         )
-        told = _carry_out(config, Launched(address, lambda: None, {}), progress)
+        with _with_way_on(config):
+            told = _carry_out(config, Launched(address, lambda: None, {}), progress)
         return {**told, **stages.current().figures()}
 
 
-SUBMISSIONS = 3
+SUBMISSIONS = 4
 """How many times a run is submitted to a SuperLink that was started for it."""
+
+
+_FLOWERS = (
+    # Without its token, Flower interrupts the server app, and answers that the run does not run.
+    *("KeyboardInterrupt", "SystemExit", "RunNotRunningException"),
+    # A SuperLink that was started again has not what was being pushed to it.
+    *("ObjectPushError", "ObjectPullError", "ObjectUnavailableError", "NoObjectInStoreError"),
+)
+"""Errors of a server app that are not its own, by their names."""
+
+
+class Stopped(RuntimeFailure):
+    """A run was stopped from outside."""
 
 
 class Unfinished(RuntimeFailure):
@@ -77,12 +94,13 @@ def _carry_through(config: Config, here: Launched, progress: Progress) -> Mappin
 
     A SuperLink on a machine that is short of time answers too late: its database is locked, the
     session in which objects are pushed expires, or the token of the server app does, whose
-    heartbeats come late. No round is lost by that.
+    heartbeats come late. Or the process of the server app was killed, alone or with what runs it.
+    No round that has a checkpoint is lost by that.
     """
     for _ in range(SUBMISSIONS - 1):
         try:
             return _carry_out(config, here, progress)
-        except Unfinished as error:
+        except (Unfinished, Restarted) as error:
             if not _ended_by_flower(Path(str(config.run.dir))):
                 raise
             progress.note(f"{error}; it is submitted again")
@@ -98,12 +116,13 @@ def _ended_by_flower(path: Path) -> bool:
         info = RunFolder.open(path).info
     except RunError:
         return False
+    if info.get("status") == "running":  # its process was killed, and said nothing
+        return True
     told = info.get("error")
     kind = str(told.get("type")) if isinstance(told, Mapping) else ""
     of_httpx = getattr(httpx, kind, None)
     failed = isinstance(of_httpx, type) and issubclass(of_httpx, httpx.HTTPError)
-    # Without its token, Flower interrupts the server app, and answers that the run does not run.
-    return failed or kind in ("KeyboardInterrupt", "SystemExit", "RunNotRunningException")
+    return failed or kind in _FLOWERS
 
 
 def _continued(config: Config) -> Config:
@@ -178,13 +197,21 @@ def _carry_out(config: Config, there: Launched, progress: Progress) -> Mapping[s
     if replay.error is not None:
         raise replay.error
     if ended != "completed" or replay.result is None:
-        kind = RuntimeFailure if ended == "stopped" else Unfinished
-        raise kind(
-            f"run {run_id} ended as {ended}: {details or 'the server app said nothing'}; "
-            "fedsys train resume=RUN on the machine of the server app continues it"
-        )
+        kind = Stopped if ended == "stopped" else Unfinished
+        raise kind(f"run {run_id} ended as {ended}: {details or 'the server app said nothing'}")
     progress.finish(replay.result)
     return replay.result
+
+
+@contextmanager
+def _with_way_on(config: Config) -> Iterator[None]:
+    """Have an error with which a run ends before its last round say how it goes on."""
+    try:
+        yield
+    except (Unfinished, Stopped, Restarted) as error:
+        where = "" if config.runtime.launch else " on the machine of the server app"
+        run = config.run.dir if config.runtime.launch else "RUN"
+        raise type(error)(f"{error}; fedsys train resume={run}{where} continues it") from error
 
 
 def _stop(control: SuperLinkClient, run_id: int) -> None:

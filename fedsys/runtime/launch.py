@@ -37,6 +37,7 @@ from fedsys.runs.progress import Progress
 from fedsys.runtime.control import SuperLinkAddress, SuperLinkClient
 from fedsys.runtime.edge_processes import EdgeProcesses, credentials_of_device
 from fedsys.runtime.processes import Processes, free_ports, is_free
+from fedsys.runtime.server_side import ServerSide
 from fedsys.transport.security import Authority
 
 HOST = "127.0.0.1"
@@ -105,10 +106,11 @@ def launched(config: Config, progress: Progress) -> Iterator[Launched]:
                 progress.phase(f"starting {len(edges)} edge server{'s' if len(edges) > 1 else ''}")
                 edges.wait()
 
+            server = ServerSide(deployment, processes)
             devices = Devices(deployment, processes, progress.note)
 
             def check() -> None:
-                processes.check()
+                server.check()
                 devices.check()
                 edges.check()
 
@@ -165,6 +167,7 @@ class Deployment:
                 "--superexec-auth-secret-file", str(self._secret("executors")),
                 "--database", str(self.folder / "superlink.db"),
             ],
+            vital=False,
         )  # fmt: skip
         processes.preload()
 
@@ -179,7 +182,7 @@ class Deployment:
         deadline = time.monotonic() + START_S
         with httpx.Client(verify=trust) as client:
             while True:
-                processes.check()
+                processes.check(["superlink"])
                 try:
                     client.get(f"https://{self.address.host_port}/health").raise_for_status()
                     return
@@ -193,7 +196,8 @@ class Deployment:
 
     def start_executor(self, processes: Processes) -> None:
         """Start what runs the server app."""
-        processes.start("superlink-executor", self._executor(self.address.host_port))
+        command = self._executor(self.address.host_port)
+        processes.start("superlink-executor", command, vital=False)
 
     def start_nodes(self, processes: Processes) -> None:
         """Make the nodes known to the SuperLink and start them."""

@@ -21,6 +21,7 @@ from fedsys.runtime import deployment, launch
 from fedsys.runtime.busy import WAITS_S, asked_again
 from fedsys.runtime.launch import RESTART_S, RESTARTS, Devices
 from fedsys.runtime.processes import Processes, free_ports
+from fedsys.runtime.server_side import Restarted, ServerSide
 
 WAIT_S = 60.0
 
@@ -35,7 +36,7 @@ def until(true):
 class Waiting:
     """A deployment whose nodes and executors only wait for a SuperLink that is not there."""
 
-    node_keys = (b"one", b"two")
+    node_keys, waited = (b"one", b"two"), 0
 
     def start_node(self, processes, partition):
         self._start(processes, f"node-{partition}")
@@ -49,6 +50,16 @@ class Waiting:
         superlink = f"127.0.0.1:{nobody}"
         command = ["flower-supernode", "--insecure", "--superlink", superlink]
         processes.start(name, [*command, "--port", str(port)], vital=False)
+
+    def start_superlink(self, processes):
+        self._start(processes, "superlink")
+
+    def wait(self, processes):
+        assert "superlink" not in processes.ended()
+        self.waited += 1
+
+    def start_executor(self, processes):
+        self._start(processes, "superlink-executor")
 
 
 @pytest.fixture
@@ -89,6 +100,24 @@ def test_a_node_is_started_again_with_its_executor(watched):
     names = ("node-1", "node-1-executor")
     assert not {watched.processes.pid(name) for name in names} & set(before)
     assert watched.processes.ended() == {}
+
+
+@pytest.mark.parametrize("name", ["superlink", "superlink-executor"])
+def test_what_a_run_needs_is_started_again_and_the_run_is_over(name, watched):
+    """A SuperLink or an executor that was killed ended a launched run for good."""
+    processes, made = watched.processes, Waiting()
+    made.start_superlink(processes)
+    made.start_executor(processes)
+    server = ServerSide(made, processes)
+    server.check()
+    superlink, executor = processes.pid("superlink"), processes.pid("superlink-executor")
+    kill(watched, name)
+    with pytest.raises(Restarted, match=f"{name} ended with status -9 and was started again"):
+        server.check()
+    server.check()
+    assert (processes.pid("superlink") != superlink) == (made.waited == 1) == (name == "superlink")
+    assert processes.pid("superlink-executor") != executor  # with the server app in it
+    assert processes.ended() == {}
 
 
 def test_a_device_that_ends_again_and_again_is_left_out_and_the_others_stay(watched):
@@ -156,6 +185,8 @@ def test_a_busy_superlink_is_asked_again_and_others_errors_are_raised_at_once():
         (httpx.HTTPStatusError("locked", request=None, response=None), True),
         (httpx.ReadTimeout("late"), True),
         (KeyboardInterrupt(), True),  # what Flower does to a server app without its token
+        (type("ObjectPushError", (Exception,), {})("replaced"), True),  # to another SuperLink
+        (None, True),  # its process was killed, and said nothing
         (ValueError("of a strategy"), False),
     ],
 )
@@ -170,8 +201,11 @@ def test_a_run_that_flower_ended_is_submitted_again_and_goes_on(
     def carried_out(config, here, progress):
         asked.append(config.resume)
         if len(asked) == 1:  # as a server app that ends in this way leaves its folder
-            with pytest.raises(type(error)), RunFolder.create(folder, config.text):
-                raise error
+            if error is None:
+                RunFolder.create(folder, config.text)
+            else:
+                with pytest.raises(type(error)), RunFolder.create(folder, config.text):
+                    raise error
             raise deployment.Unfinished("run 1 ended as failed")
         return {"accuracy": 1.0}
 
@@ -185,10 +219,18 @@ def test_a_run_that_flower_ended_is_submitted_again_and_goes_on(
             deployment._carry_through(config, None, progress)
 
 
+def test_a_run_that_does_not_go_on_names_its_folder_and_the_command(tmp_path, configure):
+    config = configure("runtime=deployment", "runtime.launch=true", f"run.dir={tmp_path}")
+    told = f"ended; fedsys train resume={tmp_path} continues it"
+    with pytest.raises(Restarted, match=told), deployment._with_way_on(config):
+        raise Restarted("superlink ended")
+
+
 @pytest.mark.deployment
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")
-def test_a_run_outlives_the_executor_of_one_of_its_devices(tmp_path):
+@pytest.mark.parametrize("killed", ["node-1-executor", "node-1", "superlink"])
+def test_a_run_outlives_its_processes(killed, tmp_path):
     folder = tmp_path / "run"
     command = [
         sys.executable, "-m", "fedsys.main", "train", "runtime=deployment", "runtime.launch=true",
@@ -198,15 +240,15 @@ def test_a_run_outlives_the_executor_of_one_of_its_devices(tmp_path):
     with (tmp_path / "said").open("w") as said:
         child = subprocess.Popen(command, stderr=said)
         until(lambda: (folder / "metrics.csv").exists() or child.poll() is not None)
-        executor = str(folder / "flower" / "node-1-executor.log")
+        log = str(folder / "flower" / f"{killed}.log")
         (found,) = [
             process
             for process in psutil.Process(child.pid).children(recursive=True)
             if os.getpgid(process.pid) == process.pid
-            and executor in {os.path.realpath(file.path) for file in process.open_files()}
+            and log in {os.path.realpath(file.path) for file in process.open_files()}
         ]
         found.kill()
         assert child.wait(300) == 0, (tmp_path / "said").read_text()
-    assert "node-1-executor ended with status -9" in (tmp_path / "said").read_text()
+    assert f"{killed} ended with status -9" in (tmp_path / "said").read_text()
     assert [row["round"] for row in RunFolder.open(folder).rounds()] == [1, 2, 3]
     assert not (folder / "flower" / "secrets").exists()
