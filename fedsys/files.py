@@ -11,7 +11,6 @@ import errno
 import json
 import math
 import os
-import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -38,7 +37,7 @@ def writing(path: Path) -> Iterator[None]:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a path to write to; it becomes `path` when the block ends well and vanishes if not."""
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    part = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
     try:
         with writing(path):
             yield part
@@ -83,7 +82,7 @@ def write_new(path: Path, data: bytes, mode: int = 0o666) -> None:
         FileExistsError: It exists, or what should be its folder is a file.
         OSError: It cannot be written.
     """
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    part = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
     try:
         opener = partial(os.open, mode=mode)
         with open(part, "xb", opener=opener) as file:

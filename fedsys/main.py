@@ -20,7 +20,6 @@ from typing import Any, NoReturn
 from fedsys import __version__
 from fedsys.commands.arguments import Given, read
 from fedsys.commands.catalog import COMMANDS, Command
-from fedsys.commands.sweep import Sweep
 from fedsys.errors import ConfigError, FedsysError, did_you_mean
 from fedsys.runs import opening
 
@@ -112,6 +111,8 @@ class Invocation:
     """
 
     def __init__(self, verb: str, command: Command) -> None:
+        from fedsys.commands.sweep import Sweep
+
         self.verb, self.command = verb, command
         self._sweep = Sweep([])
         self._multirun = self._json = False

@@ -46,7 +46,6 @@ from strategies.offload_totals import in_words
 from strategies.roster import gather
 from strategies.rounds import RoundResult, play
 from strategies.sampling import Sampled
-from strategies.truncated_rounds import practise
 from strategies.virtual_time import RoundClock, virtual_totals
 from strategies.watching import watched
 
@@ -156,7 +155,10 @@ def _prepared(
         folder=safety.folder.path, say=progress.phase,
     )  # fmt: skip
     initial = safety.watch(strategy, records.to_record(model.state_dict()))
-    practise(strategy, grid, initial, config, fed.dataset)
+    if find(strategy, Offload) is not None:
+        from strategies.truncated_rounds import practise
+
+        practise(strategy, grid, initial, config, fed.dataset)
     stages.current().reached("data and model")
     size, epochs = config.client.batch_size, config.client.epochs
     steps = [epochs * len(mini_batches(len(part), size)) for part in fed.parts]

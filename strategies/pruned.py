@@ -29,8 +29,6 @@ from fedsys.config import Config
 from fedsys.config import pruning as settings
 from fedsys.data import Dataset
 from fedsys.files import write_atomic
-from fedsys.pruning.sparsify import gradual, left_alone, one_shot, sparsity_after
-from fedsys.pruning.structure import structure
 from fedsys.randomness import Address
 from fedsys.runs.checkpoint import StrategyState
 from fedsys.runs.trees import Tree
@@ -68,6 +66,10 @@ class Pruned(Around):
     STATE = ("masks", "prunings", "origin", "origin_state")
 
     def __init__(self, inner: Strategy, config: Config, model: nn.Module, dataset: Dataset) -> None:
+        from fedsys.pruning.sparsify import (
+            left_alone,
+        )  # needed by runs that prune alone
+
         settings.check_rounds(config.pruning, config.rounds)
         super().__init__(inner)
         self._config, self._pruning = config, config.pruning
@@ -136,6 +138,9 @@ class Pruned(Around):
 
     def _prune(self, arrays: ArrayRecord, prunings: int) -> Masks:
         """Return the masks after a pruning of the model of `arrays`."""
+        from fedsys.pruning.sparsify import one_shot
+        from fedsys.pruning.structure import structure
+
         chosen, model, masks = self._pruning, self._model, self._next
         records.load_into(model, arrays)
         shape = self._dataset.input_shape
@@ -156,6 +161,8 @@ class Pruned(Around):
 
     def _target(self, masks: Masks, prunings: int) -> float:
         """Return the sparsity after a pruning."""
+        from fedsys.pruning.sparsify import gradual, sparsity_after
+
         if not self._pruning.rewinds:
             return gradual(self._pruning.sparsities[0], self._pruning.steps)[prunings - 1]
         figures = masks.figures()

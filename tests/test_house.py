@@ -241,6 +241,26 @@ def test_the_model_of_time_brings_no_connection():
     assert set(planning) <= loaded
 
 
+def test_the_command_and_a_plain_run_load_what_they_need():
+    """Archives, digests and OmegaConf came with a list of commands and with a run's folder.
+
+    And all policies, the agents of those that learn, and the conversion of pruned models came with
+    every run.
+    """
+    assert loaded_by("fedsys.main") & {"secrets", "hashlib", "shutil", "zlib", "yaml"} == set()
+    assert loaded_by("fedsys.runs.folder") & {"omegaconf", "fedsys.config", "torch"} == set()
+    apps = loaded_by("strategies.app", "clients.app")
+    others = (
+        "fedsys.planning.learning",
+        "fedsys.planning.bandit",
+        "fedsys.pruning",
+        "strategies.policies.",
+    )
+    assert sorted(name for name in apps if name.startswith(others)) == [
+        "strategies.policies.policy"
+    ]
+
+
 ROOMS = sorted(
     path.parent.name for path in (ROOT / "fedsys").glob("*/__init__.py") if path.parent.is_dir()
 )

@@ -35,7 +35,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from fedsys.config import secret
 from fedsys.errors import ConfigError, RunError
 from fedsys.files import (
     ELSEWHERE,
@@ -128,7 +127,7 @@ class RunFolder:
         info = {"status": "running", "started": time.time(), **environment(), "config": config}
         try:
             path.mkdir(parents=True, exist_ok=True)
-            mode = 0o600 if secret.is_private(config) else 0o666
+            mode = 0o600 if _is_private(config) else 0o666
             write_new(path / "run.json", _info_text(info), mode)
         except FileExistsError as error:
             if not path.is_dir():
@@ -218,7 +217,7 @@ class RunFolder:
 
     def log_config(self, config_yaml: str) -> None:
         """Write ``config.yaml``; where it holds secrets, the folder is its owner's from then on."""
-        if secret.is_private(_parsed(config_yaml)):
+        if _is_private(_parsed(config_yaml)):
             self._keep_private()
         write_atomic(self.path / "config.yaml", config_yaml.encode())
 
@@ -407,6 +406,12 @@ class RunFolder:
 
 def _info_text(info: Mapping[str, Any]) -> bytes:
     return (json_text(info, indent=2) + "\n").encode()
+
+
+def _is_private(config: Mapping[str, Any]) -> bool:
+    from fedsys.config import secret  # who reads a folder needs no OmegaConf
+
+    return secret.is_private(config)
 
 
 def _parsed(config_yaml: str) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime
@@ -108,6 +107,8 @@ def take_back(path: Path, before: Path | None) -> None:
     table = path / "metrics.csv"
     if table.exists() and table.stat().st_size:
         return
+    import shutil  # brings every format of archives
+
     shutil.rmtree(path, ignore_errors=True)
     with suppress(OSError):
         path.parent.rmdir()  # the day, if it is empty

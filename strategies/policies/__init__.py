@@ -10,11 +10,6 @@ from fedsys.config import Config, Spec, call_target
 from fedsys.errors import ConfigError, did_you_mean
 from fedsys.planning.leakage import without_limit
 from fedsys.planning.options import PLANNED, PlanOptions
-from strategies.policies.bandit import bandit
-from strategies.policies.fedadapt import FedAdaptPolicy
-from strategies.policies.fixed import FixedPolicy
-from strategies.policies.learned import learned_planner
-from strategies.policies.planned import Planned
 from strategies.policies.policy import OffloadPolicy
 
 
@@ -28,6 +23,8 @@ def build_policy(
     say: Callable[[str], None] = lambda text: None,
 ) -> OffloadPolicy | None:
     """Return the policy of the ``policy`` group; None where everything stays on the devices.
+
+    Only the policy that is asked for is imported: those that learn bring a fifth of all modules.
 
     Args:
         spec: The group; of kind ``own`` its ``_target_`` names the policy, which may take the
@@ -45,14 +42,19 @@ def build_policy(
     if kind == "none":
         return None
     if kind == "fixed":
+        from strategies.policies.fixed import FixedPolicy
+
         pieces = spec.get("micro_batches")
         return FixedPolicy(spec.get("cut"), spec.get("codec", "fp32"), num_edges, pieces)
     if kind in PLANNED and config is not None:
-        learn = PlanOptions.of(spec).learn
-        return learned_planner(config, examples) if learn else Planned(config, examples)
+        return _planner(config, examples, learn=PlanOptions.of(spec).learn)
     if kind == "bandit" and config is not None:
+        from strategies.policies.bandit import bandit
+
         return bandit(config, examples)
     if kind == "fedadapt" and config is not None:
+        from strategies.policies.fedadapt import FedAdaptPolicy
+
         return FedAdaptPolicy(config, examples, folder, say)
     if kind == "own":
         target = {key: value for key, value in without_limit(spec).items() if key != "kind"}
@@ -61,3 +63,13 @@ def build_policy(
     known = ("none", "fixed", *PLANNED, "bandit", "fedadapt", "own")
     hint = did_you_mean(str(kind), known)
     raise ConfigError.of("policy.kind", kind, f"must be one of {', '.join(known)}", hint.strip())
+
+
+def _planner(config: Config, examples: Sequence[int], *, learn: bool) -> OffloadPolicy:
+    if learn:
+        from strategies.policies.learned import learned_planner
+
+        return learned_planner(config, examples)
+    from strategies.policies.planned import Planned
+
+    return Planned(config, examples)
