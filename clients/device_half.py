@@ -13,6 +13,9 @@ from clients.steps import Split, Tally
 from fedsys.config import Config
 from fedsys.models.layers import LayeredModel
 from fedsys.planning.assignment import Assignment
+from fedsys.privacy.noise import NoiseSource, source_of
+from fedsys.privacy.part import Stepping, stepping
+from fedsys.randomness import Address
 from fedsys.training import federation
 from fedsys.training import plain as training
 from fedsys.training.federation import layered_model, penalty_of
@@ -35,8 +38,9 @@ class Point:
     sums: Tally
 
     @classmethod
-    def of(cls, part: Part, sums: Tally) -> Point:
-        """Return where a part stands; copied."""
+    def of(cls, half: Stepping, sums: Tally) -> Point:
+        """Return where the device's half stands; copied."""
+        part = half.part
         state = {name: tensor.cpu().clone() for name, tensor in part.state().items()}
         return cls(state, part.optimizer_state(), sums.copy())
 
@@ -47,8 +51,10 @@ class DeviceHalf:
     Args:
         config: The run.
         content: The message: the device's half, settings, and the assignment.
+        partition: The device.
 
     Attributes:
+        source: Draws noise, and who is in a mini-batch, where examples have a promise.
         layers: The model, on ``meta``.
         place: Where the session is, and where the last units begin.
         split: How the model is shared with the edge.
@@ -56,7 +62,7 @@ class DeviceHalf:
         device: Where to compute.
     """
 
-    def __init__(self, config: Config, content: RecordDict) -> None:
+    def __init__(self, config: Config, content: RecordDict, partition: int) -> None:
         self._config, self._content = config, content
         dataset = federation.federation(config).dataset
         self.layers: LayeredModel = layered_model(config, dataset.input_shape, dataset.num_classes)
@@ -67,7 +73,9 @@ class DeviceHalf:
         self.split = Split(
             Assignment.of(told, pieces), self.place.tail, len(self.layers), config.schedule
         )
-        self.round, self._mu = settings.server_round, settings.proximal_mu
+        self.round, self._settings = settings.server_round, settings
+        address = Address(config.seed, partition, self.round)
+        self.source: NoiseSource = source_of(address, config.privacy.secure)
         self.device: torch.device = training.pick_device(config.client.device)
 
     def start(self) -> Point:
@@ -80,18 +88,23 @@ class DeviceHalf:
         layout = self._config.client.memory_format
         return filled_stages(self.layers, cuts, [0, 2], state, self.device, layout)
 
-    def part(self, point: Point, start: Point) -> Part:
+    def part(self, point: Point, start: Point) -> Stepping:
         """Return the units in training as at a point of the round that began at `start`."""
-        return Part(
+        settings, masks = self._settings, self._received(messages.MASKS)
+        part = Part(
             self.stages({name: tensor.clone() for name, tensor in point.state.items()}),
             self._config,
             self.round,
-            proximal_mu=self._mu,
+            proximal_mu=settings.proximal_mu,
             optimizer_state=point.optimizer,
             anchor=start.state,
-            masks=self._received(messages.MASKS),
+            masks=masks,
             penalty=penalty_of(self._config, self.layers, self.round),
         )
+        return stepping(
+            part, self._config, noise=settings.noise, expected=settings.expected,
+            source=self.source, masks=masks,
+        )  # fmt: skip
 
     def _received(self, key: str) -> dict[str, Tensor]:
         return records.from_record(self._content.array_records.get(key, ArrayRecord()))

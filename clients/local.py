@@ -6,12 +6,15 @@ import itertools
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 
+import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from fedsys import data
 from fedsys.config import Config, pruning
@@ -20,6 +23,10 @@ from fedsys.offload.emulation import Pace, device_costs
 from fedsys.offload.remote import Traffic
 from fedsys.planning.costs import MachineCosts
 from fedsys.planning.resources import Measured, Observation
+from fedsys.privacy import training as private
+from fedsys.privacy.budget import epoch_steps, sampling_rate
+from fedsys.privacy.noise import NoiseSource, poisson_sample, source_of
+from fedsys.privacy.update import PrivateUpdate
 from fedsys.randomness import Address
 from fedsys.runs.tracing import Recorder
 from fedsys.training import federation, optimizers
@@ -77,19 +84,12 @@ class LocalClient:
         doom = Doom.of(content.config_records.get(messages.FAULTS))
         size = settings.micro_batches or self.config.schedule.micro_batches
         recorder = Recorder()
-        batches = own_batches(self.config, self.partition, address, most)
+        source = source_of(address, self.config.privacy.secure)
+        own = own_batches(self.config, self.partition, address, most, source)
+        batches = doomed(self._paced(own, size, recorder), doom)
         packed = records.from_record(content.array_records.get(messages.MASKS, ArrayRecord()))
         with held(Masks.unpacked(packed, named), model, optimizer), _frozen(model, client.frozen):
-            score = training.train(
-                model,
-                optimizer,
-                doomed(self._paced(batches, size, recorder), doom),
-                address,
-                micro_batches=size,
-                clip_norm=client.clip_norm,
-                anchor=_anchor(model, settings.proximal_mu),
-                penalty=self._penalty(round_),
-            )
+            score = self._fit(model, optimizer, batches, settings, source, packed)
         seconds = time.perf_counter() - began
         reply = self._reply(model, score, seconds, recorder)
         if client.keep_optimizer:
@@ -104,13 +104,46 @@ class LocalClient:
         reply = RecordDict(
             {
                 messages.ARRAYS: records.to_record(model.state_dict()),
-                messages.METRICS: train_metrics(score, self.config.client.epochs, seconds),
+                messages.METRICS: train_metrics(score, self.config, self.partition, seconds),
                 messages.OBSERVATION: observation(score.steps, seconds, recorder.sums()),
             }
         )
         if self.config.fleet.emulate:
             reply[messages.TRACE] = ConfigRecord(messages.written(recorder.record()))
         return reply
+
+    def _fit(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        batches: Batches,
+        settings: messages.Settings,
+        source: NoiseSource,
+        packed: Mapping[str, Tensor],
+    ) -> training.Score:
+        """Train the model; with a promise to each example if the run makes one."""
+        config, round_ = self.config, settings.server_round
+        address = Address(config.seed, self.partition, round_)
+        pieces = settings.micro_batches or config.schedule.micro_batches
+        anchor, penalty = _anchor(model, settings.proximal_mu), self._penalty(round_)
+        if not config.privacy.per_example:
+            return training.train(
+                model, optimizer, batches, address,
+                micro_batches=pieces, clip_norm=config.client.clip_norm,
+                anchor=anchor, penalty=penalty,
+            )  # fmt: skip
+        with PrivateUpdate(
+            [model],
+            clip_norm=config.privacy.clip_norm,
+            noise=settings.noise,
+            expected=settings.expected,
+            source=source,
+            masks=Masks.unpacked(packed, dict(model.named_parameters())),
+        ) as update:
+            return private.train(
+                model, optimizer, batches, address, update,
+                micro_batches=pieces, anchor=anchor, penalty=penalty,
+            )  # fmt: skip
 
     def evaluate(self, content: RecordDict) -> RecordDict:
         """Score the received arrays on the client's own training examples, without augmentation."""
@@ -190,9 +223,16 @@ def doomed(batches: Batches, doom: Doom) -> Batches:
 
 
 def own_batches(
-    config: Config, partition: int, address: Address, most: int | None = None
+    config: Config,
+    partition: int,
+    address: Address,
+    most: int | None = None,
+    source: NoiseSource | None = None,
 ) -> Batches:
     """Return the mini-batches of a client's round, epoch after epoch.
+
+    With a promise to each example they are Poisson samples: as many as without, and each example
+    is in each of them with the probability that gives ``client.batch_size`` examples on average.
 
     Args:
         config: The run.
@@ -200,12 +240,27 @@ def own_batches(
         address: Seed, client and round.
         most: How many there are in a truncated round, over as many epochs as that takes; None:
             those of the epochs of the run.
+        source: Draws Poisson samples; None: by the address.
 
     Returns:
         Inputs ``(batch, C, H, W)``, normalised and augmented, and labels ``(batch,)``.
     """
     epochs = config.client.epochs if most is None else most  # there is a mini-batch in each
+    if config.privacy.per_example:
+        drawn = _sampled(config, partition, epochs, source or source_of(address, secure=False))
+        fed = federation.federation(config)
+        drawn = itertools.islice(drawn, most)
+        return data.drawn_batches(fed.dataset.train, drawn, fed.dataset, address)
     return itertools.islice(_epochs(config, partition, address, epochs), most)
+
+
+def _sampled(
+    config: Config, partition: int, epochs: int, source: NoiseSource
+) -> Iterator[NDArray[np.int64]]:
+    own, size = federation.federation(config).parts[partition], config.client.batch_size
+    rate = sampling_rate(len(own), size)
+    for step in range(epochs * epoch_steps(len(own), size)):
+        yield own[poisson_sample(source, step, len(own), rate)]
 
 
 def _epochs(config: Config, partition: int, address: Address, epochs: int) -> Batches:
@@ -225,15 +280,24 @@ def _epochs(config: Config, partition: int, address: Address, epochs: int) -> Ba
             step += 1
 
 
-def train_metrics(score: training.Score, epochs: int, seconds: float) -> MetricRecord:
-    """Return what a client tells about its training; the same keys from every kind of client."""
+def train_metrics(
+    score: training.Score, config: Config, partition: int, seconds: float
+) -> MetricRecord:
+    """Return what a client tells about its training; the same keys from every kind of client.
+
+    With a promise to each example, neither loss nor accuracy on them is told, and the number of
+    examples is that of all, not of those that were drawn.
+    """
+    told: dict[str, float] = {messages.STEPS: score.steps, "client_seconds": seconds}
+    if config.privacy.per_example:
+        own = federation.federation(config).parts[partition]
+        return MetricRecord({messages.NUM_EXAMPLES: len(own), **told})
     return MetricRecord(
         {
-            messages.NUM_EXAMPLES: score.examples // epochs,
+            messages.NUM_EXAMPLES: score.examples // config.client.epochs,
             "train_loss": score.loss,
             "train_accuracy": score.accuracy,
-            messages.STEPS: score.steps,
-            "client_seconds": seconds,
+            **told,
         }
     )
 

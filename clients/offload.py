@@ -58,7 +58,7 @@ class OffloadClient:
     ) -> None:
         training.set_threads(config.client.threads)
         self._config, self._partition = config, partition
-        self._half = half = DeviceHalf(config, content)
+        self._half = half = DeviceHalf(config, content, partition)
         place, self._recorder = half.place, Recorder()
         self._remote = Remote(
             list(place.edges), place.session, place.token, connect, private=half.split.private
@@ -104,14 +104,14 @@ class OffloadClient:
         score = sums.score(steps)
         reply = RecordDict(
             {
-                ARRAYS: records.to_record(part.state()),
-                messages.METRICS: train_metrics(score, config.client.epochs, seconds),
+                ARRAYS: records.to_record(part.part.state()),
+                messages.METRICS: train_metrics(score, config, self._partition, seconds),
                 OBSERVATION: self._observation(steps, seconds),
                 messages.TRACE: ConfigRecord(messages.written(self._recorder.record())),
             }
         )
         if config.client.keep_optimizer:
-            reply[OPTIMIZER] = records.to_record(part.optimizer_state())
+            reply[OPTIMIZER] = records.to_record(part.part.optimizer_state())
         return reply
 
     def evaluate(self) -> RecordDict:

@@ -17,8 +17,8 @@ from fedsys.config import Config
 from fedsys.faults import Doom
 from fedsys.offload.asking import EdgesLost
 from fedsys.offload.remote import Moved, Remote
+from fedsys.privacy.part import Stepping
 from fedsys.randomness import Address
-from fedsys.training.part import Part
 from fedsys.training.pulse import pulse
 
 
@@ -53,7 +53,7 @@ class SplitRound:
         self._half, self._remote, self._steps = half, remote, steps
         self._roaming = roaming
 
-    def train(self, doom: Doom) -> tuple[Part, Tally, int]:
+    def train(self, doom: Doom) -> tuple[Stepping, Tally, int]:
         """Train to the end of the round; return the units, what was seen, and the steps.
 
         Args:
@@ -95,11 +95,12 @@ class SplitRound:
                     raise
 
     def _from(
-        self, first: int, part: Part, sums: Tally, points: dict[int, Point], doom: Doom
+        self, first: int, part: Stepping, sums: Tally, points: dict[int, Point], doom: Doom
     ) -> int:
         """Train from a step to the end of the round; return the number of steps."""
         every = self._config.fleet.replicate_every
-        source = own_batches(self._config, self._address.client, self._address, self._most)
+        drawn = self._half.source
+        source = own_batches(self._config, self._address.client, self._address, self._most, drawn)
         step = 0
         with Batches(source, self._half.device) as batches:
             while True:
@@ -121,7 +122,7 @@ class SplitRound:
                 step += 1
 
     def _step_anywhere(
-        self, step: int, part: Part, batch: tuple[Tensor, Tensor], sums: Tally, batches: Batches
+        self, step: int, part: Stepping, batch: tuple[Tensor, Tensor], sums: Tally, batches: Batches
     ) -> None:
         """Do a step, once more if the session moved to another edge as it stands.
 
@@ -129,7 +130,7 @@ class SplitRound:
             Moved: The session goes on from an earlier step.
         """
         seen = sums.copy()
-        buffers = [(b, b.clone()) for module in part.modules for b in module.buffers()]
+        buffers = [(b, b.clone()) for module in part.part.modules for b in module.buffers()]
         while True:
             try:
                 return self._steps.do(step, part, *batch, sums, batches)

@@ -24,10 +24,11 @@ from fedsys.config import ScheduleConfig
 from fedsys.offload.emulation import Pace
 from fedsys.offload.remote import Remote
 from fedsys.planning.assignment import Assignment
+from fedsys.privacy.part import Stepping
 from fedsys.randomness import Address, drawing, rows
 from fedsys.runs.tracing import Recorder
 from fedsys.training import plain as training
-from fedsys.training.part import Part, keep_gradient, safe_input
+from fedsys.training.part import keep_gradient, safe_input
 from fedsys.training.plain import Score
 from fedsys.training.schedule import micro_batch_bounds, operations
 from fedsys.transport.codecs import decode_activation, encode_activation
@@ -177,7 +178,7 @@ class Steps:
         return loaded
 
     def do(
-        self, step: int, part: Part, x: Tensor, y: Tensor, tally: Tally, batches: Batches
+        self, step: int, part: Stepping, x: Tensor, y: Tensor, tally: Tally, batches: Batches
     ) -> None:
         """Do one mini-batch: forwards, backwards, optimizer step.
 
@@ -197,8 +198,8 @@ class Steps:
         self._sent.clear()
         self._posted.clear()
         self._returned.clear()
-        part.zero_grad()
-        size, front, back = len(y), *part.modules
+        part.begin()
+        size, (front, back) = len(y), part.part.modules
         bounds = list(micro_batch_bounds(size, self._split.assignment.pieces))
         inputs = [(x, y)] if len(bounds) == 1 else [(x[a:b], y[a:b]) for a, b in bounds]
         schedule, private = self._split.schedule, self._split.private
@@ -206,13 +207,15 @@ class Steps:
         with drawing(self._address, step, size):
             for operation, piece in plan:
                 with rows(*bounds[piece]):
+                    recording = part.recording(piece, len(inputs[piece][1]))
                     if operation == "forward":
-                        self._forward(piece, size, front, *inputs[piece])
+                        with recording:
+                            self._forward(piece, size, front, *inputs[piece])
                         continue
                     self._load(batches)  # while the first answer is awaited
                     if operation == "tail":
-                        labels = inputs[piece][1]
-                        self._tail(piece, back, labels, len(labels) / size)
+                        with recording:
+                            self._tail(piece, part, back, inputs[piece][1], size)
                     else:
                         loss, hits = self._backward(piece, len(inputs[piece][1]))
                         tally.loss += loss * size
@@ -243,18 +246,17 @@ class Steps:
         self._sent[piece] = z
         self._post("activation", piece, nbytes)
 
-    def _tail(self, piece: int, back: nn.Module, labels: Tensor, weight: float) -> None:
+    def _tail(self, piece: int, part: Stepping, back: nn.Module, labels: Tensor, size: int) -> None:
         """Compute the last units, the loss, and the gradient that goes back to the edge."""
         answer = self._await("activation", piece)
         z = self._decoded(answer)
         kept = keep_gradient(z)
         outputs = back(safe_input(back, z))
-        loss = training.loss_of(outputs, labels, weight)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch has no type for it
+        loss = part.back(outputs, labels, size)
         gradient = kept[0] if kept else torch.zeros_like(z)
         tensors, codec = encode_activation(gradient, self._split.assignment.codec_up)
         nbytes = self._remote.prepare("gradient", self._step, piece, codec, tensors)
-        self._returned[piece] = loss.detach(), (outputs.detach().argmax(1) == labels).sum()
+        self._returned[piece] = loss, (outputs.detach().argmax(1) == labels).sum()
         down, split = answer.encoded_bytes, self._split
         self._end("tail", piece, 2, len(labels), split.tail, split.units, up=nbytes, down=down)
         self._post("gradient", piece, nbytes)
@@ -271,14 +273,14 @@ class Steps:
             return loss.cpu(), int(hits)
         return answer.tensors["loss"], int(answer.tensors["hits"])
 
-    def _update(self, part: Part) -> None:
+    def _update(self, part: Stepping) -> None:
         self._pace.begin()
-        norms = part.norms()
-        if part.clips:
-            self._remote.send("norms", self._step, 0, {"norms": norms}, {})
-            theirs = self._remote.receive("norms", self._step, 0).meta["norms"]
-            norms = {**norms, **theirs}
-        part.step(norms)
+        told = part.told()
+        if part.exchanges:
+            self._remote.send("norms", self._step, 0, *told)
+            answer = self._remote.receive("norms", self._step, 0)
+            part.take(answer.meta, answer.tensors)
+        part.step(self._step)
         costs = self._pace.costs
         seconds = 0.0
         if costs is not None:

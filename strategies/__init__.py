@@ -4,10 +4,11 @@
 
     Sampled(              who takes part, by partition id; replies in that order
       Offload(            halves out, whole models back
-        Pruned(           masks whole models: what goes out, and whatever the inner ones return
-          KeptState(      optimizer state of the clients, from round to round
-            TypedBuffers( buffers keep their type and are never "stepped"
-              FedAvg | FedProx | FedAdam | …
+        PrivateRecords(   tells clients how much noise to add, and ends with the budget
+          Pruned(         masks whole models: what goes out, and whatever the inner ones return
+            KeptState(    optimizer state of the clients, from round to round
+              TypedBuffers( buffers keep their type and are never "stepped"
+                FedAvg | FedProx | FedAdam | …
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from strategies.buffers import TypedBuffers
 from strategies.offload import Offload
 from strategies.optimizer_state import KeptState
 from strategies.policies import build_policy
+from strategies.private import PrivateRecords, check_private
 from strategies.pruned import Pruned
 from strategies.roster import Roster
 from strategies.sampling import Sampled, Sampling
@@ -38,6 +40,7 @@ from strategies.sampling import Sampled, Sampling
 __all__ = [
     "KeptState",
     "Offload",
+    "PrivateRecords",
     "Pruned",
     "Roster",
     "Sampled",
@@ -73,9 +76,6 @@ def build(
         ConfigError: The strategy or the clients' optimizer does not exist, an argument is not one
             of its own, or a mod of the client app does not go with split training.
     """
-    if config.privacy.active:
-        rule, way_out = "is not built yet", "privacy=none promises nothing"
-        raise ConfigError.of("privacy.mechanism", config.privacy.mechanism, rule, way_out)
     spec: dict[str, Any] = dict(config.strategy)
     sampling = Sampling.of(spec)
     make_optimizer(model.parameters(), config.client, config.client.lr)  # refused here, once
@@ -86,7 +86,11 @@ def build(
         if dataset is None:
             raise ConfigError.of("dataset", None, "must be given to prune")
         inner = Pruned(inner, config, model, dataset)
-    examples = [len(part) for part in federation.federation(config).parts] if fleet else []
+    known = fleet is not None or config.privacy.active
+    examples = [len(part) for part in federation.federation(config).parts] if known else []
+    if config.privacy.active:
+        check_private(config, model, dataset)
+        inner = PrivateRecords(inner, config, examples, roster, folder)
     edges = max(1, len(edge_names(config)))
     policy = build_policy(config.policy, edges, config, examples, folder=folder, say=say)
     if policy is None or fleet is None or dataset is None:

@@ -35,7 +35,7 @@ from fedsys.training import plain as training
 from fedsys.training.federation import Federation, layered_model
 from fedsys.training.pulse import pulse
 from fedsys.transport import records
-from strategies import Roster, build, pruned
+from strategies import PrivateRecords, Roster, build, private, pruned
 from strategies.around import find
 from strategies.crash_safety import CrashSafety, opened
 from strategies.decisions import decisions_of
@@ -109,7 +109,8 @@ def _train(
     trace_plots.write(folder.path, traces(job.strategy), modelled, draw=config.run.plots)
     pruned.keep_masks(job.strategy, folder.path)
     virtual_figures = virtual_totals(folder.rounds())
-    more = {**figures(job.strategy), **pruned.figures(job.strategy), **virtual_figures}
+    promised = private.figures(find(job.strategy, PrivateRecords))
+    more = {**figures(job.strategy), **pruned.figures(job.strategy), **virtual_figures, **promised}
     return _conclude(config, job.fed, safety, arrays, job.judge, more, seconds)
 
 
@@ -205,6 +206,7 @@ def _rounds(
             faults=safety.faults,
             timed=None if virtual is None else virtual.row,
             began=began,
+            stopped=lambda reason: progress.note(f"the run ends here: {reason}"),
         )
 
 
@@ -301,7 +303,7 @@ def _conclude(
         "loss": test.loss,
         "val_accuracy": float(last["val_accuracy"]),
         "val_loss": float(last["val_loss"]),
-        "rounds": config.rounds,
+        "rounds": int(last["round"]),
         "num_clients": config.num_clients,
         "seconds": seconds,
         "run_dir": str(folder.path),

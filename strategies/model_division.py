@@ -42,7 +42,7 @@ class ModelDivision:
         Raises:
             ConfigError: A label-private cut would leave no unit for the edge.
         """
-        config = self._config
+        config, settings = self._config, settings_of(whole)
         return SessionSpec(
             id=f"r{round_}-c{client}-{attempt}-{new_token()[:8]}",
             token=new_token(),
@@ -54,11 +54,13 @@ class ModelDivision:
             input_shape=self._shape,
             num_classes=self._classes,
             micro_batches=assignment.micro_batches or config.schedule.micro_batches,
-            proximal_mu=settings_of(whole).proximal_mu,
+            proximal_mu=settings.proximal_mu,
             codec_up=assignment.codec_up,
             codec_down=assignment.codec_down,
             holder=(config.link.holder or "").replace("{client}", str(client)),
             replicate_every=config.fleet.replicate_every,
+            noise=settings.noise,
+            expected=settings.expected,
         )
 
     def edge_half(self, whole: RecordDict, spec: SessionSpec) -> Snapshot:

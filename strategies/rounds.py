@@ -18,6 +18,7 @@ from flwr.serverapp import Grid
 from fedsys.errors import ConfigError
 from fedsys.faults import Fault, Faults, encode, from_json
 from fedsys.planning.resources import Measured
+from fedsys.privacy.budget import BudgetSpent
 from fedsys.training.plain import Score
 from fedsys.transport import messages, records
 from fedsys.transport.messages import FAULTS, NUM_EXAMPLES, OBSERVATION, STEPS, STRUCK
@@ -78,6 +79,7 @@ def play(
     faults: Faults | None = None,
     timed: Callable[[Sequence[int], Mapping[int, float]], Row] | None = None,
     began: Callable[[int, Sequence[int]], None] = lambda number, clients: None,
+    stopped: Callable[[str], None] = lambda reason: None,
 ) -> ArrayRecord:
     """Play rounds `first` to `last` and return the global model after them.
 
@@ -95,6 +97,7 @@ def play(
         timed: Given the clients of a round, and what an iteration took those that measured it,
             returns columns about its time.
         began: Called in each round, with its clients, when it is settled what they are to do.
+        stopped: Told why there are no more rounds, where the privacy budget allows none.
 
     Raises:
         ConfigError: The strategy makes no model although every client answered.
@@ -103,7 +106,11 @@ def play(
     start = time.perf_counter() - elapsed_s
     for number in range(first, last + 1):
         watch = Stopwatch()
-        trained = _train(strategy, grid, arrays, number, timeout_s, faults, watch, began)
+        try:
+            trained = _train(strategy, grid, arrays, number, timeout_s, faults, watch, began)
+        except BudgetSpent as spent:
+            stopped(str(spent))
+            break
         arrays = arrays if trained.arrays is None else trained.arrays
         score = judge(arrays)
         federated = _federated_evaluation(strategy, grid, number, arrays, timeout_s)

@@ -164,7 +164,31 @@ LAID_OUT = {
         },
     },
 }
-ALL_FEATURES = FEATURES | PRUNED | LAID_OUT
+RECORD = {
+    "mechanism": "record",
+    "epsilon": 1e6,
+    "clip_norm": 0.5,
+    "noise_multiplier": 0.7,
+    "accountant": "rdp",
+}
+PRIVATE = {
+    "private by example, kept momentum": {
+        "client": {"momentum": 0.9, "keep_optimizer": True, "weight_decay": 0.01},
+        "data": {"augmentation": "crop_flip"},
+        "privacy": RECORD,
+    },
+    "private by example, proximal, empty mini-batches": {
+        "strategy": "fedprox",
+        "client": {"batch_size": 2},
+        "privacy": RECORD,
+    },
+    "private by example, pruned": {
+        "pruning": {"method": "magnitude", "sparsity": 0.7, "steps": 1, "group_lasso": 0.01},
+        "privacy": RECORD,
+    },
+}
+ALL_FEATURES = FEATURES | PRUNED | LAID_OUT | PRIVATE
+MOMENTUM, EMPTY, PRUNED_PRIVATELY = PRIVATE
 BETWEEN_ROUNDS, PROXIMAL, LEVELS = PRUNED
 (CHANNELS_LAST,) = LAID_OUT
 TABLE = [
@@ -216,6 +240,12 @@ TABLE = [
     (("tokens", 2), "momentum, decay, cosine", (2, "pipelined"), "link", False, "tcp"),
     (("tokens", 2), "proximal, clipped, two epochs", (1, "sequential"), "never", True, "grpc"),
     (("parameters frozen", 2), "momentum, decay, cosine", (1, "sequential"), "never", False, "tcp"),
+    (("cnn-group", 1), MOMENTUM, (1, "sequential"), "never", False, "memory"),
+    (("cnn-group", [1, 2, 4]), MOMENTUM, (3, "pipelined"), "edge", False, "tcp"),
+    (("cnn-group", 2), MOMENTUM, (4, "bounded 2"), "link", True, "memory"),
+    (("cnn-group", 1), EMPTY, (1, "sequential"), "edge", False, "memory"),
+    (("cnn-group", 2), EMPTY, (2, "pipelined"), "link", False, "grpc"),
+    (("cnn-group", 2), PRUNED_PRIVATELY, (2, "pipelined"), "never", False, "memory"),
 ]
 
 
@@ -375,8 +405,10 @@ def test_split_training_gives_the_bits_of_plain_training(
     assert bool(struck) == bool(got.figures["recoveries"]) == (interrupted != "never")
     assert not any(got.lost)
     for name in ("train_loss", "train_accuracy", "steps", "examples"):
-        assert [row[name] for row in got.rows] == [row[name] for row in expected.rows]
-    assert (got.rows[-1].get("sparsity", 0.0) > 0.35) == (feature in PRUNED)
+        assert [row.get(name) for row in got.rows] == [row.get(name) for row in expected.rows]
+    assert ("train_loss" in got.rows[-1]) == (feature not in PRIVATE)
+    assert (got.rows[-1].get("sparsity", 0.0) > 0.35) == ("pruning" in ALL_FEATURES[feature])
+    assert got.figures.get("epsilon") == expected.figures.get("epsilon")
 
 
 def test_bounded_rows_take_an_order_of_their_own():

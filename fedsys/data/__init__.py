@@ -14,6 +14,7 @@ __all__ = [
     "Dataset",
     "Images",
     "class_counts",
+    "drawn_batches",
     "eval_batches",
     "load",
     "partition",
@@ -25,7 +26,7 @@ __all__ = [
 if TYPE_CHECKING:
     from fedsys.data.counts import class_counts, plot_class_counts, write_class_counts
     from fedsys.data.dataset import Dataset, Images
-    from fedsys.data.loader import eval_batches, train_batches
+    from fedsys.data.loader import drawn_batches, eval_batches, train_batches
     from fedsys.data.partitioners import partition
     from fedsys.data.sources import load
 else:
@@ -34,7 +35,7 @@ else:
         {
             "counts": "class_counts plot_class_counts write_class_counts",
             "dataset": "Dataset Images",
-            "loader": "eval_batches train_batches",
+            "loader": "drawn_batches eval_batches train_batches",
             "partitioners": "partition",
             "sources": "load",
         },

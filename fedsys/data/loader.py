@@ -7,7 +7,7 @@ CPU, so there is nothing for worker processes to hide.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -130,6 +130,28 @@ def train_batches(
         if dataset.augmentation != "none":
             step = first_step + position
             shifts = draw_shifts(dataset.augmentation, stop - start, height, width, address, step)
+            pixels = augment(pixels, shifts)
+        yield normalised(pixels), images.labels.index_select(0, rows)
+
+
+def drawn_batches(
+    images: Images, drawn: Iterable[Indices], dataset: Dataset, address: Address
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield mini-batches of given examples, augmented as those of `train_batches`.
+
+    Args:
+        images: The part that indices point into.
+        drawn: The examples of each mini-batch, of the steps 0, 1, … of a round; any number.
+        dataset: Gives normalisation and augmentation.
+        address: Seed, client and round of the draws.
+    """
+    normalised = _Normaliser(dataset)
+    height, width = images.pixels.shape[2:]
+    for step, indices in enumerate(drawn):
+        rows = torch.as_tensor(indices, dtype=torch.int64)
+        pixels = images.pixels.index_select(0, rows)
+        if dataset.augmentation != "none" and len(rows):
+            shifts = draw_shifts(dataset.augmentation, len(rows), height, width, address, step)
             pixels = augment(pixels, shifts)
         yield normalised(pixels), images.labels.index_select(0, rows)
 

@@ -6,7 +6,7 @@ moment at which the machine that is stood for would be done.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -17,6 +17,8 @@ from fedsys.errors import FrameError
 from fedsys.offload.emulation import Workers, session_pace
 from fedsys.offload.session_tensors import Expected
 from fedsys.offload.snapshot import SessionSpec, Snapshot, State
+from fedsys.privacy.noise import source_of
+from fedsys.privacy.part import Told, stepping
 from fedsys.randomness import Address, drawing, rows
 from fedsys.training import plain as training
 from fedsys.training.federation import layered_model, penalty_of
@@ -38,7 +40,7 @@ class EdgePart:
     Attributes:
         expected: What is taken from the device.
         private: Whether the last units are not among them, so that the device has the labels.
-        clips: Whether a step needs the norms of the device's units.
+        exchanges: Whether a step needs the norms of the device's units.
         nbytes: Bytes of weights and optimizer state.
 
     Raises:
@@ -69,9 +71,13 @@ class EdgePart:
             masks=start.masks,
             penalty=penalty_of(config, model, spec.round),
         )
-        self.clips, self.nbytes = self._part.clips, self._part.nbytes()
         self._pruned = start.masks
         self._address = Address(config.seed, spec.client, spec.round)
+        self._steps = stepping(
+            self._part, config, noise=spec.noise, expected=spec.expected, masks=start.masks,
+            source=source_of(self._address, config.privacy.secure),
+        )  # fmt: skip
+        self.exchanges, self.nbytes = self._steps.exchanges, self._part.nbytes()
         self._step = self._batch = 0
         self._draws: dict[str, Tensor] = {}
         self._before: dict[str, Tensor] = {}  # buffers when the mini-batch in work began
@@ -103,7 +109,7 @@ class EdgePart:
         """Begin a mini-batch of `batch` examples."""
         self._step, self._batch, self._draws = step, batch, {}
         self._before = {n: b.clone() for n, b in self._stage.named_buffers()}
-        self._part.zero_grad()
+        self._steps.begin()
 
     def compute(self, work: Callable[[], T]) -> T:
         """Return what `work` returns, done by a processor that all sessions share."""
@@ -118,25 +124,32 @@ class EdgePart:
     def ahead(self, x: Tensor, start: int, stop: int) -> Tensor:
         """Return the outputs for rows ``[start, stop)`` of the mini-batch."""
         drawn = drawing(self._address, self._step, self._batch, self._draws)
-        with torch.enable_grad(), drawn, rows(start, stop):
+        recorded = self._steps.recording(start, stop - start)
+        with torch.enable_grad(), drawn, rows(start, stop), recorded:
             out = training.forward(self._stage, safe_input(self._stage, x))
         self._pace.turn()
         return out
 
     def back(self, out: Tensor, labels: Tensor) -> State:
         """Compute the backward of a piece from its labels; return loss and hits."""
-        loss = training.loss_of(out, labels, len(labels) / self._batch)
-        if loss.requires_grad:
-            loss.backward()  # type: ignore[no-untyped-call]  # torch has no type for it
-        return {"loss": loss.detach(), "hits": (out.detach().argmax(1) == labels).sum()}
+        loss = self._steps.back(out, labels, self._batch)
+        return {"loss": loss, "hits": (out.detach().argmax(1) == labels).sum()}
 
-    def norms(self) -> dict[str, float]:
-        """Return the squared norms of these units' gradients; once per step."""
-        return self._part.norms()
+    def told(self) -> Told:
+        """Return the norms of these units' gradients; once per step."""
+        return self.compute(self._steps.told)
 
-    def step(self, norms: Mapping[str, float]) -> None:
-        """Clip by the joint norm of all units and step."""
-        self.compute(lambda: self._part.step(norms))
+    def take(self, frame: Frame) -> None:
+        """Take in the norms of the device's units.
+
+        Raises:
+            FrameError: They do not fit.
+        """
+        self._steps.take(frame.meta, frame.tensors)
+
+    def step(self) -> None:
+        """Clip by the joint norm of all units, if norms were exchanged, and step."""
+        self.compute(lambda: self._steps.step(self._step))
         self._pace.update()
         self.nbytes = self._part.nbytes()  # optimizers take memory in their first step
 

@@ -5,6 +5,7 @@ frames; each is one operation at a position (step, micro-batch), and has one rep
 
     activation  {step, piece, batch}   x, labels   ─▶  gradient {step, piece}  x, loss, hits
     norms       {step, norms}                      ─▶  norms    {step, norms}   only when clipping
+    norms       {step, batch}          squares     ─▶  norms    {step}  squares by example
     evaluate    {index}                x           ─▶  outputs  {index}        x
 
 If the last units are on the device too (label-private), the edge never sees labels or a loss, and
@@ -22,7 +23,7 @@ operation for any other position is refused.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -30,7 +31,6 @@ from fedsys.errors import LinkClosed, SessionError
 from fedsys.offload.edge_part import EdgePart
 from fedsys.offload.emulation import Workers
 from fedsys.offload.operations import Operations
-from fedsys.offload.session_tensors import norms_of
 from fedsys.offload.snapshot import SessionPosition, SessionSpec, Snapshot, natural
 from fedsys.offload.turns import Turns
 from fedsys.transport.security import new_token
@@ -97,7 +97,7 @@ class Session:
             if known is not None:
                 yield known
             elif frame.kind == "norms":
-                yield self._finish_with(frame)
+                yield from self._finish_with(frame)
             else:
                 yield from self._in_turn(frame, piece)
 
@@ -186,22 +186,28 @@ class Session:
             # Kept before it is sent: the link may be lost with it.
             turns.keep(now.kind, turns.steps, index, reply)
             yield reply
-            if turns.complete and not self._part.clips:
-                self._apply(self._part.norms())
+            if turns.complete and not self._part.exchanges:
+                self._part.told()
+                self._apply()
 
-    def _finish_with(self, frame: Frame) -> Frame:
-        """Clip by the joint norm of both sides and step; reply with the norms of this side."""
-        theirs, turns = norms_of(frame), self._turns
-        if not self._part.clips or turns.backward < max(1, turns.pieces):
-            raise SessionError(f"norms of step {self.steps}, whose pieces are not all done")
-        step, mine = self.steps, self._part.norms()
-        self._apply({**theirs, **mine})
-        reply = Frame("norms", {"step": step, "norms": mine})
+    def _finish_with(self, frame: Frame) -> Iterator[Frame]:
+        """Reply with the norms of this side, clip by the joint norm of both sides and step."""
+        part, turns, step = self._part, self._turns, self.steps
+        empty = part.exchanges and frame.meta.get("batch") == 0 and not turns.forward
+        if empty:  # a Poisson sample without examples is a step, too
+            turns.begin(0)
+            part.begin(step, 0)
+        if not part.exchanges or turns.backward < max(1 - empty, turns.pieces):
+            raise SessionError(f"norms of step {step}, whose pieces are not all done")
+        meta, tensors = part.told()
+        part.take(frame)
+        reply = Frame("norms", {"step": step, **meta}, tensors)
         turns.keep("norms", step, 0, reply)
-        return reply
+        yield reply
+        self._apply()
 
-    def _apply(self, norms: Mapping[str, float]) -> None:
-        self._part.step(norms)
+    def _apply(self) -> None:
+        self._part.step()
         self._turns.end()
         self._done.clear()
         every = self.spec.replicate_every

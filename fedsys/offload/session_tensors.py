@@ -84,18 +84,6 @@ class Expected:
         return tensor
 
 
-def norms_of(frame: Frame) -> dict[str, float]:
-    """Return the squared norms by name of parameter that a frame carries.
-
-    Raises:
-        FrameError: It carries something else.
-    """
-    norms = frame.meta.get("norms")
-    if not isinstance(norms, dict) or not all(isinstance(v, float) for v in norms.values()):
-        raise FrameError("norms: must map names of parameters to squared norms")
-    return norms
-
-
 def encoded(
     kind: str,
     tensor: Tensor | None,

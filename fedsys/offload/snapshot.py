@@ -39,6 +39,8 @@ class SessionSpec:
         holder: Name in the certificate of the device; empty for any that has the token.
         replicate_every: Steps between two replicas of the session; 0 for none.
         fleet: What the edge servers of its run know each other by; empty: it stays where it is.
+        noise: Deviation of the noise over ``privacy.clip_norm``; 0 for none.
+        expected: Examples of a mini-batch on average, by which private sums are divided.
     """
 
     id: str
@@ -57,6 +59,8 @@ class SessionSpec:
     holder: str = ""
     replicate_every: int = 0
     fleet: str = field(default="", repr=False)
+    noise: float = 0.0
+    expected: float = 0.0
 
     def to_meta(self) -> dict[str, Any]:
         """Return plain values for the header of a frame."""

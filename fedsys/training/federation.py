@@ -79,6 +79,11 @@ def own_data(config: Config, root: str, client: int) -> Config:
     Raises:
         ConfigError: The run's data are of another source.
     """
+    if config.privacy.active:
+        raise ConfigError.of(
+            "data-root", root, "must be left out where the run promises privacy",
+            "the noise depends on how many examples each client has; let the run divide them",
+        )  # fmt: skip
     source = config.data.get("source")
     if source != "image_folder":
         raise ConfigError.of(

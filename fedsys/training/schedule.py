@@ -66,14 +66,18 @@ def micro_batch_bounds(batch_size: int, micro_batches: int) -> Iterator[tuple[in
     """Yield the rows ``[start, stop)`` of each micro-batch.
 
     Sizes differ by one at most, larger ones first; a mini-batch with fewer examples than
-    `micro_batches` gives one example to each.
+    `micro_batches` gives one example to each, and one without examples nothing.
 
     >>> list(micro_batch_bounds(10, 4))
     [(0, 3), (3, 6), (6, 8), (8, 10)]
     >>> list(micro_batch_bounds(2, 4))
     [(0, 1), (1, 2)]
+    >>> list(micro_batch_bounds(0, 4))
+    []
     """
     count = min(batch_size, micro_batches)
+    if not count:
+        return
     size, larger = divmod(batch_size, count)
     start = 0
     for i in range(count):

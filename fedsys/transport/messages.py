@@ -54,11 +54,17 @@ TRUNCATED_ROUND: Final = "query.truncated_round"
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """`CONFIG`: round from 1, weight of FedProx's term, pieces of a mini-batch if not as usual."""
+    """`CONFIG`: round from 1, weight of FedProx's term, pieces of a mini-batch if not as usual.
+
+    With privacy by example also deviation of the noise, over the largest norm, and examples of a
+    mini-batch on average.
+    """
 
     server_round: int
     proximal_mu: float = 0.0
     micro_batches: int | None = None
+    noise: float = 0.0
+    expected: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
