@@ -104,7 +104,7 @@ class EdgeProcesses:
         authority = Authority.create("fedsys edges", days=30)
         links = self._folder / "secrets" / "links"
         for name in self._names:
-            authority.issue(name, [HOST], role="server", days=30).save(links / name)
+            authority.issue(name, [HOST], role="both", days=30).save(links / name)
         authority.issue(CONTROLLER, days=30).save(links / CONTROLLER)
         for partition in range(self._config.num_clients):
             own = credentials_of_device(self._folder, partition)

@@ -1,11 +1,10 @@
 """Devices that move between edge servers in the middle of a round train the model of those that
 stay, to the bit."""
 
-from dataclasses import dataclass
-
 import pytest
 
 from fedsys.planning.moves import Move
+from tests.moving import Listed
 
 SMALL = (
     "data.max_examples=200",
@@ -18,19 +17,6 @@ SMALL = (
     "json=true",
 )
 SPLIT = ("policy=fixed", "policy.cut=0.3", "num_edges=2")
-
-
-@dataclass(frozen=True)
-class Listed:
-    """A mobility source that says what it was told."""
-
-    listed: tuple[Move, ...]
-
-    def places(self, round_, clients, edges):
-        return {}
-
-    def moves(self, round_, clients, edges):
-        return tuple(m for m in self.listed if m.round == round_ and m.client in clients)
 
 
 _still = {}
