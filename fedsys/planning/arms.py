@@ -132,6 +132,7 @@ class Guess:
         noise: Standard deviation of what is measured in a round, over the baseline.
         shared: How much what another device of the kind saw counts.
         piece: What each forward and backward of a piece takes beside its work, over the baseline.
+        piece_spread: Standard deviation of that.
     """
 
     mean: tuple[float, ...] = (1.0, 0.5, 0.1, 0.0)
@@ -140,6 +141,7 @@ class Guess:
     noise: float = 0.03
     shared: float = 0.3
     piece: float = 0.002
+    piece_spread: float = 0.02
 
 
 def expected(
@@ -153,7 +155,7 @@ def expected(
         arms: The arms.
         contexts: Of the round to come, ``(K, C, 4)``.
         tried: Of each arm the number of rounds, and means of time, transfers and crowd in them,
-            ``(K, C, 4)``.
+            first of what is kept of it, ``(K, C, 4)`` or more.
         kinds: Number of the kind of each device, ``(K,)``.
         guess: What is believed at first.
     """
@@ -196,7 +198,7 @@ def best_pieces(
     base_s: Array,
     edge: Array,
     load: Workload,
-    piece: float,
+    piece: Array,
 ) -> list[int]:
     """Return the number of micro-batches of each device that is fastest by what is known of it.
 
@@ -210,7 +212,7 @@ def best_pieces(
         base_s: Seconds of an iteration alone, ``(K,)``.
         edge: Seconds that the edge takes for the whole model, over the baseline, ``(K,)``.
         load: Which numbers may be chosen, and how many pieces are in flight.
-        piece: What each forward and backward takes beside its work, over the baseline.
+        piece: What each forward and backward takes beside its work, over the baseline, ``(K,)``.
     """
     counts = np.array(sorted(load.micro_batches), dtype=float)
     if len(counts) == 1:
@@ -219,11 +221,11 @@ def best_pieces(
     each, zeros = base_s[:, None] / pieces, np.zeros(pieces.shape)
     share = arms.device[arm][:, None]
     stages = StageTimes(
-        forward=each * share / 3 + piece * base_s[:, None],
+        forward=each * share / 3 + (piece * base_s)[:, None],
         up=(arms.up_bits[arm] / rates[:, 0])[:, None] / pieces,
         edge=each * (1 - share) * edge[:, None],
         down=(arms.down_bits[arm] / rates[:, 1])[:, None] / pieces,
-        backward=each * share * 2 / 3 + piece * base_s[:, None],
+        backward=each * share * 2 / 3 + (piece * base_s)[:, None],
         pieces=pieces,
         device_update=zeros,
         edge_update=zeros,

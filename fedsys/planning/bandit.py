@@ -28,28 +28,27 @@ from fedsys.config import Spec
 from fedsys.config.building import build
 from fedsys.errors import ConfigError
 from fedsys.models.layers import LayeredModel
-from fedsys.planning.arms import MOST, Arms, Guess, best_pieces, expected
+from fedsys.planning.arms import Arms, Guess, best_pieces, expected
 from fedsys.planning.assignment import Assignment
+from fedsys.planning.bandit_table import (
+    BanditClient,
+    BanditTable,
+    Hoped,
+    State,
+    crowd_of,
+    table_of,
+    with_measurements,
+)
 from fedsys.planning.contention import Indices
 from fedsys.planning.correction import kind_of
 from fedsys.planning.leakage import without_limit
-from fedsys.planning.measured_rates import after_round
 from fedsys.planning.resources import Observation
 from fedsys.planning.workload import Array, Workload
 
-State = dict[str, Any]
-
 Believed = Callable[[LayeredModel, Sequence[int]], Workload]
 
-MOST_ROUNDS: Final = 5.0
-"""Rounds whose mean is kept of an arm: older ones fade."""
-
-AFTER_A_CHANGE: Final = 0.1
-"""Share that the arms of a device count for after one took another time than before."""
-
-
-SHORTEST_S: Final = 1e-9
-"""Seconds of an iteration above which it is believed to have been measured."""
+LEAST_PIECE: Final = 1e-3
+"""What a piece takes over the baseline, at least, where a change of that is judged."""
 
 LEAST: Final = 0.01
 """Share of the baseline below which no iteration is hoped to be."""
@@ -108,7 +107,7 @@ class BanditOptions:
                     f"policy.guess.{name}", list(getattr(guess, name)),
                     "must be four numbers: of device, link, edge and offloaded",
                 )  # fmt: skip
-        for name in ("own", "noise"):
+        for name in ("own", "noise", "piece_spread"):
             if not 0 < getattr(guess, name) <= 10:
                 raise ConfigError.of(
                     f"policy.guess.{name}", getattr(guess, name), "must be above 0, at most 10"
@@ -120,22 +119,12 @@ class BanditOptions:
         return made
 
 
-@dataclass(frozen=True)
-class _Client:
-    """What is known of a client without a profile."""
-
-    rates: tuple[float, float]
-    latency_s: float
-    steps: int
-    kind: str
-    edge: int
-
-
 class Bandit:
     """Decides by what iterations took. It is a policy: state in, state out.
 
     Its state is a dict of plain values, by client: ``base``, seconds of its baseline; ``arms``, for
-    each arm the rounds that count and means of time, transfers (over the baseline) and crowd;
+    each arm the rounds that count, means of time, transfers (over the baseline) and crowd, and the
+    computing and pieces of the last one;
     ``rates`` and ``alone`` as in `fedsys.planning.measured_rates.Links`; ``choices``; ``moves``,
     how often it changed.
 
@@ -155,7 +144,7 @@ class Bandit:
         self._believed, self._options = believed, options or BanditOptions()
         self._most_bytes, self._forced = most_bytes, False
         self._layers: LayeredModel | None = None
-        self._clients: dict[int, _Client] = {}
+        self._clients: dict[int, BanditClient] = {}
 
     def init(self, layers: LayeredModel, nodes: Sequence[int]) -> State:
         """Return the state before the first round."""
@@ -181,20 +170,28 @@ class Bandit:
             return state, {}
         if fresh := [client for client in clients if client not in self._clients]:
             self._met(fresh)
-        before = self._table(state, clients)
-        now = self._informed(before, [seen[client] for client in clients])
-        arm = self._chosen(now)
-        after = self._assigned(now, arm, fresh=(arm != now.arm) | now.rates_changed(before))
+        o, before = self._options, table_of(state, clients, self._clients, self._arms)
+        now = with_measurements(
+            before, [seen[client] for client in clients], self._arms,
+            crowd_of(before, self._arms, self._edges),
+            drift=o.drift, forget=o.forget, edge=o.guess.mean[2],
+        )  # fmt: skip
+        hoped = self._hoped(now)
+        arm = self._chosen(now, hoped)
+        learned, known = (t.pieces_s(self._arms, o.guess) for t in (now, before))
+        fresh = (arm != now.arm) | now.rates_changed(before)
+        fresh |= np.abs(learned - known) > o.drift * np.maximum(known, LEAST_PIECE)
+        after = self._assigned(now, arm, fresh, hoped, learned)
         chosen = {c: Assignment.of_list(after.choices[k]) for k, c in enumerate(clients)}
         return after.kept_in(state), chosen
 
     def reasons(self, state: State, clients: Sequence[int]) -> Mapping[int, str]:
         """Return for each client a sentence about what it does."""
-        table = self._table(state, list(clients))
+        table = table_of(state, list(clients), self._clients, self._arms)
         hoped = self._hoped(table)
         return {client: self._reason(table, hoped, k) for k, client in enumerate(table.clients)}
 
-    def _reason(self, table: _Table, hoped: _Hoped, k: int) -> str:
+    def _reason(self, table: BanditTable, hoped: Hoped, k: int) -> str:
         arm, whole = int(table.arm[k]), len(self._arms.cuts) - 1
         if table.base[k] <= 0:
             return "trains alone, to know what that takes"
@@ -216,7 +213,7 @@ class Bandit:
             raise ConfigError.of("policy", "bandit", "must be initialised first")
         load = self._believed(self._layers, clients)
         for client, device in zip(clients, load.devices, strict=True):
-            self._clients[client] = _Client(
+            self._clients[client] = BanditClient(
                 (device.network.up_bits_s, device.network.down_bits_s),
                 device.network.latency_s,
                 load.iterations(device),
@@ -225,87 +222,12 @@ class Bandit:
             )
         return load
 
-    # --- one round as arrays ----------------------------------------------------------------------
-
-    def _table(self, state: State, clients: list[int]) -> _Table:
-        known = [self._clients[client] for client in clients]
-        index = {cut: i for i, cut in enumerate(self._arms.cuts)}
-        choices = [state["choices"].get(client) for client in clients]
-        empty = [[0.0] * 4] * len(self._arms.cuts)
-        names: dict[str, int] = {}
-        configured = np.array([client.rates for client in known])
-        kept = [state["rates"].get(client) for client in clients]
-        return _Table(
-            clients,
-            np.array([-1 if choice is None else index[choice[0]] for choice in choices]),
-            choices,
-            np.array([state["base"].get(client, 0.0) for client in clients]),
-            np.array([state["arms"].get(client, empty) for client in clients]),
-            configured,
-            np.array([own or client.rates for own, client in zip(kept, known, strict=True)]),
-            np.array([state["alone"].get(client, 0) for client in clients]),
-            np.array([state["moves"].get(client, 0) for client in clients]),
-            np.array([client.latency_s for client in known]),
-            np.array([float(client.steps) for client in known]),
-            np.array([names.setdefault(client.kind, len(names)) for client in known]),
-            np.array([client.edge for client in known]),
-        )
-
-    def _informed(self, table: _Table, seen: Sequence[Observation]) -> _Table:
-        """Return the table with what was measured in the last round."""
-        o, arms, here = self._options, self._arms, np.arange(len(seen))
-        whole = len(arms.cuts) - 1
-        took = np.array([s.iteration_s or (s.seconds / s.steps if s.steps else 0.0) for s in seen])
-        bit_s = np.array([(s.up_bit_s, s.down_bit_s) for s in seen])
-        rates, alone = after_round(
-            table.rates, table.configured, bit_s, table.alone, table.arm != whole,
-            drift=o.drift, forget=o.forget,
-        )  # fmt: skip
-        measured, arm = (took > SHORTEST_S) & (table.arm >= 0), np.maximum(table.arm, 0)
-        moved_s = arms.link_s(rates, table.latency_s)[here, arm]
-        base = np.where(
-            measured & (table.base == 0),
-            np.maximum(took - moved_s, 0.1 * took) / self._computing(arm),
-            table.base,
-        )
-        scale = np.where(base > 0, base, 1.0)
-        fresh = np.stack(
-            [np.ones(len(seen)), took / scale, moved_s / scale, self._crowd(table)], axis=1
-        )
-        fresh[:, 1:3] = np.minimum(fresh[:, 1:3], MOST)
-        tried = table.tried.copy()
-        row = tried[here, arm]
-        same = (row[:, 0] > 0) & (np.abs(fresh[:, 2] - row[:, 2]) <= o.drift * fresh[:, 1])
-        jumped = measured & same & (np.abs(fresh[:, 1] - row[:, 1]) > o.drift * row[:, 1])
-        tried[jumped, :, 0] *= AFTER_A_CHANGE
-        row = tried[here, arm]
-        count = np.minimum(row[:, 0], MOST_ROUNDS - 1) + 1
-        updated = row + (fresh - row) / count[:, None]
-        updated[:, 0] = count
-        tried[here[measured], arm[measured]] = updated[measured]
-        moves = np.where((rates != table.rates).any(axis=1), 0, table.moves)
-        return dataclasses.replace(
-            table, base=base, tried=tried, rates=rates, alone=alone, moves=moves
-        )
-
-    def _computing(self, arm: Indices) -> Array:
-        """Return what computing takes at some arms, over the baseline, before more is known."""
-        share: Array = self._arms.device[arm]
-        return share + self._options.guess.mean[2] * (1.0 - share)
-
-    def _crowd(self, table: _Table) -> Array:
-        """Return how many devices are at the edge of each, itself included, ``(K,)``."""
-        away = (table.arm >= 0) & (table.arm < len(self._arms.cuts) - 1)
-        counts = np.bincount(table.edge[away], minlength=self._edges)
-        crowd: Array = (counts[table.edge] + ~away).astype(float)
-        return crowd
-
-    def _hoped(self, table: _Table) -> _Hoped:
+    def _hoped(self, table: BanditTable) -> Hoped:
         """Return the seconds of all arms that may be hoped for, and those that are expected."""
         o, arms = self._options, self._arms
         scale = np.where(table.base > 0, table.base, 1.0)[:, None]
         link = arms.link_s(table.rates, table.latency_s) / scale
-        crowd = np.broadcast_to(self._crowd(table)[:, None], link.shape)
+        crowd = np.broadcast_to(crowd_of(table, arms, self._edges)[:, None], link.shape)
         mean, spread, weights = expected(
             arms, arms.contexts(link, crowd), table.tried, table.kind, o.guess
         )
@@ -313,14 +235,13 @@ class Bandit:
         mean, low = (np.maximum(s, least) for s in (mean, mean - o.optimism * spread))
         fixed = arms.exchange_s(table.rates, table.latency_s)
         steps = table.steps[:, None] * scale
-        return _Hoped(mean * scale, low * steps + fixed, mean * steps + fixed, weights)
+        return Hoped(mean * scale, low * steps + fixed, mean * steps + fixed, weights)
 
-    def _chosen(self, table: _Table) -> Indices:
+    def _chosen(self, table: BanditTable, hoped: Hoped) -> Indices:
         """Return the arm of each device."""
         o, here, whole = self._options, np.arange(len(table.clients)), len(self._arms.cuts) - 1
         first = max(0, whole - 1) if self._forced else whole
         arm = np.where(table.arm < 0, first, table.arm)
-        hoped = self._hoped(table)
         low = hoped.low.copy()
         if self._forced:
             low[:, whole] = np.inf
@@ -340,97 +261,27 @@ class Bandit:
                 arm[k] = wanted[k]
         return arm
 
-    def _assigned(self, table: _Table, arm: Indices, fresh: NDArray[np.bool_]) -> _Table:
+    def _assigned(
+        self,
+        table: BanditTable,
+        arm: Indices,
+        fresh: NDArray[np.bool_],
+        hoped: Hoped,
+        piece: Array,
+    ) -> BanditTable:
         """Return the table with the assignments of these arms; those that are not fresh stay."""
         choices, codec = list(table.choices), self._arms.codec
         whole = len(self._arms.cuts) - 1
         for k in np.flatnonzero(fresh & (arm == whole)):
             choices[k] = Assignment(self._arms.cuts[whole], micro_batches=1).to_list()
         away = np.flatnonzero(fresh & (arm != whole))
-        for k, count in zip(away, self._pieces(table, arm, away), strict=True):
+        counts = best_pieces(
+            self._arms, arm[away], table.rates[away], table.latency_s[away],
+            np.where(table.base > 0, table.base, 1.0)[away],
+            np.maximum(hoped.weights[away, 2], 0.0), self._load, piece[away],
+        )  # fmt: skip
+        for k, count in zip(away, counts, strict=True):
             cut, edge = self._arms.cuts[arm[k]], int(table.edge[k])
             choices[k] = Assignment(cut, edge, codec, codec, count).to_list()
         moves = table.moves + ((arm != table.arm) & (table.arm >= 0))
         return dataclasses.replace(table, arm=arm, choices=choices, moves=moves)
-
-    def _pieces(self, table: _Table, arm: Indices, who: Indices) -> list[int]:
-        """Return in how many pieces some devices divide their mini-batches."""
-        if not len(who):
-            return []
-        return best_pieces(
-            self._arms, arm[who], table.rates[who], table.latency_s[who],
-            np.where(table.base > 0, table.base, 1.0)[who],
-            np.maximum(self._hoped(table).weights[who, 2], 0.0),
-            self._load, self._options.guess.piece,
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Hoped:
-    """What is expected of all arms.
-
-    Attributes:
-        mean: Seconds of an iteration, ``(K, C)``.
-        low: Seconds of a round that may be hoped for.
-        round_s: Seconds of a round that are expected.
-        weights: Of contexts, ``(K, 4)``.
-    """
-
-    mean: Array
-    low: Array
-    round_s: Array
-    weights: Array
-
-
-@dataclass(frozen=True)
-class _Table:
-    """The state of K clients as arrays.
-
-    Attributes:
-        clients: Who.
-        arm: Index of the arm of the last round; -1 before the first.
-        choices: What was assigned, as lists.
-        base: Seconds of the baseline; 0 if unknown.
-        tried: What was seen of each arm, ``(K, C, 4)``.
-        configured: Rates of the configuration, ``(K, 2)``.
-        rates: Rates that are believed.
-        alone: Rounds since a link was measured.
-        moves: Changes of arms.
-        latency_s: One way.
-        steps: Iterations of a round.
-        kind: Number of the kind.
-        edge: Its edge server.
-    """
-
-    clients: list[int]
-    arm: Indices
-    choices: list[Any]
-    base: Array
-    tried: Array
-    configured: Array
-    rates: Array
-    alone: Indices
-    moves: Indices
-    latency_s: Array
-    steps: Array
-    kind: Indices
-    edge: Indices
-
-    def rates_changed(self, before: _Table) -> NDArray[np.bool_]:
-        """Return whose link is believed to be another one."""
-        changed: NDArray[np.bool_] = (self.rates != before.rates).any(axis=1)
-        return changed
-
-    def kept_in(self, state: State) -> State:
-        """Return a state with what is in the table."""
-        columns = {
-            "base": self.base, "arms": self.tried, "rates": self.rates, "alone": self.alone,
-            "moves": self.moves,
-        }  # fmt: skip
-        after = {
-            name: state[name] | dict(zip(self.clients, values.tolist(), strict=True))
-            for name, values in columns.items()
-        }
-        return after | {
-            "choices": state["choices"] | dict(zip(self.clients, self.choices, strict=True))
-        }

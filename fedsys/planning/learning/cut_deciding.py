@@ -34,7 +34,7 @@ from fedsys.planning.resources import Observation
 State = dict[str, Any]
 
 NUMBERS = ("up_bit_s", "down_bit_s", "swing", "edge_s", "cut", "course", "unseen")
-"""Of each client in the state, in this order; then `Knowledge.work_s` and `Knowledge.slow` by cut."""
+"""Of each client in the state; behind them stand `Knowledge.work_s` and `Knowledge.slow` by cut."""
 
 
 def guarded(seen: Outlook, cut: Indices, legal: NDArray[np.bool_], veto: float | None) -> Indices:
@@ -101,7 +101,7 @@ class CutFedAdapt:
         if not clients:
             return state, {}
         setup, known = self._known(state, clients)
-        known = informed(known, setup, measured(seen, clients))
+        known = self._waiting(known, informed(known, setup, measured(seen, clients)))
         look = self._fleet.look(setup, known)
         scored, learning = self._scored(state, clients, seen, look)
         cut = guarded(look.outlook, scored, look.legal, self._options.veto)
@@ -115,6 +115,11 @@ class CutFedAdapt:
             "learning": learning,
         }
         return after, dict(zip(clients, made, strict=True))
+
+    def _waiting(self, before: Knowledge, now: Knowledge) -> Knowledge:
+        """Return what is known now; a probe that told nothing is not repeated in every round."""
+        every = self._options.probe_every or np.inf
+        return dataclasses.replace(now, unseen=np.where(before.unseen >= every, 0.0, now.unseen))
 
     def _scored(
         self, state: State, clients: Sequence[int], seen: Mapping[int, Observation], look: Look

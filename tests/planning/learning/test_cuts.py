@@ -352,6 +352,11 @@ def test_who_is_alone_measures_its_link_now_and_then(base):
         got = measured(0.64, 0.64, 3.0) if due[-1] else alone
         state, plan = made.plan(state, {0: got})
     assert due == [False, False, False, True, False, False]
+    due = []
+    for _ in range(8):  # links that no probe can measure
+        state, plan = made.plan(state, {0: alone})
+        due.append(bool(made.unmeasured(state, [0])))
+    assert due == [True, False, False, False, True, False, False, False]
     never = CutFedAdapt(base, dataclasses.replace(SMALL, probe_every=0), greedy())
     assert never.unmeasured(state, [0]) == []
 
