@@ -15,13 +15,15 @@ import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fedsys import __version__
-from fedsys.commands.arguments import Given, read
 from fedsys.commands.catalog import COMMANDS, Command
 from fedsys.errors import ConfigError, FedsysError, did_you_mean
 from fedsys.runs import opening
+
+if TYPE_CHECKING:
+    from fedsys.commands.arguments import Given
 
 __all__ = ["COMMANDS", "check_siblings", "entry", "main", "report"]
 
@@ -125,6 +127,7 @@ class Invocation:
         Raises:
             FedsysError: Whatever went wrong, ready to be reported.
         """
+        from fedsys.commands.arguments import read
         from fedsys.commands.options import every_option
 
         given = read(arguments, every_option, self.command.aliases, self.verb)

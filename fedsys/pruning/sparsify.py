@@ -1,8 +1,8 @@
 """From scores to masks: which weights go, in one shot or step by step.
 
-`prune` and `prune_share` are the two places that decide which weights go; everything else calls
-them with other scores. They take masks and give masks, so they can be called between two rounds of
-federated training as well as between two trainings::
+`prune` is the one place that decides which weights go; everything else calls it with other scores.
+It takes masks and gives masks, so it can be called between two rounds of federated training as well
+as between two trainings::
 
     masks = one_shot("synflow", model, 0.9, input_shape=(3, 32, 32))
     small = shrink(model, (3, 32, 32), masks=masks)
@@ -78,42 +78,8 @@ def prune(
     return Masks(result)
 
 
-def prune_share(
-    masks: Masks,
-    scores: Mapping[str, Tensor],
-    share: float,
-    *,
-    scope: str = "global",
-    keep_channels: int = 0,
-) -> Masks:
-    """Prune the lowest of the survivors: of s, exactly ``ceil(share × s)``.
-
-    Args:
-        masks: As for `prune`.
-        scores: As for `prune`.
-        share: Share of the survivors to prune, in [0, 1).
-        scope: ``global`` takes it of all survivors; ``layer`` of those of each layer.
-        keep_channels: As for `prune`.
-
-    Raises:
-        ConfigError: As `prune`.
-        ModelError: As `prune`.
-    """
-    if not 0.0 <= share < 1.0:
-        raise ConfigError.of("sparsity_per_level", share, "must be in [0, 1)")
-    _check(masks, scores, scope, keep_channels)
-    parts = [masks] if scope == "global" else [masks.part([name]) for name in masks]
-    result: dict[str, Tensor] = {}
-    for part in parts:
-        figures = part.figures()
-        more = math.ceil(Fraction(str(share)) * figures.kept)
-        count = figures.weights - figures.kept + more
-        result |= _lowest(part, scores, count, keep_channels)
-    return Masks(result)
-
-
 def sparsity_after(weights: int, kept: int, share: float) -> float:
-    """Return the sparsity at which `prune` leaves what `prune_share` leaves.
+    """Return the sparsity at which of s survivors exactly ``ceil(share × s)`` are gone.
 
     Args:
         weights: Number of masked weights.

@@ -47,7 +47,6 @@ from fedsys.files import (
     writing,
 )
 from fedsys.identity import environment, state_sha256
-from fedsys.runs import decisions
 from fedsys.runs.model_file import save_model
 from fedsys.runs.naming import default_path, unusable
 from fedsys.runs.scalars import Scalars, from_cell, to_cell
@@ -199,7 +198,7 @@ class RunFolder:
             run.log_config(config_yaml)
         run._info["config"] = run._config()
         problems += run._keep_rounds(after_round)
-        decisions.forget(path, after_round)
+        _forget_decisions(path, after_round)
         run._write_info(run._info)
         run._start_log()
         run._scalars = Scalars(path / "tensorboard", first_round=after_round + 1)
@@ -406,6 +405,12 @@ class RunFolder:
 
 def _info_text(info: Mapping[str, Any]) -> bytes:
     return (json_text(info, indent=2) + "\n").encode()
+
+
+def _forget_decisions(path: Path, after_round: int) -> None:
+    from fedsys.runs import decisions  # needed by runs that go on alone
+
+    decisions.forget(path, after_round)
 
 
 def _is_private(config: Mapping[str, Any]) -> bool:

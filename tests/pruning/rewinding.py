@@ -13,8 +13,10 @@ depends on, so a sequence that is resumed from a saved ticket goes on with the s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import final
 
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 
 from fedsys.errors import ConfigError, ModelError
 from fedsys.pruning.scores import Scores, magnitude
-from fedsys.pruning.sparsify import prune_share
+from fedsys.pruning.sparsify import _check, _lowest
 from fedsys.training.masks import Masks, read_tensors, write_tensors
 
 FORMAT = "fedsys-ticket-1"
@@ -106,6 +108,40 @@ class Trained:
     ticket: Ticket
     weights: Mapping[str, Tensor]
     following: Ticket | None
+
+
+def prune_share(
+    masks: Masks,
+    scores: Mapping[str, Tensor],
+    share: float,
+    *,
+    scope: str = "global",
+    keep_channels: int = 0,
+) -> Masks:
+    """Prune the lowest of the survivors: of s, exactly ``ceil(share × s)``.
+
+    Args:
+        masks: As for `prune`.
+        scores: As for `prune`.
+        share: Share of the survivors to prune, in [0, 1).
+        scope: ``global`` takes it of all survivors; ``layer`` of those of each layer.
+        keep_channels: As for `prune`.
+
+    Raises:
+        ConfigError: As `prune`.
+        ModelError: As `prune`.
+    """
+    if not 0.0 <= share < 1.0:
+        raise ConfigError.of("sparsity_per_level", share, "must be in [0, 1)")
+    _check(masks, scores, scope, keep_channels)
+    parts = [masks] if scope == "global" else [masks.part([name]) for name in masks]
+    result: dict[str, Tensor] = {}
+    for part in parts:
+        figures = part.figures()
+        more = math.ceil(Fraction(str(share)) * figures.kept)
+        count = figures.weights - figures.kept + more
+        result |= _lowest(part, scores, count, keep_channels)
+    return Masks(result)
 
 
 def prune_level(

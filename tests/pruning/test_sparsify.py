@@ -22,14 +22,13 @@ from fedsys.pruning.sparsify import (
     gradual,
     one_shot,
     prune,
-    prune_share,
     synflow_masks,
 )
 from fedsys.randomness import Address
 from fedsys.training import plain as training
 from fedsys.training.masks import Masks, held, prunable
 from fedsys.training.optimizers import pack_optimizer
-from tests.pruning.rewinding import Ticket, Trained, levels, prune_level
+from tests.pruning.rewinding import Ticket, Trained, levels, prune_level, prune_share
 
 SHAPE = (1, 8, 8)
 ADDRESS = Address(seed=3)
