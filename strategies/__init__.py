@@ -96,8 +96,8 @@ def build(
     if policy is None or fleet is None or dataset is None:
         return Sampled(inner, roster, sampling, seed=config.seed)
     check_mods(config.apps.client)
-    mobility, said = source_of(config, edges)
-    for line in said:
+    mobility = source_of(config, edges)
+    for line in () if mobility is None else mobility.notes:
         say(line)
     offload = Offload(
         inner,

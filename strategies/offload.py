@@ -25,12 +25,12 @@ from fedsys.config import Config
 from fedsys.errors import ConfigError, RuntimeFailure
 from fedsys.offload.fleet import Fleet
 from fedsys.planning.leakage import leakage_limit
-from fedsys.planning.moves import MobilitySource
+from fedsys.planning.moves import MobilitySource, Move
 from fedsys.planning.resources import Event
 from fedsys.transport.messages import OBSERVATION
 from strategies.around import Around
 from strategies.edge_loss import Repeats, too_small
-from strategies.journeys import Journeys, journeys
+from strategies.journeys import Journeys, begun, gone_on
 from strategies.message_halves import with_pieces
 from strategies.model_division import ModelDivision
 from strategies.offload_totals import OffloadTotals
@@ -41,6 +41,7 @@ from strategies.policies.policy import (
     OffloadPolicy,
     PolicyState,
 )
+from strategies.real_time import is_real
 from strategies.returns import Returns
 from strategies.roster import Roster
 from strategies.split_sessions import Sent, SplitSessions
@@ -81,6 +82,7 @@ class Offload(Around):
         assigned: What the policy said for the clients of the last round.
         decided: What it had seen of them, and what deciding took; None before the first round.
         mobility: Where devices are; None: wherever the policy wants them.
+        journeys: Where they were in the last round, and where they went.
     """
 
     STATE = ("totals", "_policy_state", "_seen")
@@ -103,7 +105,7 @@ class Offload(Around):
         self.traces: dict[int, list[Event]] = {}
         self.assigned: Mapping[int, Assignment] = {}
         self.decided: Decided | None = None
-        self._config, self.mobility, self._journeys = config, mobility, Journeys()
+        self._config, self.mobility, self.journeys = config, mobility, Journeys()
         self._division = ModelDivision(config, input_shape, num_classes)
         self._layers = self._division.layers
         restart = config.mobility.mode == "restart"
@@ -114,6 +116,8 @@ class Offload(Around):
         self._seen: dict[int, dict[str, Any]] = {}  # observations as checkpoints hold them
         self._measuring: Mapping[int, int] = {}
         self._grid: Grid | None = None
+        self._moves: Mapping[int, tuple[Move, ...]] = {}
+        self._real = is_real(config)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -139,13 +143,24 @@ class Offload(Around):
             self._measuring = self.policy.to_measure(self._policy_state, list(messages))
         for client in messages:  # what it does not tell of this round is not known
             self._seen.pop(client, None)
-        self._journeys = journeys(self.mobility, server_round, list(messages), self.fleet.edges)
-        self.assigned = self._journeys.placed(self.assigned)
+        self._set_out(server_round, list(messages))
         for client, message in messages.items():
-            self._divide(message, client, self.assigned[client], server_round)
+            if client not in self.lost:
+                self._divide(message, client, self.assigned[client], server_round)
         if messages and len(self.lost) == len(messages):
             raise RuntimeFailure(f"client {min(self.lost)}: {self.lost[min(self.lost)]}")
         return [message for client, message in messages.items() if client not in self.lost]
+
+    def _set_out(self, round_: int, clients: list[int]) -> None:
+        """Put devices where they are, and leave those out that wait for an edge server for good."""
+        place = self.mobility, round_, clients, self.fleet.edges
+        self.journeys = begun(*place)
+        self.assigned = self.journeys.placed(self.assigned, len(self._layers))
+        if self._config.mobility.unreachable == "wait":
+            reason = "no edge server is in its reach any more"
+            self.lost |= dict.fromkeys(self.journeys.unreached, reason)
+        self.journeys = gone_on(self.journeys, *place)
+        self._moves = self.journeys.moves if self._real else self.journeys.at_once()
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -256,7 +271,7 @@ class Offload(Around):
         whole = assignment.cut == len(self._layers)
         if whole and client in self._measuring:
             self._sessions.have_measured(message, client, self._measuring[client])
-        moves = self._journeys.moves.get(client, ())
+        moves = self._moves.get(client, ())
         if whole or self._sessions.open_if_any(message, client, assignment, round_, moves):
             return
         if reason := too_small(self._config, message.content):

@@ -51,9 +51,9 @@ from strategies.model_division import ModelDivision
 from strategies.offload import Offload
 from strategies.policies.fedadapt import FedAdaptPolicy
 from strategies.policies.policy import OffloadPolicy
+from strategies.real_time import is_real
 from strategies.roster import Roster
 from strategies.split_sessions import SplitSessions
-from strategies.virtual_time import is_real
 
 ROUND = 1
 """The round as which they are carried out: its learning rate, its network, its draws."""

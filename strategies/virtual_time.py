@@ -21,6 +21,7 @@ from fedsys.models.layers import LayeredModel
 from fedsys.planning.assignment import Assignment
 from fedsys.planning.costs import state_bytes
 from fedsys.planning.hardware import hardware
+from fedsys.planning.mobility.positions import Positioned
 from fedsys.planning.options import choosable, pieces_of, run_workload
 from fedsys.planning.oracle import Oracle, regret
 from fedsys.planning.resources import RESOURCES
@@ -34,7 +35,9 @@ from fedsys.planning.workload import Device, Workload
 from fedsys.runs.virtual_trace import ModelledRound
 from strategies.decisions import DeviceRound, best_of, probe_bytes
 from strategies.offload import Offload
+from strategies.played_moves import note_predictions, ways_of
 from strategies.policies.policy import Predicts
+from strategies.real_time import is_real
 
 Row = dict[str, Any]
 
@@ -74,6 +77,35 @@ class RoundClock:
         self.last: ModelledRound | None = None
         self.devices: dict[int, DeviceRound] = {}
         self._oracle = self._told_the_truth()
+        self._begins: dict[int, float] = {}
+        self._taken: tuple[int, dict[int, float]] = 0, {}
+        source = None if offload is None else offload.mobility
+        if self._machines is not None and isinstance(source, Positioned):
+            source.follow(self)
+
+    def begins_s(self, round_: int) -> float | None:
+        """Return when a round begins, in virtual seconds; None for later ones."""
+        if round_ == self._done + 1:
+            self._begins[round_] = self._now_s
+        return self._begins.get(round_)
+
+    def takes_s(self, round_: int, client: int) -> float | None:
+        """Return how long a device would train in the round that is being decided, if it stayed.
+
+        None for one that is not timed.
+        """
+        if self._taken[0] != round_:
+            played = None if self._offload is None else self._stayed(sorted(self._offload.assigned))
+            self._taken = round_, played or {}
+        return self._taken[1].get(client)
+
+    def _stayed(self, who: Sequence[int]) -> dict[int, float]:
+        choices = [self._choice(client) for client in who]
+        if self._machines is None or not who or any(choice.cut == 0 for choice in choices):
+            return {}
+        load = run_workload(self._config, self._layers, self._machines, self._examples, clients=who)
+        played = virtual_round(load.at_round(self._done + 1), choices, self._now_s)
+        return dict(zip(who, played.device_s, strict=True))
 
     def row(self, clients: Sequence[int], took: Mapping[int, float] | None = None) -> Row:
         """Return the columns of a round, and tell the policy what was measured.
@@ -94,7 +126,9 @@ class RoundClock:
             return {}
         load = run_workload(self._config, self._layers, self._machines, self._examples, clients=who)
         load = load.at_round(self._done)
-        played = virtual_round(load, choices, self._now_s)
+        anew = self._config.mobility.mode == "restart"
+        ways = ways_of(self._offload, self._done, who, anew=anew)
+        played = virtual_round(load, choices, self._now_s, ways=ways)
         expected = self._expected(load, choices, who)
         self.last = ModelledRound(
             played,
@@ -109,18 +143,14 @@ class RoundClock:
             medians = {c: median(e[1:]) for c, e in zip(who, expected, strict=True) if e[1:]}
             errors = errors_of(medians, took or {})
         else:
-            exchange = load.exchange_s()
-            errors = [
-                abs((sum(seconds) + exchange[k, choice.cut]) / whole - 1)
-                for k, (seconds, choice, whole) in enumerate(
-                    zip(expected, choices, played.device_s, strict=True)
-                )
-                if whole > 0
-            ]
+            errors = _errors_on_the_clock(load, choices, played, expected)
             for client, seen in zip(who, played.seen, strict=True):
                 if self._offload is not None:
                     self._offload.observe(client, dataclasses.asdict(seen))
         judged = self._judged(load, choices, played, expected, who)
+        if self._offload is not None and self._config.mobility.active:
+            note_predictions(self._offload.totals.moves, self._done, who, played, ways)
+            judged |= {"virtual_pause_s": sum(played.paused_s)}
         self._now_s += played.seconds
         told = {"prediction_error": float(median(errors))} if errors else {}
         return {"virtual_s": played.seconds, **row, **told, **judged}
@@ -130,6 +160,7 @@ class RoundClock:
     def _told_the_truth(self) -> Oracle | None:
         """Return the oracle; None where it is not wanted, or where the truth is not known."""
         decides = self._offload is not None and self._config.run.oracle
+        decides = decides and not self._config.mobility.active  # it knows no places
         if not decides or (self._real and not self._emulated):
             return None
         limit = self._config.client.max_model_bytes
@@ -195,10 +226,21 @@ class RoundClock:
         return predicted_iterations(load, choices)
 
 
-def is_real(config: Config) -> bool:
-    """Return whether what devices measure is what the fleet of the run takes."""
-    emulated = config.network.emulate and config.fleet.emulate
-    return config.runtime.kind == "deployment" or emulated
+def _errors_on_the_clock(
+    load: Workload,
+    choices: Sequence[Assignment],
+    played: VirtualRound,
+    expected: Sequence[Sequence[float]],
+) -> list[float]:
+    """Return by how much of its round each device was expected otherwise; without its pauses."""
+    exchange = load.exchange_s()
+    return [
+        abs((sum(seconds) + exchange[k, choice.cut]) / (whole - still) - 1)
+        for k, (seconds, choice, whole, still) in enumerate(
+            zip(expected, choices, played.device_s, played.paused_s, strict=True)
+        )
+        if whole > still
+    ]
 
 
 def errors_of(expected: Mapping[int, float], measured: Mapping[int, float]) -> list[float]:

@@ -44,6 +44,19 @@ class EdgePlace:
 
 
 @dataclass(frozen=True)
+class EdgeLinkConfig:
+    """Links between edge servers, over which sessions move.
+
+    Attributes:
+        mbit_s: Rate in Mbit/s; None: no limit.
+        latency_ms: One way, in milliseconds.
+    """
+
+    mbit_s: float | None = None
+    latency_ms: float = 0.0
+
+
+@dataclass(frozen=True)
 class MobilityConfig:
     """Who moves between edge servers, where and when.
 

@@ -69,6 +69,8 @@ RULES: tuple[Rule, ...] = (
     ("schedule.depth", _at_least_one, "must be at least 1", ""),
     ("link.kind", *_one_of("auto", "memory", "grpc", "tcp"), ""),
     ("fleet.replicate_every", lambda v: v >= 0, "must not be negative", "0 turns it off"),
+    ("fleet.between.mbit_s", _optional(_positive), "must be above 0", "null for no limit"),
+    ("fleet.between.latency_ms", lambda v: v >= 0, "must not be negative", ""),
     ("fleet.misjudged", lambda v: 1 <= v <= 100, "must be from 1 to 100", "1 is as it is"),
     ("edge.device", *_one_of("auto", "cpu", "cuda"), ""),
     ("network.up_mbit_s", _optional(_positive), "must be above 0", "null for no limit"),

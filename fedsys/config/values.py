@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from fedsys import faults
-from fedsys.config.mobility import EdgePlace, MobilityConfig
+from fedsys.config.mobility import EdgeLinkConfig, EdgePlace, MobilityConfig
 from fedsys.config.privacy import PrivacyConfig
 from fedsys.config.pruning import PruningConfig
 from fedsys.config.serving import ServingConfig
@@ -227,6 +227,7 @@ class FleetConfig:
             time, by waiting (`fedsys.offload.emulation`).
         places: Where each edge server stands, for devices that move (``mobility``); empty: spread
             evenly over where these are.
+        between: Links between edge servers.
     """
 
     edges: tuple[EdgeAddress, ...] = ()
@@ -242,6 +243,7 @@ class FleetConfig:
     links: tuple[NetworkConfig, ...] = ()
     emulate: bool = False
     places: tuple[EdgePlace, ...] = ()
+    between: EdgeLinkConfig = field(default_factory=EdgeLinkConfig)
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,11 @@ def open_fleet(config: Config, faults: Faults | None = None) -> Iterator[Fleet |
     if config.policy.get("kind", "none") == "none":
         yield None
         return
+    links = config.fleet.between
+    between = {"latency_ms": links.latency_ms}
+    if links.mbit_s is not None:
+        between["mbit_s"] = links.mbit_s
+    shaped = between if config.network.emulate and any(between.values()) else None
     folder = config.fleet.credentials or config.link.credentials
     credentials = Credentials.load(Path(folder)) if folder else None
     if config.fleet.edges:
@@ -41,6 +46,7 @@ def open_fleet(config: Config, faults: Faults | None = None) -> Iterator[Fleet |
             credentials=credentials,
             control_token=secret.control_token(config.fleet, "fleet"),
             faults=faults,
+            between=shaped,
         ) as fleet:
             yield fleet
         return
@@ -50,7 +56,9 @@ def open_fleet(config: Config, faults: Faults | None = None) -> Iterator[Fleet |
         for server in servers:
             stack.callback(server.stop, 0.0)
         here = [EdgeAddress(server.name, server.address) for server in servers]
-        fleet = Fleet(here, credentials=credentials, control_token=token, faults=faults)
+        fleet = Fleet(
+            here, credentials=credentials, control_token=token, faults=faults, between=shaped
+        )
         yield stack.enter_context(fleet)
 
 

@@ -43,6 +43,29 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
+class LegChange:
+    """A device goes on at another edge server, or waits until it reaches its own again.
+
+    Attributes:
+        iteration: Mini-batches that are done when it leaves.
+        pause_s: Seconds in which it stands still.
+        after: What it does from there on.
+        anew: Whether its round begins anew there.
+        noticed: Mini-batches that are done when its state begins to be sent ahead; -1: it is not.
+        ahead_s: Seconds that this takes; what is left of it when the device leaves is waited for.
+        bytes: Bytes that go between the edge servers in the pause.
+    """
+
+    iteration: int
+    pause_s: float
+    after: Job
+    anew: bool = False
+    noticed: int = -1
+    ahead_s: float = 0.0
+    bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """What one device does in a round.
 
@@ -61,6 +84,7 @@ class Job:
         rest_turns: The iteration that works on what is left of an epoch; empty for none.
         epoch: Iterations in an epoch; its last one is `rest_turns`.
         rest_load_s: As `load_s`, in that iteration.
+        moves: What happens between iterations, in its order.
     """
 
     name: str
@@ -77,6 +101,19 @@ class Job:
     rest_turns: tuple[Turn, ...] = ()
     epoch: int = 0
     rest_load_s: float = 0.0
+    moves: tuple[LegChange, ...] = ()
+
+    def legs(self) -> list[tuple[Job, int, int]]:
+        """Return what it does one after the other: as which job, and from which iteration to which.
+
+        Where a round begins anew, so does the count.
+        """
+        made, job, at = [], self, 0
+        for move in self.moves:
+            stop = max(at, min(move.iteration, self.iterations))
+            made.append((job, at, stop))
+            job, at = move.after, 0 if move.anew else stop
+        return [*made, (job, at, self.iterations)]
 
     def turns_of(self, iteration: int) -> tuple[Turn, ...]:
         """Return the turns of an iteration, counted from 0."""

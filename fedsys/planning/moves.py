@@ -83,6 +83,9 @@ class Handover:
         parts_s: Seconds by part of the pause: ``freeze``, ``encode``, ``transfer``, ``restore``,
             ``reconnect``.
         began_s: When the pause began, in seconds since the device began its round.
+        at: Share of the device's mini-batches that were done; None where it is not known.
+        predicted_pause_s: Pause on the virtual clock; None where the fleet names no machines.
+        predicted_bytes: Likewise, bytes that go in the pause.
     """
 
     client: int
@@ -97,6 +100,9 @@ class Handover:
     repeated_steps: int = 0
     parts_s: Mapping[str, float] = field(default_factory=dict)
     began_s: float = 0.0
+    at: float | None = None
+    predicted_pause_s: float | None = None
+    predicted_bytes: int | None = None
 
 
 class MobilitySource(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,8 @@ from fedsys.models.layers import LayeredModel
 from fedsys.planning.hardware import Hardware, hardware
 from fedsys.planning.leakage import allowed_cuts, without_limit
 from fedsys.planning.planner import METHODS
-from fedsys.planning.workload import Device, Workload, counts, workload
+from fedsys.planning.workload import Device, EdgeLink, Workload, counts, workload
+from fedsys.training.optimizers import state_share
 from fedsys.transport.codecs import check_codec
 
 PLANNED = tuple(method for method in METHODS if method != "classic")
@@ -174,11 +176,16 @@ def run_workload(
         epochs=config.client.epochs,
         exchange=options.objective == "round",
     )
+    between = config.fleet.between
     return dataclasses.replace(
         load,
         cuts=allowed_cuts(config, layers, load.cuts),
         schedule=config.schedule.kind,
         depth=config.schedule.depth,
+        between=EdgeLink(
+            math.inf if between.mbit_s is None else 1e6 * between.mbit_s, between.latency_ms / 1e3
+        ),
+        moments=state_share(config.client) if config.mobility.active else 0.0,
     )
 
 

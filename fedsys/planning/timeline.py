@@ -17,9 +17,39 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedsys.errors import ConfigError
-from fedsys.planning.jobs import Job, Turn
+from fedsys.planning.jobs import Job, LegChange, Turn
 from fedsys.planning.resources import Event
 from fedsys.transport.network import Rate, finish_time
+
+
+@dataclass(frozen=True, slots=True)
+class PlayedMove:
+    """A pause in which a device went from one edge server to another.
+
+    Attributes:
+        job: Index of the device.
+        iteration: Mini-batches that were done when it left.
+        source: Index of the edge server that it left.
+        target: Of the one where it went on; its own, if it was out of reach for a while.
+        start_s: When the pause began.
+        end_s: When it ended.
+        anew: Whether its round began anew.
+        bytes: Bytes that went between the edge servers meanwhile.
+    """
+
+    job: int
+    iteration: int
+    source: int
+    target: int
+    start_s: float
+    end_s: float
+    anew: bool = False
+    bytes: int = 0
+
+    @property
+    def pause_s(self) -> float:
+        """Seconds in which the device stood still."""
+        return self.end_s - self.start_s
 
 
 @dataclass(frozen=True)
@@ -30,11 +60,13 @@ class Timeline:
         events: In the order in which they were decided.
         ends_s: For each job, when its device and its session have both finished.
         start_s: When the first job began.
+        moves: Pauses of devices that went to other edge servers.
     """
 
     events: tuple[Event, ...]
     ends_s: tuple[float, ...]
     start_s: float = 0.0
+    moves: tuple[PlayedMove, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -65,7 +97,8 @@ class Timeline:
     def critical_path(self) -> tuple[Event, ...]:
         """Return the chain of events that decided the end, first one first.
 
-        Between an event on a link and the next one may lie the latency.
+        Between an event on a link and the next one may lie the latency, and between two of a device
+        the pause of a move.
         """
         if not self.events:
             return ()
@@ -132,6 +165,9 @@ class _Run:
     answers: dict[int, tuple[float, int]] = field(default_factory=dict)
     session_cause: int | None = None
     session_busy: bool = False
+    session_free_s: float = 0.0
+    moves: list[LegChange] = field(default_factory=list)
+    noticed_s: dict[int, float] = field(default_factory=dict)
     end_s: float = 0.0
 
 
@@ -146,12 +182,13 @@ class _Edge:
 class _Simulation:
     def __init__(self, jobs: Sequence[Job], workers: Sequence[int]) -> None:
         self._events: list[Event] = []
+        self._moves: list[PlayedMove] = []
         self._heap: list[tuple[float, int, int, int, tuple[int, ...]]] = []
         self._sequence = 0
         self._runs = [_started(job, index) for index, job in enumerate(jobs)]
         self._edges: Mapping[int, _Edge] = {
             e: _Edge([None] * (workers[e] if e < len(workers) else 1))
-            for e in {job.edge for job in jobs}
+            for e in {leg.edge for job in jobs for leg, _, _ in job.legs()}
         }
 
     def run(self) -> Timeline:
@@ -175,7 +212,8 @@ class _Simulation:
             for edge in self._edges.values():
                 self._dispatch(edge, now)
         start = min((run.job.start_s for run in self._runs), default=0.0)
-        return Timeline(tuple(self._events), tuple(run.end_s for run in self._runs), start)
+        ends = tuple(run.end_s for run in self._runs)
+        return Timeline(tuple(self._events), ends, start, tuple(self._moves))
 
     def _add(self, run: _Run, resource: str, name: str, iteration: int, piece: int,
              start_s: float, end_s: float, cause: int | None) -> int:  # fmt: skip
@@ -205,7 +243,11 @@ class _Simulation:
     def _advance(self, run: _Run) -> None:
         """Let the device do all turns that do not wait for an answer that is not yet known."""
         device = f"device:{run.job.name}"
-        while run.iteration < run.job.iterations:
+        while True:
+            if run.moves and self._stands(run):
+                return
+            if run.iteration >= run.job.iterations:
+                break
             turns = run.job.turns_of(run.iteration)
             if run.turn == len(turns):
                 self._finish_iteration(run, device)
@@ -238,6 +280,35 @@ class _Simulation:
             self._transfer(run, run.up, "return", -1, run.free_s, run.cause, True, run.iteration)
             run.end_s = max(run.end_s, run.up.free_s + run.job.network.latency_s)
             run.iteration += 1
+
+    def _stands(self, run: _Run) -> bool:
+        """Do the moves that are due; return whether one waits until the session stands still."""
+        while run.moves and run.turn == 0:
+            move = run.moves[0]
+            if move.noticed == run.iteration:  # its state begins to go ahead
+                run.noticed_s.setdefault(id(move), run.free_s)
+            if move.iteration > run.iteration:
+                return False
+            if run.session_busy:
+                return True
+            self._move(run)
+        return False
+
+    def _move(self, run: _Run) -> None:
+        """Let a device stand still, and go on at another edge server."""
+        move = run.moves.pop(0)
+        start = max(run.free_s, run.session_free_s)
+        ahead = run.noticed_s.get(id(move), -math.inf) + move.ahead_s
+        end = max(start, ahead) + move.pause_s
+        source, target = run.job.edge, move.after.edge
+        self._moves.append(
+            PlayedMove(run.index, run.iteration, source, target, start, end, move.anew, move.bytes)
+        )
+        run.job, run.free_s, run.session_free_s = move.after, end, end
+        run.last_of = {len(turns): _last_sending(turns) for turns in _both(run.job)}
+        run.iteration = 0 if move.anew else run.iteration
+        run.load_left_s = run.job.load_of(run.iteration) if move.anew else run.load_left_s
+        run.end_s = max(run.end_s, end)
 
     def _load(self, run: _Run, device: str, until_s: float) -> None:
         """Load while an answer is awaited."""
@@ -306,8 +377,10 @@ class _Simulation:
                 )
                 self._push(end, 0, run.index, (-1, iteration, update))
                 return
-        run.session_busy, run.session_cause = False, event
+        run.session_busy, run.session_cause, run.session_free_s = False, event, now
         edge.free.append(event)
+        if run.moves:  # it may have waited for its session
+            self._advance(run)
 
 
 def _started(job: Job, index: int) -> _Run:
@@ -316,11 +389,16 @@ def _started(job: Job, index: int) -> _Run:
         index,
         _Lane(f"up:{job.name}", job.network.up, job.start_s),
         _Lane(f"down:{job.name}", job.network.down, job.start_s),
-        {len(turns): _last_sending(turns) for turns in (job.rest_turns, job.turns)},
+        {len(turns): _last_sending(turns) for turns in _both(job)},
         free_s=job.start_s,
         load_left_s=job.load_of(0),
+        moves=list(job.moves),
         end_s=job.start_s,
     )
+
+
+def _both(job: Job) -> tuple[tuple[Turn, ...], tuple[Turn, ...]]:
+    return job.rest_turns, job.turns
 
 
 def _last_sending(turns: tuple[Turn, ...]) -> int:

@@ -10,11 +10,14 @@ network; a round that is emulated in real time takes no time for that.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
 
 from fedsys.planning.assignment import Assignment
+from fedsys.planning.handing_over import moving_job
 from fedsys.planning.jobs import Job
+from fedsys.planning.moves import Move
 from fedsys.planning.planner import evaluate
 from fedsys.planning.resources import RESOURCES, Measured
 from fedsys.planning.timeline import Timeline, play
@@ -22,6 +25,33 @@ from fedsys.planning.workload import Workload, job_of, mini_batches
 
 MOST_TURNS = 40_000
 """Turns that are played of a round; of a longer one a share of the iterations is."""
+
+
+@dataclass(frozen=True)
+class Ways:
+    """Where devices go in a round, by their index in the workload.
+
+    Attributes:
+        moves: Moves and gaps of each that has some, in their order.
+        waits_s: Seconds for which some wait before they begin.
+        anew: Whether rounds begin anew at each edge server that a device comes to.
+    """
+
+    moves: Mapping[int, tuple[Move, ...]] = field(default_factory=dict)
+    waits_s: Mapping[int, float] = field(default_factory=dict)
+    anew: bool = False
+
+    def followed(self, load: Workload, k: int, choice: Assignment, job: Job) -> Job:
+        """Return what a device does if it goes its way."""
+        if k in self.waits_s:
+            job = dataclasses.replace(job, start_s=job.start_s + self.waits_s[k])
+        if k not in self.moves:
+            return job
+        return moving_job(load, load.devices[k], choice, self.moves[k], job, anew=self.anew)
+
+
+STILL: Final = Ways()
+"""Nobody moves."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +64,7 @@ class VirtualRound:
         idle: Share of the time in which resources do nothing, mean by kind (`RESOURCES`).
         seen: What each device would have measured.
         timeline: The events that were played.
+        paused_s: Seconds in which each device stood still because it moved, or was out of reach.
     """
 
     seconds: float
@@ -41,10 +72,16 @@ class VirtualRound:
     idle: dict[str, float]
     seen: tuple[Measured, ...]
     timeline: Timeline
+    paused_s: tuple[float, ...] = ()
 
 
 def virtual_round(
-    load: Workload, choices: Sequence[Assignment], start_s: float = 0.0, *, most: int = MOST_TURNS
+    load: Workload,
+    choices: Sequence[Assignment],
+    start_s: float = 0.0,
+    *,
+    most: int = MOST_TURNS,
+    ways: Ways = STILL,
 ) -> VirtualRound:
     """Play a round.
 
@@ -54,22 +91,39 @@ def virtual_round(
         start_s: When the round begins, in seconds of the traces of networks.
         most: Turns that are played; of a longer round, as many of the first iterations of each
             device as fit into it, the others taking the mean time of these.
+        ways: Where devices go in the round.
     """
     whole = [
-        job_of(load, device, choice, start_s=start_s)
-        for device, choice in zip(load.devices, choices, strict=True)
+        ways.followed(load, k, choice, job_of(load, device, choice, start_s=start_s))
+        for k, (device, choice) in enumerate(zip(load.devices, choices, strict=True))
     ]
-    share = min(1.0, most / sum(job.iterations * len(job.turns) for job in whole))
+    share = min(1.0, most / sum(_turns_of(job) for job in whole))
     jobs = [_shortened(job, share) for job in whole]
     workers = [edge.workers for edge in load.edges]
     timeline = play(jobs, workers)
     device_s = []
+    paused = _paused(timeline, len(jobs))
     for k, (job, full) in enumerate(zip(jobs, whole, strict=True)):
         took = timeline.ends_s[k] - start_s
-        exchange = _exchange(load, k, job) if job.iterations < full.iterations else 0.0
-        device_s.append(exchange + (took - exchange) * full.iterations / job.iterations)
-    seen = _seen(load, jobs, timeline, start_s)
-    return VirtualRound(max(device_s), tuple(device_s), _idle(load, timeline), seen, timeline)
+        fixed = ways.waits_s.get(k, 0.0) + paused[k] + _exchange(load, k, job)
+        fixed = fixed if job.iterations < full.iterations else 0.0
+        device_s.append(fixed + (took - fixed) * full.iterations / job.iterations)
+    seen = _seen(load, jobs, timeline, paused)
+    still = tuple(paused[k] + ways.waits_s.get(k, 0.0) for k in range(len(jobs)))
+    idle = _idle(load, timeline)
+    return VirtualRound(max(device_s), tuple(device_s), idle, seen, timeline, still)
+
+
+def _turns_of(job: Job) -> int:
+    return sum((stop - start) * len(leg.turns) for leg, start, stop in job.legs())
+
+
+def _paused(timeline: Timeline, jobs: int) -> list[float]:
+    """Return the seconds in which each device stood still because it moved."""
+    seconds = [0.0] * jobs
+    for move in timeline.moves:
+        seconds[move.job] += move.pause_s
+    return seconds
 
 
 class VirtualClock:
@@ -110,9 +164,19 @@ def same_round(load: Workload, start_s: float) -> tuple[object, ...]:
 
 def _shortened(job: Job, share: float) -> Job:
     """Return a job with a share of its iterations, but for two at least."""
-    return dataclasses.replace(
-        job, iterations=max(min(2, job.iterations), int(share * job.iterations))
+    count = max(min(2, job.iterations), int(share * job.iterations))
+    if count == job.iterations:
+        return job
+    moves = tuple(
+        dataclasses.replace(
+            move,
+            iteration=move.iteration * count // job.iterations,
+            noticed=move.noticed if move.noticed < 0 else move.noticed * count // job.iterations,
+            after=dataclasses.replace(move.after, iterations=count),
+        )
+        for move in job.moves
     )
+    return dataclasses.replace(job, iterations=count, moves=moves)
 
 
 def _idle(load: Workload, timeline: Timeline) -> dict[str, float]:
@@ -126,7 +190,7 @@ def _idle(load: Workload, timeline: Timeline) -> dict[str, float]:
 
 
 def _seen(
-    load: Workload, jobs: Sequence[Job], timeline: Timeline, start_s: float
+    load: Workload, jobs: Sequence[Job], timeline: Timeline, paused: Sequence[float]
 ) -> tuple[Measured, ...]:
     busy = [dict.fromkeys(RESOURCES, 0.0) for _ in jobs]
     for event in timeline.events:
@@ -134,16 +198,23 @@ def _seen(
             busy[event.job][event.kind] += event.end_s - event.start_s
     found = []
     for k, job in enumerate(jobs):
-        turns = (turn for i in range(job.iterations) for turn in job.turns_of(i))
+        legs = job.legs()
+        turns = (
+            turn
+            for leg, start, stop in legs
+            for i in range(start, stop)
+            for turn in leg.turns_of(i)
+        )
         sent = [turn.exchange for turn in turns if turn.exchange is not None]
+        count = sum(stop - start for _, start, stop in legs)
         up = job.return_bytes + sum(exchange.up_bytes for exchange in sent)
         down = job.fetch_bytes + sum(exchange.down_bytes for exchange in sent)
-        took = timeline.ends_s[k] - start_s
+        took = timeline.ends_s[k] - job.start_s
         found.append(
             Measured(
-                max(0.0, took - _exchange(load, k, job)) / job.iterations,
-                busy[k]["device"] / job.iterations,
-                busy[k]["edge"] / job.iterations,
+                max(0.0, took - paused[k] - _exchange(load, k, job)) / count,
+                busy[k]["device"] / count,
+                busy[k]["edge"] / count,
                 busy[k]["up"] / (8 * up) if up else 0.0,
                 busy[k]["down"] / (8 * down) if down else 0.0,
             )

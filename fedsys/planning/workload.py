@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -34,6 +35,23 @@ from fedsys.transport.network import Network
 Array = NDArray[np.float64]
 
 MOST_PIECES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class EdgeLink:
+    """Links between edge servers.
+
+    Attributes:
+        bits_s: Bits per second; infinite: no limit.
+        latency_s: One way.
+    """
+
+    bits_s: float = math.inf
+    latency_s: float = 0.0
+
+    def seconds(self, nbytes: float) -> float:
+        """Return what a transfer takes until its last bit arrives."""
+        return 8.0 * nbytes / self.bits_s + self.latency_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +89,8 @@ class Workload:
             each round, so that the plan takes its time into account.
         schedule: Order of the pieces.
         depth: ``bounded``: pieces in flight at most.
+        between: Links between edge servers, for devices that move.
+        moments: Bytes of the optimizer's state for each byte of parameters; likewise.
 
     Raises:
         ConfigError: There is no device or edge, a machine is of another model, or a number of
@@ -89,6 +109,8 @@ class Workload:
     exchange: bool = True
     schedule: str = "pipelined"
     depth: int = 1
+    between: EdgeLink = field(default_factory=EdgeLink)
+    moments: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.devices or not self.edges:

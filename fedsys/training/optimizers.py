@@ -30,6 +30,20 @@ def spare_dynamo() -> None:
             plain.__dynamo_disable = plain
 
 
+def state_share(client: ClientConfig) -> float:
+    """Return the bytes of an optimizer's state for each byte of parameters, after a step.
+
+    Raises:
+        ConfigError: As in `make_optimizer`.
+    """
+    parameter = nn.Parameter(torch.zeros(32, 32))
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = make_optimizer([parameter], client, 1e-3)
+    step(optimizer)
+    held = [v for v in optimizer.state[parameter].values() if isinstance(v, Tensor) and v.dim()]
+    return sum(value.nbytes for value in held) / parameter.nbytes
+
+
 def step(optimizer: Optimizer) -> None:
     """Do ``optimizer.step()`` without gradients, and without importing torch's compiler.
 

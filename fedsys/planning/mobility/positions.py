@@ -20,12 +20,15 @@ LONGEST_WAIT_S = 86_400.0
 class RoundTimes(Protocol):
     """Knows when rounds begin and how long devices train in them."""
 
-    def begins_s(self, round_: int) -> float:
-        """Return when a round begins, in seconds since the first one did."""
+    def begins_s(self, round_: int) -> float | None:
+        """Return when a round begins, in seconds since the first one did; None if not known."""
         ...
 
-    def takes_s(self, round_: int, client: int) -> float:
-        """Return how long a device trains in a round; asked when it is settled what it does."""
+    def takes_s(self, round_: int, client: int) -> float | None:
+        """Return how long a device trains in a round; None if not known.
+
+        It is asked when it is settled what the device does.
+        """
         ...
 
 
@@ -75,14 +78,29 @@ class Positioned:
         mobility: The group.
         walkers: Where devices and edge servers are.
         times: How long rounds last, until `follow` names somebody who knows better.
+        notes: Sentences about what was chosen where the configuration says nothing.
+
+    Attributes:
+        notes: As given.
     """
 
-    def __init__(self, mobility: MobilityConfig, walkers: Walkers, times: RoundTimes) -> None:
-        self._mobility, self._walkers, self._times = mobility, walkers, times
+    def __init__(
+        self,
+        mobility: MobilityConfig,
+        walkers: Walkers,
+        times: EvenRounds,
+        notes: Sequence[str] = (),
+    ) -> None:
+        self._mobility, self._walkers = mobility, walkers
+        self._even, self._times = times, cast(RoundTimes, times)
+        self.notes = tuple(notes)
         self._known: dict[int, tuple[float, tuple[EdgeStay, ...]]] = {}
 
     def follow(self, times: RoundTimes) -> None:
-        """Take the times of rounds from somebody else, unless the configuration names them."""
+        """Take the times of rounds from somebody else, unless the configuration names them.
+
+        What they do not know is as it was.
+        """
         if self._mobility.seconds_per_round is None:
             self._times = times
 
@@ -130,7 +148,8 @@ class Positioned:
                 yield from self._events_of(client, round_)
 
     def _events_of(self, client: int, round_: int) -> Iterator[tuple[Move, int]]:
-        takes_s = self._times.takes_s(round_, client)
+        told_s = self._times.takes_s(round_, client)
+        takes_s = self._even.takes_s(round_, client) if told_s is None else told_s
         begin = self._begin(round_)
         now: EdgeStay | None = self._stay_at(client, begin)
         if now is not None and now.edge is None:
@@ -167,7 +186,8 @@ class Positioned:
     # --- where a device is ------------------------------------------------------------------------
 
     def _begin(self, round_: int) -> float:
-        return self._walkers.begin_s + self._times.begins_s(round_)
+        told_s = self._times.begins_s(round_)
+        return self._walkers.begin_s + (self._even.begins_s(round_) if told_s is None else told_s)
 
     def _has_position(self, client: int) -> bool:
         return self._walkers.track(client, 0.0) is not None

@@ -21,7 +21,12 @@ class Scripted:
         mobility: The group.
         num_clients: Devices of the run.
         seed: Draws who moves, where a share of them does.
+
+    Attributes:
+        notes: What is to be said about it: nothing.
     """
+
+    notes: tuple[str, ...] = ()
 
     def __init__(self, mobility: MobilityConfig, num_clients: int, seed: int) -> None:
         self._mobility = mobility

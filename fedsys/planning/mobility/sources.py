@@ -22,16 +22,12 @@ SIDE_M: Final = 1000.0
 """Metres of each side of the area of random waypoints where nothing says how large it is."""
 
 
-def source_of(config: Config, edges: int) -> tuple[Scripted | Positioned | None, list[str]]:
-    """Return where the devices of a run are, and what is to be said about it.
+def source_of(config: Config, edges: int) -> Scripted | Positioned | None:
+    """Return where the devices of a run are; None where nobody moves.
 
     Args:
         config: The run.
         edges: Number of its edge servers.
-
-    Returns:
-        The source, None where nobody moves; and sentences about what was chosen where the
-        configuration says nothing.
 
     Raises:
         ConfigError: The trace is not usable, or does not go with the run.
@@ -42,11 +38,11 @@ def source_of(config: Config, edges: int) -> tuple[Scripted | Positioned | None,
     if mobility.kind == "waypoint":
         return _walking(config, edges)
     if mobility.active:
-        return Scripted(mobility, config.num_clients, config.seed), []
-    return None, []
+        return Scripted(mobility, config.num_clients, config.seed)
+    return None
 
 
-def _traced(config: Config, edges: int) -> tuple[Positioned, list[str]]:
+def _traced(config: Config, edges: int) -> Positioned:
     mobility, places = config.mobility, config.fleet.places
     trace, names = read_trace(mobility, config.num_clients)
     tracks, points = in_metres(trace, mobility, places)
@@ -68,10 +64,10 @@ def _traced(config: Config, edges: int) -> tuple[Positioned, list[str]]:
         return tracks.get(client)
 
     walkers = Walkers(track, coverage, begin, trace.end_s)
-    return Positioned(mobility, walkers, times), [*said, *more]
+    return Positioned(mobility, walkers, times, [*said, *more])
 
 
-def _walking(config: Config, edges: int) -> tuple[Positioned, list[str]]:
+def _walking(config: Config, edges: int) -> Positioned:
     mobility, places = config.mobility, config.fleet.places
     points = _plane(places)
     low, high = _area(config, points)
@@ -85,7 +81,7 @@ def _walking(config: Config, edges: int) -> tuple[Positioned, list[str]]:
         return walk.track(client, until_s) if client in who else None
 
     times = EvenRounds(mobility.seconds_per_round or ROUND_S)
-    return Positioned(mobility, Walkers(track, coverage), times), said
+    return Positioned(mobility, Walkers(track, coverage), times, said)
 
 
 def _plane(places: Sequence[EdgePlace]) -> Array | None:

@@ -179,7 +179,8 @@ def traced(configure, tmp_path):
             "policy=fixed", f"num_edges={edges}", f"num_clients={clients}", "rounds=2",
             "mobility=trace", f"mobility.file={file}", *overrides,
         )  # fmt: skip
-        return source_of(config, edges)
+        source = source_of(config, edges)
+        return source, list(source.notes)
 
     return make
 
@@ -259,9 +260,9 @@ def test_what_does_not_go_together_is_refused(traced, overrides, words):
 
 def test_walkers_need_no_file(configure):
     config = configure("policy=fixed", "num_edges=3", "mobility=waypoint", "mobility.share=0.5")
-    source, said = source_of(config, 3)
-    assert "spread evenly over 1000 x 1000 m" in said[0]
+    source = source_of(config, 3)
+    assert "spread evenly over 1000 x 1000 m" in source.notes[0]
     assert len(source.places(1, range(8), EDGES)) == 4
     moves = [move for r in range(1, 6) for move in source.moves(r, range(8), EDGES)]
     assert moves and {move.how for move in moves} >= {"foreseen"}
-    assert source_of(configure(), 1) == (None, [])
+    assert source_of(configure(), 1) is None
