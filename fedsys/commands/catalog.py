@@ -92,6 +92,14 @@ COMMANDS: dict[str, Command] = {
         groups=("data", "model", "fleet", "network", "policy", "schedule", "mobility"),
         whole=("policy",),
     ),
+    "partition": Command(
+        "fedsys.commands.partition",
+        "job",
+        "divide a model, or a variant of a portfolio, among device, edges and cloud, and say why",
+        options=("portfolio", "seed", "partition", "run"),
+        groups=("model", "data", "hosts", "network"),
+        whole=("hosts",),
+    ),
     "profile": Command(
         "fedsys.commands.profile",
         "job",

@@ -59,7 +59,9 @@ WITHOUT_MOMENTUM = (
 
 OF_OTHER_COMMANDS = {
     "serving": "fedsys serve and query",
-    "portfolio": "fedsys serve",
+    "portfolio": "fedsys serve and partition",
+    "hosts": "fedsys partition",
+    "partition": "fedsys partition",
     "input": "fedsys query",
     "profile": "fedsys profile",
     "prune": "fedsys prune",

@@ -8,6 +8,8 @@ from typing import Any, Final
 
 from fedsys import faults
 from fedsys.config.mobility import EdgeLinkConfig, EdgePlace, MobilityConfig
+from fedsys.config.network import NetworkConfig as NetworkConfig
+from fedsys.config.partition import HostsConfig, PartitionConfig
 from fedsys.config.privacy import PrivacyConfig
 from fedsys.config.pruning import PruningConfig
 from fedsys.config.serving import ServingConfig
@@ -149,37 +151,6 @@ class LinkConfig:
     def between_processes(self) -> str:
         """What is served to other processes, whatever the runtime: ``grpc`` or ``tcp``."""
         return self.kind if self.kind in ("grpc", "tcp") else BETWEEN_PROCESSES
-
-
-@dataclass(frozen=True)
-class NetworkConfig:
-    """The network between devices and edge servers.
-
-    Attributes:
-        name: What it is called.
-        source: Where its rates come from, or the word "nominal".
-        up_mbit_s: From the device, in Mbit/s; None: no limit.
-        down_mbit_s: To the device, in Mbit/s; None: no limit.
-        latency_ms: One way, in milliseconds.
-        trace: ``[second, up, down]``, ascending; rates in Mbit/s from then on. Or a file of them,
-            one for each device, or how they are drawn: see `fedsys.planning.traces`.
-        trace_by: What its time is: ``seconds``, or ``rounds``, of which the first is 0.
-        columns: Names of the columns ``seconds``, ``up`` and ``down`` in a file that has others.
-        period_s: Seconds after which the trace repeats; None: its last rates stay.
-        emulate: Whether the links of this run are made as slow as this network, or as the links of
-            the fleet, in real time. A trace begins anew with each message to a device.
-    """
-
-    name: str = "none"
-    source: str = ""
-    up_mbit_s: float | None = None
-    down_mbit_s: float | None = None
-    latency_ms: float = 0.0
-    trace: Any = None
-    trace_by: str = "seconds"
-    columns: Mapping[str, str] | None = None
-    period_s: float | None = None
-    emulate: bool = False
 
 
 @dataclass(frozen=True)
@@ -400,6 +371,8 @@ class Config:
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     variants: VariantsConfig = field(default_factory=VariantsConfig)
     serving: ServingConfig = field(default_factory=ServingConfig)
+    hosts: HostsConfig = field(default_factory=HostsConfig)
+    partition: PartitionConfig = field(default_factory=PartitionConfig)
     portfolio: str | None = None
     input: str | None = None
     resume: str | None = None

@@ -1,0 +1,130 @@
+"""The groups `hosts` and `partition`: machines of a chain, and how a model is divided."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedsys.config.network import NetworkConfig
+
+Spec = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class HostConfig:
+    """One machine of a chain.
+
+    Attributes:
+        name: Its name.
+        machine: What it takes, by name, of ``hosts.machines``.
+        address: Where ``fedsys host`` listens there; empty where nothing is served, only planned.
+        memory_mb: For its part of the model; None: not known.
+        power_w: Watts that it takes more while it computes; None: not known.
+        radio_w: Watts that it takes more while it sends or receives.
+        waiting_ms: Work that waits there before a request.
+    """
+
+    name: str
+    machine: str = ""
+    address: str = ""
+    memory_mb: float | None = None
+    power_w: float | None = None
+    radio_w: float = 0.0
+    waiting_ms: float = 0.0
+
+
+@dataclass(frozen=True)
+class HostsConfig:
+    """The machines of a chain, in the order in which a request passes them.
+
+    Attributes:
+        name: What they are called.
+        machines: Costs by name: nominal rates or a profile (`fedsys.planning.hardware`).
+        list: The machines; the first has the input.
+        links: Networks between neighbours; ``network=``, where it is chosen, is the first of them.
+    """
+
+    name: str = "none"
+    machines: Spec = field(default_factory=dict)
+    list: tuple[HostConfig, ...] = ()
+    links: tuple[NetworkConfig, ...] = ()
+
+
+@dataclass(frozen=True)
+class PartitionConfig:
+    """How a model is divided among the hosts.
+
+    Attributes:
+        objective: What is to be small: ``latency``, ``throughput`` (the busy time that bounds it),
+            ``bytes`` or ``energy``.
+        solver: ``auto``, ``scan``, ``dynamic``, ``min_cut`` or ``exhaustive``.
+        input: Channels, height and width of an image; None: those of ``data=``.
+        batch: Images of a request.
+        requests_per_s: Requests that arrive at random; 0: one at a time.
+        codecs: In which tensors at cuts may be written.
+        fc_as_one: Whether there are no cuts between linear layers at the end.
+        must: Host of a unit, by names; None as an empty one, as for the two that follow.
+        must_not: Units that a host must not compute, by its name.
+        upload_mb: Largest size of what a host sends for a request, by its name.
+        time_limit_ms: Longest time of a request; None: any.
+        max_drop: With a portfolio: largest loss of accuracy against its best variant, unless a
+            time limit decides.
+        pareto: Two objectives, for all choices that are best in one for what they cost in the
+            other; empty: none.
+        alternatives: Other choices that are shown.
+        images: Images of ``data=`` on which the effect of codecs is measured; 0: not.
+    """
+
+    objective: str = "latency"
+    solver: str = "auto"
+    input: tuple[int, ...] | None = None
+    batch: int = 1
+    requests_per_s: float = 0.0
+    codecs: tuple[str, ...] = ("fp32",)
+    fc_as_one: bool = True
+    must: Spec | None = None
+    must_not: Spec | None = None
+    upload_mb: Spec | None = None
+    time_limit_ms: float | None = None
+    max_drop: float = 0.02
+    pareto: tuple[str, ...] = ()
+    alternatives: int = 5
+    images: int = 0
+
+
+_OBJECTIVES = ("latency", "throughput", "bytes", "energy")
+_SOLVERS = ("auto", "scan", "dynamic", "min_cut", "exhaustive")
+_CODECS = ("fp32", "fp16", "bf16", "int8")
+
+
+def _one_of(names: tuple[str, ...]) -> tuple[Callable[[Any], bool], str]:
+    return (lambda value: value in names), f"must be one of {', '.join(names)}"
+
+
+RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("objective", *_one_of(_OBJECTIVES)),
+    ("solver", *_one_of(_SOLVERS)),
+    (
+        "input",
+        lambda v: v is None or (len(v) == 3 and min(v) >= 1),
+        "must be channels, height and width",
+    ),
+    ("batch", lambda v: v >= 1, "must be at least 1"),
+    ("requests_per_s", lambda v: v >= 0, "must not be negative"),
+    (
+        "codecs",
+        lambda v: bool(v) and set(v) <= set(_CODECS) and len(set(v)) == len(v),
+        f"must be a list of {', '.join(_CODECS)}",
+    ),
+    ("time_limit_ms", lambda v: v is None or v > 0, "must be above 0"),
+    ("max_drop", lambda v: 0 <= v <= 1, "must be in [0, 1]"),
+    (
+        "pareto",
+        lambda v: not v or (len(v) == 2 and set(v) <= set(_OBJECTIVES) and v[0] != v[1]),
+        f"must be two of {', '.join(_OBJECTIVES)}",
+    ),
+    ("alternatives", lambda v: v >= 0, "must not be negative"),
+    ("images", lambda v: v >= 0, "must not be negative"),
+)
+"""Path within the group, test, and rule of each value that is bounded."""
