@@ -70,12 +70,18 @@ COMMANDS: dict[str, Command] = {
         "hold sessions of split training for many devices, until SIGTERM or Ctrl-C",
         options=("edge",),
     ),
+    "host": Command(
+        "fedsys.commands.host",
+        "job",
+        "compute units of models for chains of hosts, until SIGTERM or Ctrl-C",
+        options=("host",),
+    ),
     "serve": Command(
         "fedsys.commands.serve",
         "job",
-        "answer requests over HTTP by the variants of a portfolio",
-        options=("portfolio",),
-        groups=("serving",),
+        "answer requests over HTTP by the variants of a portfolio, or by a chain of hosts",
+        options=("portfolio", "partition"),
+        groups=("serving", "hosts", "network"),
         whole=("serving",),
     ),
     "query": Command(

@@ -18,7 +18,7 @@ from fedsys.config import Config
 from fedsys.errors import ConfigError, ModelError
 from fedsys.models.layers import LayeredModel, layered
 from fedsys.partition.configured import links_between, problem_of
-from fedsys.partition.evaluation import Cost
+from fedsys.partition.evaluation import RequestCost
 from fedsys.partition.minimum_cut import best_division
 from fedsys.partition.planner import Choice, PartitionPlan, pareto, plan_partition
 from fedsys.partition.problem import Problem
@@ -33,7 +33,7 @@ CLASSES = 1000
 
 
 @dataclass(frozen=True, eq=False)
-class Planned:
+class DividedModel:
     """One model and how it is divided.
 
     Attributes:
@@ -88,7 +88,7 @@ def job(tree: Any) -> Mapping[str, Any]:
     return found
 
 
-def _of_model(config: Config) -> Planned:
+def _of_model(config: Config) -> DividedModel:
     layers, shape = model_of(config)
     name = str(config.model.get("name") or config.model["_target_"]).rpartition(".")[2]
     return _planned(config, name, None, layers, shape)
@@ -121,15 +121,15 @@ def _planned(
     accuracy: float | None,
     layers: LayeredModel,
     shape: tuple[int, ...],
-) -> Planned:
+) -> DividedModel:
     options = config.partition
     problem = problem_of(config, layers, shape)
     solver = "auto" if options.solver == "min_cut" else options.solver
     plan = plan_partition(problem, options.objective, solver, options.alternatives)
-    return Planned(name, accuracy, layers, shape, problem, plan)
+    return DividedModel(name, accuracy, layers, shape, problem, plan)
 
 
-def _variants(config: Config) -> Iterator[Planned]:
+def _variants(config: Config) -> Iterator[DividedModel]:
     """Yield the plans of all variants that can be cut, the most accurate first.
 
     Raises:
@@ -154,7 +154,7 @@ def _variants(config: Config) -> Iterator[Planned]:
         raise refused or ModelError(f"{portfolio.folder}: no variant has units to be cut between")
 
 
-def _choose(tried: Sequence[Planned], config: Config) -> Planned:
+def _choose(tried: Sequence[DividedModel], config: Config) -> DividedModel:
     """Return the most accurate within the time limit, or the best that loses little accuracy."""
     options = config.partition
     if options.time_limit_ms is not None:  # all that were planned are within it
@@ -164,7 +164,7 @@ def _choose(tried: Sequence[Planned], config: Config) -> Planned:
     return min(good, key=_value)
 
 
-def _value(one: Planned) -> float:
+def _value(one: DividedModel) -> float:
     return one.plan.best.cost.value(one.plan.objective)
 
 
@@ -176,7 +176,7 @@ def _say(text: str) -> None:
 # Figures
 
 
-def figures(one: Planned, config: Config) -> dict[str, Any]:
+def figures(one: DividedModel, config: Config) -> dict[str, Any]:
     """Return a plan as plain values.
 
     Returns:
@@ -217,7 +217,7 @@ def figures(one: Planned, config: Config) -> dict[str, Any]:
     return found
 
 
-def _minimum_cut(one: Planned) -> dict[str, Any]:
+def _minimum_cut(one: DividedModel) -> dict[str, Any]:
     division = best_division(one.problem, one.layers, one.shape, one.plan.objective)
     single = one.plan.best.cost.value(one.plan.objective)
     return {
@@ -228,7 +228,7 @@ def _minimum_cut(one: Planned) -> dict[str, Any]:
     }
 
 
-def _totals(cost: Cost) -> dict[str, Any]:
+def _totals(cost: RequestCost) -> dict[str, Any]:
     return {
         "latency_ms": 1e3 * cost.latency_s,
         "requests_per_s": 1 / cost.bottleneck_s if cost.bottleneck_s else None,
@@ -259,7 +259,7 @@ def _units(problem: Problem, first: int, last: int) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
 
 
-def _hosts(problem: Problem, cost: Cost) -> list[dict[str, Any]]:
+def _hosts(problem: Problem, cost: RequestCost) -> list[dict[str, Any]]:
     portions = {p.host: p for p in cost.portions}
     rows: list[dict[str, Any]] = []
     for index, host in enumerate(problem.hosts):
@@ -282,7 +282,7 @@ def _hosts(problem: Problem, cost: Cost) -> list[dict[str, Any]]:
     return rows
 
 
-def _links(problem: Problem, cost: Cost, names: Sequence[str]) -> list[dict[str, Any]]:
+def _links(problem: Problem, cost: RequestCost, names: Sequence[str]) -> list[dict[str, Any]]:
     return [
         {
             "from": problem.hosts[t.first].name,
@@ -300,7 +300,7 @@ def _links(problem: Problem, cost: Cost, names: Sequence[str]) -> list[dict[str,
     ]
 
 
-def _variant_row(one: Planned) -> dict[str, Any]:
+def _variant_row(one: DividedModel) -> dict[str, Any]:
     return {
         "variant": one.name,
         "accuracy": one.accuracy,

@@ -1,4 +1,4 @@
-"""``fedsys serve``: answer requests by a portfolio until SIGTERM or Ctrl-C.
+"""``fedsys serve``: answer requests by a portfolio or a chain of hosts, until it is told to stop.
 
 When it is told to stop, it takes no more requests, finishes those in work, and says what it did. A
 second signal ends it at once.
@@ -23,6 +23,7 @@ from fedsys import config as configuration
 from fedsys.config import Config
 from fedsys.errors import ConfigError
 from fedsys.pruning.portfolio import MANIFEST, Portfolio
+from fedsys.serving.chain_opening import OpenedChain, serves_chain
 from fedsys.serving.http import Endpoint
 from fedsys.serving.portfolio import PortfolioEngine
 from fedsys.serving.switch.control import Record
@@ -43,7 +44,8 @@ def job(tree: Any) -> Mapping[str, Any]:
 
     Returns:
         What it did: ``answers`` by variant, ``switches``, ``failed_switches``, the last
-        ``variant``, and whether it was expected to meet the objective.
+        ``variant``, and whether it was expected to meet the objective; where ``hosts.list`` has
+        addresses, what `_serve_chain` returns.
 
     Raises:
         ConfigError: No folder is named, or it is not there, or the address cannot be listened on.
@@ -52,6 +54,8 @@ def job(tree: Any) -> Mapping[str, Any]:
     config = configuration.parse(configuration.to_text(tree))
     portfolio = Portfolio.load(_folder(config))
     sys.setswitchinterval(SWITCH_S)
+    if serves_chain(config):
+        return _serve_chain(config, portfolio)
     if config.serving.threads is not None:
         torch.set_num_threads(config.serving.threads)
     engine = PortfolioEngine(portfolio, config.serving, lambda record: _tell(record, config.json))
@@ -65,14 +69,56 @@ def job(tree: Any) -> Mapping[str, Any]:
     gc.collect()
     gc.freeze()
     _say(portfolio, engine, endpoint, config)
-    try:
-        threading.Event().wait()
-    except KeyboardInterrupt:
-        print("finishing the requests in work", file=sys.stderr)
+    _until_told()
     endpoint.close()
     status = engine.status()
     keys = ("answers", "switches", "failed_switches", "variant", "meets_objective")
     return {key: status[key] for key in keys}
+
+
+def _until_told() -> None:
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        print("finishing the requests in work", file=sys.stderr)
+
+
+def _serve_chain(config: Config, portfolio: Portfolio) -> Mapping[str, Any]:
+    """Serve by a chain of hosts.
+
+    Returns:
+        What it did: ``answers`` by cuts, ``moves``, and the last cuts as ``variant``.
+    """
+    opened = OpenedChain(config, portfolio)
+    engine = opened.engine
+    try:
+        endpoint = Endpoint(engine, config.serving)
+    except BaseException:
+        opened.close()
+        raise
+    status = engine.status()
+    if config.json:
+        ready = {
+            "address": endpoint.address,
+            "grpc": endpoint.grpc_address,
+            "model": config.serving.name,
+            "variant": status["variant"],
+            "chain": status["chain"],
+            "pid": os.getpid(),
+        }
+        print(json.dumps({"ready": ready}), flush=True)
+    else:
+        _say_addresses(endpoint, config)
+        for row in status["chain"]:
+            names = row["units"]
+            units = f"{names[0]} … {names[-1]}" if names else "nothing"
+            print(f"{row['host']} at {row['address']}: {units}", flush=True)
+    _warn(endpoint, config)
+    _until_told()
+    endpoint.close()
+    opened.release()
+    status = engine.status()
+    return {key: status[key] for key in ("answers", "moves", "variant")}
 
 
 def _folder(config: Config) -> Path:
@@ -94,6 +140,7 @@ def _say(portfolio: Portfolio, engine: PortfolioEngine, endpoint: Endpoint, conf
     if config.json:
         ready = {
             "address": endpoint.address,
+            "grpc": endpoint.grpc_address,
             "model": config.serving.name,
             "variant": status["variant"],
             "meets_objective": status["meets_objective"],
@@ -101,9 +148,18 @@ def _say(portfolio: Portfolio, engine: PortfolioEngine, endpoint: Endpoint, conf
         }
         print(json.dumps({"ready": ready}), flush=True)
     else:
-        print(f"{endpoint.address} answers for {config.serving.name}", flush=True)
+        _say_addresses(endpoint, config)
         print(f"{len(portfolio.variants)} variants; {status['variant']}: {status['reason']}",
               flush=True)  # fmt: skip
+    _warn(endpoint, config)
+
+
+def _say_addresses(endpoint: Endpoint, config: Config) -> None:
+    also = f" and {endpoint.grpc_address}" if endpoint.grpc_address else ""
+    print(f"{endpoint.address}{also} answers for {config.serving.name}", flush=True)
+
+
+def _warn(endpoint: Endpoint, config: Config) -> None:
     if endpoint.places < config.serving.max_connections:
         print(
             f"warning: the system allows descriptors for {endpoint.places} connections, not for "

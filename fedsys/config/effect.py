@@ -60,8 +60,9 @@ WITHOUT_MOMENTUM = (
 OF_OTHER_COMMANDS = {
     "serving": "fedsys serve and query",
     "portfolio": "fedsys serve and partition",
-    "hosts": "fedsys partition",
-    "partition": "fedsys partition",
+    "host": "fedsys host",
+    "hosts": "fedsys partition and serve",
+    "partition": "fedsys partition and serve",
     "input": "fedsys query",
     "profile": "fedsys profile",
     "prune": "fedsys prune",

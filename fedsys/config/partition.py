@@ -43,12 +43,60 @@ class HostsConfig:
         machines: Costs by name: nominal rates or a profile (`fedsys.planning.hardware`).
         list: The machines; the first has the input.
         links: Networks between neighbours; ``network=``, where it is chosen, is the first of them.
+        way: How cuts change while requests come: ``beside``, ``pause``, ``process`` or ``warm``.
+        adapt: Whether cuts follow the conditions.
+        interval_s: Between two decisions, in seconds.
+        margin: Share by which a request must become faster for cuts to change.
+        dwell_s: No change earlier after one, in seconds.
+        emulate: Whether links are made as slow as `links`, in real time.
+        other_arithmetic: Whether hosts may compute other bits than this machine.
+        credentials: Folder with ``ca.pem``, ``cert.pem`` and ``key.pem`` for mutual TLS.
+        control_token: What hosts want to hear instead of one.
+        control_token_file: File that holds it.
     """
 
     name: str = "none"
     machines: Spec = field(default_factory=dict)
     list: tuple[HostConfig, ...] = ()
     links: tuple[NetworkConfig, ...] = ()
+    way: str = "beside"
+    adapt: bool = True
+    interval_s: float = 1.0
+    margin: float = 0.1
+    dwell_s: float = 5.0
+    emulate: bool = False
+    other_arithmetic: bool = False
+    credentials: str | None = None
+    control_token: str = field(default="", repr=False)
+    control_token_file: str | None = None
+
+
+@dataclass(frozen=True)
+class HostServerConfig:
+    """The group `host`: one host as a process of its own, ``fedsys host``.
+
+    Attributes:
+        name: In answers and messages.
+        address: Where it listens, as ``tcp://host:port`` or ``grpc://host:port``.
+        credentials: Folder with ``ca.pem``, ``cert.pem`` and ``key.pem``; for both roles, as it
+            is dialled and dials the next host.
+        controller: Name in the certificate of who may control it.
+        control_token: What a controller without a certificate must present; on loopback only.
+        control_token_file: File that holds it.
+        memory_mb: Of weights.
+        kept_mb: Of weights that no pipeline uses any more.
+        threads: Intra-op threads of a forward pass; None for all cores.
+    """
+
+    name: str = "host"
+    address: str = "tcp://127.0.0.1:9500"
+    credentials: str | None = None
+    controller: str = "server"
+    control_token: str = field(default="", repr=False)
+    control_token_file: str | None = None
+    memory_mb: float = 16000.0
+    kept_mb: float = 1000.0
+    threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +121,7 @@ class PartitionConfig:
         pareto: Two objectives, for all choices that are best in one for what they cost in the
             other; empty: none.
         alternatives: Other choices that are shown.
+        cuts: The unit that each host but the first begins with; None: planned.
         images: Images of ``data=`` on which the effect of codecs is measured; 0: not.
     """
 
@@ -90,6 +139,7 @@ class PartitionConfig:
     max_drop: float = 0.02
     pareto: tuple[str, ...] = ()
     alternatives: int = 5
+    cuts: tuple[int, ...] | None = None
     images: int = 0
 
 
@@ -128,3 +178,19 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("images", lambda v: v >= 0, "must not be negative"),
 )
 """Path within the group, test, and rule of each value that is bounded."""
+
+HOSTS_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("way", *_one_of(("beside", "pause", "process", "warm"))),
+    ("interval_s", lambda v: v > 0, "must be above 0"),
+    ("margin", lambda v: 0 <= v <= 1, "must be in [0, 1]"),
+    ("dwell_s", lambda v: v >= 0, "must not be negative"),
+)
+"""The same of the group `hosts`."""
+
+HOST_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("name", bool, "must not be empty"),
+    ("memory_mb", lambda v: v > 0, "must be above 0"),
+    ("kept_mb", lambda v: v >= 0, "must not be negative"),
+    ("threads", lambda v: v is None or v >= 1, "must be at least 1"),
+)
+"""The same of the group `host`."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from fedsys.config import privacy as privacy_settings
 from fedsys.config import pruning as pruning_settings
+from fedsys.config.partition import HOST_RULES, HOSTS_RULES
 from fedsys.config.partition import RULES as PARTITION_RULES
 from fedsys.config.serving import RULES as SERVING_RULES
 from fedsys.config.values import Config, NetworkConfig
@@ -117,6 +118,8 @@ RULES: tuple[Rule, ...] = (
     ("runtime.timeout_s", _positive, "must be greater than 0", ""),
     ("runtime.wait_s", _positive, "must be greater than 0", ""),
     *((f"serving.{key}", test, rule, "") for key, test, rule in SERVING_RULES),
+    *((f"hosts.{key}", test, rule, "") for key, test, rule in HOSTS_RULES),
+    *((f"host.{key}", test, rule, "") for key, test, rule in HOST_RULES),
     *((f"partition.{key}", test, rule, "") for key, test, rule in PARTITION_RULES),
 )
 

@@ -28,7 +28,10 @@ from fedsys.errors import ConfigError
 MASK: Final = "***"
 """What stands instead of a secret."""
 
-TOKENS: Final = ("edge.control_token", "fleet.control_token")
+TOKENS: Final = (
+    *("edge.control_token", "fleet.control_token"),
+    *("host.control_token", "hosts.control_token"),
+)
 """Options that hold a token."""
 
 VARIABLE: Final = "FEDSYS_CONTROL_TOKEN"
@@ -127,7 +130,7 @@ def control_token(config: _HasToken, group: str) -> str:
     """Return the token of one side: from the option, its file, or the environment; empty for none.
 
     Args:
-        config: The group ``edge`` or ``fleet``.
+        config: The group ``edge``, ``fleet``, ``host`` or ``hosts``.
         group: Its name, for messages.
 
     Raises:

@@ -33,6 +33,7 @@ class ServingConfig:
 
     Attributes:
         address: Where it is, as ``http://host:port``; port 0: any that is free.
+        grpc: Where the same protocol is served over gRPC, as ``grpc://host:port``; None: not.
         name: Of the model, in the paths of the protocol.
         objective: What is asked of the answers.
         variant: The only variant that answers; None lets the policy choose.
@@ -57,6 +58,7 @@ class ServingConfig:
     """
 
     address: str = "http://127.0.0.1:8080"
+    grpc: str | None = None
     name: str = "classifier"
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     variant: str | None = None

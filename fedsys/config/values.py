@@ -9,7 +9,7 @@ from typing import Any, Final
 from fedsys import faults
 from fedsys.config.mobility import EdgeLinkConfig, EdgePlace, MobilityConfig
 from fedsys.config.network import NetworkConfig as NetworkConfig
-from fedsys.config.partition import HostsConfig, PartitionConfig
+from fedsys.config.partition import HostsConfig, HostServerConfig, PartitionConfig
 from fedsys.config.privacy import PrivacyConfig
 from fedsys.config.pruning import PruningConfig
 from fedsys.config.serving import ServingConfig
@@ -371,6 +371,7 @@ class Config:
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     variants: VariantsConfig = field(default_factory=VariantsConfig)
     serving: ServingConfig = field(default_factory=ServingConfig)
+    host: HostServerConfig = field(default_factory=HostServerConfig)
     hosts: HostsConfig = field(default_factory=HostsConfig)
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     portfolio: str | None = None

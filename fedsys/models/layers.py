@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fedsys.errors import ConfigError, ModelError, did_you_mean
-from fedsys.models.assemble import copy_modules, modes_of, stage
+from fedsys.models.assemble import copy_modules, graph_module, modes_of, stage
 from fedsys.models.chain import (
     UnitNodes,
     cuts_in_fc_block,
@@ -52,6 +52,7 @@ __all__ = [
     "join",
     "layered",
     "resolve_cut",
+    "section",
     "split",
     "stages",
 ]
@@ -348,7 +349,36 @@ def split(model: LayeredModel, cut: int) -> tuple[nn.Module, nn.Module]:
     return device, edge
 
 
+def section(model: LayeredModel, start: int, stop: int) -> fx.GraphModule:
+    """Return units ``[start, stop)`` with their graph, to be described and built elsewhere.
+
+    Computes what the stage of `stages` computes; for evaluation.
+
+    Raises:
+        ModelError: Units that share a parameter would be separated.
+    """
+    for cut in (start, stop):
+        _refuse_shared(model, cut)
+    graph = _stage_graph(model, start, stop)
+    names = [name for unit in model.units[start:stop] for name in unit.names]
+    return graph_module(model.graph, graph, names, modes_of(model.graph))
+
+
 def _stage(model: LayeredModel, start: int, stop: int) -> nn.Module:
+    names = [name for unit in model.units[start:stop] for name in unit.names]
+    graph = _stage_graph(model, start, stop)
+    built = stage(model.graph, graph, names, modes_of(model.graph))
+    hidden = dict(built.named_buffers()).keys() - built.state_dict().keys()
+    for name in sorted(hidden):
+        if built.get_buffer(name).is_meta:
+            raise ModelError(
+                f"{name} has no value and is in no state dict, so the half that needs it cannot be "
+                "filled; register the buffer with persistent=True"
+            )
+    return built
+
+
+def _stage_graph(model: LayeredModel, start: int, stop: int) -> fx.Graph:
     units = model.units[start:stop]
     wanted = {name for unit in units for name in unit.nodes}
     original = model.graph.graph
@@ -374,13 +404,4 @@ def _stage(model: LayeredModel, start: int, stop: int) -> nn.Module:
         graph.node_copy(original.output_node(), copied)
     else:
         graph.output(copied(nodes[units[-1].output]))
-    names = [name for unit in units for name in unit.names]
-    built = stage(model.graph, graph, names, modes_of(model.graph))
-    hidden = dict(built.named_buffers()).keys() - built.state_dict().keys()
-    for name in sorted(hidden):
-        if built.get_buffer(name).is_meta:
-            raise ModelError(
-                f"{name} has no value and is in no state dict, so the half that needs it cannot be "
-                "filled; register the buffer with persistent=True"
-            )
-    return built
+    return graph

@@ -74,7 +74,7 @@ class Transfer:
 
 
 @dataclass(frozen=True)
-class Cost:
+class RequestCost:
     """What a request costs.
 
     Attributes:
@@ -103,7 +103,7 @@ class Cost:
         }[objective]
 
 
-def evaluate(problem: Problem, partition: Partition) -> Cost:
+def evaluate(problem: Problem, partition: Partition) -> RequestCost:
     """Return what a request costs when the model is divided like this; constraints do not count."""
     transfers = tuple(_transfers(problem, partition))
     portions = tuple(_portions(problem, partition, transfers))
@@ -116,7 +116,7 @@ def evaluate(problem: Problem, partition: Partition) -> Cost:
         for t in transfers
     )
     sent = sum(p.sent_bytes for p in portions)
-    return Cost(latency, max(busy), sent, energy, portions, transfers)
+    return RequestCost(latency, max(busy), sent, energy, portions, transfers)
 
 
 def _wait(problem: Problem, seconds: float) -> float:

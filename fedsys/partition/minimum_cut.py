@@ -36,7 +36,7 @@ _DEVICE, _SERVER = "device", "server"
 
 
 @dataclass(frozen=True)
-class Step:
+class GraphStep:
     """One step of a graph.
 
     Attributes:
@@ -55,7 +55,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Division:
+class GraphDivision:
     """Which steps are on the device.
 
     Attributes:
@@ -70,8 +70,8 @@ class Division:
 
 
 def divide(
-    steps: Sequence[Step], back_s: float = 0.0, together: Sequence[Sequence[str]] = ()
-) -> Division:
+    steps: Sequence[GraphStep], back_s: float = 0.0, together: Sequence[Sequence[str]] = ()
+) -> GraphDivision:
     """Return the best division.
 
     Args:
@@ -107,7 +107,7 @@ class _Flow:
         back_s: Another cost.
     """
 
-    def __init__(self, steps: Sequence[Step], back_s: float) -> None:
+    def __init__(self, steps: Sequence[GraphStep], back_s: float) -> None:
         costs = [c for s in steps for c in (s.device_s, s.server_s, s.send_s) if math.isfinite(c)]
         self._scale = _PRECISION / (sum(costs) + back_s or 1.0)
         self._infinite = 2 * _PRECISION
@@ -125,16 +125,16 @@ class _Flow:
         return near
 
 
-def _division(steps: Sequence[Step], near: frozenset[str], back_s: float) -> Division:
+def _division(steps: Sequence[GraphStep], near: frozenset[str], back_s: float) -> GraphDivision:
     crossing = crossing_of(steps, near)
     sent = {step.name: step.send_s for step in steps}
     cost = sum(step.device_s if step.name in near else step.server_s for step in steps)
     cost += sum(sent[name] for name in crossing)
     cost += 0.0 if steps[-1].name in near else back_s
-    return Division(tuple(s.name for s in steps if s.name in near), crossing, cost)
+    return GraphDivision(tuple(s.name for s in steps if s.name in near), crossing, cost)
 
 
-def crossing_of(steps: Sequence[Step], near: frozenset[str]) -> tuple[str, ...]:
+def crossing_of(steps: Sequence[GraphStep], near: frozenset[str]) -> tuple[str, ...]:
     """Return the steps of the device whose values the server reads."""
     read = {name for step in steps if step.name not in near for name in step.reads}
     return tuple(step.name for step in steps if step.name in near and step.name in read)
@@ -145,7 +145,7 @@ def best_division(
     layers: LayeredModel,
     input_shape: Sequence[int],
     objective: str = "latency",
-) -> Division:
+) -> GraphDivision:
     """Return the best division of a model between the two hosts of a problem.
 
     The seconds of a unit are divided among its steps by their multiply-accumulates. What crosses
@@ -200,7 +200,7 @@ def _back(problem: Problem, objective: str) -> float:
 
 def steps_of(
     problem: Problem, layers: LayeredModel, input_shape: Sequence[int], objective: str
-) -> tuple[list[Step], list[list[str]]]:
+) -> tuple[list[GraphStep], list[list[str]]]:
     """Return the steps of a model, the input first, and which must stay together."""
     nodes = {node.name: node for node in layers.graph.graph.nodes}
     entry = next(node.name for node in nodes.values() if node.op == "placeholder")
@@ -209,7 +209,7 @@ def steps_of(
         name: cost.bytes / _ROWS if cost.shape and cost.shape[0] == _ROWS else math.inf
         for name, cost in costs.items()
     }
-    steps = [Step(entry, (), 0.0, 0.0, _sending(problem, sizes[entry], RAW, objective))]
+    steps = [GraphStep(entry, (), 0.0, 0.0, _sending(problem, sizes[entry], RAW, objective))]
     for index, unit in enumerate(layers.units):
         work = [max(costs[name].macs, 0) for name in unit.nodes]
         shares = [w / sum(work) for w in work] if sum(work) else [1 / len(work)] * len(work)
@@ -217,7 +217,7 @@ def steps_of(
             reads = tuple(n.name for n in nodes[name].all_input_nodes if not sourceless(n))
             near, far = _computing(problem, index, share, len(steps) == 1, objective)
             send = _sending(problem, sizes[name], problem.codecs[0], objective)
-            steps.append(Step(name, reads, near, far, send))
+            steps.append(GraphStep(name, reads, near, far, send))
     together = [
         [n for u in users for n in layers.units[u].nodes] for users in layers.shared.values()
     ]

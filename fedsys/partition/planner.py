@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from fedsys.errors import ConfigError
-from fedsys.partition.evaluation import Cost, evaluate
+from fedsys.partition.evaluation import RequestCost, evaluate
 from fedsys.partition.problem import RAW, Partition, Problem
 from fedsys.partition.solvers import broken, dynamic, exhaustive, frontier, scan
 
@@ -28,7 +28,7 @@ class Choice:
     """
 
     partition: Partition
-    cost: Cost
+    cost: RequestCost
 
 
 @dataclass(frozen=True)

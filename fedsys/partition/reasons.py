@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fedsys.partition.evaluation import Cost, evaluate
+from fedsys.partition.evaluation import RequestCost, evaluate
 from fedsys.partition.planner import PartitionPlan, moved
 from fedsys.partition.problem import Partition, Problem, taking_part
 from fedsys.partition.solvers import broken
@@ -66,7 +66,7 @@ def _shifted(problem: Problem, partition: Partition, host: int, cut: int) -> Par
     return moved(problem, idle, host, cut)
 
 
-def _change(before: Cost, after: Cost, plan: PartitionPlan) -> str:
+def _change(before: RequestCost, after: RequestCost, plan: PartitionPlan) -> str:
     computing = sum(p.compute_s for p in after.portions) - sum(p.compute_s for p in before.portions)
     sending = sum(t.up_s + t.latency_s for t in after.transfers)
     sending -= sum(t.up_s + t.latency_s for t in before.transfers)

@@ -15,7 +15,7 @@ Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class PortionCosts:
     """Costs that are added up, and the largest busy time, all of one shape.
 
     Attributes:
@@ -57,7 +57,7 @@ class Tables:
             codec: np.array([self._may_be(cut, codec) for cut in problem.cuts])
             for codec in self.codecs
         }
-        self._known: dict[tuple[object, ...], Part] = {}
+        self._known: dict[tuple[object, ...], PortionCosts] = {}
 
     @property
     def codecs(self) -> tuple[str, ...]:
@@ -74,7 +74,7 @@ class Tables:
         messaging = self.problem.hosts[host].costs.messaging
         return messaging.message_s + self._bytes[codec] * messaging.byte_s.get(codec, 0.0)
 
-    def portion(self, host: int, came: str | None, goes: str | None) -> Part:
+    def portion(self, host: int, came: str | None, goes: str | None) -> PortionCosts:
         """Return the costs of a host between two cuts, ``(K, K)``; infinite where not allowed.
 
         Args:
@@ -87,7 +87,7 @@ class Tables:
             self._known[key] = self._portion(*key)
         return self._known[key]
 
-    def _portion(self, host: int, came: str | None, goes: str | None) -> Part:
+    def _portion(self, host: int, came: str | None, goes: str | None) -> PortionCosts:
         problem, about = self.problem, self.problem.hosts[host]
         answer = about.costs.messaging.seconds(problem.answer_bytes, RAW)
         service = self._compute[host].copy()
@@ -109,16 +109,16 @@ class Tables:
             latency = latency + problem.wait_s(service)
         energy = service * (about.power_w or 0.0)
         parts = (latency, service, sent, energy)
-        return Part(*(np.where(usable, part, np.inf) for part in parts))
+        return PortionCosts(*(np.where(usable, part, np.inf) for part in parts))
 
-    def transfer(self, first: int, last: int, codec: str) -> Part:
+    def transfer(self, first: int, last: int, codec: str) -> PortionCosts:
         """Return the costs of what two hosts exchange at each cut, ``(K,)``."""
         problem, network = self.problem, self.problem.path(first, last)
         up = 8 * self._bytes[codec] / network.up_bits_s
         down = np.full_like(up, 8 * problem.answer_bytes / network.down_bits_s)
         latency = up + down + problem.wait_s(up) + problem.wait_s(down) + 2 * network.latency_s
         radio = problem.hosts[first].radio_w + problem.hosts[last].radio_w
-        return Part(latency, np.maximum(up, down), np.zeros_like(up), radio * (up + down))
+        return PortionCosts(latency, np.maximum(up, down), np.zeros_like(up), radio * (up + down))
 
     def _computing(self, host: int) -> Array:
         done = self.problem.forward_s(host)[self._at]

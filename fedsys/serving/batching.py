@@ -128,7 +128,7 @@ class _Divided:
 
 @final
 class Batcher:
-    """Takes requests from any thread and has them computed, batch by batch, in one of its own.
+    """Takes requests from any thread and has them computed, batch by batch, in threads of its own.
 
     Args:
         engine: Computes.
@@ -142,8 +142,12 @@ class Batcher:
         self._rows = 0
         self._change = threading.Condition()
         self._closing = False
-        self._thread = threading.Thread(target=self._work, name="inference", daemon=True)
-        self._thread.start()
+        self._threads = [  # the first one computes pieces, too
+            threading.Thread(target=self._work, args=(lane == 0,), name="inference", daemon=True)
+            for lane in range(engine.lanes)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def waiting(self) -> int:
@@ -171,7 +175,7 @@ class Batcher:
                 self._queue.append(waiting)
             self._rows += waiting.rows
             self._engine.watch.arrived(waiting.rows)
-            self._change.notify()
+            self._change.notify_all()
         return waiting.future
 
     def close(self, drain_s: float) -> int:
@@ -185,8 +189,10 @@ class Batcher:
         """
         with self._change:
             self._closing = True
-            self._change.notify()
-        self._thread.join(drain_s)
+            self._change.notify_all()
+        until = time.monotonic() + drain_s
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
         with self._change:
             left = [self._take() for _ in range(len(self._queue))]
             divided = [one for one in list(self._divided) if self._drop(one)]
@@ -212,35 +218,43 @@ class Batcher:
         self._rows -= rows
         self._engine.watch.left(rows)
 
-    def _work(self) -> None:
+    def _work(self, pieces: bool) -> None:
         while True:
-            batch = self._next()
+            batch = self._next(pieces)
             wanted = [w for w in batch if w.future.set_running_or_notify_cancel()]
             if wanted:
                 self._compute(wanted)
-            if self._divided:
+            if pieces and self._divided:
                 self._compute_piece(self._divided[0])
             elif not batch:
                 return
 
-    def _next(self) -> list[_Waiting]:
+    def _next(self, pieces: bool) -> list[_Waiting]:
         """Wait for a batch; an empty one means the end, or that there are only pieces."""
-        limit = self._limits.max_batch
         with self._change:
-            self._change.wait_for(lambda: self._queue or self._divided or self._closing)
-            if not self._queue:
-                return []
-            until = self._queue[0].since + self._limits.max_delay_ms / 1e3
-            while self._rows < limit and not self._closing:
-                left = until - time.perf_counter()
-                if left <= 0 or not self._change.wait(left):
-                    break
-            batch = [self._take()]
-            rows = batch[0].rows
-            while self._queue and rows + self._queue[0].rows <= limit:
-                rows += self._queue[0].rows
-                batch.append(self._take())
-            return batch
+            while True:
+                self._change.wait_for(
+                    lambda: self._queue or (pieces and self._divided) or self._closing
+                )
+                if not self._queue:
+                    return []
+                self._wait_for_more(self._queue[0].since + self._limits.max_delay_ms / 1e3)
+                if self._queue:  # another lane may have taken what was there
+                    return self._batch()
+
+    def _wait_for_more(self, until: float) -> None:
+        while self._rows < self._limits.max_batch and not self._closing:
+            left = until - time.perf_counter()
+            if left <= 0 or not self._change.wait(left):
+                return
+
+    def _batch(self) -> list[_Waiting]:
+        batch = [self._take()]
+        rows = batch[0].rows
+        while self._queue and rows + self._queue[0].rows <= self._limits.max_batch:
+            rows += self._queue[0].rows
+            batch.append(self._take())
+        return batch
 
     def _compute(self, batch: list[_Waiting]) -> None:
         start = time.perf_counter()

@@ -97,6 +97,10 @@ class Engine(Protocol):
     def ready(self) -> bool:
         """Whether requests are answered now; else they wait."""
 
+    @property
+    def lanes(self) -> int:
+        """Batches that may be computed at once."""
+
     def answer(self, images: Tensor, pressure: Pressure = CALM, by: str = "") -> Answer:
         """Return the scores of normalised float32 images ``(batch, C, H, W)``.
 

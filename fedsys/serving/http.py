@@ -1,4 +1,4 @@
-"""The endpoint: HTTP around an `Engine`, in the words of the Open Inference Protocol.
+"""The endpoint: HTTP, and gRPC beside it, around an `Engine`: the Open Inference Protocol.
 
 ::
 
@@ -19,7 +19,7 @@ import socket
 import time
 from collections.abc import Awaitable, Callable
 from importlib.metadata import version
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
@@ -39,6 +39,9 @@ from fedsys.serving.reading import Reader
 from fedsys.transport.http_places import HttpLimits
 from fedsys.transport.http_server import ConnectionCollector, HttpServer, listening_socket
 
+if TYPE_CHECKING:
+    from fedsys.serving.grpc_entry import GrpcEntry
+
 _FEW = 4096  # numbers of an answer that are written without a thread
 _CLOSE = {"Connection": "close"}
 _WATCHED = ("/v2/health/live", "/v2/health/ready", "/metrics")
@@ -48,7 +51,7 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 @final
 class Endpoint:
-    """Serves an engine over HTTP until it is closed.
+    """Serves an engine over HTTP, and over gRPC if an address is given, until it is closed.
 
     Args:
         engine: Computes the answers; closed with the endpoint.
@@ -80,6 +83,25 @@ class Endpoint:
         self.metrics.registry.register(ConnectionCollector(self._server, "fedsys_serving"))
         self.metrics.registry.register(self._bodies)
         self.metrics.registry.register(self._reader)
+        self._grpc: GrpcEntry | None = None
+        if options.grpc is not None:
+            self._grpc = self._other_entry()
+
+    def _other_entry(self) -> GrpcEntry:
+        from fedsys.serving.grpc_entry import GrpcEntry  # brings gRPC
+
+        try:
+            return GrpcEntry(self._engine, self._batcher, self._options, self.metrics)
+        except BaseException:
+            self._server.close()
+            self._reader.close()
+            self._batcher.close(0.0)
+            raise
+
+    @property
+    def grpc_address(self) -> str | None:
+        """Where it answers over gRPC, as ``grpc://host:port``; None if it does not."""
+        return None if self._grpc is None else self._grpc.address
 
     @property
     def places(self) -> int:
@@ -89,6 +111,8 @@ class Endpoint:
     def close(self) -> None:
         """Take no more requests, finish those in work, and end the engine."""
         self._draining = True
+        if self._grpc is not None:
+            self._grpc.close(self._options.drain_s)
         self._server.close()
         self._reader.close()
         self._batcher.close(self._options.drain_s)
@@ -179,13 +203,7 @@ class Endpoint:
         rows = inference.images.shape[0]
         served = await self._served(self._batcher.submit(inference.images), began)
         took = time.perf_counter() - began
-        facts = {
-            "variant": served.by,
-            "batch": served.batch,
-            "queue_ms": round(served.queue_ms, 3),
-            "compute_ms": round(served.compute_ms, 3),
-            **served.facts,
-        }
+        facts = v2.facts_of(served)
         card, name = self._engine.card, self._options.name
         answer = inference, served.scores, card, name, facts
         if served.scores.numel() <= _FEW:

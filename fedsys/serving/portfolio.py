@@ -80,6 +80,11 @@ class PortfolioEngine:
         """Whether a variant is in memory that answers; else requests wait for one."""
         return self._switcher.ready
 
+    @property
+    def lanes(self) -> int:
+        """One batch at a time, with all threads."""
+        return 1
+
     def answer(self, images: Tensor, pressure: Pressure = CALM, by: str = "") -> Answer:
         """Return the scores, all by one variant: that of the policy, or one that relieves it.
 

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from fedsys.errors import RequestError
+from fedsys.serving.batching import Served
 from fedsys.serving.engine import Card, Fact
 from fedsys.serving.images import decode, normalise
 from fedsys.serving.tensor_json import (
@@ -261,6 +262,17 @@ def write(
     }
     head = json.dumps(tree, allow_nan=False).encode()
     return (head + b"".join(raws), len(head)) if raws else (head, None)
+
+
+def facts_of(served: Served) -> dict[str, Fact]:
+    """Return what a client is told of its answer, as parameters."""
+    return {
+        "variant": served.by,
+        "batch": served.batch,
+        "queue_ms": round(served.queue_ms, 3),
+        "compute_ms": round(served.compute_ms, 3),
+        **served.facts,
+    }
 
 
 def _number(value: float) -> float:

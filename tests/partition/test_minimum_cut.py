@@ -10,7 +10,7 @@ from torch import nn
 from fedsys.errors import ConfigError
 from fedsys.models.layers import layered
 from fedsys.partition.evaluation import evaluate
-from fedsys.partition.minimum_cut import Step, best_division, crossing_of, divide, steps_of
+from fedsys.partition.minimum_cut import GraphStep, best_division, crossing_of, divide, steps_of
 from fedsys.partition.planner import solve
 from fedsys.partition.problem import Constraints, Host, Problem
 from fedsys.planning.costs import MachineClass, Messaging
@@ -20,24 +20,24 @@ COST = st.floats(0, 10, allow_subnormal=False)
 
 
 @st.composite
-def graphs(draw) -> list[Step]:
-    steps = [Step("s0", (), 0.0, 0.0, draw(COST))]
+def graphs(draw) -> list[GraphStep]:
+    steps = [GraphStep("s0", (), 0.0, 0.0, draw(COST))]
     for i in range(1, draw(st.integers(2, 6))):
         reads = draw(st.sets(st.integers(0, i - 1), min_size=1, max_size=3))
         send = draw(st.one_of(COST, st.just(math.inf)))
         names = tuple(f"s{r}" for r in sorted(reads))
-        steps.append(Step(f"s{i}", names, draw(COST), draw(COST), send))
+        steps.append(GraphStep(f"s{i}", names, draw(COST), draw(COST), send))
     return steps
 
 
-def cost_of(steps: list[Step], near: frozenset[str], back: float) -> float:
+def cost_of(steps: list[GraphStep], near: frozenset[str], back: float) -> float:
     cost = sum(step.device_s if step.name in near else step.server_s for step in steps)
     sent = {step.name: step.send_s for step in steps}
     cost += sum(sent[name] for name in crossing_of(steps, near))
     return cost + (0.0 if steps[-1].name in near else back)
 
 
-def allowed(steps: list[Step]):
+def allowed(steps: list[GraphStep]):
     names = [step.name for step in steps[1:]]
     for rest in chain.from_iterable(combinations(names, n) for n in range(len(names) + 1)):
         near = frozenset([steps[0].name, *rest])

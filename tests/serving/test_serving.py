@@ -73,7 +73,7 @@ class Idle:
 class Sums:
     """An engine that can be held: scores are the sum of the pixels times 0, 1, 2, 3."""
 
-    card, watch = CARD, Idle()
+    card, watch, lanes = CARD, Idle(), 1
     ready = True
 
     def __init__(self):

@@ -118,6 +118,11 @@ class LeasedEngine:
         """Whether a variant is in memory."""
         return self._switcher.ready
 
+    @property
+    def lanes(self) -> int:
+        """One batch at a time."""
+        return 1
+
     def answer(self, images: Tensor, pressure: Pressure = CALM, by: str = "") -> Answer:
         """Compute the scores."""
         asked = time.perf_counter()

@@ -34,6 +34,9 @@ from fedsys.serving.switch.pointer import Active, Pointer, Run, leased
 Load = Callable[[str], nn.Module]
 """The module of a variant by its name, read anew at each call."""
 
+Free = Callable[[nn.Module], None]
+"""Gives back what a module took that nobody runs any more."""
+
 DRAIN_S = 60.0
 """How long a switch waits for the requests in the old variant, in seconds."""
 
@@ -118,6 +121,16 @@ class _Held:
         return all([active.drain(DRAIN_S) for active in (*self.left, self.active)])
 
 
+def free_memory_of(module: nn.Module) -> None:
+    """Give the memory of a module back now.
+
+    Graphs and modules of torch.fx refer to each other, so the weights would wait for a garbage
+    collection, and collecting the whole process stops every request meanwhile.
+    """
+    dismantle(module)
+    trim()
+
+
 @final
 class Loaded:
     """One variant in memory, and those that are kept beside it; another is loaded when wanted.
@@ -127,13 +140,20 @@ class Loaded:
         first: Name of the one that answers first; it is loaded and warmed up here.
         warm: Inputs that each variant computes before it answers, one for each batch size that
             matters. PyTorch chooses and caches kernels at the first of each.
+        free: Gives back what a variant took.
 
     Raises:
         ModelError: The first variant cannot be read.
     """
 
-    def __init__(self, load: Load, first: str, warm: tuple[Tensor, ...] = ()) -> None:
-        self._load, self._warm = load, warm
+    def __init__(
+        self,
+        load: Load,
+        first: str,
+        warm: tuple[Tensor, ...] = (),
+        free: Free = free_memory_of,
+    ) -> None:
+        self._load, self._warm, self._free = load, warm, free
         self._pointer = Pointer()
         self._one_at_a_time = threading.Lock()
         self._one_keeper = threading.Lock()
@@ -185,7 +205,7 @@ class Loaded:
                 gone = [self._take(name) for name in self._spare if name not in self._wanted]
             for held in gone:
                 if held.drain():
-                    _free(held.module)
+                    self._free(held.module)
             del gone
             for name in names:
                 if name not in self._spare and name != self._name:
@@ -196,7 +216,7 @@ class Loaded:
         with self._one_at_a_time:
             there = self._held is not None and name == self._name
             if there or name in self._spare or self._pointer.closed:
-                _free(held.module)
+                self._free(held.module)
             else:
                 self._spare = {**self._spare, name: held}
 
@@ -247,7 +267,7 @@ class Loaded:
         drained = left.drain()
         empty = time.perf_counter()
         if drained:
-            _free(left.module)
+            self._free(left.module)
         end = time.perf_counter()
         return Cost(
             before, name, max(loading_ms, (ready - start) * 1e3), (swapped - ready) * 1e3,
@@ -263,7 +283,7 @@ class Loaded:
             self._answer_by(left.again())
             raise RuntimeFailure(f"requests are stuck in {before}: it cannot be replaced")
         self._held = None
-        _free(left.module)
+        self._free(left.module)
         freed = time.perf_counter()
         try:
             self._answer_by(self._prepare(name))
@@ -297,18 +317,8 @@ class Loaded:
             self._pointer.close()
             for held in (self._held, *self._spare.values()):
                 if held is not None and held.drain():
-                    _free(held.module)
+                    self._free(held.module)
             self._spare = {}
-
-
-def _free(module: nn.Module) -> None:
-    """Give the memory of a module back now.
-
-    Graphs and modules of torch.fx refer to each other, so the weights would wait for a garbage
-    collection, and collecting the whole process stops every request meanwhile.
-    """
-    dismantle(module)
-    trim()
 
 
 @final

@@ -1,0 +1,162 @@
+"""``fedsys host``: one host of a chain as a process of its own, until SIGTERM or Ctrl-C.
+
+It needs no copy of a model: ``fedsys serve`` with ``hosts.list`` sends it the units that it is to
+compute, over the same kind of link as tensors.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+
+from fedsys import config as configuration
+from fedsys.config import secret
+from fedsys.config.partition import HostServerConfig
+from fedsys.errors import ConfigError, RuntimeFailure
+from fedsys.partition.host import HostLimits, HostServer, Spawned
+from fedsys.serving.chain_parts import StageBuilder
+from fedsys.transport.security import Credentials
+
+SWITCH_S = 0.0005
+"""How long a thread of Python keeps others waiting: 5 ms, the default, is the time of an answer."""
+
+_START_S = 60.0  # for another host process to be ready
+_END_S = 10.0
+
+
+def job(tree: Any) -> Mapping[str, Any]:
+    """Serve until the process is told to stop.
+
+    Once it is ready, it prints its address; with ``json=true`` as an object ``{"ready": …}`` on a
+    line of its own.
+
+    Args:
+        tree: The composed configuration (a DictConfig), of which ``host`` counts.
+
+    Returns:
+        What it did: ``computed`` requests, ``busy_s`` seconds.
+
+    Raises:
+        ConfigError: The address cannot be listened on, or is not protected.
+        SecurityError: The credentials are missing or not valid.
+    """
+    config = configuration.parse(configuration.to_text(tree))
+    sys.setswitchinterval(SWITCH_S)
+    if config.host.threads is not None:
+        torch.set_num_threads(config.host.threads)
+    host = _server(config.host)
+    about = {"name": host.name, "address": host.address, "pid": os.getpid()}
+    if config.json:
+        print(json.dumps({"ready": about}), flush=True)
+    else:
+        print(f"host {host.name} listens at {host.address}", flush=True)
+    with suppress(KeyboardInterrupt):
+        threading.Event().wait()
+    status = host.status()
+    host.stop()
+    return {"computed": status["computed"], "busy_s": status["busy_s"]}
+
+
+def _server(config: HostServerConfig) -> HostServer:
+    token, credentials = secret.control_token(config, "host"), None
+    if config.credentials is not None:
+        credentials = Credentials.load(Path(config.credentials), role="both")
+    else:
+        check_unprotected("host", config.address, token)
+    limits = HostLimits(int(config.memory_mb * 1e6), int(config.kept_mb * 1e6))
+    try:
+        return HostServer(
+            config.name,
+            config.address,
+            StageBuilder(),
+            credentials=credentials,
+            control_token=token,
+            controller=config.controller if credentials else "",
+            limits=limits,
+            spawn=lambda: _spawn(config, token),
+        )
+    except ConfigError as error:
+        raise ConfigError(f"host.{error}") from error
+
+
+def check_unprotected(group: str, address: str, token: str) -> None:
+    """Refuse what would let anybody control a server.
+
+    Args:
+        group: Of the configuration.
+        address: Where it would listen.
+        token: What a controller must present.
+
+    Raises:
+        ConfigError: It would listen beyond loopback, or has no token.
+    """
+    host = urlsplit(address).hostname or ""
+    try:
+        loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = host == "localhost"
+    if not loopback:
+        raise ConfigError.of(
+            f"{group}.credentials", None,
+            f"must name a folder with ca.pem, cert.pem and key.pem, as {group}.address={address} "
+            "can be reached from other machines",
+            f"docs/deploy.md says how to make them; a {group}.address on 127.0.0.1 needs none",
+        )  # fmt: skip
+    if not token:
+        raise ConfigError.of(
+            f"{group}.control_token_file", None,
+            "must name a file with a token where there are no certificates",
+            f"or set {secret.VARIABLE}; fedsys serve wants the same, as hosts.control_token_file",
+        )  # fmt: skip
+
+
+def _spawn(config: HostServerConfig, token: str) -> Spawned:
+    """Start a host like this one, at a free port of the same address."""
+    kind, _, place = config.address.partition("://")
+    address = f"{kind}://{place.rpartition(':')[0]}:0"
+    given = [f"host.name={config.name}", f"host.address={address}", "json=true"]
+    given += [f"host.memory_mb={config.memory_mb}", f"host.controller={config.controller}"]
+    if config.threads is not None:
+        given.append(f"host.threads={config.threads}")
+    if config.credentials is not None:
+        given.append(f"host.credentials={Path(config.credentials).absolute()}")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fedsys.main", "host", *given],
+        env={**os.environ, secret.VARIABLE: token},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    timer = threading.Timer(_START_S, process.kill)
+    timer.start()
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    timer.cancel()
+    try:
+        ready = json.loads(line)["ready"]["address"]
+    except (ValueError, KeyError, TypeError) as error:
+        process.kill()
+        process.wait()
+        raise RuntimeFailure(f"{config.name} could not start another host process") from error
+    return Spawned(str(ready), lambda: _end(process))
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    process.terminate()
+    try:
+        process.wait(_END_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    if process.stdout is not None:
+        process.stdout.close()

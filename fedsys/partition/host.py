@@ -1,0 +1,314 @@
+"""A host of a chain: it receives its units over the link, and computes them for pipelines.
+
+Two kinds of peers connect, as at an edge server of split training (`fedsys.offload.edge`). A
+*controller* sends units and says what is connected to what; it is known by the name in its
+certificate, or on loopback by a token. A *host before* it in a pipeline presents the token of that
+pipeline, and sends tensors.
+
+Nothing is read from the disk: units come as data (a described graph, and tensors by digest; what
+is here already is not sent again), and how they become a module is not this room's business
+(`Builder`). A described graph names operations of a vocabulary, so nobody can send code.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, final
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from fedsys.errors import FedsysError, FrameError, LinkClosed, LinkError, SecurityError
+from fedsys.identity import arithmetic, package_version
+from fedsys.partition.hosted_stage import HostedStage
+from fedsys.partition.tensor_store import TensorStore
+from fedsys.transport.addresses import dial, serve
+from fedsys.transport.link import AcceptedLink, Link, Server
+from fedsys.transport.network import Network
+from fedsys.transport.security import Credentials, same_token
+from fedsys.transport.shaping import RealClock, Shaped
+from fedsys.transport.strangers import Strangers
+from fedsys.transport.wire import Frame, Limits
+
+CONTROLLER = "server"
+"""Name in the certificate of who may control a host, unless it is told another."""
+
+_CONNECT_S = 10.0  # for the next host to accept a link
+_log = logging.getLogger(__name__)
+
+
+class Builder(Protocol):
+    """Makes modules of what was sent, and frees them."""
+
+    def build(self, body: bytes, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """Return the module that a body describes, with these tensors."""
+
+    def free(self, module: nn.Module) -> None:
+        """Take a module apart that nobody runs any more."""
+
+
+@dataclass(frozen=True)
+class Spawned:
+    """A host that was started for a pipeline.
+
+    Attributes:
+        address: Where it listens.
+        end: Ends it.
+    """
+
+    address: str
+    end: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class HostLimits:
+    """What a host takes upon itself.
+
+    Attributes:
+        memory_bytes: Of all weights.
+        kept_bytes: Of weights that no pipeline uses any more.
+        frame_bytes: Of one frame.
+    """
+
+    memory_bytes: int = 16 << 30
+    kept_bytes: int = 1 << 30
+    frame_bytes: int = 1 << 30
+
+
+@dataclass(eq=False)
+class _Stage:
+    token: str
+    module: nn.Module
+    hosted: HostedStage
+
+
+@final
+class HostServer:
+    """Serves at an address until it is stopped.
+
+    Args:
+        name: Its name in answers and messages.
+        address: ``tcp://host:port``, ``grpc://host:port`` or ``memory://name``.
+        builder: Makes modules of what is sent.
+        credentials: For mutual TLS, at both ends of links; needed off loopback.
+        control_token: What a controller without a certificate presents.
+        controller: Name in the certificate of others; empty: none.
+        limits: What it takes upon itself.
+        spawn: Starts another host like this one; None: it cannot.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        address: str,
+        builder: Builder,
+        *,
+        credentials: Credentials | None = None,
+        control_token: str = "",
+        controller: str = "",
+        limits: HostLimits = HostLimits(),
+        spawn: Callable[[], Spawned] | None = None,
+    ) -> None:
+        self.name, self._builder, self._credentials = name, builder, credentials
+        self._token, self._controller, self._spawn = control_token, controller, spawn
+        self.store = TensorStore(limits.memory_bytes, limits.kept_bytes)
+        self._stages: dict[str, _Stage] = {}
+        self._spawned: dict[str, Spawned] = {}
+        self._lock = threading.Lock()
+        self._strangers, self._process = Strangers(), psutil.Process()
+        frames = Limits(limits.frame_bytes, limits.frame_bytes)
+        self._server: Server = serve(
+            address,
+            self._serve,
+            credentials=credentials,
+            limits=frames,
+            strangers=None if address.startswith("memory://") else self._strangers,
+        )
+
+    @property
+    def address(self) -> str:
+        """Address to dial, with the port that was chosen."""
+        return self._server.address
+
+    def stop(self) -> None:
+        """End all pipelines and links, and the hosts that were started here."""
+        self._server.stop(0.0)
+        for key in list(self._stages):
+            self._drop(key)
+        for spawned in self._spawned.values():
+            spawned.end()
+
+    def _serve(self, link: AcceptedLink) -> None:
+        try:
+            first = link.recv(self._strangers.seconds)
+            if first.kind == "control":
+                self._control(link, first)
+            elif first.kind == "data":
+                self._data(link, first)
+            else:
+                raise FrameError(f"{first.kind}: a link begins with control or data")
+        except LinkClosed:
+            pass
+        except FedsysError as error:
+            _log.warning("%s refused %s: %s", self.name, link.peer or "a peer", error)
+            raise
+
+    # ----------------------------------------------------------------------------------------------
+    # Tensors
+
+    def _data(self, link: AcceptedLink, first: Frame) -> None:
+        stage = self._stages.get(str(first.meta.get("pipeline", "")))
+        if stage is None or not same_token(str(first.meta.get("token", "")), stage.token):
+            raise SecurityError("there is no such pipeline here, or its token is another")
+        link.admit()
+        link.send(Frame("ready", {"name": self.name}))
+        stage.hosted.serve(link)
+
+    # ----------------------------------------------------------------------------------------------
+    # Control
+
+    def _control(self, link: AcceptedLink, first: Frame) -> None:
+        known = bool(self._controller) and link.peer == self._controller
+        given = str(first.meta.get("token", ""))
+        if not known and not (self._token and same_token(given, self._token)):
+            raise SecurityError(f"{link.peer or 'a peer without certificate'} may not control")
+        link.admit(vital=True)
+        link.send(Frame("ready", self._about()))
+        while True:
+            frame = link.recv()
+            try:
+                reply = self._answer(frame)
+            except FedsysError as error:
+                reply = Frame("refused", {"reason": f"{error}", "error": type(error).__name__})
+            link.send(reply)
+
+    def _about(self) -> dict[str, Any]:
+        version = package_version("fedsys")
+        return {"name": self.name, "version": version, "arithmetic": arithmetic()}
+
+    def _answer(self, frame: Frame) -> Frame:
+        meta = frame.meta
+        if frame.kind == "want":
+            return Frame("missing", {"digests": self.store.missing(_texts(meta, "digests"))})
+        if frame.kind == "tensors":
+            self.store.add(frame.tensors)
+            return Frame("kept")
+        if frame.kind == "stage":
+            return self._build(frame)
+        if frame.kind == "drop":
+            self._drop(str(meta.get("pipeline", "")))
+            return Frame("dropped")
+        if frame.kind == "status":
+            return Frame("status", self.status())
+        if frame.kind == "spawn":
+            return Frame("spawned", {"address": self._start()})
+        if frame.kind == "end":
+            self._end(str(meta.get("address", "")))
+            return Frame("ended")
+        raise FrameError(f"{frame.kind}: not a request of a controller")
+
+    def _build(self, frame: Frame) -> Frame:
+        """Make a stage ready: its module, its first runs, and its link to the next host."""
+        meta, key, start = frame.meta, str(frame.meta.get("pipeline", "")), time.perf_counter()
+        body = frame.tensors["body"].numpy().tobytes()
+        names = {str(name): str(digest) for name, digest in dict(meta["names"]).items()}
+        module = self._builder.build(body, self.store.use(key, names)).eval()
+        try:
+            with torch.inference_mode():
+                for rows in meta.get("warm", ()):
+                    module(torch.zeros(int(rows), *map(int, meta["shape"])))
+            onward = self._onward(meta)
+        except BaseException:
+            self._builder.free(module)
+            self.store.leave(key)
+            raise
+        name = str(meta.get("next_name", ""))
+        hosted = HostedStage(self.name, module, str(meta.get("codec", "fp32")), onward, name)
+        with self._lock:
+            self._stages[key] = _Stage(str(meta["token"]), module, hosted)
+        took = 1e3 * (time.perf_counter() - start)
+        return Frame("built", {"build_ms": took, "bytes": self.store.nbytes})
+
+    def _onward(self, meta: Mapping[str, Any]) -> Link | None:
+        address = meta.get("next")
+        if not address:
+            return None
+        own = None if str(address).startswith("memory://") else self._credentials
+        opened = {"pipeline": meta["pipeline"], "token": meta["next_token"]}
+        return open_data(str(address), own, opened, meta.get("shape_link"))
+
+    def _drop(self, key: str) -> None:
+        with self._lock:
+            stage = self._stages.pop(key, None)
+        if stage is not None:
+            stage.hosted.close()
+            self._builder.free(stage.module)
+            self.store.leave(key)
+
+    def _start(self) -> str:
+        if self._spawn is None:
+            raise SecurityError(f"{self.name} starts no other hosts")
+        spawned = self._spawn()
+        self._spawned[spawned.address] = spawned
+        return spawned.address
+
+    def _end(self, address: str) -> None:
+        spawned = self._spawned.pop(address, None)
+        if spawned is not None:
+            spawned.end()
+
+    def status(self) -> dict[str, Any]:
+        """Return how the host is: memory, load, and what it computed."""
+        stages = list(self._stages.values())
+        return {
+            "name": self.name,
+            "pipelines": len(stages),
+            "computed": sum(stage.hosted.computed for stage in stages),
+            "busy_s": sum(stage.hosted.busy_s for stage in stages),
+            "in_flight": sum(len(stage.hosted.held) for stage in stages),
+            "weights_bytes": self.store.nbytes,
+            "resident_bytes": self._process.memory_info().rss,
+            "free_bytes": psutil.virtual_memory().available,
+            "cpu_percent": psutil.cpu_percent(None),
+        }
+
+
+def open_data(
+    address: str, credentials: Credentials | None, opened: Mapping[str, Any], shape: Any = None
+) -> Link:
+    """Return a link on which a pipeline's tensors go to a host.
+
+    Args:
+        address: Of the host.
+        credentials: For mutual TLS.
+        opened: The pipeline and its token.
+        shape: Rates in bits per second there and back, latency in seconds, and the moment of
+            `time.monotonic` at which traces begin, to make the link that slow; None: as it is.
+
+    Raises:
+        LinkError: The host cannot be reached or does not accept it.
+    """
+    link = dial(address, credentials=credentials, timeout_s=_CONNECT_S, retry=False)
+    try:
+        link.send(Frame("data", dict(opened)))
+        link.recv(_CONNECT_S)
+    except LinkError:
+        link.close()
+        raise
+    if shape is None:
+        return link
+    up, down, latency, origin = shape
+    network = Network(float(up), float(down), float(latency))
+    return Shaped(link, network, clock=RealClock(float(origin)))
+
+
+def _texts(meta: Mapping[str, Any], key: str) -> list[str]:
+    found = meta.get(key)
+    if not isinstance(found, list) or not all(isinstance(value, str) for value in found):
+        raise FrameError(f"{key}: must be a list of texts")
+    return found

@@ -1,0 +1,157 @@
+"""A host as its controller sees it: who it is, what it is sent, and what is connected to what."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsys.errors import ConfigError, FedsysError, LinkError, RuntimeFailure, first_line
+from fedsys.identity import differences, package_version
+from fedsys.transport.addresses import dial
+from fedsys.transport.link import Link
+from fedsys.transport.security import Credentials
+from fedsys.transport.wire import Frame
+
+_CHUNK = 64 << 20  # bytes of tensors in a frame
+_ANSWER_S = 120.0  # for a host to build and warm up a stage
+
+
+@dataclass(frozen=True, eq=False)
+class Described:
+    """Units as data.
+
+    Attributes:
+        body: Their graph.
+        names: The digest of each of their tensors, by name.
+        tensors: By digest.
+        shape: Of what they take, without the batch.
+    """
+
+    body: bytes
+    names: Mapping[str, str]
+    tensors: Mapping[str, Tensor]
+    shape: tuple[int, ...]
+
+
+@final
+class RemoteHost:
+    """One host, controlled over a link.
+
+    Args:
+        path: Of its entry in the configuration, for messages.
+        name: Its name.
+        address: Where it listens.
+        token: That it wants to hear.
+        credentials: For mutual TLS.
+        other_arithmetic: Whether it may compute other bits than this machine.
+
+    Raises:
+        ConfigError: It cannot be reached, or is of another version or arithmetic.
+        SecurityError: It does not accept this end, or the other way round.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        name: str,
+        address: str,
+        *,
+        token: str = "",
+        credentials: Credentials | None = None,
+        other_arithmetic: bool = False,
+        timeout_s: float = 10.0,
+    ) -> None:
+        self.path, self.name, self.address = path, name, address
+        self._lock = threading.Lock()
+        own = None if address.startswith("memory://") else credentials
+        try:
+            self._link: Link = dial(address, credentials=own, timeout_s=timeout_s, retry=False)
+            self._link.send(Frame("control", {"token": token}))
+            about = self._link.recv(timeout_s).meta
+        except LinkError as error:
+            raise ConfigError.of(
+                f"{path}.address", address, "must be that of a host that answers",
+                f"start it there by fedsys host ({first_line(error)})",
+            ) from error  # fmt: skip
+        try:
+            self._check(about, other_arithmetic)
+        except ConfigError:
+            self._link.close()
+            raise
+
+    def _check(self, about: Mapping[str, Any], other_arithmetic: bool) -> None:
+        mine = package_version("fedsys")
+        if about.get("version") != mine:
+            raise ConfigError.of(
+                f"{self.path}.version", about.get("version"), f"must be {mine}, as here, on "
+                f"{self.name} at {self.address}", "install the same version on both",
+            )  # fmt: skip
+        other = differences(about.get("arithmetic"))
+        if other and not other_arithmetic:
+            raise ConfigError.of(
+                f"{self.path}.arithmetic", other, f"must be that of this machine on {self.name}, "
+                "or answers differ in their last bits", "hosts.other_arithmetic=true accepts that",
+            )  # fmt: skip
+
+    def ask(
+        self, kind: str, meta: Mapping[str, Any] | None = None,
+        tensors: Mapping[str, Tensor] | None = None,
+    ) -> Frame:  # fmt: skip
+        """Return the answer to a request.
+
+        Raises:
+            RuntimeFailure: The host refuses, or is lost.
+        """
+        with self._lock:
+            try:
+                self._link.send(Frame(kind, meta or {}, tensors or {}))
+                reply = self._link.recv(_ANSWER_S)
+            except LinkError as error:
+                raise RuntimeFailure(f"{self.name} at {self.address} is lost: {error}") from error
+        if reply.kind == "refused":
+            raise RuntimeFailure(f"{self.name} at {self.address}: {reply.meta.get('reason')}")
+        return reply
+
+    def send_tensors(self, tensors: Mapping[str, Tensor]) -> int:
+        """Send those tensors that the host does not have; return their bytes."""
+        missing = self.ask("want", {"digests": list(tensors)}).meta["digests"]
+        chunk: dict[str, Tensor] = {}
+        sent = size = 0
+        for digest in missing:
+            if chunk and size + tensors[digest].nbytes > _CHUNK:
+                self.ask("tensors", {}, chunk)
+                chunk, size = {}, 0
+            chunk[digest] = tensors[digest]
+            size += tensors[digest].nbytes
+            sent += tensors[digest].nbytes
+        if chunk:
+            self.ask("tensors", {}, chunk)
+        return sent
+
+    def build(self, described: Described, meta: Mapping[str, Any], warm: Sequence[int]) -> Frame:
+        """Have units built, warmed up and connected to the next host."""
+        self.send_tensors(described.tensors)
+        body = torch.from_numpy(np.frombuffer(described.body, np.uint8).copy())
+        about = {
+            **meta,
+            "names": dict(described.names),
+            "shape": list(described.shape),
+            "warm": list(warm),
+        }
+        return self.ask("stage", about, {"body": body})
+
+    def close(self) -> None:
+        """End the link; what was built stays until it is dropped."""
+        self._link.close()
+
+    def drop(self, pipeline: str) -> None:
+        """Have a pipeline's stage dropped, if the host is there."""
+        with suppress(FedsysError):
+            self.ask("drop", {"pipeline": pipeline})

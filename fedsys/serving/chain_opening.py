@@ -1,0 +1,144 @@
+"""From a configuration to a chain of hosts that answers: `fedsys serve` with ``hosts.list``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import final
+
+from fedsys.config import Config, secret
+from fedsys.errors import ConfigError, ModelError
+from fedsys.models.layers import LayeredModel, layered
+from fedsys.partition.configured import hosts_of, networks_of, problem_of
+from fedsys.partition.host import HostServer
+from fedsys.partition.pipeline import Passed
+from fedsys.partition.planner import plan_partition
+from fedsys.partition.problem import RAW, Partition
+from fedsys.partition.remote_host import RemoteHost
+from fedsys.pruning.portfolio import ONNX, PARENT, Portfolio
+from fedsys.serving.chain import Chain, ChainEngine, ChainOptions
+from fedsys.serving.chain_parts import Parts, StageBuilder
+from fedsys.serving.portfolio import card_of
+from fedsys.transport.network import Network
+from fedsys.transport.security import Credentials, new_token
+
+
+def serves_chain(config: Config) -> bool:
+    """Return whether hosts are named that requests pass."""
+    return any(host.address for host in config.hosts.list)
+
+
+@final
+class OpenedChain:
+    """A chain that answers, and the host in this process, if one computes here.
+
+    Args:
+        config: ``hosts``, ``partition``, ``serving`` and ``network`` count.
+        portfolio: Its variant ``serving.variant`` answers, or its parent.
+        passed: Called with each request that came back.
+
+    Attributes:
+        engine: For the endpoint, which closes it.
+        layers: The model.
+
+    Raises:
+        ConfigError: A host cannot be reached, is of another version or arithmetic, or the cuts do
+            not fit.
+        ModelError: The variant cannot be cut or described.
+        RuntimeFailure: A host refuses, or is lost.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        portfolio: Portfolio,
+        passed: Callable[[Passed], None] = lambda passed: None,
+    ) -> None:
+        name = config.serving.variant or PARENT
+        variant = portfolio.variant(name)
+        if ONNX in variant.files:
+            raise ModelError(f"variant {name} is an ONNX file: it has no units to be cut between")
+        shape = portfolio.about.input_shape
+        module = portfolio.module(name)
+        self.layers: LayeredModel = layered(module, shape, fc_as_one=config.partition.fc_as_one)
+        with ExitStack() as stack:
+            hosts = _connect(config, stack)
+            token, credentials = _proofs(config)
+            chain = Chain(
+                hosts,
+                Parts(self.layers, shape),
+                token=token,
+                credentials=credentials,
+                options=_options(config),
+            )
+            first = first_partition(config, self.layers, shape)
+            self.engine = ChainEngine(
+                chain, card_of(portfolio), first, config.hosts.way, passed, name
+            )
+            self._rest = stack.pop_all()
+
+    def close(self) -> None:
+        """End the engine, and the host in this process."""
+        self.engine.close()
+        self.release()
+
+    def release(self) -> None:
+        """End the host in this process, after the engine."""
+        self._rest.close()
+
+
+def _proofs(config: Config) -> tuple[str, Credentials | None]:
+    token = secret.control_token(config.hosts, "hosts")
+    folder = config.hosts.credentials
+    return token, None if folder is None else Credentials.load(Path(folder), role="client")
+
+
+def _connect(config: Config, stack: ExitStack) -> list[RemoteHost]:
+    token, credentials = _proofs(config)
+    hosts = []
+    for index, one in enumerate(config.hosts.list):
+        path, address, own = f"hosts.list[{index}]", one.address, token
+        if not address:
+            own = new_token()
+            here = HostServer(one.name, f"memory://{one.name}", StageBuilder(), control_token=own)
+            stack.callback(here.stop)
+            address = here.address
+        remote = RemoteHost(
+            path, one.name, address, token=own, credentials=credentials,
+            other_arithmetic=config.hosts.other_arithmetic,
+        )  # fmt: skip
+        stack.callback(remote.close)
+        hosts.append(remote)
+    return hosts
+
+
+def _options(config: Config) -> ChainOptions:
+    networks: tuple[Network | None, ...] = ()
+    if config.hosts.emulate:
+        networks = (None, *networks_of(config))
+    rows = sorted({1, config.serving.max_batch})
+    return ChainOptions(config.serving.timeout_s, tuple(rows), networks, time.monotonic())
+
+
+def first_partition(config: Config, layers: LayeredModel, shape: tuple[int, ...]) -> Partition:
+    """Return the cuts to begin with: those that are given, or the planned ones.
+
+    Raises:
+        ConfigError: None are given, and the hosts have no machines that could be planned for.
+    """
+    cuts, others = config.partition.cuts, len(config.hosts.list) - 1
+    if cuts is not None:
+        if len(cuts) != others:
+            raise ConfigError.of("partition.cuts", list(cuts), f"must be {others}: one for each "
+                                 "host but the first")  # fmt: skip
+        inside = [0 < cut < len(layers) for cut in cuts]
+        codec = config.partition.codecs[0]
+        return Partition(tuple(cuts), tuple(codec if i else RAW for i in inside))
+    if all(not host.machine for host in config.hosts.list):
+        rule = "must be given where hosts.list names no machines to plan for"
+        raise ConfigError.of("partition.cuts", None, rule, "for instance partition.cuts=[2,4]")
+    hosts_of(config, layers)
+    problem = problem_of(config, layers, shape)
+    return plan_partition(problem, config.partition.objective).best.partition
