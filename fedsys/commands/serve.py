@@ -76,6 +76,19 @@ def job(tree: Any) -> Mapping[str, Any]:
     return {key: status[key] for key in keys}
 
 
+def _tell_move(record: Mapping[str, Any], as_json: bool) -> None:
+    if as_json:
+        text = json.dumps({"move": record})
+    elif "error" in record:
+        text = f"cuts {record['cuts']} could not be built, the old ones answer: {record['error']}"
+    else:
+        text = (
+            f"cuts {record['cuts']} in {record['prepare_ms']:.0f} ms, {record['blocked_ms']:.3f} "
+            f"ms without service: {record['reason']}"
+        )
+    print(text, file=sys.stderr, flush=True)
+
+
 def _until_told() -> None:
     try:
         threading.Event().wait()
@@ -89,7 +102,7 @@ def _serve_chain(config: Config, portfolio: Portfolio) -> Mapping[str, Any]:
     Returns:
         What it did: ``answers`` by cuts, ``moves``, and the last cuts as ``variant``.
     """
-    opened = OpenedChain(config, portfolio)
+    opened = OpenedChain(config, portfolio, lambda record: _tell_move(record, config.json))
     engine = opened.engine
     try:
         endpoint = Endpoint(engine, config.serving)
@@ -115,6 +128,7 @@ def _serve_chain(config: Config, portfolio: Portfolio) -> Mapping[str, Any]:
             print(f"{row['host']} at {row['address']}: {units}", flush=True)
     _warn(endpoint, config)
     _until_told()
+    opened.settle()
     endpoint.close()
     opened.release()
     status = engine.status()

@@ -31,7 +31,7 @@ Run = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Held:
+class SentOn:
     """A request that was sent on and has not been answered.
 
     Attributes:
@@ -66,14 +66,14 @@ class HostedStage:
     ) -> None:
         self._host, self._run, self._codec = host, run, codec
         self._onward, self._onward_name = onward, onward_name
-        self._held: dict[int, Held] = {}
+        self._held: dict[int, SentOn] = {}
         self._lock = threading.Lock()
         self.computed, self.busy_s = 0, 0.0
         if onward is not None:
             threading.Thread(target=self._read, name="answers", daemon=True).start()
 
     @property
-    def held(self) -> Mapping[int, Held]:
+    def held(self) -> Mapping[int, SentOn]:
         """Requests that were sent on and have not been answered, by id."""
         with self._lock:
             return dict(self._held)
@@ -117,7 +117,7 @@ class HostedStage:
             return
         onward = Frame("x", {**meta, "id": number}, tensors)
         with self._lock:
-            self._held[number] = Held(link, onward, frame.arrived_s, now, part)
+            self._held[number] = SentOn(link, onward, frame.arrived_s, now, part)
         try:
             self._onward.send(onward)
         except LinkError as error:

@@ -32,11 +32,14 @@ from fedsys.partition.host import open_data
 from fedsys.partition.pipeline import Passed, Pipeline
 from fedsys.partition.problem import RAW, Partition
 from fedsys.partition.remote_host import RemoteHost
-from fedsys.serving.chain_parts import Parts
+from fedsys.serving.chain_parts import UnitParts
 from fedsys.serving.engine import CALM, Answer, Card, Pressure
 from fedsys.serving.switch.switcher import Cost, Loaded
 from fedsys.transport.network import Network
 from fedsys.transport.security import Credentials, new_token
+
+Observe = Callable[[Partition, Passed, int, float], None]
+"""Is told of a request: who computed what, what hosts told, its examples and its seconds."""
 
 WAYS = ("beside", "pause", "process", "warm")
 
@@ -78,6 +81,7 @@ class _Laid:
     """One pipeline with what has to be taken down: hosts with their stages, started hosts."""
 
     pipeline: Pipeline
+    partition: Partition
     stages: list[tuple[RemoteHost, str]] = field(default_factory=list)
     started: list[tuple[RemoteHost, RemoteHost]] = field(default_factory=list)
 
@@ -90,14 +94,16 @@ class ChainModule(nn.Module):
         passed: Called with each request that came back.
     """
 
-    def __init__(self, laid: _Laid, passed: Callable[[Passed], None]) -> None:
+    def __init__(self, laid: _Laid, passed: Observe) -> None:
         super().__init__()
         self._laid, self._passed = laid, passed
 
     def forward(self, images: Tensor) -> Tensor:
         """Return what the chain makes of images."""
+        began = time.monotonic()
         passed = self._laid.pipeline.run(images)
-        self._passed(passed)
+        took = time.monotonic() - began
+        self._passed(self._laid.partition, passed, images.shape[0], took)
         return passed.output
 
     def close(self) -> None:
@@ -126,7 +132,7 @@ class Chain:
     def __init__(
         self,
         hosts: Sequence[RemoteHost],
-        parts: Parts,
+        parts: UnitParts,
         *,
         token: str = "",
         credentials: Credentials | None = None,
@@ -152,9 +158,7 @@ class Chain:
                 f"{', '.join(map(str, sorted(legal)))}, ascending",
             )  # fmt: skip
 
-    def lay(
-        self, partition: Partition, passed: Callable[[Passed], None], *, fresh: bool = False
-    ) -> ChainModule:
+    def lay(self, partition: Partition, passed: Observe, *, fresh: bool = False) -> ChainModule:
         """Build a pipeline, from its last host to its first, and connect it.
 
         Args:
@@ -170,7 +174,7 @@ class Chain:
         with self._lock:
             self._number += 1
             key = f"{self._number}-{new_token()[:8]}"
-        laid = _Laid(pipeline=None)  # type: ignore[arg-type]  # set below, or never used
+        laid = _Laid(None, partition)  # type: ignore[arg-type]  # set below, or never used
         try:
             self._build(laid, key, partition, fresh)
         except BaseException:
@@ -249,7 +253,7 @@ class Chain:
 
 
 @final
-class Tally:
+class ChainWatch:
     """What happens at the endpoint of a chain: how many wait, and how long answers take."""
 
     def __init__(self) -> None:
@@ -295,6 +299,10 @@ class ChainEngine:
         passed: Called with each request that came back.
         name: Of the model, in answers.
 
+    Attributes:
+        moves: The last changes of cuts.
+        decided: Tells the last decision of who controls it, for the status.
+
     Raises:
         ConfigError: The partition does not fit.
         RuntimeFailure: A host refuses, or is lost.
@@ -306,25 +314,26 @@ class ChainEngine:
         card: Card,
         first: Partition,
         way: str = "beside",
-        passed: Callable[[Passed], None] = lambda passed: None,
+        passed: Observe = lambda partition, passed, rows, took: None,
         name: str = "model",
     ) -> None:
         if way not in WAYS:
             raise ConfigError.of("hosts.way", way, f"must be one of {', '.join(WAYS)}")
-        self.card, self.watch, self.chain, self.way = card, Tally(), chain, way
+        self.card, self.watch, self.chain, self.way = card, ChainWatch(), chain, way
         self._observe, self._name = passed, name
         self._last: Passed | None = None
         self._answers: Counter[str] = Counter()
         self.moves: deque[Mapping[str, Any]] = deque(maxlen=1000)
+        self.decided: Callable[[], Mapping[str, Any]] = dict
         warm = (torch.zeros(1, *card.input_shape),)
         self.switcher = Loaded(self._lay, label_of(first), warm, _take_down)
 
     def _lay(self, label: str) -> nn.Module:
         return self.chain.lay(partition_of(label), self._passed, fresh=self.way == "process")
 
-    def _passed(self, passed: Passed) -> None:
+    def _passed(self, partition: Partition, passed: Passed, rows: int, took: float) -> None:
         self._last = passed
-        self._observe(passed)
+        self._observe(partition, passed, rows, took)
 
     @property
     def lanes(self) -> int:
@@ -335,6 +344,11 @@ class ChainEngine:
     def ready(self) -> bool:
         """Whether a pipeline answers; else requests wait for one."""
         return self.switcher.ready
+
+    @property
+    def answered(self) -> int:
+        """Images that were answered."""
+        return sum(self._answers.values())
 
     @property
     def partition(self) -> Partition:
@@ -393,6 +407,7 @@ class ChainEngine:
             "way": self.way,
             "in_memory": [self.switcher.current, *self.switcher.spare],
             "records": list(self.moves)[-100:],
+            "decision": dict(self.decided()),
         }
 
     def close(self) -> None:

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 from fedsys.config import Config, secret
 from fedsys.errors import ConfigError, ModelError
 from fedsys.models.layers import LayeredModel, layered
+from fedsys.partition.conditions import Observer
 from fedsys.partition.configured import hosts_of, networks_of, problem_of
+from fedsys.partition.controller import MoveRules
 from fedsys.partition.host import HostServer
-from fedsys.partition.pipeline import Passed
 from fedsys.partition.planner import plan_partition
-from fedsys.partition.problem import RAW, Partition
+from fedsys.partition.problem import RAW, Partition, Problem
 from fedsys.partition.remote_host import RemoteHost
 from fedsys.pruning.portfolio import ONNX, PARENT, Portfolio
 from fedsys.serving.chain import Chain, ChainEngine, ChainOptions
-from fedsys.serving.chain_parts import Parts, StageBuilder
+from fedsys.serving.chain_control import ChainControl
+from fedsys.serving.chain_parts import StageBuilder, UnitParts
 from fedsys.serving.portfolio import card_of
 from fedsys.transport.network import Network
 from fedsys.transport.security import Credentials, new_token
@@ -37,10 +39,11 @@ class OpenedChain:
     Args:
         config: ``hosts``, ``partition``, ``serving`` and ``network`` count.
         portfolio: Its variant ``serving.variant`` answers, or its parent.
-        passed: Called with each request that came back.
+        tell: Called with each change of cuts.
 
     Attributes:
         engine: For the endpoint, which closes it.
+        control: Decides on cuts; None where they stay.
         layers: The model.
 
     Raises:
@@ -54,7 +57,7 @@ class OpenedChain:
         self,
         config: Config,
         portfolio: Portfolio,
-        passed: Callable[[Passed], None] = lambda passed: None,
+        tell: Callable[[Mapping[str, Any]], None] = lambda record: None,
     ) -> None:
         name = config.serving.variant or PARENT
         variant = portfolio.variant(name)
@@ -68,21 +71,42 @@ class OpenedChain:
             token, credentials = _proofs(config)
             chain = Chain(
                 hosts,
-                Parts(self.layers, shape),
+                UnitParts(self.layers, shape),
                 token=token,
                 credentials=credentials,
                 options=_options(config),
             )
             first = first_partition(config, self.layers, shape)
-            self.engine = ChainEngine(
-                chain, card_of(portfolio), first, config.hosts.way, passed, name
-            )
+            problem = self._problem(config, shape)
+            observer = None if problem is None else Observer(problem)
+            seen = {} if observer is None else {"passed": observer.seen}
+            card = card_of(portfolio)
+            self.engine = ChainEngine(chain, card, first, config.hosts.way, name=name, **seen)
+            self.control: ChainControl | None = None
+            if problem is not None and observer is not None:
+                rules = MoveRules(config.hosts.margin, config.hosts.dwell_s)
+                self.control = ChainControl(self.engine, problem, rules, observer, tell)
+                self.engine.decided = lambda: {} if self.control is None else self.control.last
+                self.control.start(config.hosts.interval_s)
             self._rest = stack.pop_all()
+
+    def _problem(self, config: Config, shape: tuple[int, ...]) -> Problem | None:
+        """Return what is expected of the hosts; None if cuts stay, or no machines are named."""
+        named = all(host.machine for host in config.hosts.list)
+        if not config.hosts.adapt or not named or len(config.hosts.list) < 2:
+            return None
+        return problem_of(config, self.layers, shape)
 
     def close(self) -> None:
         """End the engine, and the host in this process."""
+        self.settle()
         self.engine.close()
         self.release()
+
+    def settle(self) -> None:
+        """Let cuts stay from now on: before the engine ends."""
+        if self.control is not None:
+            self.control.close()
 
     def release(self) -> None:
         """End the host in this process, after the engine."""

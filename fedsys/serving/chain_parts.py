@@ -46,7 +46,7 @@ class StageBuilder:
 
 
 @final
-class Parts:
+class UnitParts:
     """The units of a model, described when they are asked for.
 
     Args:

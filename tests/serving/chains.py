@@ -10,7 +10,7 @@ from fedsys.partition.host import HostServer
 from fedsys.partition.problem import RAW, Partition
 from fedsys.partition.remote_host import RemoteHost
 from fedsys.serving.chain import Chain, ChainEngine
-from fedsys.serving.chain_parts import Parts, StageBuilder
+from fedsys.serving.chain_parts import StageBuilder, UnitParts
 from fedsys.serving.engine import Card
 
 SHAPE = (3, 16, 16)
@@ -51,7 +51,7 @@ def three_hosts(address="memory", **more):
 def chain_of_three(net=None, first=None, way="beside", address="memory", **more):
     net = model() if net is None else net
     with three_hosts(address) as (servers, remotes):
-        chain = Chain(remotes, Parts(layered(net, SHAPE), SHAPE), token="secret")
+        chain = Chain(remotes, UnitParts(layered(net, SHAPE), SHAPE), token="secret")
         engine = ChainEngine(chain, CARD, first or cut(1, 2), way, **more)
         try:
             yield engine, servers

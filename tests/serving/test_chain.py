@@ -7,13 +7,19 @@ from fedsys.errors import ConfigError, ModelError, RuntimeFailure, SecurityError
 from fedsys.identity import arithmetic
 from fedsys.models import layered
 from fedsys.partition import remote_host
+from fedsys.partition.conditions import Observer
+from fedsys.partition.controller import MoveRules
 from fedsys.partition.host import HostLimits, HostServer
+from fedsys.partition.planner import solve
+from fedsys.partition.problem import Host, Problem
 from fedsys.partition.remote_host import RemoteHost
+from fedsys.planning.costs import MachineClass
 from fedsys.serving.chain import Chain, ChainEngine, ChainOptions, label_of, partition_of
-from fedsys.serving.chain_parts import Parts, StageBuilder
+from fedsys.serving.chain_control import ChainControl
+from fedsys.serving.chain_parts import StageBuilder, UnitParts
 from fedsys.transport.network import Network
 from fedsys.transport.security import Authority
-from tests.serving.chains import CARD, SHAPE, chain_of_three, cut, images, model, three_hosts
+from tests.serving.chains import CARD, NAMES, SHAPE, chain_of_three, cut, images, model, three_hosts
 
 CUTS = [(0, 0), (0, 5), (5, 5), (1, 2), (1, 1), (2, 5), (0, 3)]
 
@@ -49,7 +55,7 @@ def test_models_with_branches_are_described_and_built_elsewhere(name):
     else:
         net, shape = model(name), SHAPE
     layers = layered(net, shape)
-    parts, builder = Parts(layers, shape), StageBuilder()
+    parts, builder = UnitParts(layers, shape), StageBuilder()
     bounds = [0, layers.cuts[len(layers.cuts) // 3], layers.cuts[2 * len(layers.cuts) // 3]]
     x = y = torch.randn(2, *shape)
     for first, last in zip(bounds, [*bounds[1:], len(layers)], strict=True):
@@ -107,7 +113,7 @@ def test_no_request_is_lost_or_wrong_while_cuts_change_under_load(net, way):
 
 def test_units_that_a_host_has_already_are_not_sent_again(net):
     with three_hosts() as (_, remotes):
-        parts = Parts(layered(net, SHAPE), SHAPE)
+        parts = UnitParts(layered(net, SHAPE), SHAPE)
         described = parts.of(0, 3)
         first = remotes[0].send_tensors(described.tensors)
         assert first == sum(t.nbytes for t in described.tensors.values())
@@ -142,9 +148,9 @@ def test_slowed_links_take_the_time_of_their_network(net):
     networks = (Network(8e6, 8e6, 0.02), None, Network(8e5, 8e6, 0.01))
     with three_hosts() as (_, remotes):
         options = ChainOptions(networks=networks)
-        chain = Chain(remotes, Parts(layered(net, SHAPE), SHAPE), options=options)
+        chain = Chain(remotes, UnitParts(layered(net, SHAPE), SHAPE), options=options)
         seen = []
-        engine = ChainEngine(chain, CARD, cut(1, 2), passed=seen.append)
+        engine = ChainEngine(chain, CARD, cut(1, 2), passed=lambda *told: seen.append(told[1]))
         engine.answer(images(1))
         sent, part = seen[-1].bytes, seen[-1].parts[1]
         assert seen[-1].link_s >= 0.04 + 8 * sent / 8e6
@@ -177,7 +183,7 @@ def test_a_host_without_memory_says_what_it_would_need(net):
     limits = HostLimits(memory_bytes=1000)
     server = HostServer("device", "memory://tiny", StageBuilder(), control_token="secret",
                         limits=limits)  # fmt: skip
-    parts = Parts(layered(net, SHAPE), SHAPE)
+    parts = UnitParts(layered(net, SHAPE), SHAPE)
     with pytest.raises(RuntimeFailure, match=r"device at memory://tiny: host.memory_mb=0.001"):
         remote(server).send_tensors(parts.of(0, 3).tensors)
     server.stop()
@@ -204,7 +210,7 @@ def test_hosts_over_mutual_tls_answer_their_controller_only(net):
         with pytest.raises((ConfigError, SecurityError)):
             remote(server, credentials=stranger)
         hosts = [remote(s, credentials=controller) for s in (server, both)]
-        chain = Chain(hosts, Parts(layered(net, SHAPE), SHAPE), credentials=controller)
+        chain = Chain(hosts, UnitParts(layered(net, SHAPE), SHAPE), credentials=controller)
         engine = ChainEngine(chain, CARD, cut(2))
         x = images()
         assert torch.equal(engine.answer(x).scores, scores(net, x))
@@ -212,3 +218,29 @@ def test_hosts_over_mutual_tls_answer_their_controller_only(net):
     finally:
         server.stop()
         both.stop()
+
+
+def test_cuts_follow_a_link_that_becomes_slow_and_answers_stay_the_same(net):
+    """The controller sees only what requests tell."""
+    x = images(1)
+    layers = layered(net, SHAPE)
+    slow = MachineClass("device", 2e8).costs(layers), MachineClass("edge", 1e12).costs(layers)
+    hosts = tuple(Host(n, c) for n, c in zip(NAMES, (*slow, slow[1]), strict=True))
+    fast, crawling = Network(1e9, 1e9, 0.0), Network(2e4, 1e6, 0.0)
+    problem = Problem.of(layers, SHAPE, hosts, (fast, fast))
+    first = solve(problem)
+    assert first is not None and first.cuts[0] < len(layers)
+    with three_hosts() as (_, remotes):
+        options = ChainOptions(networks=(None, crawling, None))
+        chain = Chain(remotes, UnitParts(layers, SHAPE), options=options)
+        observer = Observer(problem)
+        engine = ChainEngine(chain, CARD, cut(1, 5), passed=observer.seen)
+        rules = MoveRules(margin=0.1, dwell_s=0.0)
+        control = ChainControl(engine, problem, rules, observer)
+        for _ in range(3):
+            engine.answer(x)
+        assert control.step()["verdict"] == "move" and engine.partition.cuts[0] != 1
+        assert control.last["conditions"]["up_mbit_s"][0] < 1
+        assert torch.equal(engine.answer(x).scores, scores(net, x))
+        assert len(control.records) == 1
+        engine.close()

@@ -1,0 +1,162 @@
+"""What is so at run time: rates of links from what is sent over them, and how slow hosts are.
+
+Nothing is sent to measure. Every request that comes back tells for each host how long it computed
+and for each link how long the tensor and its answer were on the way; medians of the last ones,
+beside what was expected of the machine and the network, are the conditions of the moment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any, final
+
+from fedsys.partition.pipeline import Passed
+from fedsys.partition.problem import Partition, Problem, taking_part
+from fedsys.transport.network import Network
+
+LEAST_BYTES = 2048
+"""Of a tensor that tells a rate: what smaller ones take is latency."""
+
+_KEPT = 15  # requests whose medians count
+_FASTEST = 1e11  # bits per second that are told apart from none
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """How hosts and links are now.
+
+    Attributes:
+        slower: For each host by how much it takes longer than its machine was said to.
+        waiting_s: For each host how long a request waits there.
+        up_bits_s: For each link between neighbours the rate away from the first host; None where
+            nothing was sent that tells.
+    """
+
+    slower: tuple[float, ...]
+    waiting_s: tuple[float, ...]
+    up_bits_s: tuple[float | None, ...]
+
+
+def under(problem: Problem, conditions: Conditions) -> Problem:
+    """Return a problem as it is under some conditions."""
+    hosts = tuple(
+        dataclasses.replace(host, costs=host.costs.slower(slower), waiting_s=waiting)
+        for host, slower, waiting in zip(
+            problem.hosts, conditions.slower, conditions.waiting_s, strict=True
+        )
+    )
+    networks = tuple(
+        network if rate is None else Network(rate, network.down_bits_s, network.latency_s)
+        for network, rate in zip(problem.networks, conditions.up_bits_s, strict=True)
+    )
+    return dataclasses.replace(problem, hosts=hosts, networks=networks)
+
+
+@dataclass
+class _Recent:
+    """The last values of one host or link."""
+
+    values: deque[float] = field(default_factory=lambda: deque(maxlen=_KEPT))
+
+    def middle(self, otherwise: float) -> float:
+        return median(self.values) if self.values else otherwise
+
+
+@final
+class Observer:
+    """Learns the conditions from requests that came back.
+
+    Args:
+        problem: What was expected of hosts and links. Their order and names are those of the
+            requests.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        self._names = [host.name for host in problem.hosts]
+        self._slower = [_Recent() for _ in problem.hosts]
+        self._waiting = [_Recent() for _ in problem.hosts]
+        self._rates = [_Recent() for _ in problem.networks]
+        self._took: deque[float] = deque(maxlen=_KEPT)
+        self._lock = threading.Lock()
+
+    def seen(self, partition: Partition, passed: Passed, rows: int, took_s: float) -> None:
+        """Take note of a request.
+
+        Args:
+            partition: Who computed what.
+            passed: What the hosts told.
+            rows: Examples of it.
+            took_s: How long it took in all.
+        """
+        parts = {str(part["host"]): part for part in passed.parts}
+        hosts = taking_part(partition.cuts, len(self._problem))
+        working = [host for host in hosts if self._names[host] in parts]
+        with self._lock:
+            self._took.append(took_s)
+            for place, host in enumerate(working):
+                part = parts[self._names[host]]
+                self._see_host(host, partition, part, rows)
+                if place + 1 < len(working) and "link_s" in part:
+                    self._see_link(host, working[place + 1], part["link_s"], part["bytes"])
+            if working and working[0]:  # the input goes to a host that is not the first
+                self._see_link(0, working[0], passed.link_s, passed.bytes)
+
+    def _see_host(
+        self, host: int, partition: Partition, part: Mapping[str, Any], rows: int
+    ) -> None:
+        first, last = partition.units_of(host, len(self._problem))
+        expected = self._problem.hosts[host].costs.seconds(rows, first, last)[0]
+        if expected > 0:
+            self._slower[host].values.append(float(part["compute_s"]) / expected)
+        self._waiting[host].values.append(float(part["queue_s"]))
+
+    def _see_link(self, first: int, last: int, seconds: float, nbytes: int) -> None:
+        network = self._problem.path(first, last)
+        back = 2 * network.latency_s + 8 * self._problem.answer_bytes / network.down_bits_s
+        if nbytes < LEAST_BYTES:
+            return
+        # where several links lie between, the slowest of them is believed to be as expected
+        between = self._problem.networks[first:last]
+        slowest = first + min(range(len(between)), key=lambda i: between[i].up_bits_s)
+        rate = 8 * nbytes / max(seconds - back, 8 * nbytes / _FASTEST)
+        self._rates[slowest].values.append(rate)
+
+    def forget(self) -> None:
+        """Forget how long requests took: after a move they take another time."""
+        with self._lock:
+            self._took.clear()
+
+    @property
+    def took_s(self) -> float | None:
+        """Median of the last requests since the last move; None if there are too few."""
+        with self._lock:
+            return median(self._took) if len(self._took) >= 3 else None
+
+    def conditions(self) -> Conditions:
+        """Return what the last requests tell; what was not used is as expected."""
+        with self._lock:
+            return Conditions(
+                tuple(max(0.01, recent.middle(1.0)) for recent in self._slower),
+                tuple(recent.middle(0.0) for recent in self._waiting),
+                tuple(_rate(recent) for recent in self._rates),
+            )
+
+
+def _rate(recent: _Recent) -> float | None:
+    return recent.middle(0.0) if recent.values else None
+
+
+def told(conditions: Conditions, names: Sequence[str]) -> dict[str, Any]:
+    """Return conditions as plain values, for people and records."""
+    rates = [None if rate is None else rate / 1e6 for rate in conditions.up_bits_s]
+    return {
+        "slower": dict(zip(names, conditions.slower, strict=True)),
+        "waiting_ms": {n: 1e3 * s for n, s in zip(names, conditions.waiting_s, strict=True)},
+        "up_mbit_s": rates,
+    }
