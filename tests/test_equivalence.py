@@ -444,38 +444,6 @@ def test_devices_that_move_train_the_bits_of_those_that_stay(row, settings, unsp
         assert [row[name] for row in got.rows] == [row[name] for row in expected.rows]
 
 
-MOVING = [
-    (1, ("cnn-batch", 2), "momentum, decay, cosine", (1, "sequential"), False),
-    (3, ("vgg5-batch", 2), "kept adam, crops", (3, "pipelined"), False),
-    (10, ("cnn-batch", [1, 2, 2]), "momentum, decay, cosine", (4, "bounded 2"), True),
-    (10, ("cnn-deferred", 1), "proximal, clipped, two epochs", (3, "pipelined"), False),
-    (3, ("vgg5-batch", [1, 2, 3]), CHANNELS_LAST, (2, "pipelined"), False),
-    (10, ("cnn-group", 2), LEVELS, (2, "pipelined"), True),
-    (3, ("resnet18", 0.5), BETWEEN_ROUNDS, (1, "sequential"), False),
-]
-
-
-@pytest.mark.parametrize("row", MOVING, ids=str)
-def test_devices_that_move_train_the_bits_of_those_that_stay(row, settings, unsplit, carry_out):
-    count, (model, cut), feature, (pieces, schedule), private = row
-    expected = unsplit(model, feature, pieces)
-    config = settings(
-        model,
-        feature,
-        schedule={**ordered(schedule), "micro_batches": pieces},
-        policy={"kind": "fixed", "cut": cut, "codec": "fp32"},
-        client=merged(ALL_FEATURES[feature].get("client", {}), {"label_private": private}),
-        num_edges=3,
-    )
-    moves = drawn(count, clients=3, rounds=2, edges=3, pieces=pieces, seed=count)
-    got = carry_out(config, mobility=Listed(moves))
-    assert got.sha256 == expected.sha256
-    assert got.figures["moves"] and got.figures["recoveries"] == []
-    assert not any(got.lost)
-    for name in ("train_loss", "train_accuracy", "steps", "examples"):
-        assert [row[name] for row in got.rows] == [row[name] for row in expected.rows]
-
-
 def test_bounded_rows_take_an_order_of_their_own():
     """A row that left `depth` at 1 trained in the order of `sequential`, whatever it was called."""
     rows = [r for r in TABLE if r[2][1].startswith("bounded")]
