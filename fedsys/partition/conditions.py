@@ -27,7 +27,7 @@ _FASTEST = 1e11  # bits per second that are told apart from none
 
 
 @dataclass(frozen=True)
-class Conditions:
+class ChainConditions:
     """How hosts and links are now.
 
     Attributes:
@@ -42,7 +42,7 @@ class Conditions:
     up_bits_s: tuple[float | None, ...]
 
 
-def under(problem: Problem, conditions: Conditions) -> Problem:
+def under(problem: Problem, conditions: ChainConditions) -> Problem:
     """Return a problem as it is under some conditions."""
     hosts = tuple(
         dataclasses.replace(host, costs=host.costs.slower(slower), waiting_s=waiting)
@@ -138,10 +138,10 @@ class Observer:
         with self._lock:
             return median(self._took) if len(self._took) >= 3 else None
 
-    def conditions(self) -> Conditions:
+    def conditions(self) -> ChainConditions:
         """Return what the last requests tell; what was not used is as expected."""
         with self._lock:
-            return Conditions(
+            return ChainConditions(
                 tuple(max(0.01, recent.middle(1.0)) for recent in self._slower),
                 tuple(recent.middle(0.0) for recent in self._waiting),
                 tuple(_rate(recent) for recent in self._rates),
@@ -152,7 +152,7 @@ def _rate(recent: _Recent) -> float | None:
     return recent.middle(0.0) if recent.values else None
 
 
-def told(conditions: Conditions, names: Sequence[str]) -> dict[str, Any]:
+def told(conditions: ChainConditions, names: Sequence[str]) -> dict[str, Any]:
     """Return conditions as plain values, for people and records."""
     rates = [None if rate is None else rate / 1e6 for rate in conditions.up_bits_s]
     return {

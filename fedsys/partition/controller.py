@@ -47,7 +47,7 @@ class MoveRules:
 
 
 @dataclass(frozen=True)
-class Place:
+class StandingCuts:
     """Where the cuts are, and how they came there.
 
     Attributes:
@@ -103,7 +103,9 @@ class MoveDecision:
     reason: str
 
 
-def decide_move(place: Place, sight: Sight, rules: MoveRules) -> tuple[Place, MoveDecision]:
+def decide_move(
+    place: StandingCuts, sight: Sight, rules: MoveRules
+) -> tuple[StandingCuts, MoveDecision]:
     """Return the next place and what was decided; whoever carries it out may fail.
 
     Args:
@@ -138,7 +140,9 @@ def decide_move(place: Place, sight: Sight, rules: MoveRules) -> tuple[Place, Mo
     return place, MoveDecision(Verdict.STAY, place.partition, now, there, reason)
 
 
-def _verified(place: Place, sight: Sight, rules: MoveRules) -> tuple[Place, Partition | None]:
+def _verified(
+    place: StandingCuts, sight: Sight, rules: MoveRules
+) -> tuple[StandingCuts, Partition | None]:
     """Return the place when the last change has been looked at, and what to go back to."""
     if place.before is None or sight.took_s is None:
         return place, None
@@ -151,7 +155,7 @@ def _verified(place: Place, sight: Sight, rules: MoveRules) -> tuple[Place, Part
     return back, before
 
 
-def _best(place: Place, sight: Sight) -> Partition | None:
+def _best(place: StandingCuts, sight: Sight) -> Partition | None:
     best = solve(sight.problem)
     if best is not None and place.shunned.get(best.cuts, -1e18) > sight.time_s:
         return None

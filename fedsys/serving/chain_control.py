@@ -12,7 +12,7 @@ from typing import Any, final
 
 from fedsys.errors import FedsysError, first_line
 from fedsys.partition.conditions import Observer, told, under
-from fedsys.partition.controller import MoveRules, Place, Sight, Verdict, decide_move
+from fedsys.partition.controller import MoveRules, Sight, StandingCuts, Verdict, decide_move
 from fedsys.partition.problem import Problem
 from fedsys.serving.chain import ChainEngine
 
@@ -47,7 +47,7 @@ class ChainControl:
     ) -> None:
         self._engine, self._problem, self._rules = engine, problem, rules
         self._observer, self._tell = observer, tell
-        self.place = Place(engine.partition)
+        self.place = StandingCuts(engine.partition)
         self.records: deque[Mapping[str, Any]] = deque(maxlen=1000)
         self.last: Mapping[str, Any] = {}
         self._cost_s, self._answers, self._looked_s = 0.0, 0, time.monotonic()
@@ -80,7 +80,7 @@ class ChainControl:
             self._carry_out(place)
         return self.last
 
-    def _carry_out(self, place: Place) -> None:
+    def _carry_out(self, place: StandingCuts) -> None:
         before = self.place
         try:
             cost = self._engine.move(place.partition)

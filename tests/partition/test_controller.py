@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsys.partition.conditions import Conditions, Observer, under
-from fedsys.partition.controller import MoveRules, Place, Sight, Verdict, decide_move
+from fedsys.partition.conditions import ChainConditions, Observer, under
+from fedsys.partition.controller import MoveRules, Sight, StandingCuts, Verdict, decide_move
 from fedsys.partition.evaluation import evaluate
 from fedsys.partition.pipeline import Passed
 from fedsys.partition.planner import solve
@@ -26,7 +26,7 @@ def sight(problem, time_s=100.0, **more):
 
 
 def test_cuts_move_when_the_network_becomes_fast_and_not_before():
-    place, decision = decide_move(Place(ON_DEVICE), sight(small()), RULES)
+    place, decision = decide_move(StandingCuts(ON_DEVICE), sight(small()), RULES)
     assert decision.verdict is Verdict.STAY and decision.reason == "the best already"
     place, decision = decide_move(place, sight(FAST), RULES)
     assert decision.verdict is Verdict.MOVE and place.partition.cuts == (0,)
@@ -34,14 +34,14 @@ def test_cuts_move_when_the_network_becomes_fast_and_not_before():
 
 
 def test_a_gain_within_the_margin_or_below_its_cost_moves_nothing():
-    _, decision = decide_move(Place(ON_DEVICE), sight(FAST), MoveRules(margin=0.95))
+    _, decision = decide_move(StandingCuts(ON_DEVICE), sight(FAST), MoveRules(margin=0.95))
     assert decision.verdict is Verdict.STAY and "within the margin" in decision.reason
-    _, decision = decide_move(Place(ON_DEVICE), sight(FAST, move_s=1e4), RULES)
+    _, decision = decide_move(StandingCuts(ON_DEVICE), sight(FAST, move_s=1e4), RULES)
     assert decision.verdict is Verdict.STAY and "cost" in decision.reason
 
 
 def test_a_move_that_does_not_bear_out_is_undone_and_left_alone():
-    place, _ = decide_move(Place(ON_DEVICE), sight(FAST, took_s=2.0), RULES)
+    place, _ = decide_move(StandingCuts(ON_DEVICE), sight(FAST, took_s=2.0), RULES)
     place, decision = decide_move(place, sight(FAST, 104.0, took_s=9.0), RULES)
     assert decision.verdict is Verdict.STAY  # too soon after the move
     place, decision = decide_move(place, sight(FAST, 106.0, took_s=3.0), RULES)
@@ -53,7 +53,7 @@ def test_a_move_that_does_not_bear_out_is_undone_and_left_alone():
 
 
 def test_a_move_that_bears_out_stays():
-    place, _ = decide_move(Place(ON_DEVICE), sight(FAST, took_s=2.0), RULES)
+    place, _ = decide_move(StandingCuts(ON_DEVICE), sight(FAST, took_s=2.0), RULES)
     place, decision = decide_move(place, sight(FAST, 106.0, took_s=0.3), RULES)
     assert decision.verdict is Verdict.STAY and place.before is None
 
@@ -65,9 +65,9 @@ def test_noise_within_the_margin_does_not_make_cuts_flap(problem, noise):
     start = solve(problem)
     if start is None or not math.isfinite(evaluate(problem, start).latency_s):
         return
-    place, moves, count = Place(start), 0, len(problem.hosts)
+    place, moves, count = StandingCuts(start), 0, len(problem.hosts)
     for index, factor in enumerate(noise):
-        conditions = Conditions((factor,) * count, (0.0,) * count, (None,) * (count - 1))
+        conditions = ChainConditions((factor,) * count, (0.0,) * count, (None,) * (count - 1))
         seen = sight(under(problem, conditions), 1000.0 + 10 * index)
         place, decision = decide_move(place, seen, RULES)
         moves += decision.verdict is not Verdict.STAY
@@ -107,5 +107,5 @@ def test_conditions_are_learned_from_what_requests_tell():
 
 def test_what_was_not_used_is_as_expected():
     observer = Observer(FAST)
-    assert observer.conditions() == Conditions((1.0, 1.0), (0.0, 0.0), (None,))
+    assert observer.conditions() == ChainConditions((1.0, 1.0), (0.0, 0.0), (None,))
     assert under(FAST, observer.conditions()).networks == FAST.networks
