@@ -76,7 +76,7 @@ class ClientRounds:
         told = zip(self._who, made, strict=True)
         got = self._clients.carry_out({c: a for c, a in told if c in self._here})
         seen = measured(got, self._who)
-        self._known = informed(self._known, self._setup, seen)
+        self._known, _ = informed(self._known, self._setup, seen)
         self._see()
         self._left -= 1
         over = np.full(len(cut), self._left <= 0)

@@ -101,20 +101,21 @@ class CutFedAdapt:
         if not clients:
             return state, {}
         setup, known = self._known(state, clients)
-        known = self._waiting(known, informed(known, setup, measured(seen, clients)))
-        look = self._fleet.look(setup, known)
+        after, made = informed(known, setup, measured(seen, clients))
+        known = self._waiting(known, after)
+        look = self._fleet.look(setup, known, made)
         scored, learning = self._scored(state, clients, seen, look)
         cut = guarded(look.outlook, scored, look.legal, self._options.veto)
         known = dataclasses.replace(
             known, cut=cut, course=look.outlook.course[np.arange(len(cut)), cut]
         )
-        made = self._fleet.assignments(clients, known.cut, known.course)
-        after = {
+        choices = self._fleet.assignments(clients, known.cut, known.course)
+        state = {
             "devices": state["devices"] | dict(zip(clients, _lines(known), strict=True)),
             "scored": state["scored"] | dict(zip(clients, scored.tolist(), strict=True)),
             "learning": learning,
         }
-        return after, dict(zip(clients, made, strict=True))
+        return state, dict(zip(clients, choices, strict=True))
 
     def _waiting(self, before: Knowledge, now: Knowledge) -> Knowledge:
         """Return what is known now; a probe that told nothing is not repeated in every round."""

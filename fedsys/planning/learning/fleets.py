@@ -27,7 +27,7 @@ from fedsys.planning.learning.outlook import (
     target,
 )
 from fedsys.planning.learning.rewards import regret_reward
-from fedsys.planning.learning.staging import Setup, stages_at
+from fedsys.planning.learning.staging import Forecast, Setup, stages_at
 from fedsys.planning.workload import Array, StageTimes
 
 WORKERS: Final = (1, 64)
@@ -281,13 +281,14 @@ class FleetRounds:
         s = self._world.stages(cut, course)
         iteration = self._lines.iterations_s(s)
         earned = self._earned(s, iteration, cut)
-        self._known = informed(known, self._world.setup, self._world.measured(s, iteration))
+        measured = self._world.measured(s, iteration)
+        self._known, made = informed(known, self._world.setup, measured)
         self._left -= 1
         over = self._left <= 0
         if over.any():
             self._renew(over[rows.fleet])
             self._left[over] = self._draws.rounds
-        self._look()
+        self._look(None if over.any() else made)
         return earned, over[rows.fleet]
 
     def _earned(self, s: StageTimes, iteration_s: Array, cut: Indices) -> Array:
@@ -329,9 +330,9 @@ class FleetRounds:
         self._world = _replaced(self._world, world, rows)
         self._known = _replaced(self._known, known, rows)
 
-    def _look(self) -> None:
+    def _look(self, made: Forecast | None = None) -> None:
         world, known = self._world, self._known
-        self._outlook = outlook(world.setup, known)
+        self._outlook = outlook(world.setup, known, made)
         alone = np.arange(world.legal.shape[1]) == world.legal.shape[1] - 1
         self.legal = world.legal & (known.ready[:, None] | alone)
         self._hoped = target(world.rows, self._outlook, self.legal)

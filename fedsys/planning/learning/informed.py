@@ -8,9 +8,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsys.planning.contention import alone_s
 from fedsys.planning.learning.knowing import Knowledge, Measurements
-from fedsys.planning.learning.staging import Setup, stages
+from fedsys.planning.learning.staging import Forecast, Setup
 from fedsys.planning.workload import Array
 
 FADING: Final = 0.8
@@ -29,8 +28,8 @@ LEAST_S: Final = 1e-9
 """Seconds above which something is believed to have been measured."""
 
 
-def informed(known: Knowledge, setup: Setup, seen: Measurements) -> Knowledge:
-    """Return what is known after a round.
+def informed(known: Knowledge, setup: Setup, seen: Measurements) -> tuple[Knowledge, Forecast]:
+    """Return what is known after a round, and what is expected by that.
 
     Args:
         known: Before it.
@@ -38,7 +37,7 @@ def informed(known: Knowledge, setup: Setup, seen: Measurements) -> Knowledge:
         seen: What was measured.
     """
     if not (known.cut >= 0).any():
-        return known
+        return known, Forecast.of(setup, known)
     here, cut = np.arange(len(known.cut)), np.maximum(known.cut, 0)
     measured = (known.cut >= 0) & (seen.iteration_s > LEAST_S)
     away = measured & setup.away[here, cut]
@@ -50,8 +49,9 @@ def informed(known: Knowledge, setup: Setup, seen: Measurements) -> Knowledge:
         unseen=np.where(seen.up_bit_s > 0, 0.0, known.unseen + 1),
     )
     after = _linked(after, seen)
-    expected = alone_s(stages(own, after, after.works_s(setup.share)[here, cut]), own.depth)
-    return dataclasses.replace(after, slow=_slowed(known, expected, seen, away))
+    made = Forecast.of(setup, after)
+    expected = made.alone_s[here, cut, known.course]
+    return dataclasses.replace(after, slow=_slowed(known, expected, seen, away)), made
 
 
 def _worked(known: Knowledge, own: Setup, seen: Measurements, measured: NDArray[np.bool_]) -> Array:

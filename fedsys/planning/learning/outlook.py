@@ -14,9 +14,9 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsys.planning.contention import Indices, alone_s
+from fedsys.planning.contention import Indices
 from fedsys.planning.learning.knowing import Knowledge, Rows
-from fedsys.planning.learning.staging import Setup, stages
+from fedsys.planning.learning.staging import Forecast, Setup
 from fedsys.planning.workload import Array
 
 FEATURES: Final = (
@@ -54,10 +54,16 @@ class Outlook:
     course: Indices
 
 
-def outlook(setup: Setup, known: Knowledge) -> Outlook:
-    """Return what is expected of all devices at all cuts."""
-    s = stages(setup, known, known.works_s(setup.share))
-    every = alone_s(s, setup.depth)
+def outlook(setup: Setup, known: Knowledge, made: Forecast | None = None) -> Outlook:
+    """Return what is expected of all devices at all cuts.
+
+    Args:
+        setup: The devices and their cuts.
+        known: What is known of them.
+        made: What follows from that, if it was made already.
+    """
+    made = made or Forecast.of(setup, known)
+    s, every = made.stages, made.alone_s
     count, cuts, courses = every.shape
     course = every.argmin(axis=2)
     flat = course.ravel() + np.arange(count * cuts) * courses

@@ -23,7 +23,7 @@ from fedsys.planning.learning.knowing import (
 )
 from fedsys.planning.learning.outlook import Features, Outlook, Target, candidates, outlook, target
 from fedsys.planning.learning.scenarios import Scenario
-from fedsys.planning.learning.staging import Setup
+from fedsys.planning.learning.staging import Forecast, Setup
 from fedsys.planning.resources import Observation
 from fedsys.planning.workload import Array, Workload
 
@@ -73,9 +73,9 @@ class RunFleet:
             self._some = who, Setup.of(self.table, rows), _picked(self._first, index)
         return self._some[1:]
 
-    def look(self, setup: Setup, known: Knowledge) -> Look:
+    def look(self, setup: Setup, known: Knowledge, made: Forecast | None = None) -> Look:
         """Return what is seen of a round to come."""
-        seen = outlook(setup, known)
+        seen = outlook(setup, known, made)
         legal = np.repeat(known.ready[:, None], len(self._cuts), axis=1)
         legal[:, -1] = True
         if self._forced:

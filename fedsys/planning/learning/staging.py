@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsys.planning.contention import Indices
+from fedsys.planning.contention import Indices, alone_s
 from fedsys.planning.learning.knowing import CutTable, Knowledge, Rows
 from fedsys.planning.workload import Array, StageTimes
 
@@ -121,6 +121,25 @@ def stages(setup: Setup, known: Knowledge, works_s: Array) -> StageTimes:
         latency=setup.latency_s,
         offloaded=setup.offloaded,
     )
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What is expected of each device at each cut by each course, with an edge to itself.
+
+    Attributes:
+        stages: The stages, ``(R, C, Q)``.
+        alone_s: Seconds of an iteration, ``(R, C, Q)``.
+    """
+
+    stages: StageTimes
+    alone_s: Array
+
+    @classmethod
+    def of(cls, setup: Setup, known: Knowledge) -> Forecast:
+        """Return what is expected by what is known."""
+        s = stages(setup, known, known.works_s(setup.share))
+        return cls(s, alone_s(s, setup.depth))
 
 
 def stages_at(setup: Setup, known: Knowledge, cut: Indices, course: Indices) -> StageTimes:
