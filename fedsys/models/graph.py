@@ -432,6 +432,9 @@ class _Merge:
             return type(now)([self(a, b) for a, b in zip(now, other, strict=True)])
         if isinstance(now, dict) and isinstance(other, dict) and now.keys() == other.keys():
             return {key: self(value, other[key]) for key, value in now.items()}
+        if isinstance(now, slice) and isinstance(other, slice):
+            bounds = ((now.start, other.start), (now.stop, other.stop), (now.step, other.step))
+            return slice(*[self(a, b) for a, b in bounds])
         if now == other:
             return now
         count = sum(isinstance(module, ByMode) for module in self._source.children())

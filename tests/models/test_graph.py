@@ -264,3 +264,18 @@ def test_a_batchnorm_of_its_own_class_counts_its_batches_in_a_graph() -> None:
     for name, tensor in model.state_dict().items():
         assert torch.equal(graph.state_dict()[name], tensor)
     assert torch.equal(graph.eval()(x), model.eval()(x))
+
+
+class Cropped(nn.Module):
+    """Cuts its padding off again, by the size that it sees, and by its mode."""
+
+    def forward(self, x):
+        _, _, height, width = x.shape
+        padded = F.pad(x, (0, 3, 0, 3))
+        return padded[:, :, :height, : width - (1 if self.training else 2)]
+
+
+def test_bounds_of_slices_may_be_sizes_and_may_follow_the_mode():
+    """A slice with a size in it was taken for a constant of its mode: DaViT was refused."""
+    model = Cropped()
+    both_modes(model, trace(model), torch.randn(2, 3, 6, 6))

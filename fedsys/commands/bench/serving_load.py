@@ -29,7 +29,7 @@ from fedsys.config import Config
 from fedsys.errors import RuntimeFailure
 from fedsys.pruning.portfolio import Portfolio
 
-_END_S = 60.0
+_END_S = 240.0
 _SAMPLE_S = 0.05
 _LONE = 300  # requests of a client that is alone
 _WARM = 20
