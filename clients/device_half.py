@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from clients.steps import Split, Tally
 from fedsys.config import Config
+from fedsys.errors import RuntimeFailure
 from fedsys.models.layers import LayeredModel
 from fedsys.planning.assignment import Assignment
 from fedsys.privacy.noise import NoiseSource, source_of
 from fedsys.privacy.part import Stepping, stepping
+from fedsys.privacy.release import Noise, Release, release_from
 from fedsys.randomness import Address
 from fedsys.training import federation
 from fedsys.training import plain as training
@@ -101,10 +103,23 @@ class DeviceHalf:
             masks=masks,
             penalty=penalty_of(self._config, self.layers, self.round),
         )
+        if self._config.privacy.mechanism == "cut":
+            release_from(part.modules[0], self._release())
         return stepping(
             part, self._config, noise=settings.noise, expected=settings.expected,
             source=self.source, masks=masks,
         )  # fmt: skip
+
+    def _release(self) -> Release:
+        """Return what is done to activations before they leave the device.
+
+        Raises:
+            RuntimeFailure: The server app did not say how much noise to add.
+        """
+        privacy, multiplier = self._config.privacy, self._settings.noise
+        if not multiplier > 0:
+            raise RuntimeFailure("privacy=cut: the message does not say how much noise to add")
+        return Release(Noise(privacy.clip_norm, multiplier, privacy.noise), self.source)
 
     def _received(self, key: str) -> dict[str, Tensor]:
         return records.from_record(self._content.array_records.get(key, ArrayRecord()))

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 
 import numpy as np
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch.optim import Optimizer
 
 from fedsys import data
 from fedsys.config import Config, pruning
+from fedsys.data import Images
 from fedsys.faults import Doom
 from fedsys.offload.emulation import Pace, device_costs
 from fedsys.offload.remote import Traffic
@@ -25,13 +27,14 @@ from fedsys.planning.costs import MachineCosts
 from fedsys.planning.resources import Measured, Observation
 from fedsys.privacy import training as private
 from fedsys.privacy.budget import epoch_steps, sampling_rate
+from fedsys.privacy.labels import randomised
 from fedsys.privacy.noise import NoiseSource, poisson_sample, source_of
 from fedsys.privacy.update import PrivateUpdate
 from fedsys.randomness import Address
 from fedsys.runs.tracing import Recorder
 from fedsys.training import federation, optimizers
 from fedsys.training import plain as training
-from fedsys.training.federation import layered_model, penalty_of
+from fedsys.training.federation import Federation, layered_model, penalty_of
 from fedsys.training.masks import Masks, held
 from fedsys.training.penalty import Penalty
 from fedsys.training.pulse import pulse
@@ -263,12 +266,23 @@ def _sampled(
         yield own[poisson_sample(source, step, len(own), rate)]
 
 
+def _told(config: Config, fed: Federation, partition: int) -> Images:
+    """Return the training part with the labels that a client tells, the same in every round."""
+    images, privacy = fed.dataset.train, config.privacy
+    if privacy.mechanism != "cut" or privacy.label_epsilon is None:
+        return images
+    own, labels = torch.from_numpy(fed.parts[partition]), images.labels.clone()
+    address, classes = Address(config.seed, partition), fed.dataset.num_classes
+    labels[own] = randomised(images.labels[own], privacy.label_epsilon, classes, address)
+    return Images(images.pixels, labels)
+
+
 def _epochs(config: Config, partition: int, address: Address, epochs: int) -> Batches:
     fed = federation.federation(config)
-    step = 0
+    images, step = _told(config, fed, partition), 0
     for epoch in range(epochs):
         for batch in data.train_batches(
-            fed.dataset.train,
+            images,
             fed.parts[partition],
             fed.dataset,
             config.client.batch_size,

@@ -4,16 +4,17 @@
 
     Sampled(              who takes part, by partition id; replies in that order
       Offload(            halves out, whole models back
-        PrivateRecords(   tells clients how much noise to add, and ends with the budget
+        PrivateRecords | PrivateRounds(   how much noise to add, and an end with the budget
           Pruned(         masks whole models: what goes out, and whatever the inner ones return
             KeptState(    optimizer state of the clients, from round to round
               TypedBuffers( buffers keep their type and are never "stepped"
-                FedAvg | FedProx | FedAdam | …
+                PrivateClients( clips whole updates and adds noise to their mean
+                  FedAvg | FedProx | FedAdam | …
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from fedsys.data import Dataset
 from fedsys.errors import ConfigError
 from fedsys.offload.fleet import Fleet
 from fedsys.planning.mobility.sources import source_of
+from fedsys.privacy.check_rounds import check_cut_model, check_cut_run
+from fedsys.privacy.promises import round_promise
 from fedsys.runtime.apps import check_mods
 from fedsys.training import federation
 from fedsys.training.optimizers import make_optimizer
@@ -33,6 +36,8 @@ from strategies.offload import Offload
 from strategies.optimizer_state import KeptState
 from strategies.policies import build_policy
 from strategies.private import PrivateRecords, check_private
+from strategies.private_clients import PrivateClients, check_client_run
+from strategies.private_rounds import PrivateRounds
 from strategies.pruned import Pruned
 from strategies.roster import Roster
 from strategies.sampling import Sampled, Sampling
@@ -40,7 +45,9 @@ from strategies.sampling import Sampled, Sampling
 __all__ = [
     "KeptState",
     "Offload",
+    "PrivateClients",
     "PrivateRecords",
+    "PrivateRounds",
     "Pruned",
     "Roster",
     "Sampled",
@@ -79,7 +86,7 @@ def build(
     spec: dict[str, Any] = dict(config.strategy)
     sampling = Sampling.of(spec)
     make_optimizer(model.parameters(), config.client, config.client.lr)  # refused here, once
-    inner: Strategy = _typed(spec, model)
+    inner: Strategy = _typed(spec, config, model)
     if config.client.keep_optimizer:
         inner = KeptState(inner, roster)
     if config.pruning.active:
@@ -89,8 +96,7 @@ def build(
     known = fleet is not None or config.privacy.active
     examples = [len(part) for part in federation.federation(config).parts] if known else []
     if config.privacy.active:
-        check_private(config, model, dataset)
-        inner = PrivateRecords(inner, config, examples, roster, folder)
+        inner = _private(inner, config, model, dataset, examples, roster, folder)
     edges = max(1, len(edge_names(config)))
     policy = build_policy(config.policy, edges, config, examples, folder=folder, say=say)
     if policy is None or fleet is None or dataset is None:
@@ -112,7 +118,29 @@ def build(
     return Sampled(offload, roster, sampling, seed=config.seed)
 
 
-def _typed(spec: dict[str, Any], model: nn.Module) -> TypedBuffers:
+def _private(
+    inner: Strategy,
+    config: Config,
+    model: nn.Module,
+    dataset: Dataset | None,
+    examples: Sequence[int],
+    roster: Roster,
+    folder: Path | None,
+) -> Strategy:
+    """Return the strategy with the budget of the run's mechanism around it."""
+    mechanism = config.privacy.mechanism
+    if dataset is None:
+        raise ConfigError.of("dataset", None, f"must be given for privacy={mechanism}")
+    if mechanism == "record":
+        check_private(config, model, dataset)
+        return PrivateRecords(inner, config, examples, roster, folder)
+    if mechanism == "cut":
+        check_cut_run(config)
+        check_cut_model(model, dataset.input_shape)
+    return PrivateRounds(inner, round_promise(config, examples), roster, folder)
+
+
+def _typed(spec: dict[str, Any], config: Config, model: nn.Module) -> TypedBuffers:
     """Return the strategy that the ``strategy`` group names, with buffers that keep their type."""
     buffers = str(spec.pop("buffers", "aggregate"))
     if buffers not in ("aggregate", "average"):
@@ -130,5 +158,8 @@ def _typed(spec: dict[str, Any], model: nn.Module) -> TypedBuffers:
         raise ConfigError.of(
             "strategy._target_", spec.get("_target_"), "must build a flwr.serverapp Strategy"
         )
+    if config.privacy.mechanism == "client":
+        check_client_run(config, inner, model)
+        inner = PrivateClients(inner, config)
     parameters = frozenset(name for name, _ in model.named_parameters(remove_duplicate=False))
     return TypedBuffers(inner, parameters, step_buffers=buffers == "aggregate")

@@ -35,7 +35,15 @@ from fedsys.training import plain as training
 from fedsys.training.federation import Federation, layered_model
 from fedsys.training.pulse import pulse
 from fedsys.transport import records
-from strategies import PrivateRecords, Roster, build, private, pruned
+from strategies import (
+    PrivateRecords,
+    PrivateRounds,
+    Roster,
+    build,
+    private,
+    private_rounds,
+    pruned,
+)
 from strategies.around import find
 from strategies.crash_safety import CrashSafety, opened
 from strategies.decisions import decisions_of
@@ -110,6 +118,7 @@ def _train(
     pruned.keep_masks(job.strategy, folder.path)
     virtual_figures = virtual_totals(folder.rounds())
     promised = private.figures(find(job.strategy, PrivateRecords))
+    promised |= private_rounds.figures(find(job.strategy, PrivateRounds))
     more = {**figures(job.strategy), **pruned.figures(job.strategy), **virtual_figures, **promised}
     return _conclude(config, job.fed, safety, arrays, job.judge, more, seconds)
 
@@ -166,6 +175,13 @@ def _prepared(
     return _Job(fed, model, judge, strategy, initial, steps)
 
 
+UNPROTECTED = (
+    "privacy=record promises nothing about what edge servers see: activations leave devices as "
+    "they are, and images can be read from them at any epsilon; docs/trust.md says what helps, and "
+    "fedsys bench leakage measures it"
+)
+
+
 def _announce(config: Config, job: _Job, safety: CrashSafety, progress: Progress) -> None:
     """Say what is about to be done, and what will have no effect."""
     dataset = job.fed.dataset
@@ -174,6 +190,8 @@ def _announce(config: Config, job: _Job, safety: CrashSafety, progress: Progress
         progress.about(line)
     for line in out_of_reach(config.faults.list, job.steps):
         progress.note(line)
+    if config.privacy.per_example and find(job.strategy, Offload) is not None:
+        progress.note(UNPROTECTED)
 
 
 def _rounds(

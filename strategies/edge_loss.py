@@ -148,6 +148,8 @@ class Repeats:
     def _with_edge(
         self, message: Message, client: int, sent: Sent, round_: int, attempt: int
     ) -> str:
+        if self._config.privacy.mechanism == "cut" and self._config.privacy.secure:
+            return ""  # activations with new noise would be another release
         try:
             self._sessions.open(message, client, sent.assignment, round_, attempt=attempt)
         except FedsysError as error:

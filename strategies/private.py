@@ -177,9 +177,6 @@ def check_private(config: Config, model: nn.Module, dataset: Dataset | None) -> 
         ConfigError: Names the option and the way out.
         ModelError: An example has no gradient of its own.
     """
-    if not config.privacy.per_example:
-        rule, way_out = "is not built yet", "privacy=none promises nothing"
-        raise ConfigError.of("privacy.mechanism", config.privacy.mechanism, rule, way_out)
     if dataset is None:
         raise ConfigError.of("dataset", None, "must be given for privacy=record")
     check_record_run(config)

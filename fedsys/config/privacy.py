@@ -32,6 +32,12 @@ class PrivacyConfig:
             with which the rounds of the run stay within the budget.
         secure: Whether noise and sampling come from the operating system's generator, as a claim
             needs; else they are functions of the run's seed, which whoever knows it can subtract.
+        noise: At the cut: ``gaussian``, or ``laplace`` with norms of absolute values.
+        label_epsilon: At the cut: of randomised response, by which labels leave a device once for
+            the whole run; None: as they are.
+        clipping: Of updates: ``fixed``, or ``adaptive``: `clip_norm` is the first, and follows
+            `quantile`.
+        quantile: Share of the clients whose updates are to be within the norm.
     """
 
     mechanism: str = "none"
@@ -41,6 +47,10 @@ class PrivacyConfig:
     clip_norm: float = 1.0
     noise_multiplier: float | None = None
     secure: bool = False
+    noise: str = "gaussian"
+    label_epsilon: float | None = None
+    clipping: str = "fixed"
+    quantile: float = 0.5
 
     @property
     def active(self) -> bool:
@@ -61,11 +71,20 @@ def check(privacy: PrivacyConfig) -> None:
     """
     _choice("mechanism", privacy.mechanism, ("none", *MECHANISMS))
     _choice("accountant", privacy.accountant, ACCOUNTANTS)
+    _choice("noise", privacy.noise, ("gaussian", "laplace"))
+    _choice("clipping", privacy.clipping, ("fixed", "adaptive"))
     noise = privacy.noise_multiplier
     rules = (
         ("epsilon", privacy.epsilon > 0, "must be above 0", "1 to 8 are usual budgets"),
         ("delta", 0 < privacy.delta < 1, "must be above 0 and below 1", "try privacy.delta=1e-5"),
         ("clip_norm", privacy.clip_norm > 0, "must be above 0", "try privacy.clip_norm=1.0"),
+        (
+            "label_epsilon",
+            privacy.label_epsilon is None or privacy.label_epsilon > 0,
+            "must be above 0",
+            "null tells labels as they are",
+        ),
+        ("quantile", 0 < privacy.quantile < 1, "must be above 0 and below 1", "0.5 is usual"),
         (
             "noise_multiplier",
             noise is None or noise > 0,

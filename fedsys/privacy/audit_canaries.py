@@ -16,6 +16,7 @@ from fedsys.privacy.audit_epsilon import (
     epsilon_of_guesses,
     epsilon_of_rates,
 )
+from fedsys.privacy.noise import Addressed
 from fedsys.privacy.release import Noise, clipped
 from fedsys.randomness import Address
 
@@ -81,21 +82,22 @@ def release_bound(
         address: Of the draws.
         confidence: Of the bound.
     """
-    generator = address.torch("audit-release")
+    source = Addressed(address)
     first = torch.zeros(1, FEATURES)
     first[0, 0] = 3 * noise.clip_norm
     points = clipped(torch.cat([first, -first]), noise)
-    statistics = []
+    statistics: list[NDArray[np.float64]] = []
     for point in points:
         told = torch.zeros(trials, dtype=torch.float64)
-        for _ in range(releases):
-            seen = point + noise.draw((trials, FEATURES), generator)
+        for release in range(releases):
+            which = f"audit {len(statistics)}"
+            seen = point + noise.draw(source, which, release, (trials, FEATURES))
             told += _likelihood(seen[:, 0].double(), noise)
         statistics.append(told.numpy())
     # The threshold comes from other tries, with the noise that everybody knows
     aside = torch.zeros(trials, dtype=torch.float64)
-    for _ in range(releases):
-        seen = points[1, 0] + noise.draw((trials,), generator)
+    for release in range(releases):
+        seen = points[1, 0] + noise.draw(source, "audit aside", release, (trials,))
         aside += _likelihood(seen.double(), noise)
     threshold = float(np.quantile(aside.numpy(), 1 - ALARMS))
     hits, alarms = (int((told > threshold).sum()) for told in statistics)

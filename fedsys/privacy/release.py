@@ -13,12 +13,14 @@ the direction along itself, and noise is a constant.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedsys.privacy.noise import Addressed, NoiseSource
 from fedsys.randomness import Address, drawn_for_rows
 
 NOISE = ("gaussian", "laplace")
@@ -50,13 +52,17 @@ class Noise:
         """Deviation of Gaussian noise, or scale of Laplace's."""
         return 0.0 if self.multiplier == 0.0 else self.multiplier * self.clip_norm
 
-    def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """Return noise of a shape, in float32."""
+    def draw(self, source: NoiseSource, purpose: str, step: int, shape: Sequence[int]) -> Tensor:
+        """Return noise of a shape, in float32 on the CPU."""
+        size = torch.Size(shape)
         if self.kind == "gaussian":
-            return torch.randn(shape, generator=generator) * self.scale
+            normal: Tensor = source.normal(purpose, step, "", size)
+            return normal * self.scale
         # Two exponential variables differ by a Laplace variable
-        pair = torch.empty((2, *shape)).exponential_(generator=generator)
-        return (pair[0] - pair[1]) * self.scale
+        u = source.uniform(purpose, step, 2 * math.prod(size)).reshape(2, *size)
+        first, second = torch.from_numpy(-np.log1p(-u))
+        drawn: Tensor = ((first - second) * self.scale).float()
+        return drawn
 
 
 def clipped(z: Tensor, noise: Noise) -> Tensor:
@@ -80,18 +86,12 @@ class Release(nn.Module):
 
     Args:
         noise: How much.
-        generator: Gives the generator for a step.
+        source: Where it comes from; None: from the address of the step.
     """
 
-    def __init__(
-        self,
-        noise: Noise,
-        generator: Callable[[Address, int], torch.Generator] = lambda a, step: a.torch(
-            PURPOSE, step
-        ),
-    ) -> None:
+    def __init__(self, noise: Noise, source: NoiseSource | None = None) -> None:
         super().__init__()
-        self.noise, self._generator = noise, generator
+        self.noise, self._source = noise, source
 
     def extra_repr(self) -> str:
         """Return what is done, for `repr` of the model."""
@@ -106,6 +106,20 @@ class Release(nn.Module):
             return held
 
         def draw(address: Address, step: int, batch: int) -> Tensor:
-            return self.noise.draw((batch, *z.shape[1:]), self._generator(address, step))
+            source = self._source or Addressed(address)
+            return self.noise.draw(source, PURPOSE, step, (batch, *z.shape[1:]))
 
         return held + drawn_for_rows(PURPOSE, draw).to(device=z.device, dtype=z.dtype)
+
+
+def release_from(front: nn.Module, release: Release) -> None:
+    """Have a module return, in training, what `release` makes of its outputs.
+
+    Its parameters keep their names.
+    """
+
+    def released(module: nn.Module, _: object, z: Tensor) -> Tensor:
+        held: Tensor = release(z) if module.training else z
+        return held
+
+    front.register_forward_hook(released)

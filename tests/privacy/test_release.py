@@ -7,7 +7,8 @@ from scipy.stats import kstest
 from torch import nn
 
 from fedsys.errors import ModelError
-from fedsys.privacy.release import Noise, Release, clipped
+from fedsys.privacy.noise import Addressed, Secret
+from fedsys.privacy.release import Noise, Release, clipped, release_from
 from fedsys.randomness import Address, drawing, rows
 
 HERE = Address(seed=1, client=2, round=3)
@@ -88,11 +89,12 @@ def test_examples_of_a_step_have_different_noise():
     assert len(np.unique(seen.numpy())) > 3990
 
 
+@pytest.mark.parametrize("source", [Addressed(HERE), Secret()], ids=["addressed", "secret"])
 @pytest.mark.parametrize(("kind", "law"), [("gaussian", "norm"), ("laplace", "laplace")])
-def test_noise_is_of_the_law_and_scale_that_is_accounted(kind, law):
+def test_noise_is_of_the_law_and_scale_that_is_accounted(kind, law, source):
     noise = Noise(4.0, 0.5, kind)
-    drawn = noise.draw((200, 100), torch.Generator().manual_seed(3)).flatten().numpy()
-    assert kstest(drawn, law, args=(0.0, 2.0)).pvalue > 0.01
+    drawn = noise.draw(source, "test", 0, (200, 100)).flatten().numpy()
+    assert kstest(drawn, law, args=(0.0, 2.0)).pvalue > 1e-4
 
 
 def test_models_are_evaluated_as_they_are():
@@ -103,3 +105,24 @@ def test_models_are_evaluated_as_they_are():
 def test_noise_needs_an_address():
     with pytest.raises(ModelError, match="drawing"):
         nn.Sequential(Release(Noise(1.0, 2.0)))(activations())
+
+
+def test_a_module_releases_in_training_alone_and_keeps_its_names():
+    front = nn.Linear(4, 4)
+    names = list(front.state_dict())
+    release_from(front, Release(Noise(1.0, 2.0)))
+    assert list(front.state_dict()) == names
+    z = torch.ones(3, 4)
+    with drawing(HERE, 0, 3):
+        released = front(z)
+    assert not torch.equal(released, front.eval()(z))
+    assert torch.equal(front(z), nn.functional.linear(z, front.weight, front.bias))
+
+
+def test_secret_noise_is_the_same_within_a_round_and_another_in_the_next():
+    z, release = torch.zeros(3, 4), Release(Noise(1.0, 2.0), Secret())
+    with drawing(HERE, 0, 3):
+        first = release(z)
+    with drawing(HERE, 0, 3):
+        assert torch.equal(first, release(z))
+        assert not torch.equal(first, Release(Noise(1.0, 2.0), Secret())(z))

@@ -55,6 +55,7 @@ from fedsys.privacy.audit_membership import by_loss, confidences, likelihood_rat
 from fedsys.privacy.audit_metrics import pixels_of
 from fedsys.privacy.cut import cut_noise
 from fedsys.privacy.labels import randomised
+from fedsys.privacy.noise import Addressed
 from fedsys.privacy.release import Noise, clipped
 from fedsys.randomness import Address
 from fedsys.training import federation
@@ -285,10 +286,9 @@ class _Seen:
         z: Tensor = torch.cat([self._front(part) for part in parts])
         if self._noise is None:
             return z
-        draw = Address(self._audit.config.seed).torch("audit-cut", 0, purpose)
-        noise = torch.zeros_like(z)
-        for _ in range(releases):
-            noise += self._noise.draw(tuple(z.shape), draw)
+        source, noise = Addressed(Address(self._audit.config.seed)), torch.zeros_like(z)
+        for release in range(releases):
+            noise += self._noise.draw(source, f"audit {purpose}", release, z.shape)
         return clipped(z, self._noise) + noise / releases
 
 
