@@ -6,9 +6,10 @@ Wu et al., "FedAdapt: Adaptive Offloading for IoT Devices in Federated Learning"
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from fedsys.config import Config
 from fedsys.errors import ConfigError
@@ -22,7 +23,7 @@ from fedsys.planning.learning.options import FedAdaptOptions
 from fedsys.planning.learning.practice import AnyAgent, trained_on, trained_on_clients
 from fedsys.planning.learning.run_fleet import RunFleet
 from fedsys.planning.learning.scenarios import Scenario
-from fedsys.planning.planner import Plan
+from fedsys.planning.planner import Plan, evaluate
 from strategies.policies.policy import Assignment, Observation
 
 if TYPE_CHECKING:
@@ -135,10 +136,15 @@ class FedAdaptPolicy:
         """Return one sentence about the decision for each client."""
         return self._ready.reasons(state, clients)
 
-    def predicted(self, state: State, clients: Sequence[int]) -> Plan | None:
-        """Return what is expected of some clients; agents that say shares expect nothing."""
-        decider = self._ready
-        return decider.predicted(state, clients) if isinstance(decider, CutFedAdapt) else None
+    def predicted(self, state: State, clients: Sequence[int]) -> Plan:
+        """Return what is expected of some clients; by the fleet file if an agent says shares."""
+        decider, base = self._ready, self._base
+        if isinstance(decider, CutFedAdapt) or base is None:
+            return cast(CutFedAdapt, decider).predicted(state, clients)
+        devices = base.load.devices
+        who = tuple(devices[client % len(devices)] for client in clients)
+        choices = [base.assignment(c, state["known"][c]["cut"]) for c in clients]
+        return evaluate(dataclasses.replace(base.load, devices=who), choices)
 
     def to_measure(self, state: State, clients: Sequence[int]) -> Mapping[int, int]:
         """Return the bytes each way, by client that is to measure its link although it is alone."""

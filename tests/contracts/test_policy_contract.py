@@ -15,7 +15,7 @@ from fedsys.runs.trees import keepable
 from fedsys.transport.codecs import CODECS
 from strategies.policies import build_policy
 from strategies.policies.fixed import FixedPolicy, codecs_of
-from strategies.policies.policy import Assignment, Observation
+from strategies.policies.policy import Assignment, Observation, Predicts
 
 EDGES = 3
 LAYERS = layered(
@@ -121,6 +121,16 @@ def test_the_same_state_and_observations_give_the_same_plan_and_change_nothing(p
         assert state == state_before and devices == devices_before
         assert keepable(first_state)
         state = first_state
+
+
+def test_who_predicts_expects_something_of_each_device(policy):
+    """A run of FedAdapt's published form ended when it was asked: it expected nothing."""
+    if not isinstance(policy, Predicts):
+        pytest.skip("it predicts nothing")
+    state, plan = policy.plan(policy.init(LAYERS, range(6)), dict.fromkeys(range(6), Observation()))
+    made = policy.predicted(state, [1, 4])
+    assert [c.cut for c in made.choices] == [plan[1].cut, plan[4].cut]
+    assert len(made.iteration_s) == len(made.rest_s) == 2 and min(made.iteration_s) > 0
 
 
 def test_two_policies_of_one_specification_agree(policy, request):
