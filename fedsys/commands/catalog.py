@@ -134,6 +134,7 @@ COMMANDS: dict[str, Command] = {
             "leakage": "what attacks make of activations, gradients and models; bounds on epsilon",
             "split": "split training at every cut against the unsplit loop, and a device's memory",
             "sessions": "many sessions on an edge server against one with all cores, and memory",
+            "migration": "a device that moves between edge servers: pauses, savings, faults",
             "soak": "split training for a while, with a fault at edge servers or links every 3 s",
             "codecs": "error, bytes and speed of each codec, and the accuracy of training with it",
         },

@@ -19,12 +19,17 @@ from urllib.parse import urlsplit
 
 from fedsys import config as configuration
 from fedsys.config import EdgeConfig, secret
-from fedsys.errors import ConfigError, FedsysError
+from fedsys.errors import ConfigError, FedsysError, SessionError
 from fedsys.offload import edge_store
 from fedsys.offload.edge import EdgeServer
 from fedsys.offload.edge_metrics import MetricsEndpoint
 from fedsys.training import plain as training
+from fedsys.transport.addresses import dial
 from fedsys.transport.security import Credentials
+from fedsys.transport.wire import Frame
+
+ASK_S = 10.0
+"""How long an edge server may take to answer that is to hand sessions over, in seconds."""
 
 
 def job(tree: Any) -> Mapping[str, Any]:
@@ -37,13 +42,16 @@ def job(tree: Any) -> Mapping[str, Any]:
         tree: The composed configuration (a DictConfig), of which ``edge`` counts.
 
     Returns:
-        What it did: ``steps``, ``opened``, ``handed_back``, ``saved``, ``refused``.
+        What it did: ``steps``, ``opened``, ``handed_back``, ``saved``, ``refused``. With
+        ``edge.move``: the ``sessions`` that an edge server that runs began to hand over.
 
     Raises:
         ConfigError: An address cannot be listened on, or is not protected.
         SecurityError: The credentials are missing or not valid.
     """
     config = configuration.parse(configuration.to_text(tree))
+    if config.edge.move is not None:
+        return moved(config.edge)
     folder = edge_store.checked_folder(config.edge.state_dir)
     edge = _server(config.edge)
     endpoint: MetricsEndpoint | None = None
@@ -64,6 +72,42 @@ def job(tree: Any) -> Mapping[str, Any]:
     finally:
         if endpoint is not None:
             endpoint.close()
+
+
+def moved(config: EdgeConfig) -> Mapping[str, Any]:
+    """Have the edge server at ``edge.address`` hand sessions to another one of their run.
+
+    Devices learn where their sessions went, and go on there.
+
+    Args:
+        config: Whom to ask, as who, and ``move``.
+
+    Returns:
+        ``sessions``: the names of those that are being handed over.
+
+    Raises:
+        ConfigError: ``move`` says something else.
+        FedsysError: The edge server cannot be reached, or refuses.
+    """
+    move = dict(config.move or {})
+    if not isinstance(move.get("to"), str) or move.keys() - {"to", "client"}:
+        raise ConfigError.of(
+            "edge.move", move, "must name an edge server, and perhaps a client",
+            "for instance edge.move='{client: 3, to: edge-1}'",
+        )  # fmt: skip
+    folder = config.credentials
+    credentials = Credentials.load(Path(folder)) if folder else None
+    link = dial(config.address, credentials=credentials, timeout_s=ASK_S, retry=False)
+    try:
+        link.send(Frame("control", {"token": secret.control_token(config, "edge")}))
+        link.recv(ASK_S)
+        link.send(Frame("move", move))
+        answer = link.recv(ASK_S)
+    finally:
+        link.close()
+    if answer.kind == "refused":
+        raise SessionError(str(answer.meta.get("reason")))
+    return {"sessions": list(answer.meta.get("sessions", ()))}
 
 
 def _server(config: EdgeConfig) -> EdgeServer:

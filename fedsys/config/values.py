@@ -238,6 +238,8 @@ class EdgeConfig:
         state_dir: Folder for sessions that no server app takes back when it stops, and from which
             it takes them up again; None loses them.
         faults: Whether a run may kill it by ``faults=edge_killed``.
+        move: What the edge server at `address` is to hand over instead: ``to`` the edge server of
+            that name, the session of a ``client``, or all sessions; None: nothing.
     """
 
     device: str = "auto"
@@ -254,6 +256,7 @@ class EdgeConfig:
     max_frame_bytes: int = 1 << 30
     state_dir: str | None = None
     faults: bool = False
+    move: Spec | None = None
 
 
 @dataclass(frozen=True)

@@ -68,16 +68,20 @@ class EdgeProcess:
 
 
 @contextlib.contextmanager
-def edge_process(kind: str = BETWEEN_PROCESSES) -> Iterator[EdgeProcess]:
+def edge_process(
+    kind: str = BETWEEN_PROCESSES, name: str = "edge-0", token: str = ""
+) -> Iterator[EdgeProcess]:
     """Start ``fedsys edge`` on loopback, and end it with the block.
 
     Args:
         kind: Of its links: ``grpc`` or ``tcp``.
+        name: Its name.
+        token: What a controller must present; empty: a new one.
 
     Raises:
         RuntimeFailure: It does not start.
     """
-    token, name = new_token(), "edge-0"
+    token = token or new_token()
     command = [
         *(sys.executable, "-m", "fedsys.main", "edge", "json=true", f"edge.name={name}"),
         *(f"edge.address={kind}://127.0.0.1:0", "edge.http=null"),

@@ -1,0 +1,154 @@
+"""Sessions that move between real edge servers: commands, strangers, and what is sent ahead."""
+
+import time
+
+import pytest
+import torch
+
+from fedsys.commands.edge import moved
+from fedsys.config import EdgeAddress, EdgeConfig
+from fedsys.errors import ConfigError, RemoteError, SessionError
+from fedsys.offload import delta
+from fedsys.offload.edge import EdgeServer
+from fedsys.offload.fleet import Fleet
+from fedsys.offload.remote import Remote
+from fedsys.transport.addresses import dial
+from fedsys.transport.security import Authority
+from fedsys.transport.wire import Frame
+
+TOKEN = "control"
+WAIT_S = 60.0
+
+
+@pytest.fixture
+def pair():
+    """Return two edge servers over TCP, and the fleet of both."""
+    edges = {n: EdgeServer(n, "tcp://127.0.0.1:0", control_token=TOKEN) for n in ("a", "b")}
+    fleet = Fleet([EdgeAddress(n, e.address) for n, e in edges.items()], control_token=TOKEN)
+    yield edges, fleet
+    fleet.close()
+    for edge in edges.values():
+        edge.kill()
+
+
+def device(edges, name="s"):
+    return Remote([e.address for e in edges.values()], name, f"token of {name}", dial)
+
+
+def train(remote, layer, steps):
+    for step in steps:
+        frame = layer.activation(step)
+        meta = {k: v for k, v in frame.meta.items() if k not in ("step", "piece")}
+        remote.send("activation", step, 0, meta, frame.tensors)
+        remote.receive("activation", step, 0)
+
+
+def until(true):
+    deadline = time.monotonic() + WAIT_S
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_an_operator_moves_a_session_and_its_device_finds_it(pair, last_layer):
+    edges, fleet = pair
+    fleet.open(last_layer.spec(), last_layer.start(), "a")
+    remote = device(edges)
+    remote.open()
+    train(remote, last_layer, range(2))
+    asked = EdgeConfig(address=edges["a"].address, control_token=TOKEN, move={"to": "b"})
+    assert moved(asked) == {"sessions": ["s"]}
+    until(lambda: edges["b"].sessions == ["s"])
+    train(remote, last_layer, range(2, 4))
+    until(lambda: edges["a"].sessions == [])
+    assert remote.edge == edges["b"].address
+    (leaving,) = remote.traffic.moves
+    assert (leaving.how, remote.traffic.recoveries) == ("commanded", [])
+    assert fleet.collect("s", "b").step == 4
+    fleet.release("s")
+    assert edges["b"].sessions == []
+
+
+@pytest.mark.parametrize("to", ["a", "c"])
+def test_a_session_moves_to_another_edge_of_its_run_only(to, pair, last_layer):
+    edges, fleet = pair
+    fleet.open(last_layer.spec(), last_layer.start(), "a")
+    with pytest.raises(SessionError, match="no other edge server of this run: b"):
+        moved(EdgeConfig(address=edges["a"].address, control_token=TOKEN, move={"to": to}))
+
+
+def test_a_command_that_names_nobody_is_refused():
+    with pytest.raises(ConfigError, match=r"edge\.move"):
+        moved(EdgeConfig(move={"client": 3}))
+
+
+def test_nobody_but_edges_of_a_fleet_speaks_as_one(pair):
+    edges, _ = pair
+    for secret in ("", "guessed"):
+        link = dial(edges["a"].address)
+        link.send(Frame("peer", {"secret": secret, "name": "b"}))
+        with pytest.raises(RemoteError, match="no edge server of a fleet that is known here"):
+            link.recv(WAIT_S)
+        link.close()
+
+
+def test_an_edge_of_another_name_than_its_certificate_is_refused(last_layer):
+    authority = Authority.create()
+    own = {n: authority.issue(n, ["127.0.0.1"], role="both") for n in ("a", "b")}
+    edges = {n: EdgeServer(n, "tcp://127.0.0.1:0", credentials=c) for n, c in own.items()}
+    server = authority.issue("server")
+    addresses = [EdgeAddress(n, e.address) for n, e in edges.items()]
+    try:
+        with Fleet(addresses, credentials=server) as fleet:
+            fleet.open(last_layer.spec(), last_layer.start(), "a")
+            secret = fleet._edges.secret
+            link = dial(edges["a"].address, credentials=authority.issue("device-0"))
+            link.send(Frame("peer", {"secret": secret, "name": "b"}))
+            with pytest.raises(RemoteError, match="device-0 says that it is b"):
+                link.recv(WAIT_S)
+            fleet.move("s", "b")  # the real ones accept each other
+            until(lambda: "s" in edges["b"].sessions)
+    finally:
+        for edge in edges.values():
+            edge.kill()
+
+
+def test_what_is_sent_ahead_is_not_sent_again(pair, last_layer):
+    edges, fleet = pair
+    fleet.open(last_layer.spec(), last_layer.start(), "a")
+    remote = device(edges)
+    remote.open()
+    train(remote, last_layer, range(2))
+    remote.foresee(edges["b"].address)
+    train(remote, last_layer, range(2, 4))
+    time.sleep(0.2)
+    remote.leave(edges["b"].address, "foreseen", step=4)
+    train(remote, last_layer, range(4, 6))
+    (leaving,) = remote.traffic.moves
+    assert leaving.precopied > 0
+    assert fleet.collect("s", "b").step == 6
+
+
+def test_a_session_goes_on_with_the_bits_that_it_would_have_had(pair, last_layer):
+    edges, fleet = pair
+    ends = []
+    for name, stays in (("s", True), ("t", False)):
+        fleet.open(last_layer.spec(name), last_layer.start(), "a")
+        remote = device(edges, name)
+        remote.open()
+        train(remote, last_layer, range(2))
+        if not stays:
+            remote.leave(edges["b"].address, "unannounced", step=2)
+        train(remote, last_layer, range(2, 5))
+        ends.append(fleet.collect(name, "a" if stays else "b"))
+    assert ends[0].tensors().keys() == ends[1].tensors().keys()
+    assert all(torch.equal(t, ends[1].tensors()[n]) for n, t in ends[0].tensors().items())
+
+
+def test_differences_are_exact_and_small():
+    before = torch.randn(300, 40)
+    after = before + 1e-4 * torch.randn(300, 40)
+    packed = delta.encode({"w": after, "n": torch.tensor(3)}, {"w": before})
+    found = delta.decode(packed, {"w": before})
+    assert torch.equal(found["w"], after) and int(found["n"]) == 3
+    assert sum(t.nbytes for t in packed.values()) < 0.9 * after.nbytes
