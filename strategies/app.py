@@ -186,7 +186,8 @@ def _announce(config: Config, job: _Job, safety: CrashSafety, progress: Progress
     """Say what is about to be done, and what will have no effect."""
     dataset = job.fed.dataset
     progress.start(config.rounds, title(config, job.model, dataset), safety.done)
-    for line in (*surroundings(config), *about_pieces(config, job.model, dataset)):
+    promised = private.about(find(job.strategy, PrivateRecords))
+    for line in (*surroundings(config), *about_pieces(config, job.model, dataset), *promised):
         progress.about(line)
     for line in out_of_reach(config.faults.list, job.steps):
         progress.note(line)

@@ -177,7 +177,9 @@ class Offload(Around):
                 done[client] = reply
             elif sent is not None:
                 again[client] = sent
-        if again and self._grid is not None:
+        if again and self._config.privacy.secure:  # with new noise it would be another release
+            self.lost |= dict.fromkeys(again, "its edge was lost, and privacy.secure repeats none")
+        elif again and self._grid is not None:
             done |= self._repeats.joined(self._grid, again, server_round, returns, self.lost)
         self._sessions.end()
         self._sessions.log_recoveries(server_round)

@@ -46,6 +46,7 @@ class PrivateRecords(Around):
 
     Attributes:
         plans: How each client trains.
+        privacy: What is promised.
         ledger: What was charged.
 
     Raises:
@@ -63,7 +64,7 @@ class PrivateRecords(Around):
         folder: Path | None = None,
     ) -> None:
         super().__init__(inner)
-        self._config, self._roster = config, roster
+        self._config, self._roster, self.privacy = config, roster, config.privacy
         self._journal = None if folder is None else folder / JOURNAL
         self._examples = examples
         self.plans = record_plans(config, examples)
@@ -192,6 +193,21 @@ def _read(path: Path) -> PrivacyLedger:
         raise RunError(
             f"{path} is damaged, so nobody knows what was spent: run again into another folder"
         ) from error
+
+
+def about(layer: PrivateRecords | None) -> list[str]:
+    """Return lines about what a run will promise; none where it promises nothing."""
+    if layer is None:
+        return []
+    claim, privacy = layer.claim(), layer.privacy
+    low, high = min(layer.noises), max(layer.noises)
+    noise = f"{high:.3g}" if high - low < 1e-3 else f"{low:.3g} to {high:.3g}"
+    return [
+        f"privacy of each {claim.unit}: epsilon up to {privacy.epsilon:g} at delta "
+        f"{privacy.delta:g}; norms up to {privacy.clip_norm:g}, noise of {noise} times that; "
+        f"{claim.sampling}; accountant {privacy.accountant}, "
+        f"noise by the {'system' if privacy.secure else 'seed: for experiments, not for a claim'}"
+    ]
 
 
 def figures(layer: PrivateRecords | None) -> dict[str, Any]:

@@ -437,7 +437,7 @@ def test_what_an_extra_brings_is_imported_late_and_the_error_names_that_extra(mo
         "dp_accounting", "dp_accounting.pld", "dp_accounting.pld.privacy_loss_distribution",
         "dp_accounting.rdp",
         "gymnasium", "onnxruntime", "onnxruntime.quantization", "onnxscript",
-        "opacus.accountants", "stable_baselines3",
+        "opacus", "opacus.accountants", "stable_baselines3",
         "stable_baselines3.common.callbacks", "stable_baselines3.common.logger",
         "stable_baselines3.common.policies",
         "stable_baselines3.common.vec_env.base_vec_env", "torch_pruning",

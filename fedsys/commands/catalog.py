@@ -131,6 +131,7 @@ COMMANDS: dict[str, Command] = {
             "pipeline": "plans of split training on shaped links and slow devices, or virtually",
             "planning": "how long plans take to make, and how near they are to the optimum",
             "offload": "policies that decide on cuts, against classic training and the optimum",
+            "privacy": "what privacy by example costs, beside none and beside Opacus",
             "leakage": "what attacks make of activations, gradients and models; bounds on epsilon",
             "split": "split training at every cut against the unsplit loop, and a device's memory",
             "sessions": "many sessions on an edge server against one with all cores, and memory",

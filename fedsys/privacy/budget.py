@@ -80,15 +80,11 @@ def record_plans(config: Config, examples: Sequence[int]) -> tuple[RecordPlan, .
     """
     privacy, client = config.privacy, config.client
     check_delta(privacy, sum(examples), "examples")
-    noises = {
-        size: noise_of(
-            privacy,
-            sampling_rate(min(group), client.batch_size),
-            config.rounds * client.epochs * epoch_steps(max(group), client.batch_size),
-        )
-        for group in _grouped(examples)
-        for size in group
-    }
+    noises: dict[int, float] = {}
+    for group in _grouped(examples):
+        rate = sampling_rate(min(group), client.batch_size)
+        steps = config.rounds * client.epochs * epoch_steps(max(group), client.batch_size)
+        noises |= dict.fromkeys(group, noise_of(privacy, rate, steps))
     return tuple(
         RecordPlan(
             noises[size],

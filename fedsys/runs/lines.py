@@ -80,10 +80,11 @@ COLUMNS = (
     Column("clients", "clients", 7, lambda x: f"{x:.0f}", 5),
     Column("time", "seconds_round", 7, seconds_text, 1),
     Column("virtual", "virtual_s", 7, seconds_text, 2),
+    Column("epsilon", "epsilon", 7, lambda x: f"{x:.3g}", 1),
 )
 
-USUAL = tuple(column for column in COLUMNS if column.name != "virtual_s")
-"""Columns of a run that models no fleet."""
+USUAL = tuple(column for column in COLUMNS if column.name not in ("virtual_s", "epsilon"))
+"""Columns of a run that models no fleet and promises nothing."""
 
 
 def columns_for(row: Row, rounds: int, width: int) -> tuple[Column, ...]:

@@ -46,6 +46,18 @@ SMALL = {
         "variants.threads=[1]",
         "variants.memory=false",
     ],
+    "privacy": [
+        "bench.epsilons=[8]",
+        "bench.turns=1",
+        "bench.batch_size=4",
+        "privacy.accountant=rdp",
+        "num_clients=2",
+        "rounds=1",
+        "data=synthetic",
+        "data.examples=60",
+        "client.batch_size=20",
+        "client.epochs=1",
+    ],
     "training": ["bench.turns=1", "bench.batches=1", "data.examples=40", "client.batch_size=10"],
     "split": [
         "model=cnn",

@@ -245,17 +245,26 @@ def _device() -> None:
     training.set_threads(config.client.threads)
     made = locate(told["client"], "bench")
     federation.federation(config)
+
+    def work() -> None:
+        more = {name: ConfigRecord(values) for name, values in told["records"].items()}
+        content = _content(load_file(told["part"]), {n: r for n, r in more.items() if n != CONFIG})
+        if ASSIGNMENT in more:
+            made(config, 0, content, dial).train()
+        else:
+            made(config, 0).train(content)
+
+    print(peak_rise(work))
+
+
+def peak_rise(work: Callable[[], object]) -> int:
+    """Return by how many bytes the resident size of this process rises while it works."""
     _computed_once()
     gc.collect()
     before = _status("VmRSS")
     _PEAK.write_text("5")  # the peak is that of now on
-    more = {name: ConfigRecord(values) for name, values in told["records"].items()}
-    content = _content(load_file(told["part"]), {n: r for n, r in more.items() if n != CONFIG})
-    if ASSIGNMENT in more:
-        made(config, 0, content, dial).train()
-    else:
-        made(config, 0).train(content)
-    print(_status("VmHWM") - before)
+    work()
+    return _status("VmHWM") - before
 
 
 def _computed_once() -> None:
