@@ -22,7 +22,7 @@ from fedsys.faults import out_of_reach
 from fedsys.offload.fleet import Fleet
 from fedsys.offload.opening import open_fleet
 from fedsys.planning.workload import mini_batches
-from fedsys.runs import decision_plots, decisions, plots, trace_plots
+from fedsys.runs import decision_plots, decisions, mobility_plots, plots, trace_plots
 from fedsys.runs import startup as stages
 from fedsys.runs.decisions import OffloadDecision
 from fedsys.runs.folder import default_path, state_sha256
@@ -170,9 +170,13 @@ def _prepared(
 
         practise(strategy, grid, initial, config, fed.dataset)
     stages.current().reached("data and model")
+    return _Job(fed, model, judge, strategy, initial, steps_of(config, fed))
+
+
+def steps_of(config: Config, fed: Federation) -> list[int]:
+    """Return the mini-batches of each client in a round."""
     size, epochs = config.client.batch_size, config.client.epochs
-    steps = [epochs * len(mini_batches(len(part), size)) for part in fed.parts]
-    return _Job(fed, model, judge, strategy, initial, steps)
+    return [epochs * len(mini_batches(len(part), size)) for part in fed.parts]
 
 
 UNPROTECTED = (
@@ -338,6 +342,7 @@ def _conclude(
     if config.run.plots:
         plots.draw_all(folder)
         decision_plots.draw(folder.path)
+        mobility_plots.draw(folder.path, more.get("moves", ()), steps_of(config, fed))
         data.plot_class_counts(counts, classes, folder.path / "plots" / "class_counts.png")
     safety.faults.check_all_fired()
     result |= stages.current().figures()

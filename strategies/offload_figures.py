@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flwr.serverapp.strategy import Strategy
@@ -22,8 +22,25 @@ def figures(strategy: Strategy) -> dict[str, Any]:
 def traces(strategy: Strategy) -> Mapping[str, list[Event]]:
     """Return what the devices of the last round did, by name; empty if nothing was split."""
     offload = find(strategy, Offload)
-    held = {} if offload is None else offload.traces
-    return {f"device {client}": held[client] for client in sorted(held)}
+    if offload is None or offload.decided is None:
+        return {}
+    moves = [m for m in offload.totals.moves if m["round"] == offload.decided.round]
+    return {
+        f"device {client}": [*events, *_pauses(events, [m for m in moves if m["client"] == client])]
+        for client, events in sorted(offload.traces.items())
+    }
+
+
+def _pauses(events: Sequence[Event], moves: Sequence[Mapping[str, Any]]) -> list[Event]:
+    """Return the pauses of a device's moves in the time of its other events."""
+    begin = min((event.start_s for event in events), default=0.0)
+    return [
+        Event(
+            "move", f"{m['source']} to {m['target']}, {m['how']}", m["step"], -1,
+            begin + m["began_s"], begin + m["began_s"] + m["pause_s"],
+        )
+        for m in moves
+    ]  # fmt: skip
 
 
 def recoveries(strategy: Strategy) -> list[dict[str, Any]]:

@@ -123,6 +123,7 @@ COMMANDS: dict[str, Command] = {
             "scale": "rounds per second and memory by the number of virtual clients",
             "start": "from the command to the first round, and from the last to the end",
             "memory": "memory over rounds with many virtual clients",
+            "vehicles": "the virtual clock on vehicles that move over many edge servers",
             "switch": "changing variants under load, against three alternatives",
             "serving_load": "clients of an endpoint beside a crowd that takes places and memory",
             "prune": "exact conversion and portfolios, against Torch-Pruning and training",

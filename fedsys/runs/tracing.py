@@ -23,7 +23,7 @@ import numpy as np
 from fedsys.planning.resources import RESOURCES, Event, Measured
 from fedsys.transport.messages import TraceRecord
 
-LANES: Final = {**RESOURCES, "loader": "loader"}
+LANES: Final = {**RESOURCES, "loader": "loader", "move": "moves"}
 """What an event may be on, and what people call it."""
 
 NAMES: Final = ("load", "forward", "tail", "send", "wait", "backward", "update", "step", "transfer")
@@ -248,7 +248,10 @@ def perfetto(devices: Mapping[str, Sequence[Event]], first: int = 1) -> dict[str
     made: list[dict[str, Any]] = []
     for pid, (device, events) in enumerate(devices.items(), start=first):
         made.append({"name": "process_name", "ph": "M", "pid": pid, "args": {"name": device}})
+        moves = any(event.kind == "move" for event in events)
         for tid, lane in enumerate(LANES.values(), start=1):
+            if lane == LANES["move"] and not moves:
+                continue
             named = {"ph": "M", "pid": pid, "tid": tid}
             made.append({**named, "name": "thread_name", "args": {"name": lane}})
             made.append({**named, "name": "thread_sort_index", "args": {"sort_index": tid}})

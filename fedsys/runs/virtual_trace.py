@@ -14,6 +14,7 @@ from statistics import median
 from typing import Any, Final, NamedTuple
 
 from fedsys.planning.resources import RESOURCES, Event
+from fedsys.planning.timeline import PlayedMove
 from fedsys.planning.virtual_clock import VirtualRound
 from fedsys.runs.tracing import span_of
 
@@ -166,12 +167,22 @@ def perfetto(shown: ModelledRound, pid: int = 1) -> list[dict[str, Any]]:
         for number, lane in enumerate(several):
             of = f" worker {number}" if len(several) > 1 else ""
             lanes.append((f"edge {index}{of}", lane))
+    for index in devices:
+        own = [move for move in timeline.moves if move.job == index and move.start_s < until]
+        if own:
+            lanes.append((f"{shown.names[index]} moves", [_pause(move) for move in own]))
     made = [_named("process_name", pid, 0, {"name": _title(shown, len(devices), until)})]
     for tid, (name, events) in enumerate(lanes, start=1):
         made.append(_named("thread_name", pid, tid, {"name": name}))
         made.append(_named("thread_sort_index", pid, tid, {"sort_index": tid}))
         made += [_span(shown, event, pid, tid) for event in events]
     return made
+
+
+def _pause(move: PlayedMove) -> Event:
+    there = f"edge {move.source} to edge {move.target}"
+    name = there if move.source != move.target else f"edge {move.source} out of reach"
+    return Event("move", name, move.iteration, -1, move.start_s, move.end_s, move.job)
 
 
 def _title(shown: ModelledRound, devices: int, until: float) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from fedsys.runs.plots import curves_of, time_parts
 from fedsys.runs.progress import seconds_text
-from fedsys.runs.report import charts, fleet
+from fedsys.runs.report import charts, fleet, moving
 from fedsys.runs.report.charts import COLORS, Curve
 from fedsys.runs.report.decided import section as decided_section
 from fedsys.runs.report.figures import bytes_text, figure, name_of
@@ -274,7 +274,8 @@ def _events(run: Run, several: bool) -> str:
 def _fleet(run: Run, several: bool) -> str:
     text = fleet.section(run)
     told = _heading("Devices, edge servers and network", run, several) + text if text else ""
-    decided = decided_section(run)
+    decided, moved = decided_section(run), moving.section(run)
+    told += _heading("Moves between edge servers", run, several) + moved if moved else ""
     return told + (_heading("Decisions", run, several) + decided if decided else "")
 
 
