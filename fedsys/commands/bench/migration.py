@@ -135,7 +135,11 @@ def _cases(runs: Runs, config: Config, options: Mapping[str, Any]) -> Iterator[d
         data = _data(float(share), config.num_clients)
         still = runs.carry_out(data=data, mobility=_stays())
         for at in options["move_at"]:
-            restart = runs.carry_out(data=data, mobility=_moves([at], "announced", "restart"))
+            restart = runs.carry_out(
+                data=data,
+                mobility=_moves([at], "announced", "restart"),
+                network={"emulate": True},  # both have the same threads about their links
+            )
             for rate, how in product(options["links_mbit_s"], options["hows"]):
                 moved = runs.carry_out(
                     data=data,
