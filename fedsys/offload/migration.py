@@ -145,15 +145,12 @@ def on_fetch(copy: Copy | None, me: str, to: str, shown: Presented) -> Outcome:
 
 
 def on_release(copy: Copy | None, epoch: Epoch) -> Outcome:
-    """Another edge has the device under a token of its own."""
-    if copy is None:
-        return None, ()
-    if copy.phase is CopyPhase.GIVEN and copy.offered == epoch:
-        return None, ()
-    unused = copy.granted is not None and copy.epoch.holder != epoch.holder
-    if unused and copy.epoch[:2] > epoch[:2] and copy.phase in fencing.TRAINS:
-        return None, ()  # it was taken back, and then its device went there after all
-    return copy, ()
+    """Another edge has the device under a token of its own.
+
+    Only the copy that was given to it is forgotten: one that came back since has another token,
+    though its device may not have trained under that yet.
+    """
+    return (None if _is(copy, CopyPhase.GIVEN, epoch) else copy), ()
 
 
 def on_cancel(copy: Copy | None, epoch: Epoch) -> Outcome:
