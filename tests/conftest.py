@@ -4,7 +4,7 @@ import os
 import shlex
 from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,14 @@ os.environ |= {
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+
+# Tests ask dp-accounting as an oracle, whose log handler would close the captured standard error.
+with suppress(ImportError):
+    import absl.logging  # noqa: F401
+
+    from fedsys.config.targets import keep_standard_error_open
+
+    keep_standard_error_open()
 
 # No test asserts a time, nor does Hypothesis: other work on the machine is no fault of ours.
 settings.register_profile("fedsys", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -126,8 +127,22 @@ def import_extra(name: str, extra: str = "export", who: str = "ONNX") -> Any:
         ModelError: It is not installed.
     """
     try:
-        return importlib.import_module(name)
+        module = importlib.import_module(name)
     except ImportError as error:
         raise ModelError(
             f"{who} needs the package {name}: install it by pip install 'fedsys[{extra}]'"
         ) from error
+    keep_standard_error_open()
+    return module
+
+
+def keep_standard_error_open() -> None:
+    """Let absl, which some packages bring, write to the standard error of the process.
+
+    Its handler keeps what standard error was at its import, and closes that when logging is
+    configured anew, as Hydra does: where standard error was redirected at that moment, by a test
+    or a notebook, everyone's was closed.
+    """
+    absl = sys.modules.get("absl.logging")
+    if absl is not None:
+        absl.get_absl_handler().python_handler.stream = sys.__stderr__
