@@ -201,7 +201,9 @@ def test_a_request_that_an_edge_does_not_even_take_is_given_up(monkeypatch):
     server = serve("tcp://127.0.0.1:0", greet_and_stop, queue_bytes=1 << 16)
     link = dial(server.address, queue_bytes=1 << 16)
     lost = threading.Event()
-    hooks = Hooks(lambda _: None, lambda _: None, lambda _: lost.set(), lambda _: False)
+    hooks = Hooks(
+        lambda _: None, lambda _: None, lambda _, __: None, lambda _: lost.set(), lambda _: False
+    )
     client = EdgeClient("stopped", link, "t", hooks)
     problems = []
 

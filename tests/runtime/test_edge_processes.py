@@ -200,7 +200,9 @@ def test_strangers_are_refused_with_a_reason_and_counted_and_nobody_else_notices
         link.send(Frame("hello", {"session": name, "token": token}))
         return link, link.recv(WAIT_S)
 
-    nothing = Hooks(lambda _: None, lambda _: None, lambda _: None, lambda _: True)
+    nothing = Hooks(
+        lambda _: None, lambda _: None, lambda _, __: None, lambda _: None, lambda _: True
+    )
     server = EdgeClient("edge-0", dial(address, credentials=edges.server), "", nothing)
     for name, holder in (("s", "device-0"), ("t", "device-1")):
         spec, start = last_layer.spec(name, holder=holder), last_layer.start()
@@ -244,7 +246,9 @@ def test_sessions_that_nobody_takes_back_are_saved_and_taken_up_again(edges, las
     """SIGTERM while the server app is away."""
     command = edges.launched._command("edge-0", edges.links / "edge-0")
     command.append(f"edge.state_dir='{tmp_path}'")
-    nothing = Hooks(lambda _: None, lambda _: None, lambda _: None, lambda _: True)
+    nothing = Hooks(
+        lambda _: None, lambda _: None, lambda _, __: None, lambda _: None, lambda _: True
+    )
 
     def start():
         edges.processes.stop(["edge-0"])
