@@ -214,9 +214,9 @@ class HandlerThreads:
         thread = threading.Thread(
             target=self._run, args=(link, stay), name=f"link of {self._address}", daemon=True
         )
-        with self._lock:
+        with self._lock:  # whoever stops handlers waits for threads that have started alone
+            thread.start()
             self._running[thread] = link
-        thread.start()
 
     def stop(self, grace_s: float) -> None:
         """Wait `grace_s` seconds for handlers to finish, then end their links and wait again."""

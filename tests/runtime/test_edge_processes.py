@@ -28,6 +28,7 @@ from fedsys.transport.security import Authority, Credentials
 from fedsys.transport.wire import Frame
 
 WAIT_S = 60.0
+NOTHING = Hooks(lambda _: None, lambda _: None, lambda _, __: None, lambda _: None, lambda _: True)
 SMALL = (
     "data.max_examples=200",
     "rounds=2",
@@ -200,10 +201,7 @@ def test_strangers_are_refused_with_a_reason_and_counted_and_nobody_else_notices
         link.send(Frame("hello", {"session": name, "token": token}))
         return link, link.recv(WAIT_S)
 
-    nothing = Hooks(
-        lambda _: None, lambda _: None, lambda _, __: None, lambda _: None, lambda _: True
-    )
-    server = EdgeClient("edge-0", dial(address, credentials=edges.server), "", nothing)
+    server = EdgeClient("edge-0", dial(address, credentials=edges.server), "", NOTHING)
     for name, holder in (("s", "device-0"), ("t", "device-1")):
         spec, start = last_layer.spec(name, holder=holder), last_layer.start()
         server.request("open", {"spec": spec.to_meta(), "step": 0}, start.tensors())
@@ -217,7 +215,7 @@ def test_strangers_are_refused_with_a_reason_and_counted_and_nobody_else_notices
         greet(edges.device[1], "t")
     assert greet(edges.device[1], "nobody's")[1].kind == "unknown"
     with pytest.raises(RemoteError, match="device-1 may not control"):
-        EdgeClient("edge-0", dial(address, credentials=edges.device[1]), "", nothing)
+        EdgeClient("edge-0", dial(address, credentials=edges.device[1]), "", NOTHING)
     other, _ = greet(edges.device[1], "t", "token of t")
     other.send(last_layer.activation(5))
     with pytest.raises(RemoteError, match="step 5 of session t, where step 0 is due"):
@@ -246,9 +244,6 @@ def test_sessions_that_nobody_takes_back_are_saved_and_taken_up_again(edges, las
     """SIGTERM while the server app is away."""
     command = edges.launched._command("edge-0", edges.links / "edge-0")
     command.append(f"edge.state_dir='{tmp_path}'")
-    nothing = Hooks(
-        lambda _: None, lambda _: None, lambda _, __: None, lambda _: None, lambda _: True
-    )
 
     def start():
         edges.processes.stop(["edge-0"])
@@ -257,12 +252,12 @@ def test_sessions_that_nobody_takes_back_are_saved_and_taken_up_again(edges, las
         ready = edges.launched._ready("edge-0", time.monotonic() + WAIT_S)
         return dial(str(ready["address"]), credentials=edges.server)
 
-    server = EdgeClient("edge-0", start(), "", nothing)
+    server = EdgeClient("edge-0", start(), "", NOTHING)
     spec, state = last_layer.spec(), last_layer.start()
     server.request("open", {"spec": spec.to_meta(), "step": 4}, state.tensors())
     server.close()
     time.sleep(0.1)
-    again = EdgeClient("edge-0", start(), "", nothing)
+    again = EdgeClient("edge-0", start(), "", NOTHING)
     assert again.request("ping", {"sessions": ["s"]}, {}).meta["sessions"] == ["s"]
     snapshot = Snapshot.from_frame(again.request("collect", {"session": "s"}, {}))
     assert snapshot.step == 4
