@@ -12,7 +12,7 @@ done around it here:
   generator; and its deviation is that of the clients that answered;
 * the clipping norm may follow a quantile (`fedsys.privacy.adaptive`), in the paper's direction;
 * ε is accounted by dp-accounting for clients that are asked more or less often. Flower's own
-  accountant knows full participation only, where both say the same.
+  accountant knows full participation only.
 """
 
 from __future__ import annotations
