@@ -30,7 +30,7 @@ def said(*overrides):
         (["edge.max_sessions=5"], "it is of fedsys edge only"),
         (["policy=fixed", "edge.max_sessions=5"], "it is of fedsys edge only"),
         (["serving.max_batch=2"], "it is of fedsys serve and query only"),
-        (["portfolio=x"], "it is of fedsys serve only"),
+        (["portfolio=x"], "it is of fedsys serve and partition only"),
         (["client.label_private=true"], "devices train alone"),
         (["client.lr_schedule.gamma=0.5"], "client.lr_schedule.kind=step"),
         (["client.optimizer=adam", "client.momentum=0.5"], "the optimizer has no momentum"),
