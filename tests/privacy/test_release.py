@@ -125,4 +125,5 @@ def test_secret_noise_is_the_same_within_a_round_and_another_in_the_next():
         first = release(z)
     with drawing(HERE, 0, 3):
         assert torch.equal(first, release(z))
+    with drawing(HERE, 0, 3):  # a mini-batch is drawn for once
         assert not torch.equal(first, Release(Noise(1.0, 2.0), Secret())(z))
