@@ -24,6 +24,7 @@ HARMLESS: Final = frozenset(
     {
         *("json", "resume", "runtime", "faults", "checkpoint", "bench", "hydra"),
         *("num_edges", "fleet", "edge", "link", "network", "mobility"),
+        *("host", "hosts", "partition"),
     }
 )
 """Groups that the model does not depend on."""
@@ -35,7 +36,9 @@ _NOT_IN_DIGEST: Final = HARMLESS | {"rounds", "run", "text"}
 _IN_DIGEST: Final = {"variants": "prune"}
 """Former names of groups: checkpoints have the digest of these."""
 
-_LATER: Final = {"serving": frozenset({"max_waiting_bytes", "max_header_bytes", "header_s"})}
+_LATER: Final = {
+    "serving": frozenset({"max_waiting_bytes", "max_header_bytes", "header_s", "grpc"})
+}
 """Options of groups in the digest that came later and that the model does not depend on."""
 
 _THEN: Final = {"variants": {"fine_tune": 0}}

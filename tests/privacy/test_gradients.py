@@ -124,7 +124,7 @@ def test_they_are_those_of_opacus_on_vgg5():
     optimizer.clip_and_accumulate()
     ours, _ = clipped(model, [(x, y)], 2.0)
     for (name, p), grad in zip(theirs._module.named_parameters(), ours.values(), strict=True):
-        assert (grad - p.summed_grad).norm() <= 1e-6 * p.summed_grad.norm(), name
+        assert (grad - p.summed_grad).norm() <= 2e-6 * p.summed_grad.norm(), name
 
 
 def test_the_parts_of_a_split_model_clip_by_the_bits_of_the_whole():

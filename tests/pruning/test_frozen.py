@@ -56,6 +56,11 @@ def trained(parts: list[nn.Module]) -> None:
         optimizer.zero_grad()
 
 
+def changed(after: dict[str, Tensor], before: dict[str, Tensor]) -> set[str]:
+    """Return what was trained; what a norm takes away again moves by rounding alone, or not."""
+    return {n for n, v in after.items() if (v.double() - before[n].double()).abs().max() > 1e-6}
+
+
 @pytest.mark.parametrize("frozen", KINDS)
 def test_a_variant_keeps_frozen_what_its_original_froze(frozen: str, tmp_path) -> None:
     original = made(frozen)
@@ -68,12 +73,10 @@ def test_a_variant_keeps_frozen_what_its_original_froze(frozen: str, tmp_path) -
 
     trained([original])
     start = made(frozen).state_dict()
-    moved = {
-        name for name, value in original.state_dict().items() if not torch.equal(value, start[name])
-    }
+    moved = changed(original.state_dict(), start)
     trained([read])
     after = read.state_dict()
-    assert {n for n, v in after.items() if not torch.equal(v, before[n])} == moved & after.keys()
+    assert changed(after, before) == moved & after.keys()
     wanted = {"momentum": (0.02, None)}.get(frozen, (0.1, 0.1))
     assert (read.norm.momentum, read.late.momentum) == wanted
 

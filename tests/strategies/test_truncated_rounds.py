@@ -107,7 +107,7 @@ def test_rounds_in_which_cuts_are_scored_pass_them_too_and_are_what_the_timeline
     of_stable_baselines3(CutEnvironment(rounds), warn=True)
     rounds.begin(np.random.default_rng(0))
     alone = rounds._look.outlook.alone_s[:, -1]
-    assert alone == pytest.approx(made.base.baseline_s[:2], rel=0.05)
+    assert alone == pytest.approx(made.base.baseline_s[:2], rel=0.3)
     earned, _ = rounds.step(np.array([0, 1]))
     assert made.edge.sessions == [] and (earned < 0).all()
 

@@ -50,7 +50,9 @@ def test_what_one_side_writes_the_other_reads(value):
 
 
 def test_what_is_not_told_is_left_out_and_has_its_default():
-    assert written(Settings(2)) == {"server-round": 2, "proximal-mu": 0.0}
+    assert written(Settings(2)) == {
+        "server-round": 2, "proximal-mu": 0.0, "expected": 0.0, "noise": 0.0,
+    }  # fmt: skip
     assert read(Settings, {"server-round": 2}) == Settings(2)
     assert written(Identity(1)) == {"partition-id": 1, "arithmetic": ""}
 
@@ -65,6 +67,7 @@ def test_the_keys_are_those_of_the_wire():
     assert {*written(Observation()), *written(Outcome())} == {
         *("steps", "seconds", "waited-s", "bytes-up", "bytes-down", "recoveries", "stranded"),
         *("iteration-s", "compute-s", "edge-s", "up-bit-s", "down-bit-s", "probe-bytes"),
+        *("edge", "moves"),
     }
     assert {*written(Truncated(5)), *written(Probe(1, "t", ()))} == {
         *("iterations", "nbytes", "token", "edges"),
