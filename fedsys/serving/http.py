@@ -18,6 +18,7 @@ import asyncio
 import socket
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, final
 from urllib.parse import urlsplit
@@ -61,42 +62,39 @@ class Endpoint:
         address: As ``http://host:port``.
 
     Raises:
-        ConfigError: The address has another form or cannot be listened on.
+        ConfigError: The address has another form or cannot be listened on. What was opened is
+            closed, and the engine is not.
     """
 
     def __init__(self, engine: Engine, options: ServingConfig) -> None:
-        self._engine, self._options = engine, options
-        listening, self.address = listen(options.address)
-        limits = BatchLimits(options.max_batch, options.max_delay_ms, options.max_queue)
-        self._batcher = Batcher(engine, limits)
-        self._bodies = Bodies(options)
-        self._reader = Reader(engine.card, options)
-        self.metrics = Metrics(engine.status, lambda: self._batcher.waiting)
-        self._draining = False
-        self._server = HttpServer(
-            self.application(),
-            listening,
-            HttpLimits(options.max_connections, options.max_header_bytes, options.header_s),
-            always=_is_supervisors,
-            drain_s=options.drain_s,
-        )
-        self.metrics.registry.register(ConnectionCollector(self._server, "fedsys_serving"))
-        self.metrics.registry.register(self._bodies)
-        self.metrics.registry.register(self._reader)
+        self._engine, self._options, self._draining = engine, options, False
         self._grpc: GrpcEntry | None = None
-        if options.grpc is not None:
-            self._grpc = self._other_entry()
+        with ExitStack() as opened:  # what is open if the rest cannot be
+            listening, self.address = listen(options.address)
+            opened.callback(listening.close)
+            limits = BatchLimits(options.max_batch, options.max_delay_ms, options.max_queue)
+            self._batcher = Batcher(engine, limits)
+            opened.callback(self._batcher.close, 0.0)
+            self._bodies = Bodies(options)
+            self._reader = Reader(engine.card, options)
+            opened.callback(self._reader.close)
+            self.metrics = Metrics(engine.status, lambda: self._batcher.waiting)
+            self._server = HttpServer(
+                self.application(),
+                listening,
+                HttpLimits(options.max_connections, options.max_header_bytes, options.header_s),
+                always=_is_supervisors,
+                drain_s=options.drain_s,
+            )
+            opened.callback(self._server.close)
+            self.metrics.registry.register(ConnectionCollector(self._server, "fedsys_serving"))
+            self.metrics.registry.register(self._bodies)
+            self.metrics.registry.register(self._reader)
+            if options.grpc is not None:
+                from fedsys.serving.grpc_entry import GrpcEntry  # brings gRPC
 
-    def _other_entry(self) -> GrpcEntry:
-        from fedsys.serving.grpc_entry import GrpcEntry  # brings gRPC
-
-        try:
-            return GrpcEntry(self._engine, self._batcher, self._options, self.metrics)
-        except BaseException:
-            self._server.close()
-            self._reader.close()
-            self._batcher.close(0.0)
-            raise
+                self._grpc = GrpcEntry(engine, self._batcher, options, self.metrics)
+            opened.pop_all()
 
     @property
     def grpc_address(self) -> str | None:

@@ -806,6 +806,25 @@ def test_every_request_is_answered_or_failed_while_variants_change(portfolio):
     assert seen == {"parent", "half", "tenth"}
 
 
+def test_an_endpoint_that_cannot_begin_leaves_its_address_free():
+    """Its socket stayed open until a garbage collection, which told of it in some other test."""
+
+    class NoCard(Sums):
+        @property
+        def card(self):
+            raise ModelError("there is no card")
+
+    taken, address = listen("http://127.0.0.1:0")
+    taken.close()
+    before = threading.active_count()
+    with pytest.raises(ModelError, match="no card") as held:
+        Endpoint(NoCard(), dataclasses.replace(ANYWHERE, address=address))
+    free, _ = listen(address)
+    free.close()
+    until(lambda: threading.active_count() == before)
+    assert held.tb is not None  # its frames kept the socket
+
+
 # --------------------------------------------------------------------------------------------------
 # Commands
 
