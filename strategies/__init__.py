@@ -26,6 +26,7 @@ from fedsys.data import Dataset
 from fedsys.errors import ConfigError
 from fedsys.offload.fleet import Fleet
 from fedsys.planning.mobility.sources import source_of
+from fedsys.privacy.check import check_record_model, check_record_run
 from fedsys.privacy.check_rounds import check_cut_model, check_cut_run
 from fedsys.privacy.promises import round_promise
 from fedsys.runtime.apps import check_mods
@@ -35,7 +36,7 @@ from strategies.buffers import TypedBuffers
 from strategies.offload import Offload
 from strategies.optimizer_state import KeptState
 from strategies.policies import build_policy
-from strategies.private import PrivateRecords, check_private
+from strategies.private import PrivateRecords
 from strategies.private_clients import PrivateClients, check_client_run
 from strategies.private_rounds import PrivateRounds
 from strategies.pruned import Pruned
@@ -132,7 +133,8 @@ def _private(
     if dataset is None:
         raise ConfigError.of("dataset", None, f"must be given for privacy={mechanism}")
     if mechanism == "record":
-        check_private(config, model, dataset)
+        check_record_run(config)
+        check_record_model(model, dataset.input_shape)
         return PrivateRecords(inner, config, examples, roster, folder)
     if mechanism == "cut":
         check_cut_run(config)

@@ -35,15 +35,7 @@ from fedsys.training import plain as training
 from fedsys.training.federation import Federation, layered_model
 from fedsys.training.pulse import pulse
 from fedsys.transport import records
-from strategies import (
-    PrivateRecords,
-    PrivateRounds,
-    Roster,
-    build,
-    private,
-    private_rounds,
-    pruned,
-)
+from strategies import PrivateRecords, Roster, budgeted, build, private, pruned
 from strategies.around import find
 from strategies.crash_safety import CrashSafety, opened
 from strategies.decisions import decisions_of
@@ -117,8 +109,8 @@ def _train(
     trace_plots.write(folder.path, traces(job.strategy), modelled, draw=config.run.plots)
     pruned.keep_masks(job.strategy, folder.path)
     virtual_figures = virtual_totals(folder.rounds())
-    promised = private.figures(find(job.strategy, PrivateRecords))
-    promised |= private_rounds.figures(find(job.strategy, PrivateRounds))
+    layer = find(job.strategy, budgeted.Budgeted)  # type: ignore[type-abstract]
+    promised = budgeted.figures(layer)
     more = {**figures(job.strategy), **pruned.figures(job.strategy), **virtual_figures, **promised}
     return _conclude(config, job.fed, safety, arrays, job.judge, more, seconds)
 

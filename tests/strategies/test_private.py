@@ -12,7 +12,8 @@ from fedsys.errors import ConfigError, ModelError
 from fedsys.privacy.check import check_record_model, check_record_run
 from fedsys.runs.folder import RunFolder
 from strategies.around import find
-from strategies.private import JOURNAL, PrivateRecords, figures
+from strategies.budgeted import JOURNAL, figures
+from strategies.private import PrivateRecords
 
 SMALL = {
     "num_clients": 2,
