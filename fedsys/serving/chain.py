@@ -78,43 +78,50 @@ class ChainOptions:
 
 @dataclass(eq=False)
 class _Laid:
-    """One pipeline with what has to be taken down: hosts with their stages, started hosts."""
+    """What stands of one pipeline: hosts with their stages, hosts that were started for it."""
 
-    pipeline: Pipeline
-    partition: Partition
     stages: list[tuple[RemoteHost, str]] = field(default_factory=list)
     started: list[tuple[RemoteHost, RemoteHost]] = field(default_factory=list)
+
+    def take_down(self) -> None:
+        """Drop the stages, and end the hosts that were started."""
+        for host, key in self.stages:
+            host.drop(key)
+        for parent, child in self.started:
+            child.close()
+            with suppress(FedsysError):
+                parent.ask("end", {"address": child.address})
 
 
 class ChainModule(nn.Module):
     """A pipeline as a module: images in, scores out.
 
     Args:
-        laid: The pipeline.
+        pipeline: The pipeline.
+        partition: Who computes what in it.
+        laid: What it stands on.
         passed: Called with each request that came back.
     """
 
-    def __init__(self, laid: _Laid, passed: Observe) -> None:
+    def __init__(
+        self, pipeline: Pipeline, partition: Partition, laid: _Laid, passed: Observe
+    ) -> None:
         super().__init__()
+        self._pipeline, self._partition = pipeline, partition
         self._laid, self._passed = laid, passed
 
     def forward(self, images: Tensor) -> Tensor:
         """Return what the chain makes of images."""
         began = time.monotonic()
-        passed = self._laid.pipeline.run(images)
+        passed = self._pipeline.run(images)
         took = time.monotonic() - began
-        self._passed(self._laid.partition, passed, images.shape[0], took)
+        self._passed(self._partition, passed, images.shape[0], took)
         return passed.output
 
     def close(self) -> None:
         """Take the pipeline down on all hosts."""
-        self._laid.pipeline.close()
-        for host, key in self._laid.stages:
-            host.drop(key)
-        for parent, child in self._laid.started:
-            child.close()
-            with suppress(FedsysError):
-                parent.ask("end", {"address": child.address})
+        self._pipeline.close()
+        self._laid.take_down()
 
 
 @final
@@ -174,26 +181,18 @@ class Chain:
         with self._lock:
             self._number += 1
             key = f"{self._number}-{new_token()[:8]}"
-        laid = _Laid(None, partition)  # type: ignore[arg-type]  # set below, or never used
+        laid = _Laid()
         try:
-            self._build(laid, key, partition, fresh)
+            pipeline = self._build(laid, key, partition, fresh)
         except BaseException:
-            for host, stage in laid.stages:
-                host.drop(stage)
-            for parent, child in laid.started:
-                child.close()
-                with suppress(FedsysError):
-                    parent.ask("end", {"address": child.address})
+            laid.take_down()
             raise
-        return ChainModule(laid, passed)
+        return ChainModule(pipeline, partition, laid, passed)
 
-    def _build(self, laid: _Laid, key: str, partition: Partition, fresh: bool) -> None:
+    def _build(self, laid: _Laid, key: str, partition: Partition, fresh: bool) -> Pipeline:
         units = len(self.parts)
-        working = [
-            (index, *partition.units_of(index, units))
-            for index in range(len(self.hosts))
-            if partition.units_of(index, units)[1] > partition.units_of(index, units)[0]
-        ]
+        parts = [(i, *partition.units_of(i, units)) for i in range(len(self.hosts))]
+        working = [part for part in parts if part[2] > part[1]]
         following: tuple[RemoteHost, str, int] | None = None
         for index, first, last in reversed(working):
             host, token = self._on(laid, self.hosts[index], fresh), new_token()
@@ -215,7 +214,7 @@ class Chain:
         own = None if host.address.startswith("memory://") else self._credentials
         opened = {"pipeline": key, "token": token}
         link = open_data(host.address, own, opened, self._shape(-1, index))
-        laid.pipeline = Pipeline(label_of(partition), link, self._options.timeout_s)
+        return Pipeline(label_of(partition), link, self._options.timeout_s)
 
     def _on(self, laid: _Laid, host: RemoteHost, fresh: bool) -> RemoteHost:
         if not fresh:
@@ -239,12 +238,6 @@ class Chain:
             sum(n.latency_s for n in between),
             self._options.origin_s,
         ]
-
-    def slow_down(self, networks: Sequence[Network | None]) -> None:
-        """Slow links of pipelines that are laid from now on."""
-        from dataclasses import replace
-
-        self._options = replace(self._options, networks=tuple(networks))
 
     def close(self) -> None:
         """End the links to all hosts."""
