@@ -16,6 +16,7 @@ A request that began in a pipeline ends in it.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import Counter, deque
@@ -40,6 +41,8 @@ from fedsys.transport.security import Credentials, new_token
 
 Observe = Callable[[Partition, Passed, int, float], None]
 """Is told of a request: who computed what, what hosts told, its examples and its seconds."""
+
+_log = logging.getLogger(__name__)
 
 WAYS = ("beside", "pause", "process", "warm")
 
@@ -289,7 +292,7 @@ class ChainEngine:
         card: What a client must know.
         first: The partition that answers first.
         way: How it moves to another one: one of `WAYS`.
-        passed: Called with each request that came back.
+        passed: Called with each request that came back; what it raises is logged.
         name: Of the model, in answers.
 
     Attributes:
@@ -326,7 +329,10 @@ class ChainEngine:
 
     def _passed(self, partition: Partition, passed: Passed, rows: int, took: float) -> None:
         self._last = passed
-        self._observe(partition, passed, rows, took)
+        try:
+            self._observe(partition, passed, rows, took)
+        except Exception:  # the request has its answer
+            _log.exception("a request could not be taken note of; it is answered")
 
     @property
     def lanes(self) -> int:

@@ -111,6 +111,18 @@ def test_no_request_is_lost_or_wrong_while_cuts_change_under_load(net, way):
             assert all(server.store.nbytes <= kept for server in servers)
 
 
+def test_an_observer_that_fails_costs_no_answer(net, caplog):
+    """Every request failed with its error, though the hosts had answered."""
+
+    def broken(*told):
+        raise ZeroDivisionError("of the observer")
+
+    x = images()
+    with chain_of_three(net, passed=broken) as (engine, _):
+        assert torch.equal(engine.answer(x).scores, scores(net, x))
+    assert "of the observer" in caplog.text
+
+
 def test_units_that_a_host_has_already_are_not_sent_again(net):
     with three_hosts() as (_, remotes):
         parts = UnitParts(layered(net, SHAPE), SHAPE)
