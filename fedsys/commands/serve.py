@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -68,7 +68,9 @@ def job(tree: Any) -> Mapping[str, Any]:
     # What is here now stays: a collection need not look at it, and so is short.
     gc.collect()
     gc.freeze()
-    _say(portfolio, engine, endpoint, config)
+    status = engine.status()
+    line = f"{len(portfolio.variants)} variants; {status['variant']}: {status['reason']}"
+    _say(endpoint, config, status, "meets_objective", [line])
     _until_told()
     endpoint.close()
     status = engine.status()
@@ -110,23 +112,8 @@ def _serve_chain(config: Config, portfolio: Portfolio) -> Mapping[str, Any]:
         opened.close()
         raise
     status = engine.status()
-    if config.json:
-        ready = {
-            "address": endpoint.address,
-            "grpc": endpoint.grpc_address,
-            "model": config.serving.name,
-            "variant": status["variant"],
-            "chain": status["chain"],
-            "pid": os.getpid(),
-        }
-        print(json.dumps({"ready": ready}), flush=True)
-    else:
-        _say_addresses(endpoint, config)
-        for row in status["chain"]:
-            names = row["units"]
-            units = f"{names[0]} … {names[-1]}" if names else "nothing"
-            print(f"{row['host']} at {row['address']}: {units}", flush=True)
-    _warn(endpoint, config)
+    lines = [_of_host(row) for row in status["chain"]]
+    _say(endpoint, config, status, "chain", lines)
     _until_told()
     opened.settle()
     endpoint.close()
@@ -149,28 +136,32 @@ def _folder(config: Config) -> Path:
     return inside if inside.is_dir() and not (folder / MANIFEST).exists() else folder
 
 
-def _say(portfolio: Portfolio, engine: PortfolioEngine, endpoint: Endpoint, config: Config) -> None:
-    status = engine.status()
+def _of_host(row: Mapping[str, Any]) -> str:
+    names = row["units"]
+    units = f"{names[0]} … {names[-1]}" if names else "nothing"
+    return f"{row['host']} at {row['address']}: {units}"
+
+
+def _say(
+    endpoint: Endpoint, config: Config, status: Mapping[str, Any], key: str, lines: Sequence[str]
+) -> None:
+    """Tell that the endpoint is ready, with one more value of its status, or with these lines."""
     if config.json:
         ready = {
             "address": endpoint.address,
             "grpc": endpoint.grpc_address,
             "model": config.serving.name,
             "variant": status["variant"],
-            "meets_objective": status["meets_objective"],
+            key: status[key],
             "pid": os.getpid(),
         }
         print(json.dumps({"ready": ready}), flush=True)
     else:
-        _say_addresses(endpoint, config)
-        print(f"{len(portfolio.variants)} variants; {status['variant']}: {status['reason']}",
-              flush=True)  # fmt: skip
+        also = f" and {endpoint.grpc_address}" if endpoint.grpc_address else ""
+        print(f"{endpoint.address}{also} answers for {config.serving.name}", flush=True)
+        for line in lines:
+            print(line, flush=True)
     _warn(endpoint, config)
-
-
-def _say_addresses(endpoint: Endpoint, config: Config) -> None:
-    also = f" and {endpoint.grpc_address}" if endpoint.grpc_address else ""
-    print(f"{endpoint.address}{also} answers for {config.serving.name}", flush=True)
 
 
 def _warn(endpoint: Endpoint, config: Config) -> None:
