@@ -44,13 +44,20 @@ class Departure:
 
     Attributes:
         to: Name of the edge to which it goes.
-        go: Set when the device leaves.
         awaited: What the device waits for.
+        gone: Set when the device leaves.
+        left_s: When that was, of the monotonic clock: from then on it stands still.
     """
 
     to: str
-    go: threading.Event = field(default_factory=threading.Event)
     awaited: Sequence[Awaited] = ()
+    gone: threading.Event = field(default_factory=threading.Event)
+    left_s: float = 0.0
+
+    def leaves(self) -> None:
+        """Take note that the device leaves."""
+        self.left_s = time.monotonic()
+        self.gone.set()
 
 
 @dataclass(frozen=True)
@@ -173,7 +180,7 @@ class EdgeMoves:
         if leaving is not None and edge is not None and leaving.to == edge.name:
             leaving.awaited = awaited_of(frame.meta.get("awaiting"))
             if frame.kind == "moving":
-                leaving.go.set()
+                leaving.leaves()
             return
         self.move(
             name,
@@ -193,37 +200,37 @@ class EdgeMoves:
             awaited: Operations whose answers the device waits for.
             now: Whether to do it at once; else it is sent ahead, until the device says so.
         """
-        departure = Departure(to, awaited=awaited)
+        said = self._copies.decide(name, partial(migration.on_move, me=self._name, to=to))
+        session, say = self._table.get(name), said[0]
+        if session is None:
+            return
+        if say.kind != "prepare" or say.epoch is None:
+            self._tell_device(name, Frame("staying", {"reason": "it is on its way already"}))
+            return
+        departure = Departure(to, awaited)
         if now:
-            departure.go.set()
+            departure.leaves()
+        self._leaving[name] = departure  # before the device can say anything more of it
         threading.Thread(
-            target=self._depart, args=(name, departure), name=f"moves {name}", daemon=True
+            target=self._depart,
+            args=(session, departure, say.epoch),
+            name=f"moves {name}",
+            daemon=True,
         ).start()
 
     # --- the way out ------------------------------------------------------------------------------
 
-    def _depart(self, name: str, departure: Departure) -> None:
-        began = time.monotonic()
-        said = self._copies.decide(name, partial(migration.on_move, me=self._name, to=departure.to))
-        session = self._table.get(name)
-        if session is None:
-            return
-        say = said[0]
-        if say.kind != "prepare" or say.epoch is None:
-            self._tell_device(name, Frame("staying", {"reason": "it is on its way already"}))
-            return
-        self._leaving[name] = departure
+    def _depart(self, session: Session, departure: Departure, epoch: Epoch) -> None:
         try:
-            self._hand_over(session, departure, say.epoch, began)
+            self._hand_over(session, departure, epoch)
         except FedsysError as error:
-            _log.warning("session %s does not move to %s: %s", name, departure.to, error)
-            self._stay(session, say.epoch, f"{type(error).__name__}: {error}")
+            _log.warning("session %s does not move to %s: %s", session.spec.id, departure.to, error)
+            self._stay(session, epoch, f"{type(error).__name__}: {error}")
         finally:
-            self._leaving.pop(name, None)
+            if self._leaving.get(session.spec.id) is departure:
+                del self._leaving[session.spec.id]
 
-    def _hand_over(
-        self, session: Session, departure: Departure, epoch: Epoch, began: float
-    ) -> None:
+    def _hand_over(self, session: Session, departure: Departure, epoch: Epoch) -> None:
         """Prepare, send ahead, transfer, and redirect.
 
         Raises:
@@ -237,13 +244,13 @@ class EdgeMoves:
         answer = self._peers.ask(group, departure.to, asked)
         base = self._bases.key_of(name) if answer.meta.get("start") is True else None
         ahead = 0
-        if not departure.go.is_set():
+        if not departure.gone.is_set():
             base, ahead = self._send_ahead(session, group, departure, epoch, base)
-            if not departure.go.wait(LEAVES_S):
+            if not departure.gone.wait(LEAVES_S):
                 raise SessionError("its device does not leave")
-            began = time.monotonic()
         self._copies.decide(name, lambda copy: migration.on_prepared(copy, epoch))
-        made = packed(session, self._bases.get(name, base), epoch, base, departure.awaited, began)
+        there, began = self._bases.get(name, base), departure.left_s
+        made = packed(session, there, epoch, base, departure.awaited, began)
         sent = time.monotonic()
         answer = self._peers.ask(group, departure.to, made.frame)
         took = time.monotonic() - sent
