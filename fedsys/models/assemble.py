@@ -98,17 +98,27 @@ def graph_module(
 def stage(source: nn.Module, graph: fx.Graph, names: Iterable[str], modes: Modes) -> Stage:
     """Build a `Stage` that computes `graph`; arguments and promises are those of `graph_module`."""
     used = _used(source, graph)
+    built = Stage(*_program(used, graph), modes)
+    for path in sorted(used, key=lambda path: path.count(".")):
+        _place(built, path, used[path], persistent=True)
+    _complete(built, source, names)
+    return built
+
+
+def program(source: nn.Module, graph: fx.Graph) -> Callable[..., Any]:
+    """Return the function of ``(source, x)`` that computes `graph` with what `source` has."""
+    return _program(_used(source, graph), graph)[1]
+
+
+def _program(used: dict[str, Any], graph: fx.Graph) -> tuple[str, Callable[..., Any]]:
+    """Return the source of what computes `graph`, and it; all equal graphs have one."""
     python = graph.python_code("self")
     # the source names functions, and two functions may have one name
     key = python.src, frozenset((name, id(value)) for name, value in python.globals.items())
     with _lock:
         if key not in _programs:
             _programs[key] = type(fx.GraphModule(used, graph)).forward
-        built = Stage(python.src, _programs[key], modes)
-    for path in sorted(used, key=lambda path: path.count(".")):
-        _place(built, path, used[path], persistent=True)
-    _complete(built, source, names)
-    return built
+        return python.src, _programs[key]
 
 
 def _used(source: nn.Module, graph: fx.Graph) -> dict[str, Any]:

@@ -144,6 +144,29 @@ def layered(
         _check_same(model, graph, example)
     if not segments:
         raise ModelError(f"{type(model).__name__} computes nothing: its output is its input")
+    return _chain(graph, segments, costs, batch, fc_as_one)
+
+
+def chain_of(
+    graph: fx.GraphModule, segments: Sequence[UnitNodes], example: Tensor | Sequence[int]
+) -> LayeredModel:
+    """See a graph as the chain of these units, which are known.
+
+    Args:
+        graph: The model.
+        segments: Its units: nodes of `graph`, all of them that compute, in order.
+        example: As for `layered`.
+    """
+    return _chain(graph, segments, *_measured(graph, example), True)
+
+
+def _chain(
+    graph: fx.GraphModule,
+    segments: Sequence[UnitNodes],
+    costs: Mapping[str, NodeCost],
+    batch: int,
+    fc_as_one: bool,
+) -> LayeredModel:
     owned, shared = owners(graph, segments)
     names = name_units(graph, segments, costs)
     chain = tuple(
@@ -359,14 +382,14 @@ def section(model: LayeredModel, start: int, stop: int) -> fx.GraphModule:
     """
     for cut in (start, stop):
         _refuse_shared(model, cut)
-    graph = _stage_graph(model, start, stop)
+    graph = stage_graph(model, start, stop)
     names = [name for unit in model.units[start:stop] for name in unit.names]
     return graph_module(model.graph, graph, names, modes_of(model.graph))
 
 
 def _stage(model: LayeredModel, start: int, stop: int) -> nn.Module:
     names = [name for unit in model.units[start:stop] for name in unit.names]
-    graph = _stage_graph(model, start, stop)
+    graph = stage_graph(model, start, stop)
     built = stage(model.graph, graph, names, modes_of(model.graph))
     hidden = dict(built.named_buffers()).keys() - built.state_dict().keys()
     for name in sorted(hidden):
@@ -378,7 +401,8 @@ def _stage(model: LayeredModel, start: int, stop: int) -> nn.Module:
     return built
 
 
-def _stage_graph(model: LayeredModel, start: int, stop: int) -> fx.Graph:
+def stage_graph(model: LayeredModel, start: int, stop: int) -> fx.Graph:
+    """Return the graph of units ``[start, stop)`` alone; its nodes have the names that they had."""
     units = model.units[start:stop]
     wanted = {name for unit in units for name in unit.nodes}
     original = model.graph.graph
