@@ -11,12 +11,21 @@ from flwr.serverapp.strategy import Strategy
 from fedsys.planning.resources import Event
 from strategies.around import find
 from strategies.offload import Offload
+from strategies.policies.policy import KeepsAgent
 
 
 def figures(strategy: Strategy) -> dict[str, Any]:
-    """Return what offloading did in a run, for its result; empty if nothing was offloaded."""
+    """Return what offloading did in a run, for its result; empty if nothing was offloaded.
+
+    Beside `strategies.offload_totals.OffloadTotals` there is ``agent``, the file of the agent that
+    decided, where one did.
+    """
     offload = find(strategy, Offload)
-    return {} if offload is None else dataclasses.asdict(offload.totals)
+    if offload is None:
+        return {}
+    agent = offload.policy.agent_file if isinstance(offload.policy, KeepsAgent) else None
+    more = {} if agent is None else {"agent": str(agent)}
+    return dataclasses.asdict(offload.totals) | more
 
 
 def traces(strategy: Strategy) -> Mapping[str, list[Event]]:

@@ -18,7 +18,7 @@ from fedsys.planning.learning.client_rounds import Clients
 from fedsys.planning.learning.cut_agent import CutAgent
 from fedsys.planning.learning.cut_deciding import CutFedAdapt
 from fedsys.planning.learning.deciding import FedAdapt, State
-from fedsys.planning.learning.making import FILE, agent_for, known_agent, scenario_of
+from fedsys.planning.learning.making import agent_file, agent_for, known_agent, scenario_of
 from fedsys.planning.learning.options import FedAdaptOptions
 from fedsys.planning.learning.practice import AnyAgent, trained_on, trained_on_clients
 from fedsys.planning.learning.run_fleet import RunFleet
@@ -90,6 +90,11 @@ class FedAdaptPolicy:
         return self._decider is not None
 
     @property
+    def agent_file(self) -> Path | None:
+        """The file of the agent; None if it is kept nowhere, or there is none yet."""
+        return agent_file(self._options, self._folder) if self.ready else None
+
+    @property
     def iterations(self) -> int:
         """Mini-batches of a truncated round."""
         return self._options.training.iterations
@@ -122,9 +127,9 @@ class FedAdaptPolicy:
         else:
             rounds = rounds_of(base, clients, forced)
             agent = trained_on(rounds, options, seed, say=self._say, model=self._model)
-        if self._folder is not None:
-            agent.save(self._folder / FILE)
         self._decider = self._deciding(base, agent)
+        if (kept := self.agent_file) is not None:
+            agent.save(kept)
 
     def plan(
         self, state: State, seen: Mapping[int, Observation]

@@ -11,13 +11,14 @@ and sending happen in `strategies.offload`. A complete policy::
         def plan(self, state, seen):
             return state, {node: Assignment(cut=3, edge=0) for node in seen}
 
-What it may have beside, for what is told of its decisions: `Explains`, `Predicts`, `Probes`; and
-`MeasuresLinks`.
+What it may have beside, for what is told of its decisions: `Explains`, `Predicts`, `Probes`,
+`KeepsAgent`; and `MeasuresLinks`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from fedsys.models.layers import LayeredModel
@@ -28,6 +29,7 @@ from fedsys.planning.resources import Observation
 __all__ = [
     "Assignment",
     "Explains",
+    "KeepsAgent",
     "MeasuresLinks",
     "Observation",
     "OffloadPolicy",
@@ -97,4 +99,14 @@ class Probes(Protocol):
 
     def probe_bytes(self, state: PolicyState) -> int:
         """Return the bytes that were sent for the last plan."""
+        ...
+
+
+@runtime_checkable
+class KeepsAgent(Protocol):
+    """A policy whose decisions are those of an agent in a file."""
+
+    @property
+    def agent_file(self) -> Path | None:
+        """The file, whole; None if it is nowhere."""
         ...

@@ -33,7 +33,7 @@ from fedsys.planning.resources import Observation
 
 State = dict[str, Any]
 
-NUMBERS = ("up_bit_s", "down_bit_s", "swing", "edge_s", "cut", "course", "unseen")
+NUMBERS = ("up_bit_s", "down_bit_s", "swing", "edge_s", "cut", "course", "unseen", "load_s")
 """Of each client in the state; behind them stand `Knowledge.work_s` and `Knowledge.slow` by cut."""
 
 

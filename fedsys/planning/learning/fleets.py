@@ -152,7 +152,7 @@ def drawn(
     zeros, cuts = np.zeros(len(fleet)), table.share.shape[1]
     truth = Knowledge(
         zeros, works, np.zeros_like(works), up, down, zeros, edge,
-        np.full(len(fleet), -1), np.zeros(len(fleet), dtype=np.int64), zeros,
+        np.full(len(fleet), -1), np.zeros(len(fleet), dtype=np.int64), zeros, zeros,
     )  # fmt: skip
     unknown = random.random(len(counts))[fleet] < draws.unknown
     off = np.where(wrong, _ratios(random, draws.unit, len(fleet)), 1.0)
@@ -214,14 +214,18 @@ def _rows(
     count, place = len(fleet), np.arange(len(fleet)) - starts[fleet]
     edges = 1 + (np.arange(len(starts)) // len(WORKERS)) % 2
     byte_s = _ratios(random, (1e-9, 1.5e-8), (count, 1)) / 8.0
+    latency_s = _ratios(random, (0.0005, 0.03), count)
+    steps = np.rint(_ratios(random, draws.steps, len(starts)))[fleet]
+    fixed = _ratios(random, (5e-4, 4e-3), count)
     return Rows(
         starts,
         fleet,
         2 * fleet + place % edges[fleet],
         np.resize(np.array(WORKERS, dtype=float), len(starts))[fleet],
-        _ratios(random, (0.0005, 0.03), count),
-        np.rint(_ratios(random, draws.steps, len(starts)))[fleet],
-        _ratios(random, (5e-4, 4e-3), count),
+        latency_s,
+        steps,
+        fixed * 2 / 3,
+        fixed / 3,
         np.repeat(byte_s, courses, axis=1),
         np.full(count, 3e-4),
         np.full((count, courses), 1e-9 / 8.0),

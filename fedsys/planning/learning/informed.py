@@ -46,6 +46,7 @@ def informed(known: Knowledge, setup: Setup, seen: Measurements) -> tuple[Knowle
         known,
         work_s=_worked(known, own, seen, measured),
         edge_s=_edges(known, own, seen, away),
+        load_s=_loaded(known, seen, measured & ~away),
         unseen=np.where(seen.up_bit_s > 0, 0.0, known.unseen + 1),
     )
     after = _linked(after, seen)
@@ -77,6 +78,12 @@ def _slowed(
     now = np.log(np.clip(seen.iteration_s / np.maximum(expected_s, LEAST_S), 1.0 / MOST, MOST))
     slow[here[offloaded], cut[offloaded]] = now[offloaded]
     return slow
+
+
+def _loaded(known: Knowledge, seen: Measurements, alone: NDArray[np.bool_]) -> Array:
+    """Return what loading takes: what an iteration of a device alone takes beside computing."""
+    rest = np.maximum(seen.iteration_s - seen.compute_s, 0.0)
+    return np.where(alone & (seen.compute_s > LEAST_S), rest, known.load_s)
 
 
 def _edges(known: Knowledge, own: Setup, seen: Measurements, offloaded: NDArray[np.bool_]) -> Array:

@@ -5,6 +5,7 @@ Nothing here is read off a profile but what a device is believed to take before 
 
 * the seconds that a device computes at a cut are those that it measured there; between two cuts
   that were tried they grow with the multiply-accumulates, and so they do beyond them;
+* what it takes alone beyond that is loading, which an edge's work may hide;
 * rates are those of the last message; edges take what they were measured to take;
 * an iteration that took longer than it should have (others were at the edge) is believed to do so
   again, and less so with every round.
@@ -96,8 +97,9 @@ class Rows:
         latency_s: One way.
         steps: Iterations in a round.
         piece_s: Seconds of a forward, or a backward, of a piece beside its work.
+        message_s: CPU seconds of a message beside its bits; the whole model sends none.
         bit_s: CPU seconds of a bit that is sent or received by each course, ``(R, Q)``.
-        edge_piece_s: As `piece_s`, of the edge.
+        edge_piece_s: As `piece_s` and `message_s` together, of the edge.
         edge_bit_s: As `bit_s`, of the edge.
     """
 
@@ -108,6 +110,7 @@ class Rows:
     latency_s: Array
     steps: Array
     piece_s: Array
+    message_s: Array
     bit_s: Array
     edge_piece_s: Array
     edge_bit_s: Array
@@ -149,6 +152,7 @@ class Knowledge:
         cut: Index of the cut of the last round; -1 before the first.
         course: Index of the course.
         unseen: Rounds since its link was measured.
+        load_s: Seconds in which it loads a mini-batch beside computing, ``(R,)``.
     """
 
     guess_s: Array
@@ -161,6 +165,7 @@ class Knowledge:
     cut: Indices
     course: Indices
     unseen: Array
+    load_s: Array
 
     @property
     def ready(self) -> NDArray[np.bool_]:

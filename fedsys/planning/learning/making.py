@@ -102,8 +102,8 @@ def agent_for(
     if (known := known_agent(options, folder)) is not None:
         return known
     made = trained(base, options, seed, say=say, model=model)
-    if folder is not None:
-        made.save(folder / FILE)
+    if (kept := agent_file(options, folder)) is not None:
+        made.save(kept)
     return made
 
 
@@ -113,7 +113,12 @@ def known_agent(options: FedAdaptOptions, folder: Path | None = None) -> AnyAgen
     Raises:
         ConfigError: The file is no agent's or one of another kind.
     """
+    kept = agent_file(options, folder)
+    return load(kept, options) if kept is not None and (options.agent or kept.is_file()) else None
+
+
+def agent_file(options: FedAdaptOptions, folder: Path | None = None) -> Path | None:
+    """Return where the agent of a run is: in a file that is given, or its folder; else None."""
     if options.agent:
-        return load(Path(options.agent).expanduser(), options)
-    kept = None if folder is None else folder / FILE
-    return load(kept, options) if kept is not None and kept.is_file() else None
+        return Path(options.agent).expanduser().absolute()
+    return None if folder is None else folder / FILE

@@ -119,7 +119,8 @@ def _configured(load: Workload) -> Rows:
         np.array([float(edge.workers) for edge in edges]),
         np.array([device.network.latency_s for device in load.devices]),
         np.array([float(load.iterations(device)) for device in load.devices]),
-        np.array([c.operation_s + c.messaging.message_s for c in costs]),
+        np.array([c.operation_s for c in costs]),
+        np.array([c.messaging.message_s for c in costs]),
         bit_s(costs),
         np.array([edge.operation_s + edge.messaging.message_s for edge in edges]),
         bit_s(edges),
@@ -147,6 +148,7 @@ def _believed(load: Workload, cuts: int, told: bool) -> Knowledge:
         np.full(count, -1),
         np.zeros(count, dtype=np.int64),
         zeros,
+        np.array([d.costs.load_s * load.batch_size for d in load.devices]) * float(told),
     )
 
 

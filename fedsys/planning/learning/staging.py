@@ -63,7 +63,8 @@ class Setup:
         pieces = np.where(offloaded, table.pieces, 1.0)
         part = 1.0 / pieces
         up, down = table.up_bits * part, table.down_bits * part
-        message_s, fixed = rows.bit_s[:, None, :], rows.piece_s[:, None, None]
+        bit_s, message_s = rows.bit_s[:, None, :], rows.message_s[:, None, None]
+        fixed = rows.piece_s[:, None, None] + np.where(offloaded, message_s, 0.0)
         serving = 2 * rows.edge_piece_s[:, None, None] + rows.edge_bit_s[:, None, :] * (up + down)
         return cls(
             rows,
@@ -76,8 +77,8 @@ class Setup:
             part,
             up,
             down,
-            message_s * up + fixed,
-            message_s * down + fixed,
+            bit_s * up + fixed,
+            bit_s * down + fixed,
             (1.0 - share)[:, :, None] * part,
             np.where(offloaded, serving, 0.0),
             np.where(offloaded, rows.latency_s[:, None, None], 0.0),
@@ -117,7 +118,7 @@ def stages(setup: Setup, known: Knowledge, works_s: Array) -> StageTimes:
         pieces=setup.pieces,
         device_update=zeros,
         edge_update=zeros,
-        load=zeros,
+        load=np.broadcast_to(known.load_s[one], zeros.shape),
         latency=setup.latency_s,
         offloaded=setup.offloaded,
     )

@@ -89,7 +89,9 @@ def measured(seconds, compute=0.0, mbit_s=75.0, edge=0.0):
 def known_of(works, guess=8.0):
     row, zero = np.array([works], dtype=float), np.zeros(1)
     none = np.zeros(1, dtype=np.int64)
-    return Knowledge(np.array([guess]), row, 0 * row, zero, zero, zero, zero, none, none, zero)
+    return Knowledge(
+        np.array([guess]), row, 0 * row, zero, zero, zero, zero, none, none, zero, zero
+    )
 
 
 SHARES = np.array([[0.1, 0.6, 0.9, 1.0]])
