@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 _GAIN, _SPREAD_GAIN, _SPREADS = 1 / 8, 1 / 4, 4.0  # RFC 6298
+_FIRST_S = 2.0  # for the first round trip: nothing is usual yet
 _UNANSWERED = 64  # heartbeats under way; further ones tell nothing more
 
 
@@ -94,7 +95,7 @@ class Heart:
 def deadline_s(heart: Heart, rules: DetectorRules) -> float:
     """Return how long an answer may take before its absence means something, in seconds."""
     if heart.mean_s is None:
-        return 10 * rules.floor_s  # of a round trip that was never seen nothing is usual
+        return max(_FIRST_S, 10 * rules.floor_s)
     return max(rules.floor_s, rules.patience * (heart.mean_s + _SPREADS * heart.spread_s))
 
 
