@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, final
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from fedsys.errors import FedsysError, FrameError, LinkClosed, LinkError, SecurityError
 from fedsys.identity import arithmetic, package_version
-from fedsys.partition.hosted_stage import HostedStage
+from fedsys.partition.hosted_stage import HostedStage, Onward, StagePiece
 from fedsys.partition.tensor_store import TensorStore
 from fedsys.transport.addresses import dial, serve
 from fedsys.transport.link import AcceptedLink, Link, Server
@@ -83,7 +83,7 @@ class HostLimits:
 @dataclass(eq=False)
 class _Stage:
     token: str
-    module: nn.Module
+    modules: tuple[nn.Module, ...]
     hosted: HostedStage
 
 
@@ -193,6 +193,8 @@ class HostServer:
 
     def _answer(self, frame: Frame) -> Frame:
         meta = frame.meta
+        if frame.kind == "ping":
+            return Frame("pong", {"id": meta.get("id")})
         if frame.kind == "want":
             return Frame("missing", {"digests": self.store.missing(_texts(meta, "digests"))})
         if frame.kind == "tensors":
@@ -200,6 +202,8 @@ class HostServer:
             return Frame("kept")
         if frame.kind == "stage":
             return self._build(frame)
+        if frame.kind == "divert":
+            return Frame("diverted", {"requests": self._divert(meta)})
         if frame.kind == "drop":
             self._drop(str(meta.get("pipeline", "")))
             return Frame("dropped")
@@ -213,42 +217,60 @@ class HostServer:
         raise FrameError(f"{frame.kind}: not a request of a controller")
 
     def _build(self, frame: Frame) -> Frame:
-        """Make a stage ready: its module, its first runs, and its link to the next host."""
+        """Make a stage ready: its modules, their first runs, and its link to the next host."""
         meta, key, start = frame.meta, str(frame.meta.get("pipeline", "")), time.perf_counter()
-        body = frame.tensors["body"].numpy().tobytes()
-        names = {str(name): str(digest) for name, digest in dict(meta["names"]).items()}
-        module = self._builder.build(body, self.store.use(key, names)).eval()
+        modules: list[nn.Module] = []
         try:
+            for index, piece in enumerate(meta["pieces"]):
+                body = frame.tensors[f"body{index}"].numpy().tobytes()
+                names = {str(name): str(digest) for name, digest in dict(piece["names"]).items()}
+                modules.append(self._builder.build(body, self.store.use(key, names)).eval())
             with torch.inference_mode():
                 for rows in meta.get("warm", ()):
-                    module(torch.zeros(int(rows), *map(int, meta["shape"])))
+                    out = torch.zeros(int(rows), *map(int, meta["shape"]))
+                    for module in modules:
+                        out = module(out)
             onward = self._onward(meta)
         except BaseException:
-            self._builder.free(module)
-            self.store.leave(key)
+            self._free(key, modules)
             raise
-        name = str(meta.get("next_name", ""))
-        hosted = HostedStage(self.name, module, str(meta.get("codec", "fp32")), onward, name)
+        firsts = [int(piece["first"]) for piece in meta["pieces"]]
+        pieces = [StagePiece(first, module) for first, module in zip(firsts, modules, strict=True)]
+        end, by = int(meta["end"]), str(meta.get("by", ""))
+        hosted = HostedStage(self.name, pieces, end, onward, by)
         with self._lock:
-            self._stages[key] = _Stage(str(meta["token"]), module, hosted)
+            self._stages[key] = _Stage(str(meta["token"]), tuple(modules), hosted)
         took = 1e3 * (time.perf_counter() - start)
         return Frame("built", {"build_ms": took, "bytes": self.store.nbytes})
 
-    def _onward(self, meta: Mapping[str, Any]) -> Link | None:
-        address = meta.get("next")
-        if not address:
-            return None
-        own = None if str(address).startswith("memory://") else self._credentials
-        opened = {"pipeline": meta["pipeline"], "token": meta["next_token"]}
-        return open_data(str(address), own, opened, meta.get("shape_link"))
+    def _onward(self, meta: Mapping[str, Any]) -> Onward:
+        address, link = meta.get("next"), None
+        if address:
+            own = None if str(address).startswith("memory://") else self._credentials
+            opened = {"pipeline": meta["pipeline"], "token": meta["next_token"]}
+            link = open_data(str(address), own, opened, meta.get("shape_link"))
+        name, codec = str(meta.get("next_name", "")), str(meta.get("codec", "fp32"))
+        return Onward(link, name, codec, bool(meta.get("holds")))
+
+    def _free(self, key: str, modules: Iterable[nn.Module]) -> None:
+        for module in modules:
+            self._builder.free(module)
+        self.store.leave(key)
+
+    def _divert(self, meta: Mapping[str, Any]) -> int:
+        """Let another pipeline's stage go on with what one holds; return how much that is."""
+        stages = [self._stages.get(str(meta.get(key, ""))) for key in ("pipeline", "to")]
+        old, new = stages
+        if old is None or new is None:
+            raise FrameError(f"divert: {self.name} has no such pipeline")
+        return old.hosted.divert(new.hosted, int(meta["first"]))
 
     def _drop(self, key: str) -> None:
         with self._lock:
             stage = self._stages.pop(key, None)
         if stage is not None:
             stage.hosted.close()
-            self._builder.free(stage.module)
-            self.store.leave(key)
+            self._free(key, stage.modules)
 
     def _start(self) -> str:
         if self._spawn is None:

@@ -7,7 +7,9 @@
 
 The thread of the link from upstream computes, so a request costs no change of threads; another one
 reads answers from downstream. What was sent on is held until its answer has passed: when the next
-host is lost, its requests are here, with their ids.
+host is lost, its requests are here, with their ids. Either they fail then, or (`holds`) they stay
+until `divert` gives them, and all that come, to a stage of another pipeline on this host, which
+goes on from the boundary where they are.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
@@ -30,23 +32,55 @@ from fedsys.transport.wire import Frame
 Run = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class SentOn:
-    """A request that was sent on and has not been answered.
+@dataclass(frozen=True)
+class StagePiece:
+    """Some of what a stage computes.
 
     Attributes:
-        upstream: Where its answer goes.
-        frame: What was sent on.
-        arrived_s: When it came, by `time.monotonic`.
-        sent_s: When it was sent on.
-        part: What this host did for it.
+        first: The boundary of the model from which it goes on: the index of a unit.
+        run: Computes it.
     """
 
+    first: int
+    run: Run
+
+
+@dataclass(frozen=True)
+class Onward:
+    """Where a stage sends what it made.
+
+    Attributes:
+        link: To the next host; None from the last one.
+        name: Of the next host, for answers.
+        codec: How what goes on is written.
+        holds: Whether requests stay here when the next host is lost, instead of failing.
+    """
+
+    link: Link | None = None
+    name: str = ""
+    codec: str = "fp32"
+    holds: bool = False
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Underway:
+    """A request that is here, or was sent on and has not been answered.
+
+    Attributes:
+        number: Its id.
+        upstream: Where its answer goes.
+        arrived_s: When it came, by `time.monotonic`.
+        part: What this host did for it.
+        frame: What was sent on; None as long as it is here.
+        sent_s: When it was sent on.
+    """
+
+    number: int
     upstream: Link
-    frame: Frame
     arrived_s: float
-    sent_s: float
     part: Mapping[str, Any]
+    frame: Frame | None = None
+    sent_s: float = 0.0
 
 
 @final
@@ -55,28 +89,43 @@ class HostedStage:
 
     Args:
         host: Name of this host, for answers.
-        run: Computes the units; the identity for none.
-        codec: How what goes on is written.
-        onward: Link to the next host; None for the last one.
-        onward_name: Name of the next host, for answers.
+        pieces: What it computes, one after the other; none of them for no units.
+        end: The boundary of the model behind the last of them.
+        onward: Where it sends what it made.
+        by: What the last host says of who answered.
     """
 
     def __init__(
-        self, host: str, run: Run, codec: str, onward: Link | None, onward_name: str = ""
+        self,
+        host: str,
+        pieces: Sequence[StagePiece],
+        end: int,
+        onward: Onward = Onward(),
+        by: str = "",
     ) -> None:
-        self._host, self._run, self._codec = host, run, codec
-        self._onward, self._onward_name = onward, onward_name
-        self._held: dict[int, SentOn] = {}
+        self._host, self._pieces, self._end = host, tuple(pieces), end
+        self._onward, self._by = onward, by
+        self._held: dict[int, Underway] = {}
         self._lock = threading.Lock()
+        self._instead: tuple[HostedStage, int] | None = None
+        self._upstreams: tuple[Link, ...] = ()
+        self._closed = False
         self.computed, self.busy_s = 0, 0.0
-        if onward is not None:
-            threading.Thread(target=self._read, name="answers", daemon=True).start()
+        if onward.link is not None:
+            threading.Thread(
+                target=self._read, args=(onward.link,), name="answers", daemon=True
+            ).start()
 
     @property
-    def held(self) -> Mapping[int, SentOn]:
+    def held(self) -> Mapping[int, Underway]:
         """Requests that were sent on and have not been answered, by id."""
         with self._lock:
             return dict(self._held)
+
+    @property
+    def boundaries(self) -> frozenset[int]:
+        """Where a request may go on in this stage."""
+        return frozenset({*(piece.first for piece in self._pieces), self._end})
 
     def serve(self, link: Link) -> None:
         """Compute what comes over a link until it ends.
@@ -84,60 +133,133 @@ class HostedStage:
         Raises:
             LinkError: It ended.
         """
-        while True:
-            frame = link.recv()
-            if frame.kind == "x":
-                self._work(link, frame)
-            elif frame.kind == "ping":
-                link.send(Frame("pong", {"id": frame.meta.get("id")}))
-            else:
-                raise FrameError(f"{frame.kind}: a link of data carries x and ping")
+        with self._lock:
+            self._upstreams += (link,)
+        try:
+            while True:
+                frame = link.recv()
+                if frame.kind == "x":
+                    self._work(link, frame)
+                elif frame.kind == "ping":
+                    link.send(Frame("pong", {"id": frame.meta.get("id")}))
+                else:
+                    raise FrameError(f"{frame.kind}: a link of data carries x and ping")
+        finally:
+            with self._lock:
+                self._upstreams = tuple(one for one in self._upstreams if one is not link)
 
     def _work(self, link: Link, frame: Frame) -> None:
         began, number = time.monotonic(), frame.meta.get("id")
         if type(number) is not int:
             raise FrameError("x: has no id")
+        part = {"host": self._host, "queue_s": began - frame.arrived_s, "compute_s": 0.0}
+        one = Underway(number, link, frame.arrived_s, part)
+        self._go_on(one, lambda: decode_activation(frame.tensors, frame.meta), None)
+
+    def resume(self, one: Underway, tensor: Callable[[], Tensor], first: int) -> None:
+        """Go on with a request of another pipeline of this host, from a boundary of the model.
+
+        Args:
+            one: The request.
+            tensor: What it is at that boundary.
+            first: The boundary: one of `boundaries`.
+        """
+        self._go_on(one, tensor, first)
+
+    def _go_on(self, one: Underway, tensor: Callable[[], Tensor], first: int | None) -> None:
+        """Compute the pieces from a boundary on (None: all), and pass on what they make."""
+        began = time.monotonic()
         try:
             with torch.inference_mode():
-                out = self._run(decode_activation(frame.tensors, frame.meta))
+                out = tensor()
+                for piece in self._pieces:
+                    if first is None or piece.first >= first:
+                        out = piece.run(out)
             if not isinstance(out, Tensor):
                 raise FrameError(f"{self._host} made no tensor of what it was sent")
-            tensors, meta = encode_activation(out, self._codec if self._onward else "fp32")
+            tensors, meta = encode_activation(
+                out, self._onward.codec if self._onward.link else "fp32"
+            )
         except Exception as error:  # of this request alone: the others go on
             known = isinstance(error, FedsysError)
             reason = first_line(error) if known else f"{type(error).__name__}: {first_line(error)}"
-            link.send(_failed(number, self._host, reason))
+            with suppress(LinkError):
+                one.upstream.send(_failed(one.number, self._host, reason))
             return
         now = time.monotonic()
         self.computed, self.busy_s = self.computed + 1, self.busy_s + now - began
-        part = {"host": self._host, "queue_s": began - frame.arrived_s, "compute_s": now - began}
-        if self._onward is None:
-            answer = {"id": number, "held_s": now - frame.arrived_s, "parts": [part], **meta}
-            link.send(Frame("y", answer, tensors))
-            return
-        onward = Frame("x", {**meta, "id": number}, tensors)
-        with self._lock:
-            self._held[number] = SentOn(link, onward, frame.arrived_s, now, part)
-        try:
-            self._onward.send(onward)
-        except LinkError as error:
-            self._fail(number, first_line(error))
+        part = {**one.part, "compute_s": one.part["compute_s"] + now - began}
+        frame = Frame("x", {**meta, "id": one.number}, tensors)
+        self._pass_on(replace(one, part=part, frame=frame, sent_s=now), out)
 
-    def _read(self) -> None:
-        assert self._onward is not None
+    def _pass_on(self, one: Underway, out: Tensor) -> None:
+        onward = self._onward.link
+        with self._lock:
+            instead = self._instead
+            if instead is None and onward is not None:
+                self._held[one.number] = one
+        assert one.frame is not None
+        if instead is not None:
+            stage, first = instead
+            stage.resume(one, lambda: out, first)
+        elif onward is None:
+            meta = {**one.frame.meta, "held_s": one.sent_s - one.arrived_s, "parts": [one.part]}
+            with suppress(LinkError):
+                one.upstream.send(Frame("y", {**meta, "by": self._by}, one.frame.tensors))
+        else:
+            try:
+                onward.send(one.frame)
+            except LinkError as error:
+                if not self._onward.holds:
+                    self._fail(one.number, first_line(error))
+
+    def divert(self, stage: HostedStage, first: int) -> int:
+        """Let another stage of this host go on with what is held here, and with all that comes.
+
+        Args:
+            stage: Of another pipeline.
+            first: The boundary at which requests are when they leave this stage.
+
+        Returns:
+            How many were held.
+
+        Raises:
+            FrameError: The other stage does not begin, end or pause there.
+        """
+        if first not in stage.boundaries:
+            raise FrameError(f"{self._host} cannot go on at {first}: {sorted(stage.boundaries)}")
+        with self._lock:
+            self._instead = stage, first
+            held, self._held = list(self._held.values()), {}
+        for one in held:
+            stage.resume(one, lambda one=one: _tensor_of(one), first)  # type: ignore[misc]
+        return len(held)
+
+    def _read(self, onward: Link) -> None:
         try:
             while True:
-                self._answered(self._onward.recv())
+                self._answered(onward.recv())
         except LinkError as error:
             reason = first_line(error)
+        if self._onward.holds and not self._closed:
+            self._tell(Frame("lost", {"host": self._onward.name, "reason": reason[:500]}))
+            return
         for number in self.held:
             self._fail(number, reason)
 
+    def _tell(self, frame: Frame) -> None:
+        for link in self._upstreams:
+            with suppress(LinkError):
+                link.send(frame)
+
     def _answered(self, frame: Frame) -> None:
+        if frame.kind == "lost":  # further on in the chain
+            self._tell(frame)
+            return
         number = frame.meta.get("id")
         with self._lock:
             held = self._held.pop(number, None) if type(number) is int else None
-        if held is None:  # answered already
+        if held is None or held.frame is None:  # answered already
             return
         if frame.kind != "y":
             with suppress(LinkError):
@@ -157,12 +279,18 @@ class HostedStage:
             held = self._held.pop(number, None)
         if held is not None:
             with suppress(LinkError):
-                held.upstream.send(_failed(number, self._onward_name, f"lost: {reason}"))
+                held.upstream.send(_failed(number, self._onward.name, f"lost: {reason}"))
 
     def close(self) -> None:
         """End the link to the next host; requests that wait for it fail."""
-        if self._onward is not None:
-            self._onward.close()
+        self._closed = True
+        if self._onward.link is not None:
+            self._onward.link.close()
+
+
+def _tensor_of(one: Underway) -> Tensor:
+    assert one.frame is not None
+    return decode_activation(one.frame.tensors, one.frame.meta)
 
 
 def _failed(number: int, host: str, reason: str) -> Frame:

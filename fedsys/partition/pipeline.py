@@ -1,13 +1,17 @@
 """The entry's end of a pipeline: requests go in by id, answers come back in any order.
 
-Many requests may be under way; each host computes one at a time, so the stages work at once.
+Many requests may be under way; each host computes one at a time, so the stages work at once. Each
+is kept until its answer is there. When a host is lost they fail, or, where somebody is told of it,
+wait for `Pipeline.divert`: then another pipeline computes them, and those that come. Whichever
+answers first, a request has one answer: its future is in the hands of who takes it from the table.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from time import monotonic
@@ -20,6 +24,11 @@ from fedsys.transport.codecs import decode_activation, encode_activation
 from fedsys.transport.link import Link
 from fedsys.transport.wire import Frame
 
+_IDS = count()  # of all pipelines: a request may pass into another one with its id
+
+Lost = Callable[[str, str], None]
+"""Is told that a host cannot be reached any more by the one before it: its name, and why."""
+
 
 @dataclass(frozen=True, eq=False)
 class Passed:
@@ -31,19 +40,24 @@ class Passed:
             each but the last ``link_s``, there and back without the dwelling there, and ``bytes``.
         link_s: The same of the link from the entry to the first host.
         bytes: That were sent to the first host.
+        by: Name of the pipeline that answered.
+        again: How many times it was sent into another pipeline by the entry.
     """
 
     output: Tensor
     parts: Sequence[Mapping[str, Any]]
     link_s: float
     bytes: int
+    by: str = ""
+    again: int = 0
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class _Waiting:
     future: Future[Passed]
+    images: Tensor
     sent_s: float
-    nbytes: int
+    again: int
 
 
 @final
@@ -54,14 +68,20 @@ class Pipeline:
         name: For people.
         link: To the first host.
         timeout_s: Longest time for an answer.
+        first: Name of the first host.
+        lost: Is told of a host that is lost; requests wait then. None: they fail.
     """
 
-    def __init__(self, name: str, link: Link, timeout_s: float) -> None:
+    def __init__(
+        self, name: str, link: Link, timeout_s: float, first: str = "", lost: Lost | None = None
+    ) -> None:
         self.name, self._link, self._timeout_s = name, link, timeout_s
-        self._ids = count()
+        self._first, self._lost = first, lost
         self._waiting: dict[int, _Waiting] = {}
         self._lock = threading.Lock()
-        self._lost = ""
+        self._ended = ""
+        self._open, self._closed = True, False
+        self._instead: Pipeline | None = None
         threading.Thread(target=self._read, name=f"answers of {name}", daemon=True).start()
 
     @property
@@ -78,17 +98,29 @@ class Pipeline:
         Raises:
             RuntimeFailure: The first host is lost.
         """
-        number, future = next(self._ids), Future[Passed]()
-        tensors, meta = encode_activation(images, "fp32")
-        with self._lock:
-            if self._lost:
-                raise RuntimeFailure(self._lost)
-            self._waiting[number] = _Waiting(future, monotonic(), images.nbytes)
-        try:
-            self._link.send(Frame("x", {**meta, "id": number}, tensors))
-        except LinkError as error:
-            self._end(number, RuntimeFailure(f"the first host is lost: {first_line(error)}"))
+        future = Future[Passed]()
+        self._send(future, images, 0)
         return future
+
+    def _send(self, future: Future[Passed], images: Tensor, again: int) -> None:
+        number = next(_IDS)
+        with self._lock:
+            instead = self._instead
+            if instead is None:
+                if self._ended:
+                    raise RuntimeFailure(self._ended)
+                self._waiting[number] = _Waiting(future, images, monotonic(), again)
+        if instead is not None:
+            instead._send(future, images, again)
+            return
+        tensors, meta = encode_activation(images, "fp32")
+        try:
+            if self._open:
+                self._link.send(Frame("x", {**meta, "id": number}, tensors))
+        except LinkError as error:
+            if self._lost is None or self._closed:
+                reason = f"the first host is lost: {first_line(error)}"
+                self._end(number, RuntimeFailure(reason))
 
     def run(self, images: Tensor) -> Passed:
         """Send a request and wait for its answer.
@@ -100,10 +132,41 @@ class Pipeline:
         try:
             return future.result(self._timeout_s)
         except TimeoutError as error:
+            future.cancel()  # an answer that comes later is nobody's, nor is it computed again
             raise RuntimeFailure(f"{self.name}: no answer in {self._timeout_s:g} s") from error
+
+    def divert(self, instead: Pipeline) -> int:
+        """Have another pipeline compute what is under way, and what comes; return how much that is.
+
+        What this one still answers counts if it comes first.
+        """
+        with self._lock:
+            self._instead = instead
+            waiting, self._waiting = self._waiting, {}
+        wanted = [one for one in waiting.values() if not one.future.cancelled()]
+        for one in wanted:
+            try:
+                instead._send(one.future, one.images, one.again + 1)
+            except RuntimeFailure as error:
+                with suppress(InvalidStateError):
+                    one.future.set_exception(error)
+        return len(wanted)
+
+    def pass_on(self, instead: Pipeline) -> None:
+        """Have another pipeline compute what comes; what is under way is answered by this one."""
+        with self._lock:
+            self._instead = instead
+
+    def fail(self, reason: str) -> None:
+        """Fail what is under way, and what comes, until `divert`."""
+        with self._lock:
+            self._ended = reason
+        for number in list(self._waiting):
+            self._end(number, RuntimeFailure(reason))
 
     def close(self) -> None:
         """End the link; what is under way fails."""
+        self._closed = True
         self._link.close()
 
     def _read(self) -> None:
@@ -111,11 +174,12 @@ class Pipeline:
             while True:
                 self._answered(self._link.recv())
         except LinkError as error:
-            reason = f"the first host is lost: {first_line(error)}"
-        with self._lock:
-            self._lost = reason
-        for number in list(self._waiting):
-            self._end(number, RuntimeFailure(reason))
+            reason = first_line(error)
+        self._open = False
+        if self._lost is not None and not self._closed:
+            self._lost(self._first, reason)
+            return
+        self.fail(f"the first host is lost: {reason}")
 
     def _answered(self, frame: Frame) -> None:
         number = frame.meta.get("id")
@@ -123,18 +187,29 @@ class Pipeline:
             host, reason = frame.meta.get("host"), frame.meta.get("reason")
             self._end(number, RuntimeFailure(f"{host}: {reason}"))
             return
+        if frame.kind == "lost" and self._lost is not None:
+            self._lost(str(frame.meta.get("host")), str(frame.meta.get("reason")))
+            return
         if frame.kind != "y":
             return
-        with self._lock:
-            waiting = self._waiting.pop(number, None) if type(number) is int else None
+        waiting = self._take(number)
         if waiting is None:
             return
         link_s = monotonic() - waiting.sent_s - float(frame.meta["held_s"])
         output = decode_activation(frame.tensors, frame.meta)
-        waiting.future.set_result(Passed(output, frame.meta["parts"], link_s, waiting.nbytes))
+        passed = Passed(
+            output, frame.meta["parts"], link_s, waiting.images.nbytes,
+            str(frame.meta.get("by", "")), waiting.again,
+        )  # fmt: skip
+        with suppress(InvalidStateError):  # nobody waits any more
+            waiting.future.set_result(passed)
+
+    def _take(self, number: object) -> _Waiting | None:
+        with self._lock:
+            return self._waiting.pop(number, None) if type(number) is int else None
 
     def _end(self, number: object, error: RuntimeFailure) -> None:
-        with self._lock:
-            waiting = self._waiting.pop(number, None) if type(number) is int else None
+        waiting = self._take(number)
         if waiting is not None:
-            waiting.future.set_exception(error)
+            with suppress(InvalidStateError):
+                waiting.future.set_exception(error)

@@ -135,17 +135,34 @@ class RemoteHost:
             self.ask("tensors", {}, chunk)
         return sent
 
-    def build(self, described: Described, meta: Mapping[str, Any], warm: Sequence[int]) -> Frame:
-        """Have units built, warmed up and connected to the next host."""
-        self.send_tensors(described.tensors)
-        body = torch.from_numpy(np.frombuffer(described.body, np.uint8).copy())
+    def build(
+        self,
+        pieces: Sequence[tuple[int, Described]],
+        meta: Mapping[str, Any],
+        warm: Sequence[int],
+    ) -> Frame:
+        """Have units built, warmed up and connected to the next host.
+
+        Args:
+            pieces: What is computed one after the other, each with the boundary that it begins at.
+            meta: The pipeline, its token, where the last of them ends, and what comes next.
+            warm: Sizes of batches that are computed before.
+
+        Raises:
+            RuntimeFailure: The host refuses, or is lost.
+        """
+        self.send_tensors({d: t for _, one in pieces for d, t in one.tensors.items()})
+        bodies = {
+            f"body{index}": torch.from_numpy(np.frombuffer(one.body, np.uint8).copy())
+            for index, (_, one) in enumerate(pieces)
+        }
         about = {
             **meta,
-            "names": dict(described.names),
-            "shape": list(described.shape),
+            "pieces": [{"first": first, "names": dict(one.names)} for first, one in pieces],
+            "shape": list(pieces[0][1].shape),
             "warm": list(warm),
         }
-        return self.ask("stage", about, {"body": body})
+        return self.ask("stage", about, bodies)
 
     def close(self) -> None:
         """End the link; what was built stays until it is dropped."""

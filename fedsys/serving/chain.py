@@ -199,7 +199,7 @@ class Chain:
         following: tuple[RemoteHost, str, int] | None = None
         for index, first, last in reversed(working):
             host, token = self._on(laid, self.hosts[index], fresh), new_token()
-            meta: dict[str, Any] = {"pipeline": key, "token": token}
+            meta: dict[str, Any] = {"pipeline": key, "token": token, "end": last}
             if following is not None:
                 after, its_token, place = following
                 meta |= {
@@ -209,7 +209,7 @@ class Chain:
                     "codec": partition.codecs[place - 1],
                     "shape_link": self._shape(index, place),
                 }
-            host.build(self.parts.of(first, last), meta, self._options.warm_rows)
+            host.build([(first, self.parts.of(first, last))], meta, self._options.warm_rows)
             laid.stages.append((host, key))
             following = host, token, index
         assert following is not None
