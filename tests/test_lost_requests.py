@@ -8,6 +8,7 @@ all must end with the hash of plain training and with the scores of an undisturb
 """
 
 import threading
+import time
 
 import pytest
 
@@ -16,6 +17,7 @@ from fedsys.errors import LinkClosed, RuntimeFailure
 from fedsys.offload import fleet_edges
 from fedsys.offload.edge import EdgeServer
 from fedsys.offload.fleet import Fleet
+from fedsys.offload.held_sessions import HeldSessions
 from fedsys.transport.addresses import dial
 from fedsys.transport.link_around import LinkAround
 from strategies.edge_loss import ATTEMPTS
@@ -27,6 +29,15 @@ SMALL = (
 SPLIT = ("policy=fixed", "policy.cut=0.3", "num_edges=2")
 REQUESTS = {"control": "ready", "open": "opened", "collect": "state", "release": "released"}
 NAMES = ("first", "second")
+WAIT_S = 60.0
+
+
+def until(true):
+    """Wait for what another thread is about to do."""
+    deadline = time.monotonic() + WAIT_S
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
 
 
 class Cuts:
@@ -83,13 +94,23 @@ def edges():
 
 
 @pytest.fixture
-def split(edges, configure, carry_out, monkeypatch):
+def cut(monkeypatch):
+    """Return a function that has links of server apps cut from now on."""
+
+    def begin(cuts):
+        connect = lambda address, **options: CutLink(dial(address, **options), cuts)  # noqa: E731
+        monkeypatch.setattr(fleet_edges, "dial", connect)
+
+    return begin
+
+
+@pytest.fixture
+def split(edges, configure, carry_out, cut, monkeypatch):
     """Return a function that trains with edges whose links are cut."""
 
     def train(cuts, *more):
         monkeypatch.setattr(fleet_edges, "LAST_REDIALS", 1)
-        connect = lambda address, **options: CutLink(dial(address, **options), cuts)  # noqa: E731
-        monkeypatch.setattr(fleet_edges, "dial", connect)
+        cut(cuts)
         with Fleet(edges[0], control_token="t") as fleet:
             run = carry_out(configure(*SMALL, *SPLIT, *more), fleet)
             fleet.revive()
@@ -123,6 +144,36 @@ def test_a_lost_request_costs_time_alone(kind, count, split, plain):
     assert run.sha256 == plain.sha256
     assert run.lost == [{}, {}]
     assert scores(run) == scores(plain)
+
+
+@pytest.mark.parametrize("kind", ["opened", "release"])
+def test_a_session_is_not_left_where_the_edge_is_reached_again_at_once(
+    kind, edges, last_layer, cut, monkeypatch
+):
+    """It was released by whoever made the link again, if it was noted as left before that.
+
+    The thread whose request was lost may come later, on a machine that is busy. Then an edge that
+    could be reached kept a session of nobody for a quarter of an hour.
+    """
+    leave = HeldSessions.leave
+
+    def late(held, session, edge):
+        until(lambda: not fleet._edges.clients[edge].lost)
+        for thread in threading.enumerate():
+            if thread.name == f"recover-{edge}":
+                thread.join(WAIT_S)
+        leave(held, session, edge)
+
+    cuts = Cuts(kind, 0, 1)
+    monkeypatch.setattr(HeldSessions, "leave", late)
+    cut(cuts)
+    with Fleet(edges[0], control_token="t") as fleet:
+        other = fleet.open(last_layer.spec(), last_layer.start(), "first")
+        if kind == "release":
+            fleet.release("s")
+        assert cuts.done == 1
+        assert edges[1][0].sessions == []
+        assert edges[1][1].sessions == (["s"] if other == "second" else [])
 
 
 def test_without_a_session_ever_devices_train_alone(split, plain):

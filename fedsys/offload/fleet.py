@@ -199,7 +199,7 @@ class Fleet:
             try:
                 self._edges.request(edge, "release", {"session": session})
             except LinkError:  # it is released when the edge is reached again, if it is not gone
-                self._held.leave(session, edge)
+                self._edges.leave(session, edge)
             except SessionError as error:
                 _log.debug("session %s: %s", session, error)
 

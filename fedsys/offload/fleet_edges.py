@@ -247,15 +247,27 @@ class FleetEdges:
                     edge.close()
         return set()
 
+    def leave(self, session: str, name: str) -> None:
+        """Have a session that an edge may have released there, once the edge can be reached.
+
+        Who makes it again may have looked for what was left before this was noted.
+        """
+        self._held.leave(session, name)
+        self._release_left(session, name)
+
     def settle(self, name: str) -> None:
         """Release what was left at an edge when links to it were lost."""
-        for session in self._held.take_left(name):
+        for session in self._held.left(name):
+            self._release_left(session, name)
+
+    def _release_left(self, session: str, name: str) -> None:
+        while not self.clients[name].lost and self._held.take_left(session, name):
             try:
                 self.request(name, "release", {"session": session})
             except LinkError:
                 self._held.leave(session, name)
             except SessionError:  # it never had it
-                continue
+                return
 
     def _claimed(self, name: str, edge: EdgeClient) -> set[str]:
         """Take the sessions of an edge over to a link; return those that are there.

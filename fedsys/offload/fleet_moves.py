@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 
-from fedsys.errors import FedsysError, SessionError
+from fedsys.errors import FedsysError
 from fedsys.offload.fleet_edges import FleetEdges
 from fedsys.offload.held_sessions import Held, HeldSessions
 from fedsys.offload.placing import Placing
@@ -73,13 +73,14 @@ class FleetMoves:
                 start = Snapshot.from_frame(frame)
             self._placing.open_at(edge, held.spec, start)
             with self._held.lock:
-                if self._held.get(session) is not held:
-                    raise SessionError(f"session {session} was released meanwhile")
-                if anew:
+                wanted = self._held.get(session) is held
+                if wanted and anew:
                     held.newest = start
-            self.is_at(held, edge)
+            if wanted:
+                self.is_at(held, edge)
+            else:  # it was released meanwhile
+                self._edges.leave(session, edge)
         except FedsysError as error:
             _log.warning("session %s is not opened at %s: %s", session, edge, error)
-            self._held.leave(session, edge)
         finally:
             self._opening.discard(session)

@@ -84,11 +84,18 @@ class HeldSessions:
         with self.lock:
             self._left.setdefault(edge, set()).add(session)
 
-    def take_left(self, edge: str) -> list[str]:
-        """Return what was left at an edge, once, without what is there by now."""
+    def left(self, edge: str) -> list[str]:
+        """Return what was left at an edge."""
         with self.lock:
-            wanted = {held.spec.id for held in self.at(edge)}
-            return sorted(self._left.pop(edge, set()) - wanted)
+            return sorted(self._left.get(edge, ()))
+
+    def take_left(self, session: str, edge: str) -> bool:
+        """Forget that a session was left at an edge; return whether it is to be released there."""
+        with self.lock:
+            left = self._left.get(edge, set())
+            noted = session in left
+            left.discard(session)
+            return noted and all(held.spec.id != session for held in self.at(edge))
 
     def at(self, edge: str) -> list[Held]:
         """Return the sessions of an edge."""

@@ -48,5 +48,5 @@ class Placing:
         try:
             self._edges.request(edge, "open", meta, start)
         except LinkError:
-            self._held.leave(spec.id, edge)
+            self._edges.leave(spec.id, edge)
             raise

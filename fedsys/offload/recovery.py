@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 
-from fedsys.errors import FedsysError, LinkError, SessionError
+from fedsys.errors import LinkError, SessionError
 from fedsys.offload.edge_client import EdgeClient
 from fedsys.offload.fleet_edges import FleetEdges
 from fedsys.offload.held_sessions import Held, HeldSessions
@@ -102,8 +101,7 @@ class EdgeRecovery:
                     Recovery(session, held.spec.client, name, target, start.step, seconds)
                 )
             if target and not wanted:  # it was released in the meantime
-                with suppress(FedsysError):
-                    self._edges.request(target, "release", {"session": session})
+                self._edges.leave(session, target)
 
     def _open_anywhere(self, held: Held, start: Snapshot, first: str) -> str:
         """Open a session at the first edge that takes it; return its name, or nothing.
