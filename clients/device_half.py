@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from clients.steps import Split, Tally
 from fedsys.config import Config
 from fedsys.errors import RuntimeFailure
 from fedsys.models.layers import LayeredModel
+from fedsys.offload.snapshot import Snapshot
 from fedsys.planning.assignment import Assignment
 from fedsys.privacy.noise import NoiseSource, source_of
 from fedsys.privacy.part import Stepping, stepping
@@ -21,7 +23,7 @@ from fedsys.randomness import Address
 from fedsys.training import federation
 from fedsys.training import plain as training
 from fedsys.training.federation import layered_model, penalty_of
-from fedsys.training.part import Part, filled_stages
+from fedsys.training.part import Part, filled_stages, names_between
 from fedsys.transport import messages, records
 
 
@@ -30,21 +32,14 @@ class Point:
     """The device's half between two steps, to which it can return.
 
     Attributes:
-        state: Parameters and buffers by global name.
-        optimizer: State of their optimizer, by global name.
+        half: Parameters, buffers, and what is kept beside them.
         sums: What was seen until then.
+        cut: First unit of the edge.
     """
 
-    state: Mapping[str, Tensor]
-    optimizer: Mapping[str, Tensor]
+    half: Snapshot
     sums: Tally
-
-    @classmethod
-    def of(cls, half: Stepping, sums: Tally) -> Point:
-        """Return where the device's half stands; copied."""
-        part = half.part
-        state = {name: tensor.cpu().clone() for name, tensor in part.state().items()}
-        return cls(state, part.optimizer_state(), sums.copy())
+    cut: int
 
 
 class DeviceHalf:
@@ -69,7 +64,8 @@ class DeviceHalf:
         dataset = federation.federation(config).dataset
         self.layers: LayeredModel = layered_model(config, dataset.input_shape, dataset.num_classes)
         settings = messages.settings_of(content)
-        told = content.config_records[messages.ASSIGNMENT]
+        self._told = told = content.config_records[messages.ASSIGNMENT]
+        self._masks: Mapping[str, Tensor] = {}
         pieces = settings.micro_batches or config.schedule.micro_batches
         self.place = messages.read(messages.Place, told)
         self.split = Split(
@@ -82,7 +78,21 @@ class DeviceHalf:
 
     def start(self) -> Point:
         """Return the point at which the round begins."""
-        return Point(self._received(messages.ARRAYS), self._received(messages.OPTIMIZER), Tally())
+        keys = messages.ARRAYS, messages.OPTIMIZER, messages.MASKS
+        state, optimizer, masks = map(self._received, keys)
+        half = Snapshot(0, state, optimizer, masks=masks)
+        return Point(half, Tally(), Assignment.of(self._told, 1).cut)
+
+    def point(self, part: Stepping, sums: Tally, step: int) -> Point:
+        """Return where the device's half stands; copied."""
+        own = part.part
+        state = {name: tensor.cpu().clone() for name, tensor in own.state().items()}
+        half = Snapshot(step, state, own.optimizer_state(), own.anchor(), self._masks)
+        return Point(half, sums.copy(), self.split.assignment.cut)
+
+    def between(self, cut: int) -> set[str]:
+        """Return the names of parameters and buffers between another cut and that of this half."""
+        return names_between(self.layers, sorted((cut, self.split.assignment.cut)))[1]
 
     def stages(self, state: Mapping[str, Tensor]) -> list[nn.Module]:
         """Return first and last units with the tensors of `state`; the edge's are never built."""
@@ -90,16 +100,19 @@ class DeviceHalf:
         layout = self._config.client.memory_format
         return filled_stages(self.layers, cuts, [0, 2], state, self.device, layout)
 
-    def part(self, point: Point, start: Point) -> Stepping:
-        """Return the units in training as at a point of the round that began at `start`."""
-        settings, masks = self._settings, self._received(messages.MASKS)
+    def part(self, point: Point) -> Stepping:
+        """Return the units in training as at a point of the round; `split` is as it was there."""
+        settings, half = self._settings, point.half
+        assignment = dataclasses.replace(self.split.assignment, cut=point.cut)
+        self.split = dataclasses.replace(self.split, assignment=assignment)
+        self._masks = masks = half.masks
         part = Part(
-            self.stages({name: tensor.clone() for name, tensor in point.state.items()}),
+            self.stages({name: tensor.clone() for name, tensor in half.state.items()}),
             self._config,
             self.round,
             proximal_mu=settings.proximal_mu,
-            optimizer_state=point.optimizer,
-            anchor=start.state,
+            optimizer_state=half.optimizer,
+            anchor=half.anchor or None,
             masks=masks,
             penalty=penalty_of(self._config, self.layers, self.round),
         )

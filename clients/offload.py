@@ -133,7 +133,7 @@ class OffloadClient:
 
     @torch.inference_mode()
     def _score(self) -> Score:
-        front, back = self._half.stages(self._half.start().state)
+        front, back = self._half.stages(self._half.start().half.state)
         front.eval()
         back.eval()
         fed, index = federation.federation(self._config), itertools.count()
@@ -161,10 +161,14 @@ class OffloadClient:
         told = self._itinerary
         if told is None:
             return None
+        steps, remote = self._mini_batches(), self._remote
+        return Roaming(moves_of(told.moves), told.edges, steps, remote, restart=told.restart)
+
+    def _mini_batches(self) -> int:
+        """Return the mini-batches of the device in a round."""
         own = len(federation.federation(self._config).parts[self._partition])
         client = self._config.client
-        steps = client.epochs * len(mini_batches(own, client.batch_size))
-        return Roaming(moves_of(told.moves), told.edges, steps, self._remote, restart=told.restart)
+        return client.epochs * len(mini_batches(own, client.batch_size))
 
     def _stranded(self, reached: int, reason: str, began: float) -> RecordDict:
         seconds = time.perf_counter() - began
@@ -172,10 +176,9 @@ class OffloadClient:
 
     def _observation(self, steps: int, seconds: float, stranded: str = "") -> ConfigRecord:
         sums = self._recorder.sums(network_for(self._config, self._partition).latency_s)
-        moves = [
-            handover_of(one, self._partition, self._half.round, self._began_s)
-            for one in self._remote.traffic.moves
-        ]
+        begun = self._partition, self._half.round, self._began_s
+        gone = self._remote.traffic.moves
+        moves = [handover_of(one, *begun, self._mini_batches()) for one in gone]
         more = {"edge": self._remote.edge, "moves": to_text(moves)}
         seen = observation(steps, seconds, sums, self._remote.traffic, stranded)
         return ConfigRecord({**seen, **more})

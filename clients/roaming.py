@@ -29,6 +29,9 @@ class Roaming:
         steps: Mini-batches of the round.
         remote: The session.
         restart: Whether the round begins anew at each edge server that the device comes to.
+
+    Attributes:
+        cut: The cut that goes with the place where the device is; None: as before.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class Roaming:
         restart: bool = False,
     ) -> None:
         self._addresses, self._remote, self._restart = addresses, remote, restart
+        self.cut: int | None = None
         self._stops = [_Stop(m.step(steps), m.piece, m, False) for m in moves]
         if not restart:
             self._stops += [
@@ -63,11 +67,13 @@ class Roaming:
             if stop.foresees:
                 self._remote.foresee(to)
                 continue
+            if stop.move.cut is not None:
+                self.cut = stop.move.cut
             how = "restart" if self._restart else stop.move.how
             self._remote.leave(to, how, stop.move.away_s, step=step)
 
 
-def handover_of(leaving: Leaving, client: int, round_: int, began_s: float) -> Handover:
+def handover_of(leaving: Leaving, client: int, round_: int, began_s: float, steps: int) -> Handover:
     """Return a move of a device as its server app is told of it.
 
     Args:
@@ -75,18 +81,11 @@ def handover_of(leaving: Leaving, client: int, round_: int, began_s: float) -> H
         client: Its partition id.
         round_: The round.
         began_s: When the device began it, by the same clock.
+        steps: Mini-batches of the device in the round.
     """
+    one = leaving
     return Handover(
-        client=client,
-        round=round_,
-        step=leaving.step,
-        source=leaving.source,
-        target=leaving.to,
-        how=leaving.how,
-        pause_s=leaving.pause_s,
-        bytes=leaving.bytes,
-        precopied_bytes=leaving.precopied,
-        repeated_steps=leaving.repeated_steps,
-        parts_s=dict(leaving.parts),
-        began_s=max(0.0, leaving.began_s - began_s),
-    )
+        client, round_, one.step, one.source, one.to, one.how, one.pause_s, one.bytes,
+        one.precopied, one.repeated_steps, dict(one.parts), max(0.0, one.began_s - began_s),
+        at=one.step / steps if steps else None,
+    )  # fmt: skip

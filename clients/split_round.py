@@ -67,19 +67,20 @@ class SplitRound:
         if step not in points:  # it was begun by a device that is no more
             raise EdgesLost(f"the session stands at step {step}, where this device never was")
         while True:
-            part = self._half.part(points[step], points[0])
+            self._part = self._half.part(points[step])
+            self._steps.shared_as(self._half.split)
             sums = points[step].sums.copy()
             try:
-                steps = self._from(step, part, sums, points, doom)
+                steps = self._from(step, sums, points, doom)
                 if self._roaming is not None:
                     self._roaming.at(steps, 0)
                 self._say_done(steps)
-                return part, sums, steps
+                return self._part, sums, steps
             except Moved as moved:
                 # A replica may be newer than the device's last point only if the device never saw
                 # the answers to those steps; then it has none of them, and the round begins anew.
-                step = moved.step if moved.step in points else 0
-                if step != moved.step:
+                step = moved.step
+                if step not in points or moved.first not in (None, points[step].cut):
                     raise EdgesLost(
                         "the session stands at a step that this device never saw"
                     ) from (moved)
@@ -94,9 +95,7 @@ class SplitRound:
                 if moved.step != steps:
                     raise
 
-    def _from(
-        self, first: int, part: Stepping, sums: Tally, points: dict[int, Point], doom: Doom
-    ) -> int:
+    def _from(self, first: int, sums: Tally, points: dict[int, Point], doom: Doom) -> int:
         """Train from a step to the end of the round; return the number of steps."""
         every = self._config.fleet.replicate_every
         drawn = self._half.source
@@ -111,15 +110,44 @@ class SplitRound:
                 doom.reach("before", step)
                 if new:
                     self.reached = step
-                    self._step_anywhere(step, part, (batch.x, batch.y), sums, batches)
+                    self._arrive(step, sums)
+                    self._step_anywhere(step, self._part, (batch.x, batch.y), sums, batches)
                     if every and (step + 1) % every == 0:
-                        points[step + 1] = Point.of(part, sums)
+                        points[step + 1] = self._half.point(self._part, sums, step + 1)
                         # the edge's newest replica may be one older
                         for old in [s for s in points if 0 < s < step + 1 - 2 * every]:
                             del points[old]
                 doom.reach("after", step)
                 pulse().batch_done()
                 step += 1
+
+    def _arrive(self, step: int, sums: Tally) -> None:
+        """Do the moves that are due before a step, and share the model as it goes with the place.
+
+        Raises:
+            Moved: The session goes on from an earlier step.
+        """
+        while self._roaming is not None:
+            try:
+                self._roaming.at(step, 0)
+                if self._roaming.cut not in (None, self._half.split.assignment.cut):
+                    self._recut(step, sums, self._roaming.cut)
+                return
+            except Moved as moved:
+                if not self._is_here(moved, step):
+                    raise
+
+    def _is_here(self, moved: Moved, step: int) -> bool:
+        """Return whether a session is where it was, with the same units."""
+        return moved.step == step and moved.first in (None, self._half.split.assignment.cut)
+
+    def _recut(self, step: int, sums: Tally, cut: int) -> None:
+        """Have the units before another cut; the edge gets or gives what lies between."""
+        half, names = self._half.point(self._part, sums, step).half, self._half.between(cut)
+        came = self._remote.recut(step, cut, half.of(names))
+        now = half.of(names, others=True).with_(came)
+        self._part = self._half.part(Point(now, sums, cut))
+        self._steps.shared_as(self._half.split)
 
     def _step_anywhere(
         self, step: int, part: Stepping, batch: tuple[Tensor, Tensor], sums: Tally, batches: Batches
@@ -137,7 +165,7 @@ class SplitRound:
             except Moved as moved:
                 if self._remote.traffic.recoveries:
                     self._remote.traffic.recoveries[-1]["repeated_steps"] = step - moved.step
-                if moved.step != step:
+                if not self._is_here(moved, step):
                     raise
             # all that a step changes before its end
             sums.loss, sums.hits, sums.examples = seen.loss.clone(), seen.hits, seen.examples

@@ -169,6 +169,10 @@ class Steps:
         self._posted: dict[tuple[str, int], tuple[float, int]] = {}  # when, and how many bytes
         self._returned: dict[int, tuple[Tensor, Tensor]] = {}  # label-private: loss and hits
 
+    def shared_as(self, split: Split) -> None:
+        """Go on with another cut."""
+        self._split, self._cut = split, split.assignment.cut
+
     def take(self, step: int, batches: Batches) -> LoadedBatch | None:
         """Return the mini-batch of a step, loaded ahead or now; None after the last one."""
         self._load(batches)

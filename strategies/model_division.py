@@ -63,6 +63,19 @@ class ModelDivision:
             expected=settings.expected,
         )
 
+    def check_cut(self, cut: int) -> None:
+        """Check that devices may go on at a cut after a move.
+
+        Raises:
+            ConfigError: No unit would be left for the edge server, or there is no such cut.
+        """
+        last = max(cut for cut in self.layers.cuts if cut < self._tail(0))
+        if cut not in (0, *self.layers.cuts) or cut > last:
+            raise ConfigError.of(
+                "mobility.cut", cut, "must be the index of a cut with units on both sides, "
+                f"at most {last}", "null leaves the cut as it is",
+            )  # fmt: skip
+
     def edge_half(self, whole: RecordDict, spec: SessionSpec) -> Snapshot:
         """Return what the session of `spec` begins with."""
         names = self._names_of(spec)

@@ -108,6 +108,8 @@ class Offload(Around):
         self._config, self.mobility, self.journeys = config, mobility, Journeys()
         self._division = ModelDivision(config, input_shape, num_classes)
         self._layers = self._division.layers
+        if config.mobility.active and config.mobility.cut is not None:
+            self._division.check_cut(config.mobility.cut)
         restart = config.mobility.mode == "restart"
         self._sessions = SplitSessions(fleet, self._division, restart=restart)
         self._repeats = Repeats(config, roster, fleet, self._sessions)
@@ -248,6 +250,8 @@ class Offload(Around):
             ConfigError: The policy chose such a cut.
         """
         cuts = {a.cut for a in self.assigned.values() if a.cut < len(self._layers)}
+        if cuts and self._config.mobility.active and self._config.mobility.cut is not None:
+            cuts.add(self._config.mobility.cut)
         if self._limit is not None and (why := self._limit.reason(sorted(cuts))):
             raise ConfigError.of(
                 "policy.kind", self._config.policy.get("kind"), f"chose a cut that leaks: {why}",

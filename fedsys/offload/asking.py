@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fedsys.errors import LinkError, LinkRefused, LinkTimeout, RemoteError, SessionError
+from fedsys.offload.snapshot import natural
 from fedsys.offload.whereabouts import Whereabouts
 from fedsys.transport.link import Link
 from fedsys.transport.patience import Patience
@@ -42,12 +44,14 @@ class FoundSession:
         link: To the edge server that has it.
         step: Where it stands.
         incarnation: Which of its lives it is.
+        first: First unit that it has; None: it does not say.
         told: What the edge servers said of a move on the way there.
     """
 
     link: Link
     step: int
     incarnation: str
+    first: int | None
     told: Mapping[str, Any]
 
 
@@ -186,9 +190,7 @@ class Asking:
                     raise
                 return None
             if isinstance(answer, FoundSession):
-                return FoundSession(
-                    answer.link, answer.step, answer.incarnation, {**told, **answer.told}
-                )
+                return dataclasses.replace(answer, told={**told, **answer.told})
             if answer is None:
                 self.where.missed(edge)
                 return None
@@ -221,6 +223,7 @@ class Asking:
                 link,
                 int(answer.meta.get("step", 0)),
                 str(answer.meta.get("incarnation")),
+                natural(answer, "first") if "first" in answer.meta else None,
                 told if isinstance(told, dict) else {},
             )
         link.close()

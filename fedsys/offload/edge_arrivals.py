@@ -43,29 +43,35 @@ class Fetched:
     told: dict[str, Any]
 
 
-class Arrivals:
-    """Takes sessions in. Methods may be called from any thread.
+@dataclass(frozen=True)
+class Holdings:
+    """What an edge server has that moves concern.
 
-    Args:
+    Attributes:
         name: Of the edge server.
         table: Its sessions.
         copies: Which of them may train.
         bases: What it has of others.
         peers: The other edge servers.
+    """
+
+    name: str
+    table: SessionTable
+    copies: Copies
+    bases: Bases
+    peers: Peers
+
+
+class Arrivals:
+    """Takes sessions in. Methods may be called from any thread.
+
+    Args:
+        own: What the edge server has.
         make: Builds a session.
     """
 
-    def __init__(
-        self,
-        name: str,
-        table: SessionTable,
-        copies: Copies,
-        bases: Bases,
-        peers: Peers,
-        make: Callable[[SessionSpec, Snapshot], Session],
-    ) -> None:
-        self._name, self._table, self._copies = name, table, copies
-        self._bases, self._peers, self._make = bases, peers, make
+    def __init__(self, own: Holdings, make: Callable[[SessionSpec, Snapshot], Session]) -> None:
+        self._own, self._make = own, make
         self._controllers: dict[str, Link] = {}  # by the secret of the fleet
         self._coming: set[str] = set()  # sessions that are being fetched
 
@@ -86,16 +92,16 @@ class Arrivals:
         name = str(frame.meta.get("session", ""))
         if frame.kind == "prepare":
             rule = partial(migration.on_prepare, source=peer, epoch=epoch)
-            (say,) = self._copies.decide(name, rule)
+            (say,) = self._own.copies.decide(name, rule)
             if say.kind == "refused":
-                raise SessionError(f"{self._name} has a later one of session {name}")
+                raise SessionError(f"{self._own.name} has a later one of session {name}")
             nbytes = frame.meta.get("nbytes")
-            self._table.check_room_for(nbytes if isinstance(nbytes, int) else 0)
-            return Frame("prepared", {"start": frame.meta.get("start") in self._bases.keys()})  # noqa: SIM118 - a method
+            self._own.table.check_room_for(nbytes if isinstance(nbytes, int) else 0)
+            return Frame("prepared", {"start": frame.meta.get("start") in self._own.bases.keys()})  # noqa: SIM118 - a method
         if frame.kind == "ahead":
-            made = SessionCheckpoint.of(frame, self._bases.get(name, frame.meta.get("base")))
+            made = SessionCheckpoint.of(frame, self._own.bases.get(name, frame.meta.get("base")))
             ahead = str(frame.meta.get("ahead", ""))
-            self._bases.came_ahead(name, ahead, made.position.snapshot.tensors())
+            self._own.bases.came_ahead(name, ahead, made.position.snapshot.tensors())
             return Frame("copied")
         if frame.kind == "transfer":
             return Frame("committed", {"restore_s": self._stage(group, peer, frame, epoch)})
@@ -104,7 +110,7 @@ class Arrivals:
     def fetch(self, name: str, hello: Frame, shown: Presented) -> Fetched | None:
         """Fetch the session of a device that is here from where it was; None if that fails."""
         place = str(hello.meta.get("from", ""))
-        group, source = self._peers.find(place)
+        group, source = self._own.peers.find(place)
         if group is None or source is None:
             return None
         question = Frame(
@@ -112,7 +118,7 @@ class Arrivals:
             {
                 **{key: hello.meta.get(key) for key in ("token", "epoch", "told", "awaiting")},
                 "session": name,
-                "starts": self._bases.keys(),
+                "starts": self._own.bases.keys(),
             },
         )
         self._coming.add(name)
@@ -127,7 +133,7 @@ class Arrivals:
         for _ in range(SOURCES):
             try:
                 asked = time.monotonic()
-                answer = self._peers.ask(group, source, question)
+                answer = self._own.peers.ask(group, source, question)
                 if answer.kind != "redirect":
                     return self._fetched(group, source, answer, time.monotonic() - asked)
             except SessionError as error:
@@ -138,7 +144,7 @@ class Arrivals:
                 self._say_wanted(group, name, source)
                 return None
             source = str(answer.meta.get("to", ""))
-            if source == self._name:
+            if source == self._own.name:
                 return None
         return None
 
@@ -161,34 +167,36 @@ class Arrivals:
         """
         began, name = time.monotonic(), str(frame.meta.get("session", ""))
         rule = partial(migration.on_transfer, source=source, epoch=epoch)
-        copy = self._copies.get(name)
-        if rule(copy)[1][0].kind == "refused" or epoch.holder != self._name:
-            raise SessionError(f"{self._name} has a later one of session {name}")
+        copy = self._own.copies.get(name)
+        if rule(copy)[1][0].kind == "refused" or epoch.holder != self._own.name:
+            raise SessionError(f"{self._own.name} has a later one of session {name}")
         if copy is not None and copy.epoch == epoch:
             return 0.0  # it came before, and the answer was lost
-        made = SessionCheckpoint.of(frame, self._bases.get(name, frame.meta.get("base")))
+        made = SessionCheckpoint.of(frame, self._own.bases.get(name, frame.meta.get("base")))
         if made.spec.id != name or made.spec.fleet != group.secret:
             raise SessionError(f"{name}: what came is another session")
         session = self._make(made.spec, made.position.snapshot)
         session.take_up(made.position)
         controller = self._controllers.get(group.secret)
-        (say,) = self._copies.staged(session, rule, lambda: self._table.hold(session, controller))
+        (say,) = self._own.copies.staged(
+            session, rule, lambda: self._own.table.hold(session, controller)
+        )
         if say.kind == "refused":
-            raise SessionError(f"{self._name} has a later one of session {name}")
-        self._bases.goes_on(name, str(frame.meta.get("base")))
-        self._table.count("moved_here")
-        self._table.tell(name, Frame("staged", {"session": name, "from": source}))
+            raise SessionError(f"{self._own.name} has a later one of session {name}")
+        self._own.bases.goes_on(name, str(frame.meta.get("base")))
+        self._own.table.count("moved_here")
+        self._own.table.tell(name, Frame("staged", {"session": name, "from": source}))
         return time.monotonic() - began
 
     def tell_source(self, session: Session, say: Say) -> None:
         """Tell another edge server that its copy is not needed; in a thread of its own."""
-        group = self._peers.group(session.spec.fleet)
+        group = self._own.peers.group(session.spec.fleet)
         if group is None or say.epoch is None:
             return
         name = session.spec.id
         if say.kind == "release":
             about = {"session": name, "from": say.to, "step": session.steps}
-            self._table.tell(name, Frame("moved", {**about, "epoch": list(say.epoch)}))
+            self._own.table.tell(name, Frame("moved", {**about, "epoch": list(say.epoch)}))
         frame = Frame(say.kind, {"session": name, "epoch": list(say.epoch)})
         threading.Thread(
             target=self._say, args=(group, say.to, frame), name=f"{say.kind} {name}", daemon=True
@@ -196,13 +204,13 @@ class Arrivals:
 
     def _say(self, group: PeerGroup, to: str, frame: Frame) -> None:
         try:
-            self._peers.ask(group, to, frame)
+            self._own.peers.ask(group, to, frame)
         except FedsysError as error:  # it is released at the end of the round
             _log.info("%s to %s: %s", frame.kind, to, error)
 
     def want_anew(self, name: str, hello: Frame) -> None:
         """Tell the server app that a device is here that begins its round anew."""
-        group, source = self._peers.find(str(hello.meta.get("from", "")))
+        group, source = self._own.peers.find(str(hello.meta.get("from", "")))
         if group is not None and source is not None:
             self._say_wanted(group, name, source, anew=True)
 

@@ -102,7 +102,7 @@ class EdgeControl:
             raise SessionError(f"{frame.kind}: {self._name} has no session {name!r}")
         if frame.kind == "collect":
             snapshot = session.snapshot()
-            return Frame("state", {"step": snapshot.step}, snapshot.tensors())
+            return Frame("state", snapshot.to_meta(), snapshot.tensors())
         if frame.kind == "release":
             self._release(name)
             return Frame("released")

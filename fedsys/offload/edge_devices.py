@@ -46,6 +46,7 @@ class EdgeDevices:
         if session.at_work():  # the device lost its link meanwhile; it is not to think us gone
             link.send(Frame("wait"))
         position = {"step": session.position(), "incarnation": session.incarnation}
+        position["first"] = session.spec.first
         epoch = list(welcome.epoch)
         link.send(Frame("welcome", {**position, "epoch": epoch, **welcome.more}))
         while True:

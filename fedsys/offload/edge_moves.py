@@ -17,16 +17,13 @@ from typing import Any
 
 from fedsys.errors import FedsysError, LinkError, SessionError
 from fedsys.offload import migration
-from fedsys.offload.bases import Bases
 from fedsys.offload.checkpoint import Awaited, awaited_of
-from fedsys.offload.copies import Copies
-from fedsys.offload.edge_arrivals import Arrivals
+from fedsys.offload.edge_arrivals import Arrivals, Holdings
 from fedsys.offload.fencing import NONE, Epoch, Presented
 from fedsys.offload.migration import Say
 from fedsys.offload.packing_up import Packed, packed
-from fedsys.offload.peers import PeerGroup, Peers
+from fedsys.offload.peers import PeerGroup
 from fedsys.offload.session import Session
-from fedsys.offload.session_table import SessionTable
 from fedsys.offload.snapshot import SessionSpec
 from fedsys.transport.link import AcceptedLink, Link
 from fedsys.transport.security import same_token
@@ -79,25 +76,12 @@ class EdgeMoves:
     """Moves of the sessions of one edge server. Methods may be called from any thread.
 
     Args:
-        name: Of the edge server.
-        table: Its sessions.
-        copies: Which of them may train.
-        bases: What it has of others.
-        peers: The other edge servers.
+        own: What the edge server has.
         arrivals: Takes sessions in.
     """
 
-    def __init__(
-        self,
-        name: str,
-        table: SessionTable,
-        copies: Copies,
-        bases: Bases,
-        peers: Peers,
-        arrivals: Arrivals,
-    ) -> None:
-        self._name, self._table, self._copies = name, table, copies
-        self._bases, self._peers, self._arrivals = bases, peers, arrivals
+    def __init__(self, own: Holdings, arrivals: Arrivals) -> None:
+        self._own, self._arrivals = own, arrivals
         self._leaving: dict[str, Departure] = {}
 
     # --- devices ----------------------------------------------------------------------------------
@@ -118,11 +102,11 @@ class EdgeMoves:
         name, shown, more = str(hello.meta.get("session", "")), shown_by(hello), dict[str, Any]()
         waits = looked = False
         while True:
-            session = self._table.get(name)
+            session = self._own.table.get(name)
             if session is not None:
                 allow(session.spec)
-            rule = partial(migration.on_hello, me=self._name, shown=shown)
-            said = self._copies.decide(name, rule)
+            rule = partial(migration.on_hello, me=self._own.name, shown=shown)
+            said = self._own.copies.decide(name, rule)
             answer = said[0]
             if answer.kind == "unknown" and not looked and hello.meta.get("from"):
                 looked = True
@@ -140,7 +124,7 @@ class EdgeMoves:
                 if not waits:
                     link.send(Frame("wait"))
                 waits = True
-                self._copies.settled(name)
+                self._own.copies.settled(name)
                 continue
             break
         return self._answer_device(link, name, said, more)
@@ -149,7 +133,7 @@ class EdgeMoves:
         self, link: Link, name: str, said: Sequence[Say], more: dict[str, Any]
     ) -> Welcome | None:
         answer, *others = said
-        session = self._table.get(name)
+        session = self._own.table.get(name)
         if answer.kind == "welcome" and session is not None and answer.epoch is not None:
             for say in others:  # the edge where it was before need not keep it
                 self._arrivals.tell_source(session, say)
@@ -157,12 +141,12 @@ class EdgeMoves:
         if answer.kind == "redirect" and session is not None and answer.epoch is not None:
             link.send(self._redirect(session, answer.epoch, {}))
             return None
-        self._table.count("refused_unknown_session")
+        self._own.table.count("refused_unknown_session")
         link.send(Frame("unknown"))
         return None
 
     def _redirect(self, session: Session, epoch: Epoch, more: dict[str, Any]) -> Frame:
-        group = self._peers.group(session.spec.fleet)
+        group = self._own.peers.group(session.spec.fleet)
         edge = group.edges.get(epoch.holder) if group else None
         address = edge.device_address if edge else ""
         return Frame("redirect", {"to": address, "epoch": list(epoch), **more})
@@ -173,8 +157,8 @@ class EdgeMoves:
 
     def asked(self, name: str, frame: Frame) -> None:
         """A device says that it leaves (``moving``), or that it is about to (``foresee``)."""
-        session = self._table.get(name)
-        group = self._peers.group(session.spec.fleet) if session else None
+        session = self._own.table.get(name)
+        group = self._own.peers.group(session.spec.fleet) if session else None
         edge = group.at(str(frame.meta.get("to", ""))) if group else None
         leaving = self._leaving.get(name)
         if leaving is not None and edge is not None and leaving.to == edge.name:
@@ -200,8 +184,8 @@ class EdgeMoves:
             awaited: Operations whose answers the device waits for.
             now: Whether to do it at once; else it is sent ahead, until the device says so.
         """
-        said = self._copies.decide(name, partial(migration.on_move, me=self._name, to=to))
-        session, say = self._table.get(name), said[0]
+        said = self._own.copies.decide(name, partial(migration.on_move, me=self._own.name, to=to))
+        session, say = self._own.table.get(name), said[0]
         if session is None:
             return
         if say.kind != "prepare" or say.epoch is None:
@@ -236,26 +220,26 @@ class EdgeMoves:
         Raises:
             FedsysError: The other edge server refuses, or is gone.
         """
-        name, group = session.spec.id, self._peers.group(session.spec.fleet)
+        name, group = session.spec.id, self._own.peers.group(session.spec.fleet)
         if group is None:
-            raise SessionError(f"{self._name} knows no other edge server of this run")
+            raise SessionError(f"{self._own.name} knows no other edge server of this run")
         about = {"session": name, "epoch": list(epoch), "nbytes": session.nbytes()}
-        asked = Frame("prepare", {**about, "start": self._bases.key_of(name)})
-        answer = self._peers.ask(group, departure.to, asked)
-        base = self._bases.key_of(name) if answer.meta.get("start") is True else None
+        asked = Frame("prepare", {**about, "start": self._own.bases.key_of(name)})
+        answer = self._own.peers.ask(group, departure.to, asked)
+        base = self._own.bases.key_of(name) if answer.meta.get("start") is True else None
         ahead = 0
         if not departure.gone.is_set():
             base, ahead = self._send_ahead(session, group, departure, epoch, base)
             if not departure.gone.wait(LEAVES_S):
                 raise SessionError("its device does not leave")
-        self._copies.decide(name, lambda copy: migration.on_prepared(copy, epoch))
-        there, began = self._bases.get(name, base), departure.left_s
+        self._own.copies.decide(name, lambda copy: migration.on_prepared(copy, epoch))
+        there, began = self._own.bases.get(name, base), departure.left_s
         made = packed(session, there, epoch, base, departure.awaited, began)
         sent = time.monotonic()
-        answer = self._peers.ask(group, departure.to, made.frame)
+        answer = self._own.peers.ask(group, departure.to, made.frame)
         took = time.monotonic() - sent
-        self._copies.decide(name, lambda copy: migration.on_committed(copy, epoch))
-        self._table.count("moved_away")
+        self._own.copies.decide(name, lambda copy: migration.on_committed(copy, epoch))
+        self._own.table.count("moved_away")
         told = _parts(made, took, answer.meta.get("restore_s"), ahead)
         self._tell_device(name, self._redirect(session, epoch, told))
 
@@ -269,17 +253,17 @@ class EdgeMoves:
     ) -> tuple[str | None, int]:
         """Send a session ahead; return the name of what is there then, and its bytes."""
         name = session.spec.id
-        made = packed(session, self._bases.get(name, base), epoch, base, (), stop=False)
+        made = packed(session, self._own.bases.get(name, base), epoch, base, (), stop=False)
         ahead = f"ahead {made.step}"
         frame = replace(made.frame, kind="ahead", meta={**made.frame.meta, "ahead": ahead})
-        self._peers.ask(group, departure.to, frame)
-        self._bases.came_ahead(name, ahead, made.tensors)
+        self._own.peers.ask(group, departure.to, frame)
+        self._own.bases.came_ahead(name, ahead, made.tensors)
         return ahead, made.nbytes
 
     def _stay(self, session: Session, epoch: Epoch, reason: str) -> None:
         """Train on: the device was not told to go."""
         name = session.spec.id
-        said = self._copies.decide(name, lambda copy: migration.on_failed(copy, epoch))
+        said = self._own.copies.decide(name, lambda copy: migration.on_failed(copy, epoch))
         for say in said:
             if say.kind == "staying":
                 session.go_on()
@@ -288,7 +272,7 @@ class EdgeMoves:
                 self._arrivals.tell_source(session, say)
 
     def _tell_device(self, name: str, frame: Frame) -> None:
-        link = self._table.device_link(name)
+        link = self._own.table.device_link(name)
         if link is None:
             return
         try:
@@ -305,32 +289,32 @@ class EdgeMoves:
             SecurityError: It is none of a fleet that is known here.
             LinkError: Its link ended.
         """
-        group, peer = self._peers.accept(link, first)
+        group, peer = self._own.peers.accept(link, first)
         link.admit()
         while True:
             frame = link.recv()
             try:
                 answer = self._answer_peer(group, peer, frame)
             except FedsysError as error:
-                self._table.count(f"refused_{type(error).__name__}")
+                self._own.table.count(f"refused_{type(error).__name__}")
                 answer = Frame("refused", {"reason": f"{type(error).__name__}: {error}"})
             link.send(answer)
 
     def _answer_peer(self, group: PeerGroup, peer: str, frame: Frame) -> Frame:
         name = str(frame.meta.get("session", ""))
-        session = self._table.get(name)
+        session = self._own.table.get(name)
         if session is not None and session.spec.fleet != group.secret:
-            raise SessionError(f"{self._name} has no session {name!r} of this fleet")
+            raise SessionError(f"{self._own.name} has no session {name!r} of this fleet")
         if frame.kind == "fetch":
             return self._fetched(name, peer, frame)
         epoch = Epoch.of(frame.meta.get("epoch"))
         if epoch is None:
             raise SessionError(f"{frame.kind}: a token is missing")
         if frame.kind == "release":
-            self._copies.decide(name, lambda copy: migration.on_release(copy, epoch))
+            self._own.copies.decide(name, lambda copy: migration.on_release(copy, epoch))
             return Frame("released")
         if frame.kind == "cancel":
-            self._copies.decide(name, lambda copy: migration.on_cancel(copy, epoch))
+            self._own.copies.decide(name, lambda copy: migration.on_cancel(copy, epoch))
             return Frame("released")
         return self._arrivals.answer(group, peer, frame, epoch)
 
@@ -340,22 +324,24 @@ class EdgeMoves:
         Raises:
             SessionError: It is not here, or not the device's any more.
         """
-        began, session = time.monotonic(), self._table.get(name)
+        began, session = time.monotonic(), self._own.table.get(name)
         if session is None or not same_token(str(frame.meta.get("token", "")), session.spec.token):
-            raise SessionError(f"{self._name} has no session {name!r} for this device")
-        self._copies.settled(name)
-        rule = partial(migration.on_fetch, me=self._name, to=peer, shown=shown_by(frame))
-        (say,) = self._copies.decide(name, rule)
+            raise SessionError(f"{self._own.name} has no session {name!r} for this device")
+        self._own.copies.settled(name)
+        rule = partial(migration.on_fetch, me=self._own.name, to=peer, shown=shown_by(frame))
+        (say,) = self._own.copies.decide(name, rule)
         if say.kind == "redirect" and say.epoch is not None:
             return Frame("redirect", {"to": say.epoch.holder})
         if say.kind != "transfer" or say.epoch is None:
-            raise SessionError(f"the session {name!r} of {self._name} is not the device's any more")
-        key = self._bases.key_of(name)
+            raise SessionError(
+                f"the session {name!r} of {self._own.name} is not the device's any more"
+            )
+        key = self._own.bases.key_of(name)
         listed = frame.meta.get("starts")
         base = key if isinstance(listed, list) and key in listed else None
         awaited = awaited_of(frame.meta.get("awaiting"))
-        made = packed(session, self._bases.get(name, base), say.epoch, base, awaited, began)
-        self._table.count("moved_away")
+        made = packed(session, self._own.bases.get(name, base), say.epoch, base, awaited, began)
+        self._own.table.count("moved_away")
         parts = {"freeze": made.freeze_s, "encode": made.encode_s}
         return replace(made.frame, meta={**made.frame.meta, "parts": parts})
 
@@ -365,13 +351,13 @@ class EdgeMoves:
         Raises:
             SessionError: A later one is here.
         """
-        copy = self._copies.get(spec.id)
+        copy = self._own.copies.get(spec.id)
         said = migration.on_open(copy, epoch)[1]
         if said[0].kind == "refused":
             raise SessionError(f"session {spec.id} is open already")
         if copy is not None:
-            self._table.release(spec.id)
-            self._copies.forget(spec.id)
+            self._own.table.release(spec.id)
+            self._own.copies.forget(spec.id)
 
 
 def shown_by(frame: Frame) -> Presented:

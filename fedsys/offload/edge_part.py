@@ -22,7 +22,7 @@ from fedsys.privacy.part import Told, stepping
 from fedsys.randomness import Address, drawing, rows
 from fedsys.training import plain as training
 from fedsys.training.federation import layered_model, penalty_of
-from fedsys.training.part import Part, filled_stages, safe_input
+from fedsys.training.part import Part, filled_stages, names_between, safe_input
 from fedsys.transport.wire import Frame
 
 T = TypeVar("T")
@@ -71,7 +71,7 @@ class EdgePart:
             masks=start.masks,
             penalty=penalty_of(config, model, spec.round),
         )
-        self._pruned = start.masks
+        self._pruned, self._spec, self._model = start.masks, spec, model
         self._address = Address(config.seed, spec.client, spec.round)
         self._steps = stepping(
             self._part, config, noise=spec.noise, expected=spec.expected, masks=start.masks,
@@ -93,7 +93,17 @@ class EdgePart:
         if begun:
             state |= {n: t.cpu().clone() for n, t in self._before.items() if n in state}
         optimizer, anchor = self._part.optimizer_state(), self._part.anchor()
-        return Snapshot(step, state, optimizer, anchor, self._pruned)
+        return Snapshot(step, state, optimizer, anchor, self._pruned, self._spec.first)
+
+    def units_between(self, cut: int) -> set[str]:
+        """Return the names of parameters and buffers between another cut and that of this part.
+
+        Raises:
+            FrameError: The model has no such cut, or no unit would be left here.
+        """
+        if not 0 <= cut < self._spec.last:
+            raise FrameError(f"recut: unit {cut}, where the last one here is {self._spec.last - 1}")
+        return names_between(self._model, sorted((cut, self._spec.first)))[1]
 
     def arrived(self, frame: Frame, examples: int, *, forward: bool) -> None:
         """Take note of when the frame of an operation came, and what it takes."""

@@ -58,3 +58,8 @@ class Leaving:
             self.was_told(told, now_s)
         self.pause_s = now_s - self.began_s
         self.parts["reconnect"] = max(0.0, self.pause_s - sum(self.parts.values()))
+
+    def was_recut(self, seconds: float) -> None:
+        """Take note of the seconds in which units changed sides after the arrival."""
+        self.pause_s += seconds
+        self.parts["recut"] = self.parts.get("recut", 0.0) + seconds

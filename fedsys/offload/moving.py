@@ -7,7 +7,7 @@ from collections.abc import Callable
 from fedsys.errors import SessionError
 from fedsys.offload.bases import Bases
 from fedsys.offload.copies import Copies
-from fedsys.offload.edge_arrivals import Arrivals
+from fedsys.offload.edge_arrivals import Arrivals, Holdings
 from fedsys.offload.edge_moves import EdgeMoves
 from fedsys.offload.fencing import Copy, Epoch
 from fedsys.offload.peers import Peers
@@ -41,8 +41,9 @@ class Moving:
     ) -> None:
         self.copies, self._bases = Copies(table), Bases()
         self._name, self._table, self._peers = name, table, peers
-        self._arrivals = Arrivals(name, table, self.copies, self._bases, peers, make)
-        self.moves = EdgeMoves(name, table, self.copies, self._bases, peers, self._arrivals)
+        own = Holdings(name, table, self.copies, self._bases, peers)
+        self._arrivals = Arrivals(own, make)
+        self.moves = EdgeMoves(own, self._arrivals)
         self.copies.dropped = self._bases.forget
 
     def tell(self, frame: Frame, controller: Link) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from fedsys.errors import LinkError
 from fedsys.faults import AT_EDGE, Faults, to_json
 from fedsys.offload.fleet_edges import FleetEdges
@@ -31,6 +33,8 @@ class Placing:
     def open_at(self, edge: str, spec: SessionSpec, start: Snapshot) -> None:
         """Open a session at an edge, under a token that outranks all others.
 
+        It has the units of `start`, which may be others than when it was opened first.
+
         Raises:
             LinkError: The edge is gone.
             SessionError: It does not take the session.
@@ -43,6 +47,8 @@ class Placing:
                 if f.who == spec.client and f.position in AT_EDGE
             ),
         ]
+        first = spec.first if start.first is None else start.first
+        spec = dataclasses.replace(spec, first=first)
         meta = {"spec": spec.to_meta(), "step": start.step, "faults": to_json(coming)}
         meta["epoch"] = [self._held.next_generation(), 0, edge]
         try:

@@ -23,7 +23,7 @@ from torch import Tensor
 from fedsys.errors import LinkClosed, LinkError, LinkTimeout
 from fedsys.offload.asking import Asking, EdgesLost, FoundSession, refusal
 from fedsys.offload.leaving import Leaving
-from fedsys.offload.snapshot import natural
+from fedsys.offload.snapshot import Snapshot, natural
 from fedsys.transport.link import Link
 from fedsys.transport.patience import Patience
 from fedsys.transport.wire import Frame, encode_parts
@@ -51,15 +51,21 @@ _REPLY = {
     ("norms", True): "norms",
     ("evaluate", False): "outputs",
     ("done", False): "done",
+    ("recut", False): "recut",
 }
 
 
 class Moved(Exception):
-    """The session continues on another edge, from `step`: both halves return there."""
+    """The session continues on another edge, from `step`: both halves return there.
 
-    def __init__(self, step: int) -> None:
+    Attributes:
+        step: The step.
+        first: First unit that the edge has there; None: as at first.
+    """
+
+    def __init__(self, step: int, first: int | None = None) -> None:
         super().__init__(f"the session goes on from step {step}")
-        self.step = step
+        self.step, self.first = step, first
 
 
 @dataclass
@@ -112,7 +118,7 @@ class Remote:
         self._private, self._clock = private, clock
         self._link: Link | None = None
         self._leaving: Leaving | None = None
-        self._incarnation = ""
+        self._incarnation, self._step = "", 0
         self._unanswered: dict[tuple[str, int, int], tuple[float, list[Any]]] = {}
         self._arrived: dict[tuple[str, int, int], Frame] = {}
         self._patience = Patience()
@@ -169,7 +175,7 @@ class Remote:
 
         The tensors must not change until it is answered: their memory is sent, no copy of it.
         """
-        name = "index" if kind == "evaluate" else "piece"
+        name, self._step = "index" if kind == "evaluate" else "piece", step
         frame = Frame(kind, {"step": step, name: piece, **meta}, tensors)
         parts: list[Any] = encode_parts(frame)
         self._unanswered[kind, step, piece] = (self._clock(), parts)
@@ -245,6 +251,25 @@ class Remote:
                 self._go(leaving)
         finally:
             self._leaving = None
+
+    def recut(self, step: int, first: int, given: Snapshot) -> Snapshot:
+        """Change the cut between two steps; return what the edge gives of the units concerned.
+
+        Args:
+            step: Mini-batches that are done.
+            first: First unit that the edge has from here on.
+            given: Units that it gets.
+
+        Raises:
+            Moved: The session goes on elsewhere, from that step or an earlier one.
+            EdgesLost: No edge has it.
+        """
+        began = self._clock()
+        self.send("recut", step, 0, {"first": first}, given.tensors())
+        answer = self.receive("recut", step, 0)
+        if self.traffic.moves:
+            self.traffic.moves[-1].was_recut(self._clock() - began)
+        return Snapshot.from_frame(answer)
 
     def forget(self) -> None:
         """Forget what was sent and not answered: the trainer begins a step anew."""
@@ -337,7 +362,7 @@ class Remote:
         found = self._ask()
         same = self._incarnation == known
         if same and found.told:  # it was handed over, and the word of that was lost with the link
-            leaving = self._leaving or Leaving(former, "", "commanded", began)
+            leaving = self._leaving or Leaving(former, "", "commanded", began, step=self._step)
             self._arrived_at(leaving, found)
             self._repeat()
             return
@@ -353,7 +378,7 @@ class Remote:
         )
         if not same:
             self.forget()
-            raise Moved(found.step)
+            raise Moved(found.step, found.first)
         self._repeat()
 
     def _repeat(self) -> None:
@@ -398,7 +423,7 @@ class Remote:
         """Go where the edge says that the session is now."""
         where, leaving = self._asking.where, self._leaving
         if leaving is None:
-            leaving = Leaving(where.edge, "", "commanded", self._clock())
+            leaving = Leaving(where.edge, "", "commanded", self._clock(), step=self._step)
         leaving.to = where.redirected(frame)
         leaving.was_told(frame.meta, self._clock())
         self._go(leaving)
@@ -419,7 +444,7 @@ class Remote:
         if self._incarnation != known:
             leaving.repeated_steps = max(0, leaving.step - found.step)
             self.forget()
-            raise Moved(found.step)
+            raise Moved(found.step, found.first)
         self._repeat()
 
     def _arrived_at(self, leaving: Leaving, found: FoundSession) -> None:

@@ -17,7 +17,7 @@ _log = logging.getLogger("fedsys.offload.edge")
 
 def send_state(table: SessionTable, kind: str, spec: SessionSpec, snapshot: Snapshot) -> bool:
     """Send a snapshot to the controller of its session; return whether that could be done."""
-    meta = {"session": spec.id, "step": snapshot.step}
+    meta = {"session": spec.id, **snapshot.to_meta()}
     return table.tell(spec.id, Frame(kind, meta, snapshot.tensors()))
 
 

@@ -7,6 +7,10 @@ frames; each is one operation at a position (step, micro-batch), and has one rep
     norms       {step, norms}                      ─▶  norms    {step, norms}   only when clipping
     norms       {step, batch}          squares     ─▶  norms    {step}  squares by example
     evaluate    {index}                x           ─▶  outputs  {index}        x
+    recut       {step, first}          units       ─▶  recut    {step}         units
+
+Between two steps a device may change the cut: it sends the units that go to the edge, or gets those
+that come to it, with all that is kept beside their parameters.
 
 If the last units are on the device too (label-private), the edge never sees labels or a loss, and
 forward and backward are two operations::
@@ -22,6 +26,7 @@ operation for any other position is refused.
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Iterator
 
@@ -61,7 +66,8 @@ class Session:
     ) -> None:
         self.spec, self.incarnation = spec, new_token()
         self._replicate = replicate
-        self._part = EdgePart(spec, start, device, workers or Workers(""))
+        self._where = device, workers or Workers("")
+        self._part = EdgePart(spec, start, *self._where)
         self._turns = Turns(spec.id, spec.micro_batches, start.step)
         self._operations = Operations(spec, self._part, self._turns)
         self._done: list[Frame] = []  # operations of the step in work, to be done again elsewhere
@@ -89,13 +95,15 @@ class Session:
             if frame.kind == "evaluate":
                 yield self._operations.evaluate(frame)
                 return
-            if frame.kind not in ("activation", "gradient", "norms"):
+            if frame.kind not in ("activation", "gradient", "norms", "recut"):
                 raise SessionError(f"{frame.kind}: not an operation of a session")
             step = natural(frame, "step")
-            piece = natural(frame, "piece") if frame.kind != "norms" else 0
+            piece = natural(frame, "piece") if frame.kind in ("activation", "gradient") else 0
             known = self._turns.answered(frame.kind, step, piece)
             if known is not None:
                 yield known
+            elif frame.kind == "recut":
+                yield self._recut(frame)
             elif frame.kind == "norms":
                 yield from self._finish_with(frame)
             else:
@@ -189,6 +197,20 @@ class Session:
             if turns.complete and not self._part.exchanges:
                 self._part.told()
                 self._apply()
+
+    def _recut(self, frame: Frame) -> Frame:
+        """Have the units from another one on, and return those that are the device's now."""
+        first, now = natural(frame, "first"), self.snapshot()
+        names = self._part.units_between(first)
+        given = now.of(names)
+        left = now.of(names, others=True).with_(Snapshot.from_frame(frame).of(names))
+        spec = dataclasses.replace(self.spec, first=first)
+        self._part = EdgePart(spec, left, *self._where)  # refused before anything has changed
+        self._operations = Operations(spec, self._part, self._turns)
+        self.spec = spec
+        reply = Frame("recut", {"step": self.steps}, given.tensors())
+        self._turns.keep("recut", self.steps, 0, reply)
+        return reply
 
     def _finish_with(self, frame: Frame) -> Iterator[Frame]:
         """Reply with the norms of this side, clip by the joint norm of both sides and step."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,6 +100,7 @@ class Snapshot:
         anchor: Parameters at the start of the round, by global name, if FedProx's term pulls
             towards them and they are no longer those in `state`.
         masks: What is pruned of these parameters, packed, by global name.
+        first: First unit of these; None: as the session was opened.
     """
 
     step: int
@@ -107,6 +108,7 @@ class Snapshot:
     optimizer: State
     anchor: State = dataclasses.field(default_factory=dict)
     masks: State = dataclasses.field(default_factory=dict)
+    first: int | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors for a frame."""
@@ -114,9 +116,44 @@ class Snapshot:
         parts["masks"] = self.masks
         return {f"{part}/{name}": t for part, named in parts.items() for name, t in named.items()}
 
+    def to_meta(self) -> dict[str, Any]:
+        """Return what the header of a frame says beside the tensors."""
+        return {"step": self.step} | ({} if self.first is None else {"first": self.first})
+
+    def of(self, names: Collection[str], *, others: bool = False) -> Snapshot:
+        """Return what belongs to some parameters and buffers, or all that does not.
+
+        Names of what is kept beside a parameter begin with its own, before a ``|``.
+        """
+
+        def taken(named: State) -> State:
+            return {n: t for n, t in named.items() if (n.partition("|")[0] in names) != others}
+
+        return Snapshot(
+            self.step,
+            taken(self.state),
+            taken(self.optimizer),
+            taken(self.anchor),
+            taken(self.masks),
+        )
+
+    def with_(self, more: Snapshot) -> Snapshot:
+        """Return what either has of other units."""
+        return Snapshot(
+            self.step,
+            {**self.state, **more.state},
+            {**self.optimizer, **more.optimizer},
+            {**self.anchor, **more.anchor},
+            {**self.masks, **more.masks},
+        )
+
     @classmethod
     def from_frame(cls, frame: Frame) -> Snapshot:
-        """Return the snapshot that a frame carries."""
+        """Return the snapshot that a frame carries.
+
+        Raises:
+            FrameError: Its step or its first unit is no whole number.
+        """
         step = natural(frame, "step")
         named = frame.tensors
         return cls(
@@ -125,6 +162,7 @@ class Snapshot:
             _part(named, "optimizer/"),
             _part(named, "anchor/"),
             _part(named, "masks/"),
+            natural(frame, "first") if "first" in frame.meta else None,
         )
 
 

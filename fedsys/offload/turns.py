@@ -96,11 +96,15 @@ class Turns:
         self._replies[kind, step, piece] = reply
 
     def replies_before(self) -> tuple[Frame, ...]:
-        """Return the replies of the step before the one in work, each with what it answers."""
+        """Return the replies of the step before the one in work, each with what it answers.
+
+        That to a change of the cut is among them: it comes before the first piece of a step, and
+        what it did is in the state.
+        """
         return tuple(
             Frame(reply.kind, {**reply.meta, "for": kind}, reply.tensors)
             for (kind, step, _), reply in self._replies.items()
-            if step == self.steps - 1
+            if step == self.steps - 1 or kind == "recut"
         )
 
     def end(self) -> None:

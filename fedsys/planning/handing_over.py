@@ -58,7 +58,7 @@ class Price:
 
 def price(
     weights: float, state: float, link: EdgeLink, latency_s: float = 0.0, *,
-    ahead: bool = False, anew: bool = False,
+    ahead: bool = False, anew: bool = False, recut_s: float = 0.0,
 ) -> Price:  # fmt: skip
     """Return what it costs to take a session along.
 
@@ -69,11 +69,12 @@ def price(
         latency_s: Between the device and its edge servers, one way.
         ahead: Whether it was sent ahead.
         anew: Whether nothing goes along, because the round begins anew.
+        recut_s: Seconds in which units change sides after the arrival; 0: none do.
     """
-    reconnect = 2 * TRIPS * latency_s
+    reconnect, more = 2 * TRIPS * latency_s, {"recut": recut_s} if recut_s else {}
     if anew:
         parts = {"restore": RESTORE_BYTE_S * weights, "reconnect": reconnect}
-        return Price(0, 0, parts)
+        return Price(0, 0, parts | more)
     whole = weights + state
     moved = WEIGHTS_CHANGED * weights + (STATE_CHANGED if ahead else 1.0) * state
     before = WEIGHTS_CHANGED * weights + state if ahead else 0.0
@@ -83,6 +84,7 @@ def price(
         "transfer": link.seconds(moved) + link.latency_s,  # and its acknowledgement
         "restore": RESTORE_BYTE_S * whole,
         "reconnect": reconnect,
+        **more,
     }
     return Price(round(moved), round(before), parts, link.seconds(before) if ahead else 0.0)
 
@@ -104,8 +106,18 @@ def price_of(
     ahead = move.how == "foreseen" and move.notice_step(steps) < move.step(steps)
     return price(
         weights, load.moments * weights, load.between, device.network.latency_s,
-        ahead=ahead, anew=anew,
+        ahead=ahead, anew=anew, recut_s=_recut_s(load, device, choice.cut, move.cut),
     )  # fmt: skip
+
+
+def _recut_s(load: Workload, device: Device, cut: int, after: int | None) -> float:
+    """Return the seconds in which the units between two cuts go to the device, or to its edge."""
+    if after is None or after == cut:
+        return 0.0
+    nbytes = (1 + load.moments) * sum(load.state_bytes[min(cut, after) : max(cut, after)])
+    network = device.network
+    rate = network.up_bits_s if after < cut else network.down_bits_s
+    return 8 * nbytes / rate + 2 * network.latency_s
 
 
 def moving_job(

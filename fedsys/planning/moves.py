@@ -81,9 +81,10 @@ class Handover:
         precopied_bytes: Bytes that went before, while training went on.
         repeated_steps: Steps that were done again.
         parts_s: Seconds by part of the pause: ``freeze``, ``encode``, ``transfer``, ``restore``,
-            ``reconnect``.
+            ``reconnect``, and ``recut`` where units changed sides.
         began_s: When the pause began, in seconds since the device began its round.
-        at: Share of the device's mini-batches that were done; None where it is not known.
+        at: Share of the device's mini-batches that were done; None where it is not known, as of a
+            round without mini-batches.
         predicted_pause_s: Pause on the virtual clock; None where the fleet names no machines.
         predicted_bytes: Likewise, bytes that go in the pause.
     """

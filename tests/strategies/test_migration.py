@@ -1,6 +1,8 @@
 """Devices that move between edge servers in the middle of a round train the model of those that
 stay, to the bit."""
 
+from dataclasses import replace
+
 import pytest
 
 from fedsys.planning.moves import Move
@@ -99,3 +101,37 @@ def test_devices_move_there_and_back_with_the_pipeline_full(more, travel, carry_
     assert [(m["client"], m["target"]) for m in run.figures["moves"]].count((1, "edge-0")) == 2
     assert len(run.figures["moves"]) == 6
     assert run.figures["recoveries"] == []
+
+
+def cut_to(cut, *moves):
+    return tuple(replace(move, cut=cut) for move in moves)
+
+
+CUTS = (
+    *cut_to(2, Move(0, 1, 0.3, 1), Move(1, 1, 0.2, 0, "unannounced")),
+    *cut_to(1, Move(0, 1, 0.5, 0, "foreseen"), Move(1, 1, 0.4, 1, "announced", piece=1)),
+    *cut_to(2, Move(0, 2, 0.1, 1), Move(1, 2, 0.9, 0)),
+    *cut_to(1, Move(0, 2, 1.0, 0)),
+)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("client.momentum=0.9", "client.clip_norm=0.5", "client.keep_optimizer=true"),
+        ("strategy=fedprox", "client.label_private=true", "schedule.micro_batches=2"),
+        ("client.optimizer=adam", "fleet.replicate_every=2", "model.norm=deferred"),
+    ],
+    ids=" ".join,
+)
+def test_the_cut_changes_where_a_device_arrives(more, travel, still):
+    """Units go from the device to its edge and back, with all that is kept beside them."""
+    pieces = ("schedule=pipelined", "schedule.micro_batches=2")
+    run = travel(*CUTS, more=(*pieces, *more))
+    kept = [one for one in more if "label_private" not in one and "replicate" not in one]
+    assert run.sha256 == still(*pieces, *kept)
+    assert run.figures["recoveries"] == []
+    recut = [m for m in run.figures["moves"] if "recut" in m["parts_s"]]
+    assert len(recut) >= 4
+    for moved in recut:
+        assert moved["pause_s"] == pytest.approx(sum(moved["parts_s"].values()), rel=0.05)
