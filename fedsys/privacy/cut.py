@@ -8,6 +8,7 @@ they compose.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -62,6 +63,7 @@ def gaussian_delta(epsilon: float, shift: float) -> float:
     return above - math.exp(epsilon + float(log_ndtr(-shift / 2 - epsilon / shift)))
 
 
+@functools.lru_cache(maxsize=4096)
 def _laplace_epsilon(multiplier: float, delta: float, releases: int) -> float:
     pure = releases * REACH / multiplier
     if releases == 1:
