@@ -171,13 +171,6 @@ def steps_of(config: Config, fed: Federation) -> list[int]:
     return [epochs * len(mini_batches(len(part), size)) for part in fed.parts]
 
 
-UNPROTECTED = (
-    "privacy=record promises nothing about what edge servers see: activations leave devices as "
-    "they are, and images can be read from them at any epsilon; docs/trust.md says what helps, and "
-    "fedsys bench leakage measures it"
-)
-
-
 def _announce(config: Config, job: _Job, safety: CrashSafety, progress: Progress) -> None:
     """Say what is about to be done, and what will have no effect."""
     dataset = job.fed.dataset
@@ -187,8 +180,8 @@ def _announce(config: Config, job: _Job, safety: CrashSafety, progress: Progress
         progress.about(line)
     for line in out_of_reach(config.faults.list, job.steps):
         progress.note(line)
-    if config.privacy.per_example and find(job.strategy, Offload) is not None:
-        progress.note(UNPROTECTED)
+    if warned := private.unprotected(config, split=find(job.strategy, Offload) is not None):
+        progress.note(warned)
 
 
 def _rounds(

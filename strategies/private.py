@@ -121,3 +121,19 @@ def about(layer: PrivateRecords | None) -> list[str]:
         f"{claim.sampling}; accountant {privacy.accountant}, "
         f"noise by the {'system' if privacy.secure else 'seed: for experiments, not for a claim'}"
     ]
+
+
+def unprotected(config: Config, *, split: bool) -> str:
+    """Return a warning where examples have a promise and edge servers see their activations.
+
+    Args:
+        config: The run.
+        split: Whether models are split.
+    """
+    if not (split and config.privacy.per_example):
+        return ""
+    return (
+        "privacy=record promises nothing about what edge servers see: activations leave devices as "
+        "they are, and images can be read from them at any epsilon; docs/trust.md says what helps, "
+        "and fedsys bench leakage measures it"
+    )

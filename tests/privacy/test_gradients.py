@@ -109,22 +109,51 @@ def test_sums_are_those_of_gradients_that_are_clipped_one_by_one(name, clip_norm
             assert (pieces[key] - value).norm().item() <= tolerance * size, key
 
 
-@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")  # of Opacus
-def test_they_are_those_of_opacus_on_vgg5():
+def of_opacus(model, x, y, clip_norm, dtype):
+    """Return clipped sums by parameter, as the hooks of Opacus compute them."""
     opacus = pytest.importorskip("opacus")
-    spec = {"_target_": "fedsys.models.vgg.vgg5", "norm": "group"}
-    model = build(spec, input_shape=(3, 32, 32), num_classes=10, seed=0)
-    x, y = drawn(12, 3, 32, 32), torch.arange(12) % 10
-    theirs = opacus.GradSampleModule(copy.deepcopy(model).double(), loss_reduction="sum")
-    F.cross_entropy(theirs(x.double()), y, reduction="sum").backward()
+    hooked = opacus.GradSampleModule(copy.deepcopy(model).to(dtype), loss_reduction="sum")
+    F.cross_entropy(hooked(x.to(dtype)), y, reduction="sum").backward()
     optimizer = opacus.optimizers.DPOptimizer(
-        torch.optim.SGD(theirs.parameters(), 1.0), noise_multiplier=0.0, max_grad_norm=2.0,
-        expected_batch_size=12,
+        torch.optim.SGD(hooked.parameters(), 1.0), noise_multiplier=0.0, max_grad_norm=clip_norm,
+        expected_batch_size=len(y),
     )  # fmt: skip
     optimizer.clip_and_accumulate()
-    ours, _ = clipped(model, [(x, y)], 2.0)
-    for (name, p), grad in zip(theirs._module.named_parameters(), ours.values(), strict=True):
-        assert (grad - p.summed_grad).norm() <= 2e-6 * p.summed_grad.norm(), name
+    return {name: p.summed_grad for name, p in hooked._module.named_parameters()}
+
+
+def distances(sums, exact):
+    return {name: (sums[name].double() - value).norm().item() for name, value in exact.items()}
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")  # of Opacus
+def test_they_are_those_of_opacus_on_vgg5():
+    """The sums are alike to 1e-6 where both compute in float64: some 1e-10 were seen.
+
+    In float32 what autograd gives each is rounded, to 3e-6 of a bias of the first convolution even
+    without clipping. Rounding is relative to what is added up, here gradients whose norms are 2;
+    their sum is seven times shorter than they are together. Relative to that sum 1e-6 was missed by
+    1 %, so this test once asked for 2e-6 of each parameter, which still holds, and said nothing of
+    the method: Opacus' own float32 is four times as far from its float64.
+    """
+    clip_norm, spec = 2.0, {"_target_": "fedsys.models.vgg.vgg5", "norm": "group"}
+    model = build(spec, input_shape=(3, 32, 32), num_classes=10, seed=0)
+    x, y = drawn(12, 3, 32, 32), torch.arange(12) % 10
+    exact = of_opacus(model, x, y, clip_norm, torch.float64)
+    ours, _ = clipped(model, [(x, y)], clip_norm, dtype=torch.float64)
+    for name, distance in distances(ours, exact).items():
+        assert distance <= 1e-6 * exact[name].norm(), name
+    rounded_, squares = clipped(model, [(x, y)], clip_norm)
+    assert (factors(squares, clip_norm) < 1).all()  # so each of what is added up has the norm 2
+    added_up = clip_norm * len(y)
+    distance, theirs = (
+        distances(sums, exact)
+        for sums in (rounded_, of_opacus(model, x, y, clip_norm, torch.float32))
+    )
+    assert sum(d**2 for d in distance.values()) ** 0.5 <= 1e-6 * added_up
+    assert sum(d**2 for d in distance.values()) < sum(d**2 for d in theirs.values())
+    for name in exact:
+        assert distance[name] <= 2e-6 * exact[name].norm(), name
 
 
 def test_the_parts_of_a_split_model_clip_by_the_bits_of_the_whole():

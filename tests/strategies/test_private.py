@@ -13,7 +13,7 @@ from fedsys.privacy.check import check_record_model, check_record_run
 from fedsys.runs.folder import RunFolder
 from strategies.around import find
 from strategies.budgeted import JOURNAL, figures
-from strategies.private import PrivateRecords
+from strategies.private import PrivateRecords, unprotected
 
 SMALL = {
     "num_clients": 2,
@@ -80,6 +80,22 @@ def test_draws_of_the_system_differ_from_run_to_run_and_spend_the_same(private, 
     assert runs[0].sha256 != runs[1].sha256
     assert told(runs[0])["epsilon"] == told(runs[1])["epsilon"]
     assert "seed" not in told(runs[0])["privacy"]["claim"]
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "split", "warned"),
+    [("record", True, True), ("record", False, False), ("cut", True, False), ("none", True, False)],
+)
+def test_who_sees_activations_that_nothing_protects_is_told_of(configure, mechanism, split, warned):
+    found = unprotected(configure(f"privacy={mechanism}"), split=split)
+    assert bool(found) is warned and ("docs/trust.md" in found) is warned
+
+
+def test_a_split_run_with_a_promise_to_examples_warns_at_its_start(private, tmp_path, capsys):
+    policy = {"kind": "fixed", "cut": 1, "codec": "fp32", "micro_batches": None}
+    run = {"dir": str(tmp_path / "run"), "plots": False}
+    runtime.run(private(policy=policy, rounds=1, run=run))
+    assert "images can be read from them at any epsilon" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------------------
