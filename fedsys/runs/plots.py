@@ -112,15 +112,21 @@ def curves_of(rows: Rows, kind: str, x_column: str) -> dict[str, Points]:
     columns = dict.fromkeys(name for row in rows for name in row if name.endswith(f"_{kind}"))
     curves: dict[str, Points] = {}
     for name in sorted(columns, key=lambda name: (not name.startswith("val_"), name)):
-        points = [
-            (x, y)
-            for row in rows
-            if (x := _finite(row.get(x_column))) is not None
-            and (y := _finite(row.get(name))) is not None
-        ]
-        if points:
-            curves[name.removesuffix(f"_{kind}")] = [p[0] for p in points], [p[1] for p in points]
+        x, y = points_of(rows, x_column, name)
+        if x:
+            curves[name.removesuffix(f"_{kind}")] = x, y
     return curves
+
+
+def points_of(rows: Rows, x_column: str, y_column: str) -> Points:
+    """Return the points of a curve; of values that are absent or not finite there is none."""
+    points = [
+        (x, y)
+        for row in rows
+        if (x := _finite(row.get(x_column))) is not None
+        and (y := _finite(row.get(y_column))) is not None
+    ]
+    return [x for x, _ in points], [y for _, y in points]
 
 
 def time_parts(rows: Rows) -> dict[str, Points]:

@@ -191,6 +191,52 @@ def test_a_split_run_shows_who_is_cut_where_and_who_waits(make):
     assert html.count("data:image/png;base64,cGljdHVyZQ==") == 2
 
 
+PROMISED = """\
+privacy: {mechanism: record, epsilon: 4.0}
+policy: {kind: fixed, leakage: null}
+"""
+
+
+def promised(tmp_path, end=True):
+    folder = RunFolder.create(tmp_path / "run", PROMISED)
+    for round_ in (1, 2):
+        folder.add_round({**row(round_), "epsilon": 1.5 * round_})
+    if end:
+        folder.finish({"privacy": {"claim": "(3, 1e-05)-private for each example"}})
+    folder.close()
+    return folder.path
+
+
+def test_a_private_run_shows_its_claim_its_budget_and_what_it_does_not_protect(tmp_path):
+    text = rendered(promised(tmp_path))
+    assert "(3, 1e-05)-private for each example." in text
+    assert "Privacy spent by round" in text and "budget 4" in text and "round 2: 3<" in text
+    assert "nothing about what edge servers see" in text
+
+
+def test_a_private_run_that_is_not_over_tells_what_is_spent(tmp_path):
+    assert "3 spent of the epsilon of 4 for each example" in rendered(promised(tmp_path, False))
+
+
+def test_the_pictures_and_figures_of_an_audit_stand_beside_the_claim(make, tmp_path, capsys):
+    run, audit = promised(tmp_path), tmp_path / "audit"
+    (audit / "plots").mkdir(parents=True)
+    (audit / "plots" / "reconstructions.png").write_bytes(b"picture")
+    seen = {"mechanism": "none", "epsilon": None, "cut": 1, "after": "conv1", "ssim": 0.993}
+    (audit / "leakage.json").write_text(json.dumps({"cuts": [seen]}))
+    bound = {"mechanism": "record", "epsilon": 8.0, "claim": 8.0, "epsilon_at_least": 0.25}
+    (audit / "run.json").write_text(json.dumps({"result": {"models": [bound]}}))
+    for path in (audit, audit / "leakage.json"):
+        assert main(["report", str(run), f"report.audit={path}"]) == 0
+        text = (run / "report.html").read_text()
+        assert "data:image/png;base64,cGljdHVyZQ==" in text
+        assert "conv1 (1)" in text and "0.993" in text
+        assert "record, epsilon 8" in text and "0.25" in text
+    assert "What leaks" not in rendered(make("plain"))
+    assert main(["report", str(run), f"report.audit={tmp_path}"]) == 2
+    assert "must be the folder of an audit" in capsys.readouterr().err
+
+
 def test_runs_are_called_by_what_differs_where_that_tells_them_apart(make):
     runs = named([load(make("a", lr=0.1)), load(make("b", lr=0.25))])
     assert [run.name for run in labelled(runs)] == ["lr 0.1", "lr 0.25"]

@@ -6,10 +6,12 @@ browsers show when one points at them.
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 
 from fedsys.runs.plots import time_unit
 from fedsys.runs.progress import seconds_text
@@ -277,6 +279,29 @@ def figure(title: str, picture: str, below: str = "", note: str = "") -> str:
         f'<figure class="panel"><figcaption>{escape(title)}{noted}</figcaption>'
         f"{picture}{below}</figure>"
     )
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table whose first column names its rows; one of empty names has no head."""
+    top = ""
+    if any(head):
+        cells = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+        top = f"<thead><tr>{cells}</tr></thead>"
+    body = "".join(
+        f"<tr><th>{escape(row[0])}</th>{''.join(f'<td>{escape(c)}</td>' for c in row[1:])}</tr>"
+        for row in rows
+    )
+    return f'<div class="table"><table>{top}<tbody>{body}</tbody></table></div>'
+
+
+def embedded(path: Path, title: str) -> str:
+    """Return a picture within the page, which needs no other file; empty if there is none."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return ""
+    code = base64.b64encode(data).decode()
+    return f'<img class="plot" alt="{escape(title)}" src="data:image/png;base64,{code}"/>'
 
 
 def _svg(content: str, title: str, height: float = HEIGHT) -> str:

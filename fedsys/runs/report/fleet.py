@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -94,13 +93,8 @@ def _cut_table(told: Mapping[str, Any]) -> str:
 
 
 def picture(run: Run, name: str, title: str) -> str:
-    """Return a picture of the run's folder within the page, which needs no other file."""
-    try:
-        data = (run.path / "plots" / name).read_bytes()
-    except OSError:
-        return ""
-    code = base64.b64encode(data).decode()
-    return f'<img class="plot" alt="{escape(title)}" src="data:image/png;base64,{code}"/>'
+    """Return a picture of the run's folder within the page; empty if there is none."""
+    return charts.embedded(run.path / "plots" / name, title)
 
 
 def _idle(idle: Mapping[str, Any]) -> str:

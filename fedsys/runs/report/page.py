@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from fedsys.runs.plots import curves_of, time_parts
@@ -15,6 +16,7 @@ from fedsys.runs.report.charts import COLORS, Curve
 from fedsys.runs.report.decided import section as decided_section
 from fedsys.runs.report.figures import bytes_text, figure, name_of
 from fedsys.runs.report.loading import Run, differences
+from fedsys.runs.report.promised import section as promised_section
 from fedsys.runs.report.style import CSS
 
 _NAMES = {"val": "validation", "train": "training", "clients_eval": "clients' own examples"}
@@ -23,17 +25,19 @@ _SHOWN = ("cuts", "idle")  # in a part of their own
 _EVENTS = 200  # rows at most
 
 
-def page(runs: Sequence[Run], written: datetime) -> str:
+def page(runs: Sequence[Run], written: datetime, audit: Path | None = None) -> str:
     """Return the page.
 
     Args:
         runs: One, or several to compare.
         written: When, for the foot of the page.
+        audit: Folder of an audit of what leaks; None: that which a run's ``policy.leakage`` names.
     """
     single = len(runs) == 1
     title = runs[0].name if single else f"{len(runs)} runs compared"
     parts = [_single_head(runs[0])] if single else [_comparison_head(runs)]
     parts += [_problems(runs), _curves(runs)]
+    parts += [_privacy(run, audit, not single) for run in runs]
     parts += [_fleet(run, not single) for run in runs]
     parts += [_time(runs), _class_counts(runs)]
     parts += [_events(run, not single) for run in runs]
@@ -140,7 +144,7 @@ def _differences(runs: Sequence[Run]) -> str:
         return '<h2>Configuration</h2><p class="muted">All runs have the same configuration.</p>'
     head = ["setting", *(run.name for run in runs)]
     rows = [[key, *(_value(v) for v in values)] for key, values in found.items()]
-    return "<h2>What differs in their configurations</h2>" + _table(head, rows)
+    return "<h2>What differs in their configurations</h2>" + charts.table(head, rows)
 
 
 def _problems(runs: Sequence[Run]) -> str:
@@ -268,7 +272,8 @@ def _events(run: Run, several: bool) -> str:
         told = f"<p>Clients were lost {len(lost)} {times}: {escape(', '.join(clients))}.</p>"
     if len(run.events) > _EVENTS:
         told += f'<p class="muted">The first {_EVENTS} of {len(run.events)} events.</p>'
-    return _heading("What happened", run, several) + told + _table(["after", "what", "more"], rows)
+    listed = charts.table(["after", "what", "more"], rows)
+    return _heading("What happened", run, several) + told + listed
 
 
 def _fleet(run: Run, several: bool) -> str:
@@ -277,6 +282,11 @@ def _fleet(run: Run, several: bool) -> str:
     decided, moved = decided_section(run), moving.section(run)
     told += _heading("Moves between edge servers", run, several) + moved if moved else ""
     return told + (_heading("Decisions", run, several) + decided if decided else "")
+
+
+def _privacy(run: Run, audit: Path | None, several: bool) -> str:
+    text = promised_section(run, audit)
+    return _heading("Privacy", run, several) + text if text else ""
 
 
 def _tables(run: Run, several: bool) -> str:
@@ -292,11 +302,11 @@ def _tables(run: Run, several: bool) -> str:
             keys = list(dict.fromkeys(k for row in rows for k, v in row.items() if v is not None))
             cells = [[figure(key, row.get(key)) for key in keys] for row in rows]
             parts.append(_heading(name.replace("_", " ").capitalize(), run, several))
-            parts.append(_table([name_of(key) for key in keys], cells))
+            parts.append(charts.table([name_of(key) for key in keys], cells))
     rows_ = [[name_of(key), figure(key, value)] for key, value in _plain_figures(run)]
     if rows_:
         parts.append(_heading("More figures", run, several))
-        parts.append(_table(["figure", "value"], rows_))
+        parts.append(charts.table(["figure", "value"], rows_))
     return "".join(parts)
 
 
@@ -330,11 +340,11 @@ def _environment(runs: Sequence[Run]) -> str:
         return ""
     if all(found == facts[0] for found in facts):
         rows = [[name, facts[0].get(name, "–")] for name in names]
-        return "<h2>Environment</h2>" + _table(
+        return "<h2>Environment</h2>" + charts.table(
             ["", "all runs"] if len(runs) > 1 else ["", ""], rows
         )
     rows = [[name, *(found.get(name, "–") for found in facts)] for name in names]
-    return "<h2>Environment</h2>" + _table(["", *(run.name for run in runs)], rows)
+    return "<h2>Environment</h2>" + charts.table(["", *(run.name for run in runs)], rows)
 
 
 def _configuration(runs: Sequence[Run]) -> str:
@@ -342,7 +352,7 @@ def _configuration(runs: Sequence[Run]) -> str:
     for run in runs:
         rows = [[key, _value(value)] for key, value in run.settings.items()]
         if rows:
-            table = _table(["setting", "value"], rows)
+            table = charts.table(["setting", "value"], rows)
             name = f" of {escape(run.name)}" if len(runs) > 1 else ""
             parts.append(f"<details><summary>Configuration{name}</summary>{table}</details>")
     where = "".join(f"<p><code>{escape(str(run.path))}</code></p>" for run in runs)
@@ -356,18 +366,6 @@ def _configuration(runs: Sequence[Run]) -> str:
 def _heading(text: str, run: Run, several: bool) -> str:
     name = f' <span class="muted">{escape(run.name)}</span>' if several else ""
     return f"<h2>{escape(text)}{name}</h2>"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    top = ""
-    if any(head):
-        cells = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-        top = f"<thead><tr>{cells}</tr></thead>"
-    body = "".join(
-        f"<tr><th>{escape(row[0])}</th>{''.join(f'<td>{escape(c)}</td>' for c in row[1:])}</tr>"
-        for row in rows
-    )
-    return f'<div class="table"><table>{top}<tbody>{body}</tbody></table></div>'
 
 
 def _cards(cards: Sequence[tuple[str, str]]) -> str:
