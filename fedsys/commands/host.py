@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ SWITCH_S = 0.0005
 
 _START_S = 60.0  # for another host process to be ready
 _END_S = 10.0
+_LOOK_S = 1.0  # whether the process that started this one is there
 
 
 def job(tree: Any) -> Mapping[str, Any]:
@@ -62,10 +63,17 @@ def job(tree: Any) -> Mapping[str, Any]:
     else:
         print(f"host {host.name} listens at {host.address}", flush=True)
     with suppress(KeyboardInterrupt):
-        threading.Event().wait()
+        _wait(config.host.parent)
     status = host.status()
     host.stop()
     return {"computed": status["computed"], "busy_s": status["busy_s"]}
+
+
+def _wait(parent: int | None) -> None:
+    """Wait for a signal, or for the end of the process that started this one."""
+    never = threading.Event()
+    while parent is None or os.getppid() == parent:
+        never.wait(None if parent is None else _LOOK_S)
 
 
 def _server(config: HostServerConfig) -> HostServer:
@@ -125,14 +133,36 @@ def _spawn(config: HostServerConfig, token: str) -> Spawned:
     """Start a host like this one, at a free port of the same address."""
     kind, _, place = config.address.partition("://")
     address = f"{kind}://{place.rpartition(':')[0]}:0"
-    given = [f"host.name={config.name}", f"host.address={address}", "json=true"]
-    given += [f"host.memory_mb={config.memory_mb}", f"host.controller={config.controller}"]
+    given = [f"host.name={config.name}", f"host.address={address}"]
+    given += [f"host.memory_mb={config.memory_mb}", f"host.kept_mb={config.kept_mb}"]
+    given.append(f"host.controller={config.controller}")
     if config.threads is not None:
         given.append(f"host.threads={config.threads}")
     if config.credentials is not None:
         given.append(f"host.credentials={Path(config.credentials).absolute()}")
+    return start_host(given, token)[1]
+
+
+def start_host(given: Sequence[str], token: str) -> tuple[int, Spawned]:
+    """Start a host as another process of this machine; return its process id, and it.
+
+    Args:
+        given: Arguments of ``fedsys host``.
+        token: That its controller presents.
+
+    Raises:
+        RuntimeFailure: It is not ready in time.
+    """
     process = subprocess.Popen(
-        [sys.executable, "-m", "fedsys.main", "host", *given],
+        [
+            sys.executable,
+            "-m",
+            "fedsys.main",
+            "host",
+            *given,
+            f"host.parent={os.getpid()}",
+            "json=true",
+        ],
         env={**os.environ, secret.VARIABLE: token},
         stdout=subprocess.PIPE,
         text=True,
@@ -145,10 +175,10 @@ def _spawn(config: HostServerConfig, token: str) -> Spawned:
     try:
         ready = json.loads(line)["ready"]["address"]
     except (ValueError, KeyError, TypeError) as error:
-        process.kill()
-        process.wait()
-        raise RuntimeFailure(f"{config.name} could not start another host process") from error
-    return Spawned(str(ready), lambda: _end(process))
+        _end(process)
+        told = " ".join(given)
+        raise RuntimeFailure(f"another host process could not be started: {told}") from error
+    return process.pid, Spawned(str(ready), lambda: _end(process))
 
 
 def _end(process: subprocess.Popen[str]) -> None:

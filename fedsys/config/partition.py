@@ -44,6 +44,7 @@ class HostsConfig:
         list: The machines; the first has the input.
         links: Networks between neighbours; ``network=``, where it is chosen, is the first of them.
         way: How cuts change while requests come: ``beside``, ``pause``, ``process`` or ``warm``.
+        keep: With the way ``warm``: pipelines that stand ready, at most.
         adapt: Whether cuts follow the conditions.
         interval_s: Between two decisions, in seconds.
         margin: Share by which a request must become faster for cuts to change.
@@ -60,6 +61,7 @@ class HostsConfig:
     list: tuple[HostConfig, ...] = ()
     links: tuple[NetworkConfig, ...] = ()
     way: str = "beside"
+    keep: int = 4
     adapt: bool = True
     interval_s: float = 1.0
     margin: float = 0.1
@@ -86,6 +88,7 @@ class HostServerConfig:
         memory_mb: Of weights.
         kept_mb: Of weights that no pipeline uses any more.
         threads: Intra-op threads of a forward pass; None for all cores.
+        parent: Id of the process with which it ends; None: it ends when it is told to.
     """
 
     name: str = "host"
@@ -97,6 +100,7 @@ class HostServerConfig:
     memory_mb: float = 16000.0
     kept_mb: float = 1000.0
     threads: int | None = None
+    parent: int | None = None
 
 
 @dataclass(frozen=True)
@@ -181,6 +185,7 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 
 HOSTS_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("way", *_one_of(("beside", "pause", "process", "warm"))),
+    ("keep", lambda v: v >= 2, "must be at least 2"),
     ("interval_s", lambda v: v > 0, "must be above 0"),
     ("margin", lambda v: 0 <= v <= 1, "must be in [0, 1]"),
     ("dwell_s", lambda v: v >= 0, "must not be negative"),

@@ -95,7 +95,16 @@ def networks_of(config: Config) -> tuple[Network, ...]:
     Raises:
         ConfigError: A trace is not usable, or a rate is not above 0.
     """
-    return tuple(network_of(link, 0, "", config.seed).at(0.0) for link in links_between(config))
+    return tuple(network.at(0.0) for network in traced_networks_of(config))
+
+
+def traced_networks_of(config: Config) -> tuple[Network, ...]:
+    """Return the networks between neighbours in bits and seconds, with their traces.
+
+    Raises:
+        ConfigError: A trace is not usable, or a rate is not above 0.
+    """
+    return tuple(network_of(link, 0, "", config.seed) for link in links_between(config))
 
 
 def _constraints(config: Config, layers: LayeredModel, hosts: Sequence[Host]) -> Constraints:

@@ -75,6 +75,7 @@ class Sight:
         took_s: How long requests take since the last change, measured; None: not known.
         requests_per_s: How many there are.
         move_s: What a change is expected to cost requests, in seconds of waiting altogether.
+        among: The partitions that are looked at; empty: all.
     """
 
     time_s: float
@@ -82,6 +83,7 @@ class Sight:
     took_s: float | None = None
     requests_per_s: float = 0.0
     move_s: float = 0.0
+    among: tuple[Partition, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -156,10 +158,14 @@ def _verified(
 
 
 def _best(place: StandingCuts, sight: Sight) -> Partition | None:
+    def shunned(partition: Partition) -> bool:
+        return place.shunned.get(partition.cuts, -1e18) > sight.time_s
+
+    if sight.among:
+        left = [one for one in sight.among if not shunned(one)]
+        return min(left, key=lambda one: evaluate(sight.problem, one).latency_s, default=None)
     best = solve(sight.problem)
-    if best is not None and place.shunned.get(best.cuts, -1e18) > sight.time_s:
-        return None
-    return best
+    return None if best is None or shunned(best) else best
 
 
 def _ms(seconds: float | None) -> str:

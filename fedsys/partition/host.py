@@ -23,22 +23,20 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from fedsys.errors import FedsysError, FrameError, LinkClosed, LinkError, SecurityError
+from fedsys.errors import FedsysError, FrameError, LinkClosed, SecurityError
 from fedsys.identity import arithmetic, package_version
+from fedsys.partition.data_link import open_data
 from fedsys.partition.hosted_stage import HostedStage, Onward, StagePiece
 from fedsys.partition.tensor_store import TensorStore
-from fedsys.transport.addresses import dial, serve
-from fedsys.transport.link import AcceptedLink, Link, Server
-from fedsys.transport.network import Network
+from fedsys.transport.addresses import serve
+from fedsys.transport.link import AcceptedLink, Server
 from fedsys.transport.security import Credentials, same_token
-from fedsys.transport.shaping import RealClock, Shaped
 from fedsys.transport.strangers import Strangers
 from fedsys.transport.wire import Frame, Limits
 
 CONTROLLER = "server"
 """Name in the certificate of who may control a host, unless it is told another."""
 
-_CONNECT_S = 10.0  # for the next host to accept a link
 _log = logging.getLogger(__name__)
 
 
@@ -119,6 +117,7 @@ class HostServer:
         self.store = TensorStore(limits.memory_bytes, limits.kept_bytes)
         self._stages: dict[str, _Stage] = {}
         self._spawned: dict[str, Spawned] = {}
+        self._left = (0, 0.0)  # requests and seconds of stages that were dropped
         self._lock = threading.Lock()
         self._strangers, self._process = Strangers(), psutil.Process()
         frames = Limits(limits.frame_bytes, limits.frame_bytes)
@@ -189,7 +188,8 @@ class HostServer:
 
     def _about(self) -> dict[str, Any]:
         version = package_version("fedsys")
-        return {"name": self.name, "version": version, "arithmetic": arithmetic()}
+        about = {"name": self.name, "version": version, "arithmetic": arithmetic()}
+        return {**about, "starts_hosts": self._spawn is not None}
 
     def _answer(self, frame: Frame) -> Frame:
         meta = frame.meta
@@ -270,6 +270,8 @@ class HostServer:
             stage = self._stages.pop(key, None)
         if stage is not None:
             stage.hosted.close()
+            computed, busy_s = self._left
+            self._left = computed + stage.hosted.computed, busy_s + stage.hosted.busy_s
             self._free(key, stage.modules)
 
     def _start(self) -> str:
@@ -290,43 +292,14 @@ class HostServer:
         return {
             "name": self.name,
             "pipelines": len(stages),
-            "computed": sum(stage.hosted.computed for stage in stages),
-            "busy_s": sum(stage.hosted.busy_s for stage in stages),
+            "computed": self._left[0] + sum(stage.hosted.computed for stage in stages),
+            "busy_s": self._left[1] + sum(stage.hosted.busy_s for stage in stages),
             "in_flight": sum(len(stage.hosted.held) for stage in stages),
             "weights_bytes": self.store.nbytes,
             "resident_bytes": self._process.memory_info().rss,
             "free_bytes": psutil.virtual_memory().available,
             "cpu_percent": psutil.cpu_percent(None),
         }
-
-
-def open_data(
-    address: str, credentials: Credentials | None, opened: Mapping[str, Any], shape: Any = None
-) -> Link:
-    """Return a link on which a pipeline's tensors go to a host.
-
-    Args:
-        address: Of the host.
-        credentials: For mutual TLS.
-        opened: The pipeline and its token.
-        shape: Rates in bits per second there and back, latency in seconds, and the moment of
-            `time.monotonic` at which traces begin, to make the link that slow; None: as it is.
-
-    Raises:
-        LinkError: The host cannot be reached or does not accept it.
-    """
-    link = dial(address, credentials=credentials, timeout_s=_CONNECT_S, retry=False)
-    try:
-        link.send(Frame("data", dict(opened)))
-        link.recv(_CONNECT_S)
-    except LinkError:
-        link.close()
-        raise
-    if shape is None:
-        return link
-    up, down, latency, origin = shape
-    network = Network(float(up), float(down), float(latency))
-    return Shaped(link, network, clock=RealClock(float(origin)))
 
 
 def _texts(meta: Mapping[str, Any], key: str) -> list[str]:

@@ -52,6 +52,9 @@ class RemoteHost:
         credentials: For mutual TLS.
         other_arithmetic: Whether it may compute other bits than this machine.
 
+    Attributes:
+        starts_hosts: Whether it starts other hosts like itself.
+
     Raises:
         ConfigError: It cannot be reached, or is of another version or arithmetic.
         SecurityError: It does not accept this end, or the other way round.
@@ -82,6 +85,7 @@ class RemoteHost:
             ) from error  # fmt: skip
         try:
             self._check(about, other_arithmetic)
+            self.starts_hosts = bool(about.get("starts_hosts"))
         except ConfigError:
             self._link.close()
             raise

@@ -8,7 +8,8 @@ and freed. So the four ways to move of NEUKONFIG are those of the switchers ther
   built;
 * ``beside``: the new pipeline is built beside the old one in the same host processes, which share
   the tensors of units that stay; then the pointer changes;
-* ``process``: the same in host processes that are started for it;
+* ``process``: the same in host processes that are started for it (a host that starts none builds
+  beside);
 * ``warm``: all pipelines stand ready; the pointer changes and nothing else.
 
 A request that began in a pipeline ends in it.
@@ -21,6 +22,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, final
@@ -29,14 +31,14 @@ import torch
 from torch import Tensor, nn
 
 from fedsys.errors import ConfigError, FedsysError, RuntimeFailure
-from fedsys.partition.host import open_data
+from fedsys.partition.data_link import open_data, told_shape
 from fedsys.partition.pipeline import Passed, Pipeline
 from fedsys.partition.problem import RAW, Partition
 from fedsys.partition.remote_host import RemoteHost
 from fedsys.serving.chain_parts import UnitParts
 from fedsys.serving.engine import CALM, Answer, Card, Pressure
 from fedsys.serving.switch.switcher import Cost, Loaded
-from fedsys.transport.network import Network
+from fedsys.transport.network import Network, narrowest
 from fedsys.transport.security import Credentials, new_token
 
 Observe = Callable[[Partition, Passed, int, float], None]
@@ -196,9 +198,10 @@ class Chain:
         units = len(self.parts)
         parts = [(i, *partition.units_of(i, units)) for i in range(len(self.hosts))]
         working = [part for part in parts if part[2] > part[1]]
+        places = self._places(laid, [self.hosts[index] for index, _, _ in working], fresh)
         following: tuple[RemoteHost, str, int] | None = None
-        for index, first, last in reversed(working):
-            host, token = self._on(laid, self.hosts[index], fresh), new_token()
+        for (index, first, last), host in reversed(list(zip(working, places, strict=True))):
+            token = new_token()
             meta: dict[str, Any] = {"pipeline": key, "token": token, "end": last}
             if following is not None:
                 after, its_token, place = following
@@ -219,8 +222,15 @@ class Chain:
         link = open_data(host.address, own, opened, self._shape(-1, index))
         return Pipeline(label_of(partition), link, self._options.timeout_s)
 
-    def _on(self, laid: _Laid, host: RemoteHost, fresh: bool) -> RemoteHost:
+    def _places(self, laid: _Laid, hosts: Sequence[RemoteHost], fresh: bool) -> list[RemoteHost]:
+        """Return where stages are built: on hosts, or on those that they start, all at once."""
         if not fresh:
+            return list(hosts)
+        with ThreadPoolExecutor(len(hosts)) as pool:
+            return list(pool.map(lambda host: self._started(laid, host), hosts))
+
+    def _started(self, laid: _Laid, host: RemoteHost) -> RemoteHost:
+        if not host.starts_hosts:
             return host
         address = str(host.ask("spawn").meta["address"])
         child = RemoteHost(
@@ -230,17 +240,17 @@ class Chain:
         laid.started.append((host, child))
         return child
 
-    def _shape(self, first: int, last: int) -> list[float] | None:
-        """Return rates, latency and origin of what lies between two hosts; -1 is the entry."""
+    def _shape(self, first: int, last: int) -> Mapping[str, Any] | None:
+        """Return what lies between two hosts, for `shape_of`; -1 is the entry."""
         between = [n for n in self._options.networks[first + 1 : last + 1] if n is not None]
         if not between:
             return None
-        return [
-            min(n.up_bits_s for n in between),
-            min(n.down_bits_s for n in between),
-            sum(n.latency_s for n in between),
-            self._options.origin_s,
-        ]
+        network = Network(
+            latency_s=sum(n.latency_s for n in between),
+            up_trace=narrowest([n.up for n in between]),
+            down_trace=narrowest([n.down for n in between]),
+        )
+        return told_shape(network, self._options.origin_s)
 
     def close(self) -> None:
         """End the links to all hosts."""

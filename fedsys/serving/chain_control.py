@@ -13,7 +13,7 @@ from typing import Any, final
 from fedsys.errors import FedsysError, first_line
 from fedsys.partition.conditions import Observer, told, under
 from fedsys.partition.controller import MoveRules, Sight, StandingCuts, Verdict, decide_move
-from fedsys.partition.problem import Problem
+from fedsys.partition.problem import Partition, Problem
 from fedsys.serving.chain import ChainEngine
 
 _LEARN = 0.3  # weight of the newest change in what the next is expected to cost
@@ -31,6 +31,7 @@ class ChainControl:
         rules: When cuts change.
         observer: Was told of requests.
         tell: Called with each record of a change, or of one that failed.
+        among: The partitions that are looked at; empty: all.
 
     Attributes:
         records: Changes, and those that failed, as plain values.
@@ -44,9 +45,10 @@ class ChainControl:
         rules: MoveRules,
         observer: Observer,
         tell: Callable[[Mapping[str, Any]], None] = lambda record: None,
+        among: tuple[Partition, ...] = (),
     ) -> None:
         self._engine, self._problem, self._rules = engine, problem, rules
-        self._observer, self._tell = observer, tell
+        self._observer, self._tell, self._among = observer, tell, among
         self.place = StandingCuts(engine.partition)
         self.records: deque[Mapping[str, Any]] = deque(maxlen=1000)
         self.last: Mapping[str, Any] = {}
@@ -62,7 +64,7 @@ class ChainControl:
         rate = (answers - self._answers) / max(1e-3, now - self._looked_s)
         self._answers, self._looked_s = answers, now
         problem = under(self._problem, conditions)
-        sight = Sight(now, problem, self._observer.took_s, rate, self._cost_s * rate)
+        sight = Sight(now, problem, self._observer.took_s, rate, self._cost_s * rate, self._among)
         place, decision = decide_move(self.place, sight, self._rules)
         names = [host.name for host in problem.hosts]
         self.last = {

@@ -12,9 +12,10 @@ from fedsys.config import Config, secret
 from fedsys.errors import ConfigError, ModelError
 from fedsys.models.layers import LayeredModel, layered
 from fedsys.partition.conditions import Observer
-from fedsys.partition.configured import hosts_of, networks_of, problem_of
+from fedsys.partition.configured import hosts_of, problem_of, traced_networks_of
 from fedsys.partition.controller import MoveRules
 from fedsys.partition.host import HostServer
+from fedsys.partition.likely import likely
 from fedsys.partition.planner import plan_partition
 from fedsys.partition.problem import RAW, Partition, Problem
 from fedsys.partition.remote_host import RemoteHost
@@ -85,7 +86,9 @@ class OpenedChain:
             self.control: ChainControl | None = None
             if problem is not None and observer is not None:
                 rules = MoveRules(config.hosts.margin, config.hosts.dwell_s)
-                self.control = ChainControl(self.engine, problem, rules, observer, tell)
+                ready = likely(problem, config.hosts.keep) if config.hosts.way == "warm" else ()
+                self.engine.prepare(ready)
+                self.control = ChainControl(self.engine, problem, rules, observer, tell, ready)
                 self.engine.decided = lambda: {} if self.control is None else self.control.last
                 self.control.start(config.hosts.interval_s)
             self._rest = stack.pop_all()
@@ -141,7 +144,7 @@ def _connect(config: Config, stack: ExitStack) -> list[RemoteHost]:
 def _options(config: Config) -> ChainOptions:
     networks: tuple[Network | None, ...] = ()
     if config.hosts.emulate:
-        networks = (None, *networks_of(config))
+        networks = (None, *traced_networks_of(config))
     rows = sorted({1, config.serving.max_batch})
     return ChainOptions(config.serving.timeout_s, tuple(rows), networks, time.monotonic())
 

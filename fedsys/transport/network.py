@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -88,6 +89,23 @@ class Rate:
     def constant(cls, bits_s: float) -> Rate:
         """Return the same rate at all times; infinite: no limit."""
         return cls((0.0,), (bits_s,))
+
+
+def narrowest(rates: Sequence[Rate]) -> Rate:
+    """Return the least of several rates at each moment: what passes links that follow each other.
+
+    Raises:
+        ConfigError: They repeat with other periods.
+    """
+    periods = {rate.period_s for rate in rates if rate.period_s is not None or len(rate.bits_s) > 1}
+    if len(periods) > 1:
+        raise ConfigError.of(
+            "network.period_s", sorted(map(str, periods)), "must be one for traces of links that "
+            "follow each other",
+        )  # fmt: skip
+    starts = sorted({start for rate in rates for start in rate.starts_s})
+    least = (min(r.bits_s[bisect_right(r.starts_s, start) - 1] for r in rates) for start in starts)
+    return Rate(tuple(starts), tuple(least), next(iter(periods), None))
 
 
 def finish_time(start_s: float, nbytes: float, rate: Rate) -> float:

@@ -48,9 +48,9 @@ def three_hosts(address="memory", **more):
 
 
 @contextmanager
-def chain_of_three(net=None, first=None, way="beside", address="memory", **more):
+def chain_of_three(net=None, first=None, way="beside", address="memory", spawn=None, **more):
     net = model() if net is None else net
-    with three_hosts(address) as (servers, remotes):
+    with three_hosts(address, spawn=spawn) as (servers, remotes):
         chain = Chain(remotes, UnitParts(layered(net, SHAPE), SHAPE), token="secret")
         engine = ChainEngine(chain, CARD, first or cut(1, 2), way, **more)
         try:

@@ -1,3 +1,4 @@
+import itertools
 import threading
 
 import pytest
@@ -9,7 +10,7 @@ from fedsys.models import layered
 from fedsys.partition import remote_host
 from fedsys.partition.conditions import Observer
 from fedsys.partition.controller import MoveRules
-from fedsys.partition.host import HostLimits, HostServer
+from fedsys.partition.host import HostLimits, HostServer, Spawned
 from fedsys.partition.planner import solve
 from fedsys.partition.problem import Host, Problem
 from fedsys.partition.remote_host import RemoteHost
@@ -79,11 +80,18 @@ def test_a_codec_at_the_cuts_changes_answers_as_little_as_it_says(net):
     assert torch.allclose(got, scores(net, x), atol=1e-2)
 
 
-@pytest.mark.parametrize("way", ["beside", "pause", "warm"])
+@pytest.mark.parametrize("way", ["beside", "pause", "process", "warm"])
 def test_no_request_is_lost_or_wrong_while_cuts_change_under_load(net, way):
     x, stop, wrong, done = images(), threading.Event(), [], []
-    expected = scores(net, x)
-    with chain_of_three(net, way=way) as (engine, servers):
+    expected, started, ended, numbers = scores(net, x), [], [], itertools.count()
+
+    def spawn():  # a host in this process: `fedsys host` starts others (test_chain_processes)
+        name = f"memory://started-{next(numbers)}"
+        server = HostServer("started", name, StageBuilder(), control_token="secret")
+        started.append(name)
+        return Spawned(name, lambda: (ended.append(name), server.stop()))
+
+    with chain_of_three(net, way=way, spawn=spawn) as (engine, servers):
         if way == "warm":
             engine.prepare([cut(*cuts) for cuts in CUTS])
 
@@ -98,17 +106,25 @@ def test_no_request_is_lost_or_wrong_while_cuts_change_under_load(net, way):
         threads = [threading.Thread(target=ask) for _ in range(3)]
         for thread in threads:
             thread.start()
-        costs = [engine.move(cut(*cuts)) for cuts in CUTS * 2]
-        stop.set()
+        try:
+            costs = [engine.move(cut(*cuts)) for cuts in CUTS * 2]
+        finally:
+            stop.set()
         for thread in threads:
             thread.join(60)
         assert wrong == [] and len(done) >= 1
         assert engine.status()["moves"] == len(costs)
         if way == "warm":
             assert all(cost.prepare_ms == 0 for cost in costs[len(CUTS) :])  # told once
+        if way == "process":
+            assert all(server.status()["computed"] == 0 for server in servers)
+            assert len(started) - len(ended) == sum(
+                1 for row in engine.status()["chain"] if row["units"]
+            )
         if way == "beside":
             kept = sum(p.nbytes for p in net.parameters()) * 1.1
             assert all(server.store.nbytes <= kept for server in servers)
+    assert sorted(ended) == sorted(started)
 
 
 def test_an_observer_that_fails_costs_no_answer(net, caplog):
