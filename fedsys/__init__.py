@@ -5,19 +5,21 @@ Its folders are rooms with an order (``docs/architecture.md``). What a room offe
 that a room costs no more than what is taken from it.
 """
 
-from __future__ import annotations
-
-import importlib
 import sys
-from collections.abc import Callable, Mapping
+
+TYPE_CHECKING = False
+"""As that of `typing`, whose import costs what a room does: type checkers take it for true."""
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
 
 __version__ = "0.1.0"
 """That of ``pyproject.toml``, also where fedsys is not installed but shipped in Flower's bundle."""
 
 
 def face(
-    room: str, names: Mapping[str, str]
-) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
+    room: str, names: "Mapping[str, str]"
+) -> "tuple[Callable[[str], object], Callable[[], list[str]]]":
     """Return ``__getattr__`` and ``__dir__`` of a room whose names are imported late (PEP 562).
 
     A name must not be that of a module of the room: whoever imports the module first would make
@@ -34,6 +36,8 @@ def face(
     def getattribute(name: str) -> object:
         if name not in module_of:
             raise AttributeError(f"module {room!r} has no attribute {name!r}")
+        import importlib
+
         value = getattr(importlib.import_module(module_of[name]), name)
         setattr(sys.modules[room], name, value)  # from now on an attribute like any other
         return value

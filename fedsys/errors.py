@@ -23,7 +23,6 @@ A message names the argument, its value, the rule that it breaks, and the way ou
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from typing import TypeGuard
 
@@ -131,6 +130,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     >>> did_you_mean("zzz", ["vgg5"])
     ''
     """
+    import difflib
+
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"did you mean '{close[0]}'? " if close else ""
 

@@ -6,13 +6,10 @@ was interrupted. With ``json=true`` the last line of standard output is one JSON
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -70,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     finally:
         opening.clear()
-        logging.shutdown()
+        if (logging := sys.modules.get("logging")) is not None:
+            logging.shutdown()
 
 
 def _interrupt(signum: int, frame: object) -> NoReturn:
@@ -99,6 +97,8 @@ def report(error: FedsysError) -> int:
     """Print an error as one message, with its traceback if FEDSYS_TRACEBACK is set."""
     opening.clear()
     if os.environ.get("FEDSYS_TRACEBACK"):
+        import traceback
+
         traceback.print_exception(error)
     print(f"fedsys: {error}", file=sys.stderr)
     return error.exit_status
@@ -149,7 +149,7 @@ class Invocation:
         errors = [end for end in self._sweep.ends if isinstance(end, FedsysError)]
         if self._json and results:
             result = {"runs": results} if given.multirun else results[-1]
-            print(json.dumps(_finite(result)), flush=True)
+            _print_json(result)
         if errors:
             for error in errors[:-1]:
                 report(error)
@@ -195,7 +195,7 @@ class Invocation:
     def _plain(self, given: Given) -> int:
         result = self._function()(given)
         if "json=true" in given.overrides:
-            print(json.dumps(_finite(result)), flush=True)
+            _print_json(result)
         return 0
 
     def _overrides(self, given: Given) -> list[str]:
@@ -287,6 +287,12 @@ class Invocation:
             self._sweep.ends.append(job(tree))
         except FedsysError as error:  # kept from Hydra, which would print more lines about it
             self._sweep.ends.append(error)
+
+
+def _print_json(result: object) -> None:
+    import json
+
+    print(json.dumps(_finite(result)), flush=True)
 
 
 def _finite(value: Any) -> Any:

@@ -5,7 +5,7 @@ where there is nothing to compose) and returns the figures of the JSON line. `fe
 them by name, so that a command imports no other.
 """
 
-from typing import TYPE_CHECKING
+from fedsys import TYPE_CHECKING
 
 __all__ = [
     "bench",

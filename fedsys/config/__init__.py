@@ -19,10 +19,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from fedsys import faults
 from fedsys.config import mobility, rules, secret
 from fedsys.config.building import build
@@ -114,6 +110,10 @@ def parse(text: str) -> Config:
     Raises:
         ConfigError: Names the key, its value, the rule and the way out.
     """
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
         tree = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
     # OmegaConf asserts that a text is a mapping or a list.
@@ -182,6 +182,8 @@ def compose_text(overrides: str) -> str:
 
 def to_text(tree: Any) -> str:
     """Return the resolved YAML of a composed configuration, or of plain dicts and lists."""
+    from omegaconf import OmegaConf
+
     with translated_errors():
         made = OmegaConf.create(tree)
         for link in (made.get("network"), *((made.get("fleet") or {}).get("links") or ())):
@@ -206,6 +208,8 @@ def _absolute(trace: Any) -> Any:
 
 def plain(tree: Any) -> dict[str, Any]:
     """Return a composed configuration as resolved plain dicts and lists."""
+    from omegaconf import OmegaConf
+
     with translated_errors():
         return typing.cast(
             dict[str, Any], OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
@@ -214,11 +218,15 @@ def plain(tree: Any) -> dict[str, Any]:
 
 def with_values(text: str, **values: Any) -> str:
     """Return the YAML of a run with other values for some of its top-level keys."""
+    from omegaconf import OmegaConf
+
     return to_text(OmegaConf.merge(OmegaConf.create(text), OmegaConf.create(values)))
 
 
 def public_text(text: str) -> str:
     """Return the YAML of a run without its secrets; as it is, if there are none."""
+    import yaml
+
     tree = plain(yaml.safe_load(text))
     masked = secret.public(tree)
     return text if masked == tree else to_text(masked)

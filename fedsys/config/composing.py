@@ -9,9 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf.errors import OmegaConfBaseException
-
 from fedsys.config.secret import MASK, is_secret
 from fedsys.errors import ConfigError, better_name, did_you_mean, first_line
 
@@ -31,6 +28,7 @@ _ABSENT = object()
 def translated_errors() -> Iterator[None]:
     """Turn errors of Hydra and OmegaConf into a `ConfigError` of one or two lines."""
     from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
 
     try:
         yield
@@ -103,6 +101,8 @@ def options_of(group: str) -> list[str]:
 
 def _choices_with(key: str) -> list[str]:
     """Return the choices of a group that have the option `key`, such as ``policy.cut``."""
+    import yaml
+
     group, *inner = key.split(".")
     found = []
     for name in options_of(group) if inner else ():
@@ -123,6 +123,8 @@ def _torchvision_names() -> set[str]:
 
 def _keys() -> list[str]:
     """Return all options by their whole names: those of ``config.yaml`` and those of the groups."""
+    import yaml
+
     keys: dict[str, None] = {}
 
     def walk(node: dict[str, Any], prefix: str) -> None:
@@ -172,6 +174,7 @@ def known_models(overrides: Sequence[str]) -> Iterator[None]:
 
 def _store_fleet(path: str) -> None:
     """Make ``fleet=PATH.yaml`` work: a file of the user's, over the defaults of ``fleet=local``."""
+    import yaml
     from hydra.core.config_store import ConfigStore
 
     try:

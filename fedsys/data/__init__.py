@@ -6,9 +6,7 @@ augmented mini-batches. Everything drawn is a function of the seed and an addres
 (`fedsys.randomness`), so a partition or an epoch repeats bit for bit wherever it is asked for.
 """
 
-from typing import TYPE_CHECKING
-
-from fedsys import face
+from fedsys import TYPE_CHECKING, face
 
 __all__ = [
     "Dataset",

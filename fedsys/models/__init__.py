@@ -18,9 +18,7 @@ units, without in-place operations and without control flow on tensors, so that 
 cut, pruned and skipped unit by unit.
 """
 
-from typing import TYPE_CHECKING
-
-from fedsys import face
+from fedsys import TYPE_CHECKING, face
 
 __all__ = [
     "LayeredModel",

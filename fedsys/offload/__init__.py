@@ -5,9 +5,7 @@ optimizer of that, and its place in the dialogue. The server app opens, moves an
 `Fleet`; a device trains with one by its `Remote`, whatever becomes of links and servers.
 """
 
-from typing import TYPE_CHECKING
-
-from fedsys import face
+from fedsys import TYPE_CHECKING, face
 
 __all__ = [
     "EdgeClient",

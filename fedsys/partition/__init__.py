@@ -4,9 +4,7 @@
 on each host; `evaluate` what a partition costs, part by part.
 """
 
-from typing import TYPE_CHECKING
-
-from fedsys import face
+from fedsys import TYPE_CHECKING, face
 
 __all__ = [
     "Constraints",

@@ -10,9 +10,7 @@ Closed forms time iterations, `play` the same as events, and `virtual_round` a w
 Nothing here waits, connects or trains.
 """
 
-from typing import TYPE_CHECKING
-
-from fedsys import face
+from fedsys import TYPE_CHECKING, face
 
 __all__ = [
     "Assignment",

@@ -9,9 +9,7 @@ labels under randomised response. The modules ``audit_…`` are attacks: images 
 labels from gradients, membership from models, and lower bounds on ε, which no claim may lie below.
 """
 
-from typing import TYPE_CHECKING
-
-from fedsys import face
+from fedsys import TYPE_CHECKING, face
 
 __all__ = [
     "Claim",

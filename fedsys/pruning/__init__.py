@@ -7,9 +7,7 @@ computes the same, and a `Portfolio` holds such variants with what each costs::
     small = shrink(model, (3, 32, 32), masks=masks).model
 """
 
-from typing import TYPE_CHECKING
-
-from fedsys import face
+from fedsys import TYPE_CHECKING, face
 
 __all__ = [
     "Made",

@@ -5,9 +5,7 @@ what `fedsys train resume=RUN` continues from. Importing the room loads no torch
 are made without it.
 """
 
-from typing import TYPE_CHECKING
-
-from fedsys import face
+from fedsys import TYPE_CHECKING, face
 
 __all__ = [
     "Checkpoint",

@@ -4,9 +4,7 @@ An `Engine` turns images into scores; `Endpoint` puts HTTP around one. `Portfoli
 with one variant of a portfolio and changes it as `decide` says, without losing a request.
 """
 
-from typing import TYPE_CHECKING
-
-from fedsys import face
+from fedsys import TYPE_CHECKING, face
 
 __all__ = [
     "Answer",

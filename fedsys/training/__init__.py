@@ -6,9 +6,7 @@ mini-batch. `Masks` say which weights are pruned. `build_model` and `layered_mod
 of a run.
 """
 
-from typing import TYPE_CHECKING
-
-from fedsys import face
+from fedsys import TYPE_CHECKING, face
 
 __all__ = [
     "Federation",

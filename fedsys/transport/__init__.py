@@ -5,9 +5,7 @@ TCP or gRPC with TLS; `serve` and `dial` are its two ends. `Network` says how fa
 value. The room knows tensors and no run: neither models nor configuration.
 """
 
-from typing import TYPE_CHECKING
-
-from fedsys import face
+from fedsys import TYPE_CHECKING, face
 
 __all__ = [
     "CODECS",
