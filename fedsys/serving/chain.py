@@ -25,18 +25,20 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from fedsys.errors import ConfigError, FedsysError, RuntimeFailure
+from fedsys.errors import ConfigError, FedsysError, ModelError, RequestError, RuntimeFailure
 from fedsys.partition.data_link import open_data, told_shape
-from fedsys.partition.pipeline import Passed, Pipeline
-from fedsys.partition.problem import RAW, Partition
+from fedsys.partition.pipeline import Lost, Passed, Pipeline
+from fedsys.partition.problem import Partition
 from fedsys.partition.remote_host import RemoteHost
 from fedsys.serving.chain_parts import UnitParts
-from fedsys.serving.engine import CALM, Answer, Card, Pressure
+from fedsys.serving.engine import CALM, Answer, Card, Fact, Pressure
+from fedsys.serving.routes import WHOLE, Route, common_units, label_of, route_of, working
 from fedsys.serving.switch.switcher import Cost, Loaded
 from fedsys.transport.network import Network, narrowest
 from fedsys.transport.security import Credentials, new_token
@@ -44,23 +46,14 @@ from fedsys.transport.security import Credentials, new_token
 Observe = Callable[[Partition, Passed, int, float], None]
 """Is told of a request: who computed what, what hosts told, its examples and its seconds."""
 
+Back = Callable[[Route, Passed, int, float], None]
+"""The same, for all ways through the model."""
+
+_LEARN = 0.1  # weight of the newest request in how long a route takes
+
 _log = logging.getLogger(__name__)
 
 WAYS = ("beside", "pause", "process", "warm")
-
-
-def label_of(partition: Partition) -> str:
-    """Return the name of a partition: its cuts, with codecs that are not fp32, as ``5/9:int8``."""
-    return "/".join(
-        f"{cut}" if codec == RAW else f"{cut}:{codec}"
-        for cut, codec in zip(partition.cuts, partition.codecs, strict=True)
-    )
-
-
-def partition_of(label: str) -> Partition:
-    """Return the partition of a name that `label_of` gave."""
-    pairs = [part.partition(":") for part in label.split("/")]
-    return Partition(tuple(int(cut) for cut, _, _ in pairs), tuple(c or RAW for _, _, c in pairs))
 
 
 @dataclass(frozen=True)
@@ -73,25 +66,45 @@ class ChainOptions:
         networks: Rates and latencies that links between neighbours are slowed down to, in real
             time, the first one between entry and first host; None: as they are.
         origin_s: Moment of `time.monotonic` at which their traces begin.
+        lost: Is told of a host that is lost: its requests wait for what `Pipeline.divert` says.
+            None: they fail.
     """
 
     timeout_s: float = 30.0
     warm_rows: tuple[int, ...] = (1,)
     networks: tuple[Network | None, ...] = ()
     origin_s: float = 0.0
+    lost: Lost | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Stood:
+    """A stage of a pipeline that was built.
+
+    Attributes:
+        index: Of its host in the chain.
+        host: Its host.
+        key: Of the pipeline there.
+        boundaries: Where requests may go on in it: the first of its units, …, the unit behind them.
+    """
+
+    index: int
+    host: RemoteHost
+    key: str
+    boundaries: tuple[int, ...]
 
 
 @dataclass(eq=False)
 class _Laid:
-    """What stands of one pipeline: hosts with their stages, hosts that were started for it."""
+    """What stands of one pipeline: its stages in order, and hosts that were started for it."""
 
-    stages: list[tuple[RemoteHost, str]] = field(default_factory=list)
+    stages: list[Stood] = field(default_factory=list)
     started: list[tuple[RemoteHost, RemoteHost]] = field(default_factory=list)
 
     def take_down(self) -> None:
         """Drop the stages, and end the hosts that were started."""
-        for host, key in self.stages:
-            host.drop(key)
+        for stood in self.stages:
+            stood.host.drop(stood.key)
         for parent, child in self.started:
             child.close()
             with suppress(FedsysError):
@@ -103,29 +116,32 @@ class ChainModule(nn.Module):
 
     Args:
         pipeline: The pipeline.
-        partition: Who computes what in it.
+        route: Who computes what in it.
         laid: What it stands on.
         passed: Called with each request that came back.
     """
 
-    def __init__(
-        self, pipeline: Pipeline, partition: Partition, laid: _Laid, passed: Observe
-    ) -> None:
+    def __init__(self, pipeline: Pipeline, route: Route, laid: _Laid, passed: Back) -> None:
         super().__init__()
-        self._pipeline, self._partition = pipeline, partition
+        self.pipeline, self.route = pipeline, route
         self._laid, self._passed = laid, passed
+
+    @property
+    def stages(self) -> Sequence[Stood]:
+        """Its stages, in the order in which a request passes them."""
+        return self._laid.stages
 
     def forward(self, images: Tensor) -> Tensor:
         """Return what the chain makes of images."""
         began = time.monotonic()
-        passed = self._pipeline.run(images)
+        passed = self.pipeline.run(images)
         took = time.monotonic() - began
-        self._passed(self._partition, passed, images.shape[0], took)
+        self._passed(self.route, passed, images.shape[0], took)
         return passed.output
 
     def close(self) -> None:
         """Take the pipeline down on all hosts."""
-        self._pipeline.close()
+        self.pipeline.close()
         self._laid.take_down()
 
 
@@ -139,6 +155,10 @@ class Chain:
         token: That hosts want to hear, also those that are started.
         credentials: For mutual TLS.
         options: How pipelines are made.
+        ways: The units of other ways through the model, by name (`fedsys.serving.routes`).
+
+    Attributes:
+        marks: Boundaries of the whole model at which a request may change pipelines within a host.
     """
 
     def __init__(
@@ -149,60 +169,75 @@ class Chain:
         token: str = "",
         credentials: Credentials | None = None,
         options: ChainOptions = ChainOptions(),
+        ways: Callable[[str], UnitParts] | None = None,
     ) -> None:
         self.hosts, self.parts = tuple(hosts), parts
         self._token, self._credentials, self._options = token, credentials, options
+        self._ways = ways
+        self.marks: frozenset[int] = frozenset()
         self._number = 0
         self._lock = threading.Lock()
 
-    def check(self, partition: Partition) -> None:
-        """Refuse a partition of another model or other hosts.
+    def parts_of(self, way: str) -> UnitParts:
+        """Return the units of a way.
+
+        Raises:
+            ModelError: There is no such way.
+        """
+        if way == WHOLE:
+            return self.parts
+        if self._ways is None:
+            raise ModelError(f"{way}: the model has no other ways than that of all its units")
+        return self._ways(way)
+
+    def check(self, route: Route) -> None:
+        """Refuse a route of another model or other hosts.
 
         Raises:
             ConfigError: It does not fit.
         """
-        cuts, units = list(partition.cuts), len(self.parts)
+        parts = self.parts_of(route.way)
+        cuts, units = list(route.partition.cuts), len(parts)
         fits = len(cuts) == len(self.hosts) - 1 and cuts == sorted(cuts)
-        legal = {0, *self.parts.layers.cuts, units}
+        legal = {0, *parts.layers.cuts, units}
         if not fits or not set(cuts) <= legal:
             raise ConfigError.of(
                 "partition.cuts", cuts, f"must be {len(self.hosts) - 1} of "
                 f"{', '.join(map(str, sorted(legal)))}, ascending",
             )  # fmt: skip
 
-    def lay(self, partition: Partition, passed: Observe, *, fresh: bool = False) -> ChainModule:
+    def lay(self, route: Route, passed: Back, *, fresh: bool = False) -> ChainModule:
         """Build a pipeline, from its last host to its first, and connect it.
 
         Args:
-            partition: Who computes what.
+            route: Who computes what.
             passed: Called with each request that comes back.
             fresh: In host processes that are started for it.
 
         Raises:
-            ConfigError: The partition does not fit.
+            ConfigError: The route does not fit.
             RuntimeFailure: A host refuses, or is lost; what was built is taken down.
         """
-        self.check(partition)
+        self.check(route)
         with self._lock:
             self._number += 1
             key = f"{self._number}-{new_token()[:8]}"
         laid = _Laid()
         try:
-            pipeline = self._build(laid, key, partition, fresh)
+            pipeline = self._build(laid, key, route, fresh)
         except BaseException:
             laid.take_down()
             raise
-        return ChainModule(pipeline, partition, laid, passed)
+        return ChainModule(pipeline, route, laid, passed)
 
-    def _build(self, laid: _Laid, key: str, partition: Partition, fresh: bool) -> Pipeline:
-        units = len(self.parts)
-        parts = [(i, *partition.units_of(i, units)) for i in range(len(self.hosts))]
-        working = [part for part in parts if part[2] > part[1]]
-        places = self._places(laid, [self.hosts[index] for index, _, _ in working], fresh)
+    def _build(self, laid: _Laid, key: str, route: Route, fresh: bool) -> Pipeline:
+        parts, partition = self.parts_of(route.way), route.partition
+        takes = list(working(partition, len(parts)))
+        places = self._places(laid, [self.hosts[index] for index, _, _ in takes], fresh)
         following: tuple[RemoteHost, str, int] | None = None
-        for (index, first, last), host in reversed(list(zip(working, places, strict=True))):
+        for (index, first, last), host in reversed(list(zip(takes, places, strict=True))):
             token = new_token()
-            meta: dict[str, Any] = {"pipeline": key, "token": token, "end": last}
+            meta: dict[str, Any] = {"pipeline": key, "token": token, "end": last, "by": route.label}
             if following is not None:
                 after, its_token, place = following
                 meta |= {
@@ -211,16 +246,25 @@ class Chain:
                     "next_token": its_token,
                     "codec": partition.codecs[place - 1],
                     "shape_link": self._shape(index, place),
+                    "holds": self._options.lost is not None,
                 }
-            host.build([(first, self.parts.of(first, last))], meta, self._options.warm_rows)
-            laid.stages.append((host, key))
+            bounds = [first, *self._within(route.way, first, last), last]
+            pieces = [(a, parts.of(a, b)) for a, b in pairwise(bounds)]
+            host.build(pieces, meta, self._options.warm_rows)
+            laid.stages.insert(0, Stood(index, host, key, tuple(bounds)))
             following = host, token, index
         assert following is not None
         host, token, index = following
         own = None if host.address.startswith("memory://") else self._credentials
         opened = {"pipeline": key, "token": token}
         link = open_data(host.address, own, opened, self._shape(-1, index))
-        return Pipeline(label_of(partition), link, self._options.timeout_s)
+        timeout_s, lost = self._options.timeout_s, self._options.lost
+        return Pipeline(route.label, link, timeout_s, self.hosts[index].name, lost)
+
+    def _within(self, way: str, first: int, last: int) -> list[int]:
+        """Return where a stage may be entered: what the way has in common with the whole model."""
+        common = common_units(way, len(self.parts))
+        return sorted(mark for mark in self.marks if first < mark < last and mark <= common)
 
     def _places(self, laid: _Laid, hosts: Sequence[RemoteHost], fresh: bool) -> list[RemoteHost]:
         """Return where stages are built: on hosts, or on those that they start, all at once."""
@@ -308,6 +352,9 @@ class ChainEngine:
     Attributes:
         moves: The last changes of cuts.
         decided: Tells the last decision of who controls it, for the status.
+        recovery: Tells how hosts are and what stands in for lost ones, for the status.
+        out: Why nobody can answer; empty while somebody can.
+        took_s: How long requests took lately, by the label of the route.
 
     Raises:
         ConfigError: The partition does not fit.
@@ -326,23 +373,53 @@ class ChainEngine:
         if way not in WAYS:
             raise ConfigError.of("hosts.way", way, f"must be one of {', '.join(WAYS)}")
         self.card, self.watch, self.chain, self.way = card, ChainWatch(), chain, way
-        self._observe, self._name = passed, name
+        self._observe, self._name, self.out = passed, name, ""
+        self.took_s: dict[str, float] = {}
         self._last: Passed | None = None
+        self._own = threading.local()
         self._answers: Counter[str] = Counter()
+        self._live: tuple[ChainModule, ...] = ()
+        self._lock = threading.Lock()
         self.moves: deque[Mapping[str, Any]] = deque(maxlen=1000)
         self.decided: Callable[[], Mapping[str, Any]] = dict
-        warm = (torch.zeros(1, *card.input_shape),)
-        self.switcher = Loaded(self._lay, label_of(first), warm, _take_down)
+        self.recovery: Callable[[], Mapping[str, Any]] = dict
+        self.switcher = Loaded(self._lay, Route(first).label, (), self._take_down)
 
     def _lay(self, label: str) -> nn.Module:
-        return self.chain.lay(partition_of(label), self._passed, fresh=self.way == "process")
-
-    def _passed(self, partition: Partition, passed: Passed, rows: int, took: float) -> None:
-        self._last = passed
+        module = self.chain.lay(route_of(label), self._passed, fresh=self.way == "process")
+        with self._lock:
+            self._live += (module,)
         try:
-            self._observe(partition, passed, rows, took)
+            with torch.inference_mode():
+                module(torch.zeros(1, *self.card.input_shape))
+        except BaseException:
+            self._take_down(module)
+            raise
+        return module
+
+    def _take_down(self, module: nn.Module) -> None:
+        with self._lock:
+            self._live = tuple(one for one in self._live if one is not module)
+        if not isinstance(module, ChainModule):
+            raise RuntimeFailure(f"{type(module).__name__} is no pipeline")
+        module.close()
+
+    def _passed(self, route: Route, passed: Passed, rows: int, took: float) -> None:
+        self._last = self._own.passed = passed
+        if passed.by != route.label or passed.again:
+            return  # how long a request took that changed pipelines tells nothing of either
+        self.took_s[route.label] = took * _LEARN + self.took_s.get(route.label, took) * (1 - _LEARN)
+        if route.way != WHOLE:
+            return
+        try:
+            self._observe(route.partition, passed, rows, took)
         except Exception:  # the request has its answer
             _log.exception("a request could not be taken note of; it is answered")
+
+    @property
+    def live(self) -> tuple[ChainModule, ...]:
+        """All pipelines that stand, or are about to, in the order in which they were begun."""
+        return self._live
 
     @property
     def lanes(self) -> int:
@@ -352,7 +429,7 @@ class ChainEngine:
     @property
     def ready(self) -> bool:
         """Whether a pipeline answers; else requests wait for one."""
-        return self.switcher.ready
+        return self.switcher.ready and not self.out
 
     @property
     def answered(self) -> int:
@@ -360,20 +437,40 @@ class ChainEngine:
         return sum(self._answers.values())
 
     @property
+    def route(self) -> Route:
+        """Which way requests take now."""
+        return route_of(self.switcher.current)
+
+    @property
     def partition(self) -> Partition:
         """Who computes what now."""
-        return partition_of(self.switcher.current)
+        return self.route.partition
 
     def answer(self, images: Tensor, pressure: Pressure = CALM, by: str = "") -> Answer:
         """Return the scores, all by one pipeline; whichever that is, they are of one model.
 
         Raises:
             RuntimeFailure: A host failed, or is lost.
+            RequestError: No host is left that could answer.
         """
-        with self.switcher.lease() as active:
-            scores = active.run(images)
-        self._answers[active.name] += images.shape[0]
-        return Answer(scores.float(), self._name, {"cuts": active.name})
+        try:
+            with self.switcher.lease() as active:
+                scores = active.run(images)
+        except RuntimeFailure as error:
+            if self.out:
+                raise RequestError(503, self.out) from error
+            raise
+        passed: Passed = self._own.passed
+        route = route_of(passed.by or active.name)
+        self._answers[route.label] += images.shape[0]
+        facts: dict[str, Fact] = {"cuts": label_of(route.partition)}
+        if self.recovery is not dict:
+            facts |= {"technique": self._technique(route), "way": route.way or "whole"}
+            facts["replayed"] = passed.again
+        return Answer(scores.float(), route.way or self._name, facts)
+
+    def _technique(self, route: Route) -> str:
+        return str(self.recovery().get("techniques", {}).get(route.label, "none"))
 
     def prepare(self, partitions: Sequence[Partition]) -> None:
         """Have these pipelines ready beside the one that answers, and no others."""
@@ -386,46 +483,46 @@ class ChainEngine:
             ConfigError: The partition does not fit.
             RuntimeFailure: It cannot be built. The old one answers on.
         """
-        self.chain.check(partition)
-        cost = self.switcher.switch(label_of(partition), beside=self.way != "pause")
+        route = Route(partition)
+        self.chain.check(route)
+        cost = self.switcher.switch(route.label, beside=self.way != "pause")
         self.moves.append({"time_s": time.time(), "way": self.way, **vars(cost)})
         return cost
 
     def status(self) -> Mapping[str, Any]:
         """Return the chain with what runs where, its last times, and the moves so far."""
-        now = self.partition
-        units = [unit.name for unit in self.chain.parts.layers.units]
-        parts = {str(p["host"]): p for p in (self._last.parts if self._last else ())}
-        rows = []
-        for index, host in enumerate(self.chain.hosts):
-            first, last = now.units_of(index, len(units))
-            row: dict[str, Any] = {"host": host.name, "address": host.address}
-            row["units"] = units[first:last]
-            if (part := parts.get(host.name)) is not None:
-                for key in ("queue_s", "compute_s", "link_s"):
-                    if key in part:
-                        row[key.replace("_s", "_ms")] = 1e3 * float(part[key])
-                row["bytes"] = part.get("bytes")
-            rows.append(row)
+        recovery = self.recovery()
         return {
             "variant": self.switcher.current,
             "ready": self.ready,
-            "chain": rows,
+            "chain": self._rows(recovery.get("hosts", {})),
             "answers": dict(self._answers),
             "moves": len(self.moves),
             "way": self.way,
             "in_memory": [self.switcher.current, *self.switcher.spare],
             "records": list(self.moves)[-100:],
             "decision": dict(self.decided()),
+            **recovery,
         }
+
+    def _rows(self, hosts: Mapping[str, Any]) -> list[dict[str, Any]]:
+        route = self.route
+        units = [unit.name for unit in self.chain.parts_of(route.way).layers.units]
+        parts = {str(p["host"]): p for p in (self._last.parts if self._last else ())}
+        rows = []
+        for index, host in enumerate(self.chain.hosts):
+            first, last = route.partition.units_of(index, len(units))
+            row: dict[str, Any] = {"host": host.name, "address": host.address}
+            row |= {"units": units[first:last], **hosts.get(host.name, {})}
+            if (part := parts.get(host.name)) is not None:
+                for key in ("queue_s", "compute_s", "link_s"):
+                    if key in part:
+                        row[key.replace("_s", "_ms")] = 1e3 * float(part[key])
+                row["bytes"] = part.get("bytes")
+            rows.append(row)
+        return rows
 
     def close(self) -> None:
         """Take all pipelines down."""
         self.switcher.close()
         self.chain.close()
-
-
-def _take_down(module: nn.Module) -> None:
-    if not isinstance(module, ChainModule):
-        raise RuntimeFailure(f"{type(module).__name__} is no pipeline")
-    module.close()

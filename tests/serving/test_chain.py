@@ -15,9 +15,10 @@ from fedsys.partition.planner import solve
 from fedsys.partition.problem import Host, Problem
 from fedsys.partition.remote_host import RemoteHost
 from fedsys.planning.costs import MachineClass
-from fedsys.serving.chain import Chain, ChainEngine, ChainOptions, label_of, partition_of
+from fedsys.serving.chain import Chain, ChainEngine, ChainOptions
 from fedsys.serving.chain_control import ChainControl
 from fedsys.serving.chain_parts import StageBuilder, UnitParts
+from fedsys.serving.routes import label_of, partition_of
 from fedsys.transport.network import Network
 from fedsys.transport.security import Authority
 from tests.serving.chains import CARD, NAMES, SHAPE, chain_of_three, cut, images, model, three_hosts
