@@ -13,6 +13,7 @@ is here already is not sent again), and how they become a module is not this roo
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -37,6 +38,8 @@ from fedsys.transport.wire import Frame, Limits
 CONTROLLER = "server"
 """Name in the certificate of who may control a host, unless it is told another."""
 
+_WATCHED_S = 2.0  # since the last heartbeat: nobody sends any
+_LEAVING_S = 0.02  # between two looks
 _log = logging.getLogger(__name__)
 
 
@@ -119,6 +122,7 @@ class HostServer:
         self._spawned: dict[str, Spawned] = {}
         self._left = (0, 0.0)  # requests and seconds of stages that were dropped
         self._lock = threading.Lock()
+        self._leaves, self._asked_s = False, -math.inf
         self._strangers, self._process = Strangers(), psutil.Process()
         frames = Limits(limits.frame_bytes, limits.frame_bytes)
         self._server: Server = serve(
@@ -133,6 +137,22 @@ class HostServer:
     def address(self) -> str:
         """Address to dial, with the port that was chosen."""
         return self._server.address
+
+    def leave(self, timeout_s: float) -> bool:
+        """Ask controllers to leave this host out, and wait until no pipeline is here.
+
+        Args:
+            timeout_s: Longest time for that, in seconds.
+
+        Returns:
+            Whether it came true; False at once where nobody watches this host.
+        """
+        self._leaves, until = True, time.monotonic() + timeout_s
+        while self._stages and time.monotonic() < until:
+            if time.monotonic() - self._asked_s > _WATCHED_S:
+                break
+            time.sleep(_LEAVING_S)
+        return not self._stages
 
     def stop(self) -> None:
         """End all pipelines and links, and the hosts that were started here."""
@@ -194,7 +214,8 @@ class HostServer:
     def _answer(self, frame: Frame) -> Frame:
         meta = frame.meta
         if frame.kind == "ping":
-            return Frame("pong", {"id": meta.get("id")})
+            self._asked_s = time.monotonic()
+            return Frame("pong", {"id": meta.get("id"), "leaves": self._leaves})
         if frame.kind == "want":
             return Frame("missing", {"digests": self.store.missing(_texts(meta, "digests"))})
         if frame.kind == "tensors":

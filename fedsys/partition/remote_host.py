@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -72,23 +71,58 @@ class RemoteHost:
         timeout_s: float = 10.0,
     ) -> None:
         self.path, self.name, self.address = path, name, address
+        self._token, self._credentials = token, credentials
+        self._other_arithmetic, self._timeout_s = other_arithmetic, timeout_s
         self._lock = threading.Lock()
-        own = None if address.startswith("memory://") else credentials
+        self._owed: set[str] = set()
+        self._link: Link | None = self.connect()
+
+    def connect(self) -> Link:
+        """Return another link of control, on which the host answers beside the others.
+
+        Raises:
+            ConfigError: It cannot be reached, or is of another version or arithmetic.
+            SecurityError: It does not accept this end, or the other way round.
+        """
+        own = None if self.address.startswith("memory://") else self._credentials
+        link: Link | None = None
         try:
-            self._link: Link = dial(address, credentials=own, timeout_s=timeout_s, retry=False)
-            self._link.send(Frame("control", {"token": token}))
-            about = self._link.recv(timeout_s).meta
+            link = dial(self.address, credentials=own, timeout_s=self._timeout_s, retry=False)
+            link.send(Frame("control", {"token": self._token}))
+            about = link.recv(self._timeout_s).meta
         except LinkError as error:
+            if link is not None:
+                link.close()
             raise ConfigError.of(
-                f"{path}.address", address, "must be that of a host that answers",
+                f"{self.path}.address", self.address, "must be that of a host that answers",
                 f"start it there by fedsys host ({first_line(error)})",
             ) from error  # fmt: skip
         try:
-            self._check(about, other_arithmetic)
+            self._check(about, self._other_arithmetic)
             self.starts_hosts = bool(about.get("starts_hosts"))
         except ConfigError:
-            self._link.close()
+            link.close()
             raise
+        return link
+
+    def lose(self) -> None:
+        """Take note that the host is lost: whoever waits for its answer is told so at once."""
+        link, self._link = self._link, None
+        if link is not None:
+            link.close()
+
+    def come_back(self) -> None:
+        """Reach the host again, and have it drop what it was to drop meanwhile.
+
+        Raises:
+            ConfigError: As `connect`.
+        """
+        with self._lock:
+            if self._link is None:
+                self._link = self.connect()
+            owed, self._owed = self._owed, set()
+        for pipeline in owed:
+            self.drop(pipeline)
 
     def _check(self, about: Mapping[str, Any], other_arithmetic: bool) -> None:
         mine = package_version("fedsys")
@@ -114,9 +148,12 @@ class RemoteHost:
             RuntimeFailure: The host refuses, or is lost.
         """
         with self._lock:
+            link = self._link
+            if link is None:
+                raise RuntimeFailure(f"{self.name} at {self.address} is lost")
             try:
-                self._link.send(Frame(kind, meta or {}, tensors or {}))
-                reply = self._link.recv(_ANSWER_S)
+                link.send(Frame(kind, meta or {}, tensors or {}))
+                reply = link.recv(_ANSWER_S)
             except LinkError as error:
                 raise RuntimeFailure(f"{self.name} at {self.address} is lost: {error}") from error
         if reply.kind == "refused":
@@ -170,9 +207,11 @@ class RemoteHost:
 
     def close(self) -> None:
         """End the link; what was built stays until it is dropped."""
-        self._link.close()
+        self.lose()
 
     def drop(self, pipeline: str) -> None:
-        """Have a pipeline's stage dropped, if the host is there."""
-        with suppress(FedsysError):
+        """Have a pipeline's stage dropped: if the host is not there, when it comes back."""
+        try:
             self.ask("drop", {"pipeline": pipeline})
+        except FedsysError:
+            self._owed.add(pipeline)

@@ -70,6 +70,7 @@ class Heart:
         looked_s: When somebody looked last, by the clock.
         since_s: `watched_s` of the last change of `health`.
         why: Of the last verdict, in words.
+        leaves: Whether it wants to be left out, because it is about to end.
     """
 
     health: Health = Health.ALIVE
@@ -80,6 +81,7 @@ class Heart:
     looked_s: float | None = None
     since_s: float = 0.0
     why: str = ""
+    leaves: bool = False
 
     @property
     def silent_s(self) -> float:
@@ -104,16 +106,17 @@ def sent(heart: Heart, number: int) -> Heart:
     return replace(heart, under_way=(*heart.under_way, (number, heart.watched_s)))
 
 
-def answered(heart: Heart, number: int, took_s: float) -> Heart:
+def answered(heart: Heart, number: int, took_s: float, leaves: bool = False) -> Heart:
     """Return the state after the answer to a heartbeat; those before it have arrived, too.
 
     Args:
         heart: The state.
         number: Of the heartbeat.
         took_s: Its round trip by the clock, in seconds.
+        leaves: Whether the host says that it wants to be left out.
     """
     left = tuple(one for one in heart.under_way if one[0] > number)
-    heart = replace(heart, under_way=left)
+    heart = replace(heart, under_way=left, leaves=leaves)
     if heart.health is Health.LOST:  # what was under way meanwhile says nothing of round trips
         return _become(heart, Health.RETURNING, "it answers again")
     if heart.mean_s is None:
@@ -127,7 +130,7 @@ def answered(heart: Heart, number: int, took_s: float) -> Heart:
 
 def ended(heart: Heart, why: str) -> Heart:
     """Return the state after a connection to the host ended: a verdict at once."""
-    heart = replace(heart, under_way=())
+    heart = replace(heart, under_way=(), leaves=False)
     return heart if heart.health is Health.LOST else _become(heart, Health.LOST, why)
 
 
