@@ -7,10 +7,24 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+TECHNIQUES = ("repartition", "exit", "skip", "replica")
+"""How a chain can answer on after a host failed (`fedsys.serving.recovery`)."""
+
+
+@dataclass(frozen=True)
+class WeightsConfig:
+    """How much accuracy, latency and downtime count for each other after a failure."""
+
+    accuracy: float = 1.0
+    latency: float = 1.0
+    downtime: float = 1.0
+
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
     """What is asked of the answers, and how steady the choice of a variant is.
+
+    From `accuracy` on: what the way in which a chain answers on after a failure is chosen by.
 
     Attributes:
         p95_ms: 95 of 100 requests are to be answered within this time, in milliseconds.
@@ -18,6 +32,12 @@ class ObjectiveConfig:
         margin: A better variant must meet the objective if all signals were worse by this share.
         dwell_s: No better variant is entered earlier after a switch, in seconds.
         down_dwell_s: No smaller one either, in seconds, unless memory is short.
+        accuracy: Least accuracy, in [0, 1]; None for any.
+        latency_ms: Longest time of a request, in milliseconds; None for `p95_ms`.
+        downtime_ms: Longest time without an answer, in milliseconds; None for any.
+        weights: What counts how much among the ways that keep to these.
+        resolution: Differences below this share of the largest value do not count in full.
+        techniques: Those that may be chosen, of `TECHNIQUES`.
     """
 
     p95_ms: float = 100.0
@@ -25,6 +45,12 @@ class ObjectiveConfig:
     margin: float = 0.1
     dwell_s: float = 5.0
     down_dwell_s: float = 0.5
+    accuracy: float | None = None
+    latency_ms: float | None = None
+    downtime_ms: float | None = None
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    resolution: float = 0.05
+    techniques: tuple[str, ...] = TECHNIQUES
 
 
 @dataclass(frozen=True)
@@ -89,6 +115,16 @@ def _from(bound: float) -> tuple[Callable[[Any], bool], str]:
     return (lambda value: value is None or value >= bound), f"must be at least {bound:g}"
 
 
+def _share(value: Any) -> bool:
+    return value is None or 0 <= value <= 1
+
+
+def _counts(weights: WeightsConfig) -> bool:
+    """Whether weights are finite, none is below 0, and one is above."""
+    values = weights.accuracy, weights.latency, weights.downtime
+    return min(values) >= 0 < sum(values)
+
+
 _PLAIN = "must be of letters, digits, '.', '_', '-'"
 
 RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
@@ -98,6 +134,16 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("objective.margin", lambda v: 0 <= v <= 1, "must be in [0, 1]"),
     ("objective.dwell_s", *_from(0)),
     ("objective.down_dwell_s", *_from(0)),
+    ("objective.accuracy", _share, "must be in [0, 1]"),
+    ("objective.latency_ms", *_above(0)),
+    ("objective.downtime_ms", *_above(0)),
+    ("objective.weights", _counts, "must be at least 0, and one of them above 0"),
+    ("objective.resolution", _share, "must be in [0, 1]"),
+    (
+        "objective.techniques",
+        lambda v: bool(v) and set(v) <= set(TECHNIQUES),
+        f"must be a list of some of {', '.join(TECHNIQUES)}",
+    ),
     ("standby", *_from(0)),
     ("interval_s", *_above(0)),
     ("threads", *_from(1)),

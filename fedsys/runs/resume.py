@@ -41,6 +41,11 @@ _LATER: Final = {
 }
 """Options of groups in the digest that came later and that the model does not depend on."""
 
+_LATER_GOALS: Final = frozenset(
+    {"accuracy", "latency_ms", "downtime_ms", "weights", "resolution", "techniques"}
+)
+"""The same of ``serving.objective``."""
+
 _THEN: Final = {"variants": {"fine_tune": 0}}
 """What options in the digest that the model does not depend on were before they could be null."""
 
@@ -55,6 +60,8 @@ def digest(config: Config) -> str:
         del values["privacy"]
     for group, names in _LATER.items():
         values[group] = {k: v for k, v in values[group].items() if k not in names}
+    goal = values["serving"]["objective"]
+    values["serving"]["objective"] = {k: v for k, v in goal.items() if k not in _LATER_GOALS}
     for group, then in _THEN.items():
         values[group] |= {k: v for k, v in then.items() if values[group][k] is None}
     values = {_IN_DIGEST.get(k, k): v for k, v in values.items()}
