@@ -33,6 +33,14 @@ LABEL_BYTES: Final = 8
 """A label is an int64."""
 
 
+PRIVATE_BACKWARD: Final = 2.1
+"""Norms and clipped sums of examples over a plain backward: of VGG-5 with GroupNorm, 100 examples,
+2.07 was measured on one thread (25 examples: 2.37), forwards alike (benchmarks/privacy.md)."""
+
+PRIVATE_UPDATE: Final = 14.0
+"""Noise and optimizer step over a step of SGD, measured likewise."""
+
+
 def _check(name: str, value: float) -> None:
     if not 0 <= value < math.inf:
         raise ConfigError.of(name, value, "must be 0 or more, and finite")
@@ -155,6 +163,14 @@ class MachineCosts:
             backward_s=times(self.backward_s),
             update_s=tuple(value * factor for value in self.update_s),
             operation_s=self.operation_s * factor,
+        )
+
+    def private(self) -> MachineCosts:
+        """Return what it takes where the gradient of each example is clipped, with noise."""
+        return replace(
+            self,
+            backward_s=tuple(tuple(PRIVATE_BACKWARD * v for v in row) for row in self.backward_s),
+            update_s=tuple(PRIVATE_UPDATE * value for value in self.update_s),
         )
 
 
@@ -288,6 +304,11 @@ def tensor_bytes(crossing: Crossing, rows: int, codec: str) -> int:
 def frame_bytes(crossing: Crossing, rows: int, codec: str, *, labels: bool = False) -> int:
     """Return the bytes of the frame with that tensor, with labels if they go along."""
     return tensor_bytes(crossing, rows, codec) + FRAME_BYTES + (rows * LABEL_BYTES if labels else 0)
+
+
+def norm_bytes(rows: int) -> int:
+    """Return the bytes of the frame with a norm for each example, as one whole number."""
+    return 8 * rows + FRAME_BYTES
 
 
 def state_bytes(layers: LayeredModel) -> tuple[int, ...]:

@@ -137,12 +137,12 @@ def _costs_of(
         hint = did_you_mean(name, fleet.machines)
         known = ", ".join(fleet.machines) or "none"
         raise ConfigError.of(path, name, "must be one of fleet.machines", f"{hint}{known}")
-    if not believed:
-        return machine_costs(f"fleet.machines.{name}", fleet.machines[name], layers, config.client)
-    group = "believed" if name in fleet.believed else "machines"
-    entry = fleet.believed.get(name, fleet.machines[name])
+    group = "believed" if believed and name in fleet.believed else "machines"
+    entry = fleet.believed[name] if group == "believed" else fleet.machines[name]
     made = machine_costs(f"fleet.{group}.{name}", entry, layers, config.client)
-    return misjudged(made, fleet.misjudged, config.seed)
+    if config.privacy.per_example:
+        made = made.private()
+    return misjudged(made, fleet.misjudged, config.seed) if believed else made
 
 
 def machine_costs(

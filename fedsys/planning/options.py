@@ -11,6 +11,7 @@ from typing import Any
 from fedsys.config import Config, Spec
 from fedsys.errors import ConfigError, did_you_mean, is_number
 from fedsys.models.layers import LayeredModel
+from fedsys.planning.costs import norm_bytes
 from fedsys.planning.hardware import Hardware, hardware
 from fedsys.planning.leakage import allowed_cuts, without_limit
 from fedsys.planning.planner import METHODS
@@ -186,6 +187,7 @@ def run_workload(
             math.inf if between.mbit_s is None else 1e6 * between.mbit_s, between.latency_ms / 1e3
         ),
         moments=state_share(config.client) if config.mobility.active else 0.0,
+        norm_bytes=norm_bytes(config.client.batch_size) if config.privacy.per_example else 0.0,
     )
 
 

@@ -91,6 +91,8 @@ class Workload:
         depth: ``bounded``: pieces in flight at most.
         between: Links between edge servers, for devices that move.
         moments: Bytes of the optimizer's state for each byte of parameters; likewise.
+        norm_bytes: Bytes that device and edge send each other before a step, of norms by which
+            gradients are clipped; 0: none.
 
     Raises:
         ConfigError: There is no device or edge, a machine is of another model, or a number of
@@ -111,6 +113,7 @@ class Workload:
     depth: int = 1
     between: EdgeLink = field(default_factory=EdgeLink)
     moments: float = 0.0
+    norm_bytes: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.devices or not self.edges:
@@ -147,6 +150,14 @@ class Workload:
             for device in self.devices
         )
         return dataclasses.replace(self, devices=devices)
+
+    def norms_s(self, device: Device) -> float:
+        """Return how long a device that is split waits for norms before a step; 0 for none."""
+        if not self.norm_bytes:
+            return 0.0
+        link, bits = device.network, 8.0 * self.norm_bytes
+        told = bits / link.up_bits_s + bits / link.down_bits_s + 2 * link.latency_s
+        return told + 2 * device.costs.messaging.message_s
 
     def iterations(self, device: Device) -> int:
         """Return the optimizer steps of a device in a round."""
@@ -353,6 +364,7 @@ class Menu:
         up_s, down_s = self._message_bytes_s(costs)
         fixed = np.where(self.cut > 0, costs.operation_s, 0.0)
         after = _after(costs.update_s)
+        norms_s = np.where(self.offloaded, self.load.norms_s(device), 0.0)
         return StageTimes(
             forward=forward + fixed + message_s + up_s,
             up=8.0 * self._up_bytes / network.up_bits_s,
@@ -360,7 +372,7 @@ class Menu:
             down=8.0 * self._down_bytes / network.down_bits_s,
             backward=backward + fixed + message_s + down_s,
             pieces=self.pieces,
-            device_update=after[0] - after[self.cut],
+            device_update=after[0] - after[self.cut] + norms_s,
             edge_update=self._edge_update_s,
             load=costs.load_s * self._batch,
             latency=np.where(self.offloaded, network.latency_s, 0.0),
@@ -406,7 +418,7 @@ def job_of(
         _turns(load, device, choice, load.batch_size),
         device.network,
         choice.edge,
-        float(sum(device.costs.update_s[: choice.cut])),
+        float(sum(device.costs.update_s[: choice.cut])) + (edge is not None) * load.norms_s(device),
         0.0 if edge is None else float(sum(edge.update_s[choice.cut :])),
         device.costs.load_s * load.batch_size,
         iterations or load.iterations(device),

@@ -82,6 +82,31 @@ def test_iterations_are_predicted_for_every_schedule():
 
 
 @pytest.mark.parametrize("schedule", ["pipelined", "sequential"])
+def test_norms_of_private_steps_are_waited_for_where_a_model_is_split(schedule):
+    """Plans for privacy by example did without their way there and back, and their seconds."""
+    plain = load_of(8, schedule=schedule, exchange=False)
+    load = dataclasses.replace(plain, norm_bytes=500.0)
+    way_s = 8 * 500 / 1e5 + 8 * 500 / 2e5 + 2 * 0.01
+    split, whole = [Assignment(1, micro_batches=2)], [Assignment(3, micro_batches=2)]
+    (steps,) = predicted_iterations(load, split)
+    before = predicted_iterations(plain, split)[0]
+    assert steps == pytest.approx([step + way_s for step in before])
+    assert virtual_round(load, split).seconds == pytest.approx(sum(steps))
+    assert predicted_iterations(load, whole) == predicted_iterations(plain, whole)
+
+
+def test_plans_are_for_private_work_where_examples_have_a_promise(configure):
+    given = ["fleet=pi_lab", "num_clients=2", "policy=auto", "model.norm=group"]
+    plain, private = configure(*given), configure(*given, "privacy=record")
+    layers = layered_model(plain, (1, 8, 8), 10)
+    loads = [run_workload(c, layers, hardware(c, layers), [100]) for c in (plain, private)]
+    (own, _), (there, _) = ([d.costs for d in load.devices] for load in loads)
+    assert there == own.private() and loads[1].edges[0] == loads[0].edges[0].private()
+    assert there.backward_s[0][0] > 2 * own.backward_s[0][0] and there.forward_s == own.forward_s
+    assert loads[0].norm_bytes == 0 and loads[1].norm_bytes >= 8 * private.client.batch_size
+
+
+@pytest.mark.parametrize("schedule", ["pipelined", "sequential"])
 @pytest.mark.parametrize(
     "choice",
     [
