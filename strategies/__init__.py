@@ -29,7 +29,7 @@ from fedsys.planning.mobility.sources import source_of
 from fedsys.privacy.check import check_record_model, check_record_run
 from fedsys.privacy.check_rounds import check_cut_model, check_cut_run
 from fedsys.privacy.promises import round_promise
-from fedsys.runtime.apps import check_mods
+from fedsys.runtime.apps import check_mods, refuse_private_mods
 from fedsys.training import federation
 from fedsys.training.optimizers import make_optimizer
 from strategies.buffers import TypedBuffers
@@ -37,7 +37,7 @@ from strategies.offload import Offload
 from strategies.optimizer_state import KeptState
 from strategies.policies import build_policy
 from strategies.private import PrivateRecords
-from strategies.private_clients import PrivateClients, check_client_run
+from strategies.private_clients import PrivateClients, check_client_run, refuse_flowers
 from strategies.private_rounds import PrivateRounds
 from strategies.pruned import Pruned
 from strategies.roster import Roster
@@ -82,9 +82,11 @@ def build(
 
     Raises:
         ConfigError: The strategy or the clients' optimizer does not exist, an argument is not one
-            of its own, or a mod of the client app does not go with split training.
+            of its own, or a mod of the client app does not go with split training or promises
+            privacy that nobody accounts for.
     """
     spec: dict[str, Any] = dict(config.strategy)
+    refuse_private_mods(config.apps.client)
     sampling = Sampling.of(spec)
     make_optimizer(model.parameters(), config.client, config.client.lr)  # refused here, once
     inner: Strategy = _typed(spec, config, model)
@@ -155,6 +157,7 @@ def _typed(spec: dict[str, Any], config: Config, model: nn.Module) -> TypedBuffe
         "min_evaluate_nodes": 1,
         "min_available_nodes": 1,
     }
+    refuse_flowers(str(spec.get("_target_", "")))
     inner = call_target(spec, "strategy", **everyone)
     if not isinstance(inner, Strategy):
         raise ConfigError.of(

@@ -44,6 +44,36 @@ from strategies.around import Around
 
 PURPOSE = "client-noise"
 
+_CLIENT_SIDE = (
+    "has devices clip what they send, which is their half of a split model, and believes that they "
+    "did; here whole updates are clipped, by their norm over both halves"
+)
+
+FLOWERS = {
+    "DifferentialPrivacyServerSideFixedClipping": "weighs clients by examples, so that one moves "
+    "the mean by more than its noise was made for, and leaves a round out in which one fails",
+    "DifferentialPrivacyServerSideAdaptiveClipping": "moves its norm away from the quantile",
+    "DifferentialPrivacyClientSideFixedClipping": _CLIENT_SIDE,
+    "DifferentialPrivacyClientSideAdaptiveClipping": _CLIENT_SIDE,
+}
+"""Flower's wrappers, and what of each breaks a promise; its accountant knows full participation
+only."""
+
+
+def refuse_flowers(target: str) -> None:
+    """Refuse a strategy that is one of Flower's wrappers for differential privacy.
+
+    Raises:
+        ConfigError: It is; the reason and the way out are named.
+    """
+    name = target.rpartition(".")[2]
+    if target.startswith("flwr.") and name in FLOWERS:
+        clipping = "adaptive" if "Adaptive" in name else "fixed"
+        raise ConfigError.of(
+            "strategy._target_", target, f"must not be chosen: it {FLOWERS[name]}",
+            f"privacy=client privacy.clipping={clipping} clips by Flower's code, and accounts",
+        )  # fmt: skip
+
 
 def check_client_run(config: Config, inner: Strategy, model: nn.Module) -> None:
     """Refuse what releases more about clients than the noised mean of their clipped updates.

@@ -20,6 +20,14 @@ _ONLY_LOOK = frozenset(
     }
 )
 
+_PRIVATE = {
+    "fixedclipping_mod": "it clips to a norm that only Flower's own wrapper tells it",
+    "adaptiveclipping_mod": "it clips to a norm that only Flower's own wrapper tells it",
+    "LocalDpMod": "its noise is for one round and an epsilon up to 1, by a sensitivity that need "
+    "not be that of what it clips, and nobody adds rounds up",
+}
+"""Flower's mods for differential privacy, and why what they promise does not hold here."""
+
 
 def load_apps(config: Config) -> tuple[ServerApp, ClientApp]:
     """Import the two apps by the names in the configuration.
@@ -55,8 +63,7 @@ def check_mods(name: str) -> None:
         ConfigError: There is such a mod; it is named.
     """
     for mod in load_client(name)._mods:
-        kind = mod if hasattr(mod, "__qualname__") else type(mod)
-        path = f"{kind.__module__}.{kind.__qualname__}"
+        path = _path_of(mod)
         if path in _ONLY_LOOK or getattr(mod, "only_looks", False):
             continue
         raise ConfigError.of(
@@ -66,6 +73,29 @@ def check_mods(name: str) -> None:
             "use policy=none, or leave the mod away; one that changes no arrays says so by "
             "only_looks = True",
         )  # fmt: skip
+
+
+def refuse_private_mods(name: str) -> None:
+    """Refuse Flower's mods for differential privacy, in every run: what they spend is not known.
+
+    Args:
+        name: Of the client app.
+
+    Raises:
+        ConfigError: There is such a mod; it is named, with the reason.
+    """
+    for mod in load_client(name)._mods:
+        reason = _PRIVATE.get(_path_of(mod).rpartition(".")[2])
+        if reason and _path_of(mod).startswith("flwr."):
+            raise ConfigError.of(
+                "apps.client", name, f"must not have the mod {_path_of(mod)}: {reason}",
+                "privacy=client clips whole updates and accounts for them; leave the mod away",
+            )  # fmt: skip
+
+
+def _path_of(mod: Any) -> str:
+    kind = mod if hasattr(mod, "__qualname__") else type(mod)
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _load(key: str, name: str, kind: type[Any]) -> Any:

@@ -4,11 +4,15 @@ The clipping is Flower's; the oracle here is the arithmetic of McMahan et al., w
 """
 
 import math
+import sys
+import types
 
 import numpy as np
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.clientapp.mod import LocalDpMod, adaptiveclipping_mod, fixedclipping_mod
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, FedProx
 from torch import nn
 
@@ -16,9 +20,10 @@ from fedsys.errors import ConfigError
 from fedsys.privacy.adaptive import next_norm, split_noise
 from fedsys.transport import records
 from fedsys.transport.messages import ARRAYS, METRICS, NUM_EXAMPLES
+from strategies import Roster, build
 from strategies.around import find, innermost
 from strategies.buffers import TypedBuffers
-from strategies.private_clients import PrivateClients, check_client_run
+from strategies.private_clients import FLOWERS, PrivateClients, check_client_run
 
 START = {"w": np.zeros((3, 2), dtype=np.float32), "b": np.ones(2, dtype=np.float32)}
 
@@ -131,6 +136,28 @@ def test_noise_on_the_count_is_paid_for_by_more_on_the_updates():
 def test_aggregates_whose_accounting_does_not_hold_are_refused(strategy, configure):
     with pytest.raises(ConfigError, match="must average as FedAvg does"):
         check_client_run(configure("privacy=client"), strategy(), nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("name", FLOWERS)
+def test_wrappers_of_flower_for_privacy_are_refused_with_the_reason(name, configure, identity):
+    """Named as the strategy, they failed over an argument of the sampling."""
+    config = configure(f"strategy._target_=flwr.serverapp.strategy.{name}")
+    with pytest.raises(ConfigError, match=r"must not be chosen: it .*privacy=client"):
+        build(config, nn.Linear(2, 2), Roster(2))
+
+
+@pytest.mark.parametrize(
+    ("mod", "reason"),
+    [(fixedclipping_mod, "only Flower's own wrapper"), (adaptiveclipping_mod, "own wrapper"),
+     (LocalDpMod(1.0, 1.0, 1.0, 1e-5), "nobody adds rounds up")],
+    ids=["fixed", "adaptive", "local"],
+)  # fmt: skip
+def test_mods_of_flower_for_privacy_are_refused_in_every_run(mod, reason, configure, monkeypatch):
+    own = types.ModuleType("own_app")
+    own.app = ClientApp(mods=[mod])
+    monkeypatch.setitem(sys.modules, "own_app", own)
+    with pytest.raises(ConfigError, match=reason):
+        build(configure("apps.client=own_app:app"), nn.Linear(2, 2), Roster(2))
 
 
 def test_buffers_and_scores_of_clients_are_refused(configure):
