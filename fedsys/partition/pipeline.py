@@ -89,6 +89,11 @@ class Pipeline:
         """Requests that have not come back."""
         return len(self._waiting)
 
+    @property
+    def diverted(self) -> bool:
+        """Whether another pipeline computes what comes."""
+        return self._instead is not None
+
     def submit(self, images: Tensor) -> Future[Passed]:
         """Send a request; many may be under way.
 

@@ -353,6 +353,9 @@ class ChainEngine:
         moves: The last changes of cuts.
         decided: Tells the last decision of who controls it, for the status.
         recovery: Tells how hosts are and what stands in for lost ones, for the status.
+        home: Label of the route while all hosts are there; empty where none is looked after.
+        moved: Is told of cuts that were changed.
+        prepared: Labels of pipelines that stand ready beside the one that answers.
         out: Why nobody can answer; empty while somebody can.
         took_s: How long requests took lately, by the label of the route.
 
@@ -383,6 +386,10 @@ class ChainEngine:
         self.moves: deque[Mapping[str, Any]] = deque(maxlen=1000)
         self.decided: Callable[[], Mapping[str, Any]] = dict
         self.recovery: Callable[[], Mapping[str, Any]] = dict
+        self.moved: Callable[[Partition], None] = lambda partition: None
+        self.home = ""
+        self.prepared: tuple[str, ...] = ()
+        chain.marks = frozenset(first.cuts)
         self.switcher = Loaded(self._lay, Route(first).label, (), self._take_down)
 
     def _lay(self, label: str) -> nn.Module:
@@ -464,17 +471,15 @@ class ChainEngine:
         route = route_of(passed.by or active.name)
         self._answers[route.label] += images.shape[0]
         facts: dict[str, Fact] = {"cuts": label_of(route.partition)}
-        if self.recovery is not dict:
-            facts |= {"technique": self._technique(route), "way": route.way or "whole"}
-            facts["replayed"] = passed.again
+        if self.home:
+            technique = "none" if route.label == self.home else route.technique
+            facts |= {"technique": technique, "way": route.way or "whole", "again": passed.again}
         return Answer(scores.float(), route.way or self._name, facts)
-
-    def _technique(self, route: Route) -> str:
-        return str(self.recovery().get("techniques", {}).get(route.label, "none"))
 
     def prepare(self, partitions: Sequence[Partition]) -> None:
         """Have these pipelines ready beside the one that answers, and no others."""
-        self.switcher.keep([label_of(partition) for partition in partitions])
+        self.prepared = tuple(label_of(partition) for partition in partitions)
+        self.switcher.keep(self.prepared)
 
     def move(self, partition: Partition) -> Cost:
         """Change to another partition in the way that was chosen; return what it took.
@@ -485,8 +490,10 @@ class ChainEngine:
         """
         route = Route(partition)
         self.chain.check(route)
+        self.chain.marks |= set(partition.cuts)
         cost = self.switcher.switch(route.label, beside=self.way != "pause")
         self.moves.append({"time_s": time.time(), "way": self.way, **vars(cost)})
+        self.moved(partition)
         return cost
 
     def status(self) -> Mapping[str, Any]:

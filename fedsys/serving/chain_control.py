@@ -59,6 +59,9 @@ class ChainControl:
     def step(self) -> Mapping[str, Any]:
         """Look, decide and, if need be, change the cuts; return what was decided."""
         now = time.monotonic()
+        if self._engine.home not in ("", self._engine.switcher.current):
+            self.last = {"time_s": time.time(), "verdict": "stay", "reason": "a host is lost"}
+            return self.last
         conditions = self._observer.conditions()
         answers = self._engine.answered
         rate = (answers - self._answers) / max(1e-3, now - self._looked_s)

@@ -85,6 +85,12 @@ class HostWatch:
         """Take note that a host cannot be reached any more by another one."""
         self._change(index, lambda heart: detector.ended(heart, why))
 
+    def lost(self, name: str, why: str) -> None:
+        """Do so by the name of the host; returns at once."""
+        for index, one in enumerate(self._watched):
+            if one.host.name == name:
+                self.end(index, why)
+
     def order(self, index: int, kind: str, meta: Mapping[str, Any]) -> Frame:
         """Have a host do something at once, beside what else it is asked for.
 

@@ -1,0 +1,143 @@
+"""What takes time beside requests: building pipelines, changing the pointer, letting hosts back in.
+
+One thread does it, in the order in which it is told; what it is told anew replaces what it has not
+begun. Whoever tells never waits, so a host that is lost while a pipeline is built on it is dealt
+with at once, and the building fails.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import final
+
+from fedsys.errors import FedsysError, first_line
+from fedsys.serving.switch.switcher import Cost, Switcher
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BuiltPipeline:
+    """What became of an order.
+
+    Attributes:
+        label: Of the pipeline.
+        took_s: Of building it; 0.0 if it stood.
+        cost: Of making it the one that answers; None if that was not asked for.
+        error: Why it could not be; empty if it could.
+    """
+
+    label: str
+    took_s: float = 0.0
+    cost: Cost | None = None
+    error: str = ""
+
+
+@final
+class PipelineBuilder:
+    """Carries out orders in a thread of its own until it is closed.
+
+    Args:
+        switcher: Holds the pipelines.
+        done: Called with what became of each order.
+    """
+
+    def __init__(self, switcher: Switcher, done: Callable[[BuiltPipeline], None]) -> None:
+        self._switcher, self._done = switcher, done
+        self._kept: tuple[str, ...] = ()
+        self._urgent: list[Callable[[], None]] = []
+        self._change = threading.Condition()
+        self._closed, self._spares_due = False, False
+        self._thread = threading.Thread(target=self._work, name="pipelines", daemon=True)
+        self._thread.start()
+
+    def ready(self, label: str) -> bool:
+        """Whether a pipeline stands and stays."""
+        with self._change:
+            kept = label in self._kept
+        return label == self._switcher.current or (kept and label in self._switcher.spare)
+
+    def keep(self, labels: Sequence[str]) -> None:
+        """Have these pipelines ready beside the one that answers, and no others, one by one."""
+        with self._change:
+            self._kept, self._spares_due = tuple(labels), True
+            self._change.notify_all()
+
+    def build(self, label: str) -> None:
+        """Have a pipeline ready, before all others, and say so."""
+        with self._change:
+            if label not in self._kept:
+                self._kept = (label, *self._kept)
+            self._urgent.append(lambda: self._build(label))
+            self._change.notify_all()
+
+    def switch(self, label: str) -> None:
+        """Make a pipeline the one that answers all requests from now on, and say so."""
+        with self._change:
+            self._urgent.append(lambda: self._switch(label))
+            self._change.notify_all()
+
+    def carry_out(self, work: Callable[[], None]) -> None:
+        """Do something else that takes time."""
+        with self._change:
+            self._urgent.append(work)
+            self._change.notify_all()
+
+    def close(self) -> None:
+        """Begin nothing more, and wait for what was begun."""
+        with self._change:
+            self._closed = True
+            self._change.notify_all()
+        self._thread.join()
+
+    # ----------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while True:
+            with self._change:
+                self._change.wait_for(lambda: self._urgent or self._spares_due or self._closed)
+                if self._closed:
+                    return
+                work = self._urgent.pop(0) if self._urgent else self._next_spare
+            try:
+                work()
+            except Exception:  # nothing that fails here may end what prepares for failures
+                _log.exception("what was to be prepared failed")
+
+    def _next_spare(self) -> None:
+        """Drop what is not wanted any more, and build one pipeline that is."""
+        with self._change:
+            wanted = self._kept
+        there = {*self._switcher.spare, self._switcher.current}
+        missing = [label for label in wanted if label not in there]
+        keep = [label for label in wanted if label in there]
+        with self._change:
+            self._spares_due = len(missing) > 1 or self._kept != wanted
+        try:
+            self._switcher.keep([*keep, *missing[:1]])
+        except FedsysError as error:
+            _log.info("%s cannot stand ready: %s", missing[0], first_line(error))
+            with self._change:
+                self._kept = tuple(label for label in self._kept if label != missing[0])
+
+    def _build(self, label: str) -> None:
+        began = time.monotonic()
+        stays = [*(name for name in self._switcher.spare if name in self._kept), label]
+        try:
+            self._switcher.keep(stays)
+        except FedsysError as error:
+            self._done(BuiltPipeline(label, time.monotonic() - began, error=first_line(error)))
+            return
+        self._done(BuiltPipeline(label, time.monotonic() - began))
+
+    def _switch(self, label: str) -> None:
+        try:
+            cost = self._switcher.switch(label)
+        except FedsysError as error:
+            self._done(BuiltPipeline(label, error=first_line(error)))
+            return
+        self._done(BuiltPipeline(label, cost=cost))

@@ -1,0 +1,177 @@
+"""What can be done when hosts are lost, and what each would cost: routes around them, as values.
+
+========== =============================================== ================================
+technique  what answers                                    not possible
+========== =============================================== ================================
+repartition all units, divided among the hosts that are left constraints forbid it
+exit       units before the lost hosts, and a trained exit the first host is lost, no exit
+skip       all units but those of the lost hosts           first or last units are lost
+replica    a variant of the portfolio, on hosts that are left there is no portfolio
+========== =============================================== ================================
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import final
+
+from fedsys.errors import FedsysError
+from fedsys.partition.evaluation import evaluate
+from fedsys.partition.planner import solve
+from fedsys.partition.problem import Partition, Problem
+from fedsys.serving.recovery.decision import RecoveryCandidate
+from fedsys.serving.routes import (
+    EXIT,
+    SKIP,
+    WHOLE,
+    Route,
+    around_by_exit,
+    around_by_skip,
+    route_of,
+    run_gone,
+    working,
+)
+
+
+@dataclass(frozen=True)
+class ModelWays:
+    """What ways a model offers beside that of all its units.
+
+    Attributes:
+        exits: Boundaries behind which there is an exit.
+        skips: Runs of units that can be left out, with the adapters that stand in for each.
+        variants: Names of variants of a portfolio.
+        accuracy: Share of right answers by way, that of all units by the empty name.
+        measured: ModelWays whose accuracy was measured; that of others is an estimate.
+    """
+
+    exits: tuple[int, ...] = ()
+    skips: Mapping[tuple[int, int], int] = field(default_factory=dict)
+    variants: tuple[str, ...] = ()
+    accuracy: Mapping[str, float] = field(default_factory=dict)
+    measured: frozenset[str] = frozenset()
+
+
+@final
+class Planner:
+    """Divides ways among hosts, and remembers how.
+
+    Args:
+        problem: Of a way: what its units cost on the hosts.
+        objective: What a division minimises: one of `fedsys.partition.evaluation.OBJECTIVES`.
+    """
+
+    def __init__(self, problem: Callable[[str], Problem], objective: str = "latency") -> None:
+        self._problem, self._objective = problem, objective
+        self._problems: dict[str, Problem] = {}
+        self._plans: dict[tuple[str, frozenset[int]], Partition | None] = {}
+
+    def problem(self, way: str) -> Problem:
+        """Return what the units of a way cost on the hosts."""
+        if way not in self._problems:
+            self._problems[way] = self._problem(way)
+        return self._problems[way]
+
+    def plan(self, way: str, gone: frozenset[int]) -> Partition | None:
+        """Return the best division of a way among the hosts that are left; None: there is none."""
+        key = way, gone
+        if key not in self._plans:
+            self._plans[key] = self._solve(way, gone)
+        return self._plans[key]
+
+    def _solve(self, way: str, gone: frozenset[int]) -> Partition | None:
+        problem = self.problem(way)
+        if len(gone) >= len(problem.hosts):
+            return None
+        rules = problem.constraints
+        refused = frozenset((unit, host) for unit in range(len(problem)) for host in gone)
+        rules = dataclasses.replace(rules, must_not=rules.must_not | refused)
+        try:
+            return solve(dataclasses.replace(problem, constraints=rules), self._objective)
+        except FedsysError:
+            return None
+
+    def latency_s(self, route: Route) -> float:
+        """Return what is expected of a request on a route, in seconds."""
+        return evaluate(self.problem(route.way), route.partition).latency_s
+
+
+def routes_around(
+    whole: Partition, units: int, gone: frozenset[int], ways: ModelWays, planner: Planner
+) -> list[Route]:
+    """Return the routes that avoid some hosts.
+
+    Args:
+        whole: Who computed what of all units: exits and skips leave it as it is where they can.
+        units: Of the whole model.
+        gone: Hosts that are to be avoided.
+        ways: What the model offers.
+        planner: Divides ways among hosts.
+    """
+    found = []
+    for way in (WHOLE, *ways.variants):
+        if (plan := planner.plan(way, gone)) is not None:
+            found.append(Route(plan, way))
+    if all(host not in gone for host, _, _ in working(whole, units)):
+        found.append(Route(whole))
+        return list(dict.fromkeys(found))
+    for boundary in ways.exits:
+        if (around := around_by_exit(whole, boundary, gone)) is not None:
+            found.append(Route(around, f"{EXIT}{boundary}"))
+    run = run_gone(whole, units, gone)
+    if run is not None and run in ways.skips:
+        around = around_by_skip(whole, run, ways.skips[run])
+        found.append(Route(around, f"{SKIP}{run[0]}-{run[1]}"))
+    return found
+
+
+@dataclass(frozen=True)
+class KnownTimes:
+    """What was measured on the way.
+
+    Attributes:
+        took_s: Of requests, by the label of their route.
+        build_s: Of building a pipeline.
+        apply_s: Of sending requests another way.
+        standing: Labels of routes whose pipelines stand ready.
+    """
+
+    took_s: Mapping[str, float]
+    build_s: float
+    apply_s: float
+    standing: Collection[str]
+
+
+def candidate_of(
+    route: Route, ways: ModelWays, planner: Planner, known: KnownTimes
+) -> RecoveryCandidate:
+    """Return a route with what it would cost; what was measured wins over what is expected.
+
+    Where nothing was measured of a route, what is expected of it counts in proportion to how far
+    off that was for the routes that were.
+    """
+    measured = set()
+    if (took := known.took_s.get(route.label)) is not None:
+        measured.add("latency")
+    else:
+        took = planner.latency_s(route) * _off(planner, known)
+    if route.way in ways.measured:
+        measured.add("accuracy")
+    stands = route.label in known.standing
+    downtime = known.apply_s + (0.0 if stands else known.build_s)
+    accuracy = ways.accuracy.get(route.way, 0.0)
+    return RecoveryCandidate(
+        route.technique, route.label, 1e3 * took, accuracy, 1e3 * downtime, frozenset(measured)
+    )
+
+
+def _off(planner: Planner, known: KnownTimes) -> float:
+    """Return by how much requests took longer than expected, of all routes that were measured."""
+    ratios = []
+    for label, took in known.took_s.items():
+        expected = planner.latency_s(route_of(label))
+        if expected > 0:
+            ratios.append(took / expected)
+    return sorted(ratios)[len(ratios) // 2] if ratios else 1.0

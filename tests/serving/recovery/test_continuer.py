@@ -1,0 +1,167 @@
+"""A chain goes on when its hosts fail: real pipelines over hosts in this process."""
+
+import threading
+
+import pytest
+import torch
+
+from fedsys.errors import RequestError
+from fedsys.models import layered
+from fedsys.models.resilient import exit_chain, exit_path, resilient, skip_chain, skip_path
+from fedsys.serving.recovery.candidates import ModelWays
+from fedsys.serving.recovery.decision import RecoveryObjective
+from tests.serving.chains import SHAPE, images, model
+from tests.serving.recovery.failing import continuing, until
+
+HOSTS = ("device", "edge", "cloud")
+
+
+@pytest.fixture(scope="module")
+def net():
+    return model()
+
+
+def scores(net, x):
+    with torch.inference_mode():
+        return net(x)
+
+
+class Load:
+    """Asks again and again from several threads, each time for another batch."""
+
+    def __init__(self, engine, threads=3):
+        self.engine, self.stop, self.told, self.failed = engine, threading.Event(), [], []
+        self.issued = 0
+        self._lock = threading.Lock()
+        self._threads = [threading.Thread(target=self._ask) for _ in range(threads)]
+        for thread in self._threads:
+            thread.start()
+
+    def _ask(self):
+        while not self.stop.is_set():
+            with self._lock:
+                seed = self.issued = self.issued + 1
+            try:
+                answer = self.engine.answer(images(1, seed))
+                self.told.append((seed, answer))
+            except Exception as error:
+                self.failed.append(error)
+
+    def end(self):
+        self.stop.set()
+        for thread in self._threads:
+            thread.join(60)
+        return self.told
+
+
+FAULTS = [
+    ("kill", ("device",)),
+    ("kill", ("edge",)),
+    ("kill", ("cloud",)),
+    ("pause", ("edge",)),
+    ("kill", ("edge", "cloud")),
+]
+
+
+@pytest.mark.parametrize(("fault", "who"), FAULTS, ids=lambda value: "-".join(value))
+def test_no_request_is_lost_or_wrong_when_hosts_fail_under_load(net, fault, who):
+    with continuing(net, (1, 2)) as (engine, fleet, continuer):
+        assert until(lambda: engine.switcher.spare)
+        load = Load(engine)
+        assert until(lambda: len(load.told) > 5)
+        for name in who:
+            getattr(fleet, fault)(name)
+        before = len(load.told)
+        assert until(lambda: len(load.told) > before + 10)
+        told = load.end()
+        assert load.failed == []
+        assert len(told) == load.issued == len({seed for seed, _ in told})
+        for seed, answer in told:
+            assert torch.equal(answer.scores, scores(net, images(1, seed)))
+        assert told[-1][1].facts["technique"] == "repartition"
+        lost = {event["host"] for event in continuer.events if event["event"] == "lost"}
+        assert lost == set(who)
+
+
+def test_a_host_that_is_back_is_used_again(net):
+    x = images()
+    with continuing(net, (1, 2)) as (engine, fleet, continuer):
+        fleet.kill("edge")
+        assert torch.equal(engine.answer(x).scores, scores(net, x))
+        assert until(lambda: continuer.status()["hosts_lost"] == 1)
+        fleet.start("edge")
+        assert until(lambda: engine.partition.cuts == (1, 2))
+        answer = engine.answer(x)
+        assert torch.equal(answer.scores, scores(net, x))
+        assert answer.facts == {"cuts": "1/2", "technique": "none", "way": "whole", "again": 0}
+
+
+def test_without_any_host_a_client_is_told_so_at_once_and_later_answered_again(net):
+    x = images()
+    with continuing(net, (1, 2)) as (engine, fleet, _):
+        for name in HOSTS:
+            fleet.kill(name)
+        assert until(lambda: engine.out)
+        with pytest.raises(RequestError, match="no host is left") as told:
+            engine.answer(x)
+        assert told.value.status == 503
+        assert not engine.ready
+        fleet.start("cloud")
+        assert until(lambda: engine.ready)
+        assert torch.equal(engine.answer(x).scores, scores(net, x))
+
+
+def test_a_host_that_leaves_is_left_out_without_a_request_that_is_sent_twice(net):
+    with continuing(net, (1, 2)) as (engine, fleet, continuer):
+        load = Load(engine)
+        assert until(lambda: len(load.told) > 5)
+        assert fleet.servers["edge"].leave(20.0)
+        fleet.kill("edge")
+        told = load.end()
+        assert load.failed == []
+        assert {answer.facts["again"] for _, answer in told} == {0}
+        assert continuer.status()["hosts"]["edge"]["state"] in ("leaving", "lost")
+
+
+def paths(net, run=(1, 2), boundary=1):
+    """Return a resilient model with its ways as chains and as modules, to be compared."""
+    layers = layered(net, SHAPE)
+    made = resilient(layers, SHAPE, 10, seed=1).eval()
+    way, past = f"exit:{boundary}", f"skip:{run[0]}-{run[1]}"
+    chains = {way: exit_chain(made, boundary), past: skip_chain(made, *run)}
+    whole = {way: exit_path(made, boundary), past: skip_path(made, *run)}
+    steps = len(chains[past]) - (len(layers) - (run[1] - run[0]))
+    ways = ModelWays((boundary,), {run: steps}, (), {"": 0.9, way: 0.7, past: 0.8})
+    return ways, chains, whole
+
+
+@pytest.mark.parametrize("technique", ["exit", "skip"])
+def test_a_forced_technique_answers_as_its_path_does_to_the_bit(net, technique):
+    """Requests go on from what the first host holds: it computes nothing again."""
+    ways, chains, whole = paths(net)
+    objective = RecoveryObjective(techniques=(technique,))
+    told = dict(ways=ways, chains=chains, objective=objective)
+    with continuing(net, (1, 2), **told) as (engine, fleet, _):
+        assert until(lambda: engine.switcher.spare)
+        load = Load(engine)
+        assert until(lambda: len(load.told) > 5)
+        fleet.kill("edge")
+        assert until(lambda: load.told[-1][1].facts["technique"] == technique)
+        told = load.end()
+        assert load.failed == []
+        for seed, answer in told:
+            way = answer.facts["way"]
+            path = whole.get(way, net)
+            assert torch.equal(answer.scores, scores(path.eval(), images(1, seed))), way
+        fleet.start("edge")
+        assert until(lambda: engine.partition.cuts == (1, 2) and not engine.route.way)
+
+
+def test_the_first_host_can_neither_be_exited_before_nor_skipped(net):
+    ways, chains, _ = paths(net)
+    told = dict(ways=ways, chains=chains, objective=RecoveryObjective(techniques=("exit", "skip")))
+    with continuing(net, (1, 2), **told) as (engine, fleet, _):
+        fleet.kill("device")
+        assert until(lambda: engine.out)
+        with pytest.raises(RequestError, match="repartition is possible"):
+            engine.answer(images())
