@@ -32,7 +32,7 @@ from fedsys.privacy.noise import NoiseSource, poisson_sample, source_of
 from fedsys.privacy.update import PrivateUpdate
 from fedsys.randomness import Address
 from fedsys.runs.tracing import Recorder
-from fedsys.training import federation, optimizers
+from fedsys.training import federation, optimizers, resilience
 from fedsys.training import plain as training
 from fedsys.training.federation import Federation, layered_model, penalty_of
 from fedsys.training.masks import Masks, held
@@ -130,11 +130,12 @@ class LocalClient:
         pieces = settings.micro_batches or config.schedule.micro_batches
         anchor, penalty = _anchor(model, settings.proximal_mu), self._penalty(round_)
         if not config.privacy.per_example:
-            return training.train(
-                model, optimizer, batches, address,
-                micro_batches=pieces, clip_norm=config.client.clip_norm,
-                anchor=anchor, penalty=penalty,
-            )  # fmt: skip
+            with resilience.phase(model, config.resilience, round_) as losses:
+                return training.train(
+                    model, optimizer, batches, address,
+                    micro_batches=pieces, clip_norm=config.client.clip_norm,
+                    anchor=anchor, penalty=penalty, losses=losses or training.plain_losses,
+                )  # fmt: skip
         with PrivateUpdate(
             [model],
             clip_norm=config.privacy.clip_norm,
@@ -193,7 +194,7 @@ class LocalClient:
         key = (self.config.text, threading.get_ident())
         if getattr(_models, "key", None) != key:
             fed = federation.federation(self.config)
-            model = federation.build_model(self.config, fed.dataset, initial=False)
+            model = federation.trained_model(self.config, fed.dataset, initial=False)
             _models.model = model.to(training.pick_device(self.config.client.device))
             _models.key = key
         model_: nn.Module = _models.model

@@ -5,7 +5,8 @@
     Sampled(              who takes part, by partition id; replies in that order
       Offload(            halves out, whole models back
         PrivateRecords | PrivateRounds(   how much noise to add, and an end with the budget
-          Pruned(         masks whole models: what goes out, and whatever the inner ones return
+          Pruned | FrozenBackbone(   masks whole models: what goes out, and whatever the inner ones
+                          return; or keeps a backbone on which exits are trained
             KeptState(    optimizer state of the clients, from round to round
               TypedBuffers( buffers keep their type and are never "stepped"
                 PrivateClients( clips whole updates and adds noise to their mean
@@ -33,6 +34,7 @@ from fedsys.runtime.apps import check_mods, refuse_private_mods
 from fedsys.training import federation
 from fedsys.training.optimizers import make_optimizer
 from strategies.buffers import TypedBuffers
+from strategies.frozen_backbone import FrozenBackbone
 from strategies.offload import Offload
 from strategies.optimizer_state import KeptState
 from strategies.policies import build_policy
@@ -44,6 +46,7 @@ from strategies.roster import Roster
 from strategies.sampling import Sampled, Sampling
 
 __all__ = [
+    "FrozenBackbone",
     "KeptState",
     "Offload",
     "PrivateClients",
@@ -92,6 +95,8 @@ def build(
     inner: Strategy = _typed(spec, config, model)
     if config.client.keep_optimizer:
         inner = KeptState(inner, roster)
+    if config.resilience.training == "frozen":
+        inner = FrozenBackbone(inner, config.resilience)
     if config.pruning.active:
         if dataset is None:
             raise ConfigError.of("dataset", None, "must be given to prune")

@@ -19,10 +19,11 @@ from fedsys import data
 from fedsys.config import Config
 from fedsys.data import Images
 from fedsys.faults import out_of_reach
+from fedsys.models.resilient import ResilientModel
 from fedsys.offload.fleet import Fleet
 from fedsys.offload.opening import open_fleet
 from fedsys.planning.workload import mini_batches
-from fedsys.runs import decision_plots, decisions, mobility_plots, plots, trace_plots
+from fedsys.runs import decision_plots, decisions, mobility_plots, plots, resilience, trace_plots
 from fedsys.runs import startup as stages
 from fedsys.runs.decisions import OffloadDecision
 from fedsys.runs.folder import default_path, state_sha256
@@ -34,6 +35,7 @@ from fedsys.training import federation
 from fedsys.training import plain as training
 from fedsys.training.federation import Federation, layered_model
 from fedsys.training.pulse import pulse
+from fedsys.training.resilience import PathScores, measure
 from fedsys.transport import records
 from strategies import PrivateRecords, Roster, budgeted, build, private, pruned
 from strategies.around import find
@@ -147,7 +149,7 @@ def _prepared(
     """Load the data, build the model, and put the strategy together; let its policy practise."""
     progress.phase(f"loading {config.data.get('source', 'data')}")
     fed = federation.federation(config)
-    model = federation.build_model(config, fed.dataset)
+    model = federation.trained_model(config, fed.dataset)
     federation.check_model(model, fed.dataset)
     training.set_threads(config.client.threads)
     device = training.pick_device(config.client.device)
@@ -306,6 +308,8 @@ def _conclude(
     state = records.from_record(arrays)
     last: Mapping[str, Any] = folder.rounds()[-1]
     test = judge.test(arrays)
+    paths = judge.paths(config.resilience.longest)
+    state, parts = resilience.divided(state)
     result = {
         "accuracy": test.accuracy,
         "loss": test.loss,
@@ -317,10 +321,13 @@ def _conclude(
         "run_dir": str(folder.path),
         "model_sha256": state_sha256(state),
         "faults": safety.faults.report(),
+        **({} if paths is None else paths.figures()),
         **more,
     }
     text = configuration.public_text(configuration.with_values(config.text, resume=None))
     folder.save_model(state, {"config": text, "classes": "\n".join(fed.dataset.classes)})
+    if paths is not None:
+        resilience.save(folder.path, parts, paths, result["model_sha256"])
     classes = fed.dataset.classes
     counts = data.class_counts(fed.dataset.train.labels.numpy(), fed.parts, len(classes))
     data.write_class_counts(counts, classes, folder.path / "class_counts.csv")
@@ -353,6 +360,16 @@ class Judge:
     def test(self, arrays: ArrayRecord) -> training.Score:
         """Score on the test part; once, at the end."""
         return self._score(arrays, self._fed.dataset.test)
+
+    def paths(self, longest: int) -> PathScores | None:
+        """Score every exit and every skip up to a length of the model that was scored last.
+
+        On the validation part: one of them is chosen by its score. None if the model has none.
+        """
+        if not isinstance(self._model, ResilientModel):
+            return None
+        batches = data.eval_batches(self._fed.dataset.validation, self._fed.dataset)
+        return measure(self._model, batches, longest)
 
     def _score(self, arrays: ArrayRecord, part: Images) -> training.Score:
         records.load_into(self._model, arrays)

@@ -129,7 +129,7 @@ def _played(
 
     unscored = training.Score(0.0, 0.0, 1)
     fed = federation.federation(config)
-    model = federation.build_model(config, fed.dataset)
+    model = federation.trained_model(config, fed.dataset)
     with ExitStack() as stack:
         fleet = fleet or stack.enter_context(open_fleet(config, faults))
         client, run_config = load_client(config.apps.client), {"hydra-config": config.text}

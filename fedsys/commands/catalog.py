@@ -61,7 +61,16 @@ COMMANDS: dict[str, Command] = {
         "job",
         "train a model by federated learning",
         options=(*RUN, "num_edges", "resume", "client", "edge.device", "checkpoint", "run"),
-        groups=(*TRAINED, *SPLIT, "mobility", "pruning", "privacy", "runtime", "faults"),
+        groups=(
+            *TRAINED,
+            *SPLIT,
+            "mobility",
+            "pruning",
+            "privacy",
+            "resilience",
+            "runtime",
+            "faults",
+        ),
         sweeps=True,
     ),
     "edge": Command(
@@ -174,7 +183,7 @@ COMMANDS: dict[str, Command] = {
         "job",
         "check whether the run can go, and say what to expect",
         options=(*RUN, "num_edges", "client", "run"),
-        groups=(*TRAINED, *SPLIT, "mobility", "pruning", "privacy", "runtime"),
+        groups=(*TRAINED, *SPLIT, "mobility", "pruning", "privacy", "resilience", "runtime"),
     ),
     "completion": Command(
         "fedsys.commands.completion",

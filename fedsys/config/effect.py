@@ -159,6 +159,10 @@ IDLE: tuple[Idle, ...] = (
         "pruning=group_norm, or another method, prunes",
     ),
     Idle(
+        "resilience.", lambda c: not c.resilience.active, "there are no exits with resilience=none",
+        "resilience=joint, or frozen, trains them",
+    ),
+    Idle(
         "privacy.", lambda c: not c.privacy.active, "nothing is promised with privacy=none",
         "privacy=record, or another mechanism, adds noise",
     ),

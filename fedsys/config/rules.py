@@ -7,6 +7,7 @@ from typing import Any
 
 from fedsys.config import privacy as privacy_settings
 from fedsys.config import pruning as pruning_settings
+from fedsys.config import resilience as resilience_settings
 from fedsys.config.partition import HOST_RULES, HOSTS_RULES
 from fedsys.config.partition import RULES as PARTITION_RULES
 from fedsys.config.serving import RULES as SERVING_RULES
@@ -134,6 +135,7 @@ def check(config: Config) -> None:
             raise ConfigError.of(path, value, rule, way_out)
     pruning_settings.check(config.pruning)
     privacy_settings.check(config.privacy)
+    _check_resilience(config)
     _check_links(config)
     _check_addresses(config)
     if config.schedule.micro_batches > config.client.batch_size:
@@ -142,6 +144,18 @@ def check(config: Config) -> None:
             config.schedule.micro_batches,
             f"must not exceed client.batch_size={config.client.batch_size}",
         )
+
+
+def _check_resilience(config: Config) -> None:
+    """Raise a ConfigError for what does not go with exits."""
+    policy = str(config.policy.get("kind", "none"))
+    mechanism, method = config.privacy.mechanism, config.pruning.method
+    others = (
+        ("policy", policy, policy != "none"),
+        ("pruning.method", method, config.pruning.active),
+        ("privacy.mechanism", mechanism, mechanism not in ("none", "client")),
+    )
+    resilience_settings.check(config.resilience, config.rounds, others)
 
 
 def _check_addresses(config: Config) -> None:

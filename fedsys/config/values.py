@@ -12,6 +12,7 @@ from fedsys.config.network import NetworkConfig as NetworkConfig
 from fedsys.config.partition import HostsConfig, HostServerConfig, PartitionConfig
 from fedsys.config.privacy import PrivacyConfig
 from fedsys.config.pruning import PruningConfig
+from fedsys.config.resilience import ResilienceConfig
 from fedsys.config.serving import ServingConfig
 
 OWN_MODELS: Final = ("fedsys.models", "fedsys.pruning.variant", "torchvision.models")
@@ -372,6 +373,7 @@ class Config:
     mobility: MobilityConfig = field(default_factory=MobilityConfig)
     pruning: PruningConfig = field(default_factory=PruningConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
     variants: VariantsConfig = field(default_factory=VariantsConfig)
     serving: ServingConfig = field(default_factory=ServingConfig)
     host: HostServerConfig = field(default_factory=HostServerConfig)

@@ -32,6 +32,8 @@ from fedsys.models.origins import sourceless
 from fedsys.randomness import Address, seeded_default_generator
 
 EXITS, ADAPTERS = "exits", "adapters"
+PREFIXES = (f"{EXITS}.", f"{ADAPTERS}.")
+"""What the names of parameters and buffers begin with that are not the backbone's."""
 
 
 class ResilientModel(nn.Module):
@@ -62,6 +64,7 @@ class ResilientModel(nn.Module):
             if hasattr(layers.graph, name):
                 raise ModelError(f"the model has a part called {name!r}; give it another name")
         self.layers, self.input_shape = layers, tuple(input_shape)
+        self._frozen = False
         for kind in ("_modules", "_parameters", "_buffers"):
             getattr(self, kind).update(getattr(layers.graph, kind))
         self._non_persistent_buffers_set |= layers.graph._non_persistent_buffers_set
@@ -70,6 +73,7 @@ class ResilientModel(nn.Module):
         self._programs: list[Callable[..., Any]] = [
             program(self, stage_graph(layers, u, u + 1)) for u in range(len(layers))
         ]
+        self._still = {n for n, p in self.named_parameters() if not p.requires_grad}
         self.train(layers.graph.training)
 
     @property
@@ -87,10 +91,23 @@ class ResilientModel(nn.Module):
         return known.allowed_skips(self.layers, self.adapted, longest)
 
     def train(self, mode: bool = True) -> ResilientModel:
-        """Do as the backbone does when it is put into training, or into evaluation."""
+        """Do as the backbone does when it is put into training; frozen, it stays in evaluation."""
         super().train(mode)
-        modes_of(self.layers.graph).apply(self, mode)
+        if self._frozen:
+            for name, child in self.named_children():
+                child.train(mode and name in (EXITS, ADAPTERS))
+        modes_of(self.layers.graph).apply(self, mode and not self._frozen)
         return self
+
+    def freeze(self, frozen: bool) -> None:
+        """Let the backbone keep its parameters and statistics, or let it learn again.
+
+        What learned before learns again; the mode changes with the next call of `train`.
+        """
+        self._frozen = frozen
+        for name, parameter in self.named_parameters():
+            if not name.startswith(PREFIXES):
+                parameter.requires_grad_(not frozen and name not in self._still)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the scores of the backbone, ``(rows, classes)``."""
@@ -126,9 +143,23 @@ class ResilientModel(nn.Module):
 
     def past(self, x: Tensor, first: int, last: int) -> Tensor:
         """Return what stands in for the output of units ``[first, last)``, given their input."""
-        for unit in _steps(self, first, last):
+        for unit in self.steps(first, last):
             x = self.adapters[str(unit)](x)
         return x
+
+    def steps(self, first: int, last: int) -> tuple[int, ...]:
+        """Return the units whose adapters lead past units ``[first, last)``.
+
+        Raises:
+            ModelError: The run cannot be left out.
+        """
+        steps = known.steps_past(self.layers, self.adapted, first, last)
+        if steps is None:
+            raise ModelError(
+                f"units [{first}, {last}) cannot be left out: the first and the last unit never "
+                "can, and where the shapes before and behind differ each unit needs an adapter"
+            )
+        return steps
 
 
 def resilient(
@@ -216,18 +247,8 @@ def skip_chain(model: ResilientModel, first: int, last: int) -> LayeredModel:
     Raises:
         ModelError: The run cannot be left out.
     """
-    past = [f"{ADAPTERS}.{unit}" for unit in _steps(model, first, last)]
+    past = [f"{ADAPTERS}.{unit}" for unit in model.steps(first, last)]
     return _path(model, [*range(first), *past, *range(last, len(model.layers))])
-
-
-def _steps(model: ResilientModel, first: int, last: int) -> tuple[int, ...]:
-    steps = known.steps_past(model.layers, model.adapted, first, last)
-    if steps is None:
-        raise ModelError(
-            f"units [{first}, {last}) cannot be left out: the first and the last unit never can, "
-            "and where the shapes before and behind differ each unit needs an adapter"
-        )
-    return steps
 
 
 def _path(model: ResilientModel, parts: Sequence[int | str]) -> LayeredModel:

@@ -58,6 +58,8 @@ def digest(config: Config) -> str:
     values = {k: v for k, v in groups if k not in _NOT_IN_DIGEST}
     if not config.privacy.active:  # a group that came later
         del values["privacy"]
+    if not config.resilience.active:
+        del values["resilience"]
     for group, names in _LATER.items():
         values[group] = {k: v for k, v in values[group].items() if k not in names}
     goal = values["serving"]["objective"]

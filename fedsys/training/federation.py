@@ -23,6 +23,7 @@ from fedsys.data import Dataset
 from fedsys.errors import ConfigError
 from fedsys.models.fits import check_fits
 from fedsys.models.layers import LayeredModel, layered
+from fedsys.models.resilient import resilient
 from fedsys.randomness import Address
 from fedsys.training import plain as training
 from fedsys.training.penalty import Penalty
@@ -115,6 +116,25 @@ def build_model(config: Config, dataset: Dataset, *, initial: bool = True) -> nn
         seed=config.seed,
     )
     return training.lay_out(model, config.client.memory_format)
+
+
+def trained_model(config: Config, dataset: Dataset, *, initial: bool = True) -> nn.Module:
+    """Return what a run trains: `build_model`, with exits and adapters if they are trained, too.
+
+    Arguments as for `build_model`.
+
+    Raises:
+        ModelError: The model cannot be seen as a chain of units, or has no exit where one is asked.
+    """
+    model = build_model(config, dataset, initial=initial)
+    if not config.resilience.active:
+        return model
+    shape, norm = dataset.input_shape, str(config.model.get("norm", "batch"))
+    ours = resilient(
+        layered(model, shape), shape, dataset.num_classes,
+        seed=config.seed, boundaries=config.resilience.exits, norm=norm,
+    )  # fmt: skip
+    return training.lay_out(ours, config.client.memory_format)
 
 
 def layered_model(

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from traceback import walk_tb
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,12 @@ from fedsys.training.schedule import micro_batch_bounds
 if TYPE_CHECKING:
     from fedsys.training.penalty import Penalty
 
+T = TypeVar("T")
+
 Batches = Iterable[tuple[Tensor, Tensor]]
+
+Losses = Callable[[nn.Module, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+"""Makes scores, and `share` times their loss, of a model, inputs, labels and that share."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,18 @@ def forward(model: nn.Module, x: Tensor) -> Tensor:
     Raises:
         ModelError: Names the BatchNorm that would have to take the variance of one value.
     """
+    outputs: Tensor = explained(model, lambda: model(x))
+    return outputs
+
+
+def explained(model: nn.Module, call: Callable[[], T]) -> T:
+    """Return what `call` returns, which computes with `model`.
+
+    Raises:
+        ModelError: Names the BatchNorm that would have to take the variance of one value.
+    """
     try:
-        outputs: Tensor = model(x)
+        return call()
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
@@ -75,11 +90,18 @@ def forward(model: nn.Module, x: Tensor) -> Tensor:
         norm = next((m for m in callers if isinstance(m, _BatchNorm) and m in names), model)
         raise ModelError(
             f"{names[norm] or 'the model'} ({type(norm).__name__}): gets one value per channel, "
-            f"which has no variance, from a micro-batch of {len(x)} example; raise "
+            "which has no variance, from a micro-batch of 1 example; raise "
             "client.batch_size or data.partition.min_examples, lower schedule.micro_batches, or "
             "choose model.norm=group"
         ) from error
-    return outputs
+
+
+def plain_losses(
+    model: nn.Module, x: Tensor, labels: Tensor, share: float
+) -> tuple[Tensor, Tensor]:
+    """Return the scores of a model, and `share` times their loss."""
+    outputs = forward(model, x)
+    return outputs, loss_of(outputs, labels, share)
 
 
 def train(
@@ -93,6 +115,7 @@ def train(
     clip_norm: float | None = None,
     anchor: Proximal | None = None,
     penalty: Penalty | None = None,
+    losses: Losses = plain_losses,
 ) -> Score:
     """Do one optimizer step for every mini-batch.
 
@@ -106,6 +129,7 @@ def train(
         clip_norm: Largest joint norm of the gradients; None for no clipping.
         anchor: FedProx's proximal term; None for none.
         penalty: On channels, so that they die; None for none.
+        losses: What is made small.
 
     Returns:
         The score over all examples, as seen in training (before each step).
@@ -127,9 +151,9 @@ def train(
             for start, stop in micro_batch_bounds(size, micro_batches):
                 with rows(start, stop):
                     whole = stop - start == size
-                    outputs = forward(model, x if whole else x[start:stop])
                     labels = y if whole else y[start:stop]
-                    loss = loss_of(outputs, labels, (stop - start) / size)
+                    inputs = x if whole else x[start:stop]
+                    outputs, loss = losses(model, inputs, labels, (stop - start) / size)
                     if loss.requires_grad:  # else every parameter is frozen
                         loss.backward()  # type: ignore[no-untyped-call]  # no type in torch
                 loss_sum += loss.detach() * size

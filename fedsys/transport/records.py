@@ -180,6 +180,11 @@ def select(record: ArrayRecord, names: Container[str]) -> tuple[ArrayRecord, Arr
     return _record(chosen), _record(others)
 
 
+def joined(record: ArrayRecord, other: ArrayRecord) -> ArrayRecord:
+    """Return a record over the arrays of `record`, in its order, or those of `other` if it has."""
+    return _record({name: other.get(name, array) for name, array in record.items()})
+
+
 def _record(arrays: dict[str, Any]) -> ArrayRecord:
     """Return a record that holds exactly these arrays; Flower's constructor would copy each."""
     record = ArrayRecord()
