@@ -37,7 +37,7 @@ _LOOK_S = 1.0  # whether the process that started this one is there
 
 
 def job(tree: Any) -> Mapping[str, Any]:
-    """Serve until the process is told to stop.
+    """Serve until the process is told to stop; chains that watch it leave it out before.
 
     Once it is ready, it prints its address; with ``json=true`` as an object ``{"ready": …}`` on a
     line of its own.
@@ -64,6 +64,8 @@ def job(tree: Any) -> Mapping[str, Any]:
         print(f"host {host.name} listens at {host.address}", flush=True)
     with suppress(KeyboardInterrupt):
         _wait(config.host.parent)
+    with suppress(KeyboardInterrupt):  # a second signal ends it at once
+        host.leave(config.host.drain_s)
     status = host.status()
     host.stop()
     return {"computed": status["computed"], "busy_s": status["busy_s"]}

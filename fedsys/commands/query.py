@@ -27,6 +27,9 @@ _PAUSE_S = 0.1
 OWN = ("address", "name", "timeout_s", "wait_s")
 """Options of ``serving`` that count for who asks; the others are of the endpoint."""
 
+HOW = ("technique", "way", "cuts", "again")
+"""What a chain says of how it answered."""
+
 
 def job(tree: Any) -> Mapping[str, Any]:
     """Send images to an endpoint and print what it says.
@@ -143,7 +146,7 @@ def ask(
 
     Returns:
         ``class``, ``probabilities``, ``variant``, ``meets_objective`` and ``ms``, the time from
-        the request to the answer in milliseconds.
+        the request to the answer in milliseconds; of a chain also `HOW` it answered.
 
     Raises:
         RequestError: The endpoint refuses it; with the endpoint's words.
@@ -168,7 +171,8 @@ def ask(
         tree = json.loads(body)
         ranked = [text.split(":", 2) for text in tree["outputs"][0]["data"]]
         found = {name: float(np.float32(value)) for value, _, name in ranked}
-        by, meets = tree["parameters"]["variant"], tree["parameters"].get("meets_objective")
+        about = tree["parameters"]
+        by, meets = about["variant"], about.get("meets_objective")
     except (ValueError, KeyError, IndexError, TypeError) as error:
         text = f"the endpoint at {options.address} answers what is not of the protocol: {error!r}"
         raise RuntimeFailure(text) from error
@@ -178,6 +182,7 @@ def ask(
         "variant": by,
         "meets_objective": meets,
         "ms": round(took, 3),
+        **{key: about[key] for key in HOW if key in about},
     }
 
 
@@ -193,4 +198,9 @@ def _line(file: Path, result: Mapping[str, Any]) -> str:
         return f"{file}: {result['error']}"
     best: Iterator[tuple[str, float]] = iter(list(result["probabilities"].items())[:3])
     shares = ", ".join(f"{name} {share:.1%}" for name, share in best)
-    return f"{file}: {shares}  ({result['variant']}, {result['ms']:.1f} ms)"
+    how = ""
+    if "technique" in result:
+        stands_in = result["technique"] != "none"
+        how = f", {result['technique']}: {result['way']}" if stands_in else ""
+        how += f", cuts {result['cuts']}"
+    return f"{file}: {shares}  ({result['variant']}{how}, {result['ms']:.1f} ms)"

@@ -79,6 +79,9 @@ def job(tree: Any) -> Mapping[str, Any]:
 
 
 def _tell_move(record: Mapping[str, Any], as_json: bool) -> None:
+    if "event" in record:
+        _tell_event(record, as_json)
+        return
     if as_json:
         text = json.dumps({"move": record})
     elif "error" in record:
@@ -88,6 +91,28 @@ def _tell_move(record: Mapping[str, Any], as_json: bool) -> None:
             f"cuts {record['cuts']} in {record['prepare_ms']:.0f} ms, {record['blocked_ms']:.3f} "
             f"ms without service: {record['reason']}"
         )
+    print(text, file=sys.stderr, flush=True)
+
+
+def _tell_event(record: Mapping[str, Any], as_json: bool) -> None:
+    """Say what happened to a host of a chain, and what stands in for it."""
+    if as_json:
+        text = json.dumps({"recovery": record})
+    else:
+        what, host = record["event"], record.get("host") or "the chain"
+        text = {
+            "lost": "{host} is lost: {why}",
+            "returned": "{host} is back",
+            "leaves": "{host} is about to end: it is left out",
+            "stays": "{host} stays",
+            "nobody": "{reason}",
+            "failover": "{technique} {route} stands in for {host}, decided in {decide_ms:.2f} ms, "
+            "applied in {apply_ms:.1f} ms, {replayed} requests went on: {reason}",
+            "prepares": "{route} is prepared",
+            "switched": "{route} answers, built in {build_ms:.0f} ms",
+            "applied": "{route} answers, {replayed} requests went on",
+            "not_built": "{route} could not be built: {error}",
+        }[what].format(**{**record, "host": host})
     print(text, file=sys.stderr, flush=True)
 
 
@@ -119,7 +144,8 @@ def _serve_chain(config: Config, portfolio: Portfolio) -> Mapping[str, Any]:
     endpoint.close()
     opened.release()
     status = engine.status()
-    return {key: status[key] for key in ("answers", "moves", "variant")}
+    keys = ("answers", "moves", "variant", "technique", "failovers", "replayed")
+    return {key: status[key] for key in keys if key in status}
 
 
 def _folder(config: Config) -> Path:

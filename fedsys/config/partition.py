@@ -85,6 +85,7 @@ class HostServerConfig:
         controller: Name in the certificate of who may control it.
         control_token: What a controller without a certificate must present; on loopback only.
         control_token_file: File that holds it.
+        drain_s: Longest time for chains to leave it out when it is told to stop, in seconds.
         memory_mb: Of weights.
         kept_mb: Of weights that no pipeline uses any more.
         threads: Intra-op threads of a forward pass; None for all cores.
@@ -97,6 +98,7 @@ class HostServerConfig:
     controller: str = "server"
     control_token: str = field(default="", repr=False)
     control_token_file: str | None = None
+    drain_s: float = 10.0
     memory_mb: float = 16000.0
     kept_mb: float = 1000.0
     threads: int | None = None
@@ -196,6 +198,7 @@ HOST_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("name", bool, "must not be empty"),
     ("memory_mb", lambda v: v > 0, "must be above 0"),
     ("kept_mb", lambda v: v >= 0, "must not be negative"),
+    ("drain_s", lambda v: v >= 0, "must not be negative"),
     ("threads", lambda v: v is None or v >= 1, "must be at least 1"),
 )
 """The same of the group `host`."""

@@ -54,6 +54,27 @@ class ObjectiveConfig:
 
 
 @dataclass(frozen=True)
+class RecoveryConfig:
+    """How the hosts of a chain are watched, and what stands ready in case one is lost.
+
+    Attributes:
+        enabled: Whether requests go on when a host is lost; if not, they fail.
+        interval_s: From one heartbeat to the next, in seconds.
+        floor_s: Silence that is never suspicious, in seconds, however short round trips are.
+        patience: Usual round trips that an answer may take without suspicion.
+        dwell_s: How long a host that was lost must answer before it is used again, in seconds.
+        warm: Techniques whose pipelines stand ready in advance, of `TECHNIQUES`.
+    """
+
+    enabled: bool = True
+    interval_s: float = 0.05
+    floor_s: float = 0.1
+    patience: float = 3.0
+    dwell_s: float = 5.0
+    warm: tuple[str, ...] = TECHNIQUES
+
+
+@dataclass(frozen=True)
 class ServingConfig:
     """The endpoint; `fedsys query` uses `address`, `name`, `timeout_s` and `wait_s` of it.
 
@@ -62,6 +83,7 @@ class ServingConfig:
         grpc: Where the same protocol is served over gRPC, as ``grpc://host:port``; None: not.
         name: Of the model, in the paths of the protocol.
         objective: What is asked of the answers.
+        recovery: How a chain answers on after a host is lost.
         variant: The only variant that answers; None lets the policy choose.
         resident: Whether all variants are in memory at all times.
         standby: The smallest variants stay in memory and help where the one that answers would be
@@ -87,6 +109,7 @@ class ServingConfig:
     grpc: str | None = None
     name: str = "classifier"
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     variant: str | None = None
     resident: bool = False
     standby: float = 0.1
@@ -143,6 +166,15 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "objective.techniques",
         lambda v: bool(v) and set(v) <= set(TECHNIQUES),
         f"must be a list of some of {', '.join(TECHNIQUES)}",
+    ),
+    ("recovery.interval_s", *_above(0)),
+    ("recovery.floor_s", *_above(0)),
+    ("recovery.patience", *_from(1)),
+    ("recovery.dwell_s", *_from(0)),
+    (
+        "recovery.warm",
+        lambda v: set(v) <= set(TECHNIQUES),
+        f"must be a list of {', '.join(TECHNIQUES)}",
     ),
     ("standby", *_from(0)),
     ("interval_s", *_above(0)),

@@ -40,7 +40,7 @@ def problem_of(config: Config, layers: LayeredModel, input_shape: Sequence[int])
         rows=options.batch,
         codecs=options.codecs,
         requests_per_s=options.requests_per_s,
-        constraints=_constraints(config, layers, hosts),
+        constraints=constraints_of(config, layers, hosts),
     )
 
 
@@ -107,7 +107,12 @@ def traced_networks_of(config: Config) -> tuple[Network, ...]:
     return tuple(network_of(link, 0, "", config.seed) for link in links_between(config))
 
 
-def _constraints(config: Config, layers: LayeredModel, hosts: Sequence[Host]) -> Constraints:
+def constraints_of(config: Config, layers: LayeredModel, hosts: Sequence[Host]) -> Constraints:
+    """Return what a partition must obey.
+
+    Raises:
+        ConfigError: A host or a unit is not known, or a value is not usable.
+    """
     options, names = config.partition, [unit.name for unit in layers.units]
     must = {
         _unit(names, unit, "partition.must"): host_index(hosts, str(host), f"partition.must.{unit}")

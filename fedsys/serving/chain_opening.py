@@ -16,14 +16,17 @@ from fedsys.partition.configured import hosts_of, problem_of, traced_networks_of
 from fedsys.partition.controller import MoveRules
 from fedsys.partition.host import HostServer
 from fedsys.partition.likely import likely
+from fedsys.partition.pipeline import Lost
 from fedsys.partition.planner import plan_partition
 from fedsys.partition.problem import RAW, Partition, Problem
 from fedsys.partition.remote_host import RemoteHost
 from fedsys.pruning.portfolio import ONNX, PARENT, Portfolio
 from fedsys.serving.chain import Chain, ChainEngine, ChainOptions
 from fedsys.serving.chain_control import ChainControl
-from fedsys.serving.chain_parts import StageBuilder, UnitParts
+from fedsys.serving.chain_parts import StageBuilder
 from fedsys.serving.portfolio import card_of
+from fedsys.serving.recovery.opening import LookedAfter, OtherWays
+from fedsys.serving.routes import WHOLE
 from fedsys.transport.network import Network
 from fedsys.transport.security import Credentials, new_token
 
@@ -40,11 +43,12 @@ class OpenedChain:
     Args:
         config: ``hosts``, ``partition``, ``serving`` and ``network`` count.
         portfolio: Its variant ``serving.variant`` answers, or its parent.
-        tell: Called with each change of cuts.
+        tell: Called with each change of cuts, and with what happens when hosts are lost.
 
     Attributes:
         engine: For the endpoint, which closes it.
         control: Decides on cuts; None where they stay.
+        recovery: Looks after lost hosts; None where requests fail.
         layers: The model.
 
     Raises:
@@ -70,12 +74,17 @@ class OpenedChain:
         with ExitStack() as stack:
             hosts = _connect(config, stack)
             token, credentials = _proofs(config)
+            recovery = None
+            if config.serving.recovery.enabled and len(hosts) > 1:
+                recovery = LookedAfter(hosts, config, stack)
+            ways = OtherWays(config, self.layers, portfolio, name)
             chain = Chain(
                 hosts,
-                UnitParts(self.layers, shape),
+                ways.parts(WHOLE),
                 token=token,
                 credentials=credentials,
-                options=_options(config),
+                options=_options(config, None if recovery is None else recovery.watch.lost),
+                ways=ways.parts,
             )
             first = first_partition(config, self.layers, shape)
             problem = self._problem(config, shape)
@@ -83,6 +92,9 @@ class OpenedChain:
             seen = {} if observer is None else {"passed": observer.seen}
             card = card_of(portfolio)
             self.engine = ChainEngine(chain, card, first, config.hosts.way, name=name, **seen)
+            if recovery is not None:
+                recovery.look_after(self.engine, ways, tell)
+            self.recovery = recovery
             self.control: ChainControl | None = None
             if problem is not None and observer is not None:
                 rules = MoveRules(config.hosts.margin, config.hosts.dwell_s)
@@ -110,6 +122,8 @@ class OpenedChain:
         """Let cuts stay from now on: before the engine ends."""
         if self.control is not None:
             self.control.close()
+        if self.recovery is not None:
+            self.recovery.close()
 
     def release(self) -> None:
         """End the host in this process, after the engine."""
@@ -141,12 +155,13 @@ def _connect(config: Config, stack: ExitStack) -> list[RemoteHost]:
     return hosts
 
 
-def _options(config: Config) -> ChainOptions:
+def _options(config: Config, lost: Lost | None) -> ChainOptions:
     networks: tuple[Network | None, ...] = ()
     if config.hosts.emulate:
         networks = (None, *traced_networks_of(config))
     rows = sorted({1, config.serving.max_batch})
-    return ChainOptions(config.serving.timeout_s, tuple(rows), networks, time.monotonic())
+    timeout_s = config.serving.timeout_s
+    return ChainOptions(timeout_s, tuple(rows), networks, time.monotonic(), lost)
 
 
 def first_partition(config: Config, layers: LayeredModel, shape: tuple[int, ...]) -> Partition:

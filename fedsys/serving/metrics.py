@@ -68,10 +68,29 @@ class Metrics:
             )
             info.add_metric([str(by)], 1.0)
             yield info
+        yield from _of_chain(status)
 
     def text(self) -> bytes:
         """Return all metrics in the text format of Prometheus."""
         return generate_latest(self.registry)
+
+
+def _of_chain(status: Mapping[str, Any]) -> Iterator[Metric]:
+    """Yield which hosts of a chain are used, and which technique stands in for lost ones."""
+    rows = [row for row in status.get("chain", ()) if "state" in row]
+    if not rows:
+        return
+    states = GaugeMetricFamily(
+        "fedsys_serving_host", "State of a host of the chain.", labels=["host", "state"]
+    )
+    for row in rows:
+        states.add_metric([row["host"], row["state"]], 1.0)
+    yield states
+    technique = GaugeMetricFamily(
+        "fedsys_serving_technique", "What stands in for lost hosts.", labels=["technique", "route"]
+    )
+    technique.add_metric([status["technique"], status["route"]], 1.0)
+    yield technique
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

@@ -61,13 +61,15 @@ class HostWatch:
         self._rules, self._tell = rules, tell
         self._watched = [_Watched(host) for host in hosts]
         self._numbers, self._end = count(), threading.Event()
+        self._threads: list[threading.Thread] = []
         try:
             for one in self._watched:
                 one.link = one.host.connect()
         except FedsysError:
             self.close()
             raise
-        self._threads = [threading.Thread(target=self._beat, name="heartbeats", daemon=True)]
+        beat = threading.Thread(target=self._beat, name="heartbeats", daemon=True)
+        self._threads.append(beat)
         for index, one in enumerate(self._watched):
             name = f"heart of {one.host.name}"
             self._threads.append(
@@ -197,5 +199,5 @@ class HostWatch:
         for one in self._watched:
             if one.link is not None:
                 one.link.close()
-        for thread in getattr(self, "_threads", ()):
+        for thread in self._threads:
             thread.join()

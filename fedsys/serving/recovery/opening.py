@@ -1,0 +1,171 @@
+"""From a configuration to a chain that answers on after a host is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, final
+
+from fedsys.config import Config
+from fedsys.config.serving import RecoveryConfig
+from fedsys.errors import ConfigError, ModelError
+from fedsys.models.layers import LayeredModel, layered
+from fedsys.partition.configured import constraints_of, networks_of
+from fedsys.partition.problem import Host, Problem
+from fedsys.partition.remote_host import RemoteHost
+from fedsys.planning.costs import MachineClass, MachineCosts
+from fedsys.planning.hardware import machine_costs
+from fedsys.pruning.portfolio import ONNX, Portfolio
+from fedsys.serving.chain import ChainEngine
+from fedsys.serving.chain_parts import UnitParts
+from fedsys.serving.recovery.candidates import ModelWays, Planner
+from fedsys.serving.recovery.continuer import Continuer, RecoveryOptions
+from fedsys.serving.recovery.decision import RecoveryObjective
+from fedsys.serving.recovery.detector import DetectorRules, Heart
+from fedsys.serving.recovery.watch import HostWatch
+from fedsys.serving.routes import WHOLE
+from fedsys.transport.network import Network
+
+_NOMINAL_MACS_S = 1e10  # of machines that are not named: all are alike
+_LOOPBACK = Network(1e10, 1e10, 1e-4)  # between them
+
+
+def rules_of(config: RecoveryConfig) -> DetectorRules:
+    """Return when a host counts as lost, from the group ``serving.recovery``."""
+    return DetectorRules(config.interval_s, config.floor_s, config.patience, config.dwell_s)
+
+
+@final
+class OtherWays:
+    """The ways through a model beside that of all its units, and what each would cost.
+
+    Args:
+        config: ``hosts`` and ``partition`` count.
+        whole: The chain of all units.
+        portfolio: Where its variants are.
+        name: Of the variant that is the whole model.
+        chains: Exits and skips of the model as chains of units, by way.
+        ways: What is known of these.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        whole: LayeredModel,
+        portfolio: Portfolio,
+        name: str,
+        chains: Mapping[str, LayeredModel] | None = None,
+        ways: ModelWays | None = None,
+    ) -> None:
+        self._config, self._portfolio = config, portfolio
+        self._chains = {WHOLE: whole, **(chains or {})}
+        self._parts: dict[str, UnitParts] = {}
+        given = ways or ModelWays()
+        smaller = [v for v in portfolio.variants if ONNX not in v.files and v.name != name]
+        accuracy = {v.name: v.accuracy for v in smaller}
+        accuracy[WHOLE] = portfolio.variant(name).accuracy
+        names, measured = tuple(v.name for v in smaller), given.measured | accuracy.keys()
+        accuracy |= given.accuracy
+        self.ways = ModelWays(given.exits, given.skips, names, accuracy, measured)
+
+    def chain(self, way: str) -> LayeredModel:
+        """Return a way as a chain of units.
+
+        Raises:
+            ModelError: There is none of that name.
+        """
+        if way not in self._chains:
+            if way not in self.ways.variants:
+                raise ModelError(f"{way}: there is no such way through the model")
+            shape, as_one = self._portfolio.about.input_shape, self._config.partition.fc_as_one
+            self._chains[way] = layered(self._portfolio.module(way), shape, fc_as_one=as_one)
+        return self._chains[way]
+
+    def parts(self, way: str) -> UnitParts:
+        """Return the units of a way, for hosts.
+
+        Raises:
+            ModelError: There is none of that name.
+        """
+        if way not in self._parts:
+            self._parts[way] = UnitParts(self.chain(way), self._portfolio.about.input_shape)
+        return self._parts[way]
+
+    def problem(self, way: str) -> Problem:
+        """Return what the units of a way cost on the hosts."""
+        config, layers = self._config, self.chain(way)
+        listed = config.hosts.list
+        named = all(host.machine for host in listed)
+        links = networks_of(config) if named else (_LOOPBACK,) * (len(listed) - 1)
+        hosts = tuple(
+            Host(one.name, self._costs(one.machine, layers), *_limits(one.memory_mb, one.power_w))
+            for one in listed
+        )
+        options = config.partition
+        plain = constraints_of(config, layers, hosts) if way == WHOLE else None
+        more = {} if plain is None else {"constraints": plain}
+        shape = self._portfolio.about.input_shape
+        return Problem.of(
+            layers, shape, hosts, links, rows=options.batch, codecs=options.codecs, **more
+        )
+
+    def _costs(self, machine: str, layers: LayeredModel) -> MachineCosts:
+        if not machine:
+            return MachineClass("any", _NOMINAL_MACS_S).costs(layers)
+        path, entry = f"hosts.machines.{machine}", self._config.hosts.machines[machine]
+        try:
+            return machine_costs(path, entry, layers)
+        except ConfigError:  # a profile of the whole model: its rate counts for other units
+            whole = self._chains[WHOLE]
+            seconds = machine_costs(path, entry, whole).seconds(1)[0]
+            macs = sum(unit.macs for unit in whole.units)
+            return MachineClass(machine, macs / max(seconds, 1e-9)).costs(layers)
+
+
+def _limits(memory_mb: float | None, power_w: float | None) -> tuple[float, float | None]:
+    return (float("inf") if memory_mb is None else memory_mb * 1e6), power_w
+
+
+@final
+class LookedAfter:
+    """Watches hosts from the moment on at which they are connected, and then looks after an engine.
+
+    Args:
+        hosts: In order.
+        config: ``serving`` and ``partition`` count.
+        stack: Closes it.
+    """
+
+    def __init__(self, hosts: Sequence[RemoteHost], config: Config, stack: ExitStack) -> None:
+        self._config = config
+        self._continuer: Continuer | None = None
+        self.watch = HostWatch(hosts, rules_of(config.serving.recovery), self._heard)
+        stack.callback(self.close)
+
+    def _heard(self, index: int, heart: Heart) -> None:
+        if self._continuer is not None:
+            self._continuer.heard(index, heart)
+
+    def look_after(
+        self, engine: ChainEngine, ways: OtherWays, tell: Callable[[Mapping[str, Any]], None]
+    ) -> None:
+        """Keep an engine answering from now on."""
+        serving = self._config.serving
+        options = RecoveryOptions(
+            rules_of(serving.recovery),
+            RecoveryObjective.of(serving.objective),
+            serving.recovery.warm,
+        )
+        planner = Planner(ways.problem, self._config.partition.objective)
+        self._continuer = Continuer(engine, planner, ways.ways, options, tell)
+        self._continuer.start(self.watch)
+        for index, heart in enumerate(self.watch.hearts):
+            if not heart.health.usable:  # while the first pipeline was built
+                self._continuer.heard(index, heart)
+
+    def close(self) -> None:
+        """Look after nothing any more."""
+        continuer, self._continuer = self._continuer, None
+        self.watch.close()
+        if continuer is not None:
+            continuer.close()
