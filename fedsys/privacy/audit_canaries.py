@@ -16,6 +16,7 @@ from fedsys.privacy.audit_epsilon import (
     epsilon_of_guesses,
     epsilon_of_rates,
 )
+from fedsys.privacy.labels import randomised
 from fedsys.privacy.noise import Addressed
 from fedsys.privacy.release import Noise, clipped
 from fedsys.randomness import Address
@@ -102,6 +103,23 @@ def release_bound(
     threshold = float(np.quantile(aside.numpy(), 1 - ALARMS))
     hits, alarms = (int((told > threshold).sum()) for told in statistics)
     return epsilon_of_rates(Rates(hits, alarms, trials), delta, confidence)
+
+
+def response_bound(
+    epsilon: float, classes: int, trials: int, address: Address, confidence: float = CONFIDENCE
+) -> float:
+    """Return a lower bound on ε from telling two labels apart by what is told of them.
+
+    Args:
+        epsilon: Of the randomised response.
+        classes: Labels that there are.
+        trials: Tries with each of two labels.
+        address: Of the draws.
+        confidence: Of the bound.
+    """
+    told = randomised(torch.arange(2).repeat_interleave(trials), epsilon, classes, address)
+    hits, alarms = (int((part == 0).sum()) for part in told.split(trials))
+    return epsilon_of_rates(Rates(hits, alarms, trials), 0.0, confidence)
 
 
 def _likelihood(seen: torch.Tensor, noise: Noise) -> torch.Tensor:

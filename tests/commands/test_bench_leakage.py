@@ -16,6 +16,7 @@ SMALL = [
     "bench.known=40",
     "bench.victims=10",
     "bench.epochs=2",
+    "bench.client_size=2",
     "bench.invert_epochs=1",
     "bench.width=8",
     "bench.trials=500",
@@ -40,7 +41,8 @@ def test_every_cut_is_attacked_with_and_without_each_mechanism(audited):
     figures = figures_of(audited)
     cells = [(row["mechanism"], row["epsilon"], row["cut"]) for row in figures["cuts"]]
     without = [("none", None, cut) for cut in (0, 1, 2, 3)]
-    assert cells == [*without, *(("cut", 8.0, cut) for cut in (1, 2, 3))]
+    protected = [(m, 8.0, cut) for m in ("record", "client", "cut") for cut in (1, 2, 3)]
+    assert cells == [*without, *protected]
     for row in figures["cuts"]:
         assert -1 <= row["ssim"] <= 1 and row["psnr"] > 0
         if row["cut"]:
@@ -51,13 +53,17 @@ def test_every_cut_is_attacked_with_and_without_each_mechanism(audited):
 
 def test_lower_bounds_stand_beside_claims_and_lie_below_them(audited):
     figures = figures_of(audited)
-    (release,) = figures["releases"]
+    release, response = figures["releases"]
     assert 0.5 < release["epsilon_at_least"] <= release["claim"] == 8.0
     assert release["releases"] == 2  # one in each epoch
+    assert 0.5 < response["epsilon_at_least"] <= response["claim"] == 1.0
     assert figures["holds"] is True
-    assert [row["mechanism"] for row in figures["models"]] == ["none", "cut"]
-    for row in figures["models"]:
-        assert row["claim"] is None  # nothing is claimed of what the server app sees
+    models = {row["mechanism"]: row for row in figures["models"]}
+    assert list(models) == ["none", "record", "client", "cut", "label"]
+    claims = {name: row["claim"] for name, row in models.items()}
+    # of what the server app sees, the cut claims nothing, and labels nothing of who is in
+    assert claims == {"none": None, "record": 8.0, "client": 8.0, "cut": None, "label": None}
+    for row in models.values():
         assert 0 <= row["loss_auc"] <= 1 and 0 <= row["ratio_tpr"] <= 1
 
 
@@ -71,7 +77,9 @@ def test_what_policies_take_and_the_picture_are_in_the_folder(audited):
         ["fc2", [10]],
     ]
     similar = {(row["mechanism"], row["cut"]): row["ssim"] for row in told["cuts"]}
-    assert set(similar) == {(m, cut) for m in ("none", "cut") for cut in (1, 2, 3)}
+    assert set(similar) == {
+        (m, cut) for m in ("none", "record", "client", "cut") for cut in (1, 2, 3)
+    }
     picture = (audited / "plots" / "reconstructions.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
 

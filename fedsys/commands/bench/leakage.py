@@ -30,12 +30,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedsys.commands.bench import Chart
+from fedsys.commands.bench.leakage_mechanisms import (
+    Clients,
+    fit_client,
+    fit_cut,
+    fit_label,
+    fit_record,
+)
 from fedsys.commands.bench.leakage_models import (
     Fit,
     Pool,
     Setting,
     accuracy_of,
-    fit_cut,
     fit_plain,
     losses_of,
     make_pool,
@@ -48,7 +54,7 @@ from fedsys.errors import ConfigError
 from fedsys.files import write_atomic
 from fedsys.models.layers import LayeredModel, layered, split
 from fedsys.planning.leakage import FILE, unit_list
-from fedsys.privacy.audit_canaries import canary_bound, release_bound
+from fedsys.privacy.audit_canaries import canary_bound, release_bound, response_bound
 from fedsys.privacy.audit_inversion import Inversion, invert, mean_image
 from fedsys.privacy.audit_labels import gradients_of, infer_labels
 from fedsys.privacy.audit_membership import by_loss, confidences, likelihood_ratio
@@ -62,7 +68,7 @@ from fedsys.training import federation
 from fedsys.training import plain as training
 from fedsys.training.federation import layered_model
 
-MECHANISMS = ("none", "cut")
+MECHANISMS = ("none", "record", "client", "cut", "label")
 
 Row = dict[str, Any]
 
@@ -126,7 +132,7 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
         row, first[setting.label] = _model_row(audit, setting)
         models.append(row)
     cuts, inversions = _cut_rows(audit, settings, first)
-    releases = [_release_row(audit, setting) for setting in settings if setting.mechanism == "cut"]
+    releases = [row for setting in settings if (row := _release_row(audit, setting))]
     _leave(audit, cuts, inversions)
     claims = [row for row in (*models, *releases) if row["claim"] is not None]
     open_ = [row for row in cuts if row["mechanism"] == "none"]
@@ -148,9 +154,11 @@ def _settings(options: Mapping[str, Any]) -> list[Setting]:
             raise ConfigError.of(
                 "bench.mechanisms", mechanism, f"must be of {', '.join(MECHANISMS)}"
             )
-    epsilons = [float(e) for e in options["epsilons"]]
-    protected = [m for m in MECHANISMS[1:] if m in asked]
-    return [Setting("none"), *(Setting(m, e) for m in protected for e in epsilons)]
+    found = [Setting("none")]
+    for mechanism in (m for m in MECHANISMS[1:] if m in asked):
+        key = "label_epsilons" if mechanism == "label" else "epsilons"
+        found += [Setting(mechanism, float(epsilon)) for epsilon in options[key]]
+    return found
 
 
 # --------------------------------------------------------------------------------------------------
@@ -159,8 +167,10 @@ def _settings(options: Mapping[str, Any]) -> list[Setting]:
 
 def _model_row(audit: Audit, setting: Setting) -> tuple[Row, nn.Module]:
     """Train the models of a mechanism; return what they tell, and the first of them."""
-    pool, members = audit.pool, audit.pool.members
-    fit, losses, first, right = _fit_of(audit, setting), [], None, []
+    size = audit.number("client_size") if setting.mechanism == "client" else 1
+    pool = audit.pool.of_clients(size)
+    members, fit = pool.members, _fit_of(audit, setting)
+    losses, right, first = [], [], None
     for index in range(len(members)):
         say(f"{setting.label}: model {index + 1} of {len(members)}")
         model = fit(pool.of_model(index), index)
@@ -168,42 +178,71 @@ def _model_row(audit: Audit, setting: Setting) -> tuple[Row, nn.Module]:
         losses.append(losses_of(model, pool.images, audit.dataset))
         right.append(accuracy_of(model, audit.dataset.test, audit.dataset))
     assert first is not None  # there are two models at least
-    seen, count = np.stack(losses), pool.examples
-    loss = by_loss(seen[:, :count], members[:, :count])
+    # Of a client, the mean loss of its images
+    seen = np.stack(losses).reshape(len(members), -1, size).mean(2)
     row: Row = {
         "mechanism": setting.mechanism,
-        "claim": None if setting.mechanism == "cut" else setting.epsilon,
+        "claim": setting.epsilon if setting.mechanism in ("record", "client") else None,
         "epsilon": setting.epsilon,
         "accuracy": float(np.mean(right)),
-        "loss_auc": loss.auc,
-        "loss_tpr": loss.tpr,
     }
+    found = _membership(seen, members[:, ::size], pool.examples // size, audit)
+    return row | found, first
+
+
+def _membership(
+    losses: NDArray[np.float64], members: NDArray[np.bool_], count: int, audit: Audit
+) -> Row:
+    """Return how well members are told, and a bound on ε.
+
+    Args:
+        losses: ``(models, units)``: of examples or clients, canaries behind the first `count`.
+        members: Likewise.
+        count: Units that are no canaries.
+        audit: Gives δ.
+    """
+    loss = by_loss(losses[:, :count], members[:, :count])
+    row: Row = {"loss_auc": loss.auc, "loss_tpr": loss.tpr}
     if len(members) >= 4:
-        ratio = likelihood_ratio(confidences(seen[:, :count]), members[:, :count])
+        ratio = likelihood_ratio(confidences(losses[:, :count]), members[:, :count])
         row |= {"ratio_auc": ratio.auc, "ratio_tpr": ratio.tpr}
     delta = float(audit.options["delta"])
-    row["epsilon_at_least"] = canary_bound(-seen[:, count:], members[:, count:], delta)
-    return row, first
+    row["epsilon_at_least"] = canary_bound(-losses[:, count:], members[:, count:], delta)
+    return row
 
 
 def _fit_of(audit: Audit, setting: Setting) -> Fit:
     config, options, dataset = audit.config, audit.options, audit.dataset
-    epochs = audit.number("epochs")
-    if setting.epsilon is None:
+    epochs, epsilon = audit.number("epochs"), setting.epsilon
+    if epsilon is None:
         return fit_plain(config, dataset, epochs)
-    return fit_cut(config, dataset, epochs, options["cut"], audit.noise(setting.epsilon))
+    claimed = epsilon, float(options["delta"])
+    if setting.mechanism == "record":
+        return fit_record(config, dataset, epochs, claimed, float(options["record_clip_norm"]))
+    if setting.mechanism == "client":
+        size = audit.number("client_size")
+        clients = Clients(
+            len(audit.pool.images) // size, size, epochs, float(options["client_clip_norm"])
+        )
+        return fit_client(config, dataset, claimed, clients)
+    if setting.mechanism == "label":
+        return fit_label(config, dataset, epochs, epsilon)
+    return fit_cut(config, dataset, epochs, options["cut"], audit.noise(epsilon))
 
 
-def _release_row(audit: Audit, setting: Setting) -> Row:
-    assert setting.epsilon is not None  # there is noise
+def _release_row(audit: Audit, setting: Setting) -> Row | None:
+    """Return a bound on ε by what leaves a device; None where that is a model."""
+    address, trials = Address(audit.config.seed), audit.number("trials")
+    if setting.epsilon is None or setting.mechanism not in ("cut", "label"):
+        return None
+    row: Row = {"mechanism": setting.mechanism, "claim": setting.epsilon}
+    if setting.mechanism == "label":
+        bound = response_bound(setting.epsilon, audit.dataset.num_classes, trials, address)
+        return row | {"noise": "response", "releases": 1, "epsilon_at_least": bound}
     noise, delta = audit.noise(setting.epsilon), float(audit.options["delta"])
-    bound = release_bound(
-        noise, audit.number("epochs"), delta, audit.number("trials"), Address(audit.config.seed)
-    )
-    return {
-        "mechanism": "cut",
+    bound = release_bound(noise, audit.number("epochs"), delta, trials, address)
+    return row | {
         "noise": noise.kind,
-        "claim": setting.epsilon,
         "multiplier": noise.multiplier,
         "releases": audit.number("epochs"),
         "epsilon_at_least": bound,
@@ -224,7 +263,7 @@ def _cut_rows(
     blind = mean_image(known, victims)
     rows: list[Row] = [_cut_row(Setting("none"), 0, "nothing is seen", blind)]
     inversions: Inversions = [("images", Inversion(victims, 1.0, float("inf")))]
-    for setting in settings:
+    for setting in (s for s in settings if s.mechanism != "label"):  # it touches no activation
         # At the cut, the model of no mechanism: what is measured is what clipping and noise hide
         model = models["none" if setting.mechanism == "cut" else setting.label]
         chain = layered(model, audit.dataset.input_shape)

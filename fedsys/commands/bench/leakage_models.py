@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,6 @@ from fedsys import data
 from fedsys.config import Config
 from fedsys.data import Dataset, Images
 from fedsys.errors import ConfigError
-from fedsys.models.layers import layered, resolve_cut, split
-from fedsys.privacy.release import Noise, Release
 from fedsys.randomness import Address
 from fedsys.training import federation, optimizers
 from fedsys.training import plain as training
@@ -30,7 +28,7 @@ class Setting:
     """A mechanism, and what it claims.
 
     Attributes:
-        mechanism: ``none``, ``record``, ``client`` or ``cut``.
+        mechanism: ``none``, ``record``, ``client``, ``cut`` or ``label``.
         epsilon: What is claimed; None: nothing.
     """
 
@@ -67,6 +65,19 @@ class Pool:
     def of_model(self, index: int) -> Images:
         """Return what a model is trained on."""
         return self.images.take(np.flatnonzero(self.members[index]).astype(np.int64))
+
+    def of_clients(self, size: int) -> Pool:
+        """Return the same images, of which as many as a client has are in or out together.
+
+        Raises:
+            ConfigError: Examples or canaries do not go into clients.
+        """
+        if self.examples % size or self.canaries % size:
+            raise ConfigError.of(
+                "bench.client_size", size,
+                f"must divide the {self.examples} examples and the {self.canaries} canaries",
+            )  # fmt: skip
+        return replace(self, members=np.repeat(self.members[:, ::size], size, axis=1))
 
     def victims(self, count: int) -> Images:
         """Return images that the first model was trained on."""
@@ -110,27 +121,13 @@ def fit_plain(config: Config, dataset: Dataset, epochs: int) -> Fit:
 
     def fit(images: Images, index: int) -> nn.Module:
         model = federation.build_model(config, dataset)
-        _train(model, model, config, dataset, images, index, epochs)
+        train_on(model, model, config, dataset, images, index, epochs)
         return model.eval()
 
     return fit
 
 
-def fit_cut(config: Config, dataset: Dataset, epochs: int, cut: Any, noise: Noise) -> Fit:
-    """Return what trains a model with clipping and noise at a cut."""
-
-    def fit(images: Images, index: int) -> nn.Module:
-        model = federation.build_model(config, dataset)
-        chain = layered(model, dataset.input_shape)
-        front, back = split(chain, resolve_cut(chain, cut))
-        released = nn.Sequential(front, Release(noise), back)
-        _train(released, model, config, dataset, images, index, epochs)
-        return model.eval()
-
-    return fit
-
-
-def _train(
+def train_on(
     trained: nn.Module,
     model: nn.Module,
     config: Config,
@@ -139,6 +136,17 @@ def _train(
     index: int,
     epochs: int,
 ) -> None:
+    """Train on images without a promise.
+
+    Args:
+        trained: What is called: `model`, or more around its parts.
+        model: Whose parameters learn.
+        config: Tells how.
+        dataset: Of the images.
+        images: All of them are seen in each epoch.
+        index: Tells models of one mechanism apart.
+        epochs: The learning rate falls to nothing over them.
+    """
     client, address = config.client, Address(config.seed, index, 1)
     optimizer = optimizers.make_optimizer(model.parameters(), client, client.lr)
     steps = math.ceil(len(images) / client.batch_size)
