@@ -118,7 +118,7 @@ def response_bound(
         confidence: Of the bound.
     """
     told = randomised(torch.arange(2).repeat_interleave(trials), epsilon, classes, address)
-    hits, alarms = (int((part == 0).sum()) for part in told.split(trials))
+    hits, alarms = (int((part == 0).sum()) for part in torch.split(told, trials))
     return epsilon_of_rates(Rates(hits, alarms, trials), 0.0, confidence)
 
 

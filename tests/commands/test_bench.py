@@ -48,6 +48,10 @@ SMALL = {
     ],
     "privacy": [
         "bench.epsilons=[8]",
+        "bench.mechanisms=[record,cut]",
+        "bench.alone_seeds=1",
+        "bench.alone_epochs=1",
+        "bench.networks=[wifi]",
         "bench.turns=1",
         "bench.batch_size=4",
         "privacy.accountant=rdp",

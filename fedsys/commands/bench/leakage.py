@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from fedsys.commands.bench import Chart
 from fedsys.commands.bench.leakage_mechanisms import (
-    Clients,
+    AuditClients,
     fit_client,
     fit_cut,
     fit_label,
@@ -132,7 +132,7 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
         row, first[setting.label] = _model_row(audit, setting)
         models.append(row)
     cuts, inversions = _cut_rows(audit, settings, first)
-    releases = [row for setting in settings if (row := _release_row(audit, setting))]
+    releases = [found for setting in settings if (found := _release_row(audit, setting))]
     _leave(audit, cuts, inversions)
     claims = [row for row in (*models, *releases) if row["claim"] is not None]
     open_ = [row for row in cuts if row["mechanism"] == "none"]
@@ -221,7 +221,7 @@ def _fit_of(audit: Audit, setting: Setting) -> Fit:
         return fit_record(config, dataset, epochs, claimed, float(options["record_clip_norm"]))
     if setting.mechanism == "client":
         size = audit.number("client_size")
-        clients = Clients(
+        clients = AuditClients(
             len(audit.pool.images) // size, size, epochs, float(options["client_clip_norm"])
         )
         return fit_client(config, dataset, claimed, clients)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -35,7 +36,7 @@ Claimed = tuple[float, float]
 """ε and δ."""
 
 
-def fit_cut(config: Config, dataset: Dataset, epochs: int, cut: object, noise: Noise) -> Fit:
+def fit_cut(config: Config, dataset: Dataset, epochs: int, cut: Any, noise: Noise) -> Fit:
     """Return what trains a model with clipping and noise at a cut."""
 
     def fit(images: Images, index: int) -> nn.Module:
@@ -87,7 +88,7 @@ def fit_record(
 
 
 @dataclass(frozen=True)
-class Clients:
+class AuditClients:
     """The clients of an audit, and how their updates become a model.
 
     Attributes:
@@ -103,10 +104,10 @@ class Clients:
     clip_norm: float
 
 
-def fit_client(config: Config, dataset: Dataset, claimed: Claimed, clients: Clients) -> Fit:
+def fit_client(config: Config, dataset: Dataset, claimed: Claimed, clients: AuditClients) -> Fit:
     """Return what trains a model on clipped updates of clients, whose mean has noise.
 
-    Clients that are not in count with an update of nothing, as in the claim.
+    AuditClients that are not in count with an update of nothing, as in the claim.
     """
 
     def fit(images: Images, index: int) -> nn.Module:

@@ -1,39 +1,35 @@
-"""What privacy by example costs, beside training without it and beside Opacus.
+"""What privacy costs, beside training without it and beside Opacus.
 
 Each cell is a run in a process of its own: classic training or pipelined split training, without a
-promise or with one to each example at some epsilon. Gradients of one mini-batch are computed in
-turns by `fedsys.privacy` and by the hooks of Opacus, on the same VGG-5 with GroupNorm, and the
-memory of each in a process of its own: how far its resident size rises in one step.
+promise or with one of a mechanism at some epsilon; noise at a cut is for split training alone.
+Record-level training stands beside that of Opacus (`fedsys.commands.bench.privacy_opacus`), and
+what pipelining gains with and without it on the virtual clock
+(`fedsys.commands.bench.privacy_gains`).
 """
 
 from __future__ import annotations
 
-import copy
 import json
+import math
 import subprocess
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-
 from fedsys import config as configuration
-from fedsys import models, runtime
+from fedsys import runtime
 from fedsys.commands.bench import Chart
+from fedsys.commands.bench.leakage_models import say
+from fedsys.commands.bench.privacy_gains import gains
+from fedsys.commands.bench.privacy_opacus import accuracies, gradients, rise
 from fedsys.commands.bench.split import peak_rise
 from fedsys.config import Config
 from fedsys.config.targets import import_extra
 from fedsys.errors import RuntimeFailure
 from fedsys.privacy.accountant import Releases, epsilon
-from fedsys.privacy.gradients import ExampleGradients
-from fedsys.privacy.update import summed_backward
-from fedsys.randomness import Address
 from fedsys.runs.folder import RunFolder
 from fedsys.training import plain as training
 
@@ -43,7 +39,7 @@ GRID = ((1.0, 0.01, 1000), (0.8, 0.2, 100), (2.0, 0.05, 500), (4.0, 1.0, 20))
 
 
 def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Measure cells, gradients and accountants.
+    """Measure gradients, accountants, gains, accuracies and cells.
 
     Args:
         config: Data, model, clients and rounds of the cells.
@@ -51,18 +47,25 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         ``cells``: method, mechanism, epsilon of the budget, accuracy on the test part, seconds of
-        an iteration, peak resident size in MB (10^6 bytes), and what was spent. ``gradients``: a
-        step beside Opacus', ratio of times and of memory, and the largest relative difference of
-        a parameter's clipped sum. ``accountants``: epsilons by name.
+        an iteration, peak resident size in MB (10^6 bytes), and what was spent. ``accountants``:
+        epsilons by name. ``gains`` and ``alone``: as `gains` and `accuracies` say, and in
+        ``points`` by how many points accuracies of one seed differ, in the mean of all. The other
+        figures are of `gradients`.
 
     Raises:
         RuntimeFailure: A process failed.
         ModelError: Opacus or dp-accounting is not installed.
     """
     training.set_threads(config.client.threads)
+    told = gradients(options, lambda side, examples: float(_in_process(side, str(examples))))
+    alone = list(accuracies(config, options, DELTA))
+    apart = [row["accuracy"] - row["opacus_accuracy"] for row in alone]
     return {
-        "gradients": _gradients(config, options),
+        **told,
+        "points": 100 * fmean(apart) if apart else 0.0,
         "accountants": list(_accountants()),
+        "gains": list(gains(options)),
+        "alone": alone,
         "cells": list(_cells(config, options)),
     }
 
@@ -73,7 +76,10 @@ def chart(figures: Mapping[str, Any]) -> Chart:
     labels = list(dict.fromkeys(_promise(cell) for cell in cells))
     series = {
         method: [
-            next(c["accuracy"] for c in cells if (c["method"], _promise(c)) == (method, label))
+            next(
+                (c["accuracy"] for c in cells if (c["method"], _promise(c)) == (method, label)),
+                math.nan,
+            )
             for label in labels
         ]
         for method in dict.fromkeys(cell["method"] for cell in cells)
@@ -99,10 +105,17 @@ def _cells(config: Config, options: Mapping[str, Any]) -> Iterator[dict[str, Any
         },
     }
     promises: list[tuple[str, float | None]] = [("none", None)]
-    promises += [("record", float(budget)) for budget in options["epsilons"]]
+    promises += [
+        (m, float(budget)) for m in options["mechanisms"] for budget in options["epsilons"]
+    ]
     for method, how in methods.items():
         for mechanism, budget in promises:
+            if (method, mechanism) == ("classic", "cut"):  # nothing is released at a cut
+                continue
+            say(f"{method}, {mechanism} {budget or ''}")
             privacy = {"mechanism": mechanism, **({"epsilon": budget} if budget else {})}
+            if mechanism != "none":
+                privacy["clip_norm"] = float(options[f"{mechanism}_clip_norm"])
             found = [
                 _cell(config, {**how, "privacy": privacy, "seed": config.seed + seed})
                 for seed in range(int(options["seeds"]))
@@ -147,98 +160,6 @@ def _carried_out(text: str) -> dict[str, float]:
 
 
 # --------------------------------------------------------------------------------------------------
-# Gradients
-
-
-def _vgg5(examples: int) -> tuple[nn.Module, Tensor, Tensor]:
-    spec = {"_target_": "fedsys.models.vgg.vgg5", "norm": "group"}
-    model = models.build(spec, input_shape=(3, 32, 32), num_classes=10, seed=0)
-    x = torch.randn((examples, 3, 32, 32), generator=Address(0).torch("bench"))
-    return model, x, torch.arange(examples) % 10
-
-
-Step = Callable[[], list[Tensor]]
-
-
-def ours(model: nn.Module, x: Tensor, y: Tensor) -> Step:
-    """Return what computes clipped sums by `fedsys.privacy`."""
-    examples = ExampleGradients([model], 1.0)
-
-    def step() -> list[Tensor]:
-        examples.begin()
-        with examples.recording(0, len(y)):
-            summed_backward(model(x), y)
-        examples.finish(examples.squares())
-        return [p.grad for p in model.parameters() if p.grad is not None]
-
-    return step
-
-
-def theirs(model: nn.Module, x: Tensor, y: Tensor) -> Step:
-    """Return what computes clipped sums by the hooks of Opacus."""
-    opacus = import_extra("opacus", "privacy", "fedsys bench privacy")
-    hooked = opacus.GradSampleModule(model, loss_reduction="sum")
-    sgd = torch.optim.SGD(hooked.parameters(), 0.0)
-    optimizer = opacus.optimizers.DPOptimizer(
-        sgd, noise_multiplier=0.0, max_grad_norm=1.0, expected_batch_size=len(y)
-    )
-
-    def step() -> list[Tensor]:
-        optimizer.zero_grad()
-        F.cross_entropy(hooked(x), y, reduction="sum").backward()  # type: ignore[no-untyped-call]
-        optimizer.clip_and_accumulate()
-        return [p.summed_grad for p in hooked.parameters()]
-
-    return step
-
-
-SIDES: Mapping[str, Callable[[nn.Module, Tensor, Tensor], Step]] = {"ours": ours, "opacus": theirs}
-
-
-def _gradients(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
-    model, x, y = _vgg5(int(options["batch_size"]))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Opacus' hooks warn of inputs without gradient
-        steps = {name: make(copy.deepcopy(model), x, y) for name, make in SIDES.items()}
-        exact = theirs(copy.deepcopy(model).double(), x.double(), y)()
-        sums = {name: step() for name, step in steps.items()}
-        took: dict[str, list[float]] = {name: [] for name in SIDES}
-        for _ in range(int(options["turns"])):
-            for name, step in steps.items():
-                began = time.perf_counter()
-                step()
-                took[name].append(time.perf_counter() - began)
-    rises = {name: _in_process(name, str(len(y))) / 1e6 for name in SIDES}
-    ratios = [b / a for a, b in zip(took["ours"], took["opacus"], strict=True)]
-    return {
-        "step_s": median(took["ours"]),
-        "opacus_step_s": median(took["opacus"]),
-        "speed": median(ratios),
-        "rise_mb": rises["ours"],
-        "opacus_rise_mb": rises["opacus"],
-        "memory": rises["ours"] / rises["opacus"],
-        "difference": _apart(sums["ours"], exact),
-        "opacus_difference": _apart(sums["opacus"], exact),
-        "batch_size": len(y),
-    }
-
-
-def _apart(sums: list[Tensor], exact: list[Tensor]) -> float:
-    """Return the largest distance of a parameter's sum from that in float64, relative to it."""
-    pairs = zip(sums, exact, strict=True)
-    return max(float((a.double() - b).norm() / b.norm()) for a, b in pairs)
-
-
-def _rise(side: str, examples: int) -> int:
-    model, x, y = _vgg5(examples)
-    step = SIDES[side](model, x, y)
-    x[:2].sum()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return peak_rise(step)
-
-
-# --------------------------------------------------------------------------------------------------
 # Accountants
 
 
@@ -262,4 +183,4 @@ if __name__ == "__main__":
     if told == "run":
         print(json.dumps(_carried_out(sys.stdin.read())))
     else:
-        print(json.dumps(_rise(told, int(sys.stdin.read()))))
+        print(json.dumps(rise(told, int(sys.stdin.read()))))
