@@ -14,12 +14,14 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
 
 import torch
 
 from fedsys import config as configuration
+from fedsys.commands.own_chain import made_model, started, starts_hosts
 from fedsys.config import Config
 from fedsys.errors import ConfigError
 from fedsys.pruning.portfolio import MANIFEST, Portfolio
@@ -52,6 +54,11 @@ def job(tree: Any) -> Mapping[str, Any]:
         ModelError: The portfolio is damaged.
     """
     config = configuration.parse(configuration.to_text(tree))
+    if starts_hosts(config):
+        config = made_model(config) if config.portfolio is None else config
+        with started(config) as (own, processes):
+            sys.setswitchinterval(SWITCH_S)
+            return _serve_chain(own, Portfolio.load(_folder(own)), processes)
     portfolio = Portfolio.load(_folder(config))
     sys.setswitchinterval(SWITCH_S)
     if serves_chain(config):
@@ -123,8 +130,15 @@ def _until_told() -> None:
         print("finishing the requests in work", file=sys.stderr)
 
 
-def _serve_chain(config: Config, portfolio: Portfolio) -> Mapping[str, Any]:
+def _serve_chain(
+    config: Config, portfolio: Portfolio, processes: Mapping[str, int] = MappingProxyType({})
+) -> Mapping[str, Any]:
     """Serve by a chain of hosts.
+
+    Args:
+        config: The configuration.
+        portfolio: The model.
+        processes: Ids of the processes of hosts that were started, by name.
 
     Returns:
         What it did: ``answers`` by cuts, ``moves``, and the last cuts as ``variant``.
@@ -137,7 +151,8 @@ def _serve_chain(config: Config, portfolio: Portfolio) -> Mapping[str, Any]:
         opened.close()
         raise
     status = engine.status()
-    lines = [_of_host(row) for row in status["chain"]]
+    rows = [{**row, **_pid(row["host"], processes)} for row in status["chain"]]
+    status, lines = {**status, "chain": rows}, [_of_host(row) for row in rows]
     _say(endpoint, config, status, "chain", lines)
     _until_told()
     opened.settle()
@@ -162,10 +177,15 @@ def _folder(config: Config) -> Path:
     return inside if inside.is_dir() and not (folder / MANIFEST).exists() else folder
 
 
+def _pid(host: str, processes: Mapping[str, int]) -> dict[str, int]:
+    return {"pid": processes[host]} if host in processes else {}
+
+
 def _of_host(row: Mapping[str, Any]) -> str:
     names = row["units"]
     units = f"{names[0]} … {names[-1]}" if names else "nothing"
-    return f"{row['host']} at {row['address']}: {units}"
+    process = f" (process {row['pid']})" if "pid" in row else ""
+    return f"{row['host']} at {row['address']}{process}: {units}"
 
 
 def _say(

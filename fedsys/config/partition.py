@@ -19,6 +19,7 @@ class HostConfig:
         name: Its name.
         machine: What it takes, by name, of ``hosts.machines``.
         address: Where ``fedsys host`` listens there; empty where nothing is served, only planned.
+        start: Whether ``fedsys serve`` starts it as another process of this machine.
         memory_mb: For its part of the model; None: not known.
         power_w: Watts that it takes more while it computes; None: not known.
         radio_w: Watts that it takes more while it sends or receives.
@@ -28,6 +29,7 @@ class HostConfig:
     name: str
     machine: str = ""
     address: str = ""
+    start: bool = False
     memory_mb: float | None = None
     power_w: float | None = None
     radio_w: float = 0.0

@@ -84,6 +84,7 @@ class ServingConfig:
         name: Of the model, in the paths of the protocol.
         objective: What is asked of the answers.
         recovery: How a chain answers on after a host is lost.
+        exits: Folder of the training run whose exits and adapters a chain may answer by.
         variant: The only variant that answers; None lets the policy choose.
         resident: Whether all variants are in memory at all times.
         standby: The smallest variants stay in memory and help where the one that answers would be
@@ -110,6 +111,7 @@ class ServingConfig:
     name: str = "classifier"
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
+    exits: str | None = None
     variant: str | None = None
     resident: bool = False
     standby: float = 0.1

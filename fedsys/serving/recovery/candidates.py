@@ -34,6 +34,8 @@ from fedsys.serving.routes import (
     working,
 )
 
+_EXITS = 3  # the last ones before lost hosts: those before them are worse and hardly faster
+
 
 @dataclass(frozen=True)
 class ModelWays:
@@ -117,9 +119,9 @@ def routes_around(
     if all(host not in gone for host, _, _ in working(whole, units)):
         found.append(Route(whole))
         return list(dict.fromkeys(found))
-    for boundary in ways.exits:
-        if (around := around_by_exit(whole, boundary, gone)) is not None:
-            found.append(Route(around, f"{EXIT}{boundary}"))
+    exits = [(b, around_by_exit(whole, b, gone)) for b in ways.exits]
+    possible = [(b, around) for b, around in exits if around is not None]
+    found += [Route(around, f"{EXIT}{b}") for b, around in possible[-_EXITS:]]
     run = run_gone(whole, units, gone)
     if run is not None and run in ways.skips:
         around = around_by_skip(whole, run, ways.skips[run])

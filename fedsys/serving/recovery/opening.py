@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, final
 
 from fedsys.config import Config
 from fedsys.config.serving import RecoveryConfig
 from fedsys.errors import ConfigError, ModelError
 from fedsys.models.layers import LayeredModel, layered
+from fedsys.models.resilient import exit_chain, skip_chain
 from fedsys.partition.configured import constraints_of, networks_of
 from fedsys.partition.problem import Host, Problem
 from fedsys.partition.remote_host import RemoteHost
 from fedsys.planning.costs import MachineClass, MachineCosts
 from fedsys.planning.hardware import machine_costs
 from fedsys.pruning.portfolio import ONNX, Portfolio
+from fedsys.runs.resilience import Resilience
+from fedsys.runs.resilience import load as load_exits
 from fedsys.serving.chain import ChainEngine
 from fedsys.serving.chain_parts import UnitParts
 from fedsys.serving.recovery.candidates import ModelWays, Planner
@@ -23,7 +27,7 @@ from fedsys.serving.recovery.continuer import Continuer, RecoveryOptions
 from fedsys.serving.recovery.decision import RecoveryObjective
 from fedsys.serving.recovery.detector import DetectorRules, Heart
 from fedsys.serving.recovery.watch import HostWatch
-from fedsys.serving.routes import WHOLE
+from fedsys.serving.routes import EXIT, SKIP, WHOLE, run_of
 from fedsys.transport.network import Network
 
 _NOMINAL_MACS_S = 1e10  # of machines that are not named: all are alike
@@ -44,8 +48,9 @@ class OtherWays:
         whole: The chain of all units.
         portfolio: Where its variants are.
         name: Of the variant that is the whole model.
-        chains: Exits and skips of the model as chains of units, by way.
-        ways: What is known of these.
+
+    Raises:
+        RunError: The run with the exits cannot be read, or is of another model.
     """
 
     def __init__(
@@ -54,13 +59,12 @@ class OtherWays:
         whole: LayeredModel,
         portfolio: Portfolio,
         name: str,
-        chains: Mapping[str, LayeredModel] | None = None,
-        ways: ModelWays | None = None,
     ) -> None:
         self._config, self._portfolio = config, portfolio
-        self._chains = {WHOLE: whole, **(chains or {})}
+        self._chains = {WHOLE: whole}
         self._parts: dict[str, UnitParts] = {}
-        given = ways or ModelWays()
+        self._exits = _exits(config, whole, portfolio)
+        given = ModelWays() if self._exits is None else _ways(self._exits)
         smaller = [v for v in portfolio.variants if ONNX not in v.files and v.name != name]
         accuracy = {v.name: v.accuracy for v in smaller}
         accuracy[WHOLE] = portfolio.variant(name).accuracy
@@ -75,11 +79,18 @@ class OtherWays:
             ModelError: There is none of that name.
         """
         if way not in self._chains:
-            if way not in self.ways.variants:
-                raise ModelError(f"{way}: there is no such way through the model")
-            shape, as_one = self._portfolio.about.input_shape, self._config.partition.fc_as_one
-            self._chains[way] = layered(self._portfolio.module(way), shape, fc_as_one=as_one)
+            self._chains[way] = self._chain(way)
         return self._chains[way]
+
+    def _chain(self, way: str) -> LayeredModel:
+        if self._exits is not None and way.startswith(EXIT):
+            return exit_chain(self._exits.model, int(way.removeprefix(EXIT)))
+        if self._exits is not None and way.startswith(SKIP):
+            return skip_chain(self._exits.model, *run_of(way))
+        if way not in self.ways.variants:
+            raise ModelError(f"{way}: there is no such way through the model")
+        shape, as_one = self._portfolio.about.input_shape, self._config.partition.fc_as_one
+        return layered(self._portfolio.module(way), shape, fc_as_one=as_one)
 
     def parts(self, way: str) -> UnitParts:
         """Return the units of a way, for hosts.
@@ -120,6 +131,24 @@ class OtherWays:
             seconds = machine_costs(path, entry, whole).seconds(1)[0]
             macs = sum(unit.macs for unit in whole.units)
             return MachineClass(machine, macs / max(seconds, 1e-9)).costs(layers)
+
+
+def _exits(config: Config, whole: LayeredModel, portfolio: Portfolio) -> Resilience | None:
+    if config.serving.exits is None:
+        return None
+    about = portfolio.about
+    folder, classes = Path(config.serving.exits), len(about.classes)
+    norm = str(about.model.get("norm", "batch"))
+    return load_exits(folder, whole, about.input_shape, classes, norm=norm)
+
+
+def _ways(exits: Resilience) -> ModelWays:
+    """Return what was measured of the exits and skips of a run."""
+    scores, model = exits.scores, exits.model
+    accuracy = {f"{EXIT}{one.after}": one.accuracy for one in scores.exits}
+    accuracy |= {f"{SKIP}{one.units[0]}-{one.units[1]}": one.accuracy for one in scores.skips}
+    skips = {one.units: len(model.steps(*one.units)) for one in scores.skips}
+    return ModelWays(model.boundaries, skips, (), accuracy, frozenset(accuracy))
 
 
 def _limits(memory_mb: float | None, power_w: float | None) -> tuple[float, float | None]:

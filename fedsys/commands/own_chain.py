@@ -1,0 +1,103 @@
+"""What a chain lacks and ``fedsys serve`` makes itself: hosts on this machine, and a model.
+
+Hosts of ``hosts.list`` with ``start: true`` are started as processes, at free ports of loopback,
+and end with the process that serves. If such a chain names no portfolio, its model is trained as
+the configuration says, pruned to a smaller variant, and kept in ``outputs/chains``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from fedsys import config as configuration
+from fedsys.commands.host import start_host
+from fedsys.config import Config
+from fedsys.errors import ConfigError, RuntimeFailure
+from fedsys.transport.security import new_token
+
+_TRAINS = ("data", "model", "client", "num_clients", "rounds", "seed", "resilience", "strategy")
+"""Groups and keys that say what is trained."""
+
+_SPARSITY = "pruning.sparsity=[0.5]"
+
+
+def starts_hosts(config: Config) -> bool:
+    """Return whether ``fedsys serve`` starts hosts of the chain."""
+    return any(host.start for host in config.hosts.list)
+
+
+@contextmanager
+def started(config: Config) -> Iterator[tuple[Config, Mapping[str, int]]]:
+    """Start hosts; yield the configuration with their addresses, and their process ids by name.
+
+    They end with the context.
+
+    Raises:
+        ConfigError: A host that is to be started has an address.
+        RuntimeFailure: One cannot be started.
+    """
+    token, processes, listed = config.hosts.control_token or new_token(), {}, []
+    with ExitStack() as stack:
+        for index, one in enumerate(config.hosts.list):
+            address = one.address
+            if one.start:
+                if address:
+                    raise ConfigError.of(
+                        f"hosts.list[{index}].address", address,
+                        "must be empty for a host that is started: it gets a free port",
+                    )  # fmt: skip
+                given = [f"host.name={one.name}", "host.address=tcp://127.0.0.1:0"]
+                if config.serving.threads is not None:
+                    given.append(f"host.threads={config.serving.threads}")
+                processes[one.name], spawned = start_host(given, token)
+                stack.callback(spawned.end)
+                address = spawned.address
+            listed.append(replace(one, address=address, start=False))
+        hosts = replace(config.hosts, list=tuple(listed), control_token=token)
+        yield replace(config, hosts=hosts), processes
+
+
+def made_model(config: Config) -> Config:
+    """Return the configuration with a portfolio, and exits where they are trained.
+
+    Raises:
+        RuntimeFailure: It cannot be made; with the last words of what failed.
+    """
+    values = configuration.plain(config.text)
+    about = {key: values.get(key) for key in _TRAINS}
+    name = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    folder = Path("outputs/chains") / name
+    run, pruned = folder / "train", folder / "prune"
+    named = configuration.given().items()
+    given = [text for key, text in named if key.split(".")[0] in ("experiment", *_TRAINS)]
+    if not (run / "run.json").exists():
+        _say(f"training the model of the chain in {run}")
+        _carry_out("train", *given, f"run.dir={run}", "run.plots=false")
+    if not (pruned / "portfolio").exists():
+        _say(f"making a smaller variant in {pruned}")
+        _carry_out(
+            "prune", f"run={run}", f"run.dir={pruned}", _SPARSITY, "variants.fold_batchnorm=false",
+            "variants.memory=false", "variants.threads=[1]", "variants.runs=5", "run.plots=false",
+        )  # fmt: skip
+    exits = str(run) if config.resilience.active else config.serving.exits
+    serving = replace(config.serving, exits=exits)
+    return replace(config, portfolio=str(pruned / "portfolio"), serving=serving)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _carry_out(*given: str) -> None:
+    command = [sys.executable, "-m", "fedsys.main", *given, "json=true"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise RuntimeFailure(f"fedsys {given[0]} failed: {last}")
