@@ -1,9 +1,11 @@
 """FedAdapt with an agent that scores cuts: from what was seen of devices to what each does next.
 
 Pre-processing makes candidates of what was measured (`informed`, `outlook`), the agent scores them
-(`cut_agent`), and a rule guards what it says: no device takes a cut whose round is expected to be
-slower than alone by more than `veto`. So a device stays alone where transfers dominate. Pieces and
-codec of a cut are those that are fastest by the closed form of planners.
+(`cut_agent`), and two rules guard what it says. No device takes a cut whose round is expected to
+be slower than alone by more than `veto`: so one stays alone where transfers dominate. And one that
+is ready before the slowest anyway takes the cut that transfers least (`sparing`): no round is
+expected to take longer by that, and links that drop in it cost less. Pieces and codec of a cut are
+those that are fastest by the closed form of planners.
 
 All steps are arrays over the devices of the round.
 """
@@ -53,6 +55,24 @@ def guarded(seen: Outlook, cut: Indices, legal: NDArray[np.bool_], veto: float |
     return np.where(slower & legal[:, alone], alone, cut)
 
 
+def sparing(seen: Outlook, cut: Indices, legal: NDArray[np.bool_]) -> Indices:
+    """Return the cuts that transfer least of those with which nobody is later than the slowest.
+
+    A round is as long as its slowest device. Whoever has time until then gains nothing by a faster
+    cut that leans on its link, and loses where that becomes slow before it is known.
+
+    Args:
+        seen: What is expected.
+        cut: Index of the cut of each device, ``(R,)``; of equal ones it stays.
+        legal: Which may be chosen, ``(R, C)``.
+    """
+    here = np.arange(len(cut))
+    in_time = legal & (seen.round_s <= seen.round_s[here, cut].max())
+    busy = np.where(in_time, seen.link_s, np.inf)
+    least: Indices = busy.argmin(axis=1)
+    return np.where(busy[here, least] < seen.link_s[here, cut], least, cut)
+
+
 class CutFedAdapt:
     """Decides for the devices of a run.
 
@@ -82,6 +102,7 @@ class CutFedAdapt:
         self.agent = agent
         self._base, self._options, self._seed = base, options, seed
         self._fleet = RunFleet(base, forced=forced, told=told and options.first == "told")
+        self._last: tuple[State, Sequence[int], Setup, Knowledge] | None = None
 
     @staticmethod
     def init() -> State:
@@ -106,6 +127,8 @@ class CutFedAdapt:
         look = self._fleet.look(setup, known, made)
         scored, learning = self._scored(state, clients, seen, look)
         cut = guarded(look.outlook, scored, look.legal, self._options.veto)
+        if self._options.spare_links:
+            cut = sparing(look.outlook, cut, look.legal)
         known = dataclasses.replace(
             known, cut=cut, course=look.outlook.course[np.arange(len(cut)), cut]
         )
@@ -115,6 +138,7 @@ class CutFedAdapt:
             "scored": state["scored"] | dict(zip(clients, scored.tolist(), strict=True)),
             "learning": learning,
         }
+        self._last = state, clients, setup, known
         return state, dict(zip(clients, choices, strict=True))
 
     def _waiting(self, before: Knowledge, now: Knowledge) -> Knowledge:
@@ -168,8 +192,13 @@ class CutFedAdapt:
             there = f"{seconds[scored]:.3g} s at cut {self._base.cuts[scored]}"
             if not ready[k]:
                 made[client] = "its first round tells what it takes"
-            elif cut == alone and scored != alone:
+            elif cut == alone != scored and seconds[alone] < seconds[scored]:
                 made[client] = f"it trains alone: a round is expected to take {there}, {here}"
+            elif cut != scored:
+                made[client] = (
+                    f"{_at(self._base, cut)} it is ready before the slowest, and transfers least: "
+                    f"{seconds[cut]:.3g} s; the agent scores highest {there}"
+                )
             elif cut == alone:
                 made[client] = f"the agent scores it highest alone: {here}" + _hope(look, k)
             else:
@@ -180,6 +209,8 @@ class CutFedAdapt:
         return made
 
     def _known(self, state: State, clients: Sequence[int]) -> tuple[Setup, Knowledge]:
+        if self._last is not None and self._last[0] is state and self._last[1] == clients:
+            return self._last[2:]  # as it would be read from the state
         setup, first = self._fleet.of(clients)
         devices = state["devices"]
         kept = [devices.get(client) for client in clients]
@@ -192,6 +223,10 @@ class CutFedAdapt:
             numbers[name] = numbers[name].astype(np.int64)
         work, slow = lines[:, count : count + cuts], lines[:, count + cuts :]
         return setup, dataclasses.replace(first, work_s=work, slow=slow, **numbers)
+
+
+def _at(base: Scenario, cut: int) -> str:
+    return "alone" if cut == len(base.cuts) - 1 else f"at cut {base.cuts[cut]}"
 
 
 def _hope(look: Look, k: int) -> str:

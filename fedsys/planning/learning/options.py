@@ -119,6 +119,8 @@ class FedAdaptOptions:
             until something changes. None: the agent is always followed.
         veto: Share by which a device may be slower at a cut than alone; beyond it the device stays
             alone. None: it does what the agent says.
+        spare_links: With cuts, whether a device that is ready before the slowest anyway takes the
+            cut that transfers least.
         cuts: Cuts that may be chosen; None: all. The whole model always may.
         codec: Codecs that may be chosen.
         micro_batches: Numbers of pieces that may be chosen; None: what the batch allows.
@@ -145,6 +147,7 @@ class FedAdaptOptions:
     each: bool = True
     trials: int | None = 4
     veto: float | None = 0.02
+    spare_links: bool = True
     cuts: tuple[int, ...] | None = None
     codec: Any = "fp32"
     micro_batches: Any = None

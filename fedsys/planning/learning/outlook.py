@@ -153,15 +153,16 @@ def candidates(
     goal = np.maximum(hoped.seconds, 1e-12)[:, None]
     own = seen.round_s[np.arange(len(legal)), hoped.wished][:, None]
     made = np.zeros((*legal.shape, len(FEATURES) + 1), dtype=np.float32)
-    ratios = np.empty((*legal.shape, 8))
-    ratios[..., 0] = seen.round_s[:, -1:] / goal
+    ratios = np.empty((8, *legal.shape))
     for i, seconds in enumerate(
-        (seen.round_s, seen.device_s, seen.link_s, seen.edge_s, hoped.others_s[:, None], own), 1
-    ):
-        ratios[..., i] = seconds / goal
-    ratios[..., 7] = seen.lowest_s / goal
-    ratios[:, -1, 5] = 0.0
-    made[..., :8] = np.minimum(np.maximum(np.log10(ratios + LEAST), -2.0), 2.0)
+        (seen.round_s[:, -1:], seen.round_s, seen.device_s, seen.link_s, seen.edge_s,
+         hoped.others_s[:, None], own, seen.lowest_s)
+    ):  # fmt: skip
+        np.divide(seconds, goal, out=ratios[i])
+    ratios[5, :, -1] = 0.0
+    ratios += LEAST
+    np.log10(ratios, out=ratios)
+    made[..., :8] = np.minimum(np.maximum(ratios, -2.0), 2.0).transpose(1, 2, 0)
     made[..., 8] = setup.share
     made[..., 9] = known.unmeasured(setup.share)
     made[..., 10] = known.slow

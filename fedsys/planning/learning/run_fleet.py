@@ -87,19 +87,17 @@ class RunFleet:
         self, clients: Sequence[int], cut: Indices, course: Indices
     ) -> list[Assignment]:
         """Return what clients do at cuts by courses, by index."""
-        chosen = zip(clients, cut.tolist(), course.tolist(), strict=True)
-        return [self._assignment(client % self._edges, c, q) for client, c, q in chosen]
+        known, edges = self._made, [client % self._edges for client in clients]
+        chosen = list(zip(cut.tolist(), course.tolist(), edges, strict=True))
+        for what in set(chosen).difference(known):
+            known[what] = self._assignment(*what)
+        return [known[what] for what in chosen]
 
-    def _assignment(self, edge: int, cut: int, course: int) -> Assignment:
-        made = self._made.get((cut, course, edge))
-        if made is None:
-            alone, (count, codec) = cut == len(self._cuts) - 1, self._courses[course]
-            at = self._cuts[cut]
-            made = Assignment(at, micro_batches=1)
-            if not alone:
-                made = Assignment(at, edge, codec, codec, count)
-            self._made[cut, course, edge] = made
-        return made
+    def _assignment(self, cut: int, course: int, edge: int) -> Assignment:
+        at, (count, codec) = self._cuts[cut], self._courses[course]
+        if cut == len(self._cuts) - 1:
+            return Assignment(at, micro_batches=1)
+        return Assignment(at, edge, codec, codec, count)
 
 
 def _configured(load: Workload) -> Rows:
@@ -164,10 +162,5 @@ def measured(seen: Mapping[int, Observation], clients: Sequence[int]) -> Measure
     """Return what clients measured, as arrays; of those that did not, nothing."""
     nothing = Observation()
     got = [seen.get(client, nothing) for client in clients]
-    return Measurements(
-        np.array([s.iteration_s for s in got]),
-        np.array([s.compute_s for s in got]),
-        np.array([s.edge_s for s in got]),
-        np.array([s.up_bit_s for s in got]),
-        np.array([s.down_bit_s for s in got]),
-    )
+    rows = [(s.iteration_s, s.compute_s, s.edge_s, s.up_bit_s, s.down_bit_s) for s in got]
+    return Measurements(*np.array(rows, dtype=float).T.copy())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,7 +67,7 @@ class Setup:
         bit_s, message_s = rows.bit_s[:, None, :], rows.message_s[:, None, None]
         fixed = rows.piece_s[:, None, None] + np.where(offloaded, message_s, 0.0)
         serving = 2 * rows.edge_piece_s[:, None, None] + rows.edge_bit_s[:, None, :] * (up + down)
-        return cls(
+        made = cls(
             rows,
             share,
             offloaded[:, :, 0],
@@ -84,16 +85,23 @@ class Setup:
             np.where(offloaded, rows.latency_s[:, None, None], 0.0),
             np.zeros(shape),
         )
+        # In one piece of memory each: `at` counts on that to be quick
+        whole: dict[str, Any] = {
+            name: np.ascontiguousarray(value)
+            for name, value in vars(made).items()
+            if isinstance(value, np.ndarray)
+        }
+        return dataclasses.replace(made, **whole)
 
     def at(self, cut: Indices, course: Indices) -> Setup:
         """Return the setup in which each device has one cut and one course."""
-        here = np.arange(len(cut))
-        made = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
+        count, cuts, courses = self.zeros.shape
+        flat = np.arange(count) * cuts + cut
+        deep, made = flat * courses + course, {}
+        for name, value in vars(self).items():
             if isinstance(value, np.ndarray):
-                value = value[here, cut, course] if value.ndim == 3 else value[here, cut]
-            made[field.name] = value
+                value = value.reshape(-1).take(deep if value.ndim == 3 else flat)
+            made[name] = value
         return Setup(**made)
 
 
