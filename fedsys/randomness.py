@@ -277,6 +277,8 @@ _SPREADS: dict[str, str] = {
 
 def _keyed(name: str, module: nn.Module) -> KeyedDropout | None:
     kind = type(module).__name__
+    if kind == "DropPath" and getattr(module, "scale_by_keep", False):  # timm's, by name as below
+        return KeyedDropout(name, float(getattr(module, "drop_prob", None) or 0.0), "example")
     p = getattr(module, "p", None)
     if not isinstance(p, float | int):
         return None
@@ -285,6 +287,11 @@ def _keyed(name: str, module: nn.Module) -> KeyedDropout | None:
     if kind == "StochasticDepth":  # torchvision.ops; by name, so that torchvision is not imported
         return KeyedDropout(name, float(p), "example" if module.mode == "row" else "batch")
     return None
+
+
+def is_random_depth(module: nn.Module) -> bool:
+    """Say whether `module` is torchvision's ``StochasticDepth`` or timm's ``DropPath``."""
+    return type(module).__name__ in ("StochasticDepth", "DropPath")
 
 
 def key_modules(model: nn.Module) -> nn.Module:
@@ -348,7 +355,7 @@ def check_keyed(model: nn.Module, example: Tensor) -> object:
     if culprit:
         raise ModelError(
             f"{culprit[0]} draws from torch's process-wide generator in training, so its runs "
-            "cannot be repeated; use nn.Dropout, nn.Dropout1d to 3d or torchvision's "
-            "StochasticDepth as modules instead of functional or other random layers"
+            "cannot be repeated; use nn.Dropout, nn.Dropout1d to 3d, torchvision's StochasticDepth "
+            "or timm's DropPath as modules instead of functional or other random layers"
         )
     return outputs

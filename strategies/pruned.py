@@ -75,7 +75,7 @@ class Pruned(Around):
         self._config, self._pruning = config, config.pruning
         self._model, self._dataset = model, dataset
         self._like = {name: p.detach() for name, p in model.named_parameters()}
-        alone = left_alone(model, config.pruning.leave)
+        alone = left_alone(model, config.pruning.leave, dataset.input_shape)
         dense = Masks.dense(model, alone)
         self.masks, self.prunings = records.to_record(dense.packed()), 0
         self.origin = ArrayRecord()

@@ -19,23 +19,27 @@ from __future__ import annotations
 
 import inspect
 import linecache
+import operator
 import threading
 import traceback
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from fedsys.errors import ModelError
+from fedsys.models.asked_sizes import AskedSizes, Unanswered
 from fedsys.models.assemble import copy_mode, copy_modules, graph_module
 from fedsys.models.batchnorm import DeferredBatchNorm
 from fedsys.models.modes import Modes, moved, plain_attributes, plain_state, set_attributes
-from fedsys.models.origins import InPlace, module_of, note_line
-from fedsys.randomness import KeyedDropout
+from fedsys.models.origins import Asking, InPlace, module_of, note_line
+from fedsys.randomness import KeyedDropout, is_random_depth
 
 _lock = threading.Lock()  # torch.fx patches nn.Module while it traces: one trace at a time
 
@@ -66,9 +70,10 @@ class _Tracer(fx.Tracer):  # torch.fx offers no other way to say which modules a
         buffers: Record what is computed of buffers alone; else it is a constant of the graph.
         in_place: Let augmented assignments change their operand in the graph, too. In training that
             could be an input that another machine has sent, whose gradient is wanted.
+        sizes: Answers what forward asks of sizes; None: it must ask nothing.
     """
 
-    def __init__(self, *, buffers: bool, in_place: bool) -> None:
+    def __init__(self, *, buffers: bool, in_place: bool, sizes: AskedSizes | None) -> None:
         super().__init__()
         self.proxy_buffer_attributes = buffers
         self.path: list[str] = []
@@ -77,16 +82,15 @@ class _Tracer(fx.Tracer):  # torch.fx offers no other way to say which modules a
         self._in_place = in_place
         self._thread = threading.get_ident()
         self._contexts = _contexts()
+        self._sizes, self._asking = sizes, False
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         own = isinstance(m, KeyedDropout | DeferredBatchNorm | ByMode)
-        # torchvision's, by name so that it is not imported: its mode must not be frozen
-        random_depth = type(m).__name__ == "StochasticDepth"
         # a BatchNorm with a train() of its own: torch's forward cannot be traced through; one with
         # a forward of its own counts its batches in it, which a graph does not record
         torchs = type(m).forward.__module__.startswith("torch.nn")
         norm = isinstance(m, _NormBase) and (torchs or not self._in_place)
-        return own or random_depth or norm or super().is_leaf_module(m, module_qualified_name)
+        return own or is_random_depth(m) or norm or super().is_leaf_module(m, module_qualified_name)
 
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
@@ -98,7 +102,7 @@ class _Tracer(fx.Tracer):  # torch.fx offers no other way to say which modules a
     # While torch.fx traces, it redirects the modules of *every* thread to the tracer. Other
     # threads may be training: they get what they would have got.
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        if threading.get_ident() != self._thread:
+        if self._asking or threading.get_ident() != self._thread:
             return forward(*args, **kwargs)
         self.path.append(self.path_of_module(m))
         if self.is_leaf_module(m, self.path[-1]):
@@ -115,7 +119,35 @@ class _Tracer(fx.Tracer):  # torch.fx offers no other way to say which modules a
                 self.torn.append(below)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return InPlace(node, self) if self._in_place else super().proxy(node)
+        return InPlace(node, self) if self._in_place else Asking(node, self)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        return bool(self.answer(obj))
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        try:
+            return super().iter(obj)  # an assignment to several names says how many there are
+        except fx.proxy.TraceError:
+            return iter([cast(Any, obj)[index] for index in range(self.length(obj))])
+
+    def answer(self, obj: fx.Proxy) -> Any:
+        """Return the number that `obj` stands for."""
+        return self._asked(obj, lambda sizes: sizes(obj.node))
+
+    def length(self, obj: fx.Proxy) -> int:
+        """Return how many parts `obj` has."""
+        return int(self._asked(obj, lambda sizes: sizes.length(obj.node)))
+
+    def _asked(self, obj: fx.Proxy, question: Callable[[AskedSizes], Any]) -> Any:
+        if self._sizes is not None:
+            self._asking = True  # what answers calls modules, which are not part of the forward
+            try:
+                return question(self._sizes)
+            except Unanswered:
+                pass
+            finally:
+                self._asking = False
+        return super().to_bool(obj)  # which says why not
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
         if _contexts() != self._contexts:  # a graph has no with-blocks: it would run without them
@@ -125,7 +157,7 @@ class _Tracer(fx.Tracer):  # torch.fx offers no other way to say which modules a
         return node
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if threading.get_ident() != self._thread:
+        if self._asking or threading.get_ident() != self._thread:
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
@@ -134,57 +166,70 @@ def _contexts() -> tuple[bool, bool]:
     return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
 
 
-def trace(model: nn.Module) -> fx.GraphModule:
+def trace(model: nn.Module, example: Tensor | Sequence[int] | None = None) -> fx.GraphModule:
     """Record the forward pass of `model`.
 
-    Modules of ``torch.nn``, `KeyedDropout`, `DeferredBatchNorm` and torchvision's
-    ``StochasticDepth`` stay whole, all others are traced through. The result computes what the
+    Modules of ``torch.nn``, `KeyedDropout`, `DeferredBatchNorm`, torchvision's ``StochasticDepth``
+    and timm's ``DropPath`` stay whole, all others are traced through. The result computes what the
     model computes, bit for bit, in training and in evaluation; its state dict has the model's
     names in the model's order and shares the model's tensors. Modules keep their paths and mode.
 
     Args:
         model: Takes one tensor; further arguments of ``forward`` keep their defaults. May be on
             the ``meta`` device: no tensor is computed.
+        example: A batch of inputs, or the shape of one without the batch. Where forward asks for
+            sizes, as in ``if H % 7``, those of this shape become constants, and the graph refuses
+            inputs of others.
 
     Raises:
-        ModelError: Forward depends on the values of tensors, takes several inputs, draws random
+        ModelError: Forward depends on the values of tensors, or on sizes that `example` does not
+            tell (the number of examples never is), takes several inputs, draws random
             constants or takes different paths in training and in evaluation. The message names
             the module and the line.
     """
     _check_inputs(model)
     try:
-        traced = _traced(model, buffers=True)
+        traced = _traced(model, example, buffers=True)
     except ModelError:  # some forwards ask buffers for values or sizes: these are then constants
-        traced = _traced(model, buffers=False)
+        traced = _traced(model, example, buffers=False)
     copy_mode(model, traced)
     return traced
 
 
-def _traced(model: nn.Module, *, buffers: bool) -> fx.GraphModule:
+def _traced(
+    model: nn.Module, example: Tensor | Sequence[int] | None, *, buffers: bool
+) -> fx.GraphModule:
     source = copy_modules(model)
+    record = partial(_record, example=example, buffers=buffers)
     with _lock:
-        evaluation = _settled(source, training=False, buffers=buffers)
+        evaluation = _settled(source, record, training=False)
         answering = dict(source.named_modules())
-        training = _settled(source, training=True, buffers=buffers)
+        training = _settled(source, record, training=True)
+    if shape := evaluation.shape or training.shape:
+        for graph in (evaluation.graph, training.graph):
+            _hold_shape(graph, shape, type(model).__name__)
     _check_same_modules(source, answering, training)
     _merge_modes(source, training.graph, evaluation.graph)
     modes = Modes.of(training.seen, evaluation.seen)
     return graph_module(source, training.graph, source.state_dict(), modes)
 
 
-def trace_evaluation(model: nn.Module) -> fx.GraphModule:
+def trace_evaluation(
+    model: nn.Module, example: Tensor | Sequence[int] | None = None
+) -> fx.GraphModule:
     """Record the forward pass of `model` in evaluation, which training may differ from.
 
     Args:
         model: As for `trace`, and the caller's own: the graph uses its modules, not copies, and
             the model is in evaluation mode afterwards.
+        example: As for `trace`.
 
     Raises:
         ModelError: As `trace`, but for the differences between the modes.
     """
     _check_inputs(model)
     with _lock:
-        recorded = _record(model.eval(), buffers=False, in_place=True)
+        recorded = _record(model.eval(), example=example, buffers=False, in_place=True)
     for path, attributes in recorded.seen.items():
         if attributes["training"] and isinstance(model.get_submodule(path), _MODAL):
             raise ModelError(
@@ -192,6 +237,8 @@ def trace_evaluation(model: nn.Module) -> fx.GraphModule:
                 f"{type(model).__name__} is put into evaluation, so an answer depends on chance or "
                 "on the other examples of its batch; let eval() and forward leave it in evaluation"
             )
+    if recorded.shape:
+        _hold_shape(recorded.graph, recorded.shape, type(model).__name__)
     return interpreted(model, recorded.graph, type(model).__name__)
 
 
@@ -258,10 +305,17 @@ def _inputs(model: nn.Module) -> dict[str, bool]:
 
 @dataclass(frozen=True, slots=True)
 class _Recorded:
-    """One forward pass: its graph, and what the modules that it called were set to."""
+    """One forward pass.
+
+    Attributes:
+        graph: What it computes.
+        seen: What the modules that it called were set to.
+        shape: Of the one example that the graph is for; empty if it asked for no sizes.
+    """
 
     graph: fx.Graph
     seen: dict[str, dict[str, Any]]
+    shape: tuple[int, ...]
 
     def steps(self) -> list[tuple[str, ...]]:
         """Return what is computed, to compare it with another pass."""
@@ -272,7 +326,9 @@ _FAR = 1_000_000
 """Calls after which a counter should have had its effect."""
 
 
-def _settled(source: nn.Module, *, training: bool, buffers: bool) -> _Recorded:
+def _settled(
+    source: nn.Module, record: Callable[[nn.Module], _Recorded], *, training: bool
+) -> _Recorded:
     """Record a mode of `source`; refuse what would be another pass the next time.
 
     A pass that leaves everything as it was is the same for ever. If one sets something (a mode, a
@@ -280,7 +336,7 @@ def _settled(source: nn.Module, *, training: bool, buffers: bool) -> _Recorded:
     """
     _switch(source, training)
     before = plain_state(source)
-    first = _record(source, buffers=buffers)
+    first = record(source)
     once = plain_state(source)
     _switch(source, not training)
     _switch(source, training)
@@ -288,14 +344,14 @@ def _settled(source: nn.Module, *, training: bool, buffers: bool) -> _Recorded:
     if not changed:
         return first
     set_attributes(source, once)
-    _check_repeats(source, first, _record(source, buffers=buffers), changed)
+    _check_repeats(source, first, record(source), changed)
     far: dict[str, dict[str, Any]] = {}
     for path, name in changed:
         if type(value := once[path][name]) is int:
             far.setdefault(path, {})[name] = value + _FAR
     set_attributes(source, far)
     _switch(source, training)
-    _check_repeats(source, first, _record(source, buffers=buffers), changed)
+    _check_repeats(source, first, record(source), changed)
     set_attributes(source, before)
     return first
 
@@ -333,9 +389,16 @@ def _check_same_modules(
             )
 
 
-def _record(source: nn.Module, *, buffers: bool, in_place: bool = False) -> _Recorded:
+def _record(
+    source: nn.Module,
+    *,
+    example: Tensor | Sequence[int] | None,
+    buffers: bool,
+    in_place: bool = False,
+) -> _Recorded:
     """Trace `source` in its mode; tensors made by forward are kept as constants of `source`."""
-    tracer = _Tracer(buffers=buffers, in_place=in_place)
+    sizes = None if example is None else AskedSizes(source, example)
+    tracer = _Tracer(buffers=buffers, in_place=in_place, sizes=sizes)
     known = {name: source.__dict__.pop(name) for name in [*source.__dict__] if _is_constant(name)}
     state = _versions(source)
     try:
@@ -364,7 +427,21 @@ def _record(source: nn.Module, *, buffers: bool, in_place: bool = False) -> _Rec
             "cannot follow; make two modules of it that share their parameters"
         )
     graph.lint()
-    return _Recorded(graph, tracer.seen)
+    return _Recorded(graph, tracer.seen, sizes.shape if sizes is not None and sizes.used else ())
+
+
+def _hold_shape(graph: fx.Graph, shape: tuple[int, ...], name: str) -> None:
+    """Let `graph` refuse examples of another shape: it was recorded with the sizes of this one."""
+    says = f"{name} was recorded for examples of shape {shape}, which it asks for, and got others"
+    last = next(node for node in graph.nodes if node.op == "placeholder")
+    for made, function, more in (
+        ("input_shape", getattr, ("shape",)),
+        ("example_shape", operator.getitem, (slice(1, None),)),
+        ("same_shape", operator.eq, (shape,)),
+        ("shape_check", torch._assert, (says,)),
+    ):
+        with graph.inserting_after(last):  # named, so that both modes have the same nodes
+            last = graph.create_node("call_function", function, (last, *more), {}, f"_{made}")
 
 
 def _versions(model: nn.Module) -> dict[str, tuple[int, int]]:

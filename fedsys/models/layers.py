@@ -132,7 +132,7 @@ def layered(
             of `units`; the message says which.
     """
     if units is None:
-        graph = trace(model)
+        graph = trace(model, example)
         costs, batch = _measured(graph, example)
         segments = find_chain(graph, costs, batch)
     else:

@@ -64,6 +64,16 @@ def measure(module: fx.GraphModule, example: Tensor) -> dict[str, NodeCost]:
     return meter.measured
 
 
+def meta_player(root: nn.Module, graph: fx.Graph) -> fx.Interpreter:
+    """Return what runs nodes of `graph`, which may still grow, on the ``meta`` device.
+
+    Args:
+        root: Has what the graph names; on any device.
+        graph: Its nodes are run by the methods of the interpreter that are called like their `op`.
+    """
+    return _Meter(root, on_meta=True, graph=graph)
+
+
 _FREE = frozenset(
     [
         "new_empty",
@@ -141,8 +151,8 @@ _SAME_SHAPE = (
 class _Meter(fx.Interpreter):  # torch.fx walks graphs by overriding this
     """Runs a graph node by node and notes the result and the work of each."""
 
-    def __init__(self, module: fx.GraphModule, *, on_meta: bool) -> None:
-        super().__init__(module)
+    def __init__(self, module: nn.Module, *, on_meta: bool, graph: fx.Graph | None = None) -> None:
+        super().__init__(module, garbage_collect_values=graph is None, graph=graph)
         self.counter = _Counter()
         self.measured: dict[str, NodeCost] = {}
         self.now = ""

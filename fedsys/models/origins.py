@@ -16,7 +16,36 @@ _LINE = "line_of_model"  # key in a node's meta
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 
 
-class InPlace(fx.Proxy):  # torch.fx records `x += y` as `x = x + y`, and forgets aliases of x
+class Asking(fx.Proxy):  # torch.fx lets tracers answer `if x`, and refuses the rest
+    """A value that may be asked for a number; its tracer answers, or refuses."""
+
+    tracer: Any
+
+    def __getattr__(self, name: str) -> fx.proxy.Attribute:
+        return _AskingAttribute(self, name)
+
+    def __int__(self) -> int:
+        return int(self.tracer.answer(self))
+
+    def __float__(self) -> float:
+        return float(self.tracer.answer(self))
+
+    def __index__(self) -> int:
+        return operator.index(self.tracer.answer(self))
+
+    def __len__(self) -> int:
+        return int(self.tracer.length(self))
+
+
+class _AskingAttribute(fx.proxy.Attribute, Asking):  # type: ignore[misc]
+    """An attribute of such a value, which may be asked, too."""
+
+    def __repr__(self) -> str:
+        """Name it without recording it: ``str(x.device)`` is a key of caches, and no step."""
+        return f"{type(self).__name__}({self.root.node.name}.{self.attr})"
+
+
+class InPlace(Asking):  # torch.fx records `x += y` as `x = x + y`, and forgets aliases of x
     """A value whose augmented assignments are recorded as what they are."""
 
 

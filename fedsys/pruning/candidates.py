@@ -69,7 +69,7 @@ def parent_candidate(
         ModelError: It does not trace, run on such an input or return one tensor, or folding
             changes its outputs (`fedsys.pruning.dense.fold.check_folding`) or answers.
     """
-    graph = evaluation_graph(masked_copy(model, None)).float()
+    graph = evaluation_graph(masked_copy(model, None), input_shape).float()
     whole = masked_copy(model, None).float()
     try:
         output = _outputs(whole, probes(input_shape))

@@ -217,13 +217,15 @@ def synflow_masks(
     return masks
 
 
-def left_alone(model: nn.Module, leave: Sequence[str] | None) -> tuple[str, ...]:
+def left_alone(
+    model: nn.Module, leave: Sequence[str] | None, input_shape: Sequence[int]
+) -> tuple[str, ...]:
     """Return the layers to leave alone: `leave`, or those of the outputs if that is None.
 
     Raises:
         ModelError: The model does not trace.
     """
-    return output_layers(trace(model)) if leave is None else tuple(leave)
+    return output_layers(trace(model, input_shape)) if leave is None else tuple(leave)
 
 
 def one_shot(

@@ -46,7 +46,7 @@ def structure(
         return {}
     found: dict[str, Any] = {"groups": coupled_layers(model, input_shape)}
     if pruning.method == "group_norm":
-        found["scales"] = channel_scales(trace(model))
+        found["scales"] = channel_scales(trace(model, input_shape))
     if pruning.cost != "none":
         costs = channel_costs(model, input_shape, pruning.cost)
         found |= {"costs": costs, "cost_weight": pruning.cost_weight}
@@ -91,7 +91,7 @@ def channel_costs(model: nn.Module, input_shape: Sequence[int], cost: str) -> di
 
 def _operations(model: nn.Module, input_shape: Sequence[int]) -> dict[str, Op]:
     """Return what each node of the traced model does, without computing anything."""
-    graph = trace_evaluation(masked_copy(model, None))
+    graph = trace_evaluation(masked_copy(model, None), input_shape)
     dtype = next((p.dtype for p in graph.parameters()), torch.float32)
     measured = measure(graph, torch.empty(2, *input_shape, device="meta", dtype=dtype))
     modules = dict(graph.named_modules())

@@ -208,7 +208,7 @@ def test_group_norms_are_relative_to_the_mean_of_the_layer_and_joint_in_a_group(
 
 def test_whole_channels_die_but_for_the_classes():
     model = network(width=8, hidden=32)
-    masks = Masks.dense(model, left_alone(model, None))
+    masks = Masks.dense(model, left_alone(model, None, (1, 8, 8)))
     masks = one_shot("group_norm", model, 0.6, masks=masks, keep_channels=1)
     figures = masks.figures()
     split = [layer for layer in figures.layers if 0 < layer.kept < layer.weights]

@@ -195,7 +195,7 @@ def _check(holds: bool, what: str) -> None:
 
 
 def _traced(case: _Case) -> dict[str, Any]:
-    graph = models.trace(case.model)
+    graph = models.trace(case.model, case.shape)
     with torch.no_grad():
         same = torch.equal(graph.eval()(case.images), case.model(case.images))
     _check(same, "the graph gives other bits than the model")

@@ -38,7 +38,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedsys.errors import is_number
-from fedsys.randomness import KeyedDropout
+from fedsys.randomness import KeyedDropout, is_random_depth
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 """Convolutions that are understood; transposed ones are OPAQUE."""
@@ -209,7 +209,7 @@ def _kind_of_module(module: nn.Module, given: tuple[int, ...], shape: tuple[int,
     if isinstance(module, nn.Flatten):
         return _flatten(given, shape) if module.start_dim == 1 else Kind.OPAQUE
     known = isinstance(module, _ACTIVATIONS + _IDENTITIES + _POOLS)
-    if (known or type(module).__name__ == "StochasticDepth") and given[:2] == shape[:2]:
+    if (known or (module is not None and is_random_depth(module))) and given[:2] == shape[:2]:
         return Kind.SAME
     return Kind.OPAQUE
 

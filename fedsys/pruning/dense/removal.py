@@ -121,7 +121,7 @@ def make_plan(
         ConfigError: For a `round_to` below 1.
     """
     return plan_graph(
-        evaluation_graph(clone_model(model)),
+        evaluation_graph(clone_model(model), inputs),
         inputs,
         borders=borders,
         coupling=coupling,
@@ -203,17 +203,21 @@ def probes(example: Tensor | Sequence[int]) -> Tensor:
     return torch.stack([draws[0], 8.0 * draws[1].sign(), torch.zeros(shape)])
 
 
-def evaluation_graph(model: nn.Module) -> fx.GraphModule:
+def evaluation_graph(
+    model: nn.Module, example: Tensor | Sequence[int] | None = None
+) -> fx.GraphModule:
     """Trace `model` and return the graph of its evaluation mode, simplified.
 
     Args:
         model: The caller's own: the graph uses its modules, not copies, unless some have
             parametrised weights (`fedsys.pruning.dense.simplify.baked`).
+        example: A batch of inputs, or the shape of one without the batch, for a forward that asks
+            for sizes (`fedsys.models.graph.trace`).
 
     Raises:
         ModelError: The model does not trace.
     """
-    graph = trace_evaluation(baked(model.eval()))
+    graph = trace_evaluation(baked(model.eval()), example)
     simplify(graph)
     return interpreted(graph, graph.graph, type(model).__name__)
 

@@ -126,7 +126,7 @@ def shrink(
     inputs = probes(example)
     mixed = _mixed(inputs)
     plan = plan_graph(
-        evaluation_graph(masked),
+        evaluation_graph(masked, inputs),
         mixed,
         borders=borders,
         coupling=coupling,

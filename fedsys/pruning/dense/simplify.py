@@ -28,6 +28,7 @@ from torch.nn.utils import parametrize
 from fedsys.models.batchnorm import DeferredBatchNorm
 from fedsys.models.origins import module_paths
 from fedsys.pruning.dense.vocabulary import METHODS
+from fedsys.randomness import is_random_depth
 
 _CHECKS = frozenset({torch._assert})
 _PLAIN: Mapping[Any, Callable[..., Any]] = {
@@ -94,10 +95,10 @@ def simplify(graph: fx.GraphModule) -> None:
 
 
 def _drop_random_depth(graph: fx.GraphModule) -> None:
-    """Remove torchvision's ``StochasticDepth``: nothing in evaluation."""
+    """Remove torchvision's ``StochasticDepth`` and timm's ``DropPath``: nothing in evaluation."""
     called = dict(graph.named_modules(remove_duplicate=False))
     for node in [n for n in graph.graph.nodes if n.op == "call_module"]:
-        if type(called[str(node.target)]).__name__ == "StochasticDepth":
+        if is_random_depth(called[str(node.target)]):
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
 
