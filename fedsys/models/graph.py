@@ -17,12 +17,14 @@ dependencies.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import linecache
 import operator
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
@@ -402,7 +404,8 @@ def _record(
     known = {name: source.__dict__.pop(name) for name in [*source.__dict__] if _is_constant(name)}
     state = _versions(source)
     try:
-        graph = tracer.trace(source)
+        with _nothing_kept(source):
+            graph = tracer.trace(source)
     except Exception as error:  # whatever the user's forward or torch.fx raises on a proxy
         raise ModelError(_why_untraceable(source, tracer, error)) from error
     for name, before in known.items():
@@ -426,8 +429,52 @@ def _record(
             f"else each time (training, for instance), which a graph of {type(source).__name__} "
             "cannot follow; make two modules of it that share their parameters"
         )
+    if sizes is not None:
+        _settle_arithmetic(graph, sizes)
     graph.lint()
     return _Recorded(graph, tracer.seen, sizes.shape if sizes is not None and sizes.used else ())
+
+
+@contextmanager
+def _nothing_kept(source: nn.Module) -> Iterator[None]:
+    """Forget what forward keeps in attributes of modules for the next time: they are symbols."""
+    before = [(vars(module), dict(vars(module))) for module in source.modules()]
+    held = [v for _, was in before for n, v in was.items() if _is_plain_container(n, v)]
+    copies = [copy.copy(container) for container in held]
+    try:
+        yield
+    finally:
+        for container, was in zip(held, copies, strict=True):
+            container.clear()
+            container.update(was) if isinstance(container, dict) else container.extend(was)
+        for now, attributes in before:
+            for name in [name for name, value in now.items() if isinstance(value, fx.Proxy)]:
+                del now[name]
+                now.update({name: attributes[name]} if name in attributes else {})
+
+
+def _is_plain_container(name: str, value: object) -> bool:
+    return type(value) in (dict, list) and not name.startswith("_")
+
+
+def _settle_arithmetic(graph: fx.Graph, sizes: AskedSizes) -> None:
+    """Replace calls of Python's ``math`` by their results where the shape decides them."""
+    for node in list(graph.nodes):
+        if node.op != "call_function" or getattr(node.target, "__module__", "") != "math":
+            continue
+        try:
+            value = sizes(node)
+        except Unanswered:
+            continue
+        settled = partial(_settled_value, node, value)
+        for user in list(node.users):
+            user.args = fx.map_arg(user.args, settled)
+            user.kwargs = fx.map_arg(user.kwargs, settled)
+        graph.erase_node(node)
+
+
+def _settled_value(settled: fx.Node, value: Any, node: fx.Node) -> Any:
+    return value if node is settled else node
 
 
 def _hold_shape(graph: fx.Graph, shape: tuple[int, ...], name: str) -> None:
