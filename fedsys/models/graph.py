@@ -40,7 +40,7 @@ from fedsys.models.asked_sizes import AskedSizes, Unanswered
 from fedsys.models.assemble import copy_mode, copy_modules, graph_module
 from fedsys.models.batchnorm import DeferredBatchNorm
 from fedsys.models.modes import Modes, moved, plain_attributes, plain_state, set_attributes
-from fedsys.models.origins import Asking, InPlace, module_of, note_line
+from fedsys.models.origins import InPlace, Symbol, module_of, note_line
 from fedsys.randomness import KeyedDropout, is_random_depth
 
 _lock = threading.Lock()  # torch.fx patches nn.Module while it traces: one trace at a time
@@ -121,7 +121,7 @@ class _Tracer(fx.Tracer):  # torch.fx offers no other way to say which modules a
                 self.torn.append(below)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return InPlace(node, self) if self._in_place else Asking(node, self)
+        return InPlace(node, self) if self._in_place else Symbol(node, self)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         return bool(self.answer(obj))

@@ -16,13 +16,13 @@ _LINE = "line_of_model"  # key in a node's meta
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 
 
-class Asking(fx.Proxy):  # torch.fx lets tracers answer `if x`, and refuses the rest
+class Symbol(fx.Proxy):  # torch.fx lets tracers answer `if x`, and refuses the rest
     """A value that may be asked for a number; its tracer answers, or refuses."""
 
     tracer: Any
 
     def __getattr__(self, name: str) -> fx.proxy.Attribute:
-        return _AskingAttribute(self, name)
+        return _SymbolAttribute(self, name)
 
     def __int__(self) -> int:
         return int(self.tracer.answer(self))
@@ -37,7 +37,7 @@ class Asking(fx.Proxy):  # torch.fx lets tracers answer `if x`, and refuses the 
         return int(self.tracer.length(self))
 
 
-class _AskingAttribute(fx.proxy.Attribute, Asking):  # type: ignore[misc]
+class _SymbolAttribute(fx.proxy.Attribute, Symbol):  # type: ignore[misc]
     """An attribute of such a value, which may be asked, too."""
 
     def __repr__(self) -> str:
@@ -45,7 +45,7 @@ class _AskingAttribute(fx.proxy.Attribute, Asking):  # type: ignore[misc]
         return f"{type(self).__name__}({self.root.node.name}.{self.attr})"
 
 
-class InPlace(Asking):  # torch.fx records `x += y` as `x = x + y`, and forgets aliases of x
+class InPlace(Symbol):  # torch.fx records `x += y` as `x = x + y`, and forgets aliases of x
     """A value whose augmented assignments are recorded as what they are."""
 
 
