@@ -433,7 +433,7 @@ class Moves(RuleBasedStateMachine):
             self.receive(self.flying.pop(0))
 
     def move_on(self):
-        """Wherever the session has been, it can train and go to another edge, with all its steps."""
+        """Wherever the session was, it can train and go to another edge, with all its steps."""
         to = next(name for name in EDGES if name != self.device.at)
         self.work()
         done = self.device.steps
