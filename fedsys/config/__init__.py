@@ -24,6 +24,7 @@ from fedsys.config import mobility, rules, secret
 from fedsys.config.building import build
 from fedsys.config.composing import (
     CONF,
+    composed,
     known_models,
     options_of,
     renamed,
@@ -31,7 +32,6 @@ from fedsys.config.composing import (
     translated_errors,
     varying,
     with_present_names,
-    within_hydra,
 )
 from fedsys.config.effect import without_effect
 from fedsys.config.mobility import EdgePlace, MobilityConfig
@@ -168,16 +168,9 @@ def from_run_config(run_config: Mapping[str, Any]) -> Config:
 @functools.lru_cache(maxsize=8)
 def compose_text(overrides: str) -> str:
     """Compose ``conf/config.yaml`` with overrides in shell syntax; return resolved YAML."""
-    from hydra import compose, initialize_config_dir
-
     arguments = [renamed(override) for override in shlex.split(overrides)]
-    with (
-        translated_errors(),
-        known_models(arguments),
-        within_hydra(),
-        initialize_config_dir(str(CONF), version_base="1.3"),
-    ):
-        return to_text(compose("config", overrides=arguments))
+    with translated_errors(), known_models(arguments):
+        return to_text(composed(arguments))
 
 
 def to_text(tree: Any) -> str:

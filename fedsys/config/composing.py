@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedsys.config.secret import MASK, is_secret
 from fedsys.errors import ConfigError, better_name, did_you_mean, first_line
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 """The folder of the groups: the same place in the checkout, the wheel and the Flower bundle."""
@@ -47,6 +52,67 @@ def within_hydra() -> Iterator[None]:
         yield
     finally:
         GlobalHydra.instance().hydra = outer  # by now another instance
+
+
+def composed(overrides: Sequence[str]) -> DictConfig:
+    """Return ``conf/config.yaml`` with overrides, as Hydra composes it.
+
+    A process composes many runs that differ in a few values: what only chooses from the groups is
+    composed once, and values are set in a copy of that, as Hydra sets them at its end.
+
+    Raises:
+        HydraException: There is no such choice or option, or it cannot have this value.
+        OmegaConfBaseException: Likewise.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    choices, values = _divided(overrides)
+    if values is None:
+        return _by_hydra(CONF, overrides)
+    tree = copy.deepcopy(_chosen(CONF, choices))
+    try:
+        for key, value in values:
+            OmegaConf.update(tree, key, value, merge=True)
+    except OmegaConfBaseException:  # Hydra says more about it
+        return _by_hydra(CONF, overrides)
+    return tree
+
+
+def _divided(
+    overrides: Sequence[str],
+) -> tuple[tuple[str, ...], list[tuple[str, Any]] | None]:
+    """Divide overrides into choices from groups, and new values of keys that there are.
+
+    Returns:
+        The choices, and the values in their order; None where there are others, or where a choice
+        depends on more than its text.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import OverrideType
+
+    choices, values = list[str](), list[tuple[str, Any]]()
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        key, text = override.key_or_group, str(override.input_line)
+        if override.package is not None or override.is_sweep_override():
+            return (), None
+        if (CONF / key).is_dir() and not text.endswith((".yaml", ".yml")):
+            choices.append(text)
+        elif override.type is OverrideType.CHANGE and not override.is_hydra_override():
+            values.append((key, override.value()))
+        else:
+            return (), None
+    return tuple(choices), values
+
+
+def _by_hydra(folder: Path, overrides: Sequence[str]) -> DictConfig:
+    from hydra import compose, initialize_config_dir
+
+    with within_hydra(), initialize_config_dir(str(folder), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+_chosen = functools.lru_cache(maxsize=32)(_by_hydra)
 
 
 def renamed(override: str) -> str:

@@ -1,4 +1,5 @@
 import dataclasses
+import shlex
 from collections.abc import Mapping
 
 import pytest
@@ -14,6 +15,7 @@ from fedsys.config import (
     LearningRate,
     call_target,
     compose_text,
+    composing,
     divided,
     from_run_config,
     locate,
@@ -251,6 +253,23 @@ def test_hydras_errors_are_one_sentence_of_ours(configure, override, message):
     with pytest.raises(ConfigError) as caught:
         configure(override)
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "policy=fixed policy.cut=0.3 num_edges=2 data.max_examples=${num_clients} num_clients=5",
+        "data=synthetic data.shape=[3,8,8] 'faults.list=[{kind: server_killed, round: 1}]'",
+        "+bench=planning bench.repeats=2 run.dir='/a b/c' network=4g network.up_mbit_s=null",
+        "+client.optimizer_args.nesterov=true ~faults.list rounds=3 '+fleet.machines.a={s: 1}'",
+    ],
+)
+def test_values_that_are_set_afterwards_are_those_that_hydra_sets(overrides):
+    """Hydra is asked once for the choices of many runs; twice here, and once for each with all."""
+    arguments = shlex.split(overrides)
+    whole = to_text(composing._by_hydra(CONF, arguments))
+    assert to_text(composing.composed([*arguments, "seed=7"])) != whole
+    assert to_text(composing.composed(arguments)) == whole
 
 
 def test_a_classifier_of_torchvision_needs_no_file(configure):
