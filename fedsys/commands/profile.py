@@ -27,6 +27,7 @@ from fedsys.config import Config
 from fedsys.errors import ConfigError
 from fedsys.models.layers import LayeredModel, layered, stages
 from fedsys.offload.processors import usable_cores
+from fedsys.partition.profiling import shared_by_work
 from fedsys.planning.costs import crossings, tensor_bytes
 from fedsys.planning.hardware import made_for, units_sha256
 from fedsys.randomness import Address, drawing
@@ -361,14 +362,7 @@ class _Timed:
 
     def by_unit(self, samples: Sequence[Sequence[float]]) -> list[float]:
         """Return the median seconds of each unit; units of a part share them by their work."""
-        found: list[float] = []
-        bounds = [0, *self._layers.cuts, len(self._layers)]
-        for first, last, seconds in zip(bounds[:-1], bounds[1:], map(median, samples), strict=True):
-            units = self._layers.units[first:last]
-            work = [unit.macs for unit in units]
-            whole = sum(work)
-            found += [_short(seconds * (w / whole if whole else 1 / len(work))) for w in work]
-        return found
+        return [_short(s) for s in shared_by_work(self._layers, [*map(median, samples)])]
 
     def spread_by_unit(self, samples: Sequence[Sequence[float]]) -> list[float]:
         """Return the spread of the part that each unit is in, as a share of its median."""

@@ -218,7 +218,8 @@ def effects(study: Study) -> list[dict[str, Any]]:
 
     An analysis of variance of the logarithm of the median seconds, within each cut, of a full
     factorial: the squares of main effects and of two-way interactions as shares of all between
-    conditions, means over the cuts that were measured under all; ``rest`` is what three and more factors, and noise, make.
+    conditions, means over the cuts that were measured under all; ``rest`` is what three and more
+    factors, and noise, make.
 
     Returns:
         An empty list where the conditions are no full factorial.
