@@ -31,7 +31,7 @@ from fedsys.transport.security import Credentials
 SWITCH_S = 0.0005
 """How long a thread of Python keeps others waiting: 5 ms, the default, is the time of an answer."""
 
-_START_S = 60.0  # for another host process to be ready
+_START_S = 110.0  # for another host process to be ready
 _END_S = 10.0
 _LOOK_S = 1.0  # whether the process that started this one is there
 

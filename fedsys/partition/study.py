@@ -115,7 +115,7 @@ class Study:
 
 
 def _medians(seconds: Array) -> Array:
-    none = np.isnan(seconds).all(axis=2)
+    none: NDArray[np.bool_] = np.asarray(np.isnan(seconds).all(axis=2))
     values = np.where(none[:, :, None], np.inf, seconds)
     return np.asarray(np.nanmedian(values, axis=2))
 

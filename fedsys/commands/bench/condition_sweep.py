@@ -134,9 +134,10 @@ def read_samples(file: Path) -> list[RawSample]:
     with file.open(newline="", encoding="utf-8") as stream:
         for number, row in enumerate(csv.DictReader(stream), 2):
             try:
-                found.append(
-                    RawSample(**{f.name: _value(f.type, row[f.name]) for f in fields(RawSample)})
-                )  # type: ignore[arg-type]  # by name
+                values: dict[str, Any] = {
+                    f.name: _value(f.type, row[f.name]) for f in fields(RawSample)
+                }
+                found.append(RawSample(**values))
             except (KeyError, TypeError, ValueError) as error:
                 raise DataError(f"{file}:{number}: is no sample: {error!r}") from error
     return found

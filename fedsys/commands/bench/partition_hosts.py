@@ -24,6 +24,7 @@ from fedsys.partition.remote_host import RemoteHost
 from fedsys.serving.chain import Chain, ChainModule, ChainOptions
 from fedsys.serving.chain_parts import UnitParts
 from fedsys.serving.engine import Card
+from fedsys.serving.routes import Route
 from fedsys.transport.network import Network
 from fedsys.transport.security import new_token
 
@@ -182,8 +183,8 @@ def lay(chain: Chain, partition: Partition) -> Laid:
     """Build a pipeline whose requests are noted."""
     noted: list[Laid] = []
 
-    def note(partition: Partition, passed: Passed, rows: int, took_s: float) -> None:
+    def note(route: Route, passed: Passed, rows: int, took_s: float) -> None:
         noted[0].passed, noted[0].took_s = passed, took_s
 
-    noted.append(Laid(chain.lay(partition, note)))
+    noted.append(Laid(chain.lay(Route(partition), note)))
     return noted[0]
