@@ -140,6 +140,7 @@ COMMANDS: dict[str, Command] = {
             "link": "links against bare gRPC, and the share of a shaped rate in use",
             "pipeline": "plans of split training on shaped links and slow devices, or virtually",
             "planning": "how long plans take to make, and how near they are to the optimum",
+            "partition": "chains of hosts: planner, predictions, moves, throughput, adaptation",
             "conditions": "which cut is the best under 3^5 conditions of links, CPU and memory",
             "offload": "policies that decide on cuts, against classic training and the optimum",
             "privacy": "what privacy by example costs, beside none and beside Opacus",

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from fedsys.commands.bench.condition_sweep import Sweep, read_samples, useful_cuts
+from fedsys.commands.bench.condition_sweep import ConditionSweep, read_samples, useful_cuts
 from fedsys.errors import DataError
 from fedsys.main import main
 from fedsys.models import layered
@@ -11,7 +11,7 @@ from tests.serving.chains import SHAPE, model
 
 
 def test_a_condition_is_what_its_digits_say():
-    sweep = Sweep((50e6, 10e6), 0.0, (0.0, 0.5, 1.0), (0, 10), repeats=1)
+    sweep = ConditionSweep((50e6, 10e6), 0.0, (0.0, 0.5, 1.0), (0, 10), repeats=1)
     assert len(sweep.conditions()) == 2 * 3 * 2 * 2 * 3
     # network, cloud_cpu, edge_memory, cloud_memory, edge_cpu
     assert sweep.loads((1, 2, 1, 0, 1)) == {"edge": (0.5, 10), "cloud": (1.0, 0)}

@@ -44,7 +44,7 @@ _MEMORY_OFF = 0.05  # of memory that is held
 
 
 @dataclass(frozen=True)
-class Sweep:
+class ConditionSweep:
     """What is swept.
 
     Attributes:
@@ -160,7 +160,7 @@ def useful_cuts(layers: LayeredModel, every: bool) -> list[int]:
 
 
 def measure(
-    name: str, side: int, sweep: Sweep, every: bool, threads: int, file: Path
+    name: str, side: int, sweep: ConditionSweep, every: bool, threads: int, file: Path
 ) -> Iterator[RawSample]:
     """Yield the samples of a model: those of the file first, then new ones, which are added to it.
 
@@ -222,7 +222,7 @@ class _Bench:
     """Pipelines for every rate and cut, and a load at each end."""
 
     def __init__(
-        self, model: BenchModel, hosts: HostProcesses, sweep: Sweep, cuts: Sequence[int],
+        self, model: BenchModel, hosts: HostProcesses, sweep: ConditionSweep, cuts: Sequence[int],
         cores: Sequence[Sequence[int]],
     ) -> None:  # fmt: skip
         self._model, self._hosts, self._sweep, self._cuts = model, hosts, sweep, cuts

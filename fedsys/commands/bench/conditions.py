@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 from fedsys.commands.bench import Chart
-from fedsys.commands.bench.condition_sweep import RawSample, Sweep, measure
+from fedsys.commands.bench.condition_sweep import ConditionSweep, RawSample, measure
 from fedsys.config import Config
 from fedsys.errors import ConfigError
 from fedsys.partition.study import Study, distinct_best, read_published, tables
@@ -60,7 +60,7 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
             "quick": bool(options["quick"]), "samples": str(file), **found}  # fmt: skip
 
 
-def sweep_of(config: Config, options: Mapping[str, Any]) -> Sweep:
+def sweep_of(config: Config, options: Mapping[str, Any]) -> ConditionSweep:
     """Return what is swept.
 
     Raises:
@@ -72,7 +72,7 @@ def sweep_of(config: Config, options: Mapping[str, Any]) -> Sweep:
     if options["cuts"] not in ("all", "useful"):
         raise ConfigError.of("bench.cuts", options["cuts"], "must be all or useful")
     bytes_each = float(options["memory_mb"]) * 1e6
-    return Sweep(
+    return ConditionSweep(
         rates=tuple(1e6 * rate for rate in _levels(options, "rates", quick, 1e9)),
         latency_s=float(options["latency_ms"]) / 1e3,
         cpu=tuple(_levels(options, "cpu", quick, 1.0)),
@@ -109,7 +109,7 @@ def _analyse(found: dict[str, list[dict[str, Any]]], name: str, study: Study) ->
         found[table] += [{"model": name, **row} for row in rows]
 
 
-def _made(name: str, raw: Sequence[RawSample], sweep: Sweep) -> list[dict[str, Any]]:
+def _made(name: str, raw: Sequence[RawSample], sweep: ConditionSweep) -> list[dict[str, Any]]:
     """Return what became of the rates and loads that were asked for."""
     rows = []
     for level, rate in enumerate(sweep.rates):

@@ -1,0 +1,53 @@
+import math
+import random
+
+import pytest
+
+from fedsys.commands.bench.partition_planner import drawn_problem, planner_figures
+from fedsys.commands.bench.partition_trace import LinkTrace, PlayedChain, figures
+from fedsys.main import main
+
+
+def test_the_planner_is_compared_with_every_partition():
+    found = planner_figures(compared=6, repeats=1, seed=0)
+    assert found["planner_equal"] == found["planner_compared"] == 6
+    assert found["plan_two_ms"] > 0 and found["plan_four_ms"] > 0
+    assert len(drawn_problem(random.Random(0), 5, 3).networks) == 2
+
+
+def test_a_trace_is_told_beside_the_best_that_stays_and_an_oracle():
+    """In the first piece one cut takes 1 s and the other 3, in the second the other way round."""
+    move = {"verdict": "move"}
+    points = [(0.5, 1.0, "1"), (1.5, 2.0, "4")]
+    moving = PlayedChain("moves", [[1.0], [2.0]], [move, {"verdict": "back"}], points)
+    standing = [PlayedChain("a", [[1.0], [3.0]]), PlayedChain("b", [[3.5], [1.0]])]
+    found = figures([moving, *standing], LinkTrace((2e6, 1e6), 1.0))
+    rows = {row["contender"]: row for row in found["contenders"]}
+    assert rows["oracle"]["mean_ms"] == 1000 and found["best_static"] == "a"
+    assert found["mean_to_static"] == pytest.approx(0.75)
+    assert found["share_of_oracle_gain"] == pytest.approx(0.5)
+    assert (found["moves_per_change"], found["undone"]) == (2, 1)
+    assert [point["mbit_s"] for point in found["points"]] == [2, 1]
+    alone = figures([moving, standing[0]], LinkTrace((2e6, 1e6), 1.0))
+    assert math.isnan(alone["share_of_oracle_gain"])  # the oracle gains nothing
+
+
+def test_parts_that_there_are_not_are_refused(tmp_path, capsys):
+    call = ["bench", "partition", "bench.parts=[plan]", f"run.dir={tmp_path / 'run'}"]
+    assert main(call) == 2
+    assert "bench.parts=['plan']: must name some of planner, latency" in capsys.readouterr().err
+
+
+@pytest.mark.slow  # host processes
+def test_requests_of_processes_have_the_bits_of_the_whole_model(tmp_path, capsys):
+    import json
+
+    call = [
+        "bench", "partition", "quick=true", "models=[lenet]", "bench.model=lenet", "bench.side=32",
+        "bench.networks=[[1000,0]]", "bench.parts=[latency,moves]", "bench.moves=2",
+    ]  # fmt: skip
+    assert main([*call, "json=true", f"run.dir={tmp_path / 'run'}"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["same_bits"] and found["off_max"] == 0
+    assert [row["way"] for row in found["ways"]] == ["warm", "beside", "process", "pause"]
+    assert all(row["lost"] == row["wrong"] == 0 < row["answers"] for row in found["ways"])
