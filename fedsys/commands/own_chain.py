@@ -11,7 +11,7 @@ import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -64,8 +64,12 @@ def started(config: Config) -> Iterator[tuple[Config, Mapping[str, int]]]:
         yield replace(config, hosts=hosts), processes
 
 
-def made_model(config: Config) -> Config:
+def made_model(config: Config, chosen: Sequence[str] | None = None) -> Config:
     """Return the configuration with a portfolio, and exits where they are trained.
+
+    Args:
+        config: What is trained.
+        chosen: Overrides that compose the same; None: those of the command line.
 
     Raises:
         RuntimeFailure: It cannot be made; with the last words of what failed.
@@ -76,16 +80,17 @@ def made_model(config: Config) -> Config:
     folder = Path("outputs/chains") / name
     run, pruned = folder / "train", folder / "prune"
     named = configuration.given().items()
-    given = [text for key, text in named if key.split(".")[0] in ("experiment", *_TRAINS)]
+    given = list(chosen or ())
+    if chosen is None:
+        given = [text for key, text in named if key.split(".")[0] in ("experiment", *_TRAINS)]
     if not (run / "run.json").exists():
         _say(f"training the model of the chain in {run}")
         _carry_out("train", *given, f"run.dir={run}", "run.plots=false")
     if not (pruned / "portfolio").exists():
         _say(f"making a smaller variant in {pruned}")
-        _carry_out(
-            "prune", f"run={run}", f"run.dir={pruned}", _SPARSITY, "variants.fold_batchnorm=false",
-            "variants.memory=false", "variants.threads=[1]", "variants.runs=5", "run.plots=false",
-        )  # fmt: skip
+        measured = ("variants.memory=false", "variants.threads=[1]", "variants.runs=30")
+        whole = ("variants.fold_batchnorm=false", "variants.fine_tune=1", "run.plots=false")
+        _carry_out("prune", f"run={run}", f"run.dir={pruned}", _SPARSITY, *measured, *whole)
     exits = str(run) if config.resilience.active else config.serving.exits
     serving = replace(config.serving, exits=exits)
     return replace(config, portfolio=str(pruned / "portfolio"), serving=serving)

@@ -207,6 +207,7 @@ class Continuer:
             predicted_ms=chosen.latency_ms, accuracy=chosen.accuracy, ready=bool(standing),
             tell_ms=1e3 * (began - told_s), decide_ms=1e3 * (decided - began),
             apply_ms=1e3 * (done - decided), replayed=count, reason=decision.reason,
+            decided=decision.choice.path,
             candidates=[_plain(each.candidate) for each in decision.candidates[:_TOLD]],
         )  # fmt: skip
         if standing:
