@@ -8,7 +8,7 @@ Neighbouring data differ by one unit that is there or not. Three accountants:
 ``pld`` the distribution of the privacy loss (Koskela et al., AISTATS 2020; Doroshenko et al.,
         "Connect the Dots", PoPETs 2022), by Google's dp-accounting; an upper bound, and tight
 ``rdp`` Rényi divergences (Mironov, CSF 2017; Mironov et al., 2019), by dp-accounting; an upper
-        bound, some 10 % above
+        bound, 8 to 15 % above in benchmarks/privacy.md
 ``prv`` privacy random variables (Gopi et al., NeurIPS 2021), by Opacus; its upper bound
 ======  =========================================================================================
 
