@@ -58,6 +58,8 @@ def guarded(seen: Outlook, cut: Indices, legal: NDArray[np.bool_], veto: float |
 def sparing(seen: Outlook, cut: Indices, legal: NDArray[np.bool_]) -> Indices:
     """Return the cuts that transfer least of those with which nobody is later than the slowest.
 
+    What is transferred are activations and their gradients, and a device's part of the model.
+
     A round is as long as its slowest device. Whoever has time until then gains nothing by a faster
     cut that leans on its link, and loses where that becomes slow before it is known.
 
@@ -66,11 +68,10 @@ def sparing(seen: Outlook, cut: Indices, legal: NDArray[np.bool_]) -> Indices:
         cut: Index of the cut of each device, ``(R,)``; of equal ones it stays.
         legal: Which may be chosen, ``(R, C)``.
     """
-    here = np.arange(len(cut))
+    here, busy_s = np.arange(len(cut)), seen.link_s + seen.exchange_s
     in_time = legal & (seen.round_s <= seen.round_s[here, cut].max())
-    busy = np.where(in_time, seen.link_s, np.inf)
-    least: Indices = busy.argmin(axis=1)
-    return np.where(busy[here, least] < seen.link_s[here, cut], least, cut)
+    least: Indices = np.where(in_time, busy_s, np.inf).argmin(axis=1)
+    return np.where(busy_s[here, least] < busy_s[here, cut], least, cut)
 
 
 class CutFedAdapt:

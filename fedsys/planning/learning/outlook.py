@@ -42,6 +42,7 @@ class Outlook:
         device_s: Seconds in which the device computes in a round.
         link_s: Seconds in which the busier way of the link transfers.
         edge_s: Seconds in which the edge computes for the device.
+        exchange_s: Seconds in which it receives and returns its part of the model.
         course: The course.
     """
 
@@ -51,6 +52,7 @@ class Outlook:
     device_s: Array
     link_s: Array
     edge_s: Array
+    exchange_s: Array
     course: Indices
 
 
@@ -88,6 +90,7 @@ def outlook(setup: Setup, known: Knowledge, made: Forecast | None = None) -> Out
         pieces * (there(s.forward) + there(s.backward)) * steps,
         link,
         np.where(setup.away, pieces * there(s.edge) * steps, 0.0),
+        exchange,
         course,
     )
 

@@ -326,11 +326,13 @@ def test_who_is_ready_before_the_slowest_anyway_leans_on_its_link_least(base):
     seen = fleet.look(*fleet.of(range(3))).outlook
     round_s = np.array([[9.0, 9.5, 9.0, 11.0], [5.0, 4.0, 8.0, 9.0], [1.0, 9.0, 9.0, 9.5]])
     link_s = np.array([[5.0, 3.0, 2.0, 0.0], [5.0, 3.0, 2.0, 0.0], [1.0, 1.0, 1.0, 0.0]])
-    seen = dataclasses.replace(seen, round_s=round_s, link_s=link_s)
+    seen = dataclasses.replace(seen, round_s=round_s, link_s=link_s, exchange_s=0.0 * link_s)
     legal = np.ones((3, 4), dtype=bool)
     # The first sets the pace, and has an equally fast cut; the third keeps its own of equal ones
     assert sparing(seen, np.array([0, 1, 1]), legal).tolist() == [2, 3, 1]
     assert sparing(seen, np.array([3, 1, 1]), legal).tolist() == [3, 3, 3]
+    heavy = dataclasses.replace(seen, exchange_s=np.array([[0.0, 1.0, 2.0, 9.0]] * 3))
+    assert sparing(heavy, np.array([3, 1, 1]), legal).tolist() == [1, 1, 0]  # so is the model
     legal[1, 3] = False  # may not hold the whole model
     assert sparing(seen, np.array([0, 1, 1]), legal).tolist() == [2, 2, 1]
 
