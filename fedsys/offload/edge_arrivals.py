@@ -19,7 +19,7 @@ from fedsys.offload.fencing import Epoch, Presented
 from fedsys.offload.migration import Say
 from fedsys.offload.peers import PeerGroup, Peers
 from fedsys.offload.session import Session
-from fedsys.offload.session_table import SessionTable
+from fedsys.offload.session_table import ORPHAN_S, SessionTable
 from fedsys.offload.snapshot import SessionSpec, Snapshot
 from fedsys.transport.link import Link
 from fedsys.transport.wire import Frame
@@ -73,11 +73,28 @@ class Arrivals:
     def __init__(self, own: Holdings, make: Callable[[SessionSpec, Snapshot], Session]) -> None:
         self._own, self._make = own, make
         self._controllers: dict[str, Link] = {}  # by the secret of the fleet
+        self._left: dict[str, float] = {}  # when the controller of a fleet went away
+        self._lock = threading.Lock()
         self._coming: set[str] = set()  # sessions that are being fetched
 
     def told(self, secret: str, controller: Link) -> None:
-        """Take note of who controls the sessions of a fleet."""
-        self._controllers[secret] = controller
+        """Take note of who controls the sessions of a fleet; forget fleets that are long gone."""
+        since, held = time.monotonic() - ORPHAN_S, self._own.table.fleets
+        with self._lock:
+            self._controllers[secret] = controller
+            self._left.pop(secret, None)
+            gone = [s for s, moment in self._left.items() if moment < since and s not in held]
+            for fleet in gone:
+                del self._left[fleet]
+        for fleet in gone:
+            self._own.peers.forget(fleet)
+
+    def left(self, controller: Link) -> None:
+        """Take note that the link of a controller ended; it may come back over another one."""
+        with self._lock:
+            for secret in [s for s, link in self._controllers.items() if link is controller]:
+                del self._controllers[secret]
+                self._left[secret] = time.monotonic()
 
     def is_coming(self, name: str) -> bool:
         """Return whether a session is being fetched."""

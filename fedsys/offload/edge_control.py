@@ -65,6 +65,7 @@ class EdgeControl:
             self._obey(link)
         finally:
             self._table.orphan(link)
+            self._moving.left(link)
 
     def _obey(self, link: Link) -> None:
         while True:

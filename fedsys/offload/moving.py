@@ -54,6 +54,10 @@ class Moving:
         """
         self._arrivals.told(self._peers.tell(frame.meta).secret, controller)
 
+    def left(self, controller: Link) -> None:
+        """Take note that the link of a server app ended."""
+        self._arrivals.left(controller)
+
     def command(self, frame: Frame) -> list[str]:
         """Begin to move sessions that a server app or an operator names; return their names.
 

@@ -48,6 +48,12 @@ class SessionTable:
             return list(self._sessions)
 
     @property
+    def fleets(self) -> set[str]:
+        """Secrets of the fleets that have sessions here."""
+        with self.lock:
+            return {session.spec.fleet for session in self._sessions.values()}
+
+    @property
     def nbytes(self) -> int:
         """Weights and optimizer state of all sessions, in bytes."""
         with self.lock:

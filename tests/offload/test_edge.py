@@ -274,7 +274,12 @@ def test_a_device_that_comes_back_takes_over_from_its_former_link(edge_at, last_
     former, first = greet(edge.address)
     ask(former, last_layer.activation(0))
     link, second = greet(edge.address)
-    about = {"step": 1, "incarnation": first.meta["incarnation"], "epoch": [1, 0, "edge"]}
+    about = {
+        "step": 1,
+        "first": 3,
+        "incarnation": first.meta["incarnation"],
+        "epoch": [1, 0, "edge"],
+    }
     assert second.meta == about
     with pytest.raises(LinkClosed):
         former.recv(WAIT_S)

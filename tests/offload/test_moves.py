@@ -1,5 +1,6 @@
 """Sessions that move between real edge servers: commands, strangers, and what is sent ahead."""
 
+import gc
 import time
 
 import pytest
@@ -8,9 +9,10 @@ import torch
 from fedsys.commands.edge import moved
 from fedsys.config import EdgeAddress, EdgeConfig
 from fedsys.errors import ConfigError, RemoteError, SessionError
-from fedsys.offload import delta
+from fedsys.offload import delta, edge_arrivals
 from fedsys.offload.edge import EdgeServer
 from fedsys.offload.fleet import Fleet
+from fedsys.offload.peers import PeerGroup
 from fedsys.offload.remote import Remote
 from fedsys.transport.addresses import dial
 from fedsys.transport.security import Authority
@@ -48,6 +50,29 @@ def until(true):
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.002)
+
+
+def test_a_fleet_that_is_long_gone_is_forgotten(pair, monkeypatch, last_layer):
+    """Each run left its fleet, and the link of its server app, at every edge server for ever."""
+    monkeypatch.setattr(edge_arrivals, "ORPHAN_S", 0.0)
+    edges, _ = pair
+    addresses = [EdgeAddress(name, edge.address) for name, edge in edges.items()]
+
+    def ran(opens=False):
+        fleet = Fleet(addresses, control_token=TOKEN)
+        if opens:
+            fleet.open(last_layer.spec(), last_layer.start(), "a")
+        fleet._edges.close()  # as when its process is killed: it releases nothing
+        return fleet._edges.secret
+
+    def known(secrets):
+        ran()  # who comes tidies up after those who are gone
+        found = [o.secret for o in gc.get_objects() if type(o) is PeerGroup]
+        return sum(secret in secrets for secret in found)
+
+    with_session, without = ran(opens=True), {ran(), ran()}
+    until(lambda: not known(without))
+    assert known({with_session}) == 1, "its server app may come back for its session at a"
 
 
 def test_an_operator_moves_a_session_and_its_device_finds_it(pair, last_layer):
