@@ -24,7 +24,7 @@ from fedsys import config as configuration
 from fedsys.commands.own_chain import made_model, started, starts_hosts
 from fedsys.config import Config
 from fedsys.errors import ConfigError
-from fedsys.pruning.portfolio import MANIFEST, Portfolio
+from fedsys.pruning.portfolio import Portfolio
 from fedsys.serving.chain_opening import OpenedChain, serves_chain
 from fedsys.serving.http import Endpoint
 from fedsys.serving.portfolio import PortfolioEngine
@@ -173,8 +173,7 @@ def _folder(config: Config) -> Path:
     if not folder.is_dir():
         rule = "must be a folder that exists"
         raise ConfigError.of("portfolio", folder, rule, "make one by fedsys prune run=RUN")
-    inside = folder / "portfolio"  # of the folder that fedsys prune prints and outputs/ shows
-    return inside if inside.is_dir() and not (folder / MANIFEST).exists() else folder
+    return folder
 
 
 def _pid(host: str, processes: Mapping[str, int]) -> dict[str, int]:

@@ -307,6 +307,11 @@ class HostServer:
         if spawned is not None:
             spawned.end()
 
+    def _others(self) -> float:
+        """Return the share of all processors that other processes took since it was last asked."""
+        own = self._process.cpu_percent(None) / (psutil.cpu_count() or 1)
+        return max(0.0, psutil.cpu_percent(None) - own) / 100
+
     def status(self) -> dict[str, Any]:
         """Return how the host is: memory, load, and what it computed."""
         stages = list(self._stages.values())
@@ -319,7 +324,7 @@ class HostServer:
             "weights_bytes": self.store.nbytes,
             "resident_bytes": self._process.memory_info().rss,
             "free_bytes": psutil.virtual_memory().available,
-            "cpu_percent": psutil.cpu_percent(None),
+            "others": self._others(),
         }
 
 

@@ -230,10 +230,16 @@ class Portfolio:
     def load(cls, folder: Path) -> Portfolio:
         """Read the manifest in `folder` and check all files against it.
 
+        Args:
+            folder: Of the portfolio, or that of ``fedsys prune``, which holds it.
+
         Raises:
             ModelError: The folder holds no portfolio, or a file is missing, damaged or of another
                 format; names the file.
         """
+        inside = folder / "portfolio"
+        if inside.is_dir() and not (folder / MANIFEST).exists():
+            folder = inside
         path = folder / MANIFEST
         try:
             body = json.loads(path.read_bytes())

@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, final
 
 from fedsys.errors import FedsysError, first_line
@@ -62,6 +63,7 @@ class ChainControl:
         if self._engine.home not in ("", self._engine.switcher.current):
             self.last = {"time_s": time.time(), "verdict": "stay", "reason": "a host is lost"}
             return self.last
+        self._look()
         conditions = self._observer.conditions()
         answers = self._engine.answered
         rate = (answers - self._answers) / max(1e-3, now - self._looked_s)
@@ -84,6 +86,14 @@ class ChainControl:
         else:
             self._carry_out(place)
         return self.last
+
+    def _look(self) -> None:
+        """Have hosts say what others take there, and what memory there is; some may be silent."""
+        for index, host in enumerate(self._engine.chain.hosts):
+            with suppress(FedsysError, KeyError, TypeError, ValueError):
+                told = host.ask("status").meta
+                room = float(told["free_bytes"]) + float(told["weights_bytes"])
+                self._observer.noted(index, float(told["others"]), room)
 
     def _carry_out(self, place: StandingCuts) -> None:
         before = self.place

@@ -107,5 +107,34 @@ def test_conditions_are_learned_from_what_requests_tell():
 
 def test_what_was_not_used_is_as_expected():
     observer = Observer(FAST)
-    assert observer.conditions() == ChainConditions((1.0, 1.0), (0.0, 0.0), (None,))
+    nothing = (None, None)
+    assert observer.conditions() == ChainConditions(
+        (1.0, 1.0), (0.0, 0.0), (None,), nothing, nothing
+    )
     assert under(FAST, observer.conditions()).networks == FAST.networks
+
+
+def test_a_host_that_takes_no_part_is_known_by_what_it_says():
+    """A host that was slow once stayed slow for ever: nothing was sent that would have told."""
+    observer = Observer(FAST)
+    observer.seen(Partition((1,), ("fp32",)), passed(1.0, 3.0, 0.8), 1, 4.0)
+    observer.noted(1, 0.5, 1e9)
+    assert observer.conditions().slower[1] == pytest.approx(8.0)  # requests told it just now
+    alone = Passed(None, [{"host": "device", "queue_s": 0.0, "compute_s": 1.0}], 0.0, 100)
+    for _ in range(16):
+        observer.seen(Partition((2,), ("fp32",)), alone, 1, 1.0)
+    found = observer.conditions()
+    assert found.slower[1] == 2.0 and found.others[1] == 0.5  # half of its processors are left
+    observer.noted(1, 1.0, 1e9)
+    assert observer.conditions().slower[1] == 10.0
+
+
+def test_cuts_do_not_move_to_a_host_whose_memory_others_hold():
+    observer = Observer(FAST)
+    observer.noted(1, 0.0, 0.0)
+    now = under(FAST, observer.conditions())
+    assert now.hosts[1].memory_bytes == 0
+    there = decide_move(StandingCuts(ON_DEVICE), sight(FAST), RULES)[1]
+    here = decide_move(StandingCuts(ON_DEVICE), sight(now), RULES)[1]
+    assert (there.verdict, here.verdict) == (Verdict.MOVE, Verdict.STAY)
+    assert here.reason == "the best already"
