@@ -171,7 +171,7 @@ def _of_run(tree: Any, run: Path) -> dict[str, Any]:
             rule = f"must not be given with run={run}, which settles it"
             raise ConfigError.of(key, _at(asked, key), rule, "leave it out")
     own = configuration.with_present_names(run_config(run))
-    groups = ("variants", "pruning", "json", "run")
+    groups = ("variants", "pruning", "json", "run", "resilience")  # what is pruned is the backbone
     values = {**own, **{key: asked[key] for key in groups}, "resume": None}
     for key in given:
         group, *rest = key.split(".")
