@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -43,25 +44,33 @@ def started(config: Config) -> Iterator[tuple[Config, Mapping[str, int]]]:
         ConfigError: A host that is to be started has an address.
         RuntimeFailure: One cannot be started.
     """
-    token, processes, listed = config.hosts.control_token or new_token(), {}, []
-    with ExitStack() as stack:
+    token = config.hosts.control_token or new_token()
+    with ExitStack() as stack, ThreadPoolExecutor(len(config.hosts.list)) as pool:
         for index, one in enumerate(config.hosts.list):
-            address = one.address
-            if one.start:
-                if address:
-                    raise ConfigError.of(
-                        f"hosts.list[{index}].address", address,
-                        "must be empty for a host that is started: it gets a free port",
-                    )  # fmt: skip
-                given = [f"host.name={one.name}", "host.address=tcp://127.0.0.1:0"]
-                if config.serving.threads is not None:
-                    given.append(f"host.threads={config.serving.threads}")
-                processes[one.name], spawned = start_host(given, token)
-                stack.callback(spawned.end)
-                address = spawned.address
-            listed.append(replace(one, address=address, start=False))
-        hosts = replace(config.hosts, list=tuple(listed), control_token=token)
-        yield replace(config, hosts=hosts), processes
+            if one.start and one.address:
+                raise ConfigError.of(
+                    f"hosts.list[{index}].address", one.address,
+                    "must be empty for a host that is started: it gets a free port",
+                )  # fmt: skip
+        begun = {
+            one.name: pool.submit(start_host, _given(config, one.name), token)
+            for one in config.hosts.list if one.start
+        }  # fmt: skip
+        places = {name: future.result() for name, future in begun.items()}
+        for _, spawned in places.values():
+            stack.callback(spawned.end)
+        listed = tuple(
+            replace(one, address=places[one.name][1].address, start=False) if one.start else one
+            for one in config.hosts.list
+        )
+        hosts = replace(config.hosts, list=listed, control_token=token)
+        yield replace(config, hosts=hosts), {name: pid for name, (pid, _) in places.items()}
+
+
+def _given(config: Config, name: str) -> list[str]:
+    given = [f"host.name={name}", "host.address=tcp://127.0.0.1:0"]
+    threads = config.serving.threads
+    return given if threads is None else [*given, f"host.threads={threads}"]
 
 
 def made_model(config: Config, chosen: Sequence[str] | None = None) -> Config:

@@ -25,7 +25,7 @@ from fedsys.serving.chain import Chain, ChainEngine, ChainOptions
 from fedsys.serving.chain_control import ChainControl
 from fedsys.serving.chain_parts import StageBuilder
 from fedsys.serving.portfolio import card_of
-from fedsys.serving.recovery.opening import LookedAfter, OtherWays
+from fedsys.serving.recovery.opening import LookedAfter, OtherWays, model_of
 from fedsys.serving.routes import WHOLE
 from fedsys.transport.network import Network
 from fedsys.transport.security import Credentials, new_token
@@ -69,7 +69,7 @@ class OpenedChain:
         if ONNX in variant.files:
             raise ModelError(f"variant {name} is an ONNX file: it has no units to be cut between")
         shape = portfolio.about.input_shape
-        module = portfolio.module(name)
+        module = model_of(config, portfolio, name)
         self.layers: LayeredModel = layered(module, shape, fc_as_one=config.partition.fc_as_one)
         with ExitStack() as stack:
             hosts = _connect(config, stack)

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, final
@@ -173,12 +174,11 @@ class ConstantLoad:
 @contextmanager
 def host_processes(config: Config, token: str) -> Iterator[tuple[Config, list[HostProcess]]]:
     """Start the hosts of a configuration behind forwarders, and yield it with their addresses."""
-    with ExitStack() as stack:
-        hosts = []
-        for one in config.hosts.list:
-            host = HostProcess(one.name, token, config.serving.threads or 1)
+    threads, names = config.serving.threads or 1, [one.name for one in config.hosts.list]
+    with ExitStack() as stack, ThreadPoolExecutor(len(names)) as pool:
+        hosts = list(pool.map(lambda name: HostProcess(name, token, threads), names))
+        for host in hosts:
             stack.callback(host.close)
-            hosts.append(host)
         listed = tuple(
             replace(one, address=host.address, start=False)
             for one, host in zip(config.hosts.list, hosts, strict=True)

@@ -165,7 +165,8 @@ class Continuer:
         """Take note that cuts were changed by somebody else."""
         self._outlook.settled(partition)
         self._target = self._engine.home = Route(partition).label
-        self._used.update(self._engine.live[-1:])
+        if (module := self._outlook.module(self._target)) is not None:
+            self._used.add(module)
         self._keep_ready()
 
     def _lost(self, index: int, told_s: float) -> None:
@@ -281,9 +282,14 @@ class Continuer:
         )
 
     def _keep_ready(self) -> None:
-        options = self._options
-        found = self._outlook.in_case(self._target, options.warm, options.objective)
-        self._builder.keep([*filter(None, [self._next]), *found, *self._engine.prepared])
+        """Have ways around hosts ready; which ones is found out where nobody waits for it."""
+        options, target, coming = self._options, self._target, self._next
+
+        def prepare() -> None:
+            found = self._outlook.in_case(target, options.warm, options.objective)
+            self._builder.keep([*filter(None, [coming]), *found, *self._engine.prepared])
+
+        self._builder.carry_out(prepare)
 
     def _look(self) -> None:
         """Compute anew what a pipeline that lost a host, and was diverted, has not answered."""

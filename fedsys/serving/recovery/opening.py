@@ -7,9 +7,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, final
 
+from torch import nn
+
 from fedsys.config import Config
 from fedsys.config.serving import RecoveryConfig
 from fedsys.errors import ConfigError, ModelError
+from fedsys.models.construct import build
 from fedsys.models.layers import LayeredModel, layered
 from fedsys.models.resilient import exit_chain, skip_chain
 from fedsys.partition.configured import constraints_of, networks_of
@@ -17,7 +20,7 @@ from fedsys.partition.problem import Host, Problem
 from fedsys.partition.remote_host import RemoteHost
 from fedsys.planning.costs import MachineClass, MachineCosts
 from fedsys.planning.hardware import machine_costs
-from fedsys.pruning.portfolio import ONNX, Portfolio
+from fedsys.pruning.portfolio import ONNX, PARENT, Portfolio
 from fedsys.runs.resilience import Resilience
 from fedsys.runs.resilience import load as load_exits
 from fedsys.serving.chain import ChainEngine
@@ -37,6 +40,27 @@ _LOOPBACK = Network(1e10, 1e10, 1e-4)  # between them
 def rules_of(config: RecoveryConfig) -> DetectorRules:
     """Return when a host counts as lost, from the group ``serving.recovery``."""
     return DetectorRules(config.interval_s, config.floor_s, config.patience, config.dwell_s)
+
+
+def model_of(config: Config, portfolio: Portfolio, name: str) -> nn.Module:
+    """Return the whole model: a variant of a portfolio, or the model whose exits are to be used.
+
+    A portfolio calls the layers of a model by numbers, its run by their names, as exits know them.
+
+    Raises:
+        ConfigError: Exits are named, and not the parent is to answer.
+        ModelError: A file is damaged.
+    """
+    if config.serving.exits is None:
+        return portfolio.module(name)
+    if name != PARENT:
+        rule = f"must be {PARENT}, or none, with serving.exits: they are of no pruned variant"
+        raise ConfigError.of("serving.variant", name, rule)
+    about = portfolio.about
+    spec = {**about.model, "init": str(Path(config.serving.exits) / "model.safetensors")}
+    channels, height, width = about.input_shape
+    shape, classes = (channels, height, width), len(about.classes)
+    return build(spec, input_shape=shape, num_classes=classes, seed=0).eval()
 
 
 @final
