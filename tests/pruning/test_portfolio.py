@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,12 @@ def test_a_damaged_file_is_refused_by_its_name(folder: Path, file: str, damage: 
         path.write_bytes(content if damage == "flip" else content[:-30])
     with pytest.raises(ModelError, match=f"{path}"):
         Portfolio.load(folder)
+
+
+def test_the_folder_of_fedsys_prune_is_read_as_its_portfolio(folder: Path, tmp_path: Path) -> None:
+    """``fedsys serve`` took what ``fedsys prune`` prints, and ``fedsys partition`` refused it."""
+    shutil.copytree(folder, tmp_path / "run" / "portfolio")
+    assert Portfolio.load(tmp_path / "run").variants == Portfolio.load(folder).variants
 
 
 def test_damage_after_loading_is_found_when_the_variant_is_read(folder: Path) -> None:
