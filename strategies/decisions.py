@@ -11,6 +11,7 @@ from fedsys.models.layers import LayeredModel
 from fedsys.planning.assignment import Assignment
 from fedsys.planning.leakage import leakage_note
 from fedsys.planning.oracle import Optimum
+from fedsys.planning.ordering import in_words
 from fedsys.runs.decisions import OffloadDecision
 from strategies.offload import Offload
 from strategies.offload_totals import place_of
@@ -88,7 +89,10 @@ def _reasons(offload: Offload, config: Config, clients: Sequence[int]) -> Mappin
     default = dict.fromkeys(clients, f"as policy.kind={config.policy.get('kind')} decides")
     if not isinstance(policy, Explains):
         return default
-    return default | dict(policy.reasons(offload.policy_state, clients))
+    why = default | dict(policy.reasons(offload.policy_state, clients))
+    for client, order in offload.orders.items():
+        why[client] += f"; {in_words(order, offload.fleet.edges[order.move.edge].name)}"
+    return why
 
 
 def _choice(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedsys.config import EdgeAddress
 from fedsys.planning.assignment import Assignment
 from fedsys.planning.moves import MobilitySource, Move
+from fedsys.planning.ordering import Order
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class Journeys:
                 now, cut=whole if edge is None else now.cut, edge=now.edge if edge is None else edge
             )
         return made
+
+    def with_orders(self, orders: Iterable[Order]) -> Journeys:
+        """Return the journeys with the moves that a policy ordered."""
+        more = {order.move.client: (order.move,) for order in orders}
+        return dataclasses.replace(self, moves={**self.moves, **more})
 
     @property
     def unreached(self) -> list[int]:

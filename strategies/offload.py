@@ -12,6 +12,7 @@ model it is left out of the round, and that is said.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from fedsys.errors import ConfigError, RuntimeFailure
 from fedsys.offload.fleet import Fleet
 from fedsys.planning.leakage import leakage_limit
 from fedsys.planning.moves import MobilitySource, Move
+from fedsys.planning.ordering import Order, in_words
 from fedsys.planning.resources import Event
 from fedsys.transport.messages import OBSERVATION
 from strategies.around import Around
@@ -39,12 +41,15 @@ from strategies.policies.policy import (
     MeasuresLinks,
     Observation,
     OffloadPolicy,
+    OrdersMoves,
     PolicyState,
 )
 from strategies.real_time import is_real
 from strategies.returns import Returns
 from strategies.roster import Roster
 from strategies.split_sessions import Sent, SplitSessions
+
+_log = logging.getLogger("fedsys.offload")
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,7 @@ class Offload(Around):
         decided: What it had seen of them, and what deciding took; None before the first round.
         mobility: Where devices are; None: wherever the policy wants them.
         journeys: Where they were in the last round, and where they went.
+        orders: Moves that the policy ordered in it, by client.
     """
 
     STATE = ("totals", "_policy_state", "_seen")
@@ -106,6 +112,7 @@ class Offload(Around):
         self.assigned: Mapping[int, Assignment] = {}
         self.decided: Decided | None = None
         self._config, self.mobility, self.journeys = config, mobility, Journeys()
+        self.orders: Mapping[int, Order] = {}
         self._division = ModelDivision(config, input_shape, num_classes)
         self._layers = self._division.layers
         if config.mobility.active and config.mobility.cut is not None:
@@ -162,7 +169,20 @@ class Offload(Around):
             reason = "no edge server is in its reach any more"
             self.lost |= dict.fromkeys(self.journeys.unreached, reason)
         self.journeys = gone_on(self.journeys, *place)
+        self._order(round_, clients)
         self._moves = self.journeys.moves if self._real else self.journeys.at_once()
+
+    def _order(self, round_: int, clients: list[int]) -> None:
+        """Have the policy order moves of devices that mobility does not place."""
+        self.orders = {}
+        if not isinstance(self.policy, OrdersMoves) or len(self.fleet.edges) < 2:
+            return
+        free = [client for client in clients if client not in self.journeys.places]
+        self.orders = self.policy.orders(self._policy_state, clients, free, round_)
+        for client, order in self.orders.items():
+            why = in_words(order, self.fleet.edges[order.move.edge].name)
+            _log.info("round %d: client %d %s", round_, client, why)
+        self.journeys = self.journeys.with_orders(self.orders.values())
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]

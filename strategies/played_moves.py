@@ -32,7 +32,7 @@ def ways_of(offload: Offload | None, round_: int, who: Sequence[int], *, anew: b
         who: Its clients, in the order of the workload.
         anew: Whether rounds begin anew at each edge server that a device comes to.
     """
-    if offload is None or offload.mobility is None:
+    if offload is None:
         return Ways()
     moves, waits = dict(offload.journeys.moves), dict[int, float]()
     if isinstance(offload.mobility, Waits):

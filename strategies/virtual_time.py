@@ -148,7 +148,7 @@ class RoundClock:
                 if self._offload is not None:
                     self._offload.observe(client, dataclasses.asdict(seen))
         judged = self._judged(load, choices, played, expected, who)
-        if self._offload is not None and self._config.mobility.active:
+        if self._offload is not None and (self._config.mobility.active or self._offload.orders):
             note_predictions(self._offload.totals.moves, self._done, who, played, ways)
             judged |= {"virtual_pause_s": sum(played.paused_s)}
         self._now_s += played.seconds

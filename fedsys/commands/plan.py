@@ -17,6 +17,7 @@ from fedsys import config as configuration
 from fedsys.config import Config, NetworkConfig
 from fedsys.models.layers import LayeredModel
 from fedsys.planning.assignment import Assignment
+from fedsys.planning.handing_over import price
 from fedsys.planning.hardware import link_of
 from fedsys.planning.leakage import leakage_note
 from fedsys.planning.options import PLANNED, PlanOptions, choosable, machines_of, run_workload
@@ -99,7 +100,7 @@ def figures(config: Config, layers: LayeredModel, examples: Sequence[int]) -> di
             "device": load.devices[k].name,
             "machine": load.devices[k].costs.name.rpartition(".")[2],
             "network": link,
-            **_planned(layers, load, made, k),
+            **(_planned(layers, load, made, k) | _moving(config, load, made, k)),
             "next_best": _choice(layers, others[k][0]) | {"round_s": others[k][1]},
             "all_on_device_s": whole.round_s[k],
             "best_static_s": static.round_s[k],
@@ -190,6 +191,27 @@ def _planned(layers: LayeredModel, load: Workload, made: Plan, k: int) -> dict[s
     }
 
 
+def _moving(config: Config, load: Workload, made: Plan, k: int) -> dict[str, Any]:
+    """Return what it costs a device to go to another edge server, where devices move."""
+    choice = made.choices[k]
+    moves = config.mobility.active or config.policy.get("migrate")
+    if not moves or choice.cut == load.units:
+        return {}
+    weights = float(sum(load.state_bytes[choice.cut :]))
+    latency_s, state = load.devices[k].network.latency_s, load.moments * weights
+    anew = config.mobility.active and config.mobility.mode == "restart"
+    told = price(weights, state, load.between, latency_s, anew=anew)
+    ahead = told if anew else price(weights, state, load.between, latency_s, ahead=True)
+    return {
+        "move": {
+            "bytes": told.bytes,
+            "pause_s": told.pause_s,
+            "foreseen_bytes": ahead.bytes,
+            "foreseen_pause_s": ahead.pause_s,
+        }
+    }
+
+
 def _summary(load: Workload, made: Plan, whole: Plan) -> str:
     offloading = sum(choice.cut < load.units for choice in made.choices)
     slowest = max(range(len(made.round_s)), key=made.round_s.__getitem__)
@@ -229,11 +251,24 @@ def show(found: Mapping[str, Any]) -> None:
         f"best for all alike: {_words(static)}, {seconds_text(found['best_static_s'])}; "
         f"{found['how']}, in {seconds_text(found['planned_s'])}"
     )
+    _show_moves(rows)
     told: dict[str, list[str]] = {}
     for row in rows:
         told.setdefault(row["why"], []).append(row["device"])
     for reason, names in told.items():
         _print(f"{', '.join(names)}: {reason}")
+
+
+def _show_moves(rows: Sequence[Row]) -> None:
+    """Print what moves cost: the dearest of them."""
+    moves = [row["move"] for row in rows if "move" in row]
+    if moves:
+        dear = max(moves, key=lambda move: float(move["pause_s"]))
+        _print(
+            f"a move to another edge server stops a device for {seconds_text(dear['pause_s'])} at "
+            f"most ({dear['bytes'] / 1e6:.2f} MB), for {seconds_text(dear['foreseen_pause_s'])} "
+            "if it is foreseen"
+        )
 
 
 def _print(text: str) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fedsys.config.values import Config, NetworkConfig
 
 SPLIT = "policy=fixed or policy=auto trains with edge servers"
+SCRIPTED = ("halfway", "commuters")
 FLEET = "fleet=pi_lab, or another one, says what devices take"
 
 
@@ -46,6 +47,14 @@ def _kind(config: Config) -> str:
     return config.client.lr_schedule.kind
 
 
+def _positioned(config: Config) -> bool:
+    return config.mobility.active and config.mobility.kind not in SCRIPTED
+
+
+def _edges(config: Config) -> int:
+    return len(config.fleet.edges) or config.num_edges
+
+
 def _partition(config: Config) -> object:
     partition = config.data.get("partition")
     return partition.get("kind") if isinstance(partition, dict) else None
@@ -68,6 +77,55 @@ OF_OTHER_COMMANDS = {
     "prune": "fedsys prune",
     "bench": "fedsys bench",
 }
+
+_MOVES: tuple[Idle, ...] = (
+    Idle(
+        "mobility.", lambda c: not c.mobility.active, "nobody moves with mobility=none",
+        "mobility=halfway, or another choice, says who does",
+    ),
+    Idle(
+        "mobility.notice", lambda c: c.mobility.how != "foreseen", "no move is foreseen",
+        "mobility.how=foreseen",
+    ),
+    Idle(
+        "mobility.foresee_s", lambda c: c.mobility.how == "unannounced",
+        "devices leave unannounced",
+    ),
+    *(
+        Idle(
+            key, lambda c: c.mobility.mode == "restart",
+            "a round that begins anew takes nothing along", "mobility.mode=migrate",
+        )
+        for key in ("mobility.how", "mobility.notice", "mobility.foresee_s", "mobility.piece")
+    ),
+    Idle(
+        "mobility.unreachable", lambda c: all(place.radius_m is None for place in c.fleet.places),
+        "every edge server is reached from anywhere", "a radius_m in fleet.places",
+    ),
+    Idle(
+        "fleet.places", lambda c: bool(c.fleet.places) and not _positioned(c),
+        "no device has a position", "mobility=trace or mobility=waypoint",
+    ),
+    *(
+        Idle(
+            key, lambda c: not c.mobility.active and not c.policy.get("migrate"),
+            "no session moves between edge servers", "mobility=halfway, or policy.migrate=true",
+        )
+        for key in ("fleet.between", "fleet.between.")
+    ),
+    Idle(
+        "policy.migrate", lambda c: bool(c.policy.get("migrate")) and _edges(c) < 2,
+        "there is one edge server", "num_edges=2",
+    ),
+    Idle(
+        "policy.migrate", lambda c: bool(c.policy.get("migrate")) and c.mobility.kind in SCRIPTED,
+        "mobility says of every device where it is", "mobility=none",
+    ),
+    Idle(
+        "policy.migrate", lambda c: bool(c.policy.get("migrate")) and bool(c.policy.get("learn")),
+        "a policy that learns orders no moves", "policy.learn=false",
+    ),
+)  # fmt: skip
 
 IDLE: tuple[Idle, ...] = (
     Idle(
@@ -123,6 +181,7 @@ IDLE: tuple[Idle, ...] = (
         "link", lambda c: _plain(c) and c.link.kind != "auto",
         "devices train alone with policy=none", SPLIT,
     ),
+    *_MOVES,
     Idle("client.label_private", _plain, "devices train alone with policy=none", SPLIT),
     Idle("client.max_model_bytes", _plain, "devices train alone with policy=none", SPLIT),
     Idle("edge.device", _plain, "devices train alone with policy=none", SPLIT),

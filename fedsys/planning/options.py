@@ -41,6 +41,8 @@ class PlanOptions:
             (`fedsys.planning.learned`), instead of by one factor for each.
         doubt: With `learn`: standard deviation of the factor by which each unit may be off.
         optimism: With `learn`: standard deviations by which costs may be better than believed.
+        migrate: Whether devices are ordered to other edge servers in the middle of a round
+            (`fedsys.planning.ordering`).
     """
 
     kind: str = "auto"
@@ -54,6 +56,7 @@ class PlanOptions:
     learn: bool = False
     doubt: float = 0.4
     optimism: float = 1.0
+    migrate: bool = False
 
     @classmethod
     def of(cls, spec: Spec) -> PlanOptions:
@@ -101,6 +104,7 @@ _RULES: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "hysteresis": (_share, "must be a share from 0 to below 1"),
     "forget": (_rounds, "must be a number of rounds, at least 1"),
     "learn": (lambda value: isinstance(value, bool), "must be true or false"),
+    "migrate": (lambda value: isinstance(value, bool), "must be true or false"),
     "doubt": (_factor, "must be above 0, and at most 10"),
     "optimism": (_factor, "must be above 0, and at most 10"),
 }
@@ -186,7 +190,7 @@ def run_workload(
         between=EdgeLink(
             math.inf if between.mbit_s is None else 1e6 * between.mbit_s, between.latency_ms / 1e3
         ),
-        moments=state_share(config.client) if config.mobility.active else 0.0,
+        moments=state_share(config.client) if options.migrate or config.mobility.active else 0.0,
         norm_bytes=norm_bytes(config.client.batch_size) if config.privacy.per_example else 0.0,
     )
 

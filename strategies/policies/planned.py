@@ -20,6 +20,7 @@ from fedsys.models.layers import LayeredModel
 from fedsys.planning.costs import MachineCosts
 from fedsys.planning.hardware import Hardware
 from fedsys.planning.options import PlanOptions, machines_of, run_workload
+from fedsys.planning.ordering import Order, ordered
 from fedsys.planning.planner import Plan, evaluate
 from fedsys.planning.replanning import must_offload, replanned
 from fedsys.planning.workload import Device, Menu, Workload, mini_batches
@@ -85,6 +86,22 @@ class Planned:
         """Return a sentence for each client about what it does, by what is believed."""
         made = Reasons(self._load(clients, state), self.predicted(state, clients))
         return {client: made.of(k) for k, client in enumerate(clients)}
+
+    def orders(
+        self, state: State, clients: Sequence[int], free: Sequence[int], round_: int
+    ) -> dict[int, Order]:
+        """Return the moves that shorten the round, by what is believed; with ``policy.migrate``."""
+        if not self._options.migrate or not free:
+            return {}
+        choices = [Assignment.of_list(state["choices"][client]) for client in clients]
+        load, may = self._load(clients, state), {clients.index(client) for client in free}
+        found = ordered(load, choices, may, round_, hysteresis=self._options.hysteresis)
+        return {
+            clients[order.move.client]: dataclasses.replace(
+                order, move=dataclasses.replace(order.move, client=clients[order.move.client])
+            )
+            for order in found
+        }
 
     def _replanned(self, state: State, clients: list[int]) -> State:
         load, o = self._load(clients, state), self._options

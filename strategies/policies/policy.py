@@ -12,7 +12,7 @@ and sending happen in `strategies.offload`. A complete policy::
             return state, {node: Assignment(cut=3, edge=0) for node in seen}
 
 What it may have beside, for what is told of its decisions: `Explains`, `Predicts`, `Probes`,
-`KeepsAgent`; and `MeasuresLinks`.
+`KeepsAgent`; `MeasuresLinks`, and `OrdersMoves`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from fedsys.models.layers import LayeredModel
 from fedsys.planning.assignment import Assignment
+from fedsys.planning.ordering import Order
 from fedsys.planning.planner import Plan
 from fedsys.planning.resources import Observation
 
@@ -33,6 +34,7 @@ __all__ = [
     "MeasuresLinks",
     "Observation",
     "OffloadPolicy",
+    "OrdersMoves",
     "PolicyState",
     "Predicts",
     "Probes",
@@ -90,6 +92,24 @@ class MeasuresLinks(Protocol):
 
     def to_measure(self, state: PolicyState, clients: Sequence[int]) -> Mapping[int, int]:
         """Return the bytes each way, by client that is to do so in the round that is planned."""
+        ...
+
+
+@runtime_checkable
+class OrdersMoves(Protocol):
+    """A policy that has devices go on at another edge server in the middle of a round."""
+
+    def orders(
+        self, state: PolicyState, clients: Sequence[int], free: Sequence[int], round_: int
+    ) -> Mapping[int, Order]:
+        """Return the moves that it orders in the round that is planned, by client.
+
+        Args:
+            state: What `plan` returned.
+            clients: Who takes part.
+            free: Those of them that are not where mobility has them be.
+            round_: The round.
+        """
         ...
 
 

@@ -70,3 +70,16 @@ def test_every_option_that_may_be_idle_exists():
             value = getattr(config, first)
             for part in rest.split("."):
                 value = getattr(value, part)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["policy=fixed", "num_edges=2", "fleet.between.mbit_s=75"], "no session moves"),
+        (["policy=auto", "fleet=pi_lab", "policy.migrate=true"], "there is one edge server"),
+        (["policy=fixed", "num_edges=2", "mobility=halfway", "mobility.notice=0.3"], "is foreseen"),
+        (["policy=fixed", "num_edges=2", "mobility=waypoint", "mobility.unreachable=alone"], "any"),
+    ],
+)  # fmt: skip
+def test_options_of_moves_that_count_for_nothing_are_named(overrides, words):
+    assert any(words in line for line in said(*overrides))
