@@ -50,6 +50,7 @@ class PipelineBuilder:
         self._switcher, self._done = switcher, done
         self._kept: tuple[str, ...] = ()
         self._urgent: list[Callable[[], None]] = []
+        self._later: Callable[[], None] | None = None
         self._change = threading.Condition()
         self._closed, self._spares_due = False, False
         self._thread = threading.Thread(target=self._work, name="pipelines", daemon=True)
@@ -87,6 +88,12 @@ class PipelineBuilder:
             self._urgent.append(work)
             self._change.notify_all()
 
+    def carry_out_later(self, work: Callable[[], None]) -> None:
+        """Do something when nothing else is to be done, instead of what was to be before."""
+        with self._change:
+            self._later = work
+            self._change.notify_all()
+
     def close(self) -> None:
         """Begin nothing more, and wait for what was begun."""
         with self._change:
@@ -99,14 +106,23 @@ class PipelineBuilder:
     def _work(self) -> None:
         while True:
             with self._change:
-                self._change.wait_for(lambda: self._urgent or self._spares_due or self._closed)
+                self._change.wait_for(self._anything)
                 if self._closed:
                     return
-                work = self._urgent.pop(0) if self._urgent else self._next_spare
+                work = self._next()
             try:
                 work()
             except Exception:  # nothing that fails here may end what prepares for failures
                 _log.exception("what was to be prepared failed")
+
+    def _anything(self) -> bool:
+        return bool(self._urgent or self._later or self._spares_due or self._closed)
+
+    def _next(self) -> Callable[[], None]:
+        if self._urgent:
+            return self._urgent.pop(0)
+        later, self._later = self._later, None
+        return self._next_spare if later is None else later
 
     def _next_spare(self) -> None:
         """Drop what is not wanted any more, and build one pipeline that is."""
@@ -120,6 +136,8 @@ class PipelineBuilder:
         try:
             self._switcher.keep([*keep, *missing[:1]])
         except FedsysError as error:
+            if not missing:
+                raise
             _log.info("%s cannot stand ready: %s", missing[0], first_line(error))
             with self._change:
                 self._kept = tuple(label for label in self._kept if label != missing[0])

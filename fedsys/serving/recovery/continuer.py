@@ -289,7 +289,7 @@ class Continuer:
             found = self._outlook.in_case(target, options.warm, options.objective)
             self._builder.keep([*filter(None, [coming]), *found, *self._engine.prepared])
 
-        self._builder.carry_out(prepare)
+        self._builder.carry_out_later(prepare)
 
     def _look(self) -> None:
         """Compute anew what a pipeline that lost a host, and was diverted, has not answered."""

@@ -65,7 +65,7 @@ def play(seed, net, expected):
         same = torch.equal(answer.scores, expected[number])
         (told if same else wrong).append(number)
 
-    with continuing(net, cuts, names=names) as (engine, fleet, _):
+    with continuing(net, cuts, names=names) as (engine, fleet, continuer):
         threads = []
         began, left = time.monotonic(), list(faults)
         for number in range(REQUESTS):
@@ -83,7 +83,8 @@ def play(seed, net, expected):
             fleet.resume(name)
             if name not in fleet.servers:
                 fleet.start(name)
-        back = until(lambda: engine.partition.cuts == cuts and engine.ready)
+        back = until(lambda: continuer.status()["technique"] == "none" and engine.ready)
+        back = back and until(lambda: engine.partition.cuts == cuts)
     twice = len(told) - len(set(told))
     lost = REQUESTS - len(told) - len(refused) - len(wrong)
     return {"answered": len(told), "refused": len(refused), "wrong": wrong, "lost": lost,

@@ -88,8 +88,9 @@ def test_a_host_that_is_back_is_used_again(net):
     with continuing(net, (1, 2)) as (engine, fleet, continuer):
         fleet.kill("edge")
         assert torch.equal(engine.answer(x).scores, scores(net, x))
-        assert until(lambda: continuer.status()["hosts_lost"] == 1)
+        assert until(lambda: continuer.status()["failovers"] == 1)
         fleet.start("edge")
+        assert until(lambda: continuer.status()["technique"] == "none")
         assert until(lambda: engine.partition.cuts == (1, 2))
         answer = engine.answer(x)
         assert torch.equal(answer.scores, scores(net, x))
@@ -141,7 +142,7 @@ def test_a_forced_technique_answers_as_its_path_does_to_the_bit(net, technique):
     ways, chains, whole = paths(net)
     objective = RecoveryObjective(techniques=(technique,))
     told = dict(ways=ways, chains=chains, objective=objective)
-    with continuing(net, (1, 2), **told) as (engine, fleet, _):
+    with continuing(net, (1, 2), **told) as (engine, fleet, continuer):
         assert until(lambda: engine.switcher.spare)
         load = Load(engine)
         assert until(lambda: len(load.told) > 5)
@@ -154,6 +155,7 @@ def test_a_forced_technique_answers_as_its_path_does_to_the_bit(net, technique):
             path = whole.get(way, net)
             assert torch.equal(answer.scores, scores(path.eval(), images(1, seed))), way
         fleet.start("edge")
+        assert until(lambda: continuer.status()["technique"] == "none")
         assert until(lambda: engine.partition.cuts == (1, 2) and not engine.route.way)
 
 
