@@ -119,7 +119,7 @@ class FedAdaptPolicy:
         options, seed, forced = self._options, self._config.seed, self._forced(base)
         agent: AnyAgent
         if options.action == "cuts":
-            fleet = RunFleet(base, forced=forced, told=False)
+            fleet = RunFleet(base, forced=forced, told=False, full=True)
             agent = trained_on_clients(
                 fleet, clients, self._config.num_clients, options, seed,
                 say=self._say, model=self._model,

@@ -102,7 +102,7 @@ def test_rounds_in_which_cuts_are_scored_pass_them_too_and_are_what_the_timeline
     from stable_baselines3.common.env_checker import check_env as of_stable_baselines3
 
     made = truncated()
-    rounds = ClientRounds(RunFleet(made.base, told=False), made.clients, 2)
+    rounds = ClientRounds(RunFleet(made.base, told=False, full=True), made.clients, 2)
     of_gymnasium(CutEnvironment(rounds), skip_render_check=True)
     of_stable_baselines3(CutEnvironment(rounds), warn=True)
     rounds.begin(np.random.default_rng(0))
@@ -114,7 +114,7 @@ def test_rounds_in_which_cuts_are_scored_pass_them_too_and_are_what_the_timeline
 
 def test_who_does_not_answer_earns_nothing_where_cuts_are_scored(truncated):
     made = truncated(client=silent_from(1, partition=1))
-    rounds = ClientRounds(RunFleet(made.base, told=False), made.clients, 2)
+    rounds = ClientRounds(RunFleet(made.base, told=False, full=True), made.clients, 2)
     rounds.begin(np.random.default_rng(0))
     before = rounds._known.work_s[1].copy()
     earned, _ = rounds.step(np.array([0, 0]))

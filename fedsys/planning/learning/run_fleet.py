@@ -25,7 +25,7 @@ from fedsys.planning.learning.outlook import Features, Outlook, Target, candidat
 from fedsys.planning.learning.scenarios import Scenario
 from fedsys.planning.learning.staging import Forecast, Setup
 from fedsys.planning.resources import Observation
-from fedsys.planning.workload import Array, Workload
+from fedsys.planning.workload import Array, Workload, mini_batches
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,18 @@ class RunFleet:
         base: The fleet and model of the run, as they are believed to be.
         forced: Whether a device may not hold the whole model.
         told: Whether the costs of `base` are believed before anything is measured.
+        full: Whether all mini-batches are full, as in truncated rounds.
     """
 
-    def __init__(self, base: Scenario, *, forced: bool = False, told: bool = True) -> None:
+    def __init__(
+        self, base: Scenario, *, forced: bool = False, told: bool = True, full: bool = False
+    ) -> None:
         self.table: CutTable = table_of(base.load, base.shares, base.cuts)
         self._cuts, self._forced = tuple(base.cuts), forced and len(base.cuts) > 1
         self._courses, self._edges = courses_of(base.load), len(base.load.edges)
-        self._rows, self._first = _configured(base.load), _believed(base.load, len(base.cuts), told)
+        self._rows = _configured(base.load)
+        self._fill = np.ones(len(base.load.devices)) if full else _filled(base.load)
+        self._first = _believed(base.load, len(base.cuts), told, self._fill)
         self._some: tuple[tuple[int, ...], Setup, Knowledge] | None = None
         self._made: dict[tuple[int, int, int], Assignment] = {}
 
@@ -70,7 +75,10 @@ class RunFleet:
             index = np.array([client % count for client in clients], dtype=np.int64)
             edge = np.array([client % self._edges for client in clients], dtype=np.int64)
             rows = dataclasses.replace(_picked(self._rows, index), edge=edge)
-            self._some = who, Setup.of(self.table, rows), _picked(self._first, index)
+            fill = self._fill[index][:, None, None]
+            up, down = self.table.up_bits * fill, self.table.down_bits * fill
+            table = dataclasses.replace(self.table, up_bits=up, down_bits=down)
+            self._some = who, Setup.of(table, rows), _picked(self._first, index)
         return self._some[1:]
 
     def look(self, setup: Setup, known: Knowledge, made: Forecast | None = None) -> Look:
@@ -125,7 +133,14 @@ def _configured(load: Workload) -> Rows:
     )
 
 
-def _believed(load: Workload, cuts: int, told: bool) -> Knowledge:
+def _filled(load: Workload) -> Array:
+    """Return the mean size of the mini-batches of each device, over that of a full one."""
+    sizes = {d.examples: mini_batches(d.examples, load.batch_size) for d in load.devices}
+    fill = {n: n / (len(batches) * load.batch_size) for n, batches in sizes.items()}
+    return np.array([fill[device.examples] for device in load.devices])
+
+
+def _believed(load: Workload, cuts: int, told: bool, fill: Array) -> Knowledge:
     """Return what is believed of the clients of a run before the first round."""
     count = len(load.devices)
     links = [device.network for device in load.devices]
@@ -136,17 +151,17 @@ def _believed(load: Workload, cuts: int, told: bool) -> Knowledge:
 
     zeros, none = np.zeros(count), np.zeros((count, cuts))
     return Knowledge(
-        whole_s([device.costs for device in load.devices], False) * float(told),
+        whole_s([device.costs for device in load.devices], False) * fill * float(told),
         none,
         none,
         np.array([1.0 / link.up_bits_s for link in links]),
         np.array([1.0 / link.down_bits_s for link in links]),
         zeros,
-        whole_s([load.edges[k % len(load.edges)] for k in range(count)], True),
+        whole_s([load.edges[k % len(load.edges)] for k in range(count)], True) * fill,
         np.full(count, -1),
         np.zeros(count, dtype=np.int64),
         zeros,
-        np.array([d.costs.load_s * load.batch_size for d in load.devices]) * float(told),
+        np.array([d.costs.load_s * load.batch_size for d in load.devices]) * fill * float(told),
     )
 
 

@@ -24,6 +24,7 @@ from fedsys.planning.learning.making import agent_for, scenario_of
 from fedsys.planning.learning.options import FedAdaptOptions, Hyper, Training
 from fedsys.planning.learning.outlook import FEATURES, outlook
 from fedsys.planning.learning.run_fleet import RunFleet
+from fedsys.planning.learning.scenarios import Scenario
 from fedsys.planning.planner import options as choices_of
 from fedsys.planning.resources import Observation
 from fedsys.planning.stage_table import StageTable
@@ -130,6 +131,18 @@ def test_what_a_profile_is_right_about_is_expected_as_planners_do(model):
     for i, cut in enumerate(base.cuts):
         best = alone[:, cuts == cut].min(axis=1)
         assert seen.round_s[:, i] == pytest.approx(best, rel=0.02), cut
+
+
+def test_a_mini_batch_that_is_not_full_takes_as_much_less(base):
+    """Cuts were compared by what 100 images take to cross, where devices had 20 in a round."""
+    few = tuple(dataclasses.replace(device, examples=20) for device in base.load.devices)
+    scarce = Scenario(dataclasses.replace(base.load, devices=few), base.shares, base.cuts)
+    fleet, load = RunFleet(scarce), dataclasses.replace(scarce.load, devices=few[:1])
+    seen = outlook(*fleet.of([0]))
+    for cut in range(len(base.cuts)):
+        choices = fleet.assignments([0], np.array([cut]), seen.course[:, cut])
+        played = virtual_round(load, choices)
+        assert seen.round_s[0, cut] == pytest.approx(played.seconds, rel=0.05), cut
 
 
 def test_devices_in_another_order_get_the_same_cuts(base, agent):
