@@ -174,9 +174,9 @@ def choose(
     every = _score(values, values, weights, objective.resolution)
     scores = np.where(misses, every, _score(values, kept, weights, objective.resolution))
     keys = (*-values.T[::-1], -scores, missed.sum(1), _weighted(missed, weights), misses)
+    shares, places = missed.tolist(), scores.tolist()
     ranked = tuple(
-        Scored(allowed[i], _named(missed[i]) if misses[i] else {}, float(scores[i]))
-        for i in np.lexsort(keys)
+        Scored(allowed[i], _named(shares[i]), places[i]) for i in np.lexsort(keys).tolist()
     )
     best = ranked[0]
     return RecoveryDecision(best.candidate, best.feasible, _reason(ranked), ranked)
@@ -210,8 +210,8 @@ def _missed(values: Floats, objective: RecoveryObjective) -> Floats:
     return shares
 
 
-def _named(missed: Floats) -> dict[str, float]:
-    return {key: float(share) for key, share in zip(_KEYS, missed, strict=True) if share}
+def _named(missed: list[float]) -> dict[str, float]:
+    return {key: share for key, share in zip(_KEYS, missed, strict=True) if share}
 
 
 def _weighted(values: Floats, weights: Floats) -> Floats:

@@ -29,6 +29,7 @@ from fedsys.serving.recovery.candidates import ModelWays, Planner
 from fedsys.serving.recovery.continuer import Continuer, RecoveryOptions
 from fedsys.serving.recovery.decision import RecoveryObjective
 from fedsys.serving.recovery.detector import DetectorRules, Heart
+from fedsys.serving.recovery.path_accuracy import AccuracyEstimator
 from fedsys.serving.recovery.watch import HostWatch
 from fedsys.serving.routes import EXIT, SKIP, WHOLE, run_of
 from fedsys.transport.network import Network
@@ -167,12 +168,14 @@ def _exits(config: Config, whole: LayeredModel, portfolio: Portfolio) -> Resilie
 
 
 def _ways(exits: Resilience) -> ModelWays:
-    """Return what was measured of the exits and skips of a run."""
-    scores, model = exits.scores, exits.model
-    accuracy = {f"{EXIT}{one.after}": one.accuracy for one in scores.exits}
-    accuracy |= {f"{SKIP}{one.units[0]}-{one.units[1]}": one.accuracy for one in scores.skips}
-    skips = {one.units: len(model.steps(*one.units)) for one in scores.skips}
-    return ModelWays(model.boundaries, skips, (), accuracy, frozenset(accuracy))
+    """Return the exits and skips of a run, with accuracies that were measured or are estimated."""
+    model, known = exits.model, AccuracyEstimator(exits.scores)
+    told = {f"{EXIT}{after}": known.exit(after) for after in model.boundaries}
+    told |= {f"{SKIP}{first}-{last}": known.skip(first, last) for first, last in model.skips()}
+    accuracy = {way: value for way, (value, _) in told.items()}
+    measured = frozenset(way for way, (_, seen) in told.items() if seen)
+    skips = {run: len(model.steps(*run)) for run in model.skips()}
+    return ModelWays(model.boundaries, skips, (), accuracy, measured)
 
 
 def _limits(memory_mb: float | None, power_w: float | None) -> tuple[float, float | None]:

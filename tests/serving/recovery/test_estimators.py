@@ -11,7 +11,9 @@ import torch
 from fedsys.errors import RunError
 from fedsys.models import build, layered
 from fedsys.models.resilient import exit_chain, resilient
+from fedsys.runs.resilience import Resilience
 from fedsys.serving.recovery.downtime import BuildSample, BuildTimes, DowntimeParts
+from fedsys.serving.recovery.opening import _ways
 from fedsys.serving.recovery.path_accuracy import AccuracyEstimator
 from fedsys.serving.recovery.regression import Estimator, fit_linear, held_out
 from fedsys.serving.recovery.unit_latency import (
@@ -207,3 +209,16 @@ def test_downtime_is_the_sum_of_its_parts_and_building_grows_with_what_is_sent()
     times = BuildTimes(built)
     assert times.seconds(7, 3 * 10**6) == pytest.approx(0.05 + 0.07 + 0.06, rel=0.02)
     assert times.errors.ours < 0.05 < times.errors.macs
+
+
+def test_a_chain_may_skip_more_units_than_were_measured_at_once_and_says_that_it_is_a_guess():
+    """Hosts with more units than `resilience.longest` could not be skipped at all."""
+    ours = resilient(chain(width=4), SHAPE, 5, seed=1)
+    run = (7, 11)
+    alone = tuple(SkipScore((u, u + 1), 0.8 - 0.01 * u, 1) for u in range(1, 16))
+    found = _ways(Resilience(ours, PathScores(0.9, 17, (), alone, 100)))
+    assert found.skips[run] == 0
+    assert found.skips[5, 8] == 1  # block 6 needs its adapter
+    assert "skip:7-8" in found.measured
+    assert "skip:7-11" not in found.measured
+    assert 0.0 <= found.accuracy["skip:7-11"] < found.accuracy["skip:7-8"]
