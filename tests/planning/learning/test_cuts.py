@@ -454,7 +454,9 @@ def test_a_trained_agent_saves_time_on_fleets_that_it_has_not_seen(base):
     """
     from fedsys.planning.learning.scenarios import draw
 
-    hyper = dataclasses.replace(HYPER, layers=(32, 32), every=8, updates=10, environments=64)
+    hyper = dataclasses.replace(
+        HYPER, layers=(32, 32), every=8, updates=10, environments=64, batch=512
+    )
     made = CutFedAdapt(base, SMALL, train(rounds_of(base, 64), hyper, seed=0))
     random, saved = np.random.default_rng(77), []
     for _ in range(12):
