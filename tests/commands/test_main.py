@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fedsys.config import options_of
 from fedsys.main import COMMANDS, check_siblings, main
 
 QUICK = ("rounds=1", "num_clients=3", "client.epochs=1", "data.max_examples=200")
@@ -351,12 +350,6 @@ def test_packages_of_another_distribution_are_not_mistaken_for_ours(monkeypatch,
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "clients", raising=False)
     assert f"package clients: comes from {tmp_path}" in refused(fedsys, "train")
-
-
-def test_every_choice_of_every_group_composes(fedsys):
-    for group in ("data", "model", "strategy"):
-        for name in options_of(group):
-            assert fedsys("train", "--cfg", "job", f"{group}={name}")[0] == 0
 
 
 # --------------------------------------------------------------------------------------------------
