@@ -161,7 +161,8 @@ def _bounds(audit: AuditFolder) -> str:
         for name, found in (("final model", audit.models), ("releases", audit.releases))
         for row in found
     ]  # fmt: skip
-    return charts.table(head, rows) if rows else ""
+    title = "<h3>Lower bounds on epsilon, beside what is claimed</h3>"
+    return title + charts.table(head, rows) if rows else ""
 
 
 def _mechanism(row: Mapping[str, Any]) -> str:
