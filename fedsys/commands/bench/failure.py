@@ -39,6 +39,7 @@ from fedsys.transport.security import new_token
 
 FAULTS = ("kill", "pause", "cut", "slow")
 _SETTLE_S, _QUIET_S, _PATIENCE_S = 1.0, 0.5, 60.0
+_VERDICT_S = 10.0  # for a host that was killed to be noticed
 _IMAGES = 16
 GOAL_MS = 175.0
 """FailLite's mean time to recovery (Guo et al., 2025), on other machines."""
@@ -130,8 +131,10 @@ def _event(
     struck, struck_at = time.monotonic(), time.time()
     seconds = float(options["pause_s"])
     host.strike(fault, seconds, float(options["slow"]))
-    time.sleep(seconds if fault != "kill" else _SETTLE_S)
-    found = next((one for one in told if one["event"] == "failover"), None)
+    until = time.monotonic() + max(seconds, _VERDICT_S if fault == "kill" else 0.0)
+    while (found := _failover(told)) is None and time.monotonic() < until:
+        time.sleep(0.01)
+    time.sleep(_SETTLE_S)
     oracle: dict[str, Any] = {}
     if found is not None and fault == "kill" and int(options["oracle"]):
         oracle = _oracle(engine, found, images[:1], config, int(options["oracle"]))
@@ -144,6 +147,10 @@ def _event(
     row = {"host": host.name, "fault": fault, "silence_ms": 1e3 * silence, "lost": lost}
     row |= {"twice": ledger.twice, "why": next(iter(ledger.failed.values()), "")}
     return row | _parts(found, told, struck_at, struck, after, engine) | oracle
+
+
+def _failover(told: Sequence[Event]) -> Event | None:
+    return next((one for one in list(told) if one["event"] == "failover"), None)
 
 
 def _parts(

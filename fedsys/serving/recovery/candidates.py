@@ -13,7 +13,7 @@ replica    a variant of the portfolio, on hosts that are left there is no portfo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import final
 
@@ -69,6 +69,7 @@ class Planner:
         self._problem, self._objective = problem, objective
         self._problems: dict[str, Problem] = {}
         self._plans: dict[tuple[str, frozenset[int]], Partition | None] = {}
+        self._latencies: dict[str, float] = {}
 
     def problem(self, way: str) -> Problem:
         """Return what the units of a way cost on the hosts."""
@@ -97,7 +98,10 @@ class Planner:
 
     def latency_s(self, route: Route) -> float:
         """Return what is expected of a request on a route, in seconds."""
-        return evaluate(self.problem(route.way), route.partition).latency_s
+        if route.label not in self._latencies:
+            cost = evaluate(self.problem(route.way), route.partition)
+            self._latencies[route.label] = cost.latency_s
+        return self._latencies[route.label]
 
 
 def routes_around(
@@ -146,34 +150,36 @@ class KnownTimes:
     standing: Collection[str]
 
 
-def candidate_of(
-    route: Route, ways: ModelWays, planner: Planner, known: KnownTimes
-) -> RecoveryCandidate:
-    """Return a route with what it would cost; what was measured wins over what is expected.
+def candidates_of(
+    routes: Iterable[Route], ways: ModelWays, planner: Planner, known: KnownTimes
+) -> list[RecoveryCandidate]:
+    """Return routes with what each would cost; what was measured wins over what is expected.
 
     Where nothing was measured of a route, what is expected of it counts in proportion to how far
     off that was for the routes that were.
     """
-    measured = set()
-    if (took := known.took_s.get(route.label)) is not None:
-        measured.add("latency")
-    else:
-        took = planner.latency_s(route) * _off(planner, known)
-    if route.way in ways.measured:
-        measured.add("accuracy")
-    stands = route.label in known.standing
-    downtime = known.apply_s + (0.0 if stands else known.build_s)
-    accuracy = ways.accuracy.get(route.way, 0.0)
-    return RecoveryCandidate(
-        route.technique, route.label, 1e3 * took, accuracy, 1e3 * downtime, frozenset(measured)
-    )
+    off, found = _off(planner, known), []
+    for route in routes:
+        took, measured = known.took_s.get(route.label), set()
+        if took is not None:
+            measured.add("latency")
+        if route.way in ways.measured:
+            measured.add("accuracy")
+        took_s = planner.latency_s(route) * off if took is None else took
+        downtime = known.apply_s + (0.0 if route.label in known.standing else known.build_s)
+        accuracy = ways.accuracy.get(route.way, 0.0)
+        found.append(RecoveryCandidate(
+            route.technique, route.label, 1e3 * took_s, accuracy, 1e3 * downtime,
+            frozenset(measured),
+        ))  # fmt: skip
+    return found
 
 
 def _off(planner: Planner, known: KnownTimes) -> float:
     """Return by how much requests took longer than expected, of all routes that were measured."""
-    ratios = []
-    for label, took in known.took_s.items():
-        expected = planner.latency_s(route_of(label))
-        if expected > 0:
-            ratios.append(took / expected)
-    return sorted(ratios)[len(ratios) // 2] if ratios else 1.0
+    ratios = sorted(
+        took / expected
+        for label, took in known.took_s.items()
+        if (expected := planner.latency_s(route_of(label))) > 0
+    )
+    return ratios[len(ratios) // 2] if ratios else 1.0

@@ -12,7 +12,7 @@ from fedsys.serving.recovery.candidates import (
     KnownTimes,
     ModelWays,
     Planner,
-    candidate_of,
+    candidates_of,
     routes_around,
 )
 from fedsys.serving.recovery.decision import RecoveryCandidate, RecoveryObjective, choose
@@ -136,7 +136,7 @@ class RecoveryOutlook:
     ) -> list[RecoveryCandidate]:
         took = dict(self._engine.took_s)
         known = KnownTimes(took, self.measured.build_s, self.measured.apply_s, standing)
-        return [candidate_of(route, self._ways, self._planner, known) for route in routes]
+        return candidates_of(routes, self._ways, self._planner, known)
 
     def went(self, label: str) -> None:
         """Take note that a route answers."""
