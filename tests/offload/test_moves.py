@@ -146,7 +146,7 @@ def test_what_is_sent_ahead_is_not_sent_again(pair, last_layer):
     train(remote, last_layer, range(2))
     remote.foresee(edges["b"].address)
     train(remote, last_layer, range(2, 4))
-    time.sleep(0.2)
+    until(lambda: "s" in edges["a"]._moving._bases._ahead)  # the other one said that it has it
     remote.leave(edges["b"].address, "foreseen", step=4)
     train(remote, last_layer, range(4, 6))
     (leaving,) = remote.traffic.moves
