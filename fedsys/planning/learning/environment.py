@@ -1,8 +1,9 @@
 """FedAdapt's learning problem as a gymnasium environment, wherever its steps are carried out.
 
 One step is a round in which each group of devices keeps the share of the work that the action asks
-for, at the nearest legal cut. `Rounds` carries it out: `fedsys.planning.learning.scenarios` on the
-timeline, or real clients in truncated rounds, which train a few iterations and exchange no weights.
+for, at the nearest legal cut. `Rounds` carries it out: real clients in truncated rounds, which
+train a few iterations and exchange no weights. On the timeline `fedsys.planning.learning.deck`
+deals many of these environments at once.
 """
 
 from __future__ import annotations

@@ -207,59 +207,6 @@ def _ratio(random: np.random.Generator, bounds: tuple[float, float]) -> float:
     return float(np.exp(random.uniform(low, high)))
 
 
-class TimelineRounds:
-    """Carries steps out on the timeline: fleets that are drawn, whose links change now and then.
-
-    Scenarios are drawn once and met again in later episodes, so that most steps find their times
-    known.
-
-    Args:
-        base: What scenarios are drawn around.
-        seed: Of the scenarios.
-        scenarios: How many different ones; each has `moments` states of its links.
-        moments: As in `scenarios`.
-        change: Probability that links change after a step.
-        ranges: What they are drawn from.
-    """
-
-    def __init__(
-        self,
-        base: Scenario,
-        seed: int,
-        *,
-        scenarios: int = 256,
-        moments: int = 2,
-        change: float = 0.05,
-        ranges: Ranges | None = None,
-    ) -> None:
-        self.shares = base.shares
-        self._base, self._seed, self._change = base, seed, change
-        self._ranges, self._count, self._moments = ranges or Ranges(), scenarios, moments
-        self._pool: dict[int, list[Scenario]] = {}
-        self._random = np.random.default_rng(seed)
-        self._fleet: list[Scenario] = []
-        self._now = base
-
-    def begin(self, random: np.random.Generator) -> Times:
-        """Begin with another fleet; return its times without offloading."""
-        self._random = random
-        self._fleet = self._fleet_of(int(random.integers(self._count)))
-        self._now = self._fleet[int(random.integers(self._moments))]
-        return self._now.times(self._now.baseline_s)
-
-    def carry_out(self, picked: Sequence[int]) -> Times:
-        """Return the times of a step; links may have changed since the last one."""
-        if self._random.random() < self._change:
-            self._now = self._fleet[int(self._random.integers(self._moments))]
-        return self._now.times(self._now.iteration_s(picked))
-
-    def _fleet_of(self, index: int) -> list[Scenario]:
-        if index not in self._pool:
-            random = np.random.default_rng([self._seed, index])
-            self._pool[index] = drawn_fleet(self._base, random, self._moments, self._ranges)
-        return self._pool[index]
-
-
 def drawn_fleet(
     base: Scenario, random: np.random.Generator, moments: int, ranges: Ranges
 ) -> list[Scenario]:

@@ -34,7 +34,7 @@ from fedsys.planning.learning.observing import (
 from fedsys.planning.learning.options import FedAdaptOptions, Hyper, Training
 from fedsys.planning.learning.ppo import Step, improved
 from fedsys.planning.learning.practice import trained
-from fedsys.planning.learning.scenarios import Scenario, TimelineRounds, draw
+from fedsys.planning.learning.scenarios import Scenario, draw
 from fedsys.planning.learning.view import Times, View
 from fedsys.planning.resources import Observation
 from fedsys.planning.virtual_clock import virtual_round
@@ -153,8 +153,7 @@ def test_the_environment_passes_the_checkers_of_both_libraries(base):
     from stable_baselines3.common.env_checker import check_env as of_stable_baselines3
 
     def made(bandwidth):
-        rounds = TimelineRounds(base, 0, scenarios=4)
-        return OffloadEnvironment(rounds, View(3, LowBandwidth(), bandwidth))
+        return OffloadEnvironment(_Always(base), View(3, LowBandwidth(), bandwidth))
 
     for bandwidth in (False, True):
         of_gymnasium(made(bandwidth), skip_render_check=True)
@@ -162,9 +161,9 @@ def test_the_environment_passes_the_checkers_of_both_libraries(base):
 
 
 def test_a_step_is_worth_what_it_saves_and_offloading_in_vain_ends_the_episode(base):
-    rounds = TimelineRounds(base, 1, scenarios=8, change=0.0)
-    environment = OffloadEnvironment(rounds, View(3), reward="saved")
+    random = np.random.default_rng(1)
     for _ in range(8):
+        environment = OffloadEnvironment(_Always(draw(base, random)), View(3), reward="saved")
         environment.reset(seed=1)
         base_s = environment._base.iteration_s.tolist()
         for action in (-1.0, 0.2, 1.0):
