@@ -6,6 +6,7 @@ Each part is in a module of its own: `partition_planner`, `partition_requests`, 
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from itertools import pairwise
@@ -96,7 +97,10 @@ def _figures(config: Config, options: Mapping[str, Any], parts: list[str]) -> di
         found |= throughput_figures(name, side, float(options["seconds"]))
     if "moves" in parts:
         _say("moves")
-        found["ways"] = list(moves_rows(options))
+        found["ways"] = []
+        for row in moves_rows(options):
+            found["ways"].append(row)
+            _say(json.dumps(row))  # it takes long, and may be ended
     if "trace" in parts:
         _say("trace")
         found |= trace_figures(options, messaging)

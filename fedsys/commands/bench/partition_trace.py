@@ -9,8 +9,9 @@ stay, as measured.
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, final
@@ -22,6 +23,7 @@ from fedsys.commands.bench.partition_hosts import (
     BenchModel,
     HostProcesses,
     host_processes,
+    lay,
     model_of,
 )
 from fedsys.commands.bench.partition_requests import device_and
@@ -41,6 +43,7 @@ _PAUSE_S = 0.1  # from one request to the next, at least
 _DWELL_S = 1.0
 _INTERVAL_S = 0.25
 _LATENCY_S = 2e-3
+_LEAD_S = 1.0
 
 
 @final
@@ -83,15 +86,18 @@ class LinkTrace:
     Attributes:
         bits_s: Rates in turn.
         piece_s: For which each stays.
+        lead_s: For which the first rate is there before, while pipelines are built.
     """
 
     bits_s: tuple[float, ...]
     piece_s: float
+    lead_s: float = 0.0
 
     @property
     def network(self) -> Network:
         """The link; its latency stays."""
-        rows = tuple((i * self.piece_s, rate, rate) for i, rate in enumerate(self.bits_s))
+        starts = [0.0, *(self.lead_s + i * self.piece_s for i in range(1, len(self.bits_s)))]
+        rows = tuple((at, rate, rate) for at, rate in zip(starts, self.bits_s, strict=True))
         return Network(self.bits_s[0], self.bits_s[0], _LATENCY_S, trace=rows)
 
 
@@ -130,9 +136,22 @@ def trace_figures(options: Mapping[str, Any], messaging: Messaging) -> dict[str,
         host_processes(("edge",)) as processes,
         device_and(processes, SlowBuilder(float(slower))) as hosts,
     ):
-        for name, partition in {"moves": None, **_standing(problem, trace)}.items():
+        standing = _standing(problem, trace)
+        trace = dataclasses.replace(trace, lead_s=_built(model, hosts, standing.values()))
+        for name, partition in {"moves": None, **standing}.items():
             played.append(_play(model, hosts, problem, trace, name, partition))
     return figures(played, trace)
+
+
+def _built(model: BenchModel, hosts: HostProcesses, partitions: Iterable[Partition]) -> float:
+    """Send hosts all units once, or who plays first would wait for them; return a time to build."""
+    chain, longest = hosts.chain(model), 0.0
+    for partition in partitions:
+        lay(chain, partition).module.close()
+        began = time.monotonic()
+        lay(chain, partition).module.close()
+        longest = max(longest, time.monotonic() - began)
+    return _LEAD_S + 2 * longest
 
 
 def _standing(problem: Problem, trace: LinkTrace) -> dict[str, Partition]:
@@ -149,13 +168,15 @@ def _play(
     model: BenchModel, hosts: HostProcesses, problem: Problem, trace: LinkTrace, name: str,
     partition: Partition | None,
 ) -> PlayedChain:  # fmt: skip
-    origin, observer, image = time.monotonic(), Observer(problem), model.image()
-    chain = hosts.chain(model, (None, trace.network), origin)
+    built, observer, image = time.monotonic(), Observer(problem), model.image()
+    chain = hosts.chain(model, (None, trace.network), built)
     first = partition or solve(problem)
     assert first is not None
     engine = ChainEngine(chain, model.card, first, "beside", observer.seen)
     control = ChainControl(engine, problem, MoveRules(dwell_s=_DWELL_S), observer)
     played = PlayedChain(name, [[] for _ in trace.bits_s])
+    origin = built + trace.lead_s
+    time.sleep(max(0.0, origin - time.monotonic()))
     try:
         if partition is None:
             control.start(_INTERVAL_S)
