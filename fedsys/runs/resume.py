@@ -37,7 +37,9 @@ _IN_DIGEST: Final = {"variants": "prune"}
 """Former names of groups: checkpoints have the digest of these."""
 
 _LATER: Final = {
-    "serving": frozenset({"max_waiting_bytes", "max_header_bytes", "header_s", "grpc"})
+    "serving": frozenset(
+        {"max_waiting_bytes", "max_header_bytes", "header_s", "grpc", "recovery", "exits"}
+    )
 }
 """Options of groups in the digest that came later and that the model does not depend on."""
 
