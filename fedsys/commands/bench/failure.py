@@ -107,7 +107,8 @@ def _at_rest(engine: ChainEngine) -> None:
     while time.monotonic() < until:
         status = engine.status()
         now = status["variant"], status["hosts_lost"], tuple(status["in_memory"])
-        if now != seen or status["hosts_lost"] or status["variant"] != engine.home:
+        alone = len(status["in_memory"]) < 2  # nothing stands ready yet
+        if now != seen or alone or status["hosts_lost"] or status["variant"] != engine.home:
             quiet, seen = time.monotonic(), now
         if time.monotonic() - quiet > _SETTLE_S:
             return
