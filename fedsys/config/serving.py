@@ -61,6 +61,8 @@ class RecoveryConfig:
         enabled: Whether requests go on when a host is lost; if not, they fail.
         interval_s: From one heartbeat to the next, in seconds.
         floor_s: Silence that is never suspicious, in seconds, however short round trips are.
+        ceiling_s: Silence that is suspicious, in seconds, however unsteady round trips are, if it is
+            `patience` times the usual one.
         patience: Usual round trips that an answer may take without suspicion.
         dwell_s: How long a host that was lost must answer before it is used again, in seconds.
         warm: Techniques whose pipelines stand ready in advance, of `TECHNIQUES`.
@@ -69,6 +71,7 @@ class RecoveryConfig:
     enabled: bool = True
     interval_s: float = 0.05
     floor_s: float = 0.1
+    ceiling_s: float = 1.0
     patience: float = 3.0
     dwell_s: float = 5.0
     warm: tuple[str, ...] = TECHNIQUES
@@ -171,6 +174,7 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     ("recovery.interval_s", *_above(0)),
     ("recovery.floor_s", *_above(0)),
+    ("recovery.ceiling_s", *_above(0)),
     ("recovery.patience", *_from(1)),
     ("recovery.dwell_s", *_from(0)),
     (

@@ -69,6 +69,15 @@ def test_silence_is_a_verdict_within_two_deadlines_and_suspicion_comes_first(usu
     assert bound <= silence <= 2 * bound + 2 * rules.interval_s
 
 
+def test_however_unsteady_answers_were_silence_is_noticed():
+    """A host that was stopped for four seconds was never missed where answers took 20 to 300 ms."""
+    heart = play(RULES, [0.3, 0.02] * 30, ends_s=1.0)[-1]
+    assert RULES.patience * (heart.mean_s + 4 * heart.spread_s) > 2 * RULES.ceiling_s
+    states = play(RULES, [None] * 60, heart)
+    lost = next(s for s in states if s.health is Health.LOST)
+    assert lost.watched_s - states[0].watched_s <= 2 * RULES.ceiling_s + 2 * RULES.interval_s
+
+
 def test_a_connection_that_ends_is_a_verdict_at_once():
     heart = ended(play(RULES, [0.001] * 5)[-1], "connection reset")
     assert (heart.health, heart.why) == (Health.LOST, "connection reset")

@@ -47,12 +47,15 @@ class DetectorRules:
     Attributes:
         interval_s: From one heartbeat to the next, in seconds.
         floor_s: Silence that is never suspicious, in seconds, however short round trips are.
+        ceiling_s: Silence that is suspicious, in seconds, however unsteady round trips are, if it is
+            `patience` usual ones: on a busy machine their spread alone came to seconds.
         patience: Usual round trips that are waited for.
         dwell_s: How long a host that was lost must answer before it is used again, in seconds.
     """
 
     interval_s: float = 0.05
     floor_s: float = 0.1
+    ceiling_s: float = 1.0
     patience: float = 3.0
     dwell_s: float = 5.0
 
@@ -98,7 +101,9 @@ def deadline_s(heart: Heart, rules: DetectorRules) -> float:
     """Return how long an answer may take before its absence means something, in seconds."""
     if heart.mean_s is None:
         return max(_FIRST_S, 10 * rules.floor_s)
-    return max(rules.floor_s, rules.patience * (heart.mean_s + _SPREADS * heart.spread_s))
+    steady = rules.patience * heart.mean_s
+    unsteady = rules.patience * (heart.mean_s + _SPREADS * heart.spread_s)
+    return max(rules.floor_s, steady, min(unsteady, rules.ceiling_s))
 
 
 def sent(heart: Heart, number: int) -> Heart:

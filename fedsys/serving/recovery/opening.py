@@ -40,7 +40,13 @@ _LOOPBACK = Network(1e10, 1e10, 1e-4)  # between them
 
 def rules_of(config: RecoveryConfig) -> DetectorRules:
     """Return when a host counts as lost, from the group ``serving.recovery``."""
-    return DetectorRules(config.interval_s, config.floor_s, config.patience, config.dwell_s)
+    return DetectorRules(
+        interval_s=config.interval_s,
+        floor_s=config.floor_s,
+        ceiling_s=config.ceiling_s,
+        patience=config.patience,
+        dwell_s=config.dwell_s,
+    )
 
 
 def model_of(config: Config, portfolio: Portfolio, name: str) -> nn.Module:
