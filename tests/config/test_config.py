@@ -124,7 +124,7 @@ def test_an_experiment_chooses_from_other_groups_and_stands_behind_what_is_typed
     )  # fmt: skip
     rates = [network_of(config.network, k).at(3).up_bits_s for k in (0, 1)]
     assert rates == [5e6, 75e6]
-    with pytest.raises(ConfigError, match=r"\+experiment=NAME, of fedadapt_bandwidth, fedadapt_p"):
+    with pytest.raises(ConfigError, match=r"=NAME, of chain_of_three, fedadapt_bandwidth, fed"):
         configure("experiment=fedadapt_paper")
 
 

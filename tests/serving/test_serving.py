@@ -870,7 +870,7 @@ def test_the_folder_that_prune_prints_names_its_portfolio(portfolio_folder, tmp_
     shutil.copytree(portfolio_folder, run / "portfolio")
     for named in (run, run / "portfolio"):
         config = parse(compose_text(f"portfolio={named}"))
-        assert serve._folder(config) == run / "portfolio"
+        assert Portfolio.load(serve._folder(config)).folder == run / "portfolio"
 
 
 def test_query_asks_about_a_file_and_a_folder(endpoint, tmp_path, capsys):
