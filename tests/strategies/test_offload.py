@@ -220,6 +220,9 @@ def test_mods_that_would_take_a_half_for_the_whole_are_refused_by_name(where, tr
     monkeypatch.setattr(app, "_mods", [*app._mods, mod])
     name = "Noise" if where == "own" else where
     with pytest.raises(ConfigError, match=rf"apps\.client=clients\.app:app: .*{name} with split"):
+        check_mods("clients.app:app")
+    # Flower's are refused before that, with the reason that holds for whole models, too
+    with pytest.raises(ConfigError, match=rf"apps\.client=clients\.app:app: must not .*{name}"):
         train("policy=fixed", "policy.cut=1")
 
 
