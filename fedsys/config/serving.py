@@ -61,8 +61,8 @@ class RecoveryConfig:
         enabled: Whether requests go on when a host is lost; if not, they fail.
         interval_s: From one heartbeat to the next, in seconds.
         floor_s: Silence that is never suspicious, in seconds, however short round trips are.
-        ceiling_s: Silence that is suspicious, in seconds, however unsteady round trips are, if it is
-            `patience` times the usual one.
+        ceiling_s: Silence that is suspicious, in seconds, however unsteady round trips are, if it
+            is `patience` times the usual one.
         patience: Usual round trips that an answer may take without suspicion.
         dwell_s: How long a host that was lost must answer before it is used again, in seconds.
         warm: Techniques whose pipelines stand ready in advance, of `TECHNIQUES`.

@@ -47,8 +47,8 @@ class DetectorRules:
     Attributes:
         interval_s: From one heartbeat to the next, in seconds.
         floor_s: Silence that is never suspicious, in seconds, however short round trips are.
-        ceiling_s: Silence that is suspicious, in seconds, however unsteady round trips are, if it is
-            `patience` usual ones: on a busy machine their spread alone came to seconds.
+        ceiling_s: Silence that is suspicious, in seconds, however unsteady round trips are, if it
+            is `patience` usual ones: on a busy machine their spread alone came to seconds.
         patience: Usual round trips that are waited for.
         dwell_s: How long a host that was lost must answer before it is used again, in seconds.
     """
