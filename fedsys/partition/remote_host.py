@@ -53,6 +53,7 @@ class RemoteHost:
 
     Attributes:
         starts_hosts: Whether it starts other hosts like itself.
+        losses: How often it was lost.
 
     Raises:
         ConfigError: It cannot be reached, or is of another version or arithmetic.
@@ -75,6 +76,7 @@ class RemoteHost:
         self._other_arithmetic, self._timeout_s = other_arithmetic, timeout_s
         self._lock = threading.Lock()
         self._owed: set[str] = set()
+        self.losses = 0
         self._link: Link | None = self.connect()
 
     def connect(self) -> Link:
@@ -107,6 +109,7 @@ class RemoteHost:
 
     def lose(self) -> None:
         """Take note that the host is lost: whoever waits for its answer is told so at once."""
+        self.losses += 1
         link, self._link = self._link, None
         if link is not None:
             link.close()

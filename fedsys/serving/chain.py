@@ -86,12 +86,14 @@ class Stood:
         host: Its host.
         key: Of the pipeline there.
         boundaries: Where requests may go on in it: the first of its units, …, the unit behind them.
+        losses: How often the host of the chain had been lost before the stage was built.
     """
 
     index: int
     host: RemoteHost
     key: str
     boundaries: tuple[int, ...]
+    losses: int = 0
 
 
 @dataclass(eq=False)
@@ -250,8 +252,9 @@ class Chain:
                 }
             bounds = [first, *self._within(route.way, first, last), last]
             pieces = [(a, parts.of(a, b)) for a, b in pairwise(bounds)]
+            losses = self.hosts[index].losses
             host.build(pieces, meta, self._options.warm_rows)
-            laid.stages.insert(0, Stood(index, host, key, tuple(bounds)))
+            laid.stages.insert(0, Stood(index, host, key, tuple(bounds), losses))
             following = host, token, index
         assert following is not None
         host, token, index = following
@@ -260,6 +263,17 @@ class Chain:
         link = open_data(host.address, own, opened, self._shape(-1, index))
         timeout_s, lost = self._options.timeout_s, self._options.lost
         return Pipeline(route.label, link, timeout_s, self.hosts[index].name, lost)
+
+    def still_there(self, module: ChainModule) -> None:
+        """Refuse a pipeline of which a host was lost after its stage had been built.
+
+        Raises:
+            RuntimeFailure: One was, even if it is back: its stage is not.
+        """
+        for stood in module.stages:
+            host = self.hosts[stood.index]
+            if host.losses != stood.losses:
+                raise RuntimeFailure(f"{host.name} was lost while {module.route.label} was built")
 
     def _within(self, way: str, first: int, last: int) -> list[int]:
         """Return where a stage may be entered: what the way has in common with the whole model."""
@@ -397,6 +411,8 @@ class ChainEngine:
         with self._lock:
             self._live += (module,)
         try:
+            # Who looks after losses fails what is live; what came too late for that is found here.
+            self.chain.still_there(module)
             with torch.inference_mode():
                 module(torch.zeros(1, *self.card.input_shape))
         except BaseException:

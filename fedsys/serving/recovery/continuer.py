@@ -136,9 +136,11 @@ class Continuer:
 
     def _changed(self, index: int, heart: Heart, told_s: float) -> None:
         outlook, host = self._outlook, self._engine.chain.hosts[index]
-        if heart.health is Health.LOST and index not in outlook.gone:
+        if heart.health is Health.LOST:
+            host.lose()  # also if it was about to be let in again
+            if index in outlook.gone:
+                return
             outlook.gone |= {index}
-            host.lose()
             self._note("lost", host=host.name, why=heart.why)
             self._lost(index, told_s)
         elif heart.health is Health.ALIVE and index in outlook.gone:
@@ -157,6 +159,9 @@ class Continuer:
         self._put(self._returned, index)
 
     def _returned(self, index: int) -> None:
+        if self._watch is not None and not self._watch.hearts[index].health.usable:
+            self._engine.chain.hosts[index].lose()  # again, while it was let in
+            return
         self._outlook.gone -= {index}
         self._note("returned", host=self._hosts[index])
         self._settle()
