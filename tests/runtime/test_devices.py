@@ -121,17 +121,20 @@ def test_what_a_run_needs_is_started_again_and_the_run_is_over(name, watched):
 
 
 def test_a_device_that_ends_again_and_again_is_left_out_and_the_others_stay(watched):
+    def notes():  # another test may take a port that was free: then node 1 begins again, too
+        return [note for note in watched.notes if "node-0" in note or "device 0" in note]
+
     for number in range(1, RESTARTS + 2):
         kill(watched, "node-0-executor")
         watched.devices.check()
         if number > 1:  # Flower refuses a node that died for a minute: no hurry helps
-            assert len(watched.notes) == number - 1
+            assert len(notes()) == number - 1
             watched.time.now += RESTART_S
             watched.devices.check()
-        assert len(watched.notes) == number
+        assert len(notes()) == number
     watched.devices.check()
     watched.processes.check()
-    assert watched.notes[-1].endswith("device 0 is left out") and len(watched.notes) == RESTARTS + 1
+    assert notes()[-1].endswith("device 0 is left out") and len(notes()) == RESTARTS + 1
     with pytest.raises(KeyError):
         watched.processes.pid("node-0")
     assert watched.processes.status("node-1") is None
