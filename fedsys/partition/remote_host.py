@@ -108,11 +108,17 @@ class RemoteHost:
         return link
 
     def lose(self) -> None:
-        """Take note that the host is lost: whoever waits for its answer is told so at once."""
+        """Take note that the host is lost: whoever waits for its answer is told so at once.
+
+        Returns at once: a host that stands still takes no last word, which a link waits for.
+        """
         self.losses += 1
         link, self._link = self._link, None
         if link is not None:
-            link.close()
+            threading.Thread(target=link.close, name=f"leaves {self.name}", daemon=True).start()
+        link, self._link = self._link, None
+        if link is not None:
+            threading.Thread(target=link.close, name=f"leaves {self.name}", daemon=True).start()
 
     def come_back(self) -> None:
         """Reach the host again, and have it drop what it was to drop meanwhile.
@@ -210,7 +216,9 @@ class RemoteHost:
 
     def close(self) -> None:
         """End the link; what was built stays until it is dropped."""
-        self.lose()
+        link, self._link = self._link, None
+        if link is not None:
+            link.close()
 
     def drop(self, pipeline: str) -> None:
         """Have a pipeline's stage dropped: if the host is not there, when it comes back."""

@@ -273,3 +273,23 @@ def test_cuts_follow_a_link_that_becomes_slow_and_answers_stay_the_same(net):
         assert torch.equal(engine.answer(x).scores, scores(net, x))
         assert len(control.records) == 1
         engine.close()
+
+
+def test_a_host_that_takes_no_last_word_is_left_at_once():
+    """A host that stood still held recovery up for five seconds: its link wants to say goodbye."""
+
+    class Stubborn:
+        def __init__(self):
+            self.asked, self.may_end = threading.Event(), threading.Event()
+
+        def close(self):
+            self.asked.set()
+            assert self.may_end.wait(60)
+
+    with three_hosts() as (_, remotes):
+        link, remotes[0]._link = remotes[0]._link, Stubborn()
+        stubborn = remotes[0]._link
+        remotes[0].lose()
+        assert stubborn.asked.wait(60) and remotes[0]._link is None
+        stubborn.may_end.set()
+        link.close()
