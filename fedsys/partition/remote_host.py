@@ -116,9 +116,6 @@ class RemoteHost:
         link, self._link = self._link, None
         if link is not None:
             threading.Thread(target=link.close, name=f"leaves {self.name}", daemon=True).start()
-        link, self._link = self._link, None
-        if link is not None:
-            threading.Thread(target=link.close, name=f"leaves {self.name}", daemon=True).start()
 
     def come_back(self) -> None:
         """Reach the host again, and have it drop what it was to drop meanwhile.
