@@ -2,7 +2,8 @@
 
 One thread does it, in the order in which it is told; what it is told anew replaces what it has not
 begun. Whoever tells never waits, so a host that is lost while a pipeline is built on it is dealt
-with at once, and the building fails.
+with at once, and the building fails. Nor does it wait for requests that are in a pipeline which is
+left: they may wait for what is to be built next.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ class PipelineBuilder:
         with self._change:
             self._spares_due = len(missing) > 1 or self._kept != wanted
         try:
-            self._switcher.keep([*keep, *missing[:1]])
+            self._switcher.keep([*keep, *missing[:1]], drain_s=0.0)
         except FedsysError as error:
             if not missing:
                 raise
@@ -146,7 +147,7 @@ class PipelineBuilder:
         began = time.monotonic()
         stays = [*(name for name in self._switcher.spare if name in self._kept), label]
         try:
-            self._switcher.keep(stays)
+            self._switcher.keep(stays, drain_s=0.0)
         except FedsysError as error:
             self._done(BuiltPipeline(label, time.monotonic() - began, error=first_line(error)))
             return
@@ -154,7 +155,7 @@ class PipelineBuilder:
 
     def _switch(self, label: str) -> None:
         try:
-            cost = self._switcher.switch(label)
+            cost = self._switcher.switch(label, drain_s=0.0)
         except FedsysError as error:
             self._done(BuiltPipeline(label, error=first_line(error)))
             return

@@ -52,7 +52,7 @@ class Cost:
         blocked_ms: Time in which no request could begin.
         drain_ms: Until the last request had left the old variant.
         free_ms: Giving its memory back.
-        drained: Whether all requests had left it within `DRAIN_S`.
+        drained: Whether all requests had left it in time.
     """
 
     before: str
@@ -87,10 +87,10 @@ class Switcher(Protocol):
     def lease(self, name: str | None = None) -> AbstractContextManager[Active]:
         """Give a request a variant, from its beginning to its end: `name` if it is in memory."""
 
-    def keep(self, names: Sequence[str]) -> None:
+    def keep(self, names: Sequence[str], *, drain_s: float = DRAIN_S) -> None:
         """Have these in memory beside the one that answers, and no others."""
 
-    def switch(self, name: str, *, beside: bool = True) -> Cost:
+    def switch(self, name: str, *, beside: bool = True, drain_s: float = DRAIN_S) -> Cost:
         """Make `name` the variant of all requests that begin from now on."""
 
     def close(self) -> None:
@@ -115,10 +115,10 @@ class _Held:
         left = tuple(active for active in (*self.left, self.active) if not active.drain(0.0))
         return _Held(self.module, Active(self.active.name, self.module), self.loading_ms, left)
 
-    def drain(self) -> bool:
-        """Let nobody in any more; return whether all have left within `DRAIN_S`."""
+    def drain(self, seconds: float = DRAIN_S) -> bool:
+        """Let nobody in any more; return whether all have left in time."""
         self.active.retire()
-        return all([active.drain(DRAIN_S) for active in (*self.left, self.active)])
+        return all([active.drain(seconds) for active in (*self.left, self.active)])
 
 
 def free_memory_of(module: nn.Module) -> None:
@@ -159,6 +159,7 @@ class Loaded:
         self._one_keeper = threading.Lock()
         self._wanted: frozenset[str] = frozenset()
         self._spare: Mapping[str, _Held] = {}  # never changed in place: read without a lock
+        self._leaving: set[threading.Thread] = set()
         self._name = first
         self._held: _Held | None = self._prepare(first)
         self._pointer.put(self._held.active)
@@ -190,11 +191,16 @@ class Loaded:
         held = self._spare.get(name) if name is not None else None
         return leased(self._pointer, held.active if held else None)
 
-    def keep(self, names: Sequence[str]) -> None:
+    def keep(self, names: Sequence[str], *, drain_s: float = DRAIN_S) -> None:
         """Have these in memory beside the one that answers, and no others.
 
         The one that answers stays when it is left if it is among them. Requests and switches go on
         meanwhile.
+
+        Args:
+            names: Of the variants.
+            drain_s: How long requests in one that goes are waited for, in seconds; if they need
+                longer, it is freed beside, when they have left.
 
         Raises:
             FedsysError: A variant cannot be read; those before it are kept.
@@ -204,12 +210,27 @@ class Loaded:
             with self._one_at_a_time:
                 gone = [self._take(name) for name in self._spare if name not in self._wanted]
             for held in gone:
-                if held.drain():
+                if held.drain(drain_s):
                     self._free(held.module)
+                else:
+                    self._free_beside(held, drain_s)
             del gone
             for name in names:
                 if name not in self._spare and name != self._name:
                     self._add(self._prepare(name))
+
+    def _free_beside(self, held: _Held, waited_s: float) -> None:
+        """Free a variant when requests have left it, unless that took `DRAIN_S` already."""
+
+        def leave() -> None:
+            if held.drain():
+                self._free(held.module)
+            self._leaving.discard(thread)
+
+        thread = threading.Thread(target=leave, name=f"leaving {held.active.name}", daemon=True)
+        if waited_s < DRAIN_S:
+            self._leaving.add(thread)
+            thread.start()
 
     def _add(self, held: _Held) -> None:
         name = held.active.name
@@ -225,13 +246,14 @@ class Loaded:
         self._spare = {key: value for key, value in self._spare.items() if key != name}
         return held
 
-    def switch(self, name: str, *, beside: bool = True) -> Cost:
+    def switch(self, name: str, *, beside: bool = True, drain_s: float = DRAIN_S) -> Cost:
         """Make `name` the variant of all requests that begin from now on, and free the old one.
 
         Args:
             name: Of the variant.
             beside: Load it beside the old one. If not, requests wait while the old one is
                 drained and freed and the new one loaded. One that is in memory is not loaded.
+            drain_s: As for `keep`, if it is left beside.
 
         Returns:
             What it took; returns when the old one has been freed, unless it is kept.
@@ -246,7 +268,7 @@ class Loaded:
             if name == self._name:
                 return Cost(name, name, 0.0, 0.0)
             if beside or name in self._spare:
-                return self._beside(self._held, name)
+                return self._beside(self._held, name, drain_s)
             return self._instead(self._held, name)
 
     def _answer_by(self, held: _Held) -> None:
@@ -254,7 +276,7 @@ class Loaded:
         self._name, self._held = held.active.name, held
         held.loading_ms = 0.0  # the switch tells it
 
-    def _beside(self, left: _Held, name: str) -> Cost:
+    def _beside(self, left: _Held, name: str, drain_s: float) -> Cost:
         start = time.perf_counter()
         fresh = self._take(name) if name in self._spare else self._prepare(name)
         loading_ms, ready = fresh.loading_ms, time.perf_counter()
@@ -264,10 +286,12 @@ class Loaded:
         if before in self._wanted:
             self._spare = {**self._spare, before: left.again()}
             return Cost(before, name, loading_ms, (swapped - ready) * 1e3)
-        drained = left.drain()
+        drained = left.drain(drain_s)
         empty = time.perf_counter()
         if drained:
             self._free(left.module)
+        else:
+            self._free_beside(left, drain_s)
         end = time.perf_counter()
         return Cost(
             before, name, max(loading_ms, (ready - start) * 1e3), (swapped - ready) * 1e3,
@@ -319,6 +343,8 @@ class Loaded:
                 if held is not None and held.drain():
                     self._free(held.module)
             self._spare = {}
+        for thread in tuple(self._leaving):
+            thread.join()
 
 
 @final
@@ -364,10 +390,10 @@ class Resident:
         """
         return leased(self._pointer, self._spare.get(name) if name is not None else None)
 
-    def keep(self, names: Sequence[str]) -> None:
+    def keep(self, names: Sequence[str], *, drain_s: float = DRAIN_S) -> None:
         """Do nothing: all are in memory."""
 
-    def switch(self, name: str, *, beside: bool = True) -> Cost:
+    def switch(self, name: str, *, beside: bool = True, drain_s: float = DRAIN_S) -> Cost:
         """Make `name` the variant of all requests that begin from now on.
 
         Raises:

@@ -119,7 +119,26 @@ def test_a_host_lost_between_building_on_it_and_knowing_of_the_pipeline_stops_no
         fleet.kill("cloud")
         assert torch.equal(engine.answer(x).scores, scores(net, x))
         assert seen == ["5/5"]
-        assert engine.partition.cuts == (0, 5)
+        assert until(lambda: engine.partition.cuts == (0, 5))
+
+
+def test_a_request_sent_to_a_host_that_is_lost_too_is_not_waited_for_before_it_is_sent_on(net):
+    """The other way in which seed 2 hung: each waited for the other, until the request timed out.
+
+    What builds pipelines drained the one that was left, of a request that had been sent into the
+    next one; that was lost, too, and what was to answer instead was to be built by the same thread.
+    """
+    x = images()
+    with continuing(net, (0, 1), timeout_s=8.0) as (engine, fleet, continuer):
+        assert until(lambda: "5/5" in engine.switcher.spare)
+        fleet.pause("device")
+        fleet.kill("cloud")
+        answer = engine.answer(x)
+        fleet.resume("device")
+        assert torch.equal(answer.scores, scores(net, x))
+        assert answer.facts["cuts"] == "0/5"
+        told = [e["route"] for e in continuer.events if e["event"] == "failover"]
+        assert told == ["5/5", "0/5"]
 
 
 def test_a_host_lost_again_while_it_is_let_in_comes_back_later(net):
