@@ -288,10 +288,11 @@ class Continuer:
 
     def _keep_ready(self) -> None:
         """Have ways around hosts ready; which ones is found out where nobody waits for it."""
-        options, target, coming = self._options, self._target, self._next
+        options, target = self._options, self._target
 
         def prepare() -> None:
             found = self._outlook.in_case(target, options.warm, options.objective)
+            coming = self._next  # as it is now: it may have been told while the others were found
             self._builder.keep([*filter(None, [coming]), *found, *self._engine.prepared])
 
         self._builder.carry_out_later(prepare)
