@@ -168,9 +168,10 @@ def frontier(
 ) -> list[Partition]:
     """Return the partitions of which no other is as good in both objectives and better in one.
 
-    Of those that cost the same in both, one. In ascending order of the first objective.
+    Of those that cost the same in both, one. In ascending order of the first objective. What cannot
+    keep up with `Problem.requests_per_s` is none of them.
     """
-    tables = Tables(problem)
+    tables = Tables(problem, steady=True)
     states = _states(tables)
     arrivals = _all_arrivals(tables, states, (first, second))
     ends = []

@@ -41,10 +41,12 @@ class Tables:
 
     Args:
         problem: What is to be divided.
+        steady: Allow nothing that requests arrive at faster than it serves them, whatever the
+            objective; else that is infinitely late, and no more.
     """
 
-    def __init__(self, problem: Problem) -> None:
-        self.problem, self.cuts = problem, problem.cuts
+    def __init__(self, problem: Problem, *, steady: bool = False) -> None:
+        self.problem, self.cuts, self._steady = problem, problem.cuts, steady
         self._at = np.array(problem.cuts)
         self._forward = self._at[None, :] >= self._at[:, None]
         self._allowed = [self._allowed_on(host) for host in range(len(problem.hosts))]
@@ -107,6 +109,7 @@ class Tables:
         latency = service + about.waiting_s
         if problem.requests_per_s:
             latency = latency + problem.wait_s(service)
+            usable = usable & (np.isfinite(latency) | (not self._steady))
         energy = service * (about.power_w or 0.0)
         parts = (latency, service, sent, energy)
         return PortionCosts(*(np.where(usable, part, np.inf) for part in parts))
@@ -118,7 +121,9 @@ class Tables:
         down = np.full_like(up, 8 * problem.answer_bytes / network.down_bits_s)
         latency = up + down + problem.wait_s(up) + problem.wait_s(down) + 2 * network.latency_s
         radio = problem.hosts[first].radio_w + problem.hosts[last].radio_w
-        return PortionCosts(latency, np.maximum(up, down), np.zeros_like(up), radio * (up + down))
+        parts = (latency, np.maximum(up, down), np.zeros_like(up), radio * (up + down))
+        keeps_up = np.isfinite(latency) | (not self._steady)
+        return PortionCosts(*(np.where(keeps_up, part, np.inf) for part in parts))
 
     def _computing(self, host: int) -> Array:
         done = self.problem.forward_s(host)[self._at]

@@ -77,6 +77,13 @@ def test_every_solver_finds_what_trying_all_partitions_finds(problem, objective)
                 assert cost.latency_s <= best.latency_s * (1 + 1e-9) + 1e-12
 
 
+@pytest.mark.parametrize("objectives", [("throughput", "bytes"), ("bytes", "energy")])
+def test_what_cannot_keep_up_is_not_on_the_frontier(objectives):
+    """All on the device sends nothing, and stood there though requests waited for ever."""
+    found = pareto(small(requests_per_s=0.5), objectives)
+    assert [choice.partition.cuts for choice in found] == [(1,)]
+
+
 @settings(max_examples=60, deadline=None)
 @given(problems(most_units=4, most_hosts=3), st.permutations(OBJECTIVES))
 def test_the_frontier_is_what_trying_all_partitions_leaves(problem, objectives):
