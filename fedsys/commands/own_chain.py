@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from fedsys import config as configuration
 from fedsys.commands.host import start_host
 from fedsys.config import Config
 from fedsys.errors import ConfigError, RuntimeFailure
+from fedsys.pruning.portfolio import MANIFEST
 from fedsys.transport.security import new_token
 
 _TRAINS = ("data", "model", "client", "num_clients", "rounds", "seed", "resilience", "strategy")
@@ -92,10 +94,12 @@ def made_model(config: Config, chosen: Sequence[str] | None = None) -> Config:
     given = list(chosen or ())
     if chosen is None:
         given = [text for key, text in named if key.split(".")[0] in ("experiment", *_TRAINS)]
-    if not (run / "run.json").exists():
+    if not _is_finished(run):
         _say(f"training the model of the chain in {run}")
-        _carry_out("train", *given, f"run.dir={run}", "run.plots=false")
-    if not (pruned / "portfolio").exists():
+        anew = (*given, f"run.dir={run}", "run.plots=false")
+        _carry_out("train", *((f"resume={run}",) if (run / "run.json").exists() else anew))
+    if not (pruned / "portfolio" / MANIFEST).exists():  # written last
+        shutil.rmtree(pruned, ignore_errors=True)
         _say(f"making a smaller variant in {pruned}")
         measured = ("variants.memory=false", "variants.threads=[1]", "variants.runs=30")
         whole = ("variants.fold_batchnorm=false", "variants.fine_tune=1", "run.plots=false")
@@ -103,6 +107,15 @@ def made_model(config: Config, chosen: Sequence[str] | None = None) -> Config:
     exits = str(run) if config.resilience.active else config.serving.exits
     serving = replace(config.serving, exits=exits)
     return replace(config, portfolio=str(pruned / "portfolio"), serving=serving)
+
+
+def _is_finished(run: Path) -> bool:
+    """Say whether a run came to its end; one that was interrupted is continued."""
+    try:
+        told = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(told, dict) and told.get("status") == "finished"
 
 
 def _say(text: str) -> None:
