@@ -95,7 +95,8 @@ class ServingConfig:
         interval_s: Between two decisions, in seconds.
         threads: Intra-op threads of a forward pass; None for all cores.
         max_batch: Images that are put together at most.
-        max_delay_ms: How long the first of them waits for others, in milliseconds.
+        max_delay_ms: How long the first of them waits for others though nothing is computed, in
+            milliseconds; a batch grows while another one is computed in any case.
         max_rows: Images of one request.
         max_queue: Images that may wait; further requests are refused.
         max_body_bytes: Of one request.
@@ -121,7 +122,7 @@ class ServingConfig:
     interval_s: float = 0.1
     threads: int | None = None
     max_batch: int = 8
-    max_delay_ms: float = 1.0
+    max_delay_ms: float = 0.0
     max_rows: int = 256
     max_queue: int = 1024
     max_body_bytes: int = 16 << 20

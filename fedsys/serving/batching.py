@@ -1,11 +1,12 @@
 """Requests that wait together are computed together.
 
-A batch is closed when it is full, or when its first request has waited
-`BatchLimits.max_delay_ms`. A request of more images than a batch may have is computed in pieces of
-that size, and a batch of others, if any wait, between each two: nobody waits for more than a piece.
-One variant answers all of a request; where it changes meanwhile, the request begins anew. Each gets
-an answer or an error: it is computed, refused at once because the queue is full, given up because
-its time is over, or failed with the reason.
+A batch grows while another one is computed, and longer only if `BatchLimits.max_delay_ms` says so.
+Where a batch takes less time than handing it to another thread and back, who took the requests in
+computes it himself (`Batcher.work_off`); else threads do. A request of more images than a batch may
+have is computed in pieces of that size, and a batch of others, if any wait, between each two:
+nobody waits for more than a piece. One variant answers all of a request; where it changes
+meanwhile, the request begins anew. Each gets an answer or an error: it is computed, refused at once
+because the queue is full, given up because its time is over, or failed with the reason.
 """
 
 from __future__ import annotations
@@ -18,11 +19,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import final
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from fedsys.errors import FedsysError, RequestError
-from fedsys.serving.engine import Answer, Engine, Fact, Pressure
+from fedsys.serving.engine import Answer, Array, Engine, Fact, Pressure
 
 ANEW = 2
 """How many times a request in pieces begins anew until it is computed in one."""
@@ -34,12 +34,13 @@ class BatchLimits:
 
     Attributes:
         max_batch: Images in a batch; a request with more is computed in as many as it needs.
-        max_delay_ms: How long the first request of a batch waits for others, in milliseconds.
+        max_delay_ms: How long the first request of a batch waits for others though nothing is
+            computed, in milliseconds.
         max_queue: Images that may wait.
     """
 
     max_batch: int = 8
-    max_delay_ms: float = 1.0
+    max_delay_ms: float = 0.0
     max_queue: int = 1024
 
 
@@ -56,7 +57,7 @@ class Served:
         facts: What the engine said besides.
     """
 
-    scores: Tensor
+    scores: Array
     by: str
     queue_ms: float
     compute_ms: float
@@ -66,13 +67,13 @@ class Served:
 
 @dataclass(frozen=True, eq=False)
 class _Waiting:
-    images: Tensor
+    images: Array
     since: float
     future: Future[Served]
 
     @property
     def rows(self) -> int:
-        return self.images.shape[0]
+        return int(self.images.shape[0])
 
 
 @dataclass(eq=False)
@@ -107,7 +108,7 @@ class _Divided:
         """Return whether anybody waits for it; asked once, before its first piece."""
         return self.request.future.set_running_or_notify_cancel()
 
-    def piece(self, most: int) -> Tensor:
+    def piece(self, most: int) -> Array:
         """Return the images that are next: `most`, or all if that is the only way to its end."""
         if self.again > ANEW:
             return self.request.images
@@ -123,7 +124,9 @@ class _Divided:
 
     def whole(self) -> Answer:
         """Return the answer to all of it."""
-        return replace(self.answers[-1], scores=torch.cat([one.scores for one in self.answers]))
+        return replace(
+            self.answers[-1], scores=np.concatenate([one.scores for one in self.answers])
+        )
 
 
 @final
@@ -139,7 +142,7 @@ class Batcher:
         self._engine, self._limits = engine, limits
         self._queue: deque[_Waiting] = deque()
         self._divided: deque[_Divided] = deque()  # the first is in work
-        self._rows = 0
+        self._rows = self._computing = 0
         self._change = threading.Condition()
         self._closing = False
         self._threads = [  # the first one computes pieces, too
@@ -154,11 +157,12 @@ class Batcher:
         """Images in the queue."""
         return self._rows
 
-    def submit(self, images: Tensor) -> Future[Served]:
+    def submit(self, images: Array, *, wake: bool = True) -> Future[Served]:
         """Put a request into the queue.
 
         Args:
             images: Normalised float32 ``(rows, C, H, W)``.
+            wake: Whether threads are told; if not, `work_off` is to follow.
 
         Raises:
             RequestError: The queue is full, or the endpoint is about to end.
@@ -175,8 +179,29 @@ class Batcher:
                 self._queue.append(waiting)
             self._rows += waiting.rows
             self._engine.watch.arrived(waiting.rows)
-            self._change.notify_all()
+            if wake:
+                self._change.notify_all()
         return waiting.future
+
+    def work_off(self) -> bool:
+        """Compute a batch of what waits in this thread, if it is quick and nothing is computed.
+
+        Else threads are told of it.
+
+        Returns:
+            Whether it was computed here and more waits.
+        """
+        with self._change:
+            if not (self._queue or self._divided):
+                return False
+            rows = min(self._rows, self._limits.max_batch)
+            alone = not (self._computing or self._divided or self._limits.max_delay_ms)
+            if not (alone and self._queue and self._engine.is_quick(rows)):
+                self._change.notify_all()
+                return False
+            batch = self._batch()
+        self._computed(batch)
+        return bool(self._queue)
 
     def close(self, drain_s: float) -> int:
         """Take no more requests, answer those that wait, and end.
@@ -221,26 +246,40 @@ class Batcher:
     def _work(self, pieces: bool) -> None:
         while True:
             batch = self._next(pieces)
-            wanted = [w for w in batch if w.future.set_running_or_notify_cancel()]
-            if wanted:
-                self._compute(wanted)
+            if batch:
+                self._computed(batch)
             if pieces and self._divided:
                 self._compute_piece(self._divided[0])
             elif not batch:
                 return
 
+    def _computed(self, batch: list[_Waiting]) -> None:
+        """Compute a batch that was taken by `_batch`, but for those that nobody waits for."""
+        wanted = [w for w in batch if w.future.set_running_or_notify_cancel()]
+        try:
+            if wanted:
+                self._compute(wanted)
+        finally:
+            with self._change:
+                self._computing -= 1
+                if self._queue or self._divided:
+                    self._change.notify_all()
+
     def _next(self, pieces: bool) -> list[_Waiting]:
         """Wait for a batch; an empty one means the end, or that there are only pieces."""
         with self._change:
             while True:
-                self._change.wait_for(
-                    lambda: self._queue or (pieces and self._divided) or self._closing
-                )
+                self._change.wait_for(lambda: self._may_begin(pieces))
                 if not self._queue:
                     return []
                 self._wait_for_more(self._queue[0].since + self._limits.max_delay_ms / 1e3)
                 if self._queue:  # another lane may have taken what was there
                     return self._batch()
+
+    def _may_begin(self, pieces: bool) -> bool:
+        if not (self._queue or (pieces and self._divided)):
+            return self._closing
+        return self._computing < self._engine.lanes
 
     def _wait_for_more(self, until: float) -> None:
         while self._rows < self._limits.max_batch and not self._closing:
@@ -249,6 +288,8 @@ class Batcher:
                 return
 
     def _batch(self) -> list[_Waiting]:
+        """Take a batch; `_computed` is to follow."""
+        self._computing += 1
         batch = [self._take()]
         rows = batch[0].rows
         while self._queue and rows + self._queue[0].rows <= self._limits.max_batch:
@@ -259,7 +300,9 @@ class Batcher:
     def _compute(self, batch: list[_Waiting]) -> None:
         start = time.perf_counter()
         try:
-            images = batch[0].images if len(batch) == 1 else torch.cat([w.images for w in batch])
+            images = (
+                batch[0].images if len(batch) == 1 else np.concatenate([w.images for w in batch])
+            )
             pressure = Pressure((start - batch[0].since) * 1e3, self._rows)
             answer = self._engine.answer(images, pressure)
         except Exception as error:  # whatever the engine says: the requests are told, others go on

@@ -37,7 +37,7 @@ from fedsys.partition.pipeline import Lost, Passed, Pipeline
 from fedsys.partition.problem import Partition
 from fedsys.partition.remote_host import RemoteHost
 from fedsys.serving.chain_parts import UnitParts
-from fedsys.serving.engine import CALM, Answer, Card, Fact, Pressure
+from fedsys.serving.engine import CALM, Answer, Array, Card, Fact, Pressure
 from fedsys.serving.routes import WHOLE, Route, common_units, label_of, route_of, working
 from fedsys.serving.switch.switcher import Cost, Loaded
 from fedsys.transport.network import Network, narrowest
@@ -469,7 +469,11 @@ class ChainEngine:
         """Who computes what now."""
         return self.route.partition
 
-    def answer(self, images: Tensor, pressure: Pressure = CALM, by: str = "") -> Answer:
+    def is_quick(self, rows: int) -> bool:
+        """Other hosts are waited for."""
+        return False
+
+    def answer(self, images: Array, pressure: Pressure = CALM, by: str = "") -> Answer:
         """Return the scores, all by one pipeline; whichever that is, they are of one model.
 
         Raises:
@@ -478,7 +482,7 @@ class ChainEngine:
         """
         try:
             with self.switcher.lease() as active:
-                scores = active.run(images)
+                scores = active.run(torch.as_tensor(images))
         except RuntimeFailure as error:
             if self.out:
                 raise RequestError(503, self.out) from error
@@ -490,7 +494,7 @@ class ChainEngine:
         if self.home:
             technique = "none" if route.label == self.home else route.technique
             facts |= {"technique": technique, "way": route.way or "whole", "again": passed.again}
-        return Answer(scores.float(), route.way or self._name, facts)
+        return Answer(scores.float().numpy(), route.way or self._name, facts)
 
     def prepare(self, partitions: Sequence[Partition]) -> None:
         """Have these pipelines ready beside the one that answers, and no others."""

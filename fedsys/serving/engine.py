@@ -11,7 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float32]
+"""Images and scores, from the request to the answer: an engine may do without PyTorch."""
 
 Fact = str | int | float | bool
 
@@ -45,7 +49,7 @@ class Answer:
         facts: What else a client may want to know; plain values.
     """
 
-    scores: Tensor
+    scores: Array
     by: str
     facts: Mapping[str, Fact] = field(default_factory=dict)
 
@@ -101,7 +105,13 @@ class Engine(Protocol):
     def lanes(self) -> int:
         """Batches that may be computed at once."""
 
-    def answer(self, images: Tensor, pressure: Pressure = CALM, by: str = "") -> Answer:
+    def is_quick(self, rows: int) -> bool:
+        """Return whether so many images are answered now, in less time than handing them over.
+
+        Then whoever took them in may compute them himself; nobody else is heard meanwhile.
+        """
+
+    def answer(self, images: Array, pressure: Pressure = CALM, by: str = "") -> Answer:
         """Return the scores of normalised float32 images ``(batch, C, H, W)``.
 
         Args:

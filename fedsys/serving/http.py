@@ -7,9 +7,10 @@
     POST /v2/models/NAME[/versions/1]/infer     `fedsys.serving.v2`, or one image/png, image/jpeg
     GET  /status  /metrics                      for people and for Prometheus
 
-The HTTP server runs in a thread of its own (`fedsys.transport.http_server`); requests are computed
-in another (`batching`). Bodies are read up to their limit and within one limit of memory
-(`bodies`), a request that takes too long is given up, and an error of one is told to it alone.
+The HTTP server runs in a thread of its own (`fedsys.transport.http_server`); quick requests are
+computed in it (`turns`), others in threads of their own (`batching`). Bodies are read up to their
+limit and within one limit of memory (`bodies`), a request that takes too long is given up, and an
+error of one is told to it alone.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, final
 from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
@@ -34,11 +35,19 @@ from fedsys.files import json_text
 from fedsys.serving import v2
 from fedsys.serving.batching import Batcher, BatchLimits, Served
 from fedsys.serving.bodies import Bodies
-from fedsys.serving.engine import Engine
+from fedsys.serving.engine import Array, Engine
 from fedsys.serving.metrics import Metrics
 from fedsys.serving.reading import Reader
+from fedsys.serving.turns import LoopTurns
 from fedsys.transport.http_places import HttpLimits
-from fedsys.transport.http_server import ConnectionCollector, HttpServer, listening_socket
+from fedsys.transport.http_server import (
+    ConnectionCollector,
+    HttpServer,
+    Receive,
+    Scope,
+    Send,
+    listening_socket,
+)
 
 if TYPE_CHECKING:
     from fedsys.serving.grpc_entry import GrpcEntry
@@ -75,12 +84,16 @@ class Endpoint:
             limits = BatchLimits(options.max_batch, options.max_delay_ms, options.max_queue)
             self._batcher = Batcher(engine, limits)
             opened.callback(self._batcher.close, 0.0)
+            self._turns = LoopTurns(self._batcher)
             self._bodies = Bodies(options)
             self._reader = Reader(engine.card, options)
             opened.callback(self._reader.close)
             self.metrics = Metrics(engine.status, lambda: self._batcher.waiting)
+            path = f"/v2/models/{options.name}"
+            self._inferring = {f"{path}/infer", f"{path}/versions/{v2.VERSION}/infer"}
+            self._routed = self.application()
             self._server = HttpServer(
-                self.application(),
+                self._enter,
                 listening,
                 HttpLimits(options.max_connections, options.max_header_bytes, options.header_s),
                 always=_is_supervisors,
@@ -138,6 +151,20 @@ class Endpoint:
             routes=routes,
             exception_handlers={404: _not_there, 405: _not_so, RequestError: _told, 500: _broken},
         )
+
+    async def _enter(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer inference straight away, and all else by its route."""
+        if scope["path"] not in self._inferring or scope["method"] != "POST":
+            await self._routed(scope, receive, send)
+            return
+        request = Request(scope, receive)
+        try:
+            response = await self._infer(request)
+        except Exception as error:
+            response = await _broken(request, error)
+            await response(scope, receive, send)
+            raise
+        await response(scope, receive, send)
 
     async def _about(self, request: Request) -> Response:
         return JSONResponse(
@@ -199,12 +226,12 @@ class Endpoint:
     async def _inferred(self, request: Request, body: bytearray, began: float) -> Response:
         inference = await self._reader.read(request.headers, body)
         rows = inference.images.shape[0]
-        served = await self._served(self._batcher.submit(inference.images), began)
+        served = await self._served(inference.images, began)
         took = time.perf_counter() - began
         facts = v2.facts_of(served)
         card, name = self._engine.card, self._options.name
         answer = inference, served.scores, card, name, facts
-        if served.scores.numel() <= _FEW:
+        if served.scores.size <= _FEW:
             content, head = v2.write(*answer)
         else:
             content, head = await asyncio.to_thread(v2.write, *answer)
@@ -215,14 +242,13 @@ class Endpoint:
         headers[v2.HEADER_LENGTH] = str(head)
         return Response(content, headers=headers, media_type="application/octet-stream")
 
-    async def _served(self, future: Any, began: float) -> Served:
+    async def _served(self, images: Array, began: float) -> Served:
         left = self._options.timeout_s - (time.perf_counter() - began)
         try:
-            served: Served = await asyncio.wait_for(asyncio.wrap_future(future), max(left, 0.001))
+            return await self._turns.served(images, left)
         except TimeoutError as error:
             text = f"not answered within serving.timeout_s={self._options.timeout_s:g}"
             raise RequestError(504, text) from error
-        return served
 
 
 # --------------------------------------------------------------------------------------------------

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
 
 from fedsys.data import decoding
 from fedsys.errors import DataError, RequestError
-from fedsys.serving.engine import Card
+from fedsys.serving.engine import Array, Card
 
 FORMATS = ("PNG", "JPEG")
 """Formats of image files that are decoded; no other decoder is tried on bytes of strangers."""
@@ -21,7 +21,9 @@ MAX_PIXELS = 64_000_000
 _TOO_MANY = f"{{}} has more than {MAX_PIXELS:,} pixels"
 
 
-def decode(data: bytes, card: Card, *, resize: bool = False, where: str = "image") -> Tensor:
+def decode(
+    data: bytes, card: Card, *, resize: bool = False, where: str = "image"
+) -> NDArray[np.uint8]:
     """Return one image file as uint8 of shape ``(C, H, W)``.
 
     Args:
@@ -56,7 +58,7 @@ def decode(data: bytes, card: Card, *, resize: bool = False, where: str = "image
         raise RequestError(400, f"{where} is damaged: {error}") from error
     if pixels.shape[1:] != (height, width):
         raise _other_size(where, pixels.shape[:0:-1], (width, height))
-    return torch.from_numpy(pixels.copy())
+    return pixels.copy()
 
 
 def _other_size(where: str, size: tuple[int, ...], must: tuple[int, int]) -> RequestError:
@@ -66,11 +68,14 @@ def _other_size(where: str, size: tuple[int, ...], must: tuple[int, int]) -> Req
     )  # fmt: skip
 
 
-def normalise(pixels: Tensor, card: Card) -> Tensor:
+def normalise(pixels: NDArray[np.uint8], card: Card) -> Array:
     """Turn uint8 ``(batch, C, H, W)`` into ``(pixels / 255 - mean) / std``, to the bit as training.
 
     `fedsys.data.loader` computes the same by one product and one sum.
     """
-    mean = torch.tensor(card.mean, dtype=torch.float64).reshape(-1, 1, 1)
-    std = torch.tensor(card.std, dtype=torch.float64).reshape(-1, 1, 1)
-    return pixels.float().mul_((1.0 / (255.0 * std)).float()).add_((-mean / std).float())
+    mean = np.array(card.mean, np.float64).reshape(-1, 1, 1)
+    std = np.array(card.std, np.float64).reshape(-1, 1, 1)
+    images = np.asarray(pixels).astype(np.float32)
+    images *= (1.0 / (255.0 * std)).astype(np.float32)
+    images += (-mean / std).astype(np.float32)
+    return images

@@ -8,16 +8,26 @@ from __future__ import annotations
 
 import base64
 import binascii
+import importlib
 import json
 import math
 import struct
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedsys.errors import RequestError
+
+orjson: Any
+try:
+    orjson = importlib.import_module(
+        "orjson"
+    )  # of the extra `serve`: numbers in a tenth of the time
+except ImportError:
+    orjson = None
 
 INPUT = "input"
 MAX_JSON_DEPTH = 8  # of nested data; deeper than any tensor here
@@ -28,23 +38,37 @@ def refuse(text: str, status: int = 400) -> NoReturn:
     raise RequestError(status, text)
 
 
-def parse(text: bytes) -> dict[str, Any]:
+def parse(text: bytes | bytearray | memoryview) -> dict[str, Any]:
     """Return the object that a body holds.
 
     Raises:
         RequestError: It is no JSON, or no object.
     """
-
-    def constant(name: str) -> NoReturn:
-        refuse(f"the body has {name}, which JSON has not")
-
     try:
-        tree = json.loads(text, parse_constant=constant)
+        tree = _loaded(text)
     except (ValueError, RecursionError) as error:
         refuse(f"the body is not JSON: {error}")
     if not isinstance(tree, dict):
         refuse("the body must be a JSON object with inputs")
     return tree
+
+
+def _loaded(text: bytes | bytearray | memoryview) -> Any:
+    if orjson is not None:
+        with suppress(ValueError):  # what it does not take is taken, or refused in its words, below
+            return orjson.loads(text)
+
+    def constant(name: str) -> NoReturn:
+        refuse(f"the body has {name}, which JSON has not")
+
+    return json.loads(bytes(text), parse_constant=constant)
+
+
+def written(tree: Mapping[str, Any]) -> bytes:
+    """Return plain values as JSON; none of them is a number that JSON has not."""
+    if orjson is None:
+        return json.dumps(tree, allow_nan=False).encode()
+    return bytes(orjson.dumps(tree))
 
 
 def only_input(tree: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -101,34 +125,48 @@ def numbers(tensor: Mapping[str, Any], kind: str, shape: Sequence[int]) -> NDArr
     data = tensor.get("data")
     if not isinstance(data, list):
         refuse(f"{INPUT}: data: must be a list of numbers")
-    flat: list[Any] = []
-    _flatten(data, flat, math.prod(shape), 0)
+    flat = _flat(data, math.prod(shape))
     if len(flat) != math.prod(shape):
         refuse(f"{INPUT}: data: has {len(flat)} numbers: must be {math.prod(shape)}")
-    kinds = (int,) if kind == "UINT8" else (int, float)
-    for value in flat:
-        if type(value) not in kinds or (kind == "UINT8" and not 0 <= value <= 255):
-            refuse(f"{INPUT}: data: {repr(value)[:60]}: must be a number of {kind}")
+    whole, kinds = kind == "UINT8", {int} if kind == "UINT8" else {int, float}
+    if not set(map(type, flat)) <= kinds or (whole and not 0 <= min(flat) <= max(flat) <= 255):
+        wrong = next(v for v in flat if type(v) not in kinds or (whole and not 0 <= v <= 255))
+        refuse(f"{INPUT}: data: {repr(wrong)[:60]}: must be a number of {kind}")
     try:
-        array = np.array(flat, np.uint8 if kind == "UINT8" else np.float64).reshape(shape)
+        with np.errstate(over="ignore"):  # what becomes infinite is refused
+            return np.array(flat, np.uint8 if whole else np.float32).reshape(shape)
     except OverflowError as error:
         refuse(f"{INPUT}: data: {error}")
-    if kind == "FP32":
-        with np.errstate(over="ignore"):  # what becomes infinite is refused
-            array = array.astype(np.float32)
-    return array
+
+
+def _flat(data: list[Any], most: int) -> list[Any]:
+    """Return the values of lists within lists.
+
+    Raises:
+        RequestError: They are more, or nested more deeply, than any tensor here.
+    """
+    if list not in set(map(type, data)) and len(data) <= most:
+        return data
+    flat: list[Any] = []
+    _flatten(data, flat, most, 0)
+    return flat
 
 
 def _flatten(data: list[Any], into: list[Any], most: int, depth: int) -> None:
     if depth > MAX_JSON_DEPTH:
         refuse(f"{INPUT}: data: is nested too deeply")
-    for value in data:
-        if isinstance(value, list):
-            _flatten(value, into, most, depth + 1)
-        else:
-            into.append(value)
-        if len(into) > most:
-            refuse(f"{INPUT}: data: has more than {most} numbers")
+    if list not in set(map(type, data)):
+        into += data[: most + 1]
+    else:
+        for value in data:
+            if isinstance(value, list):
+                _flatten(value, into, most, depth + 1)
+            else:
+                into.append(value)
+            if len(into) > most:
+                break
+    if len(into) > most:
+        refuse(f"{INPUT}: data: has more than {most} numbers")
 
 
 def files(tensor: Mapping[str, Any], count: int) -> list[bytes]:
@@ -140,8 +178,7 @@ def files(tensor: Mapping[str, Any], count: int) -> list[bytes]:
     data = tensor.get("data")
     if not isinstance(data, list):
         refuse(f"{INPUT}: data: must be a list of texts in base64")
-    flat: list[Any] = []
-    _flatten(data, flat, count, 0)
+    flat = _flat(data, count)
     if len(flat) != count:
         refuse(f"{INPUT}: data: has {len(flat)} elements: must be {count}")
     try:

@@ -16,7 +16,6 @@ and three outputs: ``scores`` and ``probabilities`` (``FP32`` ``[n, classes]``) 
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from collections.abc import Mapping, Sequence
@@ -24,12 +23,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from fedsys.errors import RequestError
 from fedsys.serving.batching import Served
-from fedsys.serving.engine import Card, Fact
+from fedsys.serving.engine import Array, Card, Fact
 from fedsys.serving.images import decode, normalise
 from fedsys.serving.tensor_json import (
     INPUT as INPUT,
@@ -41,6 +38,7 @@ from fedsys.serving.tensor_json import (
     only_input,
     parameters,
     parse,
+    written,
 )
 from fedsys.serving.tensor_json import (
     refuse as refuse,
@@ -81,7 +79,7 @@ class Inference:
         id: Given back as it came; None for none.
     """
 
-    images: Tensor
+    images: Array
     wanted: tuple[Wanted, ...] = field(default_factory=lambda: tuple(map(Wanted, OUTPUTS)))
     id: str | None = None
 
@@ -141,7 +139,7 @@ def read(
         if not said or int(header_length) > len(view):
             refuse(f"{HEADER_LENGTH}: {header_length[:30]}: must be at most the length of the body")
         end = int(header_length)
-    tree = parse(bytes(view[:end]))
+    tree = parse(view[:end])
     images = _images(only_input(tree), view[end:], card, max_rows, resize)
     identity = tree.get("id")
     if identity is not None and not isinstance(identity, str):
@@ -174,7 +172,7 @@ def _wanted(tree: Mapping[str, Any], card: Card) -> tuple[Wanted, ...]:
 
 def _images(
     tensor: Mapping[str, Any], raw: memoryview, card: Card, max_rows: int, resize: bool
-) -> Tensor:
+) -> Array:
     kind, shape = form(tensor, card.input_shape, max_rows)
     size = parameters(tensor, INPUT).get("binary_data_size")
     if size is not None:
@@ -184,27 +182,24 @@ def _images(
         refuse(f"{len(raw)} bytes stand behind the JSON and belong to no tensor")
     if kind == "BYTES":
         found = files(tensor, shape[0]) if size is None else _files_raw(raw, shape[0])
-        return normalise(torch.stack([
+        return normalise(np.stack([
             decode(file, card, resize=resize, where=f"image {i}") for i, file in enumerate(found)
         ]), card)  # fmt: skip
-    if size is None:
-        values = _finite(torch.from_numpy(numbers(tensor, kind, shape)))
-    else:
-        values = _numbers_raw(raw, kind, shape)
-    return normalise(values, card) if kind == "UINT8" else values
+    values = numbers(tensor, kind, shape) if size is None else _numbers_raw(raw, kind, shape)
+    return normalise(values, card) if kind == "UINT8" else _finite(values)
 
 
-def _numbers_raw(raw: memoryview, kind: str, shape: Sequence[int]) -> Tensor:
+def _numbers_raw(raw: memoryview, kind: str, shape: Sequence[int]) -> Any:
     form = np.dtype("<f4") if kind == "FP32" else np.dtype("u1")
     expected = math.prod(shape) * form.itemsize
     if len(raw) != expected:
         refuse(f"{INPUT}: {len(raw)} bytes: must be {expected} for {kind} {list(shape)}")
     array = np.frombuffer(raw, form).reshape(shape)
-    return _finite(torch.from_numpy(array.astype(form.newbyteorder("="))))
+    return array.astype(form.newbyteorder("="))  # a copy, whose numbers lie at multiples of four
 
 
-def _finite(values: Tensor) -> Tensor:
-    if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+def _finite(values: Array) -> Array:
+    if not np.isfinite(values).all():
         refuse(f"{INPUT}: has numbers that are not finite in FP32")
     return values
 
@@ -231,7 +226,7 @@ def _files_raw(raw: memoryview, count: int) -> list[bytes]:
 
 
 def write(
-    inference: Inference, scores: Tensor, card: Card, name: str, facts: Mapping[str, Fact]
+    inference: Inference, scores: Array, card: Card, name: str, facts: Mapping[str, Fact]
 ) -> tuple[bytes, int | None]:
     """Return the body of an answer, and the length of its JSON if raw tensors follow it.
 
@@ -260,7 +255,7 @@ def write(
         "parameters": dict(facts),
         "outputs": outputs,
     }
-    head = json.dumps(tree, allow_nan=False).encode()
+    head = written(tree)
     return (head + b"".join(raws), len(head)) if raws else (head, None)
 
 
@@ -281,24 +276,31 @@ def _number(value: float) -> float:
     return value
 
 
-def _output(wanted: Wanted, scores: Tensor, card: Card) -> tuple[str, list[int], Any]:
+def _output(wanted: Wanted, scores: Array, card: Card) -> tuple[str, list[int], Any]:
     if wanted.name == LABEL:
         labels = [card.classes[i] for i in scores.argmax(1).tolist()]
         return "BYTES", [len(labels)], labels
-    values = scores.softmax(1) if wanted.name == PROBABILITIES else scores
+    values = _softmax(scores) if wanted.name == PROBABILITIES else scores
     if not wanted.top:
-        return "FP32", list(values.shape), values.contiguous().flatten()
-    best = values.topk(wanted.top, 1)
+        return "FP32", list(values.shape), values.ravel()
+    best = np.argsort(-values, axis=1, kind="stable")[:, : wanted.top]
     texts = [
         f"{value:.6f}:{index}:{card.classes[index]}"
-        for row in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        for row in zip(np.take_along_axis(values, best, 1).tolist(), best.tolist(), strict=True)
         for value, index in zip(*row, strict=True)
     ]
     return "BYTES", [values.shape[0], wanted.top], texts
 
 
+def _softmax(scores: Array) -> Array:
+    with np.errstate(invalid="ignore"):  # what is not finite is told apart
+        powers: Array = np.exp(scores - scores.max(1, keepdims=True))
+        powers /= powers.sum(1, keepdims=True)
+        return powers
+
+
 def _raw(kind: str, array: Any) -> bytes:
     if kind == "FP32":
-        return bytes(array.numpy().astype("<f4").tobytes())
+        return bytes(array.astype("<f4").tobytes())
     encoded = [text.encode() for text in array]
     return b"".join(struct.pack("<I", len(text)) + text for text in encoded)

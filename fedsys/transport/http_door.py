@@ -2,7 +2,7 @@
 
 uvicorn has one bound, the number of connections, and those that came first keep their places: 1,000
 idle ones shut everybody else out, and headers of any length are collected. A `Guard` stands before
-each connection's protocol, hands bytes on, and sees from h11's state what they are for; the `Hall`
+each connection's protocol, hands bytes on, and sees from its parser what they are for; the `Hall`
 knows all guards and applies `http_places`.
 """
 
@@ -14,9 +14,7 @@ from collections import Counter
 from http import HTTPStatus
 from typing import cast, final
 
-import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol
-
+from fedsys.transport.http_parsers import Parser
 from fedsys.transport.http_places import HttpLimits, Phase, Seat, overdue, victims
 
 SPARE = 64
@@ -102,7 +100,7 @@ class Guard(asyncio.Protocol):
         hall: Where it waits.
     """
 
-    def __init__(self, inner: H11Protocol, hall: Hall) -> None:
+    def __init__(self, inner: Parser, hall: Hall) -> None:
         self._inner, self._hall = inner, hall
         self.loop = inner.loop
         self._phase, self._since = Phase.IDLE, self.loop.time()
@@ -126,7 +124,7 @@ class Guard(asyncio.Protocol):
             return
         start, most = 0, self._hall.limits.header_bytes
         while start < len(data) and not self._transport.is_closing():
-            if self._inner.conn.their_state is not h11.IDLE:
+            if not self._inner.in_head:
                 self._inner.data_received(data[start:] if start else data)
                 self._body += len(data) - start
                 break
@@ -134,7 +132,7 @@ class Guard(asyncio.Protocol):
             cycle = self._inner.cycle
             self._header += len(piece)
             self._inner.data_received(piece)
-            if self._inner.cycle is not cycle or self._inner.conn.their_state is not h11.IDLE:
+            if self._inner.cycle is not cycle or not self._inner.in_head:
                 self._header = self._body = 0
             elif self._header > most:
                 self._refuse(431, f"the headers have more than {most:,} bytes")
@@ -166,13 +164,8 @@ class Guard(asyncio.Protocol):
     @property
     def phase(self) -> Phase:
         """What the connection is doing."""
-        match self._inner.conn.their_state:
-            case h11.IDLE:
-                return Phase.HEADERS if self._header else Phase.IDLE
-            case h11.SEND_BODY:
-                return Phase.BODY
-            case _:
-                return Phase.WORK
+        phase = self._inner.request
+        return Phase.HEADERS if phase is Phase.IDLE and self._header else phase
 
     def seat(self, now: float) -> Seat:
         """Return how it is now."""
@@ -219,6 +212,9 @@ class Guard(asyncio.Protocol):
 
     def _refuse(self, status: int, text: str) -> None:
         self._hall.gone[f"refused_{status}"] += 1
+        if self._inner.request is not Phase.IDLE:  # the answer to that one is still to be sent
+            self._transport.abort()
+            return
         self._tell(status, text)
         self._leaving = self.loop.time()
         if self._transport.can_write_eof():

@@ -17,11 +17,11 @@ from typing import Any, cast, final
 
 import uvicorn
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fedsys.errors import ConfigError, RuntimeFailure
 from fedsys.transport.descriptors import affordable
 from fedsys.transport.http_door import SPARE, Guard, Hall
+from fedsys.transport.http_parsers import parser
 from fedsys.transport.http_places import HttpLimits, Phase
 
 BACKLOG = 4096
@@ -63,7 +63,7 @@ class HttpServer:
         drain_s: float,
     ) -> None:
         self.limits = replace(limits, connections=affordable(limits.connections, kept=SPARE))
-        self._hall = Hall(self.limits)
+        self._hall, self._parser = Hall(self.limits), parser()
         self._room = _Room(app, self.limits.connections, always)
         self._socket, self._drain_s = listening, drain_s
         self._server = _Server(
@@ -92,7 +92,7 @@ class HttpServer:
         listening.listen(BACKLOG)
 
     def _guard(self, **given: Any) -> Guard:
-        return Guard(H11Protocol(**given), self._hall)
+        return Guard(self._parser(**given), self._hall)
 
     def metrics(self, prefix: str) -> Iterator[Metric]:
         """Yield what Prometheus is told of the connections; `prefix` begins each name."""
@@ -180,7 +180,8 @@ class _Server(uvicorn.Server):  # uvicorn offers no option for who handles signa
     """Leaves signals to the command: it ends the endpoint in its own order."""
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
-        asyncio.run(self.serve(sockets))
+        with asyncio.Runner(loop_factory=self.config.get_loop_factory()) as runner:
+            runner.run(self.serve(sockets))
 
 
 def listening_socket(argument: str, address: str, host: str, port: int) -> socket.socket:

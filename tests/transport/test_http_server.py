@@ -19,8 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, generate_latest
 
+from fedsys.transport import http_server
 from fedsys.transport.descriptors import affordable
 from fedsys.transport.http_door import Guard
+from fedsys.transport.http_parsers import ByH11
 from fedsys.transport.http_places import GRACE_S, HttpLimits, Phase, Seat, overdue, victims
 from fedsys.transport.http_server import (
     ConnectionCollector,
@@ -134,8 +136,12 @@ class Running:
         self.server.close()
 
 
-@pytest.fixture
-def start():
+@pytest.fixture(params=["h11", "httptools"])
+def start(request, monkeypatch):
+    if request.param == "h11":
+        monkeypatch.setattr(http_server, "parser", lambda: ByH11)
+    else:
+        pytest.importorskip("httptools")
     with ExitStack() as stack:
         yield lambda **limits: stack.enter_context(closing(Running(**limits)))
 
@@ -173,6 +179,30 @@ def test_answers_are_sent_at_once(start, monkeypatch):
     monkeypatch.setattr(Guard, "connection_made", note)
     assert start().get()[0] == 200
     assert seen == [1]
+
+
+def test_requests_that_wait_for_no_answer_are_answered_in_their_order(start):
+    with start().connect() as connection:
+        for size in (5, 0, 70_000):
+            head = f"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: {size}\r\n\r\n"
+            connection.sendall(head.encode() + b"x" * size)
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        said = ended(connection)
+    bodies = [part[: part.index(b"}") + 1] for part in said.split(b"\r\n\r\n")[1:]]
+    sizes = [json.loads(body)["size"] for body in bodies]
+    assert sizes == [5, 0, 70_000, 0]
+
+
+def test_headers_behind_a_request_in_work_are_bounded_as_well(start):
+    """httptools reads on while a request is in work: 200 MiB of headers were taken behind one."""
+    running, sent = start(), 0
+    with running.connect() as connection, pytest.raises((ConnectionError, TimeoutError)):
+        connection.sendall(b"GET /wait HTTP/1.1\r\nHost: x\r\n\r\nGET / HTTP/1.1\r\nX: ")
+        connection.settimeout(2)
+        while sent < 1 << 28:
+            sent += connection.send(b"a" * 65_536)
+    assert sent < 1 << 25
+    assert running.get()[0] == 200
 
 
 @pytest.mark.parametrize("at_once", [True, False])

@@ -290,7 +290,7 @@ def _served(case: _Case) -> dict[str, Any]:
         portfolio = Portfolio.write(Path(folder) / "p", about, [(variant, parent.content)])
         engine = PortfolioEngine(portfolio, case.config.serving)
         try:
-            answer = engine.answer(case.images).scores
+            answer = torch.from_numpy(engine.answer(case.images.numpy()).scores)
         finally:
             engine.close()
         same = torch.allclose(answer, case.model(case.images), rtol=1e-4, atol=1e-4)

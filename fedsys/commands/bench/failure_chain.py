@@ -154,7 +154,7 @@ class ConstantLoad:
     def _ask(self, number: int) -> None:
         at = number % len(self._images)
         try:
-            answer = self._engine.answer(self._images[at : at + 1])
+            answer = self._engine.answer(self._images[at : at + 1].numpy())
         except FedsysError as error:
             self.ledger.failed[number] = str(error)
             return

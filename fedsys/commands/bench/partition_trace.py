@@ -182,7 +182,7 @@ def _play(
             control.start(_INTERVAL_S)
         while (began := time.monotonic() - origin) < trace.piece_s * len(trace.bits_s):
             with torch.inference_mode():
-                answer = engine.answer(image)
+                answer = engine.answer(image.numpy())
             took = time.monotonic() - origin - began
             played.took_s[int(began / trace.piece_s)].append(took)
             played.points.append((began, took, str(answer.facts["cuts"])))

@@ -363,7 +363,7 @@ def _send(
             time.sleep(max(0.0, start + moment - time.perf_counter()))
             ledgers[number].issued += 1
             try:
-                future = batcher.submit(image)
+                future = batcher.submit(image.numpy())
             except RequestError:
                 continue
             future.add_done_callback(functools.partial(look, start + moment, number))
