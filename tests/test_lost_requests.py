@@ -8,7 +8,6 @@ all must end with the hash of plain training and with the scores of an undisturb
 """
 
 import threading
-import time
 
 import pytest
 
@@ -21,6 +20,7 @@ from fedsys.offload.held_sessions import HeldSessions
 from fedsys.transport.addresses import dial
 from fedsys.transport.link_around import LinkAround
 from strategies.edge_loss import ATTEMPTS
+from tests.waiting import until
 
 SMALL = (
     "data.max_examples=200", "rounds=2", "num_clients=2", "client.epochs=1", "model.width=4",
@@ -30,14 +30,6 @@ SPLIT = ("policy=fixed", "policy.cut=0.3", "num_edges=2")
 REQUESTS = {"control": "ready", "open": "opened", "collect": "state", "release": "released"}
 NAMES = ("first", "second")
 WAIT_S = 60.0
-
-
-def until(true):
-    """Wait for what another thread is about to do."""
-    deadline = time.monotonic() + WAIT_S
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 class Cuts:

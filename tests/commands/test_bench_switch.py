@@ -14,6 +14,7 @@ from fedsys.pruning.portfolio import Portfolio
 from fedsys.serving.batching import Batcher, BatchLimits
 from fedsys.serving.switch.policy import profile_of
 from fedsys.serving.switch.switcher import Loaded
+from tests.waiting import until
 
 
 @pytest.fixture
@@ -93,8 +94,7 @@ def test_the_stream_counts_an_answer_of_another_variant_as_wrong(portfolio):
         batcher = Batcher(engine, BatchLimits(max_batch=1, max_delay_ms=0.0))
         began = time.perf_counter()
         stream = RequestStream(batcher, image, claimed, 200.0)
-        while stream.answered < 5:
-            time.sleep(0.001)
+        until(lambda s=stream: s.answered >= 5)
         stream.stop()
         batcher.close(10)
         assert stream.issued == stream.answered

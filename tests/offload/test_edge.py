@@ -3,7 +3,6 @@ import dataclasses
 import random
 import socket
 import threading
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -23,6 +22,7 @@ from fedsys.transport.strangers import Strangers
 from fedsys.transport.tcp_flows import Last, last_word
 from fedsys.transport.tcp_link import GREETING
 from fedsys.transport.wire import Frame, encode
+from tests.waiting import until
 
 TOKEN = "token of the controller"
 WAIT_S = 60.0
@@ -70,14 +70,6 @@ def greet(address, name="s", token=None, **more):
 def ask(link, frame):
     link.send(frame)
     return link.recv(WAIT_S)
-
-
-def until(true):
-    """Wait for what another thread is about to do."""
-    deadline = time.monotonic() + WAIT_S
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 def trained_alone(last_layer, steps):

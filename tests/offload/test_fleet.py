@@ -21,17 +21,10 @@ from fedsys.offload.session import Session
 from fedsys.transport.addresses import dial
 from fedsys.transport.patience import Patience
 from fedsys.transport.wire import Frame
+from tests.waiting import until
 
 TOKEN = "control"
 WAIT_S = 60.0
-
-
-def until(true):
-    """Wait for what another thread is about to do."""
-    deadline = time.monotonic() + WAIT_S
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Sessions that move between real edge servers: commands, strangers, and what is sent ahead."""
 
 import gc
-import time
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from fedsys.offload.remote import Remote
 from fedsys.transport.addresses import dial
 from fedsys.transport.security import Authority
 from fedsys.transport.wire import Frame
+from tests.waiting import until
 
 TOKEN = "control"
 WAIT_S = 60.0
@@ -43,13 +43,6 @@ def train(remote, layer, steps):
         meta = {k: v for k, v in frame.meta.items() if k not in ("step", "piece")}
         remote.send("activation", step, 0, meta, frame.tensors)
         remote.receive("activation", step, 0)
-
-
-def until(true):
-    deadline = time.monotonic() + WAIT_S
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 def test_a_fleet_that_is_long_gone_is_forgotten(pair, monkeypatch, last_layer):

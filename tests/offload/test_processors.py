@@ -1,9 +1,9 @@
 import threading
-import time
 
 import pytest
 
 from fedsys.offload.processors import Processors, usable_cores
+from tests.waiting import until
 
 WAIT_S = 60.0
 
@@ -29,13 +29,6 @@ class Gauge:
             return name
 
         return done
-
-
-def until(true):
-    deadline = time.monotonic() + WAIT_S
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 def started(processors, gauge, names, threads, hold, got):

@@ -18,6 +18,7 @@ from fedsys.offload.session import Session
 from fedsys.transport.addresses import dial
 from fedsys.transport.faulty import Faulty, LinkFault
 from fedsys.transport.patience import Patience
+from tests.waiting import came_true
 
 TOKEN = "control"
 
@@ -68,9 +69,7 @@ def trained_to(place, steps):
 
 def counted(edge, event, count):
     """Return whether an edge counts so many events in the end: it does after it has answered."""
-    deadline = time.monotonic() + 60
-    while edge.counters[event] < count and time.monotonic() < deadline:
-        time.sleep(0.002)
+    came_true(lambda: edge.counters[event] >= count)
     return edge.counters[event] == count
 
 

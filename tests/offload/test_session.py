@@ -21,6 +21,7 @@ from fedsys.training.part import Part, filled_stages, names_between, safe_input
 from fedsys.training.plain import Proximal
 from fedsys.training.schedule import micro_batch_bounds
 from fedsys.transport.wire import Frame, decode, encode
+from tests.waiting import until
 
 SHAPE, CLASSES, ROUND, CLIENT = (1, 8, 8), 10, 3, 2
 CPU = torch.device("cpu")
@@ -504,8 +505,7 @@ def test_waiting_for_a_processor_is_not_computing(last_layer):
     other.start()
     assert taken.wait(30)
     ours.start()
-    while not session.at_work():
-        time.sleep(0.01)
+    until(session.at_work)
     time.sleep(0.05)  # it comes to the processor meanwhile
     freed_s = time.monotonic()
     free.set()

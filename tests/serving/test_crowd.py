@@ -9,7 +9,6 @@ import http.client
 import json
 import socket
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -28,6 +27,7 @@ from fedsys.serving.engine import CALM, Answer, Card
 from fedsys.serving.http import Endpoint
 from fedsys.serving.json_process import LARGE_BYTES, JsonProcess
 from fedsys.serving.tensor_json import with_raw_tensor
+from tests.waiting import until
 
 CARD = Card(("cat", "dog", "owl", "elk"), (3, 8, 8), (0.5,) * 3, (0.25,) * 3, "test")
 INFER = "/v2/models/classifier/infer"
@@ -206,13 +206,6 @@ def begin(endpoint, size, sent):
     head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: {size}\r\n\r\n"
     connection.sendall(head.encode() + b" " * sent)
     return connection
-
-
-def until(condition):
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_bodies_wait_for_memory_and_slow_ones_give_it_back(endpoint):

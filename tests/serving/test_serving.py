@@ -41,6 +41,7 @@ from fedsys.serving.engine import CALM, Answer, Card
 from fedsys.serving.http import Endpoint, listen
 from fedsys.serving.images import decode, normalise
 from fedsys.serving.portfolio import PortfolioEngine
+from tests.waiting import until
 
 CARD = Card(("cat", "dog", "owl", "elk"), (3, 8, 8), (0.5,) * 3, (0.25,) * 3, "test")
 ANYWHERE = ServingConfig(address="http://127.0.0.1:0", max_delay_ms=0.0)
@@ -105,14 +106,6 @@ class Sums:
 
     def close(self):
         self.closed = True
-
-
-def until(true):
-    """Wait for what another thread is about to do."""
-    deadline = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 @pytest.fixture(scope="module")
@@ -379,8 +372,7 @@ def test_requests_that_wait_are_computed_together_and_answered_apart():
     batcher = Batcher(engine, BatchLimits(max_batch=4, max_delay_ms=0.0))
     x = np.random.default_rng(0).random((7, 3, 8, 8), np.float32)
     futures = [batcher.submit(x[:1])]
-    while not engine.batches:
-        time.sleep(0.001)
+    until(lambda: engine.batches)
     futures += [batcher.submit(x[i : i + 1]) for i in range(1, 4)] + [batcher.submit(x[4:7])]
     engine.go.set()
     served = [future.result(30) for future in futures]
@@ -439,8 +431,7 @@ def test_a_full_queue_refuses_and_what_waits_is_still_answered():
     batcher = Batcher(engine, BatchLimits(max_batch=1, max_delay_ms=0.0, max_queue=2))
     x = np.zeros(ONE, np.float32)
     futures = [batcher.submit(x)]
-    while not engine.batches:
-        time.sleep(0.001)
+    until(lambda: engine.batches)
     futures += [batcher.submit(x), batcher.submit(x)]
     with pytest.raises(RequestError, match="2 images wait already"):
         batcher.submit(x)
@@ -469,8 +460,7 @@ def test_what_cannot_be_drained_in_time_is_failed_and_not_forgotten():
     batcher = Batcher(engine, BatchLimits(max_batch=1, max_delay_ms=0.0))
     x = np.zeros(ONE, np.float32)
     first = batcher.submit(x)
-    while not engine.batches:
-        time.sleep(0.001)
+    until(lambda: engine.batches)
     second = batcher.submit(x)
     assert batcher.close(0.05) == 1
     with pytest.raises(RequestError, match="ended before"):
@@ -783,8 +773,7 @@ def test_requests_in_work_are_answered_when_it_closes():
         target=lambda: got.append(infer(endpoint, tensor("FP32", ONE, [0.0] * 192)))
     )
     asking.start()
-    while not engine.batches:
-        time.sleep(0.001)
+    until(lambda: engine.batches)
     closing_ = threading.Thread(target=endpoint.close)
     closing_.start()
     engine.go.set()
@@ -847,9 +836,8 @@ def test_every_request_is_answered_or_failed_while_variants_change(portfolio):
             asker.start()
         for number, name in enumerate(["half", "tenth", "parent"] * 3):
             engine._switcher.switch(name, beside=bool(number % 2))
-            until = sum(answered) + 2
-            while sum(answered) < until:
-                time.sleep(0.001)
+            enough = sum(answered) + 2
+            until(lambda n=enough: sum(answered) >= n)
         stop.set()
         for asker in askers:
             asker.join()
@@ -1008,8 +996,7 @@ def test_serve_drains_when_it_is_terminated(portfolio_folder, tmp_path):
     askers = [threading.Thread(target=ask, args=(i,)) for i in range(3)]
     for asker in askers:
         asker.start()
-    while sum(answered) < 20:
-        time.sleep(0.01)
+    until(lambda: sum(answered) >= 20)
     server.send_signal(signal.SIGTERM)
     out, err = server.communicate(timeout=60)
     for asker in askers:

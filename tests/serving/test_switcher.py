@@ -1,11 +1,11 @@
 import dataclasses
+import functools
 import gc
 import itertools
 import linecache
 import os
 import sys
 import threading
-import time
 import weakref
 from contextlib import ExitStack
 
@@ -34,6 +34,7 @@ from fedsys.serving.switch.relief import Backlog
 from fedsys.serving.switch.signals import Meter
 from fedsys.serving.switch.slimmable import slimmable
 from fedsys.serving.switch.switcher import Loaded, Resident
+from tests.waiting import until
 
 NAMES = ("parent", "half", "tenth")
 
@@ -91,6 +92,9 @@ def test_no_request_is_lost_or_mixed_while_variants_change(portfolio, kind, besi
                 got = active.run(x)
             ledgers[number].append((active.name, torch.equal(got, right[active.name])))
 
+    def answered_by(name: str, before: list[int]) -> bool:
+        return any(name in dict(ledger[n:]) for ledger, n in zip(ledgers, before, strict=True))
+
     askers = [threading.Thread(target=ask, args=(i,)) for i in range(3)]
     for asker in askers:
         asker.start()
@@ -98,8 +102,7 @@ def test_no_request_is_lost_or_mixed_while_variants_change(portfolio, kind, besi
     for name in ["half", "tenth", "parent"] * 4:
         costs.append(switcher.switch(name, beside=beside))
         before = list(map(len, ledgers))
-        while not any(name in dict(ledger[n:]) for ledger, n in zip(ledgers, before, strict=True)):
-            time.sleep(0.001)  # until it has answered
+        until(functools.partial(answered_by, name, before))
     stop.set()
     for asker in askers:
         asker.join()
@@ -134,6 +137,9 @@ def test_a_request_is_answered_by_a_variant_that_is_there_whatever_it_asks_for(
                 return
             switcher.keep(chosen)
 
+    def went_on(before: int) -> bool:
+        return sum(map(len, ledgers)) >= before + 3 or not all(t.is_alive() for t in threads)
+
     threads = [threading.Thread(target=ask, args=(i,)) for i in range(3)]
     threads.append(threading.Thread(target=keep))
     for thread in threads:
@@ -141,8 +147,7 @@ def test_a_request_is_answered_by_a_variant_that_is_there_whatever_it_asks_for(
     for name in ["half", "tenth", "parent"] * 8:
         assert switcher.switch(name).after == switcher.current == name
         before = sum(map(len, ledgers))
-        while sum(map(len, ledgers)) < before + 3 and all(t.is_alive() for t in threads):
-            time.sleep(0.001)
+        until(functools.partial(went_on, before))
     stop.set()
     for thread in threads:
         thread.join()
@@ -549,17 +554,14 @@ def test_what_is_better_is_loaded_while_the_loop_goes_down(portfolio):
     control = Control(switcher, profiles, Objective(p95_ms=20.0), lambda: seen[0])
     asked.set()
     control.start(0.001)
-    while control.last is None or control.last.after != "parent":
-        time.sleep(0.001)
+    until(lambda: control.last is not None and control.last.after == "parent")
     assert switcher.current == "half"
     seen[0] = busy
-    while switcher.current != "tenth":
-        time.sleep(0.001)
+    until(lambda: switcher.current == "tenth")
     assert not go.is_set()
     seen[0] = Signals(40.0)
     go.set()
-    while switcher.current != "parent":
-        time.sleep(0.001)
+    until(lambda: switcher.current == "parent")
     control.close()
     assert [r.cost.after for r in control.records if r.cost] == ["tenth", "parent"]
     switcher.close()
@@ -729,8 +731,7 @@ def test_a_decision_that_fails_is_logged_and_the_next_one_is_taken(portfolio, ca
         control = Control(switcher, profiles, Objective(p95_ms=20.0), look)
         stack.callback(control.close)
         control.start(0.001)
-        while switcher.current != "tenth":
-            time.sleep(0.001)
+        until(lambda: switcher.current == "tenth")
     assert "no /proc here" in caplog.text
 
 

@@ -8,6 +8,7 @@ from fedsys.runs.progress import Silent
 from fedsys.runtime.relay import Relay, Replay
 from fedsys.training.pulse import Beat, Pulse
 from strategies.watching import watched
+from tests.waiting import until
 
 
 class Heard(Silent):
@@ -49,8 +50,7 @@ def test_a_round_is_told_of_while_it_goes_on_and_not_before():
         assert heard.within_ == []
         pulse.begin(8, 100)
         pulse.client_done(3)
-        while "3 of 8 clients done" not in heard.within_:
-            time.sleep(0.01)
+        until(lambda: "3 of 8 clients done" in heard.within_)
     count = len(heard.within_)
     time.sleep(0.05)
     assert len(heard.within_) == count

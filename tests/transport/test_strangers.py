@@ -19,17 +19,11 @@ from fedsys.transport.addresses import dial, serve
 from fedsys.transport.strangers import Stay, Strangers, WaitingRoom, first_to_go
 from fedsys.transport.tcp_link import GREETING
 from fedsys.transport.wire import Frame, Limits
+from tests.waiting import until
 
 WAIT_S = 20.0
 FEW = Strangers(places=3, limits=Limits(1000, 1000, 4, 1000))
 LARGE = Frame("x", {}, {"x": torch.zeros(10_000, dtype=torch.uint8)})
-
-
-def until(true):
-    deadline = time.monotonic() + WAIT_S
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def doorkeeper(link):

@@ -19,6 +19,7 @@ from fedsys.transport.security import Authority
 from fedsys.transport.tcp_channel import TlsChannel, client_context, prepare
 from fedsys.transport.tcp_link import GREETING
 from fedsys.transport.wire import Frame, encode
+from tests.waiting import until
 
 WAIT_S = 20.0
 
@@ -31,13 +32,6 @@ def echo(link):
 def place_of(server):
     host, port = server.address.removeprefix("tcp://").split(":")
     return host, int(port)
-
-
-def until(condition):
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def greeting_threads():

@@ -1,7 +1,6 @@
 """Chains of hosts in this process that can be killed, paused, cut off and started again."""
 
 import threading
-import time
 from contextlib import ExitStack, contextmanager
 
 from fedsys.models import layered
@@ -148,13 +147,3 @@ def continuing(net, first, *, names=("device", "edge", "cloud"), ways=None, chai
             continuer.close()
             fleet.gates = Gates()
             engine.close()
-
-
-def until(true, seconds=20.0):
-    """Wait for something to become true; return whether it did."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if true():
-            return True
-        time.sleep(0.005)
-    return bool(true())

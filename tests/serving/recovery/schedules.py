@@ -15,7 +15,8 @@ import torch
 
 from fedsys.errors import RequestError, RuntimeFailure
 from tests.serving.chains import images, model
-from tests.serving.recovery.failing import continuing, until
+from tests.serving.recovery.failing import continuing
+from tests.waiting import came_true
 
 NAMES = ("device", "edge", "cloud", "far")
 REQUESTS = 24
@@ -84,8 +85,8 @@ def play(seed, net, expected):
             fleet.resume(name)
             if name not in fleet.servers:
                 fleet.start(name)
-        back = until(lambda: continuer.status()["technique"] == "none" and engine.ready)
-        back = back and until(lambda: engine.partition.cuts == cuts)
+        back = came_true(lambda: continuer.status()["technique"] == "none" and engine.ready)
+        back = back and came_true(lambda: engine.partition.cuts == cuts)
     twice = len(told) - len(set(told))
     lost = REQUESTS - len(told) - len(refused) - len(wrong)
     return {"answered": len(told), "refused": len(refused), "wrong": wrong, "lost": lost,

@@ -12,7 +12,8 @@ from fedsys.models.resilient import exit_chain, exit_path, resilient, skip_chain
 from fedsys.serving.recovery.candidates import ModelWays
 from fedsys.serving.recovery.decision import RecoveryObjective
 from tests.serving.chains import SHAPE, images, model
-from tests.serving.recovery.failing import continuing, until
+from tests.serving.recovery.failing import continuing
+from tests.waiting import until
 
 HOSTS = ("device", "edge", "cloud")
 
