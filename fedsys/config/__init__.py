@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsys import faults
-from fedsys.config import mobility, rules, secret
+from fedsys.config import mobility, reading, rules, secret
 from fedsys.config.building import build
 from fedsys.config.composing import (
     CONF,
@@ -111,11 +111,10 @@ def parse(text: str) -> Config:
         ConfigError: Names the key, its value, the rule and the way out.
     """
     import yaml
-    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        tree = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
+        tree = reading.read(text)
     # OmegaConf asserts that a text is a mapping or a list.
     except (OmegaConfBaseException, yaml.YAMLError, AssertionError) as error:
         raise ConfigError(f"configuration: {first_line(error)}") from error
@@ -213,14 +212,13 @@ def with_values(text: str, **values: Any) -> str:
     """Return the YAML of a run with other values for some of its top-level keys."""
     from omegaconf import OmegaConf
 
-    return to_text(OmegaConf.merge(OmegaConf.create(text), OmegaConf.create(values)))
+    tree = OmegaConf.create(reading.parsed(text))
+    return to_text(OmegaConf.merge(tree, OmegaConf.create(values)))
 
 
 def public_text(text: str) -> str:
     """Return the YAML of a run without its secrets; as it is, if there are none."""
-    import yaml
-
-    tree = plain(yaml.safe_load(text))
+    tree = plain(reading.parsed(text))
     masked = secret.public(tree)
     return text if masked == tree else to_text(masked)
 

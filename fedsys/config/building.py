@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -50,11 +51,17 @@ def _frozen(value: Any) -> Any:
     return value
 
 
+@functools.cache
+def _fields(kind: Any) -> tuple[dict[str, Any], frozenset[str]]:
+    """Return the annotations of a dataclass, and the names of the fields that are configured."""
+    names = frozenset(f.name for f in dataclasses.fields(kind)) - {"text"}
+    return typing.get_type_hints(kind), names
+
+
 def _build_dataclass(kind: Any, value: Any, path: str) -> Any:
     if not isinstance(value, Mapping):
         raise ConfigError.of(path, value, "must be a group of keys")
-    hints = typing.get_type_hints(kind)
-    names = {f.name for f in dataclasses.fields(kind)} - {"text"}
+    hints, names = _fields(kind)
     prefix = f"{path}." if path else ""
     for key in value:
         if key not in names:

@@ -1,0 +1,82 @@
+"""Texts are read by a parser in C as OmegaConf reads them."""
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fedsys.config import CONF, reading, to_text
+
+SCALARS = (
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=12)
+)
+LOOKS_LIKE_MORE = st.sampled_from(
+    ["1e-3", "1e5", "0x1f", "0o17", "017", "1_000", "12:30:45", "2026-11-29", "yes", "off", "~",
+     "null", ".5", "-.inf", ".nan", "+1", "1.", "=", "<<", "a: b", "# no", "- x", "'", '"', "\t"]
+)  # fmt: skip
+TREES = st.recursive(
+    SCALARS | LOOKS_LIKE_MORE,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(min_size=1), inner, max_size=3)
+    ),
+    max_leaves=12,
+)
+
+
+def by_omegaconf(text):
+    return OmegaConf.to_container(OmegaConf.create(text), resolve=True)
+
+
+@given(st.dictionaries(st.sampled_from("abcde"), TREES))
+def test_what_was_written_is_read_as_omegaconf_reads_it(tree):
+    text = yaml.dump(tree, allow_unicode=True)
+    try:
+        expected = by_omegaconf(text)
+    except OmegaConfBaseException:  # text that looks like an interpolation
+        with pytest.raises(OmegaConfBaseException):
+            reading.read(text)
+        return
+    got = reading.read(text)
+    assert got == expected and repr(got) == repr(expected)
+
+
+@given(LOOKS_LIKE_MORE | st.text("0123456789.e+-_: xob~", min_size=1, max_size=8))
+def test_plain_scalars_are_what_they_are_to_omegaconf(scalar):
+    for text in (f"a: {scalar}\n", f"a: [{scalar}]\n", f"{scalar}: 1\n"):
+        try:
+            expected = by_omegaconf(text)
+        except (OmegaConfBaseException, yaml.YAMLError, AssertionError) as error:
+            with pytest.raises(type(error)) as caught:
+                reading.read(text)
+            assert str(caught.value) == str(error)
+        else:
+            assert repr(reading.read(text)) == repr(expected)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: 1\na: 2\n", "a: [1\n", "5", "", "a", "- 1\n- 2\n", "a: ???\n", "a: ${b}\nb: 1\n",
+        "a: ${c}\n", "a: {b: 1, b: 2}\n", "a: !!set {x}\n", "a: !!binary aGk=\n", "1: 2\n",
+        "null: 2\n", "a: &x [1]\nb: *x\n", "a: &x {c: 1}\nb: {<<: *x, d: 2}\n", "\ta: 1\n",
+        "a: !!python/object/apply:os.getcwd []\n",
+    ],
+)  # fmt: skip
+def test_what_is_odd_is_read_and_refused_in_omegaconfs_words(text):
+    try:
+        expected = by_omegaconf(text)
+    except (OmegaConfBaseException, yaml.YAMLError, AssertionError) as error:
+        with pytest.raises(type(error)) as caught:
+            reading.read(text)
+        assert str(caught.value) == str(error)
+    else:
+        assert reading.read(text) == expected
+
+
+def test_the_parser_is_that_in_c():
+    text = to_text(yaml.safe_load((CONF / "config.yaml").read_text()))
+    assert reading.parsed(text) == by_omegaconf(text)
+    if yaml.__with_libyaml__:
+        assert yaml.cyaml.CParser in reading._loader().__mro__
