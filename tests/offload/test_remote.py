@@ -304,6 +304,8 @@ def test_a_device_that_comes_back_waits_for_the_operation_in_work_and_not_for_ev
     monkeypatch.setattr(Operations, "activate", slowly)
     if edge == "stands still":
         monkeypatch.setattr("fedsys.offload.remote.ASKING_S", 0.0)
+        monkeypatch.setattr("fedsys.offload.peers.ANSWER_S", 0.1)  # the other edge asks it, too
+        monkeypatch.setattr("fedsys.offload.peers.LEAST_BYTES_S", 1 << 30)
     else:
         monkeypatch.setattr("fedsys.offload.asking.WAITS", 10**6)
     remote = place.device()
