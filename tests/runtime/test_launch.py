@@ -151,5 +151,5 @@ def test_an_interrupt_in_the_middle_of_a_request_ends_everything(tmp_path, monke
 
         monkeypatch.setattr(processes, "_answer", interrupted)
         processes.check()
-    _, alive = psutil.wait_procs(started, 10)
+    _, alive = psutil.wait_procs(started, 60)
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]

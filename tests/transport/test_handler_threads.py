@@ -24,7 +24,7 @@ def test_a_server_may_stop_while_a_link_is_given_to_its_handler(monkeypatch):
             super().start()
 
     def stop():
-        at_start.wait(10)
+        at_start.wait(60)
         try:
             handlers.stop(1.0)
         except RuntimeError as error:
@@ -35,6 +35,6 @@ def test_a_server_may_stop_while_a_link_is_given_to_its_handler(monkeypatch):
     monkeypatch.setattr("fedsys.transport.link.threading.Thread", SlowToStart)
     handlers.admit(None)
     handlers.start(SilentLink())
-    stopping.join(10)
+    stopping.join(60)
     assert not stopping.is_alive()
     assert not problems

@@ -106,7 +106,7 @@ def test_a_host_lost_between_building_on_it_and_knowing_of_the_pipeline_stops_no
     request, that of warming up, waited for an answer, and behind it what would have answered.
     """
     x = images()
-    with continuing(net, (0, 1), warm=(), timeout_s=5.0) as (engine, fleet, continuer):
+    with continuing(net, (0, 1), warm=(), timeout_s=30.0) as (engine, fleet, continuer):
         lay, seen = engine.chain.lay, []
 
         def struck(route, passed, **more):
@@ -131,7 +131,7 @@ def test_a_request_sent_to_a_host_that_is_lost_too_is_not_waited_for_before_it_i
     next one; that was lost, too, and what was to answer instead was to be built by the same thread.
     """
     x = images()
-    with continuing(net, (0, 1), timeout_s=8.0) as (engine, fleet, continuer):
+    with continuing(net, (0, 1), timeout_s=30.0) as (engine, fleet, continuer):
         assert until(lambda: "5/5" in engine.switcher.spare)
         fleet.pause("device")
         fleet.kill("cloud")
