@@ -325,6 +325,8 @@ class Steps:
         if costs is not None:
             both = costs.seconds(rows_, first, last)
             seconds = sum(both) if which == 2 else both[which]
+            if name == "forward":
+                seconds += costs.release_seconds(rows_, last)
             ways = zip((up, down), self._split.assignment.codecs, strict=True)
             seconds += sum(costs.messaging.seconds(n, codec) for n, codec in ways if n)
         self._recorder.note(name, self._step, piece, self._pace.end(seconds))

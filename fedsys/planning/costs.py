@@ -41,6 +41,12 @@ PRIVATE_UPDATE: Final = 14.0
 """Noise and optimizer step over a step of SGD, measured likewise."""
 
 
+RELEASE_MACS: Final = {"gaussian": 140.0, "laplace": 300.0, "secure": 2200.0}
+"""Multiply-accumulates whose time is that of clipping one number of an activation and adding noise
+to it, forward and backward, by kind of noise: measured on one thread at the cuts of VGG-5. Noise of
+the operating system takes by far the most; of Laplace's that was not measured."""
+
+
 def _check(name: str, value: float) -> None:
     if not 0 <= value < math.inf:
         raise ConfigError.of(name, value, "must be 0 or more, and finite")
@@ -87,6 +93,8 @@ class MachineCosts:
         load_s: Seconds to load one example; of devices only.
         messaging: CPU time of messages.
         workers: Sessions that an edge server computes at the same time.
+        release_s: For each unit the seconds in which what one example leaves behind it is clipped
+            and made noisy on a device, if the cut is there; empty: nothing of that is done.
 
     Raises:
         ConfigError: A time is negative or not finite, or lengths differ.
@@ -101,6 +109,7 @@ class MachineCosts:
     load_s: float = 0.0
     messaging: Messaging = Messaging()
     workers: int = 1
+    release_s: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.rows or list(self.rows) != sorted({max(1, n) for n in self.rows}):
@@ -163,7 +172,24 @@ class MachineCosts:
             backward_s=times(self.backward_s),
             update_s=tuple(value * factor for value in self.update_s),
             operation_s=self.operation_s * factor,
+            release_s=tuple(value * factor for value in self.release_s),
         )
+
+    def release_seconds(self, rows: float, cut: int) -> float:
+        """Return the seconds to make what leaves for an edge private, behind a cut below ``L``."""
+        return rows * self.release_s[cut - 1] if self.release_s and cut else 0.0
+
+    def releasing(self, layers: LayeredModel, noise: str) -> MachineCosts:
+        """Return what it takes where activations are clipped and made noisy before they leave.
+
+        Args:
+            layers: The model, by whose units multiply-accumulates are timed.
+            noise: A key of `RELEASE_MACS`.
+        """
+        macs = sum(unit.macs for unit in layers.units)
+        mac_s = sum(self.forward_s[-1]) / (self.rows[-1] * macs) if macs else 0.0
+        seconds = tuple(RELEASE_MACS[noise] * mac_s * each.elements for each in crossings(layers))
+        return replace(self, release_s=seconds)
 
     def private(self) -> MachineCosts:
         """Return what it takes where the gradient of each example is clipped, with noise."""

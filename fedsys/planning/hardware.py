@@ -142,6 +142,9 @@ def _costs_of(
     made = machine_costs(f"fleet.{group}.{name}", entry, layers, config.client)
     if config.privacy.per_example:
         made = made.private()
+    elif config.privacy.mechanism == "cut":
+        noise = "secure" if config.privacy.secure else config.privacy.noise
+        made = made.releasing(layers, noise)
     return misjudged(made, fleet.misjudged, config.seed) if believed else made
 
 

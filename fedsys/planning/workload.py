@@ -365,8 +365,10 @@ class Menu:
         fixed = np.where(self.cut > 0, costs.operation_s, 0.0)
         after = _after(costs.update_s)
         norms_s = np.where(self.offloaded, self.load.norms_s(device), 0.0)
+        released = np.array([0.0, *(costs.release_s or (0.0,) * self.load.units)])[self.cut]
+        released = np.where(self.offloaded, released * self._sizes[self._size], 0.0)
         return StageTimes(
-            forward=forward + fixed + message_s + up_s,
+            forward=forward + fixed + message_s + up_s + released,
             up=8.0 * self._up_bytes / network.up_bits_s,
             edge=self._edge_s,
             down=8.0 * self._down_bytes / network.down_bits_s,
@@ -452,6 +454,7 @@ def _turns(load: Workload, device: Device, choice: Assignment, size: int) -> tup
             edge_s = sum(load.edges[choice.edge].seconds(n, choice.cut))
             edge_s += there.seconds(up, codec) + there.seconds(down, back)
             exchange = Exchange(up, edge_s, down)
+            forward += device.costs.release_seconds(n, choice.cut)
             turns.append(Turn(name, piece, forward + own.seconds(up, codec), exchange))
         else:
             turns.append(Turn(name, piece, backward + own.seconds(down, back)))

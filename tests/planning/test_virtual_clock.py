@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 
 from fedsys.planning.assignment import Assignment
-from fedsys.planning.costs import Crossing, MachineCosts
+from fedsys.planning.costs import RELEASE_MACS, Crossing, MachineCosts
 from fedsys.planning.hardware import hardware
 from fedsys.planning.options import run_workload
 from fedsys.planning.planner import evaluate
 from fedsys.planning.resources import RESOURCES
 from fedsys.planning.virtual_clock import predicted_iterations, virtual_round
-from fedsys.planning.workload import Device, Workload
+from fedsys.planning.workload import Device, Menu, Workload
 from fedsys.runs.folder import RunFolder
 from fedsys.runtime import run
 from fedsys.training.federation import layered_model
@@ -104,6 +105,29 @@ def test_plans_are_for_private_work_where_examples_have_a_promise(configure):
     assert there == own.private() and loads[1].edges[0] == loads[0].edges[0].private()
     assert there.backward_s[0][0] > 2 * own.backward_s[0][0] and there.forward_s == own.forward_s
     assert loads[0].norm_bytes == 0 and loads[1].norm_bytes >= 8 * private.client.batch_size
+
+
+@pytest.mark.parametrize("pieces", [1, 4])
+def test_noise_at_the_cut_is_charged_to_the_device_in_plans_and_on_the_clock(configure, pieces):
+    """It was free: the earliest cut, with the most numbers to make noisy, looked the best."""
+    given = ["fleet=pi_lab", "num_clients=1", "policy=auto", "model.norm=group"]
+    plain, noisy = configure(*given), configure(*given, "privacy=cut")
+    layers = layered_model(plain, (1, 8, 8), 10)
+    loads = [run_workload(c, layers, hardware(c, layers), [100]) for c in (plain, noisy)]
+    device = loads[1].devices[0].costs
+    per_number = device.release_s[0] / math.prod(layers.units[0].out_shape)
+    mac_s = sum(device.forward_s[-1]) / device.rows[-1] / sum(u.macs for u in layers.units)
+    assert per_number == pytest.approx(RELEASE_MACS["gaussian"] * mac_s)
+    for cut in range(1, len(layers)):
+        choice = [Assignment(cut, micro_batches=pieces)]
+        before, after = (predicted_iterations(load, choice)[0][0] for load in loads)
+        size = loads[0].batch_size
+        assert after - before == pytest.approx(size * device.release_s[cut - 1])
+        menus = [Menu(load, choice).stages(load.devices[0]) for load in loads]
+        added = menus[1].forward[0] - menus[0].forward[0]
+        assert added * pieces == pytest.approx(size * device.release_s[cut - 1])
+    whole = [Assignment(len(layers), micro_batches=pieces)]
+    assert predicted_iterations(loads[0], whole) == predicted_iterations(loads[1], whole)
 
 
 @pytest.mark.parametrize("schedule", ["pipelined", "sequential"])
