@@ -19,6 +19,7 @@ from fedsys.errors import ConfigError, ModelError
 from fedsys.models.layers import LayeredModel, layered
 from fedsys.partition.configured import links_between, problem_of
 from fedsys.partition.evaluation import RequestCost
+from fedsys.partition.finer_chain import finer_chain, finer_problem
 from fedsys.partition.minimum_cut import best_division
 from fedsys.partition.planner import Choice, PartitionPlan, pareto, plan_partition
 from fedsys.partition.problem import Problem
@@ -39,7 +40,8 @@ class DividedModel:
     Attributes:
         name: Of the model or variant.
         accuracy: Of a variant; None for a model.
-        layers: The model.
+        whole: The model as a chain that one tensor crosses.
+        layers: The chain that is divided.
         shape: Of an image.
         problem: What was asked.
         plan: The answer.
@@ -47,6 +49,7 @@ class DividedModel:
 
     name: str
     accuracy: float | None
+    whole: LayeredModel
     layers: LayeredModel
     shape: tuple[int, ...]
     problem: Problem
@@ -119,14 +122,15 @@ def _planned(
     config: Config,
     name: str,
     accuracy: float | None,
-    layers: LayeredModel,
+    whole: LayeredModel,
     shape: tuple[int, ...],
 ) -> DividedModel:
     options = config.partition
-    problem = problem_of(config, layers, shape)
+    layers = finer_chain(config, whole, shape)
+    problem = finer_problem(config, whole, layers, shape)
     solver = "auto" if options.solver == "min_cut" else options.solver
     plan = plan_partition(problem, options.objective, solver, options.alternatives)
-    return DividedModel(name, accuracy, layers, shape, problem, plan)
+    return DividedModel(name, accuracy, whole, layers, shape, problem, plan)
 
 
 def _variants(config: Config) -> Iterator[DividedModel]:
@@ -197,7 +201,7 @@ def figures(one: DividedModel, config: Config) -> dict[str, Any]:
         "planned_ms": 1e3 * plan.planned_s,
         **_summary(problem, plan.best),
         "hosts": _hosts(problem, plan.best.cost),
-        "links": _links(problem, plan.best.cost, names),
+        "links": _links(one, names),
         "whole": [
             {
                 "host": problem.hosts[host].name,
@@ -213,13 +217,14 @@ def figures(one: DividedModel, config: Config) -> dict[str, Any]:
         choices = pareto(problem, config.partition.pareto)
         found["pareto"] = [_summary(problem, choice) for choice in choices]
     if config.partition.solver == "min_cut":
-        found["minimum_cut"] = _minimum_cut(one)
+        found["minimum_cut"] = _minimum_cut(one, config)
     return found
 
 
-def _minimum_cut(one: DividedModel) -> dict[str, Any]:
-    division = best_division(one.problem, one.layers, one.shape, one.plan.objective)
-    single = one.plan.best.cost.value(one.plan.objective)
+def _minimum_cut(one: DividedModel, config: Config) -> dict[str, Any]:
+    problem, objective = problem_of(config, one.whole, one.shape), one.plan.objective
+    division = best_division(problem, one.whole, one.shape, objective)
+    single = plan_partition(problem, objective).best.cost.value(objective)
     return {
         "steps_on_device": len(division.device),
         "tensors": list(division.crossing),
@@ -282,13 +287,15 @@ def _hosts(problem: Problem, cost: RequestCost) -> list[dict[str, Any]]:
     return rows
 
 
-def _links(problem: Problem, cost: RequestCost, names: Sequence[str]) -> list[dict[str, Any]]:
+def _links(one: DividedModel, names: Sequence[str]) -> list[dict[str, Any]]:
+    problem, units = one.problem, one.layers.units
     return [
         {
             "from": problem.hosts[t.first].name,
             "to": problem.hosts[t.last].name,
             "network": " + ".join(names[t.first : t.last]),
             "after": problem.units[t.cut - 1] if t.cut else "the input",
+            "tensors": len(units[t.cut - 1].outputs) if t.cut else 1,
             "codec": t.codec,
             "bytes": t.up_bytes,
             "up_ms": 1e3 * t.up_s,
@@ -296,7 +303,7 @@ def _links(problem: Problem, cost: RequestCost, names: Sequence[str]) -> list[di
             "latency_ms": 1e3 * t.latency_s,
             "wait_ms": 1e3 * t.wait_s,
         }
-        for t in cost.transfers
+        for t in one.plan.best.cost.transfers
     ]
 
 
@@ -350,6 +357,8 @@ def _cells(row: Mapping[str, Any], link: Mapping[str, Any] | None) -> list[str]:
     if not row["takes_part"]:
         return [name, "nothing", "", "", "", ""]
     sends = "" if link is None else f"{link['bytes'] / 1e3:,.1f} kB {link['codec']}"
+    if link is not None and link["tensors"] > 1:
+        sends += f" in {link['tensors']} tensors"
     over = "" if link is None else f"{link['network']}, {link['up_ms']:.3g} ms"
     memory = f"{row['memory_mb']:.3g} MB"
     return [name, row["units"], f"{row['compute_ms']:.3g} ms", memory, sends, over]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -10,10 +11,12 @@ from torch import Tensor, nn
 
 from fedsys.config import Config
 from fedsys.data.loader import eval_batches
-from fedsys.models.layers import layered, stages
+from fedsys.models.layers import layered, section
+from fedsys.partition.finer_chain import finer_chain
+from fedsys.partition.hosted_stage import tensors_of
 from fedsys.partition.problem import Partition
 from fedsys.training import federation
-from fedsys.transport.codecs import decode_activation, encode_activation
+from fedsys.transport.codecs import decode_activations, encode_activations
 
 
 def effect(config: Config, partition: Partition) -> Mapping[str, Any]:
@@ -33,9 +36,11 @@ def effect(config: Config, partition: Partition) -> Mapping[str, Any]:
     count = min(config.partition.images, len(examples))
     images, labels = next(eval_batches(examples, dataset, count))
     model = federation.build_model(config, dataset).eval()
-    chain = layered(model, dataset.input_shape, fc_as_one=config.partition.fc_as_one)
+    whole = layered(model, dataset.input_shape, fc_as_one=config.partition.fc_as_one)
+    chain = finer_chain(config, whole, dataset.input_shape)
     used = [cut for cut in dict.fromkeys(partition.cuts) if 0 < cut < len(chain)]
-    parts = [part.eval() for part in stages(chain, used)]
+    bounds = pairwise((0, *used, len(chain)))
+    parts = [section(chain, first, last).eval() for first, last in bounds]
     with torch.inference_mode():
         alone = model(images)
         return {
@@ -45,10 +50,11 @@ def effect(config: Config, partition: Partition) -> Mapping[str, Any]:
 
 
 def _through(parts: Sequence[nn.Module], images: Tensor, codec: str) -> Tensor:
-    x: Tensor = parts[0](images)
+    values = tensors_of(parts[0](images), "the model")
     for part in parts[1:]:
-        x = part(decode_activation(*encode_activation(x, codec)))
-    return x
+        received = decode_activations(*encode_activations(values, codec))
+        values = tensors_of(part(*received), "the model")
+    return values[0]
 
 
 def _compared(alone: Tensor, got: Tensor, labels: Tensor) -> dict[str, float]:

@@ -120,6 +120,7 @@ class PartitionConfig:
         requests_per_s: Requests that arrive at random; 0: one at a time.
         codecs: In which tensors at cuts may be written.
         fc_as_one: Whether there are no cuts between linear layers at the end.
+        tensors: Tensors that may cross a cut, at most.
         must: Host of a unit, by names; None as an empty one, as for the two that follow.
         must_not: Units that a host must not compute, by its name.
         upload_mb: Largest size of what a host sends for a request, by its name.
@@ -140,6 +141,7 @@ class PartitionConfig:
     requests_per_s: float = 0.0
     codecs: tuple[str, ...] = ("fp32",)
     fc_as_one: bool = True
+    tensors: int = 1
     must: Spec | None = None
     must_not: Spec | None = None
     upload_mb: Spec | None = None
@@ -175,6 +177,7 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda v: bool(v) and set(v) <= set(_CODECS) and len(set(v)) == len(v),
         f"must be a list of {', '.join(_CODECS)}",
     ),
+    ("tensors", lambda v: v >= 1, "must be at least 1"),
     ("time_limit_ms", lambda v: v is None or v > 0, "must be above 0"),
     ("max_drop", lambda v: 0 <= v <= 1, "must be in [0, 1]"),
     (

@@ -35,13 +35,17 @@ _OVERWRITING = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 
 @dataclass(frozen=True, slots=True)
 class UnitNodes:
-    """The nodes of one unit in order, and the one that makes what leaves it."""
+    """The nodes of one unit in order, the one that makes what leaves it, and what leaves besides.
+
+    What leaves besides was made by the unit or by one before it.
+    """
 
     nodes: tuple[fx.Node, ...]
     output: fx.Node
+    beside: tuple[fx.Node, ...] = ()
 
     def __add__(self, after: UnitNodes) -> UnitNodes:
-        return UnitNodes(self.nodes + after.nodes, after.output)
+        return UnitNodes(self.nodes + after.nodes, after.output, after.beside)
 
 
 def find_chain(module: fx.GraphModule, costs: Costs, batch: int) -> list[UnitNodes]:
@@ -54,8 +58,8 @@ def find_chain(module: fx.GraphModule, costs: Costs, batch: int) -> list[UnitNod
     """
     segments: list[UnitNodes] = []
     for segment in _segments(module.graph, costs, batch):
-        begins = any(_works(module, node, costs) for node in segment.nodes)
-        whole = segments and any(_works(module, node, costs) for node in segments[-1].nodes)
+        begins = any(works(module, node, costs) for node in segment.nodes)
+        whole = segments and any(works(module, node, costs) for node in segments[-1].nodes)
         if begins and whole and not _overwrites(module, segments[-1].output, segment):
             segments.append(segment)
         elif segments:
@@ -85,7 +89,7 @@ def _segments(graph: fx.Graph, costs: Costs, batch: int) -> Iterator[UnitNodes]:
         yield UnitNodes(tuple(steps[start:]), graph.output_node())
 
 
-def _works(module: nn.Module, node: fx.Node, costs: Costs) -> bool:
+def works(module: nn.Module, node: fx.Node, costs: Costs) -> bool:
     """Say whether a unit may begin with `node`: it multiplies, or looks up what it has learned."""
     if node.op == "call_module":
         called = module.get_submodule(str(node.target))
@@ -96,10 +100,11 @@ def _works(module: nn.Module, node: fx.Node, costs: Costs) -> bool:
 
 def _overwrites(module: nn.Module, value: fx.Node, segment: UnitNodes) -> bool:
     """Say whether `segment` works in place on `value`: autograd forbids it for what is received."""
-    return any(_in_place(module, node) for node in segment.nodes if value in node.all_input_nodes)
+    return any(in_place(module, node) for node in segment.nodes if value in node.all_input_nodes)
 
 
-def _in_place(module: nn.Module, node: fx.Node) -> bool:
+def in_place(module: nn.Module, node: fx.Node) -> bool:
+    """Say whether `node` changes what it is given first."""
     if node.op == "call_module":
         return bool(getattr(module.get_submodule(str(node.target)), "inplace", False))
     name = str(getattr(node.target, "__name__", node.target))
@@ -117,7 +122,7 @@ def name_units(module: nn.Module, segments: Sequence[UnitNodes], costs: Costs) -
     A unit without a module of its own is named after the first module or function that works.
     """
     working = [
-        [n for n in segment.nodes if _works(module, n, costs)] or list(segment.nodes)
+        [n for n in segment.nodes if works(module, n, costs)] or list(segment.nodes)
         for segment in segments
     ]
     paths = [[_ancestors(node) for node in nodes] for nodes in working]
@@ -199,7 +204,7 @@ def _is_linear(module: nn.Module, segment: UnitNodes, costs: Costs) -> bool:
             else node.target is F.linear
         )
         for node in segment.nodes
-        if _works(module, node, costs)
+        if works(module, node, costs)
     )
 
 

@@ -73,6 +73,9 @@ class Unit:
         params: Number of trainable and frozen parameters (elements, without buffers).
         bytes_out: Size of what leaves it for one example, in the dtype of the model.
         out_shape: Shape of what leaves it, without the batch; empty if it is not one tensor.
+        beside: Further nodes whose tensors cross the cut behind it, with their shapes without the
+            batch; they count in `bytes_out`. None in a chain of `layered`
+            (`fedsys.models.several`).
     """
 
     name: str
@@ -83,6 +86,17 @@ class Unit:
     params: int
     bytes_out: int
     out_shape: tuple[int, ...]
+    beside: tuple[tuple[str, tuple[int, ...]], ...] = ()
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of all nodes whose tensors leave it."""
+        return (self.output, *(name for name, _ in self.beside))
+
+    @property
+    def out_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of all tensors that leave it, without the batch."""
+        return (self.out_shape, *(shape for _, shape in self.beside))
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -133,14 +147,14 @@ def layered(
     """
     if units is None:
         graph = trace(model, example)
-        costs, batch = _measured(graph, example)
+        costs, batch = measured(graph, example)
         segments = find_chain(graph, costs, batch)
     else:
         x = _batch_like(model, example)
         device = next((p.device for p in model.parameters()), x.device)
         modes = observed(model, x.to(device))
         graph, segments = listed_chain(model, units, modes)
-        costs, batch = _measured(graph, example)
+        costs, batch = measured(graph, example)
         _check_same(model, graph, example)
     if not segments:
         raise ModelError(f"{type(model).__name__} computes nothing: its output is its input")
@@ -148,16 +162,18 @@ def layered(
 
 
 def chain_of(
-    graph: fx.GraphModule, segments: Sequence[UnitNodes], example: Tensor | Sequence[int]
-) -> LayeredModel:
+    graph: fx.GraphModule, segments: Sequence[UnitNodes], example: Tensor | Sequence[int],
+    *, fc_as_one: bool = True,
+) -> LayeredModel:  # fmt: skip
     """See a graph as the chain of these units, which are known.
 
     Args:
         graph: The model.
         segments: Its units: nodes of `graph`, all of them that compute, in order.
         example: As for `layered`.
+        fc_as_one: As for `layered`.
     """
-    return _chain(graph, segments, *_measured(graph, example), True)
+    return _chain(graph, segments, *measured(graph, example), fc_as_one)
 
 
 def _chain(
@@ -197,12 +213,13 @@ def _unit(
         names=state,
         macs=sum(costs[node.name].macs for node in segment.nodes) // batch,
         params=sum(sizes.values()),
-        bytes_out=out.bytes // batch,
+        bytes_out=sum(costs[n.name].bytes for n in (segment.output, *segment.beside)) // batch,
         out_shape=out.shape[1:] if out.shape else (),
+        beside=tuple((n.name, (costs[n.name].shape or ())[1:]) for n in segment.beside),
     )
 
 
-def _measured(
+def measured(
     graph: fx.GraphModule, example: Tensor | Sequence[int]
 ) -> tuple[dict[str, NodeCost], int]:
     """Return what the nodes make of a batch, and its size."""
@@ -375,7 +392,8 @@ def split(model: LayeredModel, cut: int) -> tuple[nn.Module, nn.Module]:
 def section(model: LayeredModel, start: int, stop: int) -> fx.GraphModule:
     """Return units ``[start, stop)`` with their graph, to be described and built elsewhere.
 
-    Computes what the stage of `stages` computes; for evaluation.
+    Computes what the stage of `stages` computes; for evaluation. Where several tensors cross a cut
+    it takes them one by one, and returns them as a tuple, in the order of `Unit.outputs`.
 
     Raises:
         ModelError: Units that share a parameter would be separated.
@@ -388,6 +406,9 @@ def section(model: LayeredModel, start: int, stop: int) -> fx.GraphModule:
 
 
 def _stage(model: LayeredModel, start: int, stop: int) -> nn.Module:
+    for cut in (start, stop):
+        if cut and model.units[cut - 1].beside:
+            raise ModelError(f"cut {cut}: several tensors cross it, and a stage takes one")
     names = [name for unit in model.units[start:stop] for name in unit.names]
     graph = stage_graph(model, start, stop)
     built = stage(model.graph, graph, names, modes_of(model.graph))
@@ -406,7 +427,7 @@ def stage_graph(model: LayeredModel, start: int, stop: int) -> fx.Graph:
     units = model.units[start:stop]
     wanted = {name for unit in units for name in unit.nodes}
     original = model.graph.graph
-    before = model.units[start - 1].output if start else None
+    before = model.units[start - 1].outputs if start else ()
     nodes = {node.name: node for node in original.nodes}
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -417,15 +438,17 @@ def stage_graph(model: LayeredModel, start: int, stop: int) -> fx.Graph:
         return copies[node]
 
     entry = next(node for node in original.nodes if node.op == "placeholder")
-    given = graph.placeholder("x" if before else str(entry.target))
-    copies[nodes[before] if before else entry] = given
+    for number, name in enumerate(before):
+        copies[nodes[name]] = graph.placeholder(f"x{number or ''}")
+    if not before:
+        copies[entry] = graph.placeholder(str(entry.target))
     for node in original.nodes:
         if node.name in wanted:
             copies[node] = graph.node_copy(node, copied)
-    if not units:
-        graph.output(given)
-    elif stop == len(model):
+    if units and stop == len(model):
         graph.node_copy(original.output_node(), copied)
-    else:
-        graph.output(copied(nodes[units[-1].output]))
+        return graph
+    leaving = units[-1].outputs if units else before or (entry.name,)
+    values = tuple(copied(nodes[name]) for name in leaving)
+    graph.output(values if len(values) > 1 else values[0])
     return graph

@@ -18,19 +18,23 @@ from fedsys.transport.network import Network
 _MB = 1e6
 
 
-def problem_of(config: Config, layers: LayeredModel, input_shape: Sequence[int]) -> Problem:
+def problem_of(
+    config: Config, layers: LayeredModel, input_shape: Sequence[int],
+    described: LayeredModel | None = None,
+) -> Problem:  # fmt: skip
     """Return what the configuration asks about a model.
 
     Args:
         config: Its ``hosts``, ``network`` and ``partition`` count.
         layers: The model.
         input_shape: Of an example, without the batch.
+        described: The chain of units that hosts are given the costs of; None: `layers`.
 
     Raises:
         ConfigError: A host, a unit or a machine is not known, or there is not one link between
             each two neighbours.
     """
-    hosts = hosts_of(config, layers)
+    hosts = hosts_of(config, described or layers)
     options = config.partition
     return Problem.of(
         layers,

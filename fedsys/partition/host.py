@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from fedsys.errors import FedsysError, FrameError, LinkClosed, SecurityError
 from fedsys.identity import arithmetic, package_version
 from fedsys.partition.data_link import open_data
-from fedsys.partition.hosted_stage import HostedStage, Onward, StagePiece
+from fedsys.partition.hosted_stage import HostedStage, Onward, StagePiece, tensors_of
 from fedsys.partition.tensor_store import TensorStore
 from fedsys.transport.addresses import serve
 from fedsys.transport.link import AcceptedLink, Server
@@ -248,9 +248,9 @@ class HostServer:
                 modules.append(self._builder.build(body, self.store.use(key, names)).eval())
             with torch.inference_mode():
                 for rows in meta.get("warm", ()):
-                    out = torch.zeros(int(rows), *map(int, meta["shape"]))
+                    out = tuple(torch.zeros(int(rows), *map(int, s)) for s in meta["shapes"])
                     for module in modules:
-                        out = module(out)
+                        out = tensors_of(module(*out), self.name)
             onward = self._onward(meta)
         except BaseException:
             self._free(key, modules)

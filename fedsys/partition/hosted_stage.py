@@ -25,11 +25,13 @@ import torch
 from torch import Tensor
 
 from fedsys.errors import FedsysError, FrameError, LinkError, first_line
-from fedsys.transport.codecs import decode_activation, encode_activation
+from fedsys.transport.codecs import decode_activations, encode_activations
 from fedsys.transport.link import Link
 from fedsys.transport.wire import Frame
 
-Run = Callable[[Tensor], Tensor]
+Run = Callable[..., Any]
+Tensors = tuple[Tensor, ...]
+"""What crosses a cut: one tensor, or several."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class StagePiece:
 
     Attributes:
         first: The boundary of the model from which it goes on: the index of a unit.
-        run: Computes it.
+        run: Computes it, of one tensor or several; returns one, or a tuple of several.
     """
 
     first: int
@@ -154,32 +156,31 @@ class HostedStage:
             raise FrameError("x: has no id")
         part = {"host": self._host, "queue_s": began - frame.arrived_s, "compute_s": 0.0}
         one = Underway(number, link, frame.arrived_s, part)
-        self._go_on(one, lambda: decode_activation(frame.tensors, frame.meta), None)
+        self._go_on(one, lambda: decode_activations(frame.tensors, frame.meta), None)
 
-    def resume(self, one: Underway, tensor: Callable[[], Tensor], first: int) -> None:
+    def resume(self, one: Underway, values: Callable[[], Tensors], first: int) -> None:
         """Go on with a request of another pipeline of this host, from a boundary of the model.
 
         Args:
             one: The request.
-            tensor: What it is at that boundary.
+            values: What it is at that boundary.
             first: The boundary: one of `boundaries`.
         """
-        self._go_on(one, tensor, first)
+        self._go_on(one, values, first)
 
-    def _go_on(self, one: Underway, tensor: Callable[[], Tensor], first: int | None) -> None:
+    def _go_on(self, one: Underway, values: Callable[[], Tensors], first: int | None) -> None:
         """Compute the pieces from a boundary on (None: all), and pass on what they make."""
         began = time.monotonic()
         try:
             with torch.inference_mode():
-                out = tensor()
+                out = values()
                 for piece in self._pieces:
                     if first is None or piece.first >= first:
-                        out = piece.run(out)
-            if not isinstance(out, Tensor):
-                raise FrameError(f"{self._host} made no tensor of what it was sent")
-            tensors, meta = encode_activation(
-                out, self._onward.codec if self._onward.link else "fp32"
-            )
+                        out = tensors_of(piece.run(*out), self._host)
+            if self._onward.link is None and self._instead is None and len(out) > 1:
+                raise FrameError(f"{self._host} ends the model, and made {len(out)} tensors")
+            codec = self._onward.codec if self._onward.link else "fp32"
+            tensors, meta = encode_activations(out, codec)
         except Exception as error:  # of this request alone: the others go on
             known = isinstance(error, FedsysError)
             reason = first_line(error) if known else f"{type(error).__name__}: {first_line(error)}"
@@ -192,7 +193,7 @@ class HostedStage:
         frame = Frame("x", {**meta, "id": one.number}, tensors)
         self._pass_on(replace(one, part=part, frame=frame, sent_s=now), out)
 
-    def _pass_on(self, one: Underway, out: Tensor) -> None:
+    def _pass_on(self, one: Underway, out: Tensors) -> None:
         onward = self._onward.link
         with self._lock:
             instead = self._instead
@@ -232,7 +233,7 @@ class HostedStage:
             self._instead = stage, first
             held, self._held = list(self._held.values()), {}
         for one in held:
-            stage.resume(one, lambda one=one: _tensor_of(one), first)  # type: ignore[misc]
+            stage.resume(one, lambda one=one: _values_of(one), first)  # type: ignore[misc]
         return len(held)
 
     def _read(self, onward: Link) -> None:
@@ -288,9 +289,21 @@ class HostedStage:
             self._onward.link.close()
 
 
-def _tensor_of(one: Underway) -> Tensor:
+def tensors_of(out: object, host: str) -> Tensors:
+    """Return what units made as a tuple.
+
+    Raises:
+        FrameError: It is neither a tensor nor a tuple of them.
+    """
+    values = out if isinstance(out, tuple) else (out,)
+    if not values or not all(isinstance(value, Tensor) for value in values):
+        raise FrameError(f"{host} made no tensor of what it was sent")
+    return values
+
+
+def _values_of(one: Underway) -> Tensors:
     assert one.frame is not None
-    return decode_activation(one.frame.tensors, one.frame.meta)
+    return decode_activations(one.frame.tensors, one.frame.meta)
 
 
 def _failed(number: int, host: str, reason: str) -> Frame:

@@ -23,6 +23,7 @@ import networkx as nx
 import torch
 
 from fedsys.errors import ConfigError
+from fedsys.models.chain import in_place
 from fedsys.models.layers import LayeredModel
 from fedsys.models.measure import measure
 from fedsys.models.origins import sourceless
@@ -201,7 +202,10 @@ def _back(problem: Problem, objective: str) -> float:
 def steps_of(
     problem: Problem, layers: LayeredModel, input_shape: Sequence[int], objective: str
 ) -> tuple[list[GraphStep], list[list[str]]]:
-    """Return the steps of a model, the input first, and which must stay together."""
+    """Return the steps of a model, the input first, and which must stay together.
+
+    A step that works in place stays with what makes and what reads the tensor that it changes.
+    """
     nodes = {node.name: node for node in layers.graph.graph.nodes}
     entry = next(node.name for node in nodes.values() if node.op == "placeholder")
     costs = measure(layers.graph, torch.empty((_ROWS, *input_shape), device="meta"))
@@ -221,6 +225,10 @@ def steps_of(
     together = [
         [n for u in users for n in layers.units[u].nodes] for users in layers.shared.values()
     ]
+    for node in nodes.values():
+        if in_place(layers.graph, node):
+            given = node.all_input_nodes[0]
+            together.append([given.name, node.name, *(user.name for user in given.users)])
     return steps, together
 
 

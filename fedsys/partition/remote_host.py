@@ -30,13 +30,13 @@ class Described:
         body: Their graph.
         names: The digest of each of their tensors, by name.
         tensors: By digest.
-        shape: Of what they take, without the batch.
+        shapes: Of the tensors that they take, without the batch.
     """
 
     body: bytes
     names: Mapping[str, str]
     tensors: Mapping[str, Tensor]
-    shape: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
 
 
 @final
@@ -206,7 +206,7 @@ class RemoteHost:
         about = {
             **meta,
             "pieces": [{"first": first, "names": dict(one.names)} for first, one in pieces],
-            "shape": list(pieces[0][1].shape),
+            "shapes": [list(shape) for shape in pieces[0][1].shapes],
             "warm": list(warm),
         }
         return self.ask("stage", about, bodies)

@@ -300,7 +300,7 @@ class MachineClass:
 
 @dataclass(frozen=True, slots=True)
 class Crossing:
-    """The tensor that crosses one cut, for one example.
+    """The tensor that crosses one cut, for one example, or several of one type together.
 
     Attributes:
         elements: Elements.
@@ -317,8 +317,9 @@ def crossings(layers: LayeredModel) -> tuple[Crossing, ...]:
     """Return what leaves each unit: the tensor at cut ``c`` is at index ``c - 1``; length L."""
     made = []
     for unit in layers.units:
-        elements = math.prod(unit.out_shape)
-        made.append(Crossing(elements, (unit.out_shape or (1,))[0], unit.bytes_out // elements))
+        elements = sum(math.prod(shape) for shape in unit.out_shapes)
+        channels = sum((shape or (1,))[0] for shape in unit.out_shapes)
+        made.append(Crossing(elements, channels, unit.bytes_out // elements))
     return tuple(made)
 
 

@@ -12,8 +12,9 @@ from fedsys.config import Config, secret
 from fedsys.errors import ConfigError, ModelError
 from fedsys.models.layers import LayeredModel, layered
 from fedsys.partition.conditions import Observer
-from fedsys.partition.configured import hosts_of, problem_of, traced_networks_of
+from fedsys.partition.configured import hosts_of, traced_networks_of
 from fedsys.partition.controller import MoveRules
+from fedsys.partition.finer_chain import finer_chain, finer_problem
 from fedsys.partition.host import HostServer
 from fedsys.partition.likely import likely
 from fedsys.partition.pipeline import Lost
@@ -70,14 +71,15 @@ class OpenedChain:
             raise ModelError(f"variant {name} is an ONNX file: it has no units to be cut between")
         shape = portfolio.about.input_shape
         module = model_of(config, portfolio, name)
-        self.layers: LayeredModel = layered(module, shape, fc_as_one=config.partition.fc_as_one)
+        self._whole = layered(module, shape, fc_as_one=config.partition.fc_as_one)
+        self.layers: LayeredModel = _divided(config, self._whole, shape)
         with ExitStack() as stack:
             hosts = _connect(config, stack)
             token, credentials = _proofs(config)
             recovery = None
             if config.serving.recovery.enabled and len(hosts) > 1:
                 recovery = LookedAfter(hosts, config, stack)
-            ways = OtherWays(config, self.layers, portfolio, name)
+            ways = OtherWays(config, self.layers, portfolio, name, self._whole)
             chain = Chain(
                 hosts,
                 ways.parts(WHOLE),
@@ -86,7 +88,7 @@ class OpenedChain:
                 options=_options(config, None if recovery is None else recovery.watch.lost),
                 ways=ways.parts,
             )
-            first = first_partition(config, self.layers, shape)
+            first = first_partition(config, self._whole, self.layers, shape)
             problem = self._problem(config, shape)
             observer = None if problem is None else Observer(problem)
             seen = {} if observer is None else {"passed": observer.seen}
@@ -110,7 +112,7 @@ class OpenedChain:
         named = all(host.machine for host in config.hosts.list)
         if not config.hosts.adapt or not named or len(config.hosts.list) < 2:
             return None
-        return problem_of(config, self.layers, shape)
+        return finer_problem(config, self._whole, self.layers, shape)
 
     def close(self) -> None:
         """End the engine, and the host in this process."""
@@ -164,8 +166,31 @@ def _options(config: Config, lost: Lost | None) -> ChainOptions:
     return ChainOptions(timeout_s, tuple(rows), networks, time.monotonic(), lost)
 
 
-def first_partition(config: Config, layers: LayeredModel, shape: tuple[int, ...]) -> Partition:
+def _divided(config: Config, whole: LayeredModel, shape: tuple[int, ...]) -> LayeredModel:
+    """Return the chain that is divided among the hosts.
+
+    Raises:
+        ConfigError: Several tensors may cross a cut, and exits are named.
+    """
+    several = config.partition.tensors > 1 or config.partition.solver == "min_cut"
+    if several and config.serving.exits is not None:
+        raise ConfigError.of(
+            "partition.tensors", config.partition.tensors, "must be 1 with serving.exits, and the "
+            "solver none of min_cut: an exit is where one tensor is alive",
+        )  # fmt: skip
+    return finer_chain(config, whole, shape)
+
+
+def first_partition(
+    config: Config, whole: LayeredModel, layers: LayeredModel, shape: tuple[int, ...]
+) -> Partition:
     """Return the cuts to begin with: those that are given, or the planned ones.
+
+    Args:
+        config: ``hosts``, ``network`` and ``partition`` count.
+        whole: The model as a chain that one tensor crosses.
+        layers: The chain that is divided.
+        shape: Of an image.
 
     Raises:
         ConfigError: None are given, and the hosts have no machines that could be planned for.
@@ -181,6 +206,6 @@ def first_partition(config: Config, layers: LayeredModel, shape: tuple[int, ...]
     if all(not host.machine for host in config.hosts.list):
         rule = "must be given where hosts.list names no machines to plan for"
         raise ConfigError.of("partition.cuts", None, rule, "for instance partition.cuts=[2,4]")
-    hosts_of(config, layers)
-    problem = problem_of(config, layers, shape)
+    hosts_of(config, whole)
+    problem = finer_problem(config, whole, layers, shape)
     return plan_partition(problem, config.partition.objective).best.partition

@@ -78,9 +78,9 @@ class UnitParts:
         tensors = _used(module)
         names = {name: self._digest(tensor) for name, tensor in tensors.items()}
         by_digest = {names[name]: tensor.detach() for name, tensor in tensors.items()}
-        shape = self._input if first == 0 else self.layers.units[first - 1].out_shape
+        shapes = (self._input,) if first == 0 else self.layers.units[first - 1].out_shapes
         dismantled = json.dumps(body, allow_nan=False).encode()
-        return Described(dismantled, names, by_digest, tuple(shape))
+        return Described(dismantled, names, by_digest, shapes)
 
     def _digest(self, tensor: Tensor) -> str:
         found = self._digests.get(id(tensor))

@@ -21,11 +21,14 @@ limited, so that one large gradient does not become an infinity. int8 cannot hol
 the tensor, because one of them would erase its channel unseen.
 
 Integer and boolean tensors are sent as they are by every codec.
+
+Several tensors cross some cuts (`encode_activations`): the frame has them as ``x``, ``x1``, ``x2``
+and so on, each written by itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal, get_args
 
 import torch
@@ -117,6 +120,47 @@ def check_codec(name: object, rule: str = "") -> None:
         known = f"must be one of {', '.join(CODECS)}{rule}"
         hint = did_you_mean(str(name), CODECS).strip()
         raise ConfigError.of("policy.codec", name, known, hint)
+
+
+def encode_activations(
+    values: Sequence[Tensor], codec: str
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return what a frame carries for all tensors at a cut; for a single one as for it alone.
+
+    Args:
+        values: At least one.
+        codec: One of `CODECS`.
+
+    Raises:
+        ConfigError: The codec is unknown.
+        ModelError: One holds NaN or an infinity and the codec is int8.
+    """
+    tensors, meta = encode_activation(values[0], codec)
+    more = []
+    for number, value in enumerate(values[1:], 1):
+        written, about = encode_activation(value, codec)
+        tensors |= {f"{name}{number}": tensor for name, tensor in written.items()}
+        more.append(about)
+    return tensors, meta | ({"more": more} if more else {})
+
+
+def decode_activations(
+    tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
+) -> tuple[Tensor, ...]:
+    """Return all tensors at a cut, as `encode_activations` took them.
+
+    Raises:
+        FrameError: Tensors and values do not belong together.
+    """
+    first, more = decode_activation(tensors, meta), meta.get("more", [])
+    if not isinstance(more, list) or not all(isinstance(about, Mapping) for about in more):
+        raise FrameError("more: must be a list of what is known of further tensors")
+    further = []
+    for number, about in enumerate(more, 1):
+        named = {key: tensors[f"{key}{number}"] for key in ("x", "scale")
+                 if f"{key}{number}" in tensors}  # fmt: skip
+        further.append(decode_activation(named, about))
+    return first, *further
 
 
 def _own_scales(elements: int, channels: int) -> bool:

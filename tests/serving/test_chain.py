@@ -64,7 +64,7 @@ def test_models_with_branches_are_described_and_built_elsewhere(name):
     for first, last in zip(bounds, [*bounds[1:], len(layers)], strict=True):
         described = parts.of(first, last)
         tensors = {name: described.tensors[d] for name, d in described.names.items()}
-        assert described.shape == y.shape[1:]
+        assert described.shapes == (tuple(y.shape[1:]),)
         y = scores(builder.build(described.body, tensors), y)
     assert torch.equal(y, scores(net, x))
 

@@ -79,6 +79,7 @@ class OtherWays:
         whole: The chain of all units.
         portfolio: Where its variants are.
         name: Of the variant that is the whole model.
+        described: The chain whose units machines are described for; None: `whole`.
 
     Raises:
         RunError: The run with the exits cannot be read, or is of another model.
@@ -90,8 +91,10 @@ class OtherWays:
         whole: LayeredModel,
         portfolio: Portfolio,
         name: str,
+        described: LayeredModel | None = None,
     ) -> None:
         self._config, self._portfolio = config, portfolio
+        self._described = described or whole
         self._chains = {WHOLE: whole}
         self._parts: dict[str, UnitParts] = {}
         self._exits = _exits(config, whole, portfolio)
@@ -158,7 +161,7 @@ class OtherWays:
         try:
             return machine_costs(path, entry, layers)
         except ConfigError:  # a profile of the whole model: its rate counts for other units
-            whole = self._chains[WHOLE]
+            whole = self._described
             seconds = machine_costs(path, entry, whole).seconds(1)[0]
             macs = sum(unit.macs for unit in whole.units)
             return MachineClass(machine, macs / max(seconds, 1e-9)).costs(layers)
