@@ -66,12 +66,17 @@ def _lanes(problem: Problem, plan: PartitionPlan) -> list[Lane]:
 def _host_label(problem: Problem, portion: Portion) -> str:
     names = problem.units[portion.first : portion.last]
     units = "nothing" if not names else names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
-    return f"{problem.hosts[portion.host].name}: {units}\n{portion.memory_bytes / 1e6:.3g} MB"
+    took = f"{portion.memory_bytes / 1e6:.3g} MB, {milliseconds(portion.compute_s)}"
+    return f"{problem.hosts[portion.host].name}: {units}\n{took}"
 
 
 def _link_label(problem: Problem, sent: Transfer) -> str:
     ends = f"{problem.hosts[sent.first].name} → {problem.hosts[sent.last].name}"
-    return f"{ends}\n{sent.up_bytes / 1e3:,.1f} kB {sent.codec}"
+    return f"{ends}\n{sent.up_bytes / 1e3:,.1f} kB {sent.codec}, {milliseconds(sent.up_s)}"
+
+
+def _digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _timeline(axes: Any, lanes: list[Lane], title: str) -> None:
@@ -81,12 +86,12 @@ def _timeline(axes: Any, lanes: list[Lane], title: str) -> None:
             axes.barh(row, length, left=begin, height=0.6, color=color)
             if length > _ROOM * whole:
                 middle = begin + length / 2
-                axes.text(middle, row, f"{length:.3g}", ha="center", va="center", color="white")
+                axes.text(middle, row, _digits(length), ha="center", va="center", color="white")
     axes.set_yticks(range(len(lanes)), [name for name, _ in lanes])
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.set(title=f"{title}: a request takes {milliseconds(whole / 1e3)}", xlabel="ms")
-    words = {"computes": _COMPUTES, "messages": _MESSAGES, "sends": _SENDS, "ways": _WAYS,
+    words = {"computes": _COMPUTES, "messages": _MESSAGES, "sends": _SENDS, "on the way": _WAYS,
              "waits": _WAITS}  # fmt: skip
     for word, color in words.items():
         axes.barh(0, 0, color=color, label=word)

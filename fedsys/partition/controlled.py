@@ -1,9 +1,12 @@
 """Conditions that are made, for experiments: others who compute, and others who hold memory.
 
-A `Load` is a process of its own, on the processors of one host. Of each period of 20 ms it computes
-a share; the memory that it holds is written over and over, a megabyte in a period, so that it stays
+A `Load` is a process of its own, on the processors of one host. It computes until it has had its
+share of processor time, looking every 20 ms: what it misses while others compute, it makes up for.
+The memory that it holds is written over and over, a megabyte in a period, so that it stays
 resident. What it achieved is measured (`Load.achieved`): an experiment that asks for half of a
-processor and gets less of it is one under other conditions.
+processor and gets less of it is one under other conditions. Against a busy machine, the hosts and
+the loads of an experiment come first together (`come_first`), so that they are alike among each
+other and other work waits.
 
 McNamee et al. (CLOUD 2021) start stress-ng for CPU and memory and ``tc`` for the link, and look at
 none of them afterwards. Links are slowed down by `fedsys.transport.shaping` here.
@@ -12,13 +15,15 @@ none of them afterwards. Links are slowed down by `fedsys.transport.shaping` her
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import final
 
 import psutil
@@ -29,8 +34,8 @@ _CODE = """
 import json, os, select, sys, time
 if len(sys.argv) > 1 and hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, json.loads(sys.argv[1]))
-PERIOD, PIECE = 0.02, b"\\1" * (1 << 20)
-share, held, at = 0.0, bytearray(), 0
+PERIOD, LAG, PIECE = 0.02, 0.5, b"\\1" * (1 << 20)
+share, held, at, since, used = 0.0, bytearray(), 0, 0.0, 0.0
 while True:
     began = time.monotonic()
     if select.select([sys.stdin], [], [], 0)[0]:
@@ -41,16 +46,21 @@ while True:
         held = bytearray()
         held, at = bytearray(PIECE) * count, 0
         print(json.dumps("ready"), flush=True)
+        since, used = time.monotonic(), time.process_time()
     if held:
         held[at : at + len(PIECE)] = PIECE
         at = (at + len(PIECE)) % len(held)
-    while time.monotonic() - began < share * PERIOD:
+    due = used + share * (time.monotonic() + PERIOD - since)
+    if due > time.process_time() + LAG:  # it makes up for half a second, and no more
+        used -= due - time.process_time() - LAG
+    while time.process_time() < due and time.monotonic() - began < PERIOD:
         pass
     time.sleep(max(0.0, began + PERIOD - time.monotonic()))
 """
 _PIECE = 1 << 20
 _END_S = 5.0
 _READY_S = 60.0  # to write the memory
+_FIRST = -20
 
 
 @dataclass(frozen=True)
@@ -86,6 +96,11 @@ class Load:
         self._seen = psutil.Process(self._process.pid)
         self.set(0.0, 0)
         self._base = self._seen.memory_info().rss
+
+    @property
+    def pid(self) -> int:
+        """Of its process."""
+        return self._process.pid
 
     def set(self, cpu: float, memory_bytes: int) -> None:
         """Compute for a share of one processor, and hold memory, from now on.
@@ -132,6 +147,24 @@ class Load:
             self._process.kill()
             self._process.wait()
         self._process.stdout.close()
+
+
+def come_first(pids: Iterable[int]) -> bool:
+    """Have processes computed before all others of the machine; return whether that is allowed.
+
+    By their priority, which root alone may raise.
+
+    Args:
+        pids: Of the processes; their threads, and what they start, come along.
+    """
+    found = list(pids)
+    try:
+        for pid in found:
+            for task in Path(f"/proc/{pid}/task").iterdir():  # Linux: a priority is a thread's
+                os.setpriority(os.PRIO_PROCESS, int(task.name), _FIRST)
+    except (AttributeError, OSError):
+        return False
+    return bool(found)
 
 
 def within(wanted: float, got: float, tolerance: float) -> bool:

@@ -1,12 +1,16 @@
 import json
+import os
 
 import pytest
+import yaml
 
 from fedsys.commands.bench.condition_sweep import ConditionSweep, read_samples, useful_cuts
+from fedsys.commands.bench.conditions import sweep_of
+from fedsys.config import CONF, compose_text, parse
 from fedsys.errors import DataError
 from fedsys.main import main
 from fedsys.models import layered
-from fedsys.partition.controlled import Load
+from fedsys.partition.controlled import Load, come_first
 from tests.serving.chains import SHAPE, model
 
 
@@ -15,6 +19,25 @@ def test_a_condition_is_what_its_digits_say():
     assert len(sweep.conditions()) == 2 * 3 * 2 * 2 * 3
     # network, cloud_cpu, edge_memory, cloud_memory, edge_cpu
     assert sweep.loads((1, 2, 1, 0, 1)) == {"edge": (0.5, 10), "cloud": (1.0, 0)}
+
+
+def test_levels_that_were_given_stay_with_quick():
+    config = parse(compose_text(""))
+    text = (CONF / "bench" / "conditions.yaml").read_text()
+    options = {**yaml.safe_load(text)["bench"], "quick": True}
+    sweep = sweep_of(config, options)
+    assert (sweep.rates, sweep.cpu, sweep.repeats) == ((50e6, 10e6), (0.0, 1.0), 4)
+    sweep = sweep_of(config, {**options, "rates": [9, 8, 7], "repeats": 6})
+    assert (sweep.rates, sweep.cpu, sweep.repeats) == ((9e6, 8e6, 7e6), (0.0, 1.0), 6)
+
+
+def test_loads_and_hosts_come_first_where_that_is_allowed():
+    load = Load()
+    allowed = come_first([load.pid])
+    first = os.getpriority(os.PRIO_PROCESS, load.pid) == -20
+    load.close()
+    assert allowed == first and not come_first([])
+    assert allowed or os.geteuid() != 0
 
 
 def test_useful_cuts_are_those_where_less_crosses_than_at_all_before():

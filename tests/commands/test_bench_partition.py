@@ -1,10 +1,16 @@
 import math
 import random
+import time
 
 import pytest
+import torch
+import yaml
 
+from fedsys.commands.bench.partition import SO_FAR, _quick, draw_trace
 from fedsys.commands.bench.partition_planner import drawn_problem, planner_figures
+from fedsys.commands.bench.partition_requests import taken
 from fedsys.commands.bench.partition_trace import LinkTrace, PlayedChain, figures
+from fedsys.config import CONF
 from fedsys.main import main
 
 
@@ -32,6 +38,40 @@ def test_a_trace_is_told_beside_the_best_that_stays_and_an_oracle():
     assert math.isnan(alone["share_of_oracle_gain"])  # the oracle gains nothing
 
 
+def options(**given):
+    text = (CONF / "bench" / "partition.yaml").read_text()
+    return {**yaml.safe_load(text)["bench"], **given}
+
+
+def test_what_was_given_stays_with_quick():
+    """`quick=true` had 20 moves whatever `bench.moves` was."""
+    plain = _quick(options())
+    assert (plain["moves"], plain["models"]) == (20, ["alexnet", "lenet"])
+    given = _quick(options(moves=3, models=("vgg16", "lenet"), networks=((5, 1),)))
+    assert (given["moves"], given["models"]) == (3, ("vgg16", "lenet"))
+    assert given["slow_moves"] == 2 and given["networks"] == ((5, 1),)
+
+
+def test_requests_end_when_their_time_does():
+    class Slow:
+        took_s = 1.0
+
+        def module(self, image):
+            time.sleep(0.01)
+
+    image = torch.zeros(1)
+    assert len(taken(Slow(), image, 8)) == 8
+    assert len(taken(Slow(), image, 1000, most_s=0.0)) == 3
+
+
+def test_a_picture_shows_requests_above_the_link(tmp_path):
+    points = [
+        {"at_s": float(i), "ms": 100.0 + i, "cuts": "08"[i > 3], "mbit_s": 50 if i < 3 else 4}
+        for i in range(8)
+    ]
+    assert draw_trace(points, tmp_path / "trace.png").stat().st_size > 10_000
+
+
 def test_parts_that_there_are_not_are_refused(tmp_path, capsys):
     call = ["bench", "partition", "bench.parts=[plan]", f"run.dir={tmp_path / 'run'}"]
     assert main(call) == 2
@@ -44,10 +84,13 @@ def test_requests_of_processes_have_the_bits_of_the_whole_model(tmp_path, capsys
 
     call = [
         "bench", "partition", "quick=true", "models=[lenet]", "bench.model=lenet", "bench.side=32",
-        "bench.networks=[[1000,0]]", "bench.parts=[latency,moves]", "bench.moves=2",
+        "bench.networks=[[1000,0]]", "bench.parts=[latency,moves]", "bench.moves=3",
     ]  # fmt: skip
     assert main([*call, "json=true", f"run.dir={tmp_path / 'run'}"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    kept = json.loads((tmp_path / "run" / SO_FAR).read_text())
+    assert kept.items() <= found.items()
     assert found["same_bits"] and found["off_max"] == 0
     assert [row["way"] for row in found["ways"]] == ["warm", "beside", "process", "pause"]
+    assert [row["moves"] for row in found["ways"]] == [3, 3, 2, 2]
     assert all(row["lost"] == row["wrong"] == 0 < row["answers"] for row in found["ways"])

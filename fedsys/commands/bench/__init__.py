@@ -110,6 +110,21 @@ def _check_kinds(name: str, options: Mapping[str, Any]) -> None:
                 break
 
 
+def given_options(name: str, options: Mapping[str, Any]) -> set[str]:
+    """Return the options of a benchmark that have other values than in ``conf/bench/``.
+
+    What ``quick=true`` makes smaller are the others.
+    """
+    text = (configuration.CONF / "bench" / f"{name}.yaml").read_text(encoding="utf-8")
+    defaults = yaml.safe_load(text)["bench"]
+    return {key for key, value in options.items() if plain(value) != defaults.get(key)}
+
+
+def plain(value: Any) -> Any:
+    """Return a value with lists in place of tuples, as YAML has them."""
+    return [plain(one) for one in value] if isinstance(value, list | tuple) else value
+
+
 def tables_of(figures: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
     """Return the tables by name; single figures are one row of the table `SINGLE`."""
     tables = {name: list(rows) for name, rows in figures.items() if isinstance(rows, list)}

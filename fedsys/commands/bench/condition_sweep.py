@@ -33,7 +33,7 @@ from fedsys.commands.bench.partition_hosts import (
 )
 from fedsys.errors import DataError
 from fedsys.models.layers import LayeredModel
-from fedsys.partition.controlled import Load, within
+from fedsys.partition.controlled import Load, come_first, within
 from fedsys.partition.study import Levels, Sample
 from fedsys.planning.costs import crossings
 from fedsys.transport.network import Network
@@ -41,6 +41,7 @@ from fedsys.transport.network import Network
 ENDS = ("edge", "cloud")
 _MB = 1e6
 _MEMORY_OFF = 0.05  # of memory that is held
+_TRIES = 5  # to find a condition as it was asked for
 
 
 @dataclass(frozen=True)
@@ -237,6 +238,7 @@ class _Bench:
             for end, own in zip(ENDS, self._cores, strict=True):
                 self._loads[end] = Load(own)
                 stack.callback(self._loads[end].close)
+            come_first([*self._hosts.pids, *(load.pid for load in self._loads.values())])
             for level, network in enumerate(self._networks):
                 chain = self._hosts.chain(self._model, (None, network))
                 for cut in self._cuts:
@@ -264,6 +266,14 @@ class _Bench:
         return rows
 
     def _verified(self, wanted: Mapping[str, tuple[float, int]]) -> dict[str, Any]:
+        """Measure the loads until they are what is wanted, some times at most."""
+        for _ in range(_TRIES):
+            shown = self._look(wanted)
+            if shown["verified"]:
+                break
+        return shown
+
+    def _look(self, wanted: Mapping[str, tuple[float, int]]) -> dict[str, Any]:
         shown: dict[str, Any] = {"verified": True}
         for end, load in self._loads.items():
             cpu, memory = wanted[end]

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from fedsys.commands.bench import Chart
+from fedsys.commands.bench import Chart, given_options
 from fedsys.commands.bench.condition_sweep import ConditionSweep, RawSample, measure
 from fedsys.config import Config
 from fedsys.errors import ConfigError
@@ -43,7 +43,7 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
         DataError: A file of samples is damaged.
     """
     sweep, file = sweep_of(config, options), _file(config, options)
-    every = options["cuts"] == "all" and not options["quick"]
+    every = options["cuts"] == "all" and not options["quick"]  # the default: useful ones, if quick
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for name in options["models"]:
         raw = list(measure(str(name), int(options["side"]), sweep, every,
@@ -66,18 +66,22 @@ def sweep_of(config: Config, options: Mapping[str, Any]) -> ConditionSweep:
     Raises:
         ConfigError: A value is not usable.
     """
-    quick, repeats = bool(options["quick"]), int(options["repeats"])
+    given, repeats = given_options("conditions", options), int(options["repeats"])
+    quick = {key for key in ("rates", "cpu", "memory", "repeats", "cuts") if key not in given}
+    quick = quick if options["quick"] else set()
     if repeats < 1:
         raise ConfigError.of("bench.repeats", repeats, "must be at least 1")
     if options["cuts"] not in ("all", "useful"):
         raise ConfigError.of("bench.cuts", options["cuts"], "must be all or useful")
     bytes_each = float(options["memory_mb"]) * 1e6
     return ConditionSweep(
-        rates=tuple(1e6 * rate for rate in _levels(options, "rates", quick, 1e9)),
+        rates=tuple(1e6 * rate for rate in _levels(options, "rates", "rates" in quick, 1e9)),
         latency_s=float(options["latency_ms"]) / 1e3,
-        cpu=tuple(_levels(options, "cpu", quick, 1.0)),
-        memory=tuple(int(share * bytes_each) for share in _levels(options, "memory", quick, 1.0)),
-        repeats=min(repeats, _QUICK_REPEATS) if quick else repeats,
+        cpu=tuple(_levels(options, "cpu", "cpu" in quick, 1.0)),
+        memory=tuple(
+            int(share * bytes_each) for share in _levels(options, "memory", "memory" in quick, 1.0)
+        ),
+        repeats=min(repeats, _QUICK_REPEATS) if "repeats" in quick else repeats,
         seed=config.seed,
         verify_s=float(options["verify_s"]),
         tolerance=float(options["tolerance"]),

@@ -6,9 +6,10 @@ answer before has come. Every answer is compared, to the bit, with that of the w
 
 from __future__ import annotations
 
+import math
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ from fedsys.serving.chain import ChainEngine
 from fedsys.serving.switch.switcher import Cost
 
 WAYS = ("warm", "beside", "process", "pause")
+_SHARES = (0.1, 0.6, 0.15, 0.15)  # of the time, as in WAYS
+_LEAST, _SAID = 2, 100  # moves: at least, and from one word to the next
 _QUIET_S = 3.0
 _CLIENTS = 16
 _SAMPLE_S = 0.1
@@ -52,14 +55,22 @@ class _Heard:
         return 1e3 * max((b - a for a, b in pairwise(moments)), default=0.0)
 
 
-def moves_rows(options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the figures of each way."""
+def moves_rows(
+    options: Mapping[str, Any], most_s: float = math.inf, say: Callable[[str], None] = print
+) -> Iterator[dict[str, Any]]:
+    """Yield the figures of each way.
+
+    Args:
+        options: Of the benchmark.
+        most_s: Seconds for the moves of all ways, about: there are fewer, if they take longer.
+        say: Is told how far it is.
+    """
     model = model_of(str(options["model"]), int(options["side"]))
-    for way in WAYS:
+    for way, share in zip(WAYS, _SHARES, strict=True):
         count = int(options["moves" if way in ("warm", "beside") else "slow_moves"])
         with host_processes(("device", "edge", "cloud")) as hosts:
-            measured = _measured(model, hosts, way, count, float(options["requests_per_s"]))
-            yield {"way": way, "moves": count, **measured}
+            plan = _Moves(way, count, share * most_s, float(options["requests_per_s"]))
+            yield {"way": way, **_measured(model, hosts, plan, say)}
 
 
 def places(model: BenchModel) -> list[Partition]:
@@ -69,31 +80,52 @@ def places(model: BenchModel) -> list[Partition]:
     return [cut_at(third, half), cut_at(half, max(late, half)) if late < last else cut_at(0, half)]
 
 
+@dataclass(frozen=True)
+class _Moves:
+    """How cuts change: in which way, how often, for how many seconds at most, and under what load.
+
+    The load is in requests per second.
+    """
+
+    way: str
+    count: int
+    most_s: float
+    rate: float
+
+
 def _measured(
-    model: BenchModel, hosts: HostProcesses, way: str, count: int, rate: float
+    model: BenchModel, hosts: HostProcesses, plan: _Moves, say: Callable[[str], None]
 ) -> dict[str, Any]:
     first, other = places(model)
     image = model.image()
     with torch.inference_mode():
         expected = model.whole(image)
-    engine = ChainEngine(hosts.chain(model), model.card, first, way)
+    engine = ChainEngine(hosts.chain(model), model.card, first, plan.way)
     try:
         engine.answer(image.numpy())
         base, quiet, busy = hosts.memory_bytes(), _Heard(), _Heard()
-        if way == "warm":
+        if plan.way == "warm":
             engine.prepare([first, other])
-        with _asking(engine, image, expected, rate, quiet):
+        with _asking(engine, image, expected, plan.rate, quiet):
             time.sleep(_QUIET_S)
-        with _asking(engine, image, expected, rate, busy), _watching(hosts) as most:
-            costs = _moved(engine, [other, first], count)
+        with _asking(engine, image, expected, plan.rate, busy), _watching(hosts) as most:
+            costs = _moved(engine, [other, first], plan, say)
     finally:
         engine.close()
     return _figures(model, base, most, quiet, busy, costs)
 
 
-def _moved(engine: ChainEngine, turns: Sequence[Partition], count: int) -> list[Cost]:
-    partitions = cycle(turns)
-    return [engine.move(next(partitions)) for _ in range(count)]
+def _moved(
+    engine: ChainEngine, turns: Sequence[Partition], plan: _Moves, say: Callable[[str], None]
+) -> list[Cost]:
+    partitions, costs, began = cycle(turns), list[Cost](), time.monotonic()
+    while len(costs) < plan.count:
+        costs.append(engine.move(next(partitions)))
+        if len(costs) % _SAID == 0:
+            say(f"{plan.way}: {len(costs)} of {plan.count} moves")
+        if len(costs) >= _LEAST and time.monotonic() - began > plan.most_s:
+            break
+    return costs
 
 
 def _figures(
@@ -104,6 +136,7 @@ def _figures(
     weights = sum(t.nbytes for t in model.whole.state_dict().values())
     before, during = (quantile(one.took_s, 0.99) for one in (quiet, busy))
     return {
+        "moves": len(costs),
         "prepare_ms": quantile([cost.prepare_ms for cost in costs], 0.5),
         "blocked_ms": quantile(blocked, 0.5),
         "blocked_ms_max": max(blocked),

@@ -6,6 +6,7 @@ messages cost is measured beforehand by a model that computes next to nothing.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,6 +47,7 @@ FURTHER = Network(100e6, 100e6, 5e-3)
 
 _SMALL, _LARGE = 25, 400  # channels of 32 x 32 that cross: 102 kB and 1.6 MB
 _IN_FLIGHT = 6
+_LEAST = 3  # requests of which a median is taken
 
 
 @contextmanager
@@ -62,12 +64,22 @@ def device_and(hosts: HostProcesses, builder: Builder | None = None) -> Iterator
         yield HostProcesses([near, *hosts.remotes], hosts.pids, hosts.token)
 
 
-def taken(laid: Laid, image: torch.Tensor, repeats: int) -> list[float]:
-    """Return the seconds of some requests, one at a time; two before them are not counted."""
-    seconds = []
+def taken(laid: Laid, image: torch.Tensor, repeats: int, most_s: float = math.inf) -> list[float]:
+    """Return the seconds of some requests, one at a time; two before them are not counted.
+
+    Args:
+        laid: The pipeline.
+        image: What is asked.
+        repeats: How many.
+        most_s: Seconds after which fewer will do, but three.
+    """
+    seconds: list[float] = []
+    began = time.monotonic()
     for _ in range(repeats + 2):
         laid.module(image)
         seconds.append(laid.took_s)
+        if len(seconds) >= 2 + _LEAST and time.monotonic() - began > most_s:
+            break
     return seconds[2:]
 
 
@@ -117,9 +129,18 @@ def overhead_figures(hosts: HostProcesses, repeats: int) -> tuple[dict[str, Any]
 
 
 def latency_rows(
-    hosts: HostProcesses, name: str, options: Mapping[str, Any], messaging: Messaging
-) -> Iterator[dict[str, Any]]:
-    """Yield for each network and some partitions what was predicted and what was measured."""
+    hosts: HostProcesses, name: str, options: Mapping[str, Any], messaging: Messaging,
+    most_s: float = math.inf,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """Yield for each network and some partitions what was predicted and what was measured.
+
+    Args:
+        hosts: The chain.
+        name: Of the model.
+        options: Of the benchmark.
+        messaging: What messages cost.
+        most_s: Seconds for all requests of the model, about.
+    """
     model, repeats = model_of(name, int(options["side"])), int(options["repeats"])
     costs = inference_costs(model.layers, model.shape, repeats=repeats, messaging=messaging)
     known = tuple(Host(one, costs) for one in NAMES)
@@ -129,10 +150,13 @@ def latency_rows(
         near = Network(1e6 * mbit_s, 1e6 * mbit_s, latency_ms / 1e3)
         problem = Problem.of(model.layers, model.shape, known, (near, FURTHER))
         chain = hosts.chain(model, (None, near, FURTHER))
-        for partition in tried(problem):
+        partitions = tried(problem)
+        each_s = most_s / len(options["networks"]) / len(partitions)
+        for partition in partitions:
             laid = lay(chain, partition)
             with torch.inference_mode():
-                measured = median(taken(laid, model.image(), repeats))
+                seconds = taken(laid, model.image(), repeats, each_s)
+            measured = median(seconds)
             assert laid.passed is not None
             predicted, output = evaluate(problem, partition).latency_s, laid.passed.output
             laid.module.close()
@@ -142,6 +166,7 @@ def latency_rows(
                 "error": abs(predicted - measured) / measured,
                 "same_bits": torch.equal(output, expected),
                 "off": float((output - expected).abs().max()),
+                "requests": len(seconds),
             }  # fmt: skip
 
 

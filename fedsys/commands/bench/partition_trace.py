@@ -10,8 +10,9 @@ stay, as measured.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, final
@@ -123,8 +124,18 @@ class PlayedChain:
         return [seconds for piece in self.took_s for seconds in piece]
 
 
-def trace_figures(options: Mapping[str, Any], messaging: Messaging) -> dict[str, Any]:
-    """Return what all make of the trace, and each request of the one that moves."""
+def trace_figures(
+    options: Mapping[str, Any], messaging: Messaging, most_s: float = math.inf,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:  # fmt: skip
+    """Return what all make of the trace, and each request of the one that moves.
+
+    Args:
+        options: Of the benchmark.
+        messaging: What messages cost.
+        most_s: Seconds for all contenders, about: each rate stays for less, if that is too long.
+        say: Is told how far it is.
+    """
     model, slower = model_of(str(options["model"]), int(options["side"])), options["device_slower"]
     rates = tuple(1e6 * float(rate) for rate in options["trace_mbit_s"])
     trace = LinkTrace(rates, float(options["trace_s"]))
@@ -137,8 +148,11 @@ def trace_figures(options: Mapping[str, Any], messaging: Messaging) -> dict[str,
         device_and(processes, SlowBuilder(float(slower))) as hosts,
     ):
         standing = _standing(problem, trace)
+        fits_s = most_s / (1 + len(standing)) / len(rates)
+        trace = dataclasses.replace(trace, piece_s=min(trace.piece_s, fits_s))
         trace = dataclasses.replace(trace, lead_s=_built(model, hosts, standing.values()))
         for name, partition in {"moves": None, **standing}.items():
+            say(f"trace: {name}")
             played.append(_play(model, hosts, problem, trace, name, partition))
     return figures(played, trace)
 
@@ -221,6 +235,7 @@ def figures(played: Sequence[PlayedChain], trace: LinkTrace) -> dict[str, Any]:
         "share_of_oracle_gain": (static["mean_ms"] - rows[0]["mean_ms"]) / possible
         if possible > 0
         else float("nan"),
+        "piece_s": trace.piece_s,
         "moves_per_change": len(moving.moves) / changes,
         "undone": sum(one["verdict"] == "back" for one in moving.moves),
         "points": [
