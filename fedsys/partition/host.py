@@ -7,27 +7,24 @@ pipeline, and sends tensors.
 
 Nothing is read from the disk: units come as data (a described graph, and tensors by digest; what
 is here already is not sent again), and how they become a module is not this room's business
-(`Builder`). A described graph names operations of a vocabulary, so nobody can send code.
+(`fedsys.partition.stage_rack.Builder`). A described graph names operations of a vocabulary, so
+nobody can send code.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, final
+from typing import Any, final
 
 import psutil
-import torch
-from torch import Tensor, nn
 
 from fedsys.errors import FedsysError, FrameError, LinkClosed, SecurityError
 from fedsys.identity import arithmetic, package_version
-from fedsys.partition.data_link import open_data
-from fedsys.partition.hosted_stage import HostedStage, Onward, StagePiece, tensors_of
+from fedsys.partition.stage_rack import Builder, StageRack
 from fedsys.partition.tensor_store import TensorStore
 from fedsys.transport.addresses import serve
 from fedsys.transport.link import AcceptedLink, Server
@@ -41,16 +38,6 @@ CONTROLLER = "server"
 _WATCHED_S = 2.0  # since the last heartbeat: nobody sends any
 _LEAVING_S = 0.02  # between two looks
 _log = logging.getLogger(__name__)
-
-
-class Builder(Protocol):
-    """Makes modules of what was sent, and frees them."""
-
-    def build(self, body: bytes, tensors: Mapping[str, Tensor]) -> nn.Module:
-        """Return the module that a body describes, with these tensors."""
-
-    def free(self, module: nn.Module) -> None:
-        """Take a module apart that nobody runs any more."""
 
 
 @dataclass(frozen=True)
@@ -81,13 +68,6 @@ class HostLimits:
     frame_bytes: int = 1 << 30
 
 
-@dataclass(eq=False)
-class _Stage:
-    token: str
-    modules: tuple[nn.Module, ...]
-    hosted: HostedStage
-
-
 @final
 class HostServer:
     """Serves at an address until it is stopped.
@@ -115,13 +95,11 @@ class HostServer:
         limits: HostLimits = HostLimits(),
         spawn: Callable[[], Spawned] | None = None,
     ) -> None:
-        self.name, self._builder, self._credentials = name, builder, credentials
+        self.name = name
         self._token, self._controller, self._spawn = control_token, controller, spawn
         self.store = TensorStore(limits.memory_bytes, limits.kept_bytes)
-        self._stages: dict[str, _Stage] = {}
+        self._rack = StageRack(name, builder, self.store, credentials)
         self._spawned: dict[str, Spawned] = {}
-        self._left = (0, 0.0)  # requests and seconds of stages that were dropped
-        self._lock = threading.Lock()
         self._leaves, self._asked_s = False, -math.inf
         self._strangers, self._process = Strangers(), psutil.Process()
         frames = Limits(limits.frame_bytes, limits.frame_bytes)
@@ -148,17 +126,16 @@ class HostServer:
             Whether it came true; False at once where nobody watches this host.
         """
         self._leaves, until = True, time.monotonic() + timeout_s
-        while self._stages and time.monotonic() < until:
+        while len(self._rack) and time.monotonic() < until:
             if time.monotonic() - self._asked_s > _WATCHED_S:
                 break
             time.sleep(_LEAVING_S)
-        return not self._stages
+        return not len(self._rack)
 
     def stop(self) -> None:
         """End all pipelines and links, and the hosts that were started here."""
         self._server.stop(0.0)
-        for key in list(self._stages):
-            self._drop(key)
+        self._rack.close()
         for spawned in self._spawned.values():
             spawned.end()
 
@@ -181,12 +158,10 @@ class HostServer:
     # Tensors
 
     def _data(self, link: AcceptedLink, first: Frame) -> None:
-        stage = self._stages.get(str(first.meta.get("pipeline", "")))
-        if stage is None or not same_token(str(first.meta.get("token", "")), stage.token):
-            raise SecurityError("there is no such pipeline here, or its token is another")
+        stage = self._rack.of(str(first.meta.get("pipeline", "")), str(first.meta.get("token", "")))
         link.admit()
         link.send(Frame("ready", {"name": self.name}))
-        stage.hosted.serve(link)
+        stage.serve(link)
 
     # ----------------------------------------------------------------------------------------------
     # Control
@@ -222,11 +197,11 @@ class HostServer:
             self.store.add(frame.tensors)
             return Frame("kept")
         if frame.kind == "stage":
-            return self._build(frame)
+            return self._rack.build(frame)
         if frame.kind == "divert":
-            return Frame("diverted", {"requests": self._divert(meta)})
+            return Frame("diverted", {"requests": self._rack.divert(meta)})
         if frame.kind == "drop":
-            self._drop(str(meta.get("pipeline", "")))
+            self._rack.drop(str(meta.get("pipeline", "")))
             return Frame("dropped")
         if frame.kind == "status":
             return Frame("status", self.status())
@@ -236,64 +211,6 @@ class HostServer:
             self._end(str(meta.get("address", "")))
             return Frame("ended")
         raise FrameError(f"{frame.kind}: not a request of a controller")
-
-    def _build(self, frame: Frame) -> Frame:
-        """Make a stage ready: its modules, their first runs, and its link to the next host."""
-        meta, key, start = frame.meta, str(frame.meta.get("pipeline", "")), time.perf_counter()
-        modules: list[nn.Module] = []
-        try:
-            for index, piece in enumerate(meta["pieces"]):
-                body = frame.tensors[f"body{index}"].numpy().tobytes()
-                names = {str(name): str(digest) for name, digest in dict(piece["names"]).items()}
-                modules.append(self._builder.build(body, self.store.use(key, names)).eval())
-            with torch.inference_mode():
-                for rows in meta.get("warm", ()):
-                    out = tuple(torch.zeros(int(rows), *map(int, s)) for s in meta["shapes"])
-                    for module in modules:
-                        out = tensors_of(module(*out), self.name)
-            onward = self._onward(meta)
-        except BaseException:
-            self._free(key, modules)
-            raise
-        firsts = [int(piece["first"]) for piece in meta["pieces"]]
-        pieces = [StagePiece(first, module) for first, module in zip(firsts, modules, strict=True)]
-        end, by = int(meta["end"]), str(meta.get("by", ""))
-        hosted = HostedStage(self.name, pieces, end, onward, by)
-        with self._lock:
-            self._stages[key] = _Stage(str(meta["token"]), tuple(modules), hosted)
-        took = 1e3 * (time.perf_counter() - start)
-        return Frame("built", {"build_ms": took, "bytes": self.store.nbytes})
-
-    def _onward(self, meta: Mapping[str, Any]) -> Onward:
-        address, link = meta.get("next"), None
-        if address:
-            own = None if str(address).startswith("memory://") else self._credentials
-            opened = {"pipeline": meta["pipeline"], "token": meta["next_token"]}
-            link = open_data(str(address), own, opened, meta.get("shape_link"))
-        name, codec = str(meta.get("next_name", "")), str(meta.get("codec", "fp32"))
-        return Onward(link, name, codec, bool(meta.get("holds")))
-
-    def _free(self, key: str, modules: Iterable[nn.Module]) -> None:
-        for module in modules:
-            self._builder.free(module)
-        self.store.leave(key)
-
-    def _divert(self, meta: Mapping[str, Any]) -> int:
-        """Let another pipeline's stage go on with what one holds; return how much that is."""
-        stages = [self._stages.get(str(meta.get(key, ""))) for key in ("pipeline", "to")]
-        old, new = stages
-        if old is None or new is None:
-            raise FrameError(f"divert: {self.name} has no such pipeline")
-        return old.hosted.divert(new.hosted, int(meta["first"]))
-
-    def _drop(self, key: str) -> None:
-        with self._lock:
-            stage = self._stages.pop(key, None)
-        if stage is not None:
-            stage.hosted.close()
-            computed, busy_s = self._left
-            self._left = computed + stage.hosted.computed, busy_s + stage.hosted.busy_s
-            self._free(key, stage.modules)
 
     def _start(self) -> str:
         if self._spawn is None:
@@ -314,13 +231,9 @@ class HostServer:
 
     def status(self) -> dict[str, Any]:
         """Return how the host is: memory, load, and what it computed."""
-        stages = list(self._stages.values())
         return {
             "name": self.name,
-            "pipelines": len(stages),
-            "computed": self._left[0] + sum(stage.hosted.computed for stage in stages),
-            "busy_s": self._left[1] + sum(stage.hosted.busy_s for stage in stages),
-            "in_flight": sum(len(stage.hosted.held) for stage in stages),
+            **self._rack.told(),
             "weights_bytes": self.store.nbytes,
             "resident_bytes": self._process.memory_info().rss,
             "free_bytes": psutil.virtual_memory().available,

@@ -29,12 +29,13 @@ from fedsys.commands.bench.partition_hosts import (
 )
 from fedsys.models import layered
 from fedsys.partition.evaluation import evaluate
-from fedsys.partition.host import Builder, HostServer
+from fedsys.partition.host import HostServer
 from fedsys.partition.pipeline import Passed
 from fedsys.partition.planner import plan_partition, solve
 from fedsys.partition.problem import RAW, Host, Partition, Problem
 from fedsys.partition.profiling import inference_costs
 from fedsys.partition.remote_host import RemoteHost
+from fedsys.partition.stage_rack import Builder
 from fedsys.planning.costs import Messaging
 from fedsys.pruning.measuring import quantile
 from fedsys.serving.chain_parts import StageBuilder
