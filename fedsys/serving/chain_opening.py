@@ -99,12 +99,7 @@ class OpenedChain:
             self.recovery = recovery
             self.control: ChainControl | None = None
             if problem is not None and observer is not None:
-                rules = MoveRules(config.hosts.margin, config.hosts.dwell_s)
-                ready = likely(problem, config.hosts.keep) if config.hosts.way == "warm" else ()
-                self.engine.prepare(ready)
-                self.control = ChainControl(self.engine, problem, rules, observer, tell, ready)
-                self.engine.decided = lambda: {} if self.control is None else self.control.last
-                self.control.start(config.hosts.interval_s)
+                self.control = self._controlled(config, problem, observer, tell)
             self._rest = stack.pop_all()
 
     def _problem(self, config: Config, shape: tuple[int, ...]) -> Problem | None:
@@ -113,6 +108,19 @@ class OpenedChain:
         if not config.hosts.adapt or not named or len(config.hosts.list) < 2:
             return None
         return finer_problem(config, self._whole, self.layers, shape)
+
+    def _controlled(
+        self, config: Config, problem: Problem, observer: Observer,
+        tell: Callable[[Mapping[str, Any]], None],
+    ) -> ChainControl:  # fmt: skip
+        """Let cuts follow the conditions from now on."""
+        rules = MoveRules(config.hosts.margin, config.hosts.dwell_s)
+        ready = likely(problem, config.hosts.keep) if config.hosts.way == "warm" else ()
+        self.engine.prepare(ready)
+        control = ChainControl(self.engine, problem, rules, observer, tell, ready)
+        self.engine.decided = lambda: control.last
+        control.start(config.hosts.interval_s)
+        return control
 
     def close(self) -> None:
         """End the engine, and the host in this process."""
