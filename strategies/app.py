@@ -308,7 +308,7 @@ def _conclude(
     state = records.from_record(arrays)
     last: Mapping[str, Any] = folder.rounds()[-1]
     test = judge.test(arrays)
-    paths = judge.paths(config.resilience.longest)
+    paths = judge.paths(config.resilience.measured_units)
     state, parts = resilience.divided(state)
     result = {
         "accuracy": test.accuracy,
@@ -327,7 +327,8 @@ def _conclude(
     text = configuration.public_text(configuration.with_values(config.text, resume=None))
     folder.save_model(state, {"config": text, "classes": "\n".join(fed.dataset.classes)})
     if paths is not None:
-        resilience.save(folder.path, parts, paths, result["model_sha256"])
+        pool = config.resilience.pool
+        resilience.save(folder.path, parts, paths, result["model_sha256"], pool)
     classes = fed.dataset.classes
     counts = data.class_counts(fed.dataset.train.labels.numpy(), fed.parts, len(classes))
     data.write_class_counts(counts, classes, folder.path / "class_counts.csv")

@@ -21,6 +21,12 @@ class ResilienceConfig:
         failures: Share of the mini-batches in which a run of units is left out, in [0, 1].
         longest: Units of such a run at most; runs up to this length are measured at the end.
         backbone_rounds: ``frozen``: rounds in which the backbone is trained first, alone.
+        head_weight: Weight of its loss by which each exit itself learns; the backbone learns by
+            `exit_weight` whatever this is. None: `exit_weight` over the number of exits, too.
+        match: Weight of the loss by which adapters learn in every mini-batch to make what their
+            units make; 0: they learn in those whose failure includes their unit, and else nothing.
+        pool: Exits pool features to so many times as many places.
+        measured: Units of a run that is measured at the end at most; None: `longest`.
     """
 
     training: str = "none"
@@ -29,11 +35,20 @@ class ResilienceConfig:
     failures: float = 0.3
     longest: int = 3
     backbone_rounds: int = 0
+    head_weight: float | None = None
+    match: float = 0.0
+    pool: int = 1
+    measured: int | None = None
 
     @property
     def active(self) -> bool:
         """Whether there are exits and adapters."""
         return self.training != "none"
+
+    @property
+    def measured_units(self) -> int:
+        """Units of a run that is measured at the end at most."""
+        return self.longest if self.measured is None else self.measured
 
     def frozen(self, round_: int) -> bool:
         """Whether the backbone stays as it is in a round, from 1."""
@@ -62,6 +77,14 @@ def check(
         ("failures", 0 <= resilience.failures <= 1, "must be in [0, 1]"),
         ("longest", resilience.longest >= 1, "must be at least 1"),
         ("backbone_rounds", resilience.backbone_rounds >= 0, "must be at least 0"),
+        (
+            "head_weight",
+            resilience.head_weight is None or resilience.head_weight > 0,
+            "must be above 0",
+        ),
+        ("match", resilience.match >= 0, "must be at least 0"),
+        ("pool", resilience.pool >= 1, "must be at least 1"),
+        ("measured", resilience.measured is None or resilience.measured >= 1, "must be at least 1"),
     )
     for key, holds, rule in rules:
         if not holds:

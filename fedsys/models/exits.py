@@ -35,19 +35,23 @@ class MeanOfTokens(nn.Module):
         return x.mean(1)
 
 
-def exit_head(shape: Sequence[int], num_classes: int) -> nn.Sequential | None:
+def exit_head(shape: Sequence[int], num_classes: int, pool: int = 1) -> nn.Sequential | None:
     """Return a head for tensors of `shape`, without the batch; None if they cannot be pooled.
 
     Args:
         shape: ``(channels, height, width)``, ``(tokens, features)`` or ``(features,)``.
         num_classes: Number of outputs.
+        pool: Of a map, features at ``pool`` times ``pool`` places are left: with one, where
+            something is in an early map is forgotten (Kaya et al. pool to four times four).
     """
     if len(shape) not in (_MAP, _TOKENS, _VECTOR):
         return None
     features = shape[-1] if len(shape) == _TOKENS else shape[0]
     pooling: list[tuple[str, nn.Module | None]] = []
     if len(shape) == _MAP:
-        pooling = [("pool", nn.AdaptiveAvgPool2d(1)), ("flatten", nn.Flatten())]
+        places = min(pool, *shape[1:])
+        pooling = [("pool", nn.AdaptiveAvgPool2d(places)), ("flatten", nn.Flatten())]
+        features *= places**2
     elif len(shape) == _TOKENS:
         pooling = [("pool", MeanOfTokens())]
     norm, linear = nn.LayerNorm(features), nn.Linear(features, num_classes)

@@ -130,16 +130,34 @@ class ResilientModel(nn.Module):
         Raises:
             ModelError: The run cannot be left out.
         """
-        found: dict[int, Tensor] = {}
-        unit, units = 0, len(self.layers)
+        return self.scores_of(self.tensors(x, skipped))
+
+    def tensors(self, x: Tensor, skipped: Run | None = None) -> dict[int, Tensor]:
+        """Return what is at each boundary that is reached, with the input as that of 0.
+
+        Arguments and errors as for `outputs`.
+        """
+        found, unit, units = {0: x}, 0, len(self.layers)
         while unit < units:
             if skipped is not None and unit == skipped[0]:
                 x, unit = self.past(x, *skipped), skipped[1]
             else:
                 x, unit = self.unit(unit, x), unit + 1
-            if str(unit) in self.exits:
-                found[unit] = self.exits[str(unit)](x)
-        return found | {units: x}
+            found[unit] = x
+        return found
+
+    def scores_of(
+        self, tensors: Mapping[int, Tensor], seen: Callable[[Tensor], Tensor] = lambda x: x
+    ) -> dict[int, Tensor]:
+        """Return the scores of the exits at these boundaries, and the final ones as those of ``L``.
+
+        Args:
+            tensors: What is there.
+            seen: What exits see of it.
+        """
+        units = len(self.layers)
+        found = {b: self.exits[str(b)](seen(x)) for b, x in tensors.items() if str(b) in self.exits}
+        return found | {units: tensors[units]}
 
     def past(self, x: Tensor, first: int, last: int) -> Tensor:
         """Return what stands in for the output of units ``[first, last)``, given their input."""
@@ -170,6 +188,7 @@ def resilient(
     seed: int,
     boundaries: Iterable[int] | None = None,
     norm: str = "batch",
+    pool: int = 1,
 ) -> ResilientModel:
     """Give a model exits, and adapters past every unit that changes the shape.
 
@@ -180,6 +199,7 @@ def resilient(
         seed: The `seed` of the run, from which heads and adapters are drawn.
         boundaries: Where exits are to stand; None: behind every unit where one can.
         norm: What follows a convolution of an adapter.
+        pool: Places in each direction to which exits pool a map.
 
     Raises:
         ModelError: There can be no exit at one of `boundaries`; lists where there can.
@@ -192,7 +212,9 @@ def resilient(
             raise ModelError(f"no exit can stand behind {boundary} units; it can behind {listed}")
     device = next((p.device for p in layers.graph.parameters()), None)
     with seeded_default_generator(Address(seed).seed_for("init", name=EXITS)):
-        heads = {b: known.exit_head(layers.units[b - 1].out_shape, num_classes) for b in wanted}
+        heads = {
+            b: known.exit_head(layers.units[b - 1].out_shape, num_classes, pool) for b in wanted
+        }
         adapters = {
             u: known.adapter(layers.units[u - 1].out_shape, layers.units[u].out_shape, norm)
             for u in known.adapted_units(layers)

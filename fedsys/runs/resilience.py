@@ -45,7 +45,9 @@ def divided(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, T
     return own, {name: tensor for name, tensor in state.items() if name not in own}
 
 
-def save(folder: Path, parts: Mapping[str, Tensor], scores: PathScores, backbone: str) -> None:
+def save(
+    folder: Path, parts: Mapping[str, Tensor], scores: PathScores, backbone: str, pool: int = 1
+) -> None:
     """Write what was trained beside the backbone, and what was measured.
 
     Args:
@@ -53,12 +55,13 @@ def save(folder: Path, parts: Mapping[str, Tensor], scores: PathScores, backbone
         parts: State of exits and adapters.
         scores: Of the paths.
         backbone: SHA-256 of its state.
+        pool: Places in each direction to which exits pool a map.
 
     Raises:
         RunError: A file cannot be written.
     """
     save_model(folder / STATE, parts, {"model_sha256": backbone})
-    body = {"format": FORMAT, "model_sha256": backbone, "scores": scores}
+    body = {"format": FORMAT, "model_sha256": backbone, "pool": pool, "scores": scores}
     write_atomic(folder / FIGURES, json_text(body, indent=1).encode() + b"\n")
 
 
@@ -86,7 +89,7 @@ def load(
 
     try:
         body = json.loads((folder / FIGURES).read_bytes())
-        scores = _scores(body["scores"])
+        scores, pool = _scores(body["scores"]), int(body.get("pool", 1))
         parts = load_file(folder / STATE)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise RunError(
@@ -95,7 +98,9 @@ def load(
     if body.get("model_sha256") != state_sha256(layers.graph.state_dict()):
         raise RunError(f"{folder}: its exits were trained on another model than the one given")
     boundaries = [each.after for each in scores.exits]
-    model = resilient(layers, input_shape, num_classes, seed=0, boundaries=boundaries, norm=norm)
+    model = resilient(
+        layers, input_shape, num_classes, seed=0, boundaries=boundaries, norm=norm, pool=pool
+    )
     own = {name for name in model.state_dict() if name.startswith(PREFIXES)}
     try:
         if own != parts.keys():

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from fedsys.config import Config
+from fedsys.config.resilience import ResilienceConfig
 from fedsys.errors import ConfigError, RunError
 from fedsys.runs.folder import RunFolder
 
@@ -48,6 +49,9 @@ _LATER_GOALS: Final = frozenset(
 )
 """The same of ``serving.objective``."""
 
+_LATER_RESILIENCE: Final = frozenset({"head_weight", "match", "pool", "measured"})
+"""The same of ``resilience``, where they are what they were before they could be chosen."""
+
 _THEN: Final = {"variants": {"fine_tune": 0}}
 """What options in the digest that the model does not depend on were before they could be null."""
 
@@ -62,6 +66,10 @@ def digest(config: Config) -> str:
         del values["privacy"]
     if not config.resilience.active:
         del values["resilience"]
+    else:  # keys that came later, where they are as it was without them
+        plain = dataclasses.asdict(ResilienceConfig())
+        late = {k for k in _LATER_RESILIENCE if values["resilience"][k] == plain[k]}
+        values["resilience"] = {k: v for k, v in values["resilience"].items() if k not in late}
     for group, names in _LATER.items():
         values[group] = {k: v for k, v in values[group].items() if k not in names}
     goal = values["serving"]["objective"]

@@ -133,6 +133,7 @@ def trained_model(config: Config, dataset: Dataset, *, initial: bool = True) -> 
     ours = resilient(
         layered(model, shape), shape, dataset.num_classes,
         seed=config.seed, boundaries=config.resilience.exits, norm=norm,
+        pool=config.resilience.pool,
     )  # fmt: skip
     return training.lay_out(ours, config.client.memory_format)
 

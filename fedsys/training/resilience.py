@@ -9,7 +9,7 @@ host will compute is not known in training, so all runs up to a length are equal
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,19 +24,42 @@ from fedsys.randomness import Address, drawn_for_rows
 from fedsys.training import plain as training
 
 
+class _Scaled(torch.autograd.Function):
+    """A tensor as it is; what leads back through it is multiplied."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:  # type: ignore[override]
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient * ctx.factor, None
+
+
 @dataclass(frozen=True)
 class ExitLosses:
-    """The loss of the final output, and the weighted mean of those of the exits.
+    """The loss of the final output, the weighted mean of those of the exits, and of adapters.
+
+    With many exits the share of each in that mean is small, and small its step. So an exit may
+    learn by a weight of its own while the backbone sees the mean (gradients are scaled where exits
+    begin: Li et al., "Improved Techniques for Training Adaptive Deep Networks", ICCV 2019). And an
+    adapter may learn in every mini-batch to make of what its unit gets what the unit makes of it
+    (Romero et al., "FitNets", ICLR 2015): nothing of that leads back into the backbone.
 
     Attributes:
         weight: Of that mean.
         failures: Share of the mini-batches in which a run of units is left out.
         runs: Those that may be.
+        head_weight: By which each exit itself learns; None: its share in the mean.
+        match: Weight of how far adapters are from their units, relative to what units make.
     """
 
     weight: float
     failures: float
     runs: tuple[Run, ...]
+    head_weight: float | None = None
+    match: float = 0.0
 
     def __call__(
         self, model: nn.Module, x: Tensor, labels: Tensor, share: float
@@ -44,13 +67,37 @@ class ExitLosses:
         """Return the final scores ``(rows, classes)`` and `share` times the loss of the rows."""
         assert isinstance(model, ResilientModel)
         skipped = self.skipped(len(labels))
-        found = training.explained(model, lambda: model.outputs(x, skipped))
+        own = self.weight / max(1, len(model.boundaries))
+        step = own if self.head_weight is None else self.head_weight
+
+        def outputs() -> tuple[dict[int, Tensor], Tensor | None]:
+            there = model.tensors(x, skipped)
+            if self.head_weight is None:
+                found = model.scores_of(there)
+            else:
+                found = model.scores_of(there, lambda x: _Scaled.apply(x, own / step))
+            return found, self._mismatch(model, there) if self.match else None
+
+        found, mismatch = training.explained(model, outputs)
         final = found.pop(len(model.layers))
         loss = training.loss_of(final, labels, share)
-        for outputs in found.values():
-            part = training.loss_of(outputs, labels, share)
-            loss = loss + part * (self.weight / len(found))
-        return final, loss
+        for scores in found.values():
+            part = training.loss_of(scores, labels, share)
+            shared = self.weight / len(found) if self.head_weight is None else step
+            loss = loss + part * shared
+        return final, loss if mismatch is None else loss + mismatch * (share * self.match)
+
+    def _mismatch(self, model: ResilientModel, there: Mapping[int, Tensor]) -> Tensor | None:
+        """Return the mean squared difference of adapters from units over what units make."""
+        total: Tensor | None = None
+        for unit in model.adapted:
+            if unit in there and unit + 1 in there:
+                wanted = there[unit + 1].detach()
+                made = model.adapters[str(unit)](there[unit].detach())
+                size = wanted.square().mean().clamp_min(1e-6)
+                off = (made - wanted).square().mean() / size
+                total = off if total is None else total + off
+        return total
 
     def skipped(self, rows: int) -> Run | None:
         """Return the units that the step in work leaves out; the same for all of its pieces."""
@@ -86,7 +133,11 @@ def phase(
         yield None
         return
     runs = model.skips(resilience.longest)
-    losses = ExitLosses(resilience.exit_weight, resilience.failures, runs)
+    if resilience.match and resilience.frozen(round_):  # no other run has anything that learns
+        runs = tuple(run for run in runs if model.steps(*run))
+    losses = ExitLosses(
+        resilience.exit_weight, resilience.failures, runs, resilience.head_weight, resilience.match
+    )
     if not resilience.frozen(round_):
         yield losses
         return

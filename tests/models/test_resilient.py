@@ -180,6 +180,9 @@ def test_an_adapter_makes_the_shape_that_is_wanted(before, behind):
 def test_a_head_pools_maps_and_tokens_and_nothing_else():
     assert exit_head((6, 4, 4), 5)(torch.randn(2, 6, 4, 4)).shape == (2, 5)
     tokens = torch.randn(2, 7, 6)
+    places = exit_head((6, 4, 4), 5, pool=2)
+    assert places.linear.in_features == 24 and places(torch.randn(2, 6, 4, 4)).shape == (2, 5)
+    assert exit_head((6, 1, 3), 5, pool=2).linear.in_features == 6
     head = exit_head((7, 6), 5)
     assert torch.equal(head(tokens), head[1:](tokens.mean(1)))
     assert exit_head((2, 3, 4, 5), 5) is None

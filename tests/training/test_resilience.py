@@ -74,6 +74,45 @@ def test_failures_are_drawn_by_the_address_and_all_pieces_of_a_step_have_one(mod
     assert len(set(drawn(1))) > 5
 
 
+def gradients(model, losses):
+    x, labels = batches(1)[0]
+    model.zero_grad()
+    losses(model, x, labels, 1.0)[1].backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def test_exits_learn_by_a_weight_of_their_own_and_the_model_as_before(model):
+    """With 16 exits each had a sixteenth of the step: those behind early units learned nothing."""
+    model.eval()
+    shared = gradients(model, ExitLosses(0.5, 0.0, ()))
+    own = gradients(model, ExitLosses(0.5, 0.0, (), head_weight=3.0))
+    assert shared.keys() == own.keys()
+    for name, value in shared.items():
+        factor = 3.0 / 0.25 if name.startswith("exits.") else 1.0
+        assert torch.allclose(own[name], factor * value, rtol=1e-3, atol=1e-6), name
+
+
+def test_adapters_learn_in_every_mini_batch_and_nothing_else_does_by_that(model):
+    """They learned in a few mini-batches of a hundred: without unit 6 a third was answered."""
+    model.eval()
+    without = gradients(model, ExitLosses(0.5, 0.0, ()))
+    found = gradients(model, ExitLosses(0.5, 0.0, (), match=2.0))
+    adapters = {n for n, _ in model.named_parameters() if n.startswith("adapters.")}
+    assert adapters and adapters.isdisjoint(without)
+    assert found.keys() - without.keys() == adapters
+    assert all(torch.equal(found[name], value) for name, value in without.items())
+    unit = model.adapted[0]
+    x = batches(1)[0][0]
+    there = model.tensors(x)
+    made, wanted = model.adapters[str(unit)](there[unit]), there[unit + 1]
+    alone = ExitLosses(0.5, 0.0, (), match=1.0)._mismatch(
+        model, {u: there[u] for u in (unit, unit + 1)}
+    )
+    assert torch.allclose(alone, ((made - wanted) ** 2).sum() / (wanted**2).sum(), rtol=1e-4)
+
+
 # --------------------------------------------------------------------------------------------------
 # Measuring
 
@@ -120,7 +159,8 @@ def test_a_joint_run_repeats_to_the_bit_with_any_number_of_workers(carry_out, co
 
 
 def test_a_run_leaves_its_exits_and_what_they_do(configure, tmp_path):
-    config = configure(*SMALL, "rounds=1", "resilience=joint", "json=true", f"run.dir={tmp_path}")
+    more = "rounds=1", "resilience=joint", "resilience.measured=5", "resilience.pool=2"
+    config = configure(*SMALL, *more, "json=true", f"run.dir={tmp_path}")
     run(config)
     result = RunFolder.open(tmp_path).info["result"]
     fed = federation.federation(config)
@@ -131,7 +171,7 @@ def test_a_run_leaves_its_exits_and_what_they_do(configure, tmp_path):
     backbone.load_state_dict(load_file(tmp_path / "model.safetensors"))  # strict: no exit is in it
     assert state_sha256(backbone.state_dict()) == result["model_sha256"]
     found = kept.load(tmp_path, layered(backbone, shape), shape, classes)
-    again = measure(found.model, data.eval_batches(fed.dataset.validation, fed.dataset), 3)
+    again = measure(found.model, data.eval_batches(fed.dataset.validation, fed.dataset), 5)
     assert again == found.scores
     assert json.loads(json.dumps(again.figures())) == {k: result[k] for k in ("exits", "skips")}
     assert result["val_accuracy"] == found.scores.accuracy
@@ -150,6 +190,7 @@ def test_a_run_leaves_its_exits_and_what_they_do(configure, tmp_path):
         (("policy=fixed",), "policy=.*must be none with resilience.training=joint"),
         (("pruning=group_norm",), "pruning.method=.*must be none"),
         (("privacy=record",), "privacy.mechanism=.*must be none"),
+        (("resilience.pool=0",), "resilience.pool=.*must be at least 1"),
         (("resilience.failures=2",), "resilience.failures=.*must be in"),
         (("resilience=frozen", "resilience.backbone_rounds=9", "rounds=9"), "must leave rounds"),
         (("resilience.training=joined",), "did you mean"),
