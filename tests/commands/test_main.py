@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from fedsys.main import COMMANDS, check_siblings, main
 
-QUICK = ("rounds=1", "num_clients=3", "client.epochs=1", "data.max_examples=200")
+QUICK = (
+    "rounds=1", "num_clients=3", "client.epochs=1", "data.max_examples=200", "run.plots=false"
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +66,9 @@ def nothing_looks_whole(folder):
 
 
 def test_a_run_ends_with_one_json_object_and_leaves_a_whole_folder(fedsys, tmp_path):
-    status, out, err = fedsys("train", *QUICK, "json=true", "rounds=2", "run.dir=a run")
+    status, out, err = fedsys(
+        "train", *QUICK, "run.plots=true", "json=true", "rounds=2", "run.dir=a run"
+    )
     assert status == 0
     *before, last = out.splitlines()
     assert before == []
@@ -103,9 +107,7 @@ def test_a_run_of_a_sweep_that_fails_keeps_no_other_from_running(fedsys):
 
 
 def test_a_sweep_says_where_it_is_and_ends_with_a_table_and_leaves_named_folders(fedsys, tmp_path):
-    status, out, err = fedsys(
-        "train", "-m", *QUICK, "run.plots=false", "strategy=fedavg,fedprox", "client.lr=0.1,-1"
-    )
+    status, out, err = fedsys("train", "-m", *QUICK, "strategy=fedavg,fedprox", "client.lr=0.1,-1")
     assert status == 2
     assert "run 1/4: strategy=fedavg, client.lr=0.1" in err.splitlines()
     assert "run 4/4: strategy=fedprox, client.lr=-1" in err.splitlines()
@@ -135,7 +137,7 @@ def test_a_refused_run_leaves_no_folder_and_latest_stays(fedsys, tmp_path):
     """It left an empty folder for each configuration that the data or the model did not go with."""
     refused(fedsys, "train", *QUICK, "model=variant")
     assert list(tmp_path.iterdir()) == []
-    assert fedsys("train", *QUICK, "run.plots=false")[0] == 0
+    assert fedsys("train", *QUICK)[0] == 0
     [folder] = (tmp_path / "outputs").glob("2*/*")
     refused(fedsys, "train", *QUICK, "policy=fixed", "policy.cut=99")
     assert list((tmp_path / "outputs").glob("2*/*")) == [folder]
@@ -143,7 +145,7 @@ def test_a_refused_run_leaves_no_folder_and_latest_stays(fedsys, tmp_path):
 
 
 def test_an_option_without_effect_is_pointed_out(fedsys):
-    status, _, err = fedsys("train", *QUICK, "run.plots=false", "network=wifi", "num_edges=3")
+    status, _, err = fedsys("train", *QUICK, "network=wifi", "num_edges=3")
     assert status == 0
     notes = [line for line in err.splitlines() if line.startswith("note: ")]
     assert len(notes) == 2 and "network=wifi is without effect" in notes[0]

@@ -106,6 +106,7 @@ def test_a_run_leaves_no_token_behind_and_is_continued_with_one(tmp_path, monkey
     edge = EdgeServer("a", "memory://secret-edge", control_token=TOKEN)
     command = [
         *("train", "num_clients=2", "policy=fixed", "policy.cut=0.5", "run.dir=r"),
+        "run.plots=false",
         "fleet.edges=[{name: a, address: 'memory://secret-edge'}]",
     ]
     try:
