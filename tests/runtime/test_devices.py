@@ -62,16 +62,24 @@ class Waiting:
         self._start(processes, "superlink-executor")
 
 
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """Return what starts processes: it imports Flower once."""
+    folder = tmp_path_factory.mktemp("devices")
+    with Processes(folder, launch.environment(folder / "home")) as processes:
+        yield processes
+
+
 @pytest.fixture
-def watched(tmp_path):
+def watched(processes):
     """Return the processes of two devices, what watches them, and what it says."""
     notes, made = [], Waiting()
-    with Processes(tmp_path, launch.environment(tmp_path / "home")) as processes:
-        for partition in (0, 1):
-            made.start_node(processes, partition)
-        time_ = SimpleNamespace(now=0.0)
-        devices = Devices(made, processes, notes.append, lambda: time_.now)
-        yield SimpleNamespace(processes=processes, notes=notes, devices=devices, time=time_)
+    for partition in (0, 1):
+        made.start_node(processes, partition)
+    time_ = SimpleNamespace(now=0.0)
+    devices = Devices(made, processes, notes.append, lambda: time_.now)
+    yield SimpleNamespace(processes=processes, notes=notes, devices=devices, time=time_)
+    processes.stop(at_once=True)
 
 
 def kill(watched, name):
