@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import random
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
@@ -41,6 +42,7 @@ from fedsys.transport.network import Network
 ENDS = ("edge", "cloud")
 _MB = 1e6
 _MEMORY_OFF = 0.05  # of memory that is held
+_SAID = 20  # conditions from one word to the next
 _TRIES = 5  # to find a condition as it was asked for
 
 
@@ -191,12 +193,15 @@ def measure(
         _Bench(model, hosts, sweep, useful_cuts(model.layers, every), cores) as bench,
         file.open("a", newline="", encoding="utf-8") as stream,
     ):
-        for number, (repeat, condition) in enumerate(left):
+        began = time.monotonic()
+        for number, (repeat, condition) in enumerate(left, 1):
             rows = bench.under(condition, repeat)
             _append(stream, rows)
             yield from rows
-            if number % 50 == 0:
-                print(f"{name}: {number} of {len(left)}", file=sys.stderr, flush=True)
+            if number % _SAID == 0:
+                minutes = (time.monotonic() - began) / number * (len(left) - number) / 60
+                told = f"{name}: {number} of {len(left)}, {minutes:.0f} minutes to go, in {file}"
+                print(told, file=sys.stderr, flush=True)
 
 
 def _append(stream: TextIO, rows: Sequence[RawSample]) -> None:
