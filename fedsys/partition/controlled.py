@@ -60,7 +60,7 @@ while True:
 _PIECE = 1 << 20
 _END_S = 5.0
 _READY_S = 60.0  # to write the memory
-_FIRST = -20
+FIRST = -20
 
 
 @dataclass(frozen=True)
@@ -149,19 +149,20 @@ class Load:
         self._process.stdout.close()
 
 
-def come_first(pids: Iterable[int]) -> bool:
+def come_first(pids: Iterable[int], priority: int = FIRST) -> bool:
     """Have processes computed before all others of the machine; return whether that is allowed.
 
     By their priority, which root alone may raise.
 
     Args:
         pids: Of the processes; their threads, and what they start, come along.
+        priority: Theirs from now on, -20 … 19; for setting it back.
     """
     found = list(pids)
     try:
         for pid in found:
             for task in Path(f"/proc/{pid}/task").iterdir():  # Linux: a priority is a thread's
-                os.setpriority(os.PRIO_PROCESS, int(task.name), _FIRST)
+                os.setpriority(os.PRIO_PROCESS, int(task.name), priority)
     except (AttributeError, OSError):
         return False
     return bool(found)

@@ -9,6 +9,7 @@ all cuts in random order; a request that is not counted comes first.
 from __future__ import annotations
 
 import csv
+import os
 import random
 import sys
 import time
@@ -243,7 +244,9 @@ class _Bench:
             for end, own in zip(ENDS, self._cores, strict=True):
                 self._loads[end] = Load(own)
                 stack.callback(self._loads[end].close)
-            come_first([*self._hosts.pids, *(load.pid for load in self._loads.values())])
+            me, before = os.getpid(), int(psutil.Process().nice())
+            stack.callback(come_first, [me], before)
+            come_first([me, *self._hosts.pids, *(load.pid for load in self._loads.values())])
             for level, network in enumerate(self._networks):
                 chain = self._hosts.chain(self._model, (None, network))
                 for cut in self._cuts:
