@@ -54,14 +54,15 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
         options: See ``conf/bench/partition.yaml``.
 
     Returns:
-        Of ``planner``: ``plan_two_ms``, ``plan_four_ms`` (100 units each), ``planner_equal`` of
-        ``planner_compared``. Of ``latency``: ``requests``, a row for each model, network and
-        partition; ``prediction_error_median``, ``…_p90``, ``same_bits``, ``off_max``. Of
-        ``overhead``: ``data_plane_us`` for 102 kB at the cut. Of ``throughput``:
-        ``throughput_ratio``. Of ``moves``: ``ways``, a row for each. Of ``trace``: ``contenders``,
-        ``mean_to_static``, ``p95_to_static``, ``share_of_oracle_gain``, ``moves_per_change``,
-        ``undone``, and ``points``, each request of the one that moves. What there is stands in
-        `SO_FAR` in the run folder meanwhile.
+        Of ``planner``: ``plan_two_ms``, ``plan_four_ms`` (100 units each),
+        ``planner_equal`` of ``planner_compared``. Of ``latency``: ``requests``, a row for
+        each model, network and partition; ``prediction_error_median``, ``…_p90``,
+        ``same_bits``, ``off_max``. Of ``overhead``: ``data_plane_us`` for 102 kB at the
+        cut, ``entry_us`` without a cut. Of ``throughput``: ``throughput_ratio``. Of
+        ``moves``: ``ways``, a row for each. Of ``trace``: ``contenders``,
+        ``mean_to_static``, ``p95_to_static``, ``share_of_oracle_gain``,
+        ``moves_per_change``, ``undone``, and ``points``, each request of the one that
+        moves. What there is stands in `SO_FAR` in the run folder meanwhile.
 
     Raises:
         ConfigError: A part has another name.
@@ -147,7 +148,10 @@ class _Parts:
             for name in options["models"] if "latency" in self._parts else ():
                 _say(f"requests of {name}")
                 most_s = self._most_s("latency") / len(options["models"])
-                for row in latency_rows(hosts, str(name), options, self._messaging, most_s):
+                entry_s = 1e-6 * self.found["entry_us"]
+                for row in latency_rows(
+                    hosts, str(name), options, self._messaging, most_s, entry_s
+                ):
                     rows.append(row)
                     self._keep(requests=rows, **errors(rows))
 

@@ -6,6 +6,7 @@ messages cost is measured beforehand by a model that computes next to nothing.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections import deque
@@ -97,8 +98,13 @@ def thin_model(channels: int) -> BenchModel:
     return BenchModel("thin", (3, 32, 32), layered(net.eval(), (3, 32, 32)))
 
 
-def added_s(hosts: HostProcesses, channels: int, repeats: int) -> float:
-    """Return what it adds to a request that a tensor goes to a second host, beside computing."""
+def added_s(hosts: HostProcesses, channels: int, repeats: int) -> tuple[float, float]:
+    """Return what a request takes beside computing.
+
+    Returns:
+        What it adds that a tensor goes to a second host, and what is there without: the way from
+        the client into the device's host and back, in seconds.
+    """
     model = thin_model(channels)
     chain = hosts.chain(model)
     last, first = len(model.layers), min(model.layers.cuts)
@@ -112,16 +118,18 @@ def added_s(hosts: HostProcesses, channels: int, repeats: int) -> float:
                 beside[cut].append(one.took_s - computed)
     for one in laid.values():
         one.module.close()
-    return median(beside[first]) - median(beside[last])
+    alone = median(beside[last])
+    return median(beside[first]) - alone, alone
 
 
 def overhead_figures(hosts: HostProcesses, repeats: int) -> tuple[dict[str, Any], Messaging]:
     """Return what the data plane adds, and what the planner is to know of messages."""
-    small, large = (added_s(hosts, channels, repeats) for channels in (_SMALL, _LARGE))
+    (small, alone), (large, _) = (added_s(hosts, c, repeats) for c in (_SMALL, _LARGE))
     count = 4096 * (_LARGE - _SMALL)
     byte_s = max(0.0, large - small) / count
     message_s = max(0.0, small - byte_s * 4096 * _SMALL) / 4
-    figures = {"data_plane_us": 1e6 * small, "data_plane_ns_byte": 1e9 * byte_s}
+    figures = {"data_plane_us": 1e6 * small, "data_plane_ns_byte": 1e9 * byte_s,
+               "entry_us": 1e6 * alone}  # fmt: skip
     return figures, Messaging(message_s, {RAW: byte_s / 2})
 
 
@@ -131,7 +139,7 @@ def overhead_figures(hosts: HostProcesses, repeats: int) -> tuple[dict[str, Any]
 
 def latency_rows(
     hosts: HostProcesses, name: str, options: Mapping[str, Any], messaging: Messaging,
-    most_s: float = math.inf,
+    most_s: float = math.inf, entry_s: float = 0.0,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Yield for each network and some partitions what was predicted and what was measured.
 
@@ -141,10 +149,12 @@ def latency_rows(
         options: Of the benchmark.
         messaging: What messages cost.
         most_s: Seconds for all requests of the model, about.
+        entry_s: What a request takes into the device's host and back.
     """
     model, repeats = model_of(name, int(options["side"])), int(options["repeats"])
     costs = inference_costs(model.layers, model.shape, repeats=repeats, messaging=messaging)
-    known = tuple(Host(one, costs) for one in NAMES)
+    near_costs = dataclasses.replace(costs, operation_s=entry_s)
+    known = (Host(NAMES[0], near_costs), *(Host(one, costs) for one in NAMES[1:]))
     with torch.inference_mode():
         expected = model.whole(model.image())
     for mbit_s, latency_ms in options["networks"]:
