@@ -7,6 +7,7 @@ import torch
 import yaml
 
 from fedsys.commands.bench.partition import SO_FAR, _quick, draw_trace
+from fedsys.commands.bench.partition_moves import in_order
 from fedsys.commands.bench.partition_planner import drawn_problem, planner_figures
 from fedsys.commands.bench.partition_requests import taken
 from fedsys.commands.bench.partition_trace import LinkTrace, PlayedChain, figures
@@ -50,6 +51,14 @@ def test_what_was_given_stays_with_quick():
     given = _quick(options(moves=3, models=("vgg16", "lenet"), networks=((5, 1),)))
     assert (given["moves"], given["models"]) == (3, ("vgg16", "lenet"))
     assert given["slow_moves"] == 2 and given["networks"] == ((5, 1),)
+
+
+def test_the_order_of_the_ways_is_that_of_their_times():
+    ways = {"warm": (0, 0.01), "beside": (80, 0.02), "process": (900, 0.01), "pause": (200, 300)}
+    rows = [{"way": w, "prepare_ms": p, "blocked_ms": b} for w, (p, b) in ways.items()]
+    assert in_order(rows)
+    assert not in_order([*rows[:3], {"way": "pause", "prepare_ms": 200, "blocked_ms": 0.001}])
+    assert not in_order([{**rows[0], "prepare_ms": 100}, *rows[1:]])
 
 
 def test_requests_end_when_their_time_does():

@@ -17,7 +17,7 @@ import torch
 
 from fedsys.commands.bench import Chart, given_options
 from fedsys.commands.bench.partition_hosts import host_processes
-from fedsys.commands.bench.partition_moves import moves_rows
+from fedsys.commands.bench.partition_moves import in_order, moves_rows
 from fedsys.commands.bench.partition_planner import planner_figures
 from fedsys.commands.bench.partition_requests import (
     device_and,
@@ -59,10 +59,11 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
         each model, network and partition; ``prediction_error_median``, ``…_p90``,
         ``same_bits``, ``off_max``. Of ``overhead``: ``data_plane_us`` for 102 kB at the
         cut, ``entry_us`` without a cut. Of ``throughput``: ``throughput_ratio``. Of
-        ``moves``: ``ways``, a row for each. Of ``trace``: ``contenders``,
-        ``mean_to_static``, ``p95_to_static``, ``share_of_oracle_gain``,
-        ``moves_per_change``, ``undone``, and ``points``, each request of the one that
-        moves. What there is stands in `SO_FAR` in the run folder meanwhile.
+        ``moves``: ``ways``, a row for each, ``lost_or_wrong`` of all, ``ways_in_order``. Of
+        ``trace``: ``contenders``, ``mean_to_static``, ``p95_to_static``,
+        ``share_of_oracle_gain``, ``moves_per_change``, ``undone``, and ``points``, each
+        request of the one that moves. What there is stands in `SO_FAR` in the run folder
+        meanwhile.
 
     Raises:
         ConfigError: A part has another name.
@@ -162,6 +163,9 @@ class _Parts:
             rows.append(row)
             self._keep(ways=rows)
             _say(json.dumps(row))
+        lost = sum(row["lost"] + row["wrong"] for row in rows)
+        moves = sum(row["moves"] for row in rows)
+        self._keep(moves=moves, lost_or_wrong=lost, ways_in_order=in_order(rows))
 
 
 def _say(text: str) -> None:

@@ -35,7 +35,7 @@ from fedsys.serving.switch.switcher import Cost
 WAYS = ("warm", "beside", "process", "pause")
 _SHARES = (0.1, 0.6, 0.15, 0.15)  # of the time, as in WAYS
 _LEAST, _SAID = 2, 100  # moves: at least, and from one word to the next
-_QUIET_S = 3.0
+_QUIET_S, _BETWEEN_S = 3.0, 0.02
 _CLIENTS = 16
 _SAMPLE_S = 0.1
 
@@ -71,6 +71,21 @@ def moves_rows(
         with host_processes(("device", "edge", "cloud")) as hosts:
             plan = _Moves(way, count, share * most_s, float(options["requests_per_s"]))
             yield {"way": way, **_measured(model, hosts, plan, say)}
+
+
+def in_order(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether the ways stand in the order of NEUKONFIG (Majeed et al., IC2E 2021).
+
+    Of those that answer on meanwhile: a pipeline that stands ready is there first, then one in the
+    same process, then one in a new process. Pausing keeps requests waiting longest.
+
+    Args:
+        rows: The figures of all ways.
+    """
+    known = {str(row["way"]): row for row in rows}
+    there = [known[w]["prepare_ms"] + known[w]["blocked_ms"] for w in ("warm", "beside", "process")]
+    longest = max(known, key=lambda way: float(known[way]["blocked_ms"]))
+    return there == sorted(there) and longest == "pause"
 
 
 def places(model: BenchModel) -> list[Partition]:
@@ -121,6 +136,7 @@ def _moved(
     partitions, costs, began = cycle(turns), list[Cost](), time.monotonic()
     while len(costs) < plan.count:
         costs.append(engine.move(next(partitions)))
+        time.sleep(_BETWEEN_S)  # or a thousand warm ones are over before a request comes
         if len(costs) % _SAID == 0:
             say(f"{plan.way}: {len(costs)} of {plan.count} moves")
         if len(costs) >= _LEAST and time.monotonic() - began > plan.most_s:
