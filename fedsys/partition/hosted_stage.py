@@ -266,14 +266,8 @@ class HostedStage:
             with suppress(LinkError):
                 held.upstream.send(frame)
             return
-        now = time.monotonic()
-        link_s = now - held.sent_s - float(frame.meta["held_s"])
-        sent = sum(tensor.nbytes for tensor in held.frame.tensors.values())
-        part = {**held.part, "link_s": link_s, "bytes": sent, "arrived_s": frame.arrived_s}
-        parts = [part, *_listed(frame.meta.get("parts"))]
-        meta = {**frame.meta, "held_s": now - held.arrived_s, "parts": parts}
         with suppress(LinkError):
-            held.upstream.send(Frame("y", meta, frame.tensors))
+            held.upstream.send(_passed_back(held, held.frame, frame))
 
     def _fail(self, number: int, reason: str) -> None:
         with self._lock:
@@ -304,6 +298,17 @@ def tensors_of(out: object, host: str) -> Tensors:
 def _values_of(one: Underway) -> Tensors:
     assert one.frame is not None
     return decode_activations(one.frame.tensors, one.frame.meta)
+
+
+def _passed_back(held: Underway, sent: Frame, answer: Frame) -> Frame:
+    """Return an answer with what this host did, and how long its tensors were on the link."""
+    now = time.monotonic()
+    link_s = now - held.sent_s - float(answer.meta["held_s"])
+    count = sum(tensor.nbytes for tensor in sent.tensors.values())
+    part = {**held.part, "link_s": link_s, "bytes": count, "arrived_s": answer.arrived_s}
+    parts = [part, *_listed(answer.meta.get("parts"))]
+    meta = {**answer.meta, "held_s": now - held.arrived_s, "parts": parts}
+    return Frame("y", meta, answer.tensors)
 
 
 def _failed(number: int, host: str, reason: str) -> Frame:
