@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fedsys.main import COMMANDS, check_siblings, main
+from tests.terminal import CODE
 
 QUICK = (
     "rounds=1", "num_clients=3", "client.epochs=1", "data.max_examples=200", "run.plots=false"
@@ -360,7 +361,7 @@ def test_packages_of_another_distribution_are_not_mistaken_for_ours(monkeypatch,
 
 def spawn(*arguments, cwd, limit=None):
     """Start the command in a process, with a limit on the size of each file it writes."""
-    code = "from fedsys.main import entry; entry()"
+    code = CODE
     if limit is not None:
         code = (
             "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "

@@ -7,7 +7,6 @@ then on.
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from fedsys.commands import own_chain
 from fedsys.main import main
 from fedsys.pruning.portfolio import MANIFEST
 from fedsys.runs.folder import RunFolder
+from tests.terminal import fedsys
 from tests.waiting import until
 
 HOME = Path(__file__).resolve().parents[2]
@@ -25,10 +25,6 @@ GIVEN = [
     f"rounds={ROUNDS}",
 ]  # fmt: skip
 HOST = "hosts.list=[{name: device, start: true}]"
-LIKE_A_TERMINAL = (  # where the tests themselves run in the background, Ctrl-C is ignored
-    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
-    "from fedsys.main import main; sys.exit(main(sys.argv[1:]))"
-)
 
 
 def in_this_process(*given):
@@ -53,11 +49,15 @@ def made(folder, configure, monkeypatch):
 def test_a_training_that_ctrl_c_ended_goes_on_and_half_a_variant_is_made_anew(
     tmp_path, configure, monkeypatch, capsys
 ):
-    command = [sys.executable, "-c", LIKE_A_TERMINAL, "serve", "hosts=local", HOST, *GIVEN]
     own = os.environ | {"PYTHONPATH": str(HOME), "OMP_NUM_THREADS": "1"}
     with (tmp_path / "said").open("w") as said:
         child = subprocess.Popen(
-            command, cwd=tmp_path, env=own, stderr=said, stdout=said, start_new_session=True
+            fedsys("serve", "hosts=local", HOST, *GIVEN),
+            cwd=tmp_path,
+            env=own,
+            stderr=said,
+            stdout=said,
+            start_new_session=True,
         )
         until(lambda: [*tmp_path.glob("outputs/chains/*/train/metrics.csv")] or child.poll(), 120)
         os.killpg(child.pid, signal.SIGINT)  # as a terminal sends it: to the training, too

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from fedsys.runtime.control import SuperLinkClient
 from fedsys.runtime.launch import Deployment, write_node_key
 from fedsys.runtime.processes import Processes, free_ports
 from fedsys.transport.security import Authority
+from tests.terminal import fedsys
 
 pytestmark = [
     pytest.mark.deployment,
@@ -192,10 +192,10 @@ def test_two_nodes_with_one_partition_id_are_named(configure, launched, tmp_path
 
 def test_an_interrupted_launch_leaves_no_process_and_no_secret_behind(tmp_path):
     folder = tmp_path / "run"
-    command = [
-        sys.executable, "-m", "fedsys.main", "train", "runtime=deployment", "runtime.launch=true",
-        "rounds=1000", "num_clients=1", f"run.dir={folder}",
-    ]  # fmt: skip
+    command = fedsys(
+        "train", "runtime=deployment", "runtime.launch=true", "rounds=1000", "num_clients=1",
+        f"run.dir={folder}",
+    )  # fmt: skip
     home = Path(__file__).resolve().parents[2]
     with (tmp_path / "said").open("w") as said:
         child = subprocess.Popen(command, cwd=home, stderr=said, start_new_session=True)
