@@ -35,7 +35,7 @@ IDENTIFY = "query.identify"
 ENGINE_S = 300.0
 """Seconds that Flower's simulation engine may take to add its nodes, while it starts Ray."""
 
-POLL_S = 0.5
+POLL_S = 0.2
 """Seconds between two looks at who is connected, while nodes are missing."""
 
 ANSWER_S = 120.0

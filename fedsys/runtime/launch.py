@@ -34,6 +34,7 @@ from fedsys.config import Config
 from fedsys.errors import ConfigError, RuntimeFailure
 from fedsys.runs import startup as stages
 from fedsys.runs.progress import Progress
+from fedsys.runtime import supernode
 from fedsys.runtime.control import SuperLinkAddress, SuperLinkClient
 from fedsys.runtime.edge_processes import EdgeProcesses, credentials_of_device
 from fedsys.runtime.processes import Processes, free_ports, is_free
@@ -221,7 +222,7 @@ class Deployment:
         processes.start(
             name,
             [
-                "flower-supernode", "--superlink", self.address.host_port,
+                "fedsys.runtime.supernode", "--superlink", self.address.host_port,
                 "--root-certificates", str(self._secret("ca.pem")),
                 "--auth-supernode-private-key", str(self._secret(name)),
                 "--host", HOST, "--port", str(port), *self._server_tls(),
@@ -229,6 +230,7 @@ class Deployment:
                 "--superexec-auth-secret-file", str(self._secret("executors")),
                 "--node-config", self._node_config(partition),
             ],
+            {supernode.INTERVAL: f"{supernode.interval_s(len(self.node_keys)):g}"},
             vital=False,
         )  # fmt: skip
         self.start_node_executor(processes, partition, name)

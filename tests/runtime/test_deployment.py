@@ -24,6 +24,7 @@ from fedsys.runtime.launch import Deployment, write_node_key
 from fedsys.runtime.processes import Processes, free_ports
 from fedsys.transport.security import Authority
 from tests.terminal import fedsys
+from tests.waiting import until
 
 pytestmark = [
     pytest.mark.deployment,
@@ -85,8 +86,9 @@ def result_of(configure: Configure, folder: Path, *overrides: str) -> dict[str, 
 
 
 RUNS = {
-    "adam, part of the clients": ("strategy=fedadam", "strategy.fraction_train=0.7"),
-    "kept optimizers, pruned": (
+    "adam, part of the clients, kept optimizers, pruned": (
+        "strategy=fedadam",
+        "strategy.fraction_train=0.7",
         "client.keep_optimizer=true",
         "pruning=magnitude",
         "pruning.steps=1",
@@ -119,8 +121,7 @@ def test_a_superlink_that_is_killed_and_restarted_loses_neither_run_nor_model(
 
     def crash() -> None:
         metrics = folder / "metrics.csv"
-        while not metrics.exists():  # until the first of the two rounds has ended
-            time.sleep(0.05)
+        until(metrics.exists, 200)  # the first of the two rounds has ended
         launched.processes.stop(["superlink"], at_once=True)
         launched.deployment.start_superlink(launched.processes)
 
@@ -199,9 +200,8 @@ def test_an_interrupted_launch_leaves_no_process_and_no_secret_behind(tmp_path):
     home = Path(__file__).resolve().parents[2]
     with (tmp_path / "said").open("w") as said:
         child = subprocess.Popen(command, cwd=home, stderr=said, start_new_session=True)
-        while not (folder / "metrics.csv").exists():
-            assert child.poll() is None
-            time.sleep(0.1)
+        until(lambda: (folder / "metrics.csv").exists() or child.poll() is not None, 200)
+        assert child.poll() is None
         started = psutil.Process(child.pid).children(recursive=True)
         assert len(left_behind(folder)) >= 4  # SuperLink, SuperNode, and an executor of each
         child.send_signal(signal.SIGINT)

@@ -26,6 +26,7 @@ from fedsys.runtime.processes import Processes
 from fedsys.transport.addresses import dial
 from fedsys.transport.security import Authority, Credentials
 from fedsys.transport.wire import Frame
+from tests.waiting import until
 
 WAIT_S = 60.0
 NOTHING = Hooks(lambda _: None, lambda _: None, lambda _, __: None, lambda _: None, lambda _: True)
@@ -161,11 +162,8 @@ def test_an_edge_that_is_told_to_stop_hands_its_sessions_over(edges, train, undi
     run = train("faults=none")
     waiting.join(WAIT_S)
     assert run.sha256 == undisturbed
-    deadline = time.monotonic() + WAIT_S
-    while (status := edges.processes.status("edge-0")) is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    assert status == 0
+    until(lambda: edges.processes.status("edge-0") is not None)
+    assert edges.processes.status("edge-0") == 0
     assert last_line(edges, "edge-0")["saved"] == 0
 
 

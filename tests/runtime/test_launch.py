@@ -6,14 +6,17 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+from flwr.supernode import start_client_internal
 
 from fedsys.errors import SecurityError
 from fedsys.main import main
+from fedsys.runtime import supernode
 from fedsys.runtime.control import SuperLinkAddress, SuperLinkClient
 from fedsys.runtime.launch import Deployment, environment
 from fedsys.runtime.processes import Processes, free_ports
@@ -153,3 +156,12 @@ def test_an_interrupt_in_the_middle_of_a_request_ends_everything(tmp_path, monke
         processes.check()
     _, alive = psutil.wait_procs(started, 60)
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_nodes_ask_for_work_often_but_not_more_often_than_one_superlink_can_answer():
+    """Each round of a launched run waited for up to three seconds, and its begin likewise."""
+    assert vars(start_client_internal)["time"] is time  # where Flower waits between two questions
+    assert [supernode.interval_s(count) for count in (1, 5, 20, 30, 1000)] == [0.5, 0.5, 2, 3, 3]
+    hasty, began = supernode.Hasty(0.01), time.monotonic()
+    hasty.sleep(600)
+    assert began < hasty.monotonic() < began + 60
