@@ -377,7 +377,7 @@ def test_the_page_on_extending_works_as_written(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(tmp_path)  # what PYTHONPATH=. does for a process
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     for block in blocks:
         arguments = shlex.split(block.removeprefix("PYTHONPATH=. "))
         assert arguments[0] == "fedsys"
@@ -385,6 +385,9 @@ def test_the_page_on_extending_works_as_written(tmp_path, monkeypatch, capsys):
         assert main([*arguments[1:], "json=true", pictures]) == 0
         result = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert 0.0 <= result["accuracy"] <= 1.0
+    assert [line.split()[0] for line in Path("lines.txt").read_text().splitlines()[1:]] == [
+        "1", "2", "finished",
+    ]  # fmt: skip
 
 
 def declared(*requirements):
@@ -437,11 +440,12 @@ def test_what_an_extra_brings_is_imported_late_and_the_error_names_that_extra(mo
     assert {name for name, *_ in calls} == {
         "dp_accounting", "dp_accounting.pld", "dp_accounting.pld.privacy_loss_distribution",
         "dp_accounting.rdp",
-        "gymnasium", "onnxruntime", "onnxruntime.quantization", "onnxscript",
+        "gymnasium", "mlflow.entities", "mlflow.tracking",
+        "onnxruntime", "onnxruntime.quantization", "onnxscript",
         "opacus", "opacus.accountants", "stable_baselines3",
         "stable_baselines3.common.callbacks", "stable_baselines3.common.logger",
         "stable_baselines3.common.policies",
-        "stable_baselines3.common.vec_env.base_vec_env", "torch_pruning",
+        "stable_baselines3.common.vec_env.base_vec_env", "torch_pruning", "wandb",
     }  # fmt: skip
     for name, *given in calls:
         extra = given[0] if given else "export"

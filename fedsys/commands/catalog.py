@@ -70,6 +70,7 @@ COMMANDS: dict[str, Command] = {
             "resilience",
             "runtime",
             "faults",
+            "tracker",
         ),
         sweeps=True,
     ),

@@ -11,8 +11,8 @@ from fedsys.config import resilience as resilience_settings
 from fedsys.config.partition import HOST_RULES, HOSTS_RULES
 from fedsys.config.partition import RULES as PARTITION_RULES
 from fedsys.config.serving import RULES as SERVING_RULES
-from fedsys.config.values import Config, NetworkConfig
-from fedsys.errors import ConfigError
+from fedsys.config.values import Config, NetworkConfig, Spec
+from fedsys.errors import ConfigError, is_number
 
 Rule = tuple[str, Callable[[Any], bool], str, str]
 """Path of the value, test, the rule in words, and the way out."""
@@ -136,6 +136,7 @@ def check(config: Config) -> None:
     pruning_settings.check(config.pruning)
     privacy_settings.check(config.privacy)
     _check_resilience(config)
+    _check_tracker(config.tracker)
     _check_links(config)
     _check_addresses(config)
     if config.schedule.micro_batches > config.client.batch_size:
@@ -144,6 +145,16 @@ def check(config: Config) -> None:
             config.schedule.micro_batches,
             f"must not exceed client.batch_size={config.client.batch_size}",
         )
+
+
+def _check_tracker(tracker: Spec) -> None:
+    """Raise a ConfigError for a group that names no tracker, or waits for less than nothing."""
+    wait_s = tracker.get("wait_s", 0)
+    if not is_number(wait_s) or wait_s < 0:
+        raise ConfigError.of("tracker.wait_s", wait_s, "must be a number of seconds, 0 or more")
+    if tracker and not tracker.get("_target_") and tracker.get("kind") != "none":
+        rule = "must name the class of a tracker, with its dotted path"
+        raise ConfigError.of("tracker._target_", tracker.get("_target_"), rule, "tracker=none")
 
 
 def _check_resilience(config: Config) -> None:

@@ -384,4 +384,5 @@ class Config:
     resume: str | None = None
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     faults: FaultsConfig = field(default_factory=FaultsConfig)
+    tracker: Spec = field(default_factory=dict)
     text: str = field(default="", repr=False, compare=False)

@@ -29,7 +29,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -105,6 +105,7 @@ class RunFolder:
         self._log: _LogFile | None = None
         self._level = logging.NOTSET
         self._scalars: Scalars | None = None
+        self._followers: list[Callable[[Mapping[str, Any]], None]] = []
         self.problems: tuple[str, ...] = ()
 
     @classmethod
@@ -248,6 +249,12 @@ class RunFolder:
             if self._scalars is None:
                 self._scalars = Scalars(self.path / "tensorboard")
             self._scalars.add(int(row["round"]), row)
+        for follower in self._followers:
+            follower(row)
+
+    def follow(self, follower: Callable[[Mapping[str, Any]], None]) -> None:
+        """Hand each row that `add_round` gets from now on to `follower`, once it is written."""
+        self._followers.append(follower)
 
     def rounds(self) -> list[dict[str, float | str]]:
         """Return the rows of ``metrics.csv``; numbers as floats, without the empty cells."""

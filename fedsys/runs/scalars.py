@@ -43,6 +43,15 @@ def scalar_tag(column: str) -> str:
     return f"{head}/{tail}" if head in ("seconds", "bytes") and tail else column
 
 
+def numbers_of(row: Mapping[str, Any]) -> dict[str, float]:
+    """Return every number of a row of a round under its `scalar_tag`, without the round itself."""
+    return {
+        scalar_tag(name): number
+        for name, value in row.items()
+        if name != "round" and isinstance(number := from_cell(to_cell(value)), float)
+    }
+
+
 class Scalars:
     """Writes scalars to a TensorBoard event file.
 
@@ -71,9 +80,7 @@ class Scalars:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         values = [
-            Summary.Value(tag=scalar_tag(name), simple_value=number)
-            for name, value in row.items()
-            if name != "round" and isinstance(number := from_cell(to_cell(value)), float)
+            Summary.Value(tag=tag, simple_value=number) for tag, number in numbers_of(row).items()
         ]
         self._write(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
 

@@ -1,0 +1,146 @@
+"""The site: ``sphinx-build -W -c docs . build/site``, with what is generated for it.
+
+Pages are Markdown as they stand in ``docs/``, ``benchmarks/`` and here and there at the root. Two
+things are made anew for each build: the reference of the configuration, from the files in ``conf/``
+and their comments, and that of the API, from the docstrings behind the faces of the rooms. Nothing
+is written into the source tree, and a page that was built asks for nothing from elsewhere.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from fedsys import __version__  # noqa: E402
+from fedsys.commands import options  # noqa: E402
+
+project, author, release = "fedsys", "The fedsys authors", __version__
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+source_suffix = {".md": "markdown"}
+root_doc = "docs/index"
+include_patterns = ["docs/**.md", "benchmarks/**.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+exclude_patterns = [".*", "build", "dist", "outputs", "fedsys", "strategies", "clients", "tests"]
+
+suppress_warnings = ["myst.header", "toc.not_included"]  # records of benchmarks begin at any level
+myst_heading_anchors = 3
+myst_enable_extensions = ["colon_fence"]
+
+autodoc_typehints = "signature"
+autodoc_member_order = "bysource"
+default_role = "code"  # a name in single backticks
+napoleon_use_ivar = True
+pygments_style = "friendly"
+
+html_theme = "alabaster"
+html_title = f"fedsys {release}"
+html_show_sphinx = False
+html_copy_source = False
+html_static_path = ["static"]
+html_theme_options = {
+    "description": "One model across devices and edge servers",
+    "fixed_sidebar": True,
+    "page_width": "1180px",
+    "sidebar_width": "230px",
+}
+
+
+# --------------------------------------------------------------------------------------------------
+# The configuration, from conf/
+
+
+def configuration() -> str:
+    """Return the reference of the configuration as Markdown: each group, choice and option."""
+    groups = [group for group in options.groups() if group not in ("bench", "experiment")]
+    general = (options.CONF / "config.yaml").read_text(encoding="utf-8")
+    parts = ["## Without a group", _table(list(options.options_in(general)))]
+    for group in [*groups, "experiment", "bench"]:
+        parts += _group(group)
+    return "\n\n".join(parts)
+
+
+def _group(group: str) -> list[str]:
+    chosen = options.default_choice(group)
+    parts = [f"## `{group}=`"]
+    for name in options.choices(group):
+        default = " (if nothing is said)" if name == chosen else ""
+        text = options.choice_text(group, name)
+        parts += [f"### `{group}={name}`{default}", _head(text)]
+        parts.append(_table(options.options_of(group, name)))
+    return [part for part in parts if part]
+
+
+def _head(text: str) -> str:
+    """Return the comment at the head of a file."""
+    lines = []
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            break
+        if not line.startswith("# @package"):
+            lines.append(line.lstrip("# "))
+    return _escaped(" ".join(lines))
+
+
+def _table(found: list[options.Option]) -> str:
+    if not found:
+        return ""
+    rows = [f"| `{o.key}` | {_code(o.value)} | {_escaped(o.comment)} |" for o in found]
+    return "\n".join(["| option | value | |", "|---|---|---|", *rows])
+
+
+def _code(value: str) -> str:
+    return "`" + value.replace("|", "\\|") + "`" if value else ""
+
+
+def _escaped(text: str) -> str:
+    """Return a comment as Markdown that shows it as it is."""
+    return re.sub(r"([\\`*_{}\[\]<>|#~$])", r"\\\1", text)
+
+
+# --------------------------------------------------------------------------------------------------
+# The drawing of the house
+
+
+def house(drawing: str) -> str:
+    """Return the floors of a Mermaid flowchart as rows of boxes, the roof on top.
+
+    The pages are read where Mermaid is drawn, and on the site, which loads no scripts.
+    """
+    floors = re.findall(r"subgraph \w+ .*?\n(.*?)\n *end", drawing, re.DOTALL)
+    rows = []
+    for floor in floors:
+        rooms = "".join(f"<span>{html.escape(room)}</span>" for room in floor.split())
+        rows.append(f"<div>{rooms}</div>")
+    return f'<div class="house">{"".join(rows)}</div>'
+
+
+def fill(app: Any, page: str, source: list[str]) -> None:
+    """Put what is generated into a page before it is parsed."""
+    text = source[0].replace("<!-- the configuration -->", _if(page, "docs/configuration"))
+    source[0] = re.sub(
+        r"```mermaid\n(.*?)```", lambda found: house(found[1]), text, flags=re.DOTALL
+    )
+
+
+def _if(page: str, name: str) -> str:
+    return configuration() if page == name else ""
+
+
+def redirect(app: Any, error: Exception | None) -> None:
+    """Lead from the root of the site to its first page."""
+    if error is None and app.builder.name == "html":
+        page = '<!doctype html><meta http-equiv="refresh" content="0; url=docs/index.html">'
+        (Path(app.outdir) / "index.html").write_text(page + "\n", encoding="utf-8")
+
+
+def setup(app: Any) -> dict[str, bool]:
+    """Connect what is generated to the build."""
+    app.connect("source-read", fill)
+    app.connect("build-finished", redirect)
+    app.add_css_file("site.css")
+    return {"parallel_read_safe": True}

@@ -1,0 +1,131 @@
+"""The documentation: it builds as a site without a warning, and its commands are what they say."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fedsys.commands import options
+from fedsys.main import COMMANDS, Invocation, main
+
+ROOT = Path(__file__).resolve().parents[1]
+RUN_WHOLE = "extending.md"
+"""The page whose commands `tests/test_packaging.py` runs as they stand."""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The site, built as continuous integration and a reader build it."""
+    pytest.importorskip("myst_parser", reason="needs the extra docs")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-c", "docs"]
+    trees = folder.with_name("doctrees")
+    done = subprocess.run(
+        [*command, "-d", str(trees), ".", str(folder)],
+        cwd=ROOT, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    return folder
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning_and_has_every_page(site):
+    pages = {p.relative_to(ROOT).with_suffix(".html") for p in (ROOT / "docs").rglob("*.md")}
+    built = {p.relative_to(site) for p in site.rglob("*.html")}
+    assert pages <= built
+    assert "url=docs/index.html" in (site / "index.html").read_text()
+
+
+@pytest.mark.slow
+def test_a_page_of_the_site_loads_nothing_from_elsewhere(site):
+    for page in site.rglob("*.html"):
+        tags = re.findall(r"<(?:script|link|img|iframe)\b[^>]*>", page.read_text())
+        sources = [found for tag in tags for found in re.findall(r'(?:src|href)="([^"]*)"', tag)]
+        assert [s for s in sources if "//" in s] == [], page
+
+
+@pytest.mark.slow
+def test_the_reference_has_every_option_and_every_choice(site):
+    text = (site / "docs" / "configuration.html").read_text()
+    shown = set(re.findall(r'<span class="pre">([^<]*)</span>', text))
+    assert set(options.every_option()) <= shown
+    for group in options.groups():
+        assert {f"{group}={name}" for name in options.choices(group)} <= shown
+
+
+@pytest.mark.slow
+def test_the_reference_of_the_api_has_what_the_faces_offer(site):
+    import fedsys.models
+    import fedsys.planning
+
+    for room in (fedsys.models, fedsys.planning):
+        text = (site / "docs" / "api" / f"{room.__name__.partition('.')[2]}.html").read_text()
+        for name in room.__all__:
+            assert re.search(rf'id="fedsys\.[\w.]*{name}"', text), name
+
+
+def test_every_room_with_a_face_has_a_page_in_the_reference():
+    rooms = {path.parent.name for path in (ROOT / "fedsys").glob("*/__init__.py")}
+    pages = {path.stem for path in (ROOT / "docs" / "api").glob("*.md")}
+    assert pages == rooms
+
+
+def commands(page):
+    """Return the calls of ``fedsys`` in the shell blocks of a page, each as a list of words."""
+    found = []
+    for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            while "fedsys" in words:
+                words = words[words.index("fedsys") + 1 :]
+                ends = [words.index(end) for end in ("&&", ";", "|", "&") if end in words]
+                found.append(tuple(words[: min(ends, default=len(words))]))
+    return found
+
+
+def pages_with_commands():
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [page for page in pages if page.name != RUN_WHOLE and commands(page)]
+
+
+_checked: set[tuple[str, ...]] = set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", pages_with_commands(), ids=lambda page: page.name)
+def test_the_commands_of_a_page_are_composed_and_checked(page, tmp_path, monkeypatch, capsys):
+    """All but the job itself is done: arguments, groups, Hydra's composition, rules of values."""
+    from fedsys import config
+
+    def job(tree):
+        if not hasattr(tree, "words"):  # what is composed, not what a plain command is given
+            assert config.parse(config.to_text(tree))
+        return {}
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Invocation, "_function", lambda self: job)
+    for words in commands(page):
+        assert words[0] in COMMANDS or words[0].startswith("-"), words
+        if words not in _checked:  # pages repeat each other
+            assert main(words) == 0, (words, capsys.readouterr().err)
+            _checked.add(words)
+
+
+def test_what_is_no_command_would_be_seen(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = tmp_path / "page.md"
+    page.write_text("```bash\na=1 fedsys train polcy=auto # x\nls && fedsys runs; fedsys x\n```\n")
+    assert commands(page) == [("train", "polcy=auto"), ("runs",), ("x",)]
+    assert main(commands(page)[0]) == 2
+    assert "policy" in capsys.readouterr().err
+
+
+def test_the_citation_is_of_this_version():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert f'version = "{cited["version"]}"' in (ROOT / "pyproject.toml").read_text()
+    assert cited["license"] in (ROOT / "pyproject.toml").read_text()
+    assert cited["version"] in (ROOT / "CHANGELOG.md").read_text()
