@@ -25,6 +25,8 @@ os.environ |= {
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+# Workers and commands in processes of their own would compile all that they import each time.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # Tests ask dp-accounting as an oracle, whose log handler would close the captured standard error.
 with suppress(ImportError):
