@@ -14,7 +14,8 @@ from fedsys.transport.security import Credentials
 from fedsys.transport.shaping import RealClock, Shaped
 from fedsys.transport.wire import Frame
 
-_CONNECT_S = 10.0  # for the next host to accept a link
+CONNECT_S = 10.0
+"""For the next host to accept a link, unless less is said."""
 
 
 def told_shape(network: Network, origin_s: float) -> Mapping[str, Any]:
@@ -54,7 +55,11 @@ def _rate(told: Sequence[Any]) -> Rate:
 
 
 def open_data(
-    address: str, credentials: Credentials | None, opened: Mapping[str, Any], shape: Any = None
+    address: str,
+    credentials: Credentials | None,
+    opened: Mapping[str, Any],
+    shape: Any = None,
+    connect_s: float = CONNECT_S,
 ) -> Link:
     """Return a link on which a pipeline's tensors go to a host.
 
@@ -63,15 +68,16 @@ def open_data(
         credentials: For mutual TLS.
         opened: The pipeline and its token.
         shape: What `told_shape` told, to make the link that slow; None: as it is.
+        connect_s: Longest time for the host to accept it.
 
     Raises:
         LinkError: The host cannot be reached or does not accept it.
     """
     network = None if shape is None else shape_of(shape)
-    link = dial(address, credentials=credentials, timeout_s=_CONNECT_S, retry=False)
+    link = dial(address, credentials=credentials, timeout_s=connect_s, retry=False)
     try:
         link.send(Frame("data", dict(opened)))
-        link.recv(_CONNECT_S)
+        link.recv(connect_s)
     except LinkError:
         link.close()
         raise

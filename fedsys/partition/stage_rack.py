@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsys.errors import FrameError, SecurityError
-from fedsys.partition.data_link import open_data
+from fedsys.partition.data_link import CONNECT_S, open_data
 from fedsys.partition.hosted_stage import HostedStage, Onward, StagePiece, tensors_of
 from fedsys.partition.tensor_store import TensorStore
 from fedsys.transport.security import Credentials, same_token
@@ -102,7 +102,8 @@ class StageRack:
         if address:
             own = None if str(address).startswith("memory://") else self._credentials
             opened = {"pipeline": meta["pipeline"], "token": meta["next_token"]}
-            link = open_data(str(address), own, opened, meta.get("shape_link"))
+            connect_s = min(CONNECT_S, float(meta.get("connect_s", CONNECT_S)))
+            link = open_data(str(address), own, opened, meta.get("shape_link"), connect_s)
         name, codec = str(meta.get("next_name", "")), str(meta.get("codec", "fp32"))
         return Onward(link, name, codec, bool(meta.get("holds")))
 

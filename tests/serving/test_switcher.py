@@ -739,3 +739,52 @@ def test_a_portfolio_without_variants_is_refused(portfolio):
     switcher = Loaded(portfolio.module, "parent")
     with pytest.raises(ConfigError, match="at least one variant"):
         Control(switcher, [], Objective(1.0), lambda: Signals(0.0))
+
+
+def test_a_switch_to_what_is_in_memory_waits_for_no_other_one():
+    """Cuts that were changed drained the old pipeline for up to a minute under the lock.
+
+    A host that was lost meanwhile left requests where they were: the way around it stood ready, and
+    could not be switched to.
+    """
+    entered, leave, loading, loaded = (threading.Event() for _ in range(4))
+
+    class Slow(nn.Module):
+        def forward(self, x):
+            entered.set()
+            leave.wait(20)
+            return x
+
+    def load(name):
+        if name == "late":
+            loading.set()
+            loaded.wait(20)
+        return Slow() if name == "first" else nn.Identity()
+
+    switcher = Loaded(load, "first")
+    switcher.keep(["spare"])
+
+    def ask():
+        with switcher.lease() as active:
+            active.run(torch.ones(1))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    entered.wait(20)
+    moving = threading.Thread(target=switcher.switch, args=("second",), daemon=True)
+    moving.start()  # drains the first one, in which a request is
+    assert until(lambda: switcher.current == "second")
+    assert switcher.switch("spare").after == switcher.current == "spare"
+    later = threading.Thread(target=switcher.switch, args=("late",), daemon=True)
+    later.start()  # loads for long
+    loading.wait(20)
+    switcher.keep(["second"])
+    assert switcher.switch("second").after == switcher.current == "second"
+    for event in (leave, loaded):
+        event.set()
+    for thread in (asking, moving, later):
+        thread.join(20)
+        assert not thread.is_alive()
+    assert switcher.current == "late"
+    switcher.close()
+    assert switcher.switch("second").after == "late"  # nothing is loaded into what is closed

@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, final
 
 import torch
@@ -262,41 +262,60 @@ class Loaded:
             FedsysError: The variant cannot be read. The old one answers on; or requests wait for
                 the next switch that succeeds, if it had been freed and cannot be read again.
         """
+        fresh = None
+        if beside and name not in (self._name, *self._spare):
+            fresh = self._prepare(name)  # others may switch meanwhile, to what is in memory
         with self._one_at_a_time:
-            if self._held is None:
-                return self._again(name)
-            if name == self._name:
-                return Cost(name, name, 0.0, 0.0)
-            if beside or name in self._spare:
-                return self._beside(self._held, name, drain_s)
-            return self._instead(self._held, name)
+            if self._pointer.closed:
+                unwanted, left, cost = fresh, None, Cost(self._name, self._name, 0.0, 0.0)
+            elif self._held is None or name == self._name or not (beside or name in self._spare):
+                unwanted, left, cost = fresh, None, self._there_or_instead(name)
+            else:
+                unwanted, left, cost = self._swap(self._held, name, fresh)
+        if unwanted is not None:  # it came into memory meanwhile
+            self._free(unwanted.module)
+        return cost if left is None else self._leave(left, cost, drain_s)
+
+    def _there_or_instead(self, name: str) -> Cost:
+        if self._held is None:
+            return self._again(name)
+        if name == self._name:
+            return Cost(name, name, 0.0, 0.0)
+        return self._instead(self._held, name)
 
     def _answer_by(self, held: _Held) -> None:
         self._pointer.put(held.active)
         self._name, self._held = held.active.name, held
         held.loading_ms = 0.0  # the switch tells it
 
-    def _beside(self, left: _Held, name: str, drain_s: float) -> Cost:
-        start = time.perf_counter()
-        fresh = self._take(name) if name in self._spare else self._prepare(name)
+    def _swap(
+        self, left: _Held, name: str, fresh: _Held | None
+    ) -> tuple[_Held | None, _Held | None, Cost]:
+        """Change the pointer; return what was loaded in vain, what was left, and the cost."""
+        unwanted = None
+        if name in self._spare:
+            fresh, unwanted = self._take(name), fresh
+        elif fresh is None:  # it was in memory a moment ago
+            fresh = self._prepare(name)
         loading_ms, ready = fresh.loading_ms, time.perf_counter()
         self._answer_by(fresh)
+        cost = Cost(left.active.name, name, loading_ms, (time.perf_counter() - ready) * 1e3)
+        if cost.before not in self._wanted:
+            return unwanted, left, cost
+        self._spare = {**self._spare, cost.before: left.again()}
+        return unwanted, None, cost
+
+    def _leave(self, left: _Held, cost: Cost, drain_s: float) -> Cost:
+        """Free what was left when requests have left it; others may switch meanwhile."""
         swapped = time.perf_counter()
-        before = left.active.name
-        if before in self._wanted:
-            self._spare = {**self._spare, before: left.again()}
-            return Cost(before, name, loading_ms, (swapped - ready) * 1e3)
         drained = left.drain(drain_s)
         empty = time.perf_counter()
         if drained:
             self._free(left.module)
         else:
             self._free_beside(left, drain_s)
-        end = time.perf_counter()
-        return Cost(
-            before, name, max(loading_ms, (ready - start) * 1e3), (swapped - ready) * 1e3,
-            (empty - swapped) * 1e3, (end - empty) * 1e3, drained,
-        )  # fmt: skip
+        drain_ms, free_ms = (empty - swapped) * 1e3, (time.perf_counter() - empty) * 1e3
+        return replace(cost, drain_ms=drain_ms, free_ms=free_ms, drained=drained)
 
     def _instead(self, left: _Held, name: str) -> Cost:
         before, start = self._name, time.perf_counter()
