@@ -200,7 +200,7 @@ def _line(file: Path, result: Mapping[str, Any]) -> str:
     shares = ", ".join(f"{name} {share:.1%}" for name, share in best)
     how = ""
     if "technique" in result:
-        stands_in = result["technique"] != "none"
-        how = f", {result['technique']}: {result['way']}" if stands_in else ""
-        how += f", cuts {result['cuts']}"
+        way = result["way"] if result["way"] not in ("whole", result["variant"]) else ""
+        how = f" by {result['technique']} {way}".rstrip() if result["technique"] != "none" else ""
+        how += f", cuts {result['cuts']}" + (", sent anew" if result["again"] else "")
     return f"{file}: {shares}  ({result['variant']}{how}, {result['ms']:.1f} ms)"

@@ -119,6 +119,7 @@ def _tell_event(record: Mapping[str, Any], as_json: bool) -> None:
             "switched": "{route} answers, built in {build_ms:.0f} ms",
             "applied": "{route} answers, {replayed} requests went on",
             "not_built": "{route} could not be built: {error}",
+            "proved": "{route} takes {measured_ms:.1f} ms; expected were {predicted_ms:.1f}",
         }[what].format(**{**record, "host": host})
     print(text, file=sys.stderr, flush=True)
 

@@ -54,6 +54,7 @@ class RemoteHost:
     Attributes:
         starts_hosts: Whether it starts other hosts like itself.
         losses: How often it was lost.
+        held: Digests of tensors that it holds, or held: it may have dropped those of none.
 
     Raises:
         ConfigError: It cannot be reached, or is of another version or arithmetic.
@@ -76,6 +77,7 @@ class RemoteHost:
         self._other_arithmetic, self._timeout_s = other_arithmetic, timeout_s
         self._lock = threading.Lock()
         self._owed: set[str] = set()
+        self.held: frozenset[str] = frozenset()
         self.losses = 0
         self._link: Link | None = self.connect()
 
@@ -113,6 +115,7 @@ class RemoteHost:
         Returns at once: a host that stands still takes no last word, which a link waits for.
         """
         self.losses += 1
+        self.held = frozenset()  # it may be another process when it is back
         link, self._link = self._link, None
         if link is not None:
             threading.Thread(target=link.close, name=f"leaves {self.name}", daemon=True).start()
@@ -180,6 +183,7 @@ class RemoteHost:
             sent += tensors[digest].nbytes
         if chunk:
             self.ask("tensors", {}, chunk)
+        self.held |= tensors.keys()
         return sent
 
     def build(

@@ -32,12 +32,13 @@ import torch
 from torch import Tensor, nn
 
 from fedsys.errors import ConfigError, FedsysError, ModelError, RequestError, RuntimeFailure
-from fedsys.partition.data_link import open_data, told_shape
+from fedsys.partition.data_link import CONNECT_S, open_data, told_shape
 from fedsys.partition.pipeline import Lost, Passed, Pipeline
 from fedsys.partition.problem import Partition
 from fedsys.partition.remote_host import RemoteHost
 from fedsys.serving.chain_parts import UnitParts
 from fedsys.serving.engine import CALM, Answer, Array, Card, Fact, Pressure
+from fedsys.serving.route_times import RouteTimes
 from fedsys.serving.routes import WHOLE, Route, common_units, label_of, route_of, working
 from fedsys.serving.switch.switcher import Cost, Loaded
 from fedsys.transport.network import Network, narrowest
@@ -48,8 +49,6 @@ Observe = Callable[[Partition, Passed, int, float], None]
 
 Back = Callable[[Route, Passed, int, float], None]
 """The same, for all ways through the model."""
-
-_LEARN = 0.1  # weight of the newest request in how long a route takes
 
 _log = logging.getLogger(__name__)
 
@@ -68,6 +67,7 @@ class ChainOptions:
         origin_s: Moment of `time.monotonic` at which their traces begin.
         lost: Is told of a host that is lost: its requests wait for what `Pipeline.divert` says.
             None: they fail.
+        connect_s: Longest time for a host to accept a link for tensors.
     """
 
     timeout_s: float = 30.0
@@ -75,6 +75,7 @@ class ChainOptions:
     networks: tuple[Network | None, ...] = ()
     origin_s: float = 0.0
     lost: Lost | None = None
+    connect_s: float = CONNECT_S
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +126,7 @@ class ChainModule(nn.Module):
 
     def __init__(self, pipeline: Pipeline, route: Route, laid: _Laid, passed: Back) -> None:
         super().__init__()
-        self.pipeline, self.route = pipeline, route
+        self.pipeline, self.route, self.label = pipeline, route, route.label
         self._laid, self._passed = laid, passed
 
     @property
@@ -140,6 +141,16 @@ class ChainModule(nn.Module):
         took = time.monotonic() - began
         self._passed(self.route, passed, images.shape[0], took)
         return passed.output
+
+    def rehearse(self, images: Tensor) -> tuple[Passed, float]:
+        """Return what came back for images that no client sent, and the seconds that it took.
+
+        Raises:
+            RuntimeFailure: A host failed, or is lost.
+        """
+        began = time.monotonic()
+        passed = self.pipeline.run(images)
+        return passed, time.monotonic() - began
 
     def close(self) -> None:
         """Take the pipeline down on all hosts."""
@@ -208,6 +219,17 @@ class Chain:
                 f"{', '.join(map(str, sorted(legal)))}, ascending",
             )  # fmt: skip
 
+    def bytes_to_send(self, route: Route) -> int:
+        """Return the bytes of weights that hosts of a route do not hold yet."""
+        parts, total = self.parts_of(route.way), 0
+        for index, first, last in working(route.partition, len(parts)):
+            held = self.hosts[index].held
+            bounds = [first, *self._within(route.way, first, last), last]
+            for a, b in pairwise(bounds):
+                tensors = parts.of(a, b).tensors
+                total += sum(t.nbytes for digest, t in tensors.items() if digest not in held)
+        return total
+
     def lay(self, route: Route, passed: Back, *, fresh: bool = False) -> ChainModule:
         """Build a pipeline, from its last host to its first, and connect it.
 
@@ -249,6 +271,7 @@ class Chain:
                     "codec": partition.codecs[place - 1],
                     "shape_link": self._shape(index, place),
                     "holds": self._options.lost is not None,
+                    "connect_s": self._options.connect_s,
                 }
             bounds = [first, *self._within(route.way, first, last), last]
             pieces = [(a, parts.of(a, b)) for a, b in pairwise(bounds)]
@@ -260,7 +283,8 @@ class Chain:
         host, token, index = following
         own = None if host.address.startswith("memory://") else self._credentials
         opened = {"pipeline": key, "token": token}
-        link = open_data(host.address, own, opened, self._shape(-1, index))
+        shape, connect_s = self._shape(-1, index), self._options.connect_s
+        link = open_data(host.address, own, opened, shape, connect_s)
         timeout_s, lost = self._options.timeout_s, self._options.lost
         return Pipeline(route.label, link, timeout_s, self.hosts[index].name, lost)
 
@@ -371,7 +395,7 @@ class ChainEngine:
         moved: Is told of cuts that were changed.
         prepared: Labels of pipelines that stand ready beside the one that answers.
         out: Why nobody can answer; empty while somebody can.
-        took_s: How long requests took lately, by the label of the route.
+        times: How long requests took lately, by the label of the route.
 
     Raises:
         ConfigError: The partition does not fit.
@@ -391,7 +415,7 @@ class ChainEngine:
             raise ConfigError.of("hosts.way", way, f"must be one of {', '.join(WAYS)}")
         self.card, self.watch, self.chain, self.way = card, ChainWatch(), chain, way
         self._observe, self._name, self.out = passed, name, ""
-        self.took_s: dict[str, float] = {}
+        self.times = RouteTimes()
         self._last: Passed | None = None
         self._own = threading.local()
         self._answers: Counter[str] = Counter()
@@ -414,7 +438,7 @@ class ChainEngine:
             # Who looks after losses fails what is live; what came too late for that is found here.
             self.chain.still_there(module)
             with torch.inference_mode():
-                module(torch.zeros(1, *self.card.input_shape))
+                module.rehearse(torch.zeros(1, *self.card.input_shape))
         except BaseException:
             self._take_down(module)
             raise
@@ -431,7 +455,7 @@ class ChainEngine:
         self._last = self._own.passed = passed
         if passed.by != route.label or passed.again:
             return  # how long a request took that changed pipelines tells nothing of either
-        self.took_s[route.label] = took * _LEARN + self.took_s.get(route.label, took) * (1 - _LEARN)
+        self.times.noted(route.label, passed, rows, took)
         if route.way != WHOLE:
             return
         try:

@@ -14,6 +14,7 @@ from fedsys.models.layers import LayeredModel, layered
 from fedsys.partition.conditions import Observer
 from fedsys.partition.configured import hosts_of, traced_networks_of
 from fedsys.partition.controller import MoveRules
+from fedsys.partition.data_link import CONNECT_S
 from fedsys.partition.finer_chain import finer_chain, finer_problem
 from fedsys.partition.host import HostServer
 from fedsys.partition.likely import likely
@@ -30,6 +31,8 @@ from fedsys.serving.recovery.opening import LookedAfter, OtherWays, model_of
 from fedsys.serving.routes import WHOLE
 from fedsys.transport.network import Network
 from fedsys.transport.security import Credentials, new_token
+
+_CONNECT_S = 2.0  # where another way is taken if a host stands still; a handshake is done by then
 
 
 def serves_chain(config: Config) -> bool:
@@ -171,7 +174,8 @@ def _options(config: Config, lost: Lost | None) -> ChainOptions:
         networks = (None, *traced_networks_of(config))
     rows = sorted({1, config.serving.max_batch})
     timeout_s = config.serving.timeout_s
-    return ChainOptions(timeout_s, tuple(rows), networks, time.monotonic(), lost)
+    connect_s = CONNECT_S if lost is None else _CONNECT_S
+    return ChainOptions(timeout_s, tuple(rows), networks, time.monotonic(), lost, connect_s)
 
 
 def _divided(config: Config, whole: LayeredModel, shape: tuple[int, ...]) -> LayeredModel:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, final
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_ESTIMATED = ("latency_ms", "accuracy", "downtime_ms")
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -91,6 +92,19 @@ def _of_chain(status: Mapping[str, Any]) -> Iterator[Metric]:
     )
     technique.add_metric([status["technique"], status["route"]], 1.0)
     yield technique
+    events = CounterMetricFamily(
+        "fedsys_serving_recovery_events", "Losses, decisions, returns.", labels=["event"]
+    )
+    for kind, count in status["event_counts"].items():
+        events.add_metric([kind], float(count))
+    yield events
+    expected = GaugeMetricFamily(
+        "fedsys_serving_estimate", "Of the technique in force: ms, or a share of right answers.",
+        labels=["quantity"],
+    )  # fmt: skip
+    for key in _ESTIMATED if status["estimate"] else ():
+        expected.add_metric([key], float(status["estimate"][key]))
+    yield expected
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

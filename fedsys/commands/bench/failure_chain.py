@@ -23,10 +23,11 @@ from fedsys.errors import FedsysError, RuntimeFailure
 from fedsys.pruning.portfolio import Portfolio
 from fedsys.serving.chain import ChainEngine
 from fedsys.serving.chain_opening import OpenedChain
-from fedsys.serving.engine import Answer
+from fedsys.serving.recovery.continuer import Continuer
 from fedsys.serving.routes import route_of
 
 _PORT_S = 10.0
+_FIRST, _PAUSE_S = 2, 0.02  # requests that do not count, and the pause behind each
 _DUTY_S = 0.02  # a slowed host runs and is stopped in turns of this length together
 
 
@@ -38,7 +39,13 @@ class HostProcess:
         name: Of the host.
         token: That its controller presents.
         threads: Intra-op threads of a forward pass.
+
+    Attributes:
+        ended_s: When its process was taken down by the last fault, by `time.monotonic`; None: it
+            was not.
     """
+
+    ended_s: float | None = None
 
     def __init__(self, name: str, token: str, threads: int) -> None:
         self.name, self._token, self._threads = name, token, threads
@@ -69,7 +76,9 @@ class HostProcess:
 
     def strike(self, fault: str, seconds: float, share: float) -> None:
         """Let a fault strike; returns when it has. What lasts goes on in a thread."""
+        self.ended_s = None
         if fault == "kill":
+            threading.Thread(target=self._see_end, daemon=True).start()
             os.kill(self.pid, signal.SIGKILL)
         elif fault == "cut":
             assert self._proxy.stdin is not None
@@ -80,6 +89,11 @@ class HostProcess:
             threading.Timer(seconds, os.kill, (self.pid, signal.SIGCONT)).start()
         else:
             threading.Thread(target=self._slow, args=(seconds, share), daemon=True).start()
+
+    def _see_end(self) -> None:
+        """Take note of when the system has taken the process down: its sockets end just before."""
+        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        self.ended_s = time.monotonic()
 
     def _slow(self, seconds: float, share: float) -> None:
         until = time.monotonic() + seconds
@@ -113,13 +127,13 @@ class RequestLedger:
 
     Attributes:
         issued: How many were sent.
-        answers: When each was answered, by number, and by whom.
+        answers: When each was answered, by number.
         failed: Errors by number.
         twice: Requests that were answered more than once.
     """
 
     issued: int = 0
-    answers: dict[int, tuple[float, Answer]] = field(default_factory=dict)
+    answers: dict[int, float] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
     twice: int = 0
 
@@ -154,13 +168,13 @@ class ConstantLoad:
     def _ask(self, number: int) -> None:
         at = number % len(self._images)
         try:
-            answer = self._engine.answer(self._images[at : at + 1].numpy())
+            self._engine.answer(self._images[at : at + 1].numpy())
         except FedsysError as error:
             self.ledger.failed[number] = str(error)
             return
         with self._lock:
             self.ledger.twice += number in self.ledger.answers
-            self.ledger.answers[number] = time.monotonic(), answer
+            self.ledger.answers[number] = time.monotonic()
 
     def close(self, wait_s: float = 30.0) -> RequestLedger:
         """Send no more, and wait for what is under way."""
@@ -189,17 +203,21 @@ def host_processes(config: Config, token: str) -> Iterator[tuple[Config, list[Ho
 @contextmanager
 def opened_chain(
     config: Config, portfolio: Portfolio, tell: Callable[[Mapping[str, Any]], None]
-) -> Iterator[ChainEngine]:
-    """Open the chain of a configuration, and close it."""
+) -> Iterator[tuple[ChainEngine, Continuer]]:
+    """Open the chain of a configuration, yield it with who looks after it, and close it."""
     opened = OpenedChain(config, portfolio, tell)
     try:
-        yield opened.engine
+        assert opened.recovery is not None and opened.recovery.continuer is not None
+        yield opened.engine, opened.recovery.continuer
     finally:
         opened.close()
 
 
 def seconds_of(engine: ChainEngine, label: str, image: Tensor, count: int) -> float | None:
-    """Return the median time of a request along a route, built for that; None if it cannot be."""
+    """Return the median time of a request along a route, built for that; None if it cannot be.
+
+    Requests come with a pause between them, as those of clients do.
+    """
     try:
         module = engine.chain.lay(route_of(label), lambda *told: None)
     except FedsysError:
@@ -207,10 +225,10 @@ def seconds_of(engine: ChainEngine, label: str, image: Tensor, count: int) -> fl
     took = []
     try:
         with torch.inference_mode():
-            for _ in range(count):
-                began = time.perf_counter()
-                module(image)
-                took.append(time.perf_counter() - began)
+            for number in range(_FIRST + count):
+                took_s = module.rehearse(image)[1]
+                took += [took_s] if number >= _FIRST else []
+                time.sleep(_PAUSE_S)
     except FedsysError:
         return None
     finally:

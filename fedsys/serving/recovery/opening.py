@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, final
 
+import torch
 from torch import nn
 
 from fedsys.config import Config
@@ -16,9 +18,10 @@ from fedsys.models.construct import build
 from fedsys.models.layers import LayeredModel, layered
 from fedsys.models.resilient import exit_chain, skip_chain
 from fedsys.partition.configured import constraints_of, networks_of
+from fedsys.partition.finer_chain import regrouped
 from fedsys.partition.problem import Host, Problem
 from fedsys.partition.remote_host import RemoteHost
-from fedsys.planning.costs import MachineClass, MachineCosts
+from fedsys.planning.costs import MachineCosts
 from fedsys.planning.hardware import machine_costs
 from fedsys.pruning.portfolio import ONNX, PARENT, Portfolio
 from fedsys.runs.resilience import Resilience
@@ -30,11 +33,12 @@ from fedsys.serving.recovery.continuer import Continuer, RecoveryOptions
 from fedsys.serving.recovery.decision import RecoveryObjective
 from fedsys.serving.recovery.detector import DetectorRules, Heart
 from fedsys.serving.recovery.path_accuracy import AccuracyEstimator
+from fedsys.serving.recovery.unit_latency import LatencyEstimator, intra_op_threads, unit_samples
 from fedsys.serving.recovery.watch import HostWatch
 from fedsys.serving.routes import EXIT, SKIP, WHOLE, run_of
 from fedsys.transport.network import Network
 
-_NOMINAL_MACS_S = 1e10  # of machines that are not named: all are alike
+_MEASURE_S = 0.3  # of the units of one way, at most, if once is not more
 _LOOPBACK = Network(1e10, 1e10, 1e-4)  # between them
 
 
@@ -97,6 +101,7 @@ class OtherWays:
         self._described = described or whole
         self._chains = {WHOLE: whole}
         self._parts: dict[str, UnitParts] = {}
+        self._latency: LatencyEstimator | None = None
         self._exits = _exits(config, whole, portfolio)
         given = ModelWays() if self._exits is None else _ways(self._exits)
         smaller = [v for v in portfolio.variants if ONNX not in v.files and v.name != name]
@@ -104,7 +109,8 @@ class OtherWays:
         accuracy[WHOLE] = portfolio.variant(name).accuracy
         names, measured = tuple(v.name for v in smaller), given.measured | accuracy.keys()
         accuracy |= given.accuracy
-        self.ways = ModelWays(given.exits, given.skips, names, accuracy, measured)
+        self._errors = {**given.errors}
+        self.ways = ModelWays(given.exits, given.skips, names, accuracy, measured, self._errors)
 
     def chain(self, way: str) -> LayeredModel:
         """Return a way as a chain of units.
@@ -154,17 +160,51 @@ class OtherWays:
             layers, shape, hosts, links, rows=options.batch, codecs=options.codecs, **more
         )
 
+    @property
+    def latency(self) -> LatencyEstimator:
+        """What units take on this machine, measured when it is first asked for.
+
+        Those of the whole model, of the first, the middle and the last exit, and of the adapters;
+        of others it is estimated from their shapes.
+        """
+        if self._latency is None:
+            rows, shape = self._config.partition.batch, self._portfolio.about.input_shape
+            exits, image = self.ways.exits, torch.randn(rows, *shape)
+            some = [
+                WHOLE,
+                *(f"{EXIT}{b}" for b in {*exits[:1], *exits[-1:], *exits[len(exits) // 2 :][:1]}),
+            ]
+            some += self._past_adapters()
+            with intra_op_threads(self._config.serving.threads):
+                chains = [self._described if way == WHOLE else self.chain(way) for way in some]
+                found = [unit_samples(chain, image, seconds=_MEASURE_S) for chain in chains]
+            self._latency = LatencyEstimator([sample for each in found for sample in each])
+            self._errors["units"] = asdict(self._latency.errors["here"])
+        return self._latency
+
+    def _past_adapters(self) -> list[str]:
+        """Return the skip past each single unit that has an adapter."""
+        alone = [run for run, steps in self.ways.skips.items() if steps == run[1] - run[0] == 1]
+        return [f"{SKIP}{first}-{last}" for first, last in alone]
+
     def _costs(self, machine: str, layers: LayeredModel) -> MachineCosts:
+        """Return what units take on a machine: by its own profile, or as here in proportion."""
+        shape, rows = self._portfolio.about.input_shape, self._config.partition.batch
+        if layers is self._chains[WHOLE] and layers is not self._described:
+            here = self.latency.costs("here", self._described, shape, rows)
+            here = regrouped(here, self._described, layers, shape)
+        else:
+            here = self.latency.costs("here", layers, shape, rows)
         if not machine:
-            return MachineClass("any", _NOMINAL_MACS_S).costs(layers)
+            return here
         path, entry = f"hosts.machines.{machine}", self._config.hosts.machines[machine]
         try:
             return machine_costs(path, entry, layers)
-        except ConfigError:  # a profile of the whole model: its rate counts for other units
+        except ConfigError:  # a profile of the whole model: its speed counts for other units
             whole = self._described
-            seconds = machine_costs(path, entry, whole).seconds(1)[0]
-            macs = sum(unit.macs for unit in whole.units)
-            return MachineClass(machine, macs / max(seconds, 1e-9)).costs(layers)
+            there_s = machine_costs(path, entry, whole).seconds(rows)[0]
+            here_s = self.latency.costs("here", whole, shape, rows).seconds(rows)[0]
+            return here.slower(there_s / max(here_s, 1e-9))
 
 
 def _exits(config: Config, whole: LayeredModel, portfolio: Portfolio) -> Resilience | None:
@@ -184,7 +224,8 @@ def _ways(exits: Resilience) -> ModelWays:
     accuracy = {way: value for way, (value, _) in told.items()}
     measured = frozenset(way for way, (_, seen) in told.items() if seen)
     skips = {run: len(model.steps(*run)) for run in model.skips()}
-    return ModelWays(model.boundaries, skips, (), accuracy, measured)
+    errors = {"exits": asdict(known.exit_errors), "skips": asdict(known.skip_errors)}
+    return ModelWays(model.boundaries, skips, (), accuracy, measured, errors)
 
 
 def _limits(memory_mb: float | None, power_w: float | None) -> tuple[float, float | None]:
@@ -199,17 +240,21 @@ class LookedAfter:
         hosts: In order.
         config: ``serving`` and ``partition`` count.
         stack: Closes it.
+
+    Attributes:
+        watch: Of the hosts.
+        continuer: Keeps the engine answering; None before, and after the end.
     """
 
     def __init__(self, hosts: Sequence[RemoteHost], config: Config, stack: ExitStack) -> None:
         self._config = config
-        self._continuer: Continuer | None = None
+        self.continuer: Continuer | None = None
         self.watch = HostWatch(hosts, rules_of(config.serving.recovery), self._heard)
         stack.callback(self.close)
 
     def _heard(self, index: int, heart: Heart) -> None:
-        if self._continuer is not None:
-            self._continuer.heard(index, heart)
+        if self.continuer is not None:
+            self.continuer.heard(index, heart)
 
     def look_after(
         self, engine: ChainEngine, ways: OtherWays, tell: Callable[[Mapping[str, Any]], None]
@@ -222,15 +267,15 @@ class LookedAfter:
             serving.recovery.warm,
         )
         planner = Planner(ways.problem, self._config.partition.objective)
-        self._continuer = Continuer(engine, planner, ways.ways, options, tell)
-        self._continuer.start(self.watch)
+        self.continuer = Continuer(engine, planner, ways.ways, options, tell)
+        self.continuer.start(self.watch)
         for index, heart in enumerate(self.watch.hearts):
             if not heart.health.usable:  # while the first pipeline was built
-                self._continuer.heard(index, heart)
+                self.continuer.heard(index, heart)
 
     def close(self) -> None:
         """Look after nothing any more."""
-        continuer, self._continuer = self._continuer, None
+        if self.continuer is not None:
+            self.continuer.close()
+            self.continuer = None
         self.watch.close()
-        if continuer is not None:
-            continuer.close()

@@ -1,41 +1,45 @@
-"""What could answer now, and what should stand ready in case a host is lost."""
+"""What could answer now, and what should stand ready in case a host is lost.
+
+What does not depend on the moment is found when there is time: which routes lead around each host,
+who computes what of them, and what their units are expected to take. A decision looks up what was
+measured since and what stands ready, and compares.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import final
+from dataclasses import asdict, dataclass
+from typing import Any, final
 
 from fedsys.partition.problem import Partition
 from fedsys.serving.chain import ChainEngine, ChainModule
 from fedsys.serving.recovery.building import PipelineBuilder
-from fedsys.serving.recovery.candidates import (
-    KnownTimes,
-    ModelWays,
-    Planner,
-    candidates_of,
-    routes_around,
+from fedsys.serving.recovery.candidates import ModelWays, Planner, WayAround, routes_around
+from fedsys.serving.recovery.decision import (
+    RecoveryCandidate,
+    RecoveryDecision,
+    RecoveryObjective,
+    choose,
 )
-from fedsys.serving.recovery.decision import RecoveryCandidate, RecoveryObjective, choose
+from fedsys.serving.recovery.downtime import BuildSample, Downtimes
+from fedsys.serving.recovery.route_latency import RouteLatencies
 from fedsys.serving.routes import WHOLE, Route, route_of, working
 
-_BUILD_S, _APPLY_S = 0.5, 0.002  # before either was measured
-_LEARN = 0.3
+_BOTH, _LATENCY = frozenset({"latency", "accuracy"}), frozenset({"latency"})
 
 
-@dataclass
-class ChangeTimes:
-    """What building a pipeline, and sending requests into one, took lately, in seconds."""
+@dataclass(frozen=True, slots=True)
+class Foreseen:
+    """What is decided if hosts are away.
 
-    build_s: float = _BUILD_S
-    apply_s: float = _APPLY_S
+    Attributes:
+        decision: Among all that could answer.
+        chosen: The best that stands ready; the best of all if none does.
+        ready: Whether it stands ready.
+    """
 
-    def built(self, seconds: float) -> None:
-        """Take note of a pipeline that was built."""
-        self.build_s += _LEARN * (seconds - self.build_s)
-
-    def applied(self, seconds: float) -> None:
-        """Take note of requests that were sent into a pipeline."""
-        self.apply_s += _LEARN * (seconds - self.apply_s)
+    decision: RecoveryDecision
+    chosen: RecoveryCandidate
+    ready: bool
 
 
 @final
@@ -53,7 +57,8 @@ class RecoveryOutlook:
         leaving: Hosts that want to be left out.
         home: Who computes what while all hosts are there.
         whole: Who computed all units last.
-        measured: What changes took.
+        downtimes: What changes took.
+        latencies: What requests take on routes.
     """
 
     def __init__(
@@ -63,7 +68,11 @@ class RecoveryOutlook:
         self.gone: frozenset[int] = frozenset()
         self.leaving: frozenset[int] = frozenset()
         self.home = self.whole = engine.partition
-        self.measured = ChangeTimes()
+        self.downtimes = Downtimes()
+        self.latencies = RouteLatencies(planner.problem, engine.times)
+        self._around: dict[tuple[Partition, frozenset[int]], tuple[WayAround, ...]] = {}
+        self._hosts: dict[str, frozenset[int]] = {}
+        self._bytes: dict[str, int] = {}
 
     @property
     def away(self) -> frozenset[int]:
@@ -75,16 +84,26 @@ class RecoveryOutlook:
         """Of the whole model."""
         return len(self._engine.chain.parts)
 
+    def accuracy(self, label: str) -> float:
+        """Return the share of right answers on a route."""
+        return self._ways.accuracy.get(route_of(label).way, 0.0)
+
     def stands(self, label: str) -> bool:
         """Whether no host of a route is lost."""
-        route = route_of(label)
-        units = len(self._engine.chain.parts_of(route.way))
-        return all(host not in self.gone for host, _, _ in working(route.partition, units))
+        return self.gone.isdisjoint(self._of(label))
+
+    def _of(self, label: str) -> frozenset[int]:
+        """Return the hosts of a route."""
+        if label not in self._hosts:
+            route = route_of(label)
+            units = len(self._engine.chain.parts_of(route.way))
+            self._hosts[label] = frozenset(host for host, _, _ in working(route.partition, units))
+        return self._hosts[label]
 
     def module(self, label: str) -> ChainModule | None:
         """Return the pipeline of a route into which requests may be sent; None: there is none."""
         for module in reversed(self._engine.live):
-            if module.route.label == label and not module.pipeline.diverted:
+            if module.label == label and not module.pipeline.diverted:
                 return module
         return None
 
@@ -93,50 +112,103 @@ class RecoveryOutlook:
         there = self._builder.ready(label) and self.module(label) is not None
         return there and self.stands(label)
 
-    def candidates(self) -> list[RecoveryCandidate]:
-        """Return all that could answer without the hosts that are away."""
-        routes = self._routes(self.away)
-        standing = {route.label for route in routes if self.ready(route.label)}
-        return self._costed(routes, standing)
+    # ----------------------------------------------------------------------------------------------
 
-    def best(self, label: str, objective: RecoveryObjective) -> str:
-        """Return the label of what should answer in the long run.
+    def foresee(self, objective: RecoveryObjective, more: frozenset[int] = frozenset()) -> Foreseen:
+        """Return what is decided without the hosts that are away, and without more of them.
+
+        Raises:
+            RuntimeFailure: Nothing that is allowed could answer.
+        """
+        gone = self.gone | more
+        standing = self._standing(gone)
+        decision = choose(self._costed(self._ways_around(self.away | more), standing), objective)
+        ready = [s.candidate for s in decision.candidates if s.candidate.path in standing]
+        chosen = choose(ready, objective).choice if ready else decision.choice
+        return Foreseen(decision, chosen, bool(ready))
+
+    def _standing(self, gone: frozenset[int]) -> frozenset[str]:
+        live = {m.label for m in self._engine.live if not m.pipeline.diverted}
+        return frozenset(
+            label for label in self._builder.standing
+            if label in live and gone.isdisjoint(self._of(label))
+        )  # fmt: skip
+
+    def best(self, objective: RecoveryObjective) -> tuple[str, RecoveryCandidate | None]:
+        """Return the label of what should answer in the long run, and what it would be.
+
+        None for the route while all hosts are there, which stands in for nothing.
 
         Raises:
             RuntimeFailure: Nothing can.
         """
         if not self.away:
-            return Route(self.home).label
-        return choose(self.candidates(), objective.steady()).choice.path
+            return Route(self.home).label, None
+        costed = self._costed(self._ways_around(self.away), self._standing(self.gone))
+        choice = choose(costed, objective.steady()).choice
+        return choice.path, choice
 
     def in_case(
         self, label: str, techniques: tuple[str, ...], objective: RecoveryObjective
     ) -> list[str]:
         """Return what should stand ready: for each host of a route, and each technique, the best.
 
+        Takes its time, and leaves what decisions then look up.
+
         Args:
             label: Of the route that answers.
             techniques: Those of which pipelines are to stand ready.
             objective: What is asked of them.
         """
-        route, found = route_of(label), []
-        for host, _, _ in working(route.partition, len(self._engine.chain.parts_of(route.way))):
-            costed = self._costed(self._routes(self.away | {host}), ())
+        found = []
+        self.latencies.learn()
+        for host in sorted(self._of(label)):
+            around = self._ways_around(self.away | {host})
+            for one in around:
+                self.latencies.expected(one.label)
+                self._bytes[one.label] = self._engine.chain.bytes_to_send(route_of(one.label))
+            costed = self._costed(around, frozenset())
             for technique in techniques:
                 of_it = [one for one in costed if one.technique == technique]
                 if of_it and technique in objective.techniques:
                     found.append(choose(of_it, objective).choice.path)
         return [one for one in dict.fromkeys(found) if one != label]
 
-    def _routes(self, away: frozenset[int]) -> list[Route]:
-        return routes_around(self.whole, self.units, away, self._ways, self._planner)
+    def _ways_around(self, away: frozenset[int]) -> tuple[WayAround, ...]:
+        key = self.whole, away
+        if key not in self._around:
+            routes = routes_around(self.whole, self.units, away, self._ways, self._planner)
+            chain = self._engine.chain
+            self._around[key] = tuple(
+                WayAround.of(route, self._ways, len(chain.parts_of(route.way))) for route in routes
+            )
+        return self._around[key]
 
     def _costed(
-        self, routes: list[Route], standing: set[str] | tuple[str, ...]
+        self, around: tuple[WayAround, ...], standing: frozenset[str]
     ) -> list[RecoveryCandidate]:
-        took = dict(self._engine.took_s)
-        known = KnownTimes(took, self.measured.build_s, self.measured.apply_s, standing)
-        return candidates_of(routes, self._ways, self._planner, known)
+        found, times = [], self.downtimes
+        for one in around:
+            took_s, known = self.latencies.seconds(one.label)
+            build_s = 0.0
+            if one.label not in standing:
+                build_s = times.build_s(one.label, one.units, self._bytes.get(one.label, 0))
+            measured = one.measured
+            if known:
+                measured = _BOTH if measured else _LATENCY
+            found.append(RecoveryCandidate(
+                one.technique, one.label, 1e3 * took_s, one.accuracy,
+                1e3 * times.parts(build_s).seconds, measured,
+            ))  # fmt: skip
+        return found
+
+    # ----------------------------------------------------------------------------------------------
+
+    def built(self, label: str, seconds: float) -> None:
+        """Take note of a pipeline that was built."""
+        units = len(self._engine.chain.parts_of(route_of(label).way))
+        self.downtimes.built(label, BuildSample(units, self._bytes.get(label, 0), seconds))
+        self._bytes[label] = 0  # hosts hold them now
 
     def went(self, label: str) -> None:
         """Take note that a route answers."""
@@ -147,3 +219,12 @@ class RecoveryOutlook:
     def settled(self, home: Partition) -> None:
         """Take note of who computes what from now on while all hosts are there."""
         self.home = self.whole = home
+
+    def errors(self) -> dict[str, Any]:
+        """Return how far estimators are off on what they were not given, as plain values."""
+        build = self.downtimes.errors
+        return {
+            "latency": asdict(self.latencies.held_out()),
+            "build": {"mean": None if not build.samples else build.ours, "samples": build.samples},
+            **self._ways.errors,
+        }

@@ -13,7 +13,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -113,9 +114,25 @@ def _kind(module: nn.Module | None, cost: NodeCost) -> str:
     return "linear" if cost.macs else "other"
 
 
+@contextmanager
+def intra_op_threads(count: int | None) -> Iterator[None]:
+    """Compute with so many threads, and then as before; None: as it is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @torch.inference_mode()
 def unit_samples(
-    layers: LayeredModel, example: Tensor, *, device: str = "here", repeats: int = 15
+    layers: LayeredModel,
+    example: Tensor,
+    *,
+    device: str = "here",
+    repeats: int = 15,
+    seconds: float = math.inf,
 ) -> list[UnitSample]:
     """Measure each unit on this machine: the median of several passes through all of them.
 
@@ -126,10 +143,14 @@ def unit_samples(
         example: A batch of inputs.
         device: How the measurements are called.
         repeats: Passes that count; two come before.
+        seconds: After which no further pass begins, once one has counted.
     """
     parts = [part.eval() for part in stages(layers, range(1, len(layers)))]
     took: list[list[float]] = [[] for _ in parts]
+    until = time.monotonic() + seconds
     for turn in range(2 + repeats):
+        if turn > 2 and time.monotonic() > until:
+            break
         x = example
         for part, times in zip(parts, took, strict=True):
             began = time.perf_counter()

@@ -1,7 +1,8 @@
 """Seeded schedules of faults, played against a chain under load.
 
-`python -m tests.serving.recovery.schedules FIRST COUNT` plays as many as are asked for, and says
-what became of their requests.
+`python -m tests.serving.recovery.schedules FIRST COUNT [FILE]` plays as many as are asked for, and
+says what became of their requests, with a line of progress for each ten. FILE keeps a line for each
+schedule as it ends; those that it has are not played again, so it may be interrupted.
 """
 
 import json
@@ -9,6 +10,7 @@ import random
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -93,23 +95,39 @@ def play(seed, net, expected):
             "twice": twice, "back": back}  # fmt: skip
 
 
+def read(kept):
+    """Return what became of the schedules that were played, by seed."""
+    rows = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
+    return {row.pop("seed"): row for row in rows}
+
+
 def main():
     first, count = int(sys.argv[1]), int(sys.argv[2])
+    kept = Path(sys.argv[3]) if len(sys.argv) > 3 else None
+    known = {} if kept is None or not kept.exists() else read(kept)
     torch.set_num_threads(1)
     net = model()
     with torch.inference_mode():
         expected = {number: net(images(1, number)) for number in range(REQUESTS)}
     total = {"answered": 0, "refused": 0, "lost": 0, "twice": 0, "wrong": 0, "not_back": 0}
+    began, played = time.monotonic(), 0
     for seed in range(first, first + count):
-        found = play(seed, net, expected)
+        found = known.get(seed)
+        if found is None:
+            found, played = play(seed, net, expected), played + 1
+            if kept is not None:
+                with kept.open("a", encoding="utf-8") as lines:
+                    lines.write(json.dumps({"seed": seed, **found}) + "\n")
         for key in ("answered", "refused", "lost", "twice"):
             total[key] += found[key]
         total["wrong"] += len(found["wrong"])
         total["not_back"] += not found["back"]
         if found["wrong"] or found["lost"] or found["twice"] or not found["back"]:
             print(json.dumps({"seed": seed, "schedule": schedule(seed), **found}), flush=True)
-        elif seed % 20 == 0:
-            print(seed, total, flush=True)
+        if played and (seed - first + 1) % 10 == 0:
+            done, each_s = seed - first + 1, (time.monotonic() - began) / played
+            left = f"{done} of {count}, {each_s * (count - done):.0f} s left"
+            print(left, total, file=sys.stderr, flush=True)
     print(json.dumps({"schedules": count, **total}))
 
 

@@ -1,17 +1,18 @@
 """A chain goes on when its hosts fail: real pipelines over hosts in this process."""
 
 import threading
+from contextlib import suppress
 
 import numpy as np
 import pytest
 import torch
 
-from fedsys.errors import RequestError
+from fedsys.errors import RequestError, RuntimeFailure
 from fedsys.models import layered
 from fedsys.models.resilient import exit_chain, exit_path, resilient, skip_chain, skip_path
 from fedsys.serving.recovery.candidates import ModelWays
 from fedsys.serving.recovery.decision import RecoveryObjective
-from tests.serving.chains import SHAPE, images, model
+from tests.serving.chains import SHAPE, cut, images, model
 from tests.serving.recovery.failing import continuing
 from tests.waiting import until
 
@@ -237,3 +238,85 @@ def test_the_first_host_can_neither_be_exited_before_nor_skipped(net):
         assert until(lambda: engine.out)
         with pytest.raises(RequestError, match="repartition is possible"):
             engine.answer(images())
+
+
+def test_a_host_lost_while_cuts_change_is_answered_around_at_once(net):
+    """The change drained for up to a minute, and what stood ready could not be switched to."""
+    x = images()
+    with continuing(net, (1, 2)) as (engine, fleet, continuer):
+        assert until(lambda: engine.switcher.spare and continuer.at_rest)
+        fleet.pause("cloud")
+        asking = threading.Thread(target=engine.answer, args=(x,))
+        asking.start()  # is held before the cloud: the change cannot drain it
+
+        def move():
+            with suppress(RuntimeFailure):  # a host may be lost that it builds on
+                engine.move(cut(1, 3))
+
+        moving = threading.Thread(target=move, daemon=True)
+        moving.start()
+        fleet.kill("edge")
+        answer = engine.answer(x)
+        assert np.array_equal(answer.scores, scores(net, x))
+        asking.join(20)
+        assert not asking.is_alive()
+        fleet.resume("cloud")
+        fleet.start("edge")
+        assert until(lambda: continuer.status()["technique"] == "none" and engine.ready)
+
+
+def test_a_decision_says_what_was_before_and_what_it_came_to(net):
+    ways, chains, _ = paths(net)
+    told = dict(ways=ways, chains=chains, objective=RecoveryObjective(techniques=("exit",)))
+    with continuing(net, (1, 2), **told) as (engine, fleet, continuer):
+        assert until(lambda: engine.switcher.spare and continuer.at_rest)
+        fleet.kill("edge")
+        assert until(lambda: continuer.status()["failovers"] == 1)
+        for seed in range(4):
+            engine.answer(images(1, seed))
+        assert until(lambda: continuer.status()["event_counts"].get("proved"))
+        found = {event["event"]: event for event in continuer.events}
+        decided, came = found["failover"], found["proved"]
+        assert (decided["accuracy_before"], decided["accuracy"]) == (0.9, 0.7)
+        assert decided["before"] == "1/2" and decided["route"] == came["route"]
+        assert came["measured_ms"] > 0 and came["predicted_ms"] == decided["predicted_ms"]
+        exits = [c for c in decided["candidates"] if c["technique"] == "exit"]
+        assert "latency" in exits[0]["measured"]  # it had been rehearsed
+        assert {"latency", "build"} <= continuer.errors().keys()
+
+
+def test_another_objective_changes_what_stands_ready_and_decides(net):
+    ways, chains, _ = paths(net)
+    with continuing(net, (1, 2), ways=ways, chains=chains) as (engine, fleet, continuer):
+        assert until(lambda: engine.switcher.spare and continuer.at_rest)
+        continuer.ask(RecoveryObjective(techniques=("skip",)))
+        assert until(lambda: {*engine.switcher.spare} == {"skip:1-2@1/1"})
+        assert until(lambda: continuer.at_rest)
+        took = continuer.rehearse_decisions(6)
+        assert len(took) == 6 and all(wall > 0 for wall, _ in took)
+        fleet.kill("edge")
+        assert until(lambda: continuer.status()["technique"] == "skip")
+
+
+def test_a_smaller_variant_stands_in_as_it_is(net):
+    """The technique that CONTINUER does not have: it is of the portfolio, not of the model."""
+    small = model(seed=3)
+    layers = layered(small, SHAPE)
+    accuracy = {"": 0.9, "small": 0.85}
+    ways = ModelWays((), {}, ("small",), accuracy, frozenset(accuracy))
+    objective = RecoveryObjective(techniques=("replica",))
+    told = dict(ways=ways, chains={"small": layers}, objective=objective)
+    with continuing(net, (1, 2), **told) as (engine, fleet, continuer):
+        assert until(lambda: engine.switcher.spare and continuer.at_rest)
+        load = Load(engine)
+        assert until(lambda: len(load.told) > 5)
+        fleet.kill("device")  # neither exit nor skip lead around the first host
+        assert until(lambda: load.told[-1][1].facts["technique"] == "replica")
+        told = load.end()
+        assert load.failed == []
+        for seed, answer in told:
+            whole = net if answer.facts["way"] == "whole" else small
+            assert np.array_equal(answer.scores, scores(whole, images(1, seed)))
+        assert told[-1][1].by == "small"
+        fleet.start("device")
+        assert until(lambda: continuer.status()["technique"] == "none")
