@@ -7,16 +7,19 @@ edge_cpu, period_ms)``: a context manager with ``ip(node)``, ``popen(node, argv,
 ``set_cpu(node, cores)`` for the nodes ``edge0``, ``device0``, ``device1`` …, whose links the kernel
 shapes and whose processes share a quota of processor time.
 
-1. This machine is profiled, as ``fedsys profile`` does; a device is the same machine, slower by its
-   quota. What the model predicts is printed before anything runs.
+1. ``fedsys profile`` measures this machine, and over the shaped link from ``device0`` to ``edge0``
+   what messages cost: on a link that delivers packet by packet a byte takes ten times as much
+   processor time as on loopback. A device is the same machine, slower by its quota. What the model
+   predicts is printed before anything runs.
 2. ``fedsys edge`` runs in one namespace, a device with its own server app in each of the others,
    over mutual TLS. Quotas are set when all are ready to train.
 3. The same setting is emulated: shaped links on loopback, devices and edge slowed by waiting.
 
 With ``--policy fedadapt auto --change-at 4 --change-to 5`` policies decide instead, for a few
 rounds, in which the rate of ``device0`` changes (and with ``--back-at`` changes back). What each
-device did, what its iterations took, and what they would have taken with the best cut are compared
-with what the model of time says of that rate. ``--agent`` names the file of FedAdapt's agent.
+device did, what its iterations took (of the clock and of a processor), and what they would have
+taken with the best cut are compared with what the model of time says of that rate. ``--agent``
+names the file of FedAdapt's agent; without it one that is not trained decides.
 
 The last line is one JSON object.
 """
@@ -40,7 +43,6 @@ from typing import Any
 
 from fedsys import config as configuration
 from fedsys.commands.bench.rounds import Watching, edge_process, watched_round
-from fedsys.commands.profile import OPTIONS, profile
 from fedsys.config import Config
 from fedsys.models.layers import LayeredModel
 from fedsys.planning.assignment import Assignment
@@ -56,6 +58,8 @@ from fedsys.transport.messages import ASSIGNMENT, OBSERVATION, settings_of
 from fedsys.transport.network import Network
 from fedsys.transport.security import Authority
 
+_FEDSYS = (sys.executable, "-m", "fedsys.main")
+
 PAYLOAD = 0.956
 """Share of an Ethernet frame of 1514 bytes that is payload of TCP."""
 
@@ -68,7 +72,7 @@ def main() -> None:
     config = _config(given)
     fed = federation.federation(config)
     layers = layered_model(config, fed.dataset.input_shape, fed.dataset.num_classes)
-    found = profile(config, {**OPTIONS, "name": "host"})["fleet"]["machines"]["host"]
+    found = profiled(given)
     host = machine_costs("host", found, layers)
     load = _load(given, config, layers, host)
     if given.policy:
@@ -123,7 +127,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--codec", default="int8")
     parser.add_argument("--iterations", type=int, default=20)
     parser.add_argument("--policy", nargs="+", default=[], help="policies that decide on cuts")
-    parser.add_argument("--agent", type=Path, help="file of an agent, for fedadapt")
+    parser.add_argument(
+        "--agent", type=Path, help="file of an agent, for fedadapt; else one untrained"
+    )
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--change-at", type=int, default=4, help="round with another rate")
     parser.add_argument("--change-to", type=float, default=5.0, help="Mbit/s of device0 from then")
@@ -134,14 +140,18 @@ def _arguments() -> argparse.Namespace:
 def _config(given: argparse.Namespace, kind: str = "fixed") -> Config:
     text = configuration.compose_text(f"+bench=pipeline run.plots=false policy={kind}")
     base = configuration.parse(text)
-    wanted = base.client.batch_size * (given.iterations + 3)
     values: dict[str, Any] = {
         "num_clients": 1,
-        "data": {"examples": round(wanted / 0.9)},
+        "data": {"examples": _examples(given, base.client.batch_size)},
         "policy": _policy(given, kind),
         "fleet": {"machines": {}, "devices": [], "servers": []},
     }
     return configuration.parse(configuration.with_values(text, **values))
+
+
+def _examples(given: argparse.Namespace, batch: int) -> int:
+    """Return how many examples hold the mini-batches of a round, beside those for validation."""
+    return round(batch * (given.iterations + 3) / 0.9)
 
 
 def slowed(costs: MachineCosts, factor: float) -> MachineCosts:
@@ -171,6 +181,44 @@ def testbed_of(given: argparse.Namespace) -> Iterator[Any]:
         yield testbed
 
 
+def profiled(given: argparse.Namespace) -> dict[str, Any]:
+    """Return this machine as ``fedsys profile`` measures it, with messages over the testbed."""
+    with tempfile.TemporaryDirectory() as temporary, testbed_of(given) as testbed:
+        folder, place = Path(temporary), testbed.ip("edge0")
+        authority = Authority.create()
+        authority.issue("edge-0", [place], role="server").save(folder / "edge")
+        authority.issue("device-0").save(folder / "device")
+        address = f"grpc://{place}:9444"
+        serving = ["json=true", f"profile.serve={address}", f"run.dir={folder / 'serving'}"]
+        edge = testbed.popen(
+            "edge0",
+            [*_FEDSYS, "profile", *serving, f"link.credentials={folder / 'edge'}"],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            assert edge.stderr is not None
+            if "answering" not in edge.stderr.readline():
+                raise SystemExit("the other end of the testbed's link did not start")
+            words = [
+                *("+bench=pipeline", "num_clients=1", "fleet=local", "profile.name=host"),
+                *(f"data.examples={_examples(given, 100)}", f"run.dir={folder / 'profile'}"),
+                *(f"profile.edge={address}", f"link.credentials={folder / 'device'}", "json=true"),
+            ]
+            measuring = testbed.popen(
+                "device0", [*_FEDSYS, "profile", *words], stdout=subprocess.PIPE, text=True
+            )
+            told, _ = measuring.communicate(timeout=300)
+        finally:
+            edge.terminate()
+            edge.communicate()
+    if measuring.returncode:
+        raise SystemExit("fedsys profile failed on the testbed; see its message above")
+    print(json.loads(told.splitlines()[-1])["summary"], file=sys.stderr, flush=True)
+    machine: dict[str, Any] = json.loads(told.splitlines()[-1])["fleet"]["machines"]["host"]
+    return machine
+
+
 def on_testbed(given: argparse.Namespace, config: Config) -> float:
     """Return the median seconds of an iteration of the devices."""
     with tempfile.TemporaryDirectory() as folder, testbed_of(given) as testbed:
@@ -189,7 +237,7 @@ def started(
     edge = testbed.popen(
         "edge0",
         [
-            *(sys.executable, "-m", "fedsys.main", "edge", "json=true", "edge.http=null"),
+            *(*_FEDSYS, "edge", "json=true", "edge.http=null"),
             *(f"edge.address=grpc://{address}", f"edge.credentials={folder / 'edge'}"),
         ],
         stdout=subprocess.PIPE,
@@ -306,7 +354,14 @@ class _Telling:
         watching = Watching(self._client)
         reply = watching(message, context)
         seen = reply.content.config_records[OBSERVATION] if reply.has_content() else {}
-        told = {"ends": watching.watch.ends.get(0, []), "cut": asked.get("cut"), "pieces": pieces}
+        watch = watching.watch
+        cpu_s = watch.device_cpu_s / max(1, watch.steps)
+        told = {
+            "ends": watch.ends.get(0, []),
+            "cpu": cpu_s,
+            "cut": asked.get("cut"),
+            "pieces": pieces,
+        }
         print(json.dumps({**told, "seen": dict(seen)}), flush=True)
         return reply
 
@@ -352,7 +407,8 @@ def _policy(given: argparse.Namespace, kind: str) -> dict[str, Any]:
     if kind == "fixed":
         return {**same, "cut": given.cut}
     if kind == "fedadapt":
-        return {**same, "agent": str(given.agent.resolve()), "probe_every": 1}
+        agent = {"agent": str(given.agent.resolve())} if given.agent else {"ppo": {"updates": 0}}
+        return {**same, **agent, "probe_every": 1}
     return {**same, "objective": "iteration", "forget": 1}
 
 
@@ -377,6 +433,7 @@ def _judged(
         "pieces": pieces,
         "measured_s": measured,
         "predicted_s": predicted,
+        "cpu_s": told["cpu"],
         "best_cut": None if best.choices[0].cut == load.units else best.choices[0].cut,
         "best_s": best.iteration_s[0],
         "regret": measured / best.iteration_s[0] - 1,

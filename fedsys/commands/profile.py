@@ -36,7 +36,7 @@ from fedsys.training import federation, optimizers
 from fedsys.training import plain as training
 from fedsys.training.part import safe_input
 from fedsys.transport.codecs import CODECS
-from fedsys.transport.security import Credentials
+from fedsys.transport.security import Credentials, Role
 
 OPTIONS: Mapping[str, Any] = {"repeats": 15, "edge": None, "serve": None, "name": None}
 
@@ -127,7 +127,8 @@ def _options(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _credentials(config: Config) -> Credentials | None:
     folder = config.link.credentials
-    return Credentials.load(Path(folder)) if folder else None
+    role: Role = "server" if config.profile.get("serve") else "client"
+    return Credentials.load(Path(folder), role=role) if folder else None
 
 
 def profile(

@@ -28,6 +28,7 @@ MOST_DEVICES: Final = 200
 
 _NEAR = 0.05  # relative change of a round's length for which rates are averaged anew
 _KEPT = 64  # rounds that are remembered
+_ROUNDING = 1e-9  # relative difference of rounds that are as long: others begin at another moment
 
 Choices = tuple[Assignment, ...]
 
@@ -88,7 +89,7 @@ class Oracle:
             span = 0.0 if own is None else own[1].seconds
             self._known[key] = load, self._searched(load, start_s, span)
         found = self._known[key][1]
-        if own is None or found.seconds <= own[1].seconds:
+        if own is None or found.seconds <= own[1].seconds * (1.0 + _ROUNDING):
             return found
         how = f"the policy's own choices, as none better were found: {found.how}"
         return Optimum(tuple(own[0]), own[1], how)
@@ -123,4 +124,4 @@ def regret(seconds: float, best_s: float) -> float:
     >>> regret(1.5, 1.0), regret(0.0, 0.0)
     (0.5, 0.0)
     """
-    return seconds / best_s - 1.0 if best_s > 0 else 0.0
+    return max(0.0, seconds / best_s - 1.0) if best_s > 0 else 0.0

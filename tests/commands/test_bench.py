@@ -114,7 +114,7 @@ SMALL = {
         "bench.exhaustive=2",
     ],
     "offload": [
-        "bench.methods=[classic,static,auto,exhaustive]",
+        "bench.methods=[classic,static,auto,untrained,exhaustive]",
         "bench.models=[vgg5]",
         "bench.examples=200",
         "bench.rounds=20",
@@ -257,7 +257,7 @@ def test_offload_plays_each_method_on_each_fleet_beside_the_optimum(tmp_path, ca
     figures = job("offload", capsys, tmp_path / "run")
     rows = {(row["name"], row["method"]): row for row in figures["scenarios"]}
     names = ("paper vgg5", "bandwidth vgg5", "unseen fleets", "wrong profiles")
-    methods = ("classic", "static", "auto", "exhaustive")
+    methods = ("classic", "static", "auto", "untrained", "exhaustive")
     assert set(rows) == {(name, method) for name in names for method in methods}
     for (name, method), row in rows.items():
         best = rows[name, "exhaustive"]
@@ -274,9 +274,11 @@ def test_offload_plays_each_method_on_each_fleet_beside_the_optimum(tmp_path, ca
     moved = rows["bandwidth vgg5", "auto"]
     assert moved["regret"] > 0.05  # the first round after each change is not known to it
     assert moved["regret_after_change"] < 0.05
-    (deciding,) = figures["deciding"]
-    assert (deciding["method"], deciding["devices"]) == ("auto", 100)
-    assert 0 < deciding["decide_ms"] <= deciding["most_ms"]
+    assert rows["paper vgg5", "untrained"]["regret"] < 0.01
+    deciding = {row["method"]: row for row in figures["deciding"]}
+    assert set(deciding) == {"auto", "untrained"} and deciding["auto"]["devices"] == 100
+    for row in deciding.values():
+        assert 0 < row["decide_ms"] <= row["most_ms"]
     assert figures["train_s"] is None and figures["skipped"] == []
 
 

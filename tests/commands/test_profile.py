@@ -7,14 +7,18 @@ import json
 import pytest
 import yaml
 
+from fedsys.commands import profile as profile_command
 from fedsys.commands import profile_link
 from fedsys.commands.profile_link import answer, measure_link
+from fedsys.config import compose_text, parse
+from fedsys.errors import SecurityError
 from fedsys.main import main
 from fedsys.offload.processors import usable_cores
 from fedsys.planning.costs import Crossing
 from fedsys.transport.addresses import dial, serve
 from fedsys.transport.link_rate import measure
 from fedsys.transport.network import Network
+from fedsys.transport.security import Authority
 from fedsys.transport.shaping import Shaped
 
 
@@ -124,6 +128,27 @@ def test_a_rate_is_that_of_the_bytes_that_came(monkeypatch):
         link.close()
         server.stop()
     assert down < 8e6  # four times as fast, if it were divided by what was asked for
+
+
+def test_whoever_answers_presents_the_certificate_of_a_server(tmp_path):
+    """It read that of a client, so links with TLS could not be measured at all."""
+    authority = Authority.create()
+    authority.issue("edge-0", ["127.0.0.1"], role="server").save(tmp_path / "edge")
+    authority.issue("device-0").save(tmp_path / "device")
+
+    def credentials(folder, *more):
+        words = [f"link.credentials={tmp_path / folder}", *more]
+        return profile_command._credentials(parse(compose_text(" ".join(words))))
+
+    own = credentials("edge", "profile.serve=grpc://127.0.0.1:0")
+    server = serve("grpc://127.0.0.1:0", answer, credentials=own)
+    try:
+        found = measure_link(server.address, Crossing(64, 8), 2, 3, credentials("device"))
+    finally:
+        server.stop()
+    assert found.message_s > 0
+    with pytest.raises(SecurityError, match="not issued for the role 'server'"):
+        credentials("device", "profile.serve=grpc://127.0.0.1:0")
 
 
 def test_options_of_a_profile_are_checked(capsys, tmp_path):

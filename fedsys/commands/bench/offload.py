@@ -8,6 +8,7 @@ is what policies see next (`fedsys.planning.policy_rounds`). Fleets are those of
 classic      everything on the devices
 static       the choice that is best for all devices alike at the rates of the first round
 fedadapt     an agent that was trained once, on fleets drawn around the paper's
+untrained    what its training begins with: the cut that is expected to be fastest
 bandit       a contextual bandit
 auto         the planner, by the fleet file and what is measured
 auto_learned as auto, which also learns what units take
@@ -43,6 +44,7 @@ from fedsys.planning.virtual_clock import VirtualClock
 
 POLICIES: Final[Mapping[str, str]] = {
     "fedadapt": "policy=fedadapt",
+    "untrained": "policy=fedadapt policy.ppo.updates=0",
     "bandit": "policy=bandit",
     "auto": "policy=auto",
     "auto_learned": "policy=auto policy.learn=true",
@@ -54,8 +56,6 @@ NEAR: Final = 0.05
 
 MANY: Final = 100
 """Devices for which deciding is timed."""
-
-Says = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ class Makers:
         spec: Spec = self.specs[method]
         config = dataclasses.replace(case.config, policy=spec, seed=self._config.seed)
         examples = [device.examples for device in case.truth.devices]
-        edges, folder = len(case.truth.edges), self._folder
+        edges, folder = len(case.truth.edges), self._folder if method == "fedadapt" else None
         made: Decides = self._build(spec, edges, config, examples, folder=folder, say=_say)
         return made
 

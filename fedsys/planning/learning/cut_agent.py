@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,9 @@ from fedsys.planning.contention import Indices
 from fedsys.planning.learning import agent_files
 from fedsys.planning.learning.agent_files import Weights
 from fedsys.planning.learning.outlook import FEATURES, Features
+
+GREED: Final = 20.0
+"""How strongly an untrained agent prefers the cut that is expected to be fastest."""
 
 
 @dataclass(frozen=True)
@@ -56,3 +59,23 @@ class CutAgent:
         """Write the agent to a file."""
         told = {"features": list(FEATURES), "about": dict(self.about)}
         agent_files.write(path, agent_files.CUTS, told, self.weights)
+
+
+def untrained(about: Mapping[str, Any] | None = None) -> CutAgent:
+    """Return the agent that training begins with: it takes what is expected to be fastest.
+
+    Of the networks it has the line alone, so it needs neither torch nor the extra ``rl``.
+
+    Args:
+        about: Kept with the agent.
+    """
+    none = np.zeros((1, len(FEATURES)), dtype=np.float32)
+    weights = {"score.0.weight": none, "score.0.bias": np.zeros(1, dtype=np.float32)}
+    return CutAgent({**weights, "line": greedy_line()}, {"steps": 0, **(about or {})})
+
+
+def greedy_line() -> NDArray[np.float32]:
+    """Return the line of an untrained agent, ``(1, F)``."""
+    line = np.zeros((1, len(FEATURES)), dtype=np.float32)
+    line[0, FEATURES.index("round over target")] = -GREED
+    return line

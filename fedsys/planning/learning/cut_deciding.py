@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsys.errors import ConfigError
 from fedsys.planning.assignment import Assignment
 from fedsys.planning.contention import Indices
 from fedsys.planning.learning.cut_agent import CutAgent
@@ -88,6 +89,9 @@ class CutFedAdapt:
         forced: Whether a device may not hold the whole model.
         told: Whether the costs of `base` are those of a fleet file, which the first round rests on.
         seed: Of the run: of the cuts of an agent that goes on learning.
+
+    Raises:
+        ConfigError: The agent is to go on learning, and was never trained.
     """
 
     def __init__(
@@ -100,6 +104,11 @@ class CutFedAdapt:
         told: bool = True,
         seed: int = 0,
     ) -> None:
+        if options.learn and "value.0.weight" not in agent.weights:
+            raise ConfigError.of(
+                "policy.learn", True, "must be false with an agent that was never trained",
+                "policy.ppo.updates=1 makes one that can go on learning",
+            )  # fmt: skip
         self.agent = agent
         self._base, self._options, self._seed = base, options, seed
         self._fleet = RunFleet(base, forced=forced, told=told and options.first == "told")

@@ -13,7 +13,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,16 +21,22 @@ from torch import nn
 
 from fedsys.config.targets import import_extra
 from fedsys.planning.contention import Indices
-from fedsys.planning.learning.cut_agent import CutAgent
+from fedsys.planning.learning.cut_agent import CutAgent, greedy_line
 from fedsys.planning.learning.device_rounds import DeviceRounds, DeviceRows, Nothing
 from fedsys.planning.learning.options import Hyper
 from fedsys.planning.learning.outlook import FEATURES, Features
-from fedsys.planning.learning.ppo import WHO, Progress, one_thread
+from fedsys.planning.learning.ppo import (
+    WHO,
+    Progress,
+    algorithm,
+    before_rollouts,
+    hidden,
+    one_thread,
+    update,
+)
+from fedsys.planning.learning.vector import VectorEnvironment
 from fedsys.planning.workload import Array
 from fedsys.randomness import seeded_default_generator
-
-GREED: Final = 20.0
-"""How strongly an untrained agent prefers the cut that is expected to be fastest."""
 
 _NEVER = -1e9
 """Score of a cut that is not legal."""
@@ -56,7 +62,7 @@ def train(
     steps = hyper.updates * hyper.every * len(rounds.legal)
     with one_thread(), seeded_default_generator(seed % 2**32):
         model = _ppo(DeviceRows(rounds, seed), hyper, seed)
-        model.learn(steps, callback=_telling(steps, progress))
+        model.learn(steps, callback=before_rollouts(lambda _, done: progress(done, steps)))
     made = {"steps": steps, "seed": seed, "hyper": dataclasses.asdict(hyper)}
     return CutAgent(_weights(model.policy), {**made, **(about or {})})
 
@@ -88,7 +94,8 @@ def improved(agent: CutAgent, taken: Sequence[Chosen], hyper: Hyper, seed: int) 
     seen = np.concatenate([one.seen for one in taken])
     cut = np.concatenate([one.cut for one in taken])
     earned = np.concatenate([one.earned for one in taken]).astype(np.float32)
-    every = dataclasses.replace(hyper, every=len(seen), batch=None)
+    layers = hidden(agent.weights, "score")
+    every = dataclasses.replace(hyper, every=len(seen), batch=None, layers=layers)
     with one_thread(), seeded_default_generator(seed % 2**32):
         model = _ppo(DeviceRows(Nothing(seen.shape[1]), seed), every, seed)
         policy: Any = model.policy
@@ -103,9 +110,7 @@ def improved(agent: CutAgent, taken: Sequence[Chosen], hyper: Hyper, seed: int) 
                 values[i], likelihoods[i],
             )  # fmt: skip
         buffer.compute_returns_and_advantage(values[-1:], begins)
-        logger = import_extra("stable_baselines3.common.logger", "rl", WHO)
-        model.set_logger(logger.configure(None, []))
-        model.train()
+        update(model)
     return dataclasses.replace(agent, weights=_weights(policy))
 
 
@@ -117,25 +122,14 @@ def _batch(wanted: int | None, all_: int) -> int:
     return max(2, all_ // count)
 
 
-def _ppo(environments: Any, hyper: Hyper, seed: int) -> Any:
-    collected = hyper.every * environments.num_envs
-    return import_extra("stable_baselines3", "rl", WHO).PPO(
-        _policy_class(),
-        environments,
+def _ppo(rows: DeviceRows, hyper: Hyper, seed: int) -> Any:
+    collected = hyper.every * rows.count
+    return algorithm(
+        _policy_class(), VectorEnvironment(rows), hyper, seed,
         learning_rate=lambda left: hyper.lr * max(left, 0.02),
-        n_steps=hyper.every,
         batch_size=_batch(hyper.batch, collected),
-        n_epochs=hyper.epochs,
-        gamma=hyper.gamma,
-        gae_lambda=hyper.gae_lambda,
-        clip_range=hyper.clip,
-        ent_coef=hyper.entropy,
-        vf_coef=hyper.value,
-        max_grad_norm=math.inf,
         policy_kwargs={"net_arch": list(hyper.layers)},
-        seed=seed % 2**32,
-        device="cpu",
-    )
+    )  # fmt: skip
 
 
 def _stack(sizes: list[int]) -> nn.Sequential:
@@ -160,8 +154,7 @@ class _Networks(nn.Module):
         with torch.no_grad():
             for name in ("weight", "bias"):
                 getattr(self.score[-1], name).mul_(0.1)
-            self.line.weight.zero_()
-            self.line.weight[0, FEATURES.index("round over target")] = -GREED
+            self.line.weight.copy_(torch.from_numpy(greedy_line()))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.forward_actor(x), self.forward_critic(x)
@@ -209,22 +202,6 @@ def _policy_class() -> type[Any]:
             )
 
     return Scoring
-
-
-def _telling(steps: int, progress: Progress) -> Any:
-    callbacks = import_extra("stable_baselines3.common.callbacks", "rl", WHO)
-    base: Any = callbacks.BaseCallback
-
-    class Telling(base):  # type: ignore[misc]  # of an extra: without types
-        """Tells how far it is."""
-
-        def _on_rollout_start(self) -> None:
-            progress(self.num_timesteps, steps)
-
-        def _on_step(self) -> bool:
-            return True
-
-    return Telling()
 
 
 def _weights(policy: Any) -> dict[str, Any]:

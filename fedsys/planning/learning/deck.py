@@ -3,7 +3,7 @@
 A `Deck` holds, for each of some scenarios and each combination of cuts of the groups, what a step
 earns and what is seen after it. So a step of hundreds of environments is a few look-ups in arrays,
 some thousand times faster than timing each plan when it is asked for. `DeckEnvironments` deals them
-as a vector environment of stable-baselines3; it gives what as many `OffloadEnvironment` would.
+as `fedsys.planning.learning.vector` asks for; it gives what as many `OffloadEnvironment` would.
 """
 
 from __future__ import annotations
@@ -15,16 +15,12 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsys.config.targets import import_extra
 from fedsys.planning.learning.environment import spaces_of
 from fedsys.planning.learning.observing import MOST
 from fedsys.planning.learning.scenarios import Scenario
+from fedsys.planning.learning.vector import Stepped
 from fedsys.planning.learning.view import Times, View
 from fedsys.planning.workload import Array
-
-VecEnv: Any = import_extra(
-    "stable_baselines3.common.vec_env.base_vec_env", "rl", "an environment of offloading"
-).VecEnv
 
 MOST_PLANS: Final = 512
 """Combinations of cuts that are timed of a scenario; of more cuts some are left out."""
@@ -145,7 +141,7 @@ def _logs(seconds: Array, baseline_s: Array | float) -> Array:
     return logs
 
 
-class DeckEnvironments(VecEnv):  # type: ignore[misc]  # of an extra: without types
+class DeckEnvironments:
     """Episodes on a deck, N at once.
 
     Args:
@@ -159,36 +155,28 @@ class DeckEnvironments(VecEnv):  # type: ignore[misc]  # of an extra: without ty
     def __init__(
         self, deck: Deck, count: int, seed: int, *, moments: int = 1, change: float = 0.0
     ) -> None:
-        view = deck.view
-        super().__init__(count, *spaces_of(view))
+        self.count, self.spaces = count, spaces_of(deck.view)
         self._deck, self._moments, self._change = deck, moments, change
         self._random = np.random.default_rng(seed)
-        self._actions = np.zeros((count, view.groups), dtype=np.float32)
         self._at, self._steps = np.zeros((2, count), dtype=np.int64)
 
-    def reset(self) -> NDArray[np.float32]:
+    def begin(self) -> NDArray[np.float32]:
         """Begin an episode everywhere."""
-        return self._begin(np.arange(self.num_envs))
+        return self._begin(np.arange(self.count))
 
-    def step_async(self, actions: NDArray[np.float32]) -> None:
-        """Take the actions of a step."""
-        self._actions = actions
-
-    def step_wait(
-        self,
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_], list[dict[str, Any]]]:
-        """Return what comes of them; who has ended an episode begins another."""
+    def step(self, actions: NDArray[np.float32]) -> Stepped:
+        """Return what comes of the actions of a step; who has ended an episode begins another."""
         deck = self._deck
-        moved = np.flatnonzero(self._random.random(self.num_envs) < self._change)
+        moved = np.flatnonzero(self._random.random(self.count) < self._change)
         fleet = self._at[moved] // self._moments * self._moments
         self._at[moved] = fleet + self._random.integers(self._moments, size=len(moved))
-        plan = deck.plan_of(self._actions)
+        plan = deck.plan_of(actions)
         states = deck.states[self._at, plan].copy()
         rewards = deck.rewards[self._at, plan].astype(np.float32)
         self._steps += 1
         late = self._steps >= deck.view.episode
         done = deck.vain[self._at, plan] | late
-        infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
+        infos: list[dict[str, Any]] = [{} for _ in range(self.count)]
         ended = np.flatnonzero(done)
         for i in ended:
             infos[i] = {
@@ -204,24 +192,3 @@ class DeckEnvironments(VecEnv):  # type: ignore[misc]  # of an extra: without ty
         self._steps[which] = 0
         first: NDArray[np.float32] = self._deck.states[self._at[which], -1]  # all on the devices
         return first
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        """Return an attribute, the same for all environments."""
-        return [getattr(self, attr_name, None)] * self.num_envs
-
-    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        """Set an attribute of all."""
-        setattr(self, attr_name, value)
-
-    def env_method(
-        self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any
-    ) -> list[Any]:
-        """Call a method, once."""
-        return [getattr(self, method_name)(*args, **kwargs)] * self.num_envs
-
-    def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
-        """Nothing is wrapped."""
-        return [False] * self.num_envs

@@ -3,7 +3,7 @@
 `DeviceRounds` is what both kinds of rounds are: those of fleets that are drawn
 (`fedsys.planning.learning.fleets`), and truncated rounds of real clients
 (`fedsys.planning.learning.client_rounds`). `CutEnvironment` is that as an environment of gymnasium,
-`DeviceRows` as a vector environment of stable-baselines3 in which each device is one.
+`DeviceRows` as the steps of many environments, of which each device is one.
 """
 
 from __future__ import annotations
@@ -16,13 +16,11 @@ from numpy.typing import NDArray
 from fedsys.config.targets import import_extra
 from fedsys.planning.contention import Indices
 from fedsys.planning.learning.outlook import FEATURES, Features
+from fedsys.planning.learning.vector import Stepped
 from fedsys.planning.workload import Array
 
 gymnasium = import_extra("gymnasium", "rl", "an environment of offloading")
 Environment: Any = gymnasium.Env
-VecEnv: Any = import_extra(
-    "stable_baselines3.common.vec_env.base_vec_env", "rl", "an environment of offloading"
-).VecEnv
 
 MOST = 8.0
 """Largest number of what is seen."""
@@ -87,7 +85,7 @@ class CutEnvironment(Environment):  # type: ignore[misc]  # of an extra: without
         return self._seen(), float(earned.mean()), False, bool(over.all()), told
 
 
-class DeviceRows(VecEnv):  # type: ignore[misc]  # of an extra: without types
+class DeviceRows:
     """Rounds as one environment for each device.
 
     Args:
@@ -97,47 +95,19 @@ class DeviceRows(VecEnv):  # type: ignore[misc]  # of an extra: without types
 
     def __init__(self, rounds: DeviceRounds, seed: int) -> None:
         self._rounds, self._random = rounds, np.random.default_rng(seed)
-        devices, cuts = rounds.legal.shape
-        self._actions: Indices = np.zeros(devices, dtype=np.int64)
-        super().__init__(devices, _box((cuts, len(FEATURES) + 1)), gymnasium.spaces.Discrete(cuts))
+        self.count, cuts = rounds.legal.shape
+        self.spaces = _box((cuts, len(FEATURES) + 1)), gymnasium.spaces.Discrete(cuts)
 
-    def reset(self) -> Features:
+    def begin(self) -> Features:
         """Begin anew everywhere."""
         self._rounds.begin(self._random)
         return self._rounds.seen
 
-    def step_async(self, actions: Indices) -> None:
-        """Take the actions of a step."""
-        self._actions = actions
-
-    def step_wait(
-        self,
-    ) -> tuple[Features, NDArray[np.float32], NDArray[np.bool_], list[dict[str, Any]]]:
-        """Return what comes of them."""
-        earned, over = self._rounds.step(self._actions)
-        infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
+    def step(self, actions: Indices) -> Stepped:
+        """Return what comes of the actions of a step."""
+        earned, over = self._rounds.step(actions)
+        infos: list[dict[str, Any]] = [{} for _ in range(self.count)]
         return self._rounds.seen, earned.astype(np.float32), over, infos
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        """Return an attribute, the same for all environments."""
-        return [getattr(self, attr_name, None)] * self.num_envs
-
-    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        """Set an attribute of all."""
-        setattr(self, attr_name, value)
-
-    def env_method(
-        self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any
-    ) -> list[Any]:
-        """Call a method, once."""
-        return [getattr(self, method_name)(*args, **kwargs)] * self.num_envs
-
-    def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
-        """Nothing is wrapped."""
-        return [False] * self.num_envs
 
 
 def _box(shape: tuple[int, ...]) -> Any:

@@ -31,7 +31,7 @@ class Hyper:
         every: Steps of each environment between two updates.
         batch: Steps in a mini-batch; None: all that were collected.
         environments: Fleets that are trained on side by side.
-        updates: Updates in all.
+        updates: Updates in all; with cuts 0 for an agent that is not trained.
         entropy: Weight of the entropy.
         value: Weight of the critic's loss.
         std: Standard deviation of an action, as a share of the work.
@@ -184,6 +184,8 @@ class FedAdaptOptions:
             if given not in known:
                 hint = did_you_mean(given, known)
                 raise ConfigError.of(f"policy.{name}", given, f"must be {' or '.join(known)}", hint)
+        if made.action == "shares" and not made.ppo.updates:
+            raise ConfigError.of("policy.ppo.updates", 0, "must be at least 1 with action=shares")
         for codec in made.codecs:
             check_codec(codec)
         return made
@@ -223,7 +225,7 @@ _BOUNDS = (
     ("ppo.epochs", 1, 10_000),
     ("ppo.every", 2, 1_000_000),
     ("ppo.environments", 1, 100_000),
-    ("ppo.updates", 1, 1_000_000),
+    ("ppo.updates", 0, 1_000_000),
     ("ppo.std", 0.001, 10),
     ("ppo.std_decay", 0.01, 1),
 )

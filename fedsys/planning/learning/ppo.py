@@ -94,16 +94,22 @@ def improved(
     import_extra("stable_baselines3", "rl", WHO)
     from fedsys.planning.learning.environment import Spaces  # of the extra ``rl``
 
-    every = dataclasses.replace(hyper, every=len(steps), environments=1, batch=None)
+    every = dataclasses.replace(
+        hyper, every=len(steps), environments=1, batch=None, layers=hidden(agent.weights, "actor")
+    )
     with one_thread(), seeded_default_generator(seed % 2**32):
         model = _ppo(Spaces(agent.view), every, seed)
         policy: Any = model.policy
         _load(policy, {**agent.weights, "log_std": np.full(agent.view.groups, math.log(2 * std))})
         _fill(model, policy, steps, after)
-        logger = import_extra("stable_baselines3.common.logger", "rl", WHO)
-        model.set_logger(logger.configure(None, []))
-        model.train()
+        update(model)
     return dataclasses.replace(agent, weights=_weights(policy))
+
+
+def hidden(weights: Mapping[str, Any], network: str) -> tuple[int, ...]:
+    """Return the hidden units of a network of an agent, whatever is configured for new ones."""
+    count = sum(name.startswith(f"{network}.") for name in weights) // 2
+    return tuple(len(weights[f"{network}.{i}.bias"]) for i in range(count - 1))
 
 
 def _fill(model: Any, policy: Any, steps: Sequence[Step], after: Vector) -> None:
@@ -134,12 +140,27 @@ def one_thread() -> Iterator[None]:
 
 def _ppo(environments: Any, hyper: Hyper, seed: int) -> Any:
     collected = hyper.every * hyper.environments
+    return algorithm(
+        _policy_class(), environments, hyper, seed,
+        learning_rate=hyper.lr, batch_size=hyper.batch or collected,
+        policy_kwargs={"net_arch": list(hyper.layers), "activation_fn": nn.Tanh},
+    )  # fmt: skip
+
+
+def algorithm(policy: type[Any], environments: Any, hyper: Hyper, seed: int, **given: Any) -> Any:
+    """Return stable-baselines3's PPO.
+
+    Args:
+        policy: Class of actor and critic.
+        environments: What it learns on.
+        hyper: Hyper-parameters.
+        seed: Of weights and actions.
+        given: Arguments that `hyper` does not tell alone: learning rate, mini-batches, layers.
+    """
     return import_extra("stable_baselines3", "rl", WHO).PPO(
-        _policy_class(),
+        policy,
         environments,
-        learning_rate=hyper.lr,
         n_steps=hyper.every,
-        batch_size=hyper.batch or collected,
         n_epochs=hyper.epochs,
         gamma=hyper.gamma,
         gae_lambda=hyper.gae_lambda,
@@ -147,10 +168,38 @@ def _ppo(environments: Any, hyper: Hyper, seed: int) -> Any:
         ent_coef=hyper.entropy,
         vf_coef=hyper.value,
         max_grad_norm=math.inf,
-        policy_kwargs={"net_arch": list(hyper.layers), "activation_fn": nn.Tanh},
         seed=seed % 2**32,
         device="cpu",
+        **given,
     )
+
+
+def update(model: Any) -> None:
+    """Learn from what lies in the buffer of a model, and write nothing about it."""
+    logger = import_extra("stable_baselines3.common.logger", "rl", WHO)
+    model.set_logger(logger.configure(None, []))
+    model.train()
+
+
+def before_rollouts(tell: Callable[[Any, int], None]) -> Any:
+    """Return a callback of stable-baselines3.
+
+    Args:
+        tell: Called each time before rounds are collected, with the model and the steps so far.
+    """
+    callbacks = import_extra("stable_baselines3.common.callbacks", "rl", WHO)
+    base: Any = callbacks.BaseCallback
+
+    class Before(base):  # type: ignore[misc]  # of an extra: without types
+        """Tells how far it is."""
+
+        def _on_rollout_start(self) -> None:
+            tell(self.model, self.num_timesteps)
+
+        def _on_step(self) -> bool:
+            return True
+
+    return Before()
 
 
 class _Mean(nn.Module):
@@ -180,23 +229,15 @@ def _policy_class() -> type[Any]:
 
 
 def _decaying(hyper: Hyper, progress: Progress) -> Any:
-    callbacks = import_extra("stable_baselines3.common.callbacks", "rl", WHO)
-    base: Any = callbacks.BaseCallback
+    """Set the standard deviation before each update, and tell how far it is."""
 
-    class Decaying(base):  # type: ignore[misc]  # of an extra: without types
-        """Sets the standard deviation before each update, and tells how far it is."""
+    def before(model: Any, steps: int) -> None:
+        update_number = steps // (hyper.every * hyper.environments)
+        # Actions span twice what shares do
+        model.policy.log_std.data.fill_(math.log(2.0 * hyper.std_at(update_number)))
+        progress(steps, hyper.steps)
 
-        def _on_rollout_start(self) -> None:
-            update = self.num_timesteps // (hyper.every * hyper.environments)
-            # Actions span twice what shares do
-            policy: Any = self.model.policy
-            policy.log_std.data.fill_(math.log(2.0 * hyper.std_at(update)))
-            progress(self.num_timesteps, hyper.steps)
-
-        def _on_step(self) -> bool:
-            return True
-
-    return Decaying()
+    return before_rollouts(before)
 
 
 def _weights(policy: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ import torch
 from fedsys.planning.assignment import Assignment
 from fedsys.planning.learning.agent import Agent
 from fedsys.planning.learning.client_rounds import ClientRounds, Clients
-from fedsys.planning.learning.cut_agent import CutAgent
+from fedsys.planning.learning.cut_agent import CutAgent, untrained
 from fedsys.planning.learning.fleets import FleetRounds
 from fedsys.planning.learning.knowing import table_of
 from fedsys.planning.learning.options import FedAdaptOptions
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 
 AnyAgent = Agent | CutAgent
+
+_A = TypeVar("_A", Agent, CutAgent)
 
 
 def trained(
@@ -52,6 +54,7 @@ def trained(
         rounds = FleetRounds(table, count, options.training.draws)
         return _scoring(rounds, options, seed, say, about)
     from fedsys.planning.learning.deck import Deck, DeckEnvironments  # of the extra ``rl``
+    from fedsys.planning.learning.vector import VectorEnvironment
 
     training = options.training
     random = Address(seed).numpy("agent")
@@ -64,10 +67,10 @@ def trained(
         fleets, options.view, reward=training.reward,
         progress=_progress(say, "timing fleets for the agent"),
     )  # fmt: skip
-    environments = DeckEnvironments(
+    dealt = DeckEnvironments(
         deck, options.ppo.environments, seed, moments=training.moments, change=training.change
     )
-    return _sharing(environments, options, seed, say, about)
+    return _sharing(VectorEnvironment(dealt), options, seed, say, about)
 
 
 def trained_on(
@@ -125,13 +128,14 @@ def trained_on_clients(
 def _scoring(
     rounds: Any, options: FedAdaptOptions, seed: int, say: Say, about: Mapping[str, Any]
 ) -> CutAgent:
+    if options.ppo.updates == 0:
+        return untrained(about)
     from fedsys.planning.learning import cut_ppo  # of the extra ``rl``
 
-    began = time.perf_counter(), time.process_time()
-    told = _progress(say, "training the agent")
-    made = cut_ppo.train(rounds, options.ppo, seed, progress=told, about=about)
-    _say_done(say, made, began)
-    return made
+    return _timed(
+        say,
+        lambda told: cut_ppo.train(rounds, options.ppo, seed, progress=told, about=about),
+    )
 
 
 def _sharing(
@@ -139,17 +143,22 @@ def _sharing(
 ) -> Agent:
     from fedsys.planning.learning import ppo  # of the extra ``rl``
 
+    return _timed(
+        say,
+        lambda told: ppo.train(
+            environments, options.view, options.ppo, seed, progress=told, about=about
+        ),
+    )
+
+
+def _timed(say: Say, train: Callable[[Callable[[int, int], None]], _A]) -> _A:
+    """Train an agent, and say how far it is and how long it took."""
     began = time.perf_counter(), time.process_time()
-    told = _progress(say, "training the agent")
-    made = ppo.train(environments, options.view, options.ppo, seed, progress=told, about=about)
-    _say_done(say, made, began)
-    return made
-
-
-def _say_done(say: Say, made: AnyAgent, began: tuple[float, float]) -> None:
+    made = train(_progress(say, "training the agent"))
     took, computed = time.perf_counter() - began[0], time.process_time() - began[1]
     steps = int(made.about["steps"])
     say(f"trained the agent: {steps:,} steps in {took:.0f} s ({computed:.0f} s of processors)")
+    return made
 
 
 class _LentRounds:
