@@ -88,13 +88,17 @@ class ExitLosses:
         return final, loss if mismatch is None else loss + mismatch * (share * self.match)
 
     def _mismatch(self, model: ResilientModel, there: Mapping[int, Tensor]) -> Tensor | None:
-        """Return the mean squared difference of adapters from units over what units make."""
+        """Return the mean squared difference of adapters from units, over what units make.
+
+        Where that is below 1 it does not count: a step would grow with its inverse, and adapters of
+        units that make little (linear bottlenecks) would be thrown about, and all behind them.
+        """
         total: Tensor | None = None
         for unit in model.adapted:
             if unit in there and unit + 1 in there:
                 wanted = there[unit + 1].detach()
                 made = model.adapters[str(unit)](there[unit].detach())
-                size = wanted.square().mean().clamp_min(1e-6)
+                size = wanted.square().mean().clamp_min(1.0)
                 off = (made - wanted).square().mean() / size
                 total = off if total is None else total + off
         return total

@@ -36,7 +36,8 @@ def chains_of(config: Config, options: Mapping[str, Any]) -> Iterator[BenchChain
 
     Args:
         config: If it has a ``portfolio``, its hosts and cuts are the only chain.
-        options: ``chains`` has a mapping for each: ``model`` and ``hosts``.
+        options: ``chains`` has a mapping for each: ``model``, ``hosts``, and ``train``, further
+            choices of the training by key.
 
     Raises:
         ConfigError: A chain has too few or too many hosts.
@@ -50,7 +51,8 @@ def chains_of(config: Config, options: Mapping[str, Any]) -> Iterator[BenchChain
         if not 2 <= count <= _MOST:
             rule = f"must be from 2 to {_MOST}"
             raise ConfigError.of(f"bench.chains[{place}].hosts", count, rule)
-        chosen = [_EXPERIMENT, f"model={model}", *given]
+        more = [f"{key}={value}" for key, value in dict(one.get("train", {})).items()]
+        chosen = [_EXPERIMENT, f"model={model}", *more, *given]
         made = made_model(configuration.parse(configuration.compose_text(" ".join(chosen))), chosen)
         serving = replace(config.serving, exits=made.serving.exits)
         own = replace(config, portfolio=made.portfolio, serving=serving)

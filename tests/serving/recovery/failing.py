@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 
 from fedsys.models import layered
 from fedsys.partition import host as host_module
+from fedsys.partition.data_link import CONNECT_S
 from fedsys.partition.host import HostServer
 from fedsys.partition.problem import Host, Problem
 from fedsys.partition.remote_host import RemoteHost
@@ -134,7 +135,8 @@ def continuing(net, first, *, names=("device", "edge", "cloud"), ways=None, chai
         ]
         box = []
         watch = HostWatch(remotes, rules, lambda *told: box and box[0].heard(*told))
-        told = ChainOptions(more.pop("timeout_s", 20.0), lost=watch.lost)
+        connect_s = more.pop("connect_s", CONNECT_S)
+        told = ChainOptions(more.pop("timeout_s", 20.0), lost=watch.lost, connect_s=connect_s)
         chain = Chain(remotes, parts[""], token="secret", options=told, ways=parts.__getitem__)
         engine = ChainEngine(chain, CARD, cut(*first))
         planner = Planner(lambda way: problem_for(every[way], names))

@@ -10,8 +10,10 @@ import torch
 from fedsys.errors import RequestError, RuntimeFailure
 from fedsys.models import layered
 from fedsys.models.resilient import exit_chain, exit_path, resilient, skip_chain, skip_path
+from fedsys.partition import stage_rack
 from fedsys.serving.recovery.candidates import ModelWays
 from fedsys.serving.recovery.decision import RecoveryObjective
+from fedsys.serving.routes import Route
 from tests.serving.chains import SHAPE, cut, images, model
 from tests.serving.recovery.failing import continuing
 from tests.waiting import until
@@ -320,3 +322,20 @@ def test_a_smaller_variant_stands_in_as_it_is(net):
         assert told[-1][1].by == "small"
         fleet.start("device")
         assert until(lambda: continuer.status()["technique"] == "none")
+
+
+def test_a_host_that_stands_still_is_not_waited_for_when_a_stage_connects_to_it(net, monkeypatch):
+    """Connecting had ten seconds, and for so long nothing else was built."""
+    given, original = [], stage_rack.open_data
+
+    def seen(*what):
+        given.append(what[-1])
+        return original(*what)
+
+    monkeypatch.setattr(stage_rack, "open_data", seen)
+    with continuing(net, (1, 2), connect_s=0.2, warm=()) as (engine, fleet, _):
+        assert given == [0.2, 0.2]  # device to edge, edge to cloud
+        fleet.pause("cloud")
+        with pytest.raises(RuntimeFailure, match=r"cloud|edge"):
+            engine.chain.lay(Route(cut(1, 3)), lambda *told: None)
+        fleet.resume("cloud")
