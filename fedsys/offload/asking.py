@@ -8,7 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedsys.errors import LinkError, LinkRefused, LinkTimeout, RemoteError, SessionError
+from fedsys.errors import (
+    FrameError,
+    LinkClosed,
+    LinkError,
+    LinkRefused,
+    LinkTimeout,
+    RemoteError,
+    SessionError,
+)
 from fedsys.offload.snapshot import natural
 from fedsys.offload.whereabouts import Whereabouts
 from fedsys.transport.link import Link
@@ -17,6 +25,8 @@ from fedsys.transport.wire import Frame
 
 REFUSED_S = 1.5
 """How long it asks where every edge server refuses: their processes are gone, not the network."""
+
+_OF_THE_LINK = tuple(kind.__name__ for kind in (FrameError, LinkClosed, LinkTimeout))
 
 ASK_AGAIN_S = (0.02, 0.25)
 """Shortest and longest pause between two rounds of asking."""
@@ -260,5 +270,9 @@ class Asking:
 
 
 def refusal(error: LinkError) -> bool:
-    """Say whether the edge will not do it next time either; a damaged frame may come well then."""
-    return isinstance(error, RemoteError) and not str(error).startswith("FrameError")
+    """Say whether the edge will not do it next time either.
+
+    What it says of its link may be otherwise then: a damaged frame comes well, a full server has a
+    place.
+    """
+    return isinstance(error, RemoteError) and not str(error).startswith(_OF_THE_LINK)

@@ -222,7 +222,7 @@ class _AcceptedLink:
 
 
 def _send_away(stream: Stream) -> None:
-    stream.reason = stream.reason or "others came, and who you are was not said"
+    stream.sent_away = "others came or the server stops, and who you are was not said"
     stream.end(_closed_here(), discard=True)
 
 
@@ -316,6 +316,9 @@ class GrpcServer:
             if message is None and stream.reason:
                 context.set_code(grpc.StatusCode.ABORTED)
                 context.set_details(stream.reason)
+            elif message is None and stream.sent_away:
+                context.set_code(grpc.StatusCode.UNAVAILABLE)  # a failure would be its last word
+                context.set_details(stream.sent_away)
             push(message)
 
         stream.sender = Sender(pushed, stream)

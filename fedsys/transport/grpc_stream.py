@@ -44,6 +44,7 @@ class Stream:
         self.inbox: Mailbox[Frame] = Mailbox(queue_bytes)
         self.outbox: Mailbox[bytes] = Mailbox(queue_bytes)
         self.reason = ""  # of a failure, for the peer
+        self.sent_away = ""  # why there is no place for the peer now; it may come again
         self.sender: Sender | None = None  # of an accepted link
         self.sending = threading.Lock()
         self._assembler: Assembler | None = None

@@ -3,12 +3,13 @@
 import threading
 import time
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from fedsys.config import EdgeAddress
-from fedsys.errors import LinkClosed, LinkTimeout, SessionError
+from fedsys.errors import LinkClosed, LinkTimeout, RemoteError, SessionError
 from fedsys.offload.asking import EdgesLost
 from fedsys.offload.edge import EdgeServer
 from fedsys.offload.fleet import Fleet
@@ -247,6 +248,23 @@ def test_a_wrong_token_is_told_and_not_tried_again(place):
     with pytest.raises(SessionError, match="refuses session s: SecurityError: session s: the tok"):
         remote.open()
     assert place.edges["a"].counters["refused_SecurityError"] == 1
+
+
+@pytest.mark.parametrize("ended", [LinkClosed("a is full: it has 8 links"), LinkTimeout("none")])
+def test_what_an_edge_says_of_its_links_is_no_refusal(place, ended):
+    """A full edge server, or one too busy to read in time, said so in an error of its own, and the
+    device left the round."""
+    links = []
+
+    def connect(address):
+        links.append(dial(address))
+        if len(links) == 1:
+            links[0].recv = Mock(side_effect=RemoteError(f"{type(ended).__name__}: {ended}"))
+        return links[-1]
+
+    remote = place.device(connect)
+    remote.open()
+    train(remote, place.layer, [0])
 
 
 def test_a_probe_leaves_the_link_of_the_session_alone_and_needs_its_token(place):
