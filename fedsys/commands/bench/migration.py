@@ -5,6 +5,9 @@ to a rate; devices are threads of this process, with links as fast as they are. 
 mover's round anew where it arrives, as SplitFed without migration does: of a round with a move
 after a share p, FedFly's saving is at most p / (1 + p).
 
+It takes a while: each case that is done is said, and with ``bench.kept`` written down, so that the
+benchmark goes on where it was interrupted.
+
 A schedule of faults is a run with moves at random points and with an edge server that is killed or
 links that are cut, slowed down or corrupted around them, all drawn from its number. It must end
 with the model of the run without any of that, or say whom it left out.
@@ -15,10 +18,12 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, Final
@@ -31,8 +36,16 @@ from fedsys.commands.bench.rounds import EdgeProcess, Watching, edge_process
 from fedsys.config import Config
 from fedsys.errors import FedsysError, RuntimeFailure
 from fedsys.faults import AT_EDGE
+from fedsys.files import append, whole_lines
+from fedsys.models.layers import resolve_cut
+from fedsys.planning.costs import state_bytes
+from fedsys.planning.handing_over import Price, price
+from fedsys.planning.workload import EdgeLink
+from fedsys.runs.resume import digest
 from fedsys.runtime.apps import load_apps
 from fedsys.runtime.local import play_local
+from fedsys.training import federation
+from fedsys.training.optimizers import state_share
 from fedsys.transport.security import new_token
 
 MOVER: Final = 0
@@ -57,6 +70,39 @@ class MeasuredRun:
     lost: int
 
 
+class Kept:
+    """What was measured so far, of a benchmark that may be interrupted.
+
+    Args:
+        path: A file of lines; None keeps nothing.
+        config: The runs: what was measured of others is not taken.
+    """
+
+    def __init__(self, path: Path | None, config: Config) -> None:
+        self._path, self._of = path, digest(config)
+        self._known: dict[str, Any] = {}
+        for line in whole_lines(path) if path else ():
+            entry = json.loads(line)
+            if entry["of"] == self._of:
+                self._known[entry["key"]] = entry["value"]
+
+    def measured(self, measure: Callable[[], Any], *key: object) -> Any:
+        """Return what was measured, or measure it now."""
+        name = json.dumps(key)
+        if name not in self._known:
+            began = time.monotonic()
+            self._known[name] = value = measure()
+            _say(f"{' '.join(map(str, key))}: {time.monotonic() - began:.1f} s")
+            if self._path is not None:
+                line = json.dumps({"of": self._of, "key": name, "value": value})
+                append(self._path, f"{line}\n".encode())
+        return self._known[name]
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 class Runs:
     """Carries runs out on the same edge servers.
 
@@ -67,7 +113,7 @@ class Runs:
     """
 
     def __init__(self, config: Config, folder: Path, edges: Sequence[EdgeProcess] = ()) -> None:
-        self._config, self._folder, self._edges = config, folder, edges
+        self.config, self._folder, self._edges = config, folder, edges
 
     def carry_out(self, **values: Any) -> MeasuredRun:
         """Carry a run out with more of the configuration, by group.
@@ -83,10 +129,10 @@ class Runs:
         given = {
             "json": True,
             "run": {"dir": str(path), "plots": False},
-            "runtime": {"kind": "local", "workers": self._config.num_clients},
+            "runtime": {"kind": "local", "workers": self.config.num_clients},
             "fleet": fleet,
         }
-        text = configuration.with_values(self._config.text, **given, **values)
+        text = configuration.with_values(self.config.text, **given, **values)
         made = configuration.parse(text)
         try:
             server, client = load_apps(made)
@@ -108,7 +154,8 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         config: The runs.
-        options: ``move_at``, ``shares``, ``links_mbit_s``, ``hows``, ``moves``, ``schedules``.
+        options: ``move_at``, ``shares``, ``links_mbit_s``, ``hows``, ``moves``, ``schedules``,
+            ``kept``.
 
     Returns:
         ``cases``, ``max_abs_diff`` over all of them and over runs with ``moves`` moves, and what
@@ -116,6 +163,7 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
     """
     folder = Path(str(config.run.dir)) / "migration"
     folder.mkdir()
+    kept = Kept(Path(options["kept"]).expanduser() if options["kept"] else None, config)
     token = new_token()
     with ExitStack() as stack:
         edges = [
@@ -124,73 +172,124 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
         ]
         runs = Runs(config, folder, edges)
         runs.carry_out(mobility=_stays())  # what is imported and made once
-        cases = list(_cases(runs, config, options))
-        apart = [case["max_abs_diff"] for case in cases] + list(_moved_often(runs, options))
+        cases = list(_cases(runs, config, options, kept))
+        apart = [case["max_abs_diff"] for case in cases] + list(_moved_often(runs, options, kept))
     figures = {"cases": cases, "max_abs_diff": max(apart, default=0.0)}
-    return {**figures, **_schedules(config, folder, int(options["schedules"]))}
+    return {**figures, **_schedules(config, folder, int(options["schedules"]), kept)}
 
 
-def _cases(runs: Runs, config: Config, options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _cases(
+    runs: Runs, config: Config, options: Mapping[str, Any], kept: Kept
+) -> Iterator[dict[str, Any]]:
     for share in options["shares"]:
         data = _data(float(share), config.num_clients)
-        still = runs.carry_out(data=data, mobility=_stays())
+        still = Later(partial(runs.carry_out, data=data, mobility=_stays()))
         for at in options["move_at"]:
-            restart = runs.carry_out(
-                data=data,
-                mobility=_moves([at], "announced", "restart"),
-                network={"emulate": True},  # both have the same threads about their links
-            )
+            again = partial(_restarted_s, runs, data, at)
+            restart_s = kept.measured(again, "restart", share, at)
             for rate, how in product(options["links_mbit_s"], options["hows"]):
-                moved = runs.carry_out(
-                    data=data,
-                    mobility=_moves([at], how),
-                    fleet={"between": {"mbit_s": float(rate)}},
-                    network={"emulate": True},
-                )
-                yield _case(float(at), float(share), float(rate), str(how), still, restart, moved)
+                place = float(at), float(share), float(rate), str(how)
+                measure = partial(_case, runs, data, *place, still, restart_s)
+                yield kept.measured(measure, "move", *place)
+
+
+class Later:
+    """A run that is carried out once somebody wants to know of it.
+
+    Args:
+        carry_out: Does it.
+    """
+
+    def __init__(self, carry_out: Callable[[], MeasuredRun]) -> None:
+        self._carry_out, self._done = carry_out, list[MeasuredRun]()
+
+    def run(self) -> MeasuredRun:
+        """Return the run."""
+        if not self._done:
+            self._done.append(self._carry_out())
+        return self._done[0]
+
+
+def _restarted_s(runs: Runs, data: Mapping[str, Any], at: float) -> float:
+    """Return the seconds that the mover trains if its round begins anew where it arrives."""
+    mobility = _moves([at], "announced", "restart")
+    # With emulated links, as both have the same threads about their links then
+    return runs.carry_out(data=data, mobility=mobility, network={"emulate": True}).mover_s
 
 
 def _case(
+    runs: Runs,
+    data: Mapping[str, Any],
     at: float,
     share: float,
     rate: float,
     how: str,
-    still: MeasuredRun,
-    restart: MeasuredRun,
-    moved: MeasuredRun,
+    still: Later,
+    restart_s: float,
 ) -> dict[str, Any]:
     """Return the figures of one move.
 
     Raises:
         RuntimeFailure: The device did not move.
     """
+    moved = runs.carry_out(
+        data=data,
+        mobility=_moves([at], how),
+        fleet={"between": {"mbit_s": rate}},
+        network={"emulate": True},
+    )
     if not moved.result["moves"]:
         raise RuntimeFailure("bench migration: the device did not move")
     told = moved.result["moves"][0]
     on_the_wire = 8 * told["bytes"] / (1e6 * rate)
+    expected = _expected(runs.config, rate, ahead=how == "foreseen")
     return {
         "move_at": at,
         "share": share,
         "link_mbit_s": rate,
         "how": how,
-        "saved": 1 - moved.mover_s / restart.mover_s if restart.mover_s else float("nan"),
-        "at_most": at / (1 + at),
+        "saved": 1 - moved.mover_s / restart_s if restart_s else float("nan"),
+        "at_most": told["at"] / (1 + told["at"]),  # by whole mini-batches
         "pause_s": told["pause_s"],
-        "predicted_pause_s": on_the_wire,
+        "predicted_pause_s": expected.pause_s,
+        "predicted_bytes": expected.bytes,
+        "on_the_wire_s": on_the_wire,
         "goal_s": 1.25 * on_the_wire + 0.05,
         "bytes": told["bytes"],
         "precopied_bytes": told["precopied_bytes"],
         "parts_s": dict(told["parts_s"]),
-        "max_abs_diff": _apart(still, moved),
+        "parts_off": sum(told["parts_s"].values()) / told["pause_s"] - 1,
+        "max_abs_diff": _apart(still.run(), moved),
     }
 
 
-def _moved_often(runs: Runs, options: Mapping[str, Any]) -> Iterator[float]:
-    still = runs.carry_out(mobility=_stays())
+def _expected(config: Config, rate: float, *, ahead: bool) -> Price:
+    """Return what the planner and the virtual clock take a move for."""
+    dataset = federation.federation(config).dataset
+    layers = federation.layered_model(config, dataset.input_shape, dataset.num_classes)
+    weights = float(sum(state_bytes(layers)[resolve_cut(layers, config.policy["cut"]) :]))
+    state = state_share(config.client) * weights
+    return price(weights, state, EdgeLink(1e6 * rate), ahead=ahead)
+
+
+def _moved_often(runs: Runs, options: Mapping[str, Any], kept: Kept) -> Iterator[float]:
+    still = Later(partial(runs.carry_out, mobility=_stays()))
     for count in options["moves"]:
-        at = [(i + 0.5) / int(count) for i in range(int(count))]
-        moved = runs.carry_out(mobility=_moves(at, "announced"))
-        yield _apart(still, moved)
+        yield kept.measured(partial(_moved, runs, int(count), still), "moves", count)
+
+
+def _moved(runs: Runs, count: int, still: Later) -> float:
+    """Return how far apart the model of a run is whose mover moves several times.
+
+    Raises:
+        RuntimeFailure: It moved less often.
+    """
+    at = [(i + 0.5) / count for i in range(count)]
+    moved = runs.carry_out(mobility=_moves(at, "announced"))
+    if len(moved.result["moves"]) != count:
+        made = len(moved.result["moves"])
+        raise RuntimeFailure(f"bench migration: the device moved {made} times of {count}")
+    return _apart(still.run(), moved)
 
 
 def _apart(a: MeasuredRun, b: MeasuredRun) -> float:
@@ -222,34 +321,45 @@ def _data(share: float, clients: int) -> dict[str, Any]:
 # Random faults
 
 
-def _schedules(config: Config, folder: Path, count: int) -> dict[str, Any]:
+_SMALL: Final = {
+    "num_clients": 2,
+    "rounds": 1,
+    "client": {"batch_size": 10},
+    "data": {"examples": 120, "test_examples": 20},
+}
+
+
+def _schedules(config: Config, folder: Path, count: int, kept: Kept) -> dict[str, Any]:
     """Carry out runs with random faults; return what became of them."""
-    small = {
-        "num_clients": 2,
-        "rounds": 1,
-        "client": {"batch_size": 20},
-        "data": {"examples": 240, "test_examples": 20},
+    runs = Runs(configuration.parse(configuration.with_values(config.text, **_SMALL)), folder)
+    still = Later(partial(runs.carry_out, mobility=_stays()))
+    ended = [
+        kept.measured(partial(_struck, runs, number, still), "schedule", number)
+        for number in range(count)
+    ]
+    what = [str(one["what"]) for one in ended]
+    wrong = [f"{i}: {one}" for i, one in enumerate(what) if one not in ("resumed", "excluded")]
+    return {
+        "schedules": count,
+        "resumed": what.count("resumed"),
+        "excluded": what.count("excluded"),
+        "wrong": len(wrong),
+        "longest_s": max((float(one["seconds"]) for one in ended), default=0.0),
+        "first_wrong": wrong[0] if wrong else "",
     }
-    runs = Runs(configuration.parse(configuration.with_values(config.text, **small)), folder)
-    expected = runs.carry_out(mobility=_stays()).result["model_sha256"] if count else ""
-    seconds, resumed, excluded, wrong = [0.0], 0, 0, list[str]()
-    for number in range(count):
-        values, began = schedule(number), time.monotonic()
-        try:
-            done = runs.carry_out(**values)
-        except FedsysError as error:
-            wrong.append(f"{number}: {type(error).__name__}: {error}")
-            continue
-        finally:
-            seconds.append(time.monotonic() - began)
-        if done.lost:
-            excluded += 1
-        elif done.result["model_sha256"] == expected:
-            resumed += 1
-        else:
-            wrong.append(f"{number}: another model")
-    told = {"schedules": count, "resumed": resumed, "excluded": excluded, "wrong": len(wrong)}
-    return {**told, "longest_s": max(seconds), "first_wrong": wrong[0] if wrong else ""}
+
+
+def _struck(runs: Runs, number: int, still: Later) -> dict[str, Any]:
+    """Carry out one schedule of faults; return how it ended, and how long it took."""
+    expected, began = still.run().result["model_sha256"], time.monotonic()
+    try:
+        done = runs.carry_out(**schedule(number))
+    except FedsysError as error:
+        what = f"{type(error).__name__}: {error}"
+    else:
+        same = done.result["model_sha256"] == expected
+        what = "excluded" if done.lost else "resumed" if same else "another model"
+    return {"what": what, "seconds": time.monotonic() - began}
 
 
 def schedule(number: int) -> dict[str, Any]:
