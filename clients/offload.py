@@ -20,6 +20,7 @@ from clients.local import eval_metrics, observation, train_metrics
 from clients.roaming import Roaming, handover_of
 from clients.split_round import SplitRound
 from clients.steps import Steps
+from clients.watching import LinkWatcher
 from fedsys import data
 from fedsys.config import Config
 from fedsys.errors import RemoteError
@@ -28,6 +29,8 @@ from fedsys.offload.asking import EdgesLost
 from fedsys.offload.emulation import Pace, device_costs
 from fedsys.offload.remote import Moved, Remote
 from fedsys.planning.hardware import network_for
+from fedsys.planning.mobility.network_led import is_watched, limits_of
+from fedsys.planning.mobility.scripted import movers
 from fedsys.planning.moves import moves_of, to_text
 from fedsys.planning.workload import mini_batches
 from fedsys.randomness import Address
@@ -66,6 +69,7 @@ class OffloadClient:
         self._address = Address(config.seed, partition, half.round)
         self._began_s = time.monotonic()
         self._itinerary = itinerary_of(content)
+        self._watching: LinkWatcher | None = None
 
     def train(self, doom: Doom = SPARED, most: int | None = None) -> RecordDict:
         """Train together with the edge.
@@ -158,11 +162,29 @@ class OffloadClient:
 
     def _roaming(self) -> Roaming | None:
         """Return the moves of the device in this round; None if there are none."""
-        told = self._itinerary
-        if told is None:
+        told, config = self._itinerary, self._config
+        watcher = self._watching = self._watcher()
+        if told is None and watcher is None:
             return None
-        steps, remote = self._mini_batches(), self._remote
-        return Roaming(moves_of(told.moves), told.edges, steps, remote, restart=told.restart)
+        told = told or Itinerary("[]", (), config.mobility.mode == "restart")
+        return Roaming(
+            moves_of(told.moves), told.edges, self._mini_batches(), self._remote,
+            restart=told.restart, watcher=watcher, how=config.mobility.how, cut=config.mobility.cut,
+        )  # fmt: skip
+
+    def _watcher(self) -> LinkWatcher | None:
+        """Return what watches the link of the device; None if it does not leave because of it."""
+        config, own = self._config, self._config.mobility
+        if not is_watched(config) or self._partition not in movers(
+            own, config.num_clients, config.seed
+        ):
+            return None
+        latency_s = network_for(config, self._partition).latency_s
+        edges = self._half.place.edges
+        armed = self._itinerary is None or self._itinerary.armed
+        return LinkWatcher(
+            limits_of(own), self._recorder, self._remote, edges, latency_s, armed=armed
+        )
 
     def _mini_batches(self) -> int:
         """Return the mini-batches of the device in a round."""
@@ -178,7 +200,8 @@ class OffloadClient:
         sums = self._recorder.sums(network_for(self._config, self._partition).latency_s)
         begun = self._partition, self._half.round, self._began_s
         gone = self._remote.traffic.moves
-        moves = [handover_of(one, *begun, self._mini_batches()) for one in gone]
+        steps, good = self._mini_batches(), self._watching is None or self._watching.armed
+        moves = [handover_of(one, *begun, steps, good=good) for one in gone]
         more = {"edge": self._remote.edge, "moves": to_text(moves)}
         seen = observation(steps, seconds, sums, self._remote.traffic, stranded)
         return ConfigRecord({**seen, **more})

@@ -130,8 +130,10 @@ class SplitRound:
         while self._roaming is not None:
             try:
                 self._roaming.at(step, 0)
-                if self._roaming.cut not in (None, self._half.split.assignment.cut):
-                    self._recut(step, sums, self._roaming.cut)
+                cut = self._roaming.cut
+                here = self._half.split.assignment.cut
+                if cut is not None and cut != here and not self._recut(step, sums, cut):
+                    self._roaming.cut = None
                 return
             except Moved as moved:
                 if not self._is_here(moved, step):
@@ -141,13 +143,20 @@ class SplitRound:
         """Return whether a session is where it was, with the same units."""
         return moved.step == step and moved.first in (None, self._half.split.assignment.cut)
 
-    def _recut(self, step: int, sums: Tally, cut: int) -> None:
-        """Have the units before another cut; the edge gets or gives what lies between."""
+    def _recut(self, step: int, sums: Tally, cut: int) -> bool:
+        """Have the units before another cut; the edge gets or gives what lies between.
+
+        Returns:
+            Whether that was done: an edge server may have no room for what it would get.
+        """
         half, names = self._half.point(self._part, sums, step).half, self._half.between(cut)
         came = self._remote.recut(step, cut, half.of(names))
+        if came is None:
+            return False
         now = half.of(names, others=True).with_(came)
         self._part = self._half.part(Point(now, sums, cut))
         self._steps.shared_as(self._half.split)
+        return True
 
     def _step_anywhere(
         self, step: int, part: Stepping, batch: tuple[Tensor, Tensor], sums: Tally, batches: Batches

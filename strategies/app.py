@@ -44,8 +44,8 @@ from strategies.crash_safety import CrashSafety, opened
 from strategies.decisions import decisions_of
 from strategies.heading import Plans, about_pieces, surroundings, title
 from strategies.offload import Offload
-from strategies.offload_figures import figures, recoveries, traces
-from strategies.offload_totals import in_words
+from strategies.offload_figures import figures, moves, recoveries, traces
+from strategies.offload_totals import in_words, move_in_words
 from strategies.roster import gather
 from strategies.rounds import RoundResult, play
 from strategies.sampling import Sampled
@@ -252,6 +252,9 @@ def _virtual(
     )
 
 
+_TOLD_OF_MOVES = ("round", "client", "source", "target", "how", "at", "pause_s", "bytes", "why")
+
+
 class Teller:
     """Writes down each round, shows it, and keeps what the run can continue from.
 
@@ -273,7 +276,7 @@ class Teller:
     ) -> None:
         self._config, self._strategy = config, strategy
         self._safety, self._progress = safety, progress
-        self._told = len(recoveries(strategy))
+        self._told, self._moved = len(recoveries(strategy)), len(moves(strategy))
         self._decided = decided
 
     def tell(self, result: RoundResult) -> None:
@@ -289,11 +292,20 @@ class Teller:
             folder.event("recovery", **entry)
             progress.note(in_words(entry))
         self._told = len(recoveries(strategy))
+        self._tell_moves(moves(strategy)[self._moved :])
         if news := pruned.news(strategy):
             progress.note(news)
         pruned.keep_level(strategy, self._config, result.number, result.arrays, folder.path)
         self._safety.keep(result)
         stages.current().round_ended()
+
+    def _tell_moves(self, made: Sequence[Mapping[str, Any]]) -> None:
+        """Write moves down; say those that no plan had, but what links or policies made of them."""
+        self._moved += len(made)
+        for move in made:
+            self._safety.folder.event("move", **{key: move[key] for key in _TOLD_OF_MOVES})
+            if move["why"]:
+                self._progress.note(move_in_words(move))
 
 
 def _conclude(

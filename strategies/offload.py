@@ -26,9 +26,11 @@ from fedsys.config import Config
 from fedsys.errors import ConfigError, RuntimeFailure
 from fedsys.offload.fleet import Fleet
 from fedsys.planning.leakage import leakage_limit
+from fedsys.planning.mobility.network_led import WatchedLinks
 from fedsys.planning.moves import MobilitySource, Move
 from fedsys.planning.ordering import Order, in_words
 from fedsys.planning.resources import Event
+from fedsys.runtime.grid_around import leave_out
 from fedsys.transport.messages import OBSERVATION
 from strategies.around import Around
 from strategies.edge_loss import Repeats, too_small
@@ -143,6 +145,8 @@ class Offload(Around):
         self._sessions.end()
         self.fleet.revive()
         messages = self._by_client(self.inner.configure_train(server_round, arrays, config, grid))
+        nodes = {client: message.metadata.dst_node_id for client, message in messages.items()}
+        leave_out(grid, lambda: self._absent(nodes))
         seen = {client: self.seen_of(client) for client in messages}
         began = time.perf_counter()
         self._policy_state, self.assigned = self.policy.plan(self._policy_state, seen)
@@ -160,8 +164,18 @@ class Offload(Around):
             raise RuntimeFailure(f"client {min(self.lost)}: {self.lost[min(self.lost)]}")
         return [message for client, message in messages.items() if client not in self.lost]
 
+    def _absent(self, nodes: Mapping[int, int]) -> dict[int, str]:
+        """Return the nodes of devices that left and arrived nowhere, with the reason."""
+        away_s = {
+            client: sum(move.away_s for move in moves) for client, moves in self._moves.items()
+        }
+        missing = self.fleet.missing(away_s)
+        return {nodes[client]: reason for client, reason in missing.items() if client in nodes}
+
     def _set_out(self, round_: int, clients: list[int]) -> None:
         """Put devices where they are, and leave those out that wait for an edge server for good."""
+        if isinstance(self.mobility, WatchedLinks):
+            self.mobility.ended = self.totals.moves
         place = self.mobility, round_, clients, self.fleet.edges
         self.journeys = begun(*place)
         self.assigned = self.journeys.placed(self.assigned, len(self._layers))
@@ -213,6 +227,7 @@ class Offload(Around):
     ) -> Iterable[Message]:
         """Open sessions for forward passes only."""
         self._grid = grid
+        leave_out(grid, dict)
         self._sessions.end()
         inner = self.inner.configure_evaluate(server_round, arrays, config, grid)
         messages = self._by_client(inner)
@@ -297,8 +312,9 @@ class Offload(Around):
         whole = assignment.cut == len(self._layers)
         if whole and client in self._measuring:
             self._sessions.have_measured(message, client, self._measuring[client])
-        moves = self._moves.get(client, ())
-        if whole or self._sessions.open_if_any(message, client, assignment, round_, moves):
+        moves, source = self._moves.get(client, ()), self.mobility
+        armed = not isinstance(source, WatchedLinks) or source.is_armed(client)
+        if whole or self._sessions.open_if_any(message, client, assignment, round_, moves, armed):
             return
         if reason := too_small(self._config, message.content):
             self.lost[client] = reason

@@ -52,6 +52,12 @@ def _pauses(events: Sequence[Event], moves: Sequence[Mapping[str, Any]]) -> list
     ]  # fmt: skip
 
 
+def moves(strategy: Strategy) -> list[dict[str, Any]]:
+    """Return what became of moves between edge servers so far in a run."""
+    offload = find(strategy, Offload)
+    return [] if offload is None else offload.totals.moves
+
+
 def recoveries(strategy: Strategy) -> list[dict[str, Any]]:
     """Return what was done about losses so far in a run."""
     offload = find(strategy, Offload)

@@ -48,6 +48,12 @@ def place_of(layers: LayeredModel, cut: int) -> dict[str, Any]:
     }
 
 
+def move_in_words(move: Mapping[str, Any]) -> str:
+    """Return a handover of `moves` as a line for people."""
+    begin = f"round {move['round']}: client {move['client']} went from {move['source']}"
+    return f"{begin} to {move['target']}: {move['why']}"
+
+
 def in_words(entry: Mapping[str, Any]) -> str:
     """Return an entry of `recoveries` as a line for people."""
     begin = f"round {entry['round']}: client {entry['client']}"

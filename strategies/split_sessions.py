@@ -76,6 +76,7 @@ class SplitSessions:
         round_: int,
         attempt: int = 0,
         moves: Sequence[Move] = (),
+        armed: bool = True,
     ) -> None:
         """Open a session with the edge's half and leave the device's half in the message.
 
@@ -86,6 +87,7 @@ class SplitSessions:
             round_: The round.
             attempt: How many times it was begun before.
             moves: Of the device in the round.
+            armed: Whether it leaves its link if that is poor before it was good.
 
         Raises:
             SessionError: No edge takes it.
@@ -98,9 +100,9 @@ class SplitSessions:
         content = self._division.device_half(whole, spec)
         place = Place(spec.last, spec.id, spec.token, tuple(self._fleet.device_addresses(name)))
         content[ASSIGNMENT] = ConfigRecord({**assignment.to_record(), **written(place)})
-        if moves:
+        if moves or not armed:
             addresses = tuple(edge.for_devices for edge in self._fleet.edges)
-            itinerary = Itinerary(to_text(moves), addresses, self._restart)
+            itinerary = Itinerary(to_text(moves), addresses, self._restart, armed)
             content[MOVES] = ConfigRecord(written(itinerary))
         message.content = content
         self._sent[client] = Sent(whole, assignment, spec)
@@ -113,6 +115,7 @@ class SplitSessions:
         assignment: Assignment,
         round_: int,
         moves: Sequence[Move] = (),
+        armed: bool = True,
     ) -> bool:
         """Open a session if an edge is left, and return whether that was done.
 
@@ -123,7 +126,7 @@ class SplitSessions:
                 or too small ones. Later that is no reason to end.
         """
         try:
-            self.open(message, client, assignment, round_, moves=moves)
+            self.open(message, client, assignment, round_, moves=moves, armed=armed)
         except SessionError as error:
             if not isinstance(error, Unreachable) and not self._worked:
                 raise

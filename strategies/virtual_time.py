@@ -21,7 +21,7 @@ from fedsys.models.layers import LayeredModel
 from fedsys.planning.assignment import Assignment
 from fedsys.planning.costs import state_bytes
 from fedsys.planning.hardware import hardware
-from fedsys.planning.mobility.positions import Positioned
+from fedsys.planning.mobility.positions import FollowsTimes
 from fedsys.planning.options import choosable, pieces_of, run_workload
 from fedsys.planning.oracle import Oracle, regret
 from fedsys.planning.resources import RESOURCES
@@ -80,7 +80,7 @@ class RoundClock:
         self._begins: dict[int, float] = {}
         self._taken: tuple[int, dict[int, float]] = 0, {}
         source = None if offload is None else offload.mobility
-        if self._machines is not None and isinstance(source, Positioned):
+        if self._machines is not None and isinstance(source, FollowsTimes):
             source.follow(self)
 
     def begins_s(self, round_: int) -> float | None:

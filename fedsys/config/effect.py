@@ -13,6 +13,7 @@ from fedsys.config.values import Config, NetworkConfig
 
 SPLIT = "policy=fixed or policy=auto trains with edge servers"
 SCRIPTED = ("halfway", "commuters")
+POSITIONED = ("waypoint", "trace")
 FLEET = "fleet=pi_lab, or another one, says what devices take"
 
 
@@ -40,7 +41,7 @@ def _plain(config: Config) -> bool:
 def _unmodelled(config: Config) -> bool:
     """Whether nobody asks how fast the network is: no virtual time, and no emulation of links."""
     emulated = config.network.emulate and not _plain(config)
-    return not config.fleet.devices and not emulated
+    return not config.fleet.devices and not emulated and config.mobility.kind != "network"
 
 
 def _kind(config: Config) -> str:
@@ -48,7 +49,17 @@ def _kind(config: Config) -> str:
 
 
 def _positioned(config: Config) -> bool:
-    return config.mobility.active and config.mobility.kind not in SCRIPTED
+    return config.mobility.kind in POSITIONED
+
+
+def _unwaited(config: Config) -> bool:
+    """Whether nobody waits between two edge servers: neither devices nor the virtual clock."""
+    real = config.runtime.kind == "deployment" or (config.network.emulate and config.fleet.emulate)
+    return not real and not config.fleet.devices
+
+
+def _watched(config: Config) -> bool:
+    return config.runtime.kind == "deployment" or config.network.emulate
 
 
 def _edges(config: Config) -> int:
@@ -78,10 +89,43 @@ OF_OTHER_COMMANDS = {
     "bench": "fedsys bench",
 }
 
+_OF_KINDS: Mapping[tuple[str, ...], tuple[str, ...]] = {
+    SCRIPTED: ("at", "every", "notice", "piece", "away_s"),
+    (*SCRIPTED, "waypoint", "network"): ("devices", "share"),
+    ("trace",): ("file", "vehicles", "coordinates", "begin_s"),
+    POSITIONED: ("hysteresis_m", "unreachable"),
+    (*POSITIONED, "network"): ("seconds_per_round", "foresee_s"),
+    ("waypoint",): ("speed_m_s", "pause_s", "area_m"),
+    ("network",): ("below_mbit_s", "above_ms", "hysteresis", "steady_s"),
+}
+"""Options of `mobility` by the choices of which they are; the others are of all."""
+
+
+def _of_another(kinds: tuple[str, ...]) -> Callable[[Config], bool]:
+    """Return whether mobility is none of these in a run."""
+    return lambda config: config.mobility.kind not in kinds
+
+
 _MOVES: tuple[Idle, ...] = (
     Idle(
         "mobility.", lambda c: not c.mobility.active, "nobody moves with mobility=none",
         "mobility=halfway, or another choice, says who does",
+    ),
+    *(
+        Idle(
+            f"mobility.{name}", _of_another(kinds),
+            f"it is of {' and '.join(f'mobility={kind}' for kind in kinds)} only",
+        )
+        for kinds, names in _OF_KINDS.items()
+        for name in names
+    ),
+    Idle(
+        "mobility.away_s", lambda c: c.mobility.away_s > 0 and _unwaited(c),
+        "time is not real, and no virtual clock counts it", FLEET,
+    ),
+    Idle(
+        "mobility.seconds_per_round", lambda c: c.mobility.kind == "network" and _watched(c),
+        "devices watch their links while rounds last as long as they do",
     ),
     Idle(
         "mobility.notice", lambda c: c.mobility.how != "foreseen", "no move is foreseen",

@@ -1,7 +1,8 @@
 """The group ``mobility``, and where edge servers stand: who moves between them, where and when.
 
 Scripted moves (``halfway``, ``commuters``) are told in shares of a round. Devices that have
-positions (``waypoint``, ``trace``) are at the edge server that is nearest of those in reach.
+positions (``waypoint``, ``trace``) are at the edge server that is nearest of those in reach. With
+``network`` they go on to another one when their link is poor.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 from fedsys.errors import ConfigError, did_you_mean
 
-KINDS = ("none", "halfway", "commuters", "waypoint", "trace")
+KINDS = ("none", "halfway", "commuters", "waypoint", "trace", "network")
 MODES = ("migrate", "restart")
 HOWS = ("announced", "foreseen", "unannounced")
 UNREACHABLE = ("wait", "alone")
@@ -86,13 +87,21 @@ class MobilityConfig:
             virtual clock says where the fleet names machines; else a trace lasts all rounds, and a
             round of ``waypoint`` a minute.
         hysteresis_m: Metres by which another edge server must be nearer.
-        foresee_s: Seconds for which the trend of a position is followed; 0: nothing is foreseen.
+        foresee_s: Seconds for which the trend of a position, or of a link, is followed; 0: nothing
+            is foreseen.
         unreachable: Of a device that begins a round where it reaches no edge server: ``wait`` until
             it does, or train ``alone``.
         speed_m_s: ``waypoint``: least and greatest speed, in metres a second.
         pause_s: ``waypoint``: least and greatest stay at a point, in seconds.
         area_m: ``waypoint``: width and height of the area, in metres; empty: what the places of
             the edge servers cover, or 1 km each way without them.
+        below_mbit_s: ``network``: rate of the slower direction, in Mbit/s, below which a link is
+            poor; None: rates do not count.
+        above_ms: ``network``: latency, one way, in milliseconds, above which a link is poor; None:
+            latencies do not count.
+        hysteresis: ``network``: share by which a link must be better than that to be good again;
+            until then its device stays.
+        steady_s: ``network``: seconds for which it must have been poor, or good.
     """
 
     kind: str = "none"
@@ -117,6 +126,10 @@ class MobilityConfig:
     speed_m_s: tuple[float, ...] = (5.0, 15.0)
     pause_s: tuple[float, ...] = (0.0, 30.0)
     area_m: tuple[float, ...] = ()
+    below_mbit_s: float | None = None
+    above_ms: float | None = None
+    hysteresis: float = 0.2
+    steady_s: float = 3.0
 
     @property
     def active(self) -> bool:
@@ -185,6 +198,14 @@ def _rules(m: MobilityConfig) -> tuple[tuple[str, bool, str], ...]:
         (
             "area_m", len(m.area_m) in (0, 2) and all(side > 0 for side in m.area_m),
             "must be width and height in metres, above 0",
+        ),
+        ("below_mbit_s", m.below_mbit_s is None or m.below_mbit_s > 0, "must be above 0"),
+        ("above_ms", m.above_ms is None or m.above_ms > 0, "must be above 0"),
+        ("hysteresis", m.hysteresis >= 0, "must not be negative"),
+        ("steady_s", m.steady_s >= 0, "must not be negative"),
+        (
+            "below_mbit_s", m.kind != "network" or (m.below_mbit_s, m.above_ms) != (None, None),
+            "must say when a link is poor, or mobility.above_ms must",
         ),
     )  # fmt: skip
 

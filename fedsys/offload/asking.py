@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -176,6 +177,23 @@ class Asking:
             return None
         self._greetings.saw(self._clock() - began)
         return str(answer.meta.get("incarnation", ""))
+
+    def trip(self, edge: str) -> float:
+        """Return the seconds of a round trip over a new link to an edge; infinite if it is silent.
+
+        It need not have the session.
+        """
+        try:
+            link = self._connect(edge)
+            try:
+                began = self._clock()
+                link.send(Frame("probe", {"session": self._session, "token": self._token}))
+                link.recv(self._greetings.limit_s)
+                return self._clock() - began
+            finally:
+                link.close()
+        except LinkError:
+            return math.inf
 
     def probe_all(self) -> str | None:
         """Ask one edge after the other, as `probe` does; return the first answer that has it."""

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from fedsys.offload.fencing import Epoch
 from fedsys.offload.snapshot import SessionSpec, Snapshot, State
 from fedsys.transport.tensors import dense_bytes
 from fedsys.transport.wire import checksum
@@ -61,6 +62,17 @@ class Bases:
         with self._lock:
             self._ahead[session] = name, dict(tensors)
 
+    def never_came(self, session: str, sign: str) -> None:
+        """Forget what was sent ahead of a session that does not come, under a token.
+
+        Args:
+            session: Its name.
+            sign: Of the token: another move of the session may have begun meanwhile.
+        """
+        with self._lock:
+            if session in self._ahead and self._ahead[session][0].endswith(sign):
+                del self._ahead[session]
+
     def get(self, session: str, name: object) -> Tensors:
         """Return tensors by the name of a beginning, or of what was sent ahead; else nothing."""
         with self._lock:
@@ -76,6 +88,11 @@ class Bases:
             key = self._keys.pop(session, None)
             if key is not None and key not in self._keys.values():
                 self._starts.pop(key, None)
+
+
+def sign_of(epoch: Epoch) -> str:
+    """Return what ends the name of what is sent ahead under a token."""
+    return f"({epoch.generation}, {epoch.moves})"
 
 
 def _digest(tensors: Tensors) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -60,6 +60,15 @@ class Holdings:
     copies: Copies
     bases: Bases
     peers: Peers
+
+    def redirect(
+        self, session: Session, epoch: Epoch, more: Mapping[str, Any] | None = None
+    ) -> Frame:
+        """Return what a device is told whose session has that token now, at another edge."""
+        group = self.peers.group(session.spec.fleet)
+        edge = group.edges.get(epoch.holder) if group else None
+        address = edge.device_address if edge else ""
+        return Frame("redirect", {"to": address, "epoch": list(epoch), **(more or {})})
 
 
 class Arrivals:
@@ -146,10 +155,9 @@ class Arrivals:
 
     def _ask_sources(self, group: PeerGroup, source: str, question: Frame) -> Fetched | None:
         """Ask for a session where it was, and where it went from there."""
-        name = str(question.meta["session"])
+        name, asked = str(question.meta["session"]), time.monotonic()
         for _ in range(SOURCES):
             try:
-                asked = time.monotonic()
                 answer = self._own.peers.ask(group, source, question)
                 if answer.kind != "redirect":
                     return self._fetched(group, source, answer, time.monotonic() - asked)
@@ -201,6 +209,7 @@ class Arrivals:
         if say.kind == "refused":
             raise SessionError(f"{self._own.name} has a later one of session {name}")
         self._own.bases.goes_on(name, str(frame.meta.get("base")))
+        self._own.bases.never_came(name, "")  # what came ahead of it was used
         self._own.table.count("moved_here")
         self._own.table.tell(name, Frame("staged", {"session": name, "from": source}))
         return time.monotonic() - began

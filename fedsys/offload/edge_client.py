@@ -189,7 +189,7 @@ class EdgeClient:
         if frame.kind in ("replica", "handover"):
             self._hooks.replica(frame)
             return
-        if frame.kind in ("staged", "moved", "wanted"):
+        if frame.kind in ("staged", "moved", "wanted", "gone", "back"):
             self._hooks.told(self.name, frame)
             return
         if frame.kind == "struck":

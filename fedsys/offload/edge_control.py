@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 from fedsys.errors import FedsysError, FrameError, SecurityError, SessionError
 from fedsys.identity import arithmetic
@@ -16,6 +18,17 @@ from fedsys.offload.snapshot import SessionSpec, Snapshot
 from fedsys.transport.link import AcceptedLink, Link
 from fedsys.transport.security import same_token
 from fedsys.transport.wire import Frame
+
+
+@dataclass
+class Build:
+    """A session that is being built.
+
+    Attributes:
+        wanted: Whether it is to be held.
+    """
+
+    wanted: bool = True
 
 
 class EdgeControl:
@@ -47,6 +60,7 @@ class EdgeControl:
         self._name, self._table, self._faults, self._make = name, table, faults, make
         self._probes, self._token, self._controller = probes, token, controller
         self._moving = moving
+        self._builds: dict[str, Build] = {}  # sessions that are being built
 
     def serve(self, link: AcceptedLink, first: Frame) -> None:
         """Obey a controller until its link ends.
@@ -99,11 +113,15 @@ class EdgeControl:
             return Frame("moving", {"sessions": self._moving.command(frame)})
         name = str(frame.meta.get("session", ""))
         session = table.get(name)
+        if session is None and frame.kind == "release" and self._stop_building(name):
+            return Frame("released")
         if session is None:
             raise SessionError(f"{frame.kind}: {self._name} has no session {name!r}")
         if frame.kind == "collect":
             snapshot = session.snapshot()
             return Frame("state", snapshot.to_meta(), snapshot.tensors())
+        if frame.kind == "present":
+            return Frame("present", {"device": table.device_link(name) is not None})
         if frame.kind == "release":
             self._release(name)
             return Frame("released")
@@ -120,13 +138,41 @@ class EdgeControl:
         self._moving.make_room(spec, epoch)
         self._table.check_room(spec)  # before anything is built, and again when there is something
         planned, start = self._faults.coming_with(frame), Snapshot.from_frame(frame)
-        session = self._make(spec, start)
-        with self._table.lock:
-            self._table.hold(session, link)
-            self._moving.opened(spec, start, epoch)
-            self._faults.plan(spec.id, planned)
+        with self._building(spec.id) as build:
+            session = self._make(spec, start)
+            with self._table.lock:
+                if not build.wanted:
+                    raise SessionError(f"session {spec.id} was released while it was built")
+                self._table.hold(session, link)
+                self._moving.opened(spec, start, epoch)
+                self._faults.plan(spec.id, planned)
         self._table.count("opened")
         return Frame("opened")
+
+    @contextmanager
+    def _building(self, name: str) -> Iterator[Build]:
+        """Have it known that a session is being built; an earlier attempt is wanted no more.
+
+        Who opened it may have lost its link meanwhile, and speak over another one.
+        """
+        build = Build()
+        with self._table.lock:
+            self._stop_building(name)
+            self._builds[name] = build
+        try:
+            yield build
+        finally:
+            with self._table.lock:
+                if self._builds.get(name) is build:
+                    del self._builds[name]
+
+    def _stop_building(self, name: str) -> bool:
+        """Have a session not held that is being built; return whether one is."""
+        with self._table.lock:
+            build = self._builds.get(name)
+            if build is not None:
+                build.wanted = False
+            return build is not None
 
     def _release(self, name: str) -> None:
         with self._table.lock:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from fedsys.errors import LinkClosed, LinkError, SecurityError
+from fedsys.errors import LinkClosed, LinkError, SecurityError, SessionError
 from fedsys.offload.copies import Copies
 from fedsys.offload.edge_faults import EdgeFaults
-from fedsys.offload.edge_moves import EdgeMoves
+from fedsys.offload.edge_moves import EdgeMoves, Welcome
 from fedsys.offload.fencing import CopyPhase
 from fedsys.offload.session import Session
 from fedsys.offload.session_table import SessionTable
@@ -30,6 +30,7 @@ class EdgeDevices:
     ) -> None:
         self._table, self._faults = table, faults
         self._moves, self._copies = moves, copies
+        self._gone: set[str] = set()  # sessions whose device was told to be gone
 
     def serve(self, link: AcceptedLink, hello: Frame) -> None:
         """Let a device train until its link ends.
@@ -48,18 +49,40 @@ class EdgeDevices:
         position = {"step": session.position(), "incarnation": session.incarnation}
         position["first"] = session.spec.first
         epoch = list(welcome.epoch)
-        link.send(Frame("welcome", {**position, "epoch": epoch, **welcome.more}))
-        while True:
-            frame = link.recv()
-            self._table.count("bytes_in", frame.encoded_bytes)
-            if frame.kind == "done":
-                link.send(Frame("done", {"step": session.steps}))
-            elif frame.kind in ("moving", "foresee"):
-                self._moves.asked(session.spec.id, frame)
-            elif self._copies.may_train(session.spec.id, welcome.epoch):
-                self._operate(link, session, frame)
-            else:  # it is elsewhere; the device finds it there
-                raise LinkClosed(f"session {session.spec.id} is no longer here")
+        link.send(Frame("welcome", {**position, "epoch": epoch, **welcome.told()}))
+        name, done = session.spec.id, False
+        if name in self._gone:
+            self._gone.discard(name)
+            self._table.tell(name, Frame("back", {"session": name}))
+        try:
+            while True:
+                frame = link.recv()
+                self._table.count("bytes_in", frame.encoded_bytes)
+                done = frame.kind == "done"
+                self._take(link, welcome, frame)
+        finally:
+            if self._table.detach(name, link) and not done:
+                self._gone = {n for n in self._gone if self._table.get(n)} | {name}
+                self._table.tell(name, Frame("gone", {"session": name}))
+
+    def _take(self, link: Link, welcome: Welcome, frame: Frame) -> None:
+        """Do what a device says.
+
+        Raises:
+            FedsysError: It may not train here, or its session does not take it.
+        """
+        session = welcome.session
+        if frame.kind == "done":
+            said = {key: frame.meta[key] for key in ("piece",) if key in frame.meta}
+            link.send(Frame("done", {"step": session.steps, **said}))
+        elif frame.kind in ("moving", "foresee", "remain"):
+            self._moves.asked(session.spec.id, frame)
+        elif not self._copies.may_train(session.spec.id, welcome.epoch):
+            raise LinkClosed(f"session {session.spec.id} is no longer here")
+        elif (refused := self._too_large(session, frame)) is not None:
+            link.send(refused)
+        else:
+            self._operate(link, session, frame)
 
     def say_whether_here(self, link: Link, probe: Frame) -> None:
         """Answer a device whose own link is silent; that link stays as it is.
@@ -75,6 +98,21 @@ class EdgeDevices:
         if session is None and self._moves.is_coming(str(probe.meta.get("session", ""))):
             here = Frame("here", {"incarnation": "coming"})
         link.send(here or Frame("unknown"))
+
+    def _too_large(self, session: Session, frame: Frame) -> Frame | None:
+        """Return the answer to a change of the cut for which there is no room; None: there is.
+
+        The device keeps its cut then, and trains on.
+        """
+        first = frame.meta.get("first")
+        if frame.kind != "recut" or not isinstance(first, int) or first >= session.spec.first:
+            return None
+        try:
+            self._table.check_growth(sum(tensor.nbytes for tensor in frame.tensors.values()))
+            return None
+        except SessionError as error:
+            self._table.count("refused_recut")
+            return Frame("recut", {"step": session.steps, "refused": str(error)})
 
     def _operate(self, link: Link, session: Session, frame: Frame) -> None:
         before, name = session.steps, session.spec.id

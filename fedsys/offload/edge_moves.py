@@ -1,27 +1,27 @@
-"""What an edge server does when devices move: it runs the rules of `fedsys.offload.migration`.
+"""What an edge server says to devices and to other edge servers when devices move.
 
-It hands sessions to other edge servers of the fleet, over links between them, and takes sessions
-in. A session is sent as a difference from what the other one has, if that is smaller, and large
-ones are sent ahead while they train on, so that only what changed since moves in the pause.
+It runs the rules of `fedsys.offload.migration`. How sessions leave stands in
+`fedsys.offload.edge_departures`, how they come in `fedsys.offload.edge_arrivals`.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from fedsys.errors import FedsysError, LinkError, SessionError
+from fedsys.errors import FedsysError, SessionError
 from fedsys.offload import migration
-from fedsys.offload.checkpoint import Awaited, awaited_of
+from fedsys.offload.bases import sign_of
+from fedsys.offload.checkpoint import awaited_of
 from fedsys.offload.edge_arrivals import Arrivals, Holdings
+from fedsys.offload.edge_departures import Departures
 from fedsys.offload.fencing import NONE, Epoch, Presented
 from fedsys.offload.migration import Say
-from fedsys.offload.packing_up import Packed, packed
+from fedsys.offload.packing_up import packed
 from fedsys.offload.peers import PeerGroup
 from fedsys.offload.session import Session
 from fedsys.offload.snapshot import SessionSpec
@@ -31,31 +31,6 @@ from fedsys.transport.wire import Frame
 
 _log = logging.getLogger("fedsys.offload.edge")
 
-LEAVES_S = 600.0
-"""How long a device that was foreseen to leave may take until it does, in seconds."""
-
-
-@dataclass
-class Departure:
-    """A session that is about to leave.
-
-    Attributes:
-        to: Name of the edge to which it goes.
-        awaited: What the device waits for.
-        gone: Set when the device leaves.
-        left_s: When that was, of the monotonic clock: from then on it stands still.
-    """
-
-    to: str
-    awaited: Sequence[Awaited] = ()
-    gone: threading.Event = field(default_factory=threading.Event)
-    left_s: float = 0.0
-
-    def leaves(self) -> None:
-        """Take note that the device leaves."""
-        self.left_s = time.monotonic()
-        self.gone.set()
-
 
 @dataclass(frozen=True)
 class Welcome:
@@ -64,12 +39,20 @@ class Welcome:
     Attributes:
         session: With what.
         epoch: Under which token.
+        began_s: When it asked, of the monotonic clock.
         more: What it is told of how the session came here.
     """
 
     session: Session
     epoch: Epoch
+    began_s: float
     more: dict[str, Any]
+
+    def told(self) -> dict[str, Any]:
+        """Return what the device is told now: with the seconds that it took to find the session."""
+        if "moved" not in self.more:
+            return self.more
+        return {"moved": {**self.more["moved"], "edge_s": time.monotonic() - self.began_s}}
 
 
 class EdgeMoves:
@@ -78,11 +61,11 @@ class EdgeMoves:
     Args:
         own: What the edge server has.
         arrivals: Takes sessions in.
+        departures: Hands them over.
     """
 
-    def __init__(self, own: Holdings, arrivals: Arrivals) -> None:
-        self._own, self._arrivals = own, arrivals
-        self._leaving: dict[str, Departure] = {}
+    def __init__(self, own: Holdings, arrivals: Arrivals, departures: Departures) -> None:
+        self._own, self._arrivals, self._departures = own, arrivals, departures
 
     # --- devices ----------------------------------------------------------------------------------
 
@@ -100,6 +83,7 @@ class EdgeMoves:
             SecurityError: It may not.
         """
         name, shown, more = str(hello.meta.get("session", "")), shown_by(hello), dict[str, Any]()
+        began = time.monotonic()
         waits = looked = False
         while True:
             session = self._own.table.get(name)
@@ -127,158 +111,31 @@ class EdgeMoves:
                 self._own.copies.settled(name)
                 continue
             break
-        return self._answer_device(link, name, said, more)
+        return self._answer_device(link, name, said, began, more)
 
     def _answer_device(
-        self, link: Link, name: str, said: Sequence[Say], more: dict[str, Any]
+        self, link: Link, name: str, said: Sequence[Say], began: float, more: dict[str, Any]
     ) -> Welcome | None:
         answer, *others = said
         session = self._own.table.get(name)
         if answer.kind == "welcome" and session is not None and answer.epoch is not None:
             for say in others:  # the edge where it was before need not keep it
                 self._arrivals.tell_source(session, say)
-            return Welcome(session, answer.epoch, more)
+            return Welcome(session, answer.epoch, began, more)
         if answer.kind == "redirect" and session is not None and answer.epoch is not None:
-            link.send(self._redirect(session, answer.epoch, {}))
+            link.send(self._own.redirect(session, answer.epoch))
             return None
         self._own.table.count("refused_unknown_session")
         link.send(Frame("unknown"))
         return None
 
-    def _redirect(self, session: Session, epoch: Epoch, more: dict[str, Any]) -> Frame:
-        group = self._own.peers.group(session.spec.fleet)
-        edge = group.edges.get(epoch.holder) if group else None
-        address = edge.device_address if edge else ""
-        return Frame("redirect", {"to": address, "epoch": list(epoch), **more})
+    def asked(self, name: str, frame: Frame) -> None:
+        """A device says that it leaves, that it is about to, or that it will not."""
+        self._departures.asked(name, frame)
 
     def is_coming(self, name: str) -> bool:
         """Return whether a session is being fetched."""
         return self._arrivals.is_coming(name)
-
-    def asked(self, name: str, frame: Frame) -> None:
-        """A device says that it leaves (``moving``), or that it is about to (``foresee``)."""
-        session = self._own.table.get(name)
-        group = self._own.peers.group(session.spec.fleet) if session else None
-        edge = group.at(str(frame.meta.get("to", ""))) if group else None
-        leaving = self._leaving.get(name)
-        if leaving is not None and edge is not None and leaving.to == edge.name:
-            leaving.awaited = awaited_of(frame.meta.get("awaiting"))
-            if frame.kind == "moving":
-                leaving.leaves()
-            return
-        self.move(
-            name,
-            edge.name if edge else "",
-            awaited=awaited_of(frame.meta.get("awaiting")),
-            now=frame.kind == "moving",
-        )
-
-    def move(
-        self, name: str, to: str, *, awaited: Sequence[Awaited] = (), now: bool = True
-    ) -> None:
-        """Hand a session to another edge server, in a thread of its own.
-
-        Args:
-            name: Of the session.
-            to: Name of the edge server.
-            awaited: Operations whose answers the device waits for.
-            now: Whether to do it at once; else it is sent ahead, until the device says so.
-        """
-        said = self._own.copies.decide(name, partial(migration.on_move, me=self._own.name, to=to))
-        session, say = self._own.table.get(name), said[0]
-        if session is None:
-            return
-        if say.kind != "prepare" or say.epoch is None:
-            self._tell_device(name, Frame("staying", {"reason": "it is on its way already"}))
-            return
-        departure = Departure(to, awaited)
-        if now:
-            departure.leaves()
-        self._leaving[name] = departure  # before the device can say anything more of it
-        threading.Thread(
-            target=self._depart,
-            args=(session, departure, say.epoch),
-            name=f"moves {name}",
-            daemon=True,
-        ).start()
-
-    # --- the way out ------------------------------------------------------------------------------
-
-    def _depart(self, session: Session, departure: Departure, epoch: Epoch) -> None:
-        try:
-            self._hand_over(session, departure, epoch)
-        except FedsysError as error:
-            _log.warning("session %s does not move to %s: %s", session.spec.id, departure.to, error)
-            self._stay(session, epoch, f"{type(error).__name__}: {error}")
-        finally:
-            if self._leaving.get(session.spec.id) is departure:
-                del self._leaving[session.spec.id]
-
-    def _hand_over(self, session: Session, departure: Departure, epoch: Epoch) -> None:
-        """Prepare, send ahead, transfer, and redirect.
-
-        Raises:
-            FedsysError: The other edge server refuses, or is gone.
-        """
-        name, group = session.spec.id, self._own.peers.group(session.spec.fleet)
-        if group is None:
-            raise SessionError(f"{self._own.name} knows no other edge server of this run")
-        about = {"session": name, "epoch": list(epoch), "nbytes": session.nbytes()}
-        asked = Frame("prepare", {**about, "start": self._own.bases.key_of(name)})
-        answer = self._own.peers.ask(group, departure.to, asked)
-        base = self._own.bases.key_of(name) if answer.meta.get("start") is True else None
-        ahead = 0
-        if not departure.gone.is_set():
-            base, ahead = self._send_ahead(session, group, departure, epoch, base)
-            if not departure.gone.wait(LEAVES_S):
-                raise SessionError("its device does not leave")
-        self._own.copies.decide(name, lambda copy: migration.on_prepared(copy, epoch))
-        there, began = self._own.bases.get(name, base), departure.left_s
-        made = packed(session, there, epoch, base, departure.awaited, began)
-        sent = time.monotonic()
-        answer = self._own.peers.ask(group, departure.to, made.frame)
-        took = time.monotonic() - sent
-        self._own.copies.decide(name, lambda copy: migration.on_committed(copy, epoch))
-        self._own.table.count("moved_away")
-        told = _parts(made, took, answer.meta.get("restore_s"), ahead)
-        self._tell_device(name, self._redirect(session, epoch, told))
-
-    def _send_ahead(
-        self,
-        session: Session,
-        group: PeerGroup,
-        departure: Departure,
-        epoch: Epoch,
-        base: str | None,
-    ) -> tuple[str | None, int]:
-        """Send a session ahead; return the name of what is there then, and its bytes."""
-        name = session.spec.id
-        made = packed(session, self._own.bases.get(name, base), epoch, base, (), stop=False)
-        ahead = f"ahead {made.step}"
-        frame = replace(made.frame, kind="ahead", meta={**made.frame.meta, "ahead": ahead})
-        self._own.peers.ask(group, departure.to, frame)
-        self._own.bases.came_ahead(name, ahead, made.tensors)
-        return ahead, made.nbytes
-
-    def _stay(self, session: Session, epoch: Epoch, reason: str) -> None:
-        """Train on: the device was not told to go."""
-        name = session.spec.id
-        said = self._own.copies.decide(name, lambda copy: migration.on_failed(copy, epoch))
-        for say in said:
-            if say.kind == "staying":
-                session.go_on()
-                self._tell_device(name, Frame("staying", {"reason": reason}))
-            else:
-                self._arrivals.tell_source(session, say)
-
-    def _tell_device(self, name: str, frame: Frame) -> None:
-        link = self._own.table.device_link(name)
-        if link is None:
-            return
-        try:
-            link.send(frame)
-        except LinkError as error:  # it asks when it is back
-            _log.info("session %s: %s", name, error)
 
     # --- other edge servers -----------------------------------------------------------------------
 
@@ -315,6 +172,7 @@ class EdgeMoves:
             return Frame("released")
         if frame.kind == "cancel":
             self._own.copies.decide(name, lambda copy: migration.on_cancel(copy, epoch))
+            self._own.bases.never_came(name, sign_of(epoch))
             return Frame("released")
         return self._arrivals.answer(group, peer, frame, epoch)
 
@@ -336,6 +194,7 @@ class EdgeMoves:
             raise SessionError(
                 f"the session {name!r} of {self._own.name} is not the device's any more"
             )
+        self._departures.withdraw(name)
         key = self._own.bases.key_of(name)
         listed = frame.meta.get("starts")
         base = key if isinstance(listed, list) and key in listed else None
@@ -370,14 +229,3 @@ def shown_by(frame: Frame) -> Presented:
     return Presented(
         Epoch.of(meta.get("epoch")) or NONE, Epoch.of(meta.get("told")), meta.get("back") is True
     )
-
-
-def _parts(made: Packed, took: float, restore: object, ahead: int) -> dict[str, Any]:
-    restored = restore if isinstance(restore, float) else 0.0
-    parts = {
-        "freeze": made.freeze_s,
-        "encode": made.encode_s,
-        "transfer": max(0.0, took - restored),
-        "restore": restored,
-    }
-    return {"parts": parts, "bytes": made.nbytes, "precopied": ahead}

@@ -215,6 +215,14 @@ class Fleet:
             raise SessionError(f"session {session} is not open")
         self._edges.request(held.edge, "move", {"session": session, "to": edge})
 
+    def missing(self, away_s: Mapping[int, float]) -> dict[int, str]:
+        """Return why clients are not waited for any more: they left, and arrived nowhere in time.
+
+        Args:
+            away_s: Seconds for which some clients are known to be out of reach.
+        """
+        return self._moves.missing(away_s)
+
     def expect(self, edge: str, token: str) -> None:
         """Have an edge let a device measure its link that presents a token.
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
+from collections.abc import Mapping
 
 from fedsys.errors import FedsysError
+from fedsys.offload.absences import limit_s
 from fedsys.offload.fleet_edges import FleetEdges
 from fedsys.offload.held_sessions import Held, HeldSessions
 from fedsys.offload.placing import Placing
@@ -29,18 +32,59 @@ class FleetMoves:
         self._opening: set[str] = set()
 
     def told(self, edge: str, frame: Frame) -> None:
-        """Take in what an edge says: that it has a copy, has the device, or cannot fetch one."""
+        """Take in what an edge says: that it has a copy, has the device, or cannot fetch one.
+
+        Or that the device's link ended before its round was done, or that it is back.
+        """
         with self._held.lock:
             held = self._held.get(str(frame.meta.get("session", "")))
             if held is None:
                 return
             if frame.kind == "staged":
                 held.trail.add(edge)
+            elif frame.kind == "gone":
+                if edge == held.edge:  # else it is elsewhere by now
+                    held.gone_s = time.monotonic()
+            elif frame.kind == "back":
+                held.gone_s = None
             elif frame.kind == "moved":
+                held.gone_s = None
                 self.is_at(held, edge)
             else:
                 held.wanted = edge
                 self._open_there(held, edge, frame)
+
+    def missing(self, away_s: Mapping[int, float]) -> dict[int, str]:
+        """Return why clients are not waited for any more: they left, and arrived nowhere in time.
+
+        Args:
+            away_s: Seconds for which some are known to be out of reach.
+        """
+        found = {}
+        with self._held.lock:
+            gone = [held for held in self._held.all() if held.gone_s is not None]
+        for held in gone:
+            assert held.gone_s is not None
+            limit = limit_s(held.began_s, held.gone_s, away_s.get(held.spec.client, 0.0))
+            if time.monotonic() - held.gone_s <= limit:
+                continue
+            if self._is_somewhere(held.spec.id):
+                held.gone_s = None
+            else:
+                found[held.spec.client] = (
+                    f"it left {held.edge} and arrived at no edge server within {limit:.0f} s"
+                )
+        return found
+
+    def _is_somewhere(self, session: str) -> bool:
+        """Ask all edge servers whether a device is there: the word of that may have been lost."""
+        for edge in self._edges.alive:
+            try:
+                if self._edges.request(edge, "present", {"session": session}).meta.get("device"):
+                    return True
+            except FedsysError:  # it does not have it, or is gone
+                continue
+        return False
 
     def is_at(self, held: Held, edge: str) -> None:
         """Take note of the edge that has a session."""

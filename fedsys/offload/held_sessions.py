@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -23,6 +24,8 @@ class Held:
         start: Its state when it was opened first; None: `newest`.
         trail: Edges that may have a copy of it beside the one that has it.
         wanted: Name of the edge at which its device is, as far as that is known to be another one.
+        began_s: When it was opened first, of the monotonic clock.
+        gone_s: When its device was gone; None: it is there, for all that is known.
     """
 
     spec: SessionSpec
@@ -32,6 +35,8 @@ class Held:
     start: Snapshot | None = None
     trail: set[str] = field(default_factory=set)
     wanted: str = ""
+    began_s: float = field(default_factory=time.monotonic)
+    gone_s: float | None = None
 
 
 class HeldSessions:
@@ -78,6 +83,11 @@ class HeldSessions:
         """Return the names of all sessions."""
         with self.lock:
             return list(self._held)
+
+    def all(self) -> list[Held]:
+        """Return all sessions."""
+        with self.lock:
+            return list(self._held.values())
 
     def leave(self, session: str, edge: str) -> None:
         """Take note that an edge may have a session that is not wanted there."""

@@ -8,6 +8,7 @@ from fedsys.errors import SessionError
 from fedsys.offload.bases import Bases
 from fedsys.offload.copies import Copies
 from fedsys.offload.edge_arrivals import Arrivals, Holdings
+from fedsys.offload.edge_departures import Departures
 from fedsys.offload.edge_moves import EdgeMoves
 from fedsys.offload.fencing import Copy, Epoch
 from fedsys.offload.peers import Peers
@@ -43,8 +44,9 @@ class Moving:
         self._name, self._table, self._peers = name, table, peers
         own = Holdings(name, table, self.copies, self._bases, peers)
         self._arrivals = Arrivals(own, make)
-        self.moves = EdgeMoves(own, self._arrivals)
-        self.copies.dropped = self._bases.forget
+        self._departures = Departures(own, self._arrivals)
+        self.moves = EdgeMoves(own, self._arrivals, self._departures)
+        self.copies.dropped = self._dropped
 
     def tell(self, frame: Frame, controller: Link) -> None:
         """Take in which edge servers the fleet of a server app has.
@@ -80,7 +82,7 @@ class Moving:
         if not found:
             raise SessionError(f"{self._name} has no such session")
         for name in found:
-            self.moves.move(name, to)
+            self._departures.move(name, to)
         return found
 
     def make_room(self, spec: SessionSpec, epoch: Epoch) -> None:
@@ -99,6 +101,10 @@ class Moving:
     def forget(self, session: str) -> None:
         """Forget a session that ended."""
         self.copies.forget(session)
+
+    def _dropped(self, session: str) -> None:
+        self._departures.withdraw(session)
+        self._bases.forget(session)
 
     def close(self) -> None:
         """End the links to other edge servers."""

@@ -224,8 +224,8 @@ def _ended(link: Link) -> bool:
 
 def _network(meta: Mapping[str, Any]) -> Network | None:
     rate, latency = meta.get("mbit_s"), meta.get("latency_ms", 0.0)
-    if not isinstance(rate, int | float) or isinstance(rate, bool) or not rate > 0:
-        return None
     if not isinstance(latency, int | float) or not latency >= 0:
         raise FrameError(f"fleet: latency_ms={latency!r:.20}")
+    if not isinstance(rate, int | float) or isinstance(rate, bool) or not rate > 0:
+        return Network(latency_s=latency / 1e3) if latency else None
     return Network(1e6 * rate, 1e6 * rate, latency / 1e3)

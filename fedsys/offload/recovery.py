@@ -96,7 +96,7 @@ class EdgeRecovery:
             seconds = time.perf_counter() - began
             with self._held.lock:
                 wanted = self._held.get(session) is held
-                held.edge = target or name
+                held.edge, held.gone_s = target or name, None
                 self.done.append(
                     Recovery(session, held.spec.client, name, target, start.step, seconds)
                 )

@@ -13,6 +13,8 @@ for as long as the edge says that the session is there.
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,10 +25,13 @@ from torch import Tensor
 from fedsys.errors import LinkClosed, LinkError, LinkTimeout
 from fedsys.offload.asking import Asking, EdgesLost, FoundSession, refusal
 from fedsys.offload.leaving import Leaving
-from fedsys.offload.snapshot import Snapshot, natural
+from fedsys.offload.outstanding import Outstanding
+from fedsys.offload.snapshot import Snapshot
 from fedsys.transport.link import Link
 from fedsys.transport.patience import Patience
-from fedsys.transport.wire import Frame, encode_parts
+from fedsys.transport.wire import Frame
+
+_log = logging.getLogger("fedsys.offload")
 
 ASKING_S = 20.0
 """How long a device asks for a session at least; or as long as its work in the round took so far,
@@ -42,17 +47,6 @@ FRUITLESS = 5
 STANDING = 12
 """Recoveries after which it got no further than before, until it gives up: an edge that dies again
 and again has it do the same steps over and over."""
-
-_REPLY = {
-    ("activation", False): "gradient",
-    ("activation", True): "activation",
-    ("gradient", True): "gradient",
-    ("norms", False): "norms",
-    ("norms", True): "norms",
-    ("evaluate", False): "outputs",
-    ("done", False): "done",
-    ("recut", False): "recut",
-}
 
 
 class Moved(Exception):
@@ -115,16 +109,13 @@ class Remote:
         self.traffic = Traffic()
         self._asking = Asking(edges, session, token, connect, clock=clock, sleep=sleep)
         self._edges, self._session = len(edges), session
-        self._private, self._clock = private, clock
+        self._clock = clock
         self._link: Link | None = None
         self._leaving: Leaving | None = None
-        self._incarnation, self._step = "", 0
-        self._unanswered: dict[tuple[str, int, int], tuple[float, list[Any]]] = {}
-        self._arrived: dict[tuple[str, int, int], Frame] = {}
+        self._incarnation, self._operations = "", Outstanding(private, clock)
         self._patience = Patience()
         self._began = self._heard = clock()
         self._fruitless = self._late = self._standing = 0
-        self._furthest: dict[str, tuple[int, int]] = {}  # position answered, by kind of answer
 
     def open(self) -> int:
         """Connect; return the step at which the session stands.
@@ -175,11 +166,7 @@ class Remote:
 
         The tensors must not change until it is answered: their memory is sent, no copy of it.
         """
-        name, self._step = "index" if kind == "evaluate" else "piece", step
-        frame = Frame(kind, {"step": step, name: piece, **meta}, tensors)
-        parts: list[Any] = encode_parts(frame)
-        self._unanswered[kind, step, piece] = (self._clock(), parts)
-        return sum(len(part) for part in parts)
+        return self._operations.prepare(kind, step, piece, meta, tensors)
 
     def post(self, kind: str, step: int, piece: int) -> None:
         """Send an operation that was prepared.
@@ -188,9 +175,7 @@ class Remote:
             Moved: The session goes on elsewhere, from an earlier step.
             EdgesLost: No edge has it.
         """
-        _, parts = self._unanswered[kind, step, piece]
-        self._unanswered[kind, step, piece] = (self._clock(), parts)
-        self._transmit(parts)
+        self._transmit(self._operations.posted(kind, step, piece))
 
     def receive(self, kind: str, step: int, piece: int) -> Frame:
         """Return the answer to the operation `kind` at a position.
@@ -200,20 +185,18 @@ class Remote:
             EdgesLost: No edge has it.
             RemoteError: The edge refused the operation.
         """
-        answer = _REPLY[kind, self._private and kind in ("activation", "gradient", "norms")]
         began = self._clock()
-        while (answer, step, piece) not in self._arrived:
+        while not self._operations.is_answered(kind, step, piece):
             try:
                 self._take(self._live().recv(self._patience.limit_s))
             except LinkTimeout as error:
                 self._doubt(error)
             except LinkError as error:  # lost or broken: the same way out for both
                 self._recover(error)
-        now = self._clock()
-        self.traffic.waited_s += now - began
-        sent, _ = self._unanswered.pop((kind, step, piece), (now, []))
-        self._patience.saw(now - sent)
-        return self._arrived.pop((answer, step, piece))
+        self.traffic.waited_s += self._clock() - began
+        answer, took = self._operations.answered(kind, step, piece)
+        self._patience.saw(took)
+        return answer
 
     def foresee(self, to: str) -> None:
         """Say that the device will soon go to the edge server at an address.
@@ -224,7 +207,39 @@ class Remote:
         """
         self._say("foresee", to)
 
-    def leave(self, to: str, how: str, away_s: float = 0.0, *, step: int = 0) -> None:
+    def trip(self, step: int, number: int = 0) -> float:
+        """Return the seconds of a round trip to the edge and back, between two mini-batches.
+
+        Args:
+            step: Mini-batches that are done.
+            number: Distinguishes several of them.
+
+        Raises:
+            Moved: The session goes on elsewhere, from that step or an earlier one.
+            EdgesLost: No edge has it.
+        """
+        began = self._clock()
+        self.send("done", step, number, {}, {})
+        self.receive("done", step, number)
+        return self._clock() - began
+
+    def nearest(self, edges: Sequence[str]) -> str:
+        """Return the address of the edge server that answers soonest; empty if none does."""
+        took = {edge: self._asking.trip(edge) for edge in edges}
+        return min((e for e in took if took[e] < math.inf), key=took.__getitem__, default="")
+
+    def remain(self) -> None:
+        """Say that the device does not go where it was foreseen to go.
+
+        Raises:
+            Moved: The session goes on elsewhere, from an earlier step.
+            EdgesLost: No edge has it.
+        """
+        self._say("remain", "")
+
+    def leave(
+        self, to: str, how: str, away_s: float = 0.0, *, step: int = 0, why: str = ""
+    ) -> None:
         """Go to the edge server at an address and go on there; `traffic` has what that took.
 
         A device that announces it goes when it is told to, and stays if that edge refuses it. One
@@ -236,12 +251,13 @@ class Remote:
                 anew there.
             away_s: Seconds in which it reaches neither edge.
             step: Mini-batches that are done.
+            why: In words, where it is no matter of places.
 
         Raises:
             Moved: The session goes on from an earlier step.
             EdgesLost: No edge has it.
         """
-        leaving = self._leaving = Leaving(self.edge, to, how, self._clock(), away_s)
+        leaving = self._leaving = Leaving(self.edge, to, how, self._clock(), away_s, why)
         leaving.step = step
         try:
             if how in ("announced", "foreseen"):
@@ -252,8 +268,10 @@ class Remote:
         finally:
             self._leaving = None
 
-    def recut(self, step: int, first: int, given: Snapshot) -> Snapshot:
+    def recut(self, step: int, first: int, given: Snapshot) -> Snapshot | None:
         """Change the cut between two steps; return what the edge gives of the units concerned.
+
+        Where the edge has no room for what it would get, nothing changes, and there is None.
 
         Args:
             step: Mini-batches that are done.
@@ -269,12 +287,14 @@ class Remote:
         answer = self.receive("recut", step, 0)
         if self.traffic.moves:
             self.traffic.moves[-1].was_recut(self._clock() - began)
+        if "refused" in answer.meta:
+            _log.warning("the cut stays: %s", answer.meta["refused"])
+            return None
         return Snapshot.from_frame(answer)
 
     def forget(self) -> None:
         """Forget what was sent and not answered: the trainer begins a step anew."""
-        self._unanswered.clear()
-        self._arrived.clear()
+        self._operations.forget()
 
     # --- links ------------------------------------------------------------------------------------
 
@@ -302,17 +322,8 @@ class Remote:
             if self._leaving is not None:
                 self._leaving.over = True
             return
-        if frame.kind == "outputs":
-            step, index = 0, natural(frame, "index")
-        else:
-            step = natural(frame, "step")
-            index = natural(frame, "piece") if "piece" in frame.meta else 0
-        if (step, index) > self._furthest.get(frame.kind, (-1, -1)):
-            self._furthest[frame.kind] = step, index
+        if self._operations.take(frame):
             self._standing = 0
-        asked = {"gradient": "gradient" if self._private else "activation", "outputs": "evaluate"}
-        if (asked.get(frame.kind, frame.kind), step, index) in self._unanswered:
-            self._arrived[frame.kind, step, index] = frame  # others came twice: forget them
 
     def _doubt(self, error: LinkTimeout) -> None:
         """Find out what became of a session from which no answer comes; recover if it is gone.
@@ -362,7 +373,9 @@ class Remote:
         found = self._ask()
         same = self._incarnation == known
         if same and found.told:  # it was handed over, and the word of that was lost with the link
-            leaving = self._leaving or Leaving(former, "", "commanded", began, step=self._step)
+            leaving = self._leaving or Leaving(
+                former, "", "commanded", began, step=self._operations.step
+            )
             self._arrived_at(leaving, found)
             self._repeat()
             return
@@ -383,12 +396,12 @@ class Remote:
 
     def _repeat(self) -> None:
         """Send again what was not answered."""
-        for _, parts in list(self._unanswered.values()):
+        for parts in self._operations.unanswered():
             self._transmit(parts)
 
     def _ask(self, first: str = "", *, anew: bool = False) -> FoundSession:
         """Ask for the session, and have the link to it."""
-        awaiting = [key for key in self._unanswered if key[0] != "evaluate"]
+        awaiting = self._operations.awaited()
         self._asking.patience = self._patience
         found = self._asking.ask(self._worth_waiting(), awaiting, first=first, anew=anew)
         self._link, self._incarnation = found.link, found.incarnation
@@ -397,7 +410,7 @@ class Remote:
     # --- from edge to edge ------------------------------------------------------------------------
 
     def _say(self, kind: str, to: str) -> None:
-        awaiting = [list(key) for key in self._unanswered if key[0] != "evaluate"]
+        awaiting = [list(operation) for operation in self._operations.awaited()]
         try:
             self._live().send(Frame(kind, {"to": to, "awaiting": awaiting}))
         except LinkError as error:
@@ -423,7 +436,9 @@ class Remote:
         """Go where the edge says that the session is now."""
         where, leaving = self._asking.where, self._leaving
         if leaving is None:
-            leaving = Leaving(where.edge, "", "commanded", self._clock(), step=self._step)
+            leaving = Leaving(
+                where.edge, "", "commanded", self._clock(), step=self._operations.step
+            )
         leaving.to = where.redirected(frame)
         leaving.was_told(frame.meta, self._clock())
         self._go(leaving)
@@ -438,7 +453,9 @@ class Remote:
         known, leaving.over = self._incarnation, True
         self.close()
         if leaving.away_s:
+            slept = self._clock()
             self._sleep(leaving.away_s)
+            leaving.slept_s += self._clock() - slept
         found = self._ask(leaving.to, anew=leaving.how == "restart")
         self._arrived_at(leaving, found)
         if self._incarnation != known:

@@ -98,6 +98,17 @@ class SessionTable:
             if held > most:
                 raise SessionError(f"{self._name} is full: {held} bytes of {most}")
 
+    def check_growth(self, nbytes: int) -> None:
+        """Check that a session that is held may have so many bytes more.
+
+        Raises:
+            SessionError: There is no room for them.
+        """
+        with self.lock:
+            held, most = self.nbytes + nbytes, self._limits.max_session_bytes
+            if held > most:
+                raise SessionError(f"{self._name} is full: {held} bytes of {most}")
+
     def hold(self, session: Session, controller: Link | None) -> None:
         """Take a session in; without a controller it waits for one that claims it.
 
@@ -119,6 +130,14 @@ class SessionTable:
             former, self._devices[name] = self._devices.get(name), link
         if former is not None:
             former.close()  # a device that comes back has lost its link, and may not know it yet
+
+    def detach(self, name: str, link: Link) -> bool:
+        """Take note that a device's link ended; return whether it has no other one by now."""
+        with self.lock:
+            if self._devices.get(name) is not link:
+                return False
+            del self._devices[name]
+            return name in self._sessions
 
     def device_link(self, name: str) -> Link | None:
         """Return the link over which a session's device speaks; None if it has none."""

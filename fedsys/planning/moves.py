@@ -35,6 +35,7 @@ class Move:
         piece: Micro-batches of the mini-batch in work that were sent by then.
         away_s: Seconds between the two edges in which it reaches neither.
         cut: The cut from there on; None: as before.
+        why: In words, where it is no matter of places.
     """
 
     client: int
@@ -46,6 +47,7 @@ class Move:
     piece: int = 0
     away_s: float = 0.0
     cut: int | None = None
+    why: str = ""
 
     def step(self, steps: int) -> int:
         """Return the mini-batches that are done when the device moves.
@@ -81,12 +83,16 @@ class Handover:
         precopied_bytes: Bytes that went before, while training went on.
         repeated_steps: Steps that were done again.
         parts_s: Seconds by part of the pause: ``freeze``, ``encode``, ``transfer``, ``restore``,
-            ``reconnect``, and ``recut`` where units changed sides.
+            ``reconnect``, ``away`` where it reached no edge server for a while, and ``recut`` where
+            units changed sides. What edge servers do is measured there, and ``reconnect`` is what
+            the device waited beside that, so that they make up the pause only if none is missing.
         began_s: When the pause began, in seconds since the device began its round.
         at: Share of the device's mini-batches that were done; None where it is not known, as of a
             round without mini-batches.
         predicted_pause_s: Pause on the virtual clock; None where the fleet names no machines.
         predicted_bytes: Likewise, bytes that go in the pause.
+        why: In words, where it was no matter of places.
+        good_again: Whether the link of which it left was good again at the end of the round.
     """
 
     client: int
@@ -104,6 +110,8 @@ class Handover:
     at: float | None = None
     predicted_pause_s: float | None = None
     predicted_bytes: int | None = None
+    why: str = ""
+    good_again: bool = True
 
 
 class MobilitySource(Protocol):

@@ -30,6 +30,8 @@ NAMES: Final = ("load", "forward", "tail", "send", "wait", "backward", "update",
 MOST_EVENTS: Final = 4000
 """Events of one device and round that are kept; those of its first mini-batches."""
 
+_RECENT: Final = 256  # answers by which the clock of the edge is judged while a round goes on
+
 _KINDS: Final = tuple(LANES)
 _RECORD: Final = np.dtype(
     [
@@ -109,6 +111,23 @@ class Recorder:
         """
         self._ends.append(moment_s)
         self._late_s = late_s
+
+    def rate(self, step: int, latency_s: float = 0.0) -> float:
+        """Return what the link carried in a mini-batch: bits per second of the slower way.
+
+        Args:
+            step: Index of the mini-batch.
+            latency_s: What is known to be no part of the time of bits, one way.
+
+        Returns:
+            Infinite where nothing is known.
+        """
+        recent = self._answers[-_RECENT:]
+        own, offset = [a for a in recent if a.step == step], _offset(recent)
+        up = [(a.sent_s, a.told[0] / 1e6 - offset, a.up_bytes) for a in own]
+        down = [(a.told[3] / 1e6 - offset, a.arrived_s, a.down_bytes) for a in own]
+        slower = max(_bit_s(up, latency_s), _bit_s(down, latency_s))
+        return 1 / slower if slower > 0 else math.inf
 
     def iterations(self) -> list[float]:
         """Return the seconds from each mini-batch to the next."""

@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol, runtime_checkable
 
 from flwr.app import Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
+
+Absent = Callable[[], Mapping[int, str]]
+"""Says which nodes are not waited for any more, and why."""
+
+
+@runtime_checkable
+class LeavesOut(Protocol):
+    """A grid that can be told while it waits that some nodes will not answer.
+
+    Attributes:
+        absent: Asked from time to time; an error with its reason stands for the reply of a node.
+    """
+
+    absent: Absent
+
+
+def leave_out(grid: Grid, absent: Absent) -> None:
+    """Have a grid not wait for nodes that are absent; nothing happens if it cannot be told."""
+    while isinstance(grid, GridAround) and not isinstance(grid, LeavesOut):
+        grid = grid.inner
+    if isinstance(grid, LeavesOut):
+        grid.absent = absent
 
 
 class GridAround(Grid):

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
 from fedsys.runtime.busy import asked_again
-from fedsys.runtime.grid_around import GridAround
+from fedsys.runtime.grid_around import Absent, GridAround
 from fedsys.training.pulse import pulse
 from fedsys.transport import packing
 
@@ -75,6 +76,7 @@ class AttentiveGrid(GridAround):
 
     def __init__(self, inner: Grid) -> None:
         super().__init__(inner)
+        self.absent: Absent = dict
         self._nudges: dict[str, int] = {}  # those that nobody has answered, with the node
 
     def get_node_ids(self) -> Iterable[int]:
@@ -110,6 +112,7 @@ class AttentiveGrid(GridAround):
         batch = list(messages)
         self.push_messages(batch)
         asked = {m.metadata.message_id: m.metadata.dst_node_id for m in batch}
+        messages_by_id = {m.metadata.message_id: m for m in batch}
         began = time.monotonic()
         deadline = None if timeout is None else began + timeout
         replies: list[Message] = []
@@ -122,6 +125,11 @@ class AttentiveGrid(GridAround):
                     reply.metadata.__dict__["_src_node_id"] = node
                 replies.append(reply)
                 pulse().client_done()
+            for number, reason in self._given_up(asked).items():
+                del asked[number]
+                error = Error(ErrorCode.NODE_UNAVAILABLE, reason)
+                replies.append(Message(error, reply_to=messages_by_id[number]))
+                pulse().client_done()
             if deadline is not None and time.monotonic() > deadline:
                 break
             if asked and time.monotonic() > began + NUDGE_S:
@@ -129,6 +137,11 @@ class AttentiveGrid(GridAround):
             if asked:
                 time.sleep(POLL_S)
         return replies
+
+    def _given_up(self, asked: Mapping[str, int]) -> dict[str, str]:
+        """Return why messages are not answered any more, of those to nodes that are absent."""
+        absent = self.absent()
+        return {number: absent[node] for number, node in asked.items() if node in absent}
 
     def _nudge(self, nodes: set[int]) -> None:
         """Send a message to nodes that have none to answer besides the one that is waited for."""

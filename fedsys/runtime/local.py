@@ -24,6 +24,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedsys.config import Config, secret
 from fedsys.runs import startup as stages
 from fedsys.runtime.apps import load_apps
+from fedsys.runtime.grid_around import Absent
 from fedsys.training.pulse import pulse
 from fedsys.transport import records
 from fedsys.transport.messages import PARTITION_ID
@@ -67,6 +68,7 @@ class LocalGrid(Grid):
     ) -> None:
         identify_process()
         self._app = client_app
+        self.absent: Absent = dict
         self._nodes = range(FIRST_NODE_ID, FIRST_NODE_ID + num_nodes)
         self._run_config = run_config or {}
         self._states: dict[int, RecordDict] = {}
@@ -158,7 +160,7 @@ class LocalGrid(Grid):
         phase = self._phase = _Phase(batch)
         for _ in self._threads[: len(batch)]:
             self._jobs.put(phase)
-        return phase.wait(timeout)
+        return phase.wait(timeout, self.absent)
 
     # --- the threads ------------------------------------------------------------------------------
 
@@ -234,9 +236,13 @@ class _Phase:
         with self._lock:
             self._indices = iter(())
 
-    def wait(self, timeout: float | None) -> list[Message]:
+    def wait(self, timeout: float | None, absent: Absent = dict) -> list[Message]:
         deadline = None if timeout is None else time.monotonic() + timeout
         while not self._finished.wait(0.2):  # short waits, so that Ctrl-C is heard at once
+            gone = absent()
+            for i, message in enumerate(self._messages):
+                if message.metadata.dst_node_id in gone:
+                    self.done(i, _error_reply(message, gone[message.metadata.dst_node_id]))
             if deadline is not None and time.monotonic() > deadline:
                 self.cancel()
                 late = [i for i, reply in enumerate(self._replies) if reply is None]

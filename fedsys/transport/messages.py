@@ -98,12 +98,14 @@ class Place:
 class Itinerary:
     """`MOVES`: moves of the device in the round (JSON), and the addresses of all edge servers.
 
-    With `restart` its round begins anew at each edge server that it comes to.
+    With `restart` its round begins anew at each edge server that it comes to; without `armed` it
+    leaves no poor link before that was good.
     """
 
     moves: str
     edges: tuple[str, ...]
     restart: bool = False
+    armed: bool = True
 
 
 @dataclass(frozen=True, slots=True)

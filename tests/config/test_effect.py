@@ -1,10 +1,17 @@
 """Options that change nothing are said to, and those that count are not."""
 
+from dataclasses import fields
+
 import pytest
 
-from fedsys.config import compose_text, parse, without_effect
-from fedsys.config.effect import IDLE
+from fedsys.config import MobilityConfig, compose_text, parse, without_effect
+from fedsys.config.effect import _OF_KINDS, IDLE
 from fedsys.config.rules import RULES
+
+MOVES = ("policy=fixed", "num_edges=2")
+WAYPOINT = "mobility=waypoint"
+TRACE = ("mobility=trace", "mobility.file=x.xml")
+NETWORK = ("mobility=network", "network=wifi")
 
 
 def said(*overrides):
@@ -79,7 +86,56 @@ def test_every_option_that_may_be_idle_exists():
         (["policy=auto", "fleet=pi_lab", "policy.migrate=true"], "there is one edge server"),
         (["policy=fixed", "num_edges=2", "mobility=halfway", "mobility.notice=0.3"], "is foreseen"),
         (["policy=fixed", "num_edges=2", "mobility=waypoint", "mobility.unreachable=alone"], "any"),
+        (["+mobility.devices=[1]"], "nobody moves"),
+        ([*MOVES, "mobility=halfway", "mobility.away_s=5"], "no virtual clock counts it"),
+        ([*MOVES, "mobility=halfway", "mobility.mode=restart", "mobility.how=foreseen"], "anew"),
+        ([*MOVES, "mobility=halfway", "mobility.mode=restart", "mobility.piece=0"], "anew"),
+        ([*MOVES, WAYPOINT, "mobility.how=unannounced", "mobility.foresee_s=3"], "unannounced"),
+        ([*MOVES, "mobility=halfway", "fleet.places=[{x:0,y:0},{x:9,y:9}]"], "has a position"),
+        ([*MOVES, *NETWORK, "network.emulate=true", "mobility.seconds_per_round=9"], "watch"),
+        ([*MOVES, WAYPOINT, "+mobility.at=[0.2]"], "mobility=halfway and mobility=commuters only"),
+        ([*MOVES, WAYPOINT, "+mobility.every=2"], "mobility=commuters only"),
+        ([*MOVES, WAYPOINT, "+mobility.piece=0"], "mobility=commuters only"),
+        ([*MOVES, WAYPOINT, "+mobility.notice=0.2"], "mobility=commuters only"),
+        ([*MOVES, WAYPOINT, "+mobility.away_s=2"], "mobility=commuters only"),
+        ([*MOVES, WAYPOINT, "+mobility.begin_s=2"], "mobility=trace only"),
+        ([*MOVES, WAYPOINT, "+mobility.coordinates=metres"], "mobility=trace only"),
+        ([*MOVES, WAYPOINT, "+mobility.vehicles={a:1}"], "mobility=trace only"),
+        ([*MOVES, WAYPOINT, "+mobility.file=x.xml"], "mobility=trace only"),
+        ([*MOVES, WAYPOINT, "+mobility.below_mbit_s=2"], "mobility=network only"),
+        ([*MOVES, WAYPOINT, "+mobility.above_ms=2"], "mobility=network only"),
+        ([*MOVES, WAYPOINT, "+mobility.hysteresis=2"], "mobility=network only"),
+        ([*MOVES, WAYPOINT, "+mobility.steady_s=2"], "mobility=network only"),
+        ([*MOVES, "mobility=halfway", "+mobility.hysteresis_m=2"], "mobility=trace only"),
+        ([*MOVES, "mobility=halfway", "+mobility.speed_m_s=[1,2]"], "mobility=waypoint only"),
+        ([*MOVES, "mobility=halfway", "+mobility.pause_s=[1,2]"], "mobility=waypoint only"),
+        ([*MOVES, "mobility=halfway", "+mobility.area_m=[1,2]"], "mobility=waypoint only"),
+        ([*MOVES, *TRACE, "+mobility.share=0.5"], "mobility=network only"),
     ],
 )  # fmt: skip
 def test_options_of_moves_that_count_for_nothing_are_named(overrides, words):
-    assert any(words in line for line in said(*overrides))
+    assert any(words in line for line in said(*overrides)), said(*overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["mobility=halfway", "mobility.at=[0.2]", "mobility.every=2", "mobility.cut=1"],
+        ["mobility=commuters", "mobility.how=foreseen", "mobility.notice=0.3"],
+        ["mobility=halfway", "mobility.away_s=5", "fleet=pi_lab", "mobility.share=0.5"],
+        ["mobility=waypoint", "mobility.hysteresis_m=5", "mobility.foresee_s=2"],
+        ["mobility=waypoint", "mobility.seconds_per_round=5", "mobility.devices=[1]"],
+        [*TRACE, "mobility.begin_s=4", "mobility.coordinates=metres", "mobility.how=unannounced"],
+        [*NETWORK, "mobility.below_mbit_s=5", "mobility.steady_s=1", "mobility.hysteresis=0.5"],
+        [*NETWORK, "mobility.above_ms=5", "mobility.seconds_per_round=9", "mobility.share=0.5"],
+        ["mobility=halfway", "mobility.mode=restart", "mobility.cut=1"],
+    ],
+)
+def test_options_of_moves_that_count_are_not_named(overrides):
+    assert said(*MOVES, *overrides) == []
+
+
+def test_every_option_of_moves_is_of_some_choice_or_of_all():
+    listed = {name for names in _OF_KINDS.values() for name in names}
+    of_all = {"kind", "mode", "how", "cut"}
+    assert listed | of_all == {field.name for field in fields(MobilityConfig)}

@@ -106,6 +106,7 @@ class Moves(RuleBasedStateMachine):
         self.destroyed = False  # a crash took the last copy that the device could go on with
         self.recovered = False  # the server app opened the session anew
         self.spotless = True  # nothing has failed so far
+        self.litters = False  # a copy may be left that nobody hears of any more
         self.edges["a"].become(Copy(Epoch(1, 0, "a")), 0)
 
         self.tokens.made.add(Epoch(1, 0, "a"))
@@ -116,13 +117,18 @@ class Moves(RuleBasedStateMachine):
         """In one run of four nothing fails, so that nothing excuses what is left behind."""
         self.fails = fails > 0
 
+    def spoil(self, failed=True):
+        """Something fails after which a copy may be left that nobody tells to go."""
+        self.spotless &= not failed
+        self.litters |= failed
+
     # --- what the device does ---------------------------------------------------------------------
 
     @rule(answered=st.booleans())
     def train(self, answered):
         """It has a step done, whose answer may be lost with the link."""
         answered |= not self.fails
-        self.spotless &= answered
+        self.spoil(not answered)
         self.work(answered)
 
     def work(self, answered=True):
@@ -153,7 +159,7 @@ class Moves(RuleBasedStateMachine):
         Rules one by one come this far too seldom for what can go wrong behind it.
         """
         again &= self.fails
-        self.spotless &= not again
+        self.spoil(again)
         if not self.device.at:
             self.ask(self.device.told or self.device.last)
         for _ in range(steps):
@@ -172,21 +178,22 @@ class Moves(RuleBasedStateMachine):
     @rule(name=PLACES, answered=st.booleans())
     def appear(self, name, answered):
         """It loses its link, is at an edge, and trains there if it was welcomed."""
-        self.spotless, self.device.at = False, ""
+        self.spoil()
+        self.device.at = ""
         self.ask(name, answered)
         self.work()
 
     @FAILS
     @rule()
     def lose_link(self):
-        self.spotless = False
+        self.spoil()
         self.device.at = ""
 
     @rule(name=PLACES, answered=st.booleans())
     def greet(self, name, answered):
         """It asks an edge, whose answer may be lost."""
         answered |= not self.fails
-        self.spotless &= answered
+        self.spoil(not answered)
         if not self.device.at:
             self.ask(name, answered)
 
@@ -280,7 +287,7 @@ class Moves(RuleBasedStateMachine):
     def deliver(self, data, again):
         """A message arrives: any of those that are on their way, and perhaps once more later."""
         again &= self.fails
-        self.spotless &= not again
+        self.spoil(again)
         message = data.draw(st.sampled_from(self.flying))
         if not (self.edges[message.to].reached and self.edges[message.source].reached):
             return
@@ -305,6 +312,8 @@ class Moves(RuleBasedStateMachine):
             "release": migration.on_release,
             "cancel": migration.on_cancel,
         }[message.kind]
+        if message.kind == "cancel":  # overtook what it is about?
+            self.litters |= any((m.kind, m.epoch) == ("transfer", epoch) for m in self.flying)
         edge.copy, said = decide(copy, epoch=epoch)
         if message.kind == "release" and copy is not None and edge.copy is None:
             assert copy.offered in self.tokens.lived  # it trains where it was given to
@@ -314,7 +323,9 @@ class Moves(RuleBasedStateMachine):
     @rule(data=st.data())
     def lose_message(self, data):
         self.spotless = False
-        self.flying.remove(data.draw(st.sampled_from(self.flying)))
+        message = data.draw(st.sampled_from(self.flying))
+        self.litters |= message.kind in ("release", "cancel")
+        self.flying.remove(message)
 
     @FAILS
     @rule(name=PLACES)
@@ -333,7 +344,7 @@ class Moves(RuleBasedStateMachine):
     @rule(name=PLACES, apart=st.booleans())
     def part(self, name, apart):
         """The network leaves an edge alone, or that heals; it keeps what it has."""
-        self.spotless = False
+        self.spoil()
         self.edges[name].apart = apart
         if apart and self.device.at == name:
             self.device.at = ""
@@ -341,7 +352,7 @@ class Moves(RuleBasedStateMachine):
     @FAILS
     @rule(name=PLACES)
     def crash(self, name):
-        self.spotless = False
+        self.spoil()
         had = self.usable()
         apart = self.edges[name].apart
         self.edges[name] = ModelEdge(name, self.tokens, up=False, apart=apart)
@@ -367,7 +378,7 @@ class Moves(RuleBasedStateMachine):
         """It takes an edge for lost, rightly or not, and opens the session at another one."""
         edge = self.edges[name]
         if edge.up:
-            self.spotless = False
+            self.spoil()
             self.recovered = True
             self.generation += 1
             epoch = Epoch(self.generation, 0, name)
@@ -418,7 +429,7 @@ class Moves(RuleBasedStateMachine):
             assert self.device.steps == where
         here = self.device.at
         self.calm()
-        if self.spotless:  # else the server app releases what is left of a session at its end
+        if not self.litters:  # else the server app releases what is left of a session at its end
             assert [e.name for e in self.edges.values() if e.copy is not None] == [here]
         if not self.recovered:  # else copies that are newer may be found on the way
             self.move_on()
@@ -463,6 +474,28 @@ def test_a_release_that_comes_late_leaves_the_copy_that_is_back():
     """
     back = Copy(Epoch(1, 2, "a"), issued=2, granted=Epoch(1, 1, "b"))
     assert migration.on_release(back, Epoch(1, 1, "b"))[0] is back
+
+
+def test_a_copy_that_came_for_nothing_is_told_to_go():
+    """Its source heard nothing of it and trains on; or its device found nothing there and is back.
+
+    Edges that never said so, or never listened, passed the model check: it is no matter of who
+    trains, but of what stays in memory until the round ends.
+    """
+    for back in (False, True):
+        source, (prepare,) = migration.on_move(Copy(Epoch(1, 0, "a")), "a", "b")
+        source, (transfer,) = migration.on_prepared(source, prepare.epoch)
+        target, _ = migration.on_transfer(None, "a", transfer.epoch)
+        if back:
+            source, _ = migration.on_committed(source, transfer.epoch)
+            shown = Presented(Epoch(1, 0, "a"), transfer.epoch, back=True)
+            source, said = migration.on_hello(source, "a", shown)
+        else:
+            source, said = migration.on_failed(source, transfer.epoch)
+        assert source.phase is CopyPhase.LIVE
+        (cancel,) = [say for say in said if say.kind == "cancel"]
+        assert (cancel.to, cancel.epoch) == ("b", transfer.epoch)
+        assert migration.on_cancel(target, cancel.epoch)[0] is None
 
 
 def test_a_copy_that_was_left_trains_no_more():

@@ -1,6 +1,8 @@
 """Sessions that move between real edge servers: commands, strangers, and what is sent ahead."""
 
 import gc
+import threading
+import time
 
 import pytest
 import torch
@@ -8,14 +10,15 @@ import torch
 from fedsys.commands.edge import moved
 from fedsys.config import EdgeAddress, EdgeConfig
 from fedsys.errors import ConfigError, RemoteError, SessionError
-from fedsys.offload import delta, edge_arrivals
+from fedsys.offload import absences, delta, edge_arrivals
 from fedsys.offload.edge import EdgeServer
 from fedsys.offload.fleet import Fleet
-from fedsys.offload.peers import PeerGroup
+from fedsys.offload.peers import PeerGroup, Peers
 from fedsys.offload.remote import Remote
 from fedsys.transport.addresses import dial
+from fedsys.transport.network import Network
 from fedsys.transport.security import Authority
-from fedsys.transport.wire import Frame
+from fedsys.transport.wire import Frame, Limits
 from tests.waiting import until
 
 TOKEN = "control"
@@ -147,6 +150,97 @@ def test_what_is_sent_ahead_is_not_sent_again(pair, last_layer):
     assert fleet.collect("s", "b").step == 6
 
 
+def test_a_device_that_was_foreseen_at_one_edge_may_go_to_another(last_layer):
+    """The first one had its session on offer for ten minutes, and it could go nowhere else."""
+    edges = {n: EdgeServer(n, "tcp://127.0.0.1:0", control_token=TOKEN) for n in ("a", "b", "c")}
+    addresses = [EdgeAddress(n, e.address) for n, e in edges.items()]
+    try:
+        with Fleet(addresses, control_token=TOKEN) as fleet:
+            fleet.open(last_layer.spec(), last_layer.start(), "a")
+            remote = device(edges)
+            remote.open()
+            train(remote, last_layer, range(2))
+            for to in ("b", "c"):
+                remote.foresee(edges[to].address)
+                until(lambda to=to: "s" in edges[to]._moving._bases._ahead)
+            until(lambda: "s" not in edges["b"]._moving._bases._ahead)
+            remote.remain()
+            until(lambda: "s" not in edges["c"]._moving._bases._ahead)
+            remote.leave(edges["b"].address, "announced", step=2)
+            train(remote, last_layer, range(2, 4))
+            assert fleet.collect("s", "b").step == 4
+            assert len(remote.traffic.moves) == 1
+    finally:
+        for edge in edges.values():
+            edge.kill()
+
+
+def test_a_session_that_is_released_while_it_is_built_is_not_held(pair, last_layer, monkeypatch):
+    """Its server app had lost the link over which it had asked, and spoke over another one.
+
+    The session of nobody stayed for a quarter of an hour.
+    """
+    edges, _ = pair
+    building, released, make = threading.Event(), threading.Event(), edges["a"]._control._make
+
+    def slowly(spec, start):
+        building.set()
+        assert released.wait(WAIT_S)
+        return make(spec, start)
+
+    monkeypatch.setattr(edges["a"]._control, "_make", slowly)
+    links = [dial(edges["a"].address) for _ in range(2)]
+    for link in links:
+        link.send(Frame("control", {"token": TOKEN}))
+        assert link.recv(WAIT_S).kind == "ready"
+    start = last_layer.start()
+    meta = {"spec": last_layer.spec("t").to_meta(), "step": start.step, "request": 1}
+    links[0].send(Frame("open", meta, start.tensors()))
+    assert building.wait(WAIT_S)
+    links[1].send(Frame("release", {"session": "t", "request": 1}))
+    assert links[1].recv(WAIT_S).kind == "released"
+    released.set()
+    assert links[0].recv(WAIT_S).kind == "refused"
+    assert edges["a"].sessions == []
+    for link in links:
+        link.close()
+
+
+def test_a_device_that_left_and_arrives_nowhere_is_missing_until_it_is_back(
+    pair, last_layer, monkeypatch
+):
+    monkeypatch.setattr(absences, "TIMES", 0.0)
+    edges, fleet = pair
+    fleet.open(last_layer.spec(), last_layer.start(), "a")
+    remote = device(edges)
+    remote.open()
+    train(remote, last_layer, range(2))
+    assert fleet.missing({}) == {}
+    remote.leave(edges["b"].address, "announced", step=2)
+    train(remote, last_layer, range(2, 4))  # it came; that it was gone is told late or soon
+    remote.close()
+    until(lambda: fleet.missing({}))
+    assert fleet.missing({0: 60.0}) == {}, "it is known to be out of reach"
+    (reason,) = fleet.missing({}).values()
+    assert "left b and arrived at no edge server within 0 s" in reason
+    other = device(edges)
+    other.open()  # as it is after its process was started again
+    until(lambda: not fleet.missing({}))
+    other.close()
+
+
+def test_a_device_whose_return_was_not_told_is_asked_for(pair, last_layer, monkeypatch):
+    monkeypatch.setattr(absences, "TIMES", 0.0)
+    edges, fleet = pair
+    fleet.open(last_layer.spec(), last_layer.start(), "a")
+    remote = device(edges)
+    remote.open()
+    fleet._held["s"].gone_s = time.monotonic() - 1.0  # the link of its server app was lost then
+    assert fleet.missing({}) == {}
+    assert fleet._held["s"].gone_s is None
+    remote.close()
+
+
 def test_a_session_goes_on_with_the_bits_that_it_would_have_had(pair, last_layer):
     edges, fleet = pair
     ends = []
@@ -161,6 +255,16 @@ def test_a_session_goes_on_with_the_bits_that_it_would_have_had(pair, last_layer
         ends.append(fleet.collect(name, "a" if stays else "b"))
     assert ends[0].tensors().keys() == ends[1].tensors().keys()
     assert all(torch.equal(t, ends[1].tensors()[n]) for n, t in ends[0].tensors().items())
+
+
+def test_links_between_edges_may_be_far_without_being_slow():
+    """Where no rate was given, the latency was not heeded either."""
+    peers = Peers("a", None, Limits())
+    fleet = {"secret": 20 * "s", "edges": []}
+    assert peers.tell(fleet).network is None
+    assert peers.tell({**fleet, "latency_ms": 0.0}).network is None
+    assert peers.tell({**fleet, "latency_ms": 5.0}).network == Network(latency_s=0.005)
+    assert peers.tell({**fleet, "mbit_s": 8}).network == Network(8e6, 8e6)
 
 
 def test_differences_are_exact_and_small():

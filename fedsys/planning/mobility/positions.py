@@ -6,7 +6,7 @@ import bisect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
 from fedsys.config import MobilityConfig
 from fedsys.planning.mobility.coverage import Coverage, EdgeStay, stays
@@ -29,6 +29,15 @@ class RoundTimes(Protocol):
 
         It is asked when it is settled what the device does.
         """
+        ...
+
+
+@runtime_checkable
+class FollowsTimes(Protocol):
+    """A mobility source that depends on when rounds begin and how long they last."""
+
+    def follow(self, times: RoundTimes) -> None:
+        """Take the times of rounds from somebody else, unless the configuration names them."""
         ...
 
 

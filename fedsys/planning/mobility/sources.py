@@ -9,11 +9,15 @@ from typing import Final
 import numpy as np
 
 from fedsys.config import Config, EdgePlace
+from fedsys.errors import ConfigError
+from fedsys.planning.hardware import link_of, network_for
 from fedsys.planning.mobility.coverage import Coverage, spread
+from fedsys.planning.mobility.network_led import ModelledLinks, WatchedLinks, is_watched
 from fedsys.planning.mobility.positions import EvenRounds, Positioned, Walkers
 from fedsys.planning.mobility.scripted import Scripted, movers
 from fedsys.planning.mobility.tracks import Array, LocalPlane, Track, in_metres, read_trace
 from fedsys.planning.mobility.waypoint import RandomWaypoint
+from fedsys.transport.network import Network
 
 ROUND_S: Final = 60.0
 """Seconds of a round of random waypoints where nobody says how long it is."""
@@ -22,7 +26,10 @@ SIDE_M: Final = 1000.0
 """Metres of each side of the area of random waypoints where nothing says how large it is."""
 
 
-def source_of(config: Config, edges: int) -> Scripted | Positioned | None:
+Source = Scripted | Positioned | ModelledLinks | WatchedLinks
+
+
+def source_of(config: Config, edges: int) -> Source | None:
     """Return where the devices of a run are; None where nobody moves.
 
     Args:
@@ -30,9 +37,12 @@ def source_of(config: Config, edges: int) -> Scripted | Positioned | None:
         edges: Number of its edge servers.
 
     Raises:
-        ConfigError: The trace is not usable, or does not go with the run.
+        ConfigError: The trace is not usable, or does not go with the run; or nothing says what
+            links carry by which devices are to move.
     """
     mobility = config.mobility
+    if mobility.kind == "network":
+        return _led(config)
     if mobility.kind == "trace":
         return _traced(config, edges)
     if mobility.kind == "waypoint":
@@ -40,6 +50,29 @@ def source_of(config: Config, edges: int) -> Scripted | Positioned | None:
     if mobility.active:
         return Scripted(mobility, config.num_clients, config.seed)
     return None
+
+
+def _led(config: Config) -> ModelledLinks | WatchedLinks:
+    mobility = config.mobility
+    if is_watched(config):
+        return WatchedLinks(mobility)
+    for client in range(config.num_clients):
+        link, network = link_of(config, client), network_for(config, client)
+        if network.by_rounds:
+            raise ConfigError.of(
+                "network.trace_by", "rounds", "must be seconds for mobility=network: within a "
+                "round its links do not change", "network.trace_by=seconds",
+            )  # fmt: skip
+        if network == Network():
+            raise ConfigError.of(
+                "network", link.name, "must say what links carry, by which devices move",
+                "network=wifi with network.trace=rates.csv; or network.emulate=true, or "
+                "runtime=deployment, where devices measure it",
+            )  # fmt: skip
+    times = EvenRounds(mobility.seconds_per_round or ROUND_S)
+    return ModelledLinks(
+        mobility, lambda c: network_for(config, c), config.num_clients, config.seed, times
+    )
 
 
 def _traced(config: Config, edges: int) -> Positioned:
