@@ -39,6 +39,7 @@ from fedsys.training.masks import Masks, held
 from fedsys.training.penalty import Penalty
 from fedsys.training.pulse import pulse
 from fedsys.training.schedule import micro_batch_bounds
+from fedsys.training.tasks import task_of
 from fedsys.transport import messages, records
 
 _models = threading.local()
@@ -134,7 +135,7 @@ class LocalClient:
                 return training.train(
                     model, optimizer, batches, address,
                     micro_batches=pieces, clip_norm=config.client.clip_norm,
-                    anchor=anchor, penalty=penalty, losses=losses or training.plain_losses,
+                    anchor=anchor, penalty=penalty, losses=losses, task=task_of(config),
                 )  # fmt: skip
         with PrivateUpdate(
             [model],
@@ -155,8 +156,8 @@ class LocalClient:
         model = self._model()
         records.load_into(model, content.array_records[messages.ARRAYS])
         own = fed.dataset.train.take(fed.parts[self.partition])
-        score = training.evaluate(model, data.eval_batches(own, fed.dataset))
-        return RecordDict({messages.METRICS: eval_metrics(score)})
+        score = training.evaluate(model, data.eval_batches(own, fed.dataset), task_of(self.config))
+        return RecordDict({messages.METRICS: eval_metrics(score, self.config)})
 
     def _penalty(self, round_: int) -> Penalty | None:
         if not pruning.penalty_weight(self.config.pruning, round_, self.config.rounds):
@@ -311,19 +312,19 @@ def train_metrics(
         {
             messages.NUM_EXAMPLES: score.examples // config.client.epochs,
             "train_loss": score.loss,
-            "train_accuracy": score.accuracy,
+            f"train_{config.task.measure.name}": score.accuracy,
             **told,
         }
     )
 
 
-def eval_metrics(score: training.Score) -> MetricRecord:
+def eval_metrics(score: training.Score, config: Config) -> MetricRecord:
     """Return what a client tells about its evaluation; the same keys from every kind of client."""
     return MetricRecord(
         {
             messages.NUM_EXAMPLES: score.examples,
             "eval_loss": score.loss,
-            "eval_accuracy": score.accuracy,
+            f"eval_{config.task.measure.name}": score.accuracy,
         }
     )
 

@@ -38,6 +38,7 @@ from fedsys.runs.tracing import Recorder
 from fedsys.training import federation
 from fedsys.training import plain as training
 from fedsys.training.plain import Score
+from fedsys.training.tasks import task_of
 from fedsys.transport import messages, records
 from fedsys.transport.codecs import decode_activation, encode_activation
 from fedsys.transport.link import Link
@@ -92,6 +93,7 @@ class OffloadClient:
             self._recorder,
             self._half.device,
             roaming,
+            task_of(config),
         )
         round_ = SplitRound(
             config, self._address, self._half, self._remote, steps_of, most, roaming
@@ -133,7 +135,7 @@ class OffloadClient:
         finally:
             self._remote.close()
         seen = self._observation(0, time.perf_counter() - began)
-        return RecordDict({messages.METRICS: eval_metrics(score), OBSERVATION: seen})
+        return RecordDict({messages.METRICS: eval_metrics(score, self._config), OBSERVATION: seen})
 
     @torch.inference_mode()
     def _score(self) -> Score:
@@ -147,6 +149,7 @@ class OffloadClient:
             lambda x: back(self._through_edge(next(index), front(x))),
             data.eval_batches(own, fed.dataset),
             self._half.device,
+            task_of(self._config),
         )
 
     def _through_edge(self, index: int, z: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from fedsys.training import plain as training
 from fedsys.training.part import keep_gradient, safe_input
 from fedsys.training.plain import Score
 from fedsys.training.schedule import micro_batch_bounds, operations
+from fedsys.training.tasks import CLASSIFICATION, Task
 from fedsys.transport.codecs import decode_activation, encode_activation
 from fedsys.transport.wire import Frame
 
@@ -40,7 +41,7 @@ class Tally:
     """What was seen so far in the round."""
 
     loss: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
-    hits: int = 0
+    hits: float = 0  # of whole numbers one of them
     examples: int = 0
 
     def copy(self) -> Tally:
@@ -159,7 +160,9 @@ class Steps:
         recorder: Recorder,
         device: torch.device,
         roaming: Roaming | None = None,
+        task: Task = CLASSIFICATION,
     ) -> None:
+        self._task = task
         self._device, self._roaming = device, roaming
         self._split, self._address, self._remote = split, address, remote
         self._cut = split.assignment.cut
@@ -260,12 +263,12 @@ class Steps:
         gradient = kept[0] if kept else torch.zeros_like(z)
         tensors, codec = encode_activation(gradient, self._split.assignment.codec_up)
         nbytes = self._remote.prepare("gradient", self._step, piece, codec, tensors)
-        self._returned[piece] = loss, (outputs.detach().argmax(1) == labels).sum()
+        self._returned[piece] = loss, self._task.total(outputs.detach(), labels)
         down, split = answer.encoded_bytes, self._split
         self._end("tail", piece, 2, len(labels), split.tail, split.units, up=nbytes, down=down)
         self._post("gradient", piece, nbytes)
 
-    def _backward(self, piece: int, size: int) -> tuple[Tensor, int]:
+    def _backward(self, piece: int, size: int) -> tuple[Tensor, float]:
         """Compute with the gradient of an activation; return loss and hits of the piece."""
         answer = self._await("gradient" if self._split.private else "activation", piece)
         z = self._sent.pop(piece)
@@ -274,8 +277,8 @@ class Steps:
         self._end("backward", piece, 1, size, 0, self._cut, down=answer.encoded_bytes)
         if self._split.private:
             loss, hits = self._returned.pop(piece)
-            return loss.cpu(), int(hits)
-        return answer.tensors["loss"], int(answer.tensors["hits"])
+            return loss.cpu(), hits.item()
+        return answer.tensors["loss"], answer.tensors["hits"].item()
 
     def _update(self, part: Stepping) -> None:
         self._pace.begin()

@@ -1,5 +1,8 @@
 """The machine: everything of fedsys but the choice of strategies and clients.
 
+``fedsys.train()``, ``plan``, ``prune`` and ``load`` do from Python what the commands do
+(`fedsys.commands.python`); importing them costs nothing until they are called.
+
 Its folders are rooms with an order (``docs/architecture.md``). What a room offers stands in the
 ``__all__`` of its ``__init__``; the names are imported when they are first asked for (`face`), so
 that a room costs no more than what is taken from it.
@@ -46,3 +49,8 @@ def face(
         return sorted({*vars(sys.modules[room]), *module_of})
 
     return getattribute, names_in_room
+
+
+__all__ = ["load", "plan", "prune", "train"]
+
+__getattr__, __dir__ = face(__name__, {"commands.python": " ".join(__all__)})

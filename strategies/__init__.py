@@ -110,6 +110,7 @@ def build(
     if policy is None or fleet is None or dataset is None:
         return Sampled(inner, roster, sampling, seed=config.seed)
     check_mods(config.apps.client)
+    _refuse_raw_tokens(config, dataset)
     mobility = source_of(config, edges)
     for line in () if mobility is None else mobility.notes:
         say(line)
@@ -124,6 +125,19 @@ def build(
         mobility=mobility,
     )
     return Sampled(offload, roster, sampling, seed=config.seed)
+
+
+def _refuse_raw_tokens(config: Config, dataset: Dataset) -> None:
+    """Refuse to send whole numbers as if they were activations."""
+    asked, inputs = config.policy.get("cut"), dataset.train.pixels
+    cuts = asked if isinstance(asked, list | tuple) else [asked]
+    raw = any(type(cut) is int and cut == 0 for cut in cuts)
+    if raw and not dataset.pictures and not inputs.dtype.is_floating_point:
+        raise ConfigError.of(
+            "policy.cut", 0,
+            f"sends inputs as they are, and those of {dataset.name} are whole numbers, with which "
+            "no unit behind the first computes", "1, behind what embeds them",
+        )  # fmt: skip
 
 
 def _private(

@@ -37,6 +37,7 @@ from fedsys.training import plain as training
 from fedsys.training.federation import Federation, layered_model
 from fedsys.training.pulse import pulse
 from fedsys.training.resilience import PathScores, measure
+from fedsys.training.tasks import Task, task_of
 from fedsys.transport import records
 from strategies import PrivateRecords, Roster, budgeted, build, private, pruned
 from strategies.around import find
@@ -152,10 +153,10 @@ def _prepared(
     progress.phase(f"loading {config.data.get('source', 'data')}")
     fed = federation.federation(config)
     model = federation.trained_model(config, fed.dataset)
-    federation.check_model(model, fed.dataset)
+    federation.check_model(model, fed.dataset, config)
     training.set_threads(config.client.threads)
     device = training.pick_device(config.client.device)
-    judge = Judge(model.to(device), fed)
+    judge = Judge(model.to(device), fed, task_of(config))
     strategy = build(
         config, model, roster, fleet=fleet, dataset=fed.dataset,
         folder=safety.folder.path, say=progress.phase,
@@ -214,6 +215,7 @@ def _rounds(
             elapsed_s=safety.seconds,
             timeout_s=config.runtime.timeout_s,
             judge=job.judge.validation,
+            metric=config.task.measure.name,
             done=teller.tell,
             faults=safety.faults,
             timed=None if virtual is None else virtual.row,
@@ -324,10 +326,11 @@ def _conclude(
     test = judge.test(arrays)
     paths = judge.paths(config.resilience.measured_units)
     state, parts = resilience.divided(state)
+    metric = config.task.measure.name
     result = {
-        "accuracy": test.accuracy,
+        metric: test.accuracy,
         "loss": test.loss,
-        "val_accuracy": float(last["val_accuracy"]),
+        f"val_{metric}": float(last[f"val_{metric}"]),
         "val_loss": float(last["val_loss"]),
         "rounds": int(last["round"]),
         "num_clients": config.num_clients,
@@ -343,8 +346,8 @@ def _conclude(
     if paths is not None:
         pool = config.resilience.pool
         resilience.save(folder.path, parts, paths, result["model_sha256"], pool)
-    classes = fed.dataset.classes
-    counts = data.class_counts(fed.dataset.train.labels.numpy(), fed.parts, len(classes))
+    groups, classes = fed.dataset.counted
+    counts = data.class_counts(groups, fed.parts, len(classes))
     data.write_class_counts(counts, classes, folder.path / "class_counts.csv")
     if config.run.plots:
         plots.draw_all(folder)
@@ -363,10 +366,11 @@ class Judge:
     Args:
         model: Receives each state that is to be scored; on the device where that is done.
         fed: The data.
+        task: Tells loss and metric.
     """
 
-    def __init__(self, model: nn.Module, fed: Federation) -> None:
-        self._model, self._fed = model, fed
+    def __init__(self, model: nn.Module, fed: Federation, task: Task) -> None:
+        self._model, self._fed, self._task = model, fed, task
 
     def validation(self, arrays: ArrayRecord) -> training.Score:
         """Score on the validation part, by which rounds are judged."""
@@ -389,4 +393,4 @@ class Judge:
     def _score(self, arrays: ArrayRecord, part: Images) -> training.Score:
         records.load_into(self._model, arrays)
         batches = data.eval_batches(part, self._fed.dataset)
-        return training.evaluate(self._model, batches)
+        return training.evaluate(self._model, batches, self._task)

@@ -29,7 +29,7 @@ class ModelDivision:
         layers: The model, on ``meta``.
     """
 
-    def __init__(self, config: Config, input_shape: tuple[int, int, int], num_classes: int) -> None:
+    def __init__(self, config: Config, input_shape: tuple[int, ...], num_classes: int) -> None:
         self.layers: LayeredModel = layered_model(config, input_shape, num_classes)
         self._config, self._shape, self._classes = config, input_shape, num_classes
         self._names: dict[tuple[int, int], set[str]] = {}

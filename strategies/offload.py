@@ -103,7 +103,7 @@ class Offload(Around):
         *,
         config: Config,
         roster: Roster,
-        input_shape: tuple[int, int, int],
+        input_shape: tuple[int, ...],
         num_classes: int,
         mobility: MobilitySource | None = None,
     ) -> None:

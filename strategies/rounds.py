@@ -74,6 +74,7 @@ def play(
     last: int,
     timeout_s: float,
     judge: Callable[[ArrayRecord], Score],
+    metric: str = "accuracy",
     done: Callable[[RoundResult], None],
     elapsed_s: float = 0.0,
     faults: Faults | None = None,
@@ -91,6 +92,7 @@ def play(
         last: Last round.
         timeout_s: Longest time for one phase, in seconds.
         judge: Scores a model on the validation part.
+        metric: Name of what it tells beside the loss.
         done: Called after each round.
         elapsed_s: Seconds that the rounds before `first` took.
         faults: What is to strike; None for nothing.
@@ -117,7 +119,7 @@ def play(
         watch.lap("evaluate")
         row: Row = {
             "round": number,
-            "val_accuracy": score.accuracy,
+            f"val_{metric}": score.accuracy,
             "val_loss": score.loss,
             **_plain(trained.metrics),
             **{f"clients_{name}": value for name, value in federated.items()},

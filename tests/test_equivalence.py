@@ -466,3 +466,80 @@ def test_any_two_values_of_two_columns_meet_in_some_row():
     for a, b in itertools.combinations(range(len(values)), 2):
         for pair in itertools.product(values[a], values[b]):
             assert (a, str(pair[0]), b, str(pair[1])) in met
+
+
+# --------------------------------------------------------------------------------------------------
+# Other tasks than classes, on data, models and losses as users bring them
+
+OWN_DATA = {
+    "regression": ("regression", "rows", {"_target_": "fedsys.models.dense.mlp", "hidden": 8}),
+    "multilabel": ("multilabel", "labels", {"_target_": "fedsys.models.dense.mlp", "dropout": 0.2}),
+    "segmentation": ("segmentation", "pictures", {"_target_": "tests.own_work.Segments"}),
+    "next token": (
+        "next_token",
+        "Sentences",
+        {"_target_": "fedsys.models.text.Gpt", "width": 16, "depth": 2, "heads": 2, "dropout": 0.1},
+    ),
+    "classes of tokens": ("classification", "Words", {"_target_": "tests.own_work.Bag"}),
+    "own loss": ("regression", "rows", {"_target_": "fedsys.models.dense.mlp", "hidden": 8}),
+    "own loss with a weight": ("regression", "rows", {"_target_": "fedsys.models.dense.mlp"}),
+}
+OWN_LOSSES = {"own loss": "steep", "own loss with a weight": "weighted"}
+OWN_TABLE = [
+    ("regression", 1, "momentum, decay, cosine", (3, "pipelined"), "link", False, "tcp"),
+    ("regression", 1, "kept adam, plain", (1, "sequential"), "never", True, "memory"),
+    ("multilabel", [1, 2, 1], "proximal, clipped, two epochs", (4, "bounded 2"), "edge", False,
+     "grpc"),
+    ("segmentation", 1, "plain", (2, "pipelined"), "link", True, "memory"),
+    ("segmentation", 2, PROXIMAL, (4, "sequential"), "edge", False, "memory"),
+    ("next token", 3, "kept adam, plain", (3, "pipelined"), "edge", False, "tcp"),
+    ("next token", 2, "momentum, decay, cosine", (2, "pipelined"), "link", True, "memory"),
+    ("classes of tokens", 1, "momentum, decay, cosine", (2, "pipelined"), "link", False, "grpc"),
+    ("own loss", 1, "proximal, clipped, two epochs", (3, "bounded 2"), "edge", False, "memory"),
+    ("own loss with a weight", 1, "plain", (4, "pipelined"), "never", True, "tcp"),
+]  # fmt: skip
+KEPT = {"client": {"optimizer": "adam", "lr": 0.003, "keep_optimizer": True}}
+
+
+@pytest.fixture
+def of_own(configure):
+    """Return a function from data of a task, a feature and further values to a configuration."""
+
+    def made(name, feature, **more):
+        kind, data, model = OWN_DATA[name]
+        values = dict((ALL_FEATURES | {"kept adam, plain": KEPT})[feature])
+        strategy = values.pop("strategy", "fedavg")
+        given = [f"data._target_=tests.own_work.{data}", "data.partition.min_examples=2"]
+        if data == "Words":
+            given.append("data.collate=tests.own_work.padded")
+        if name in OWN_LOSSES:
+            given.append(f"task.loss={{_target_:tests.own_work.{OWN_LOSSES[name]}}}")
+        model = dict(model)
+        given.append(f"model._target_={model.pop('_target_')}")
+        given += [f"+model.{key}={value}" for key, value in model.items()]
+        base = configure("data=own", "model=own", f"task={kind}", f"strategy={strategy}", *given)
+        common = {key: value for key, value in COMMON.items() if key != "data"}
+        return parse(with_values(base.text, **merged(merged(common, values), more)))
+
+    return made
+
+
+@pytest.mark.parametrize("row", OWN_TABLE, ids=lambda row: f"{row[0]}@{row[1]}-{row[2]}")
+def test_split_training_of_other_tasks_gives_the_bits_of_plain_training(
+    row, of_own, carry_out, interrupt
+):
+    name, cut, feature, (pieces, schedule), interrupted, private, link = row
+    expected = carry_out(of_own(name, feature, schedule={"micro_batches": pieces}))
+    policy = {"policy": {"kind": "fixed", "cut": cut, "codec": "fp32", "micro_batches": None}}
+    order = {"schedule": {**ordered(schedule), "micro_batches": pieces}}
+    more = merged(merged(policy, order), {"client": {"label_private": private}})
+    config = of_own(name, feature, **more, link={"kind": link}, num_edges=2)
+    struck = interrupt(interrupted)
+    got = carry_out(config)
+    assert got.sha256 == expected.sha256
+    assert bool(struck) == bool(got.figures["recoveries"]) == (interrupted != "never")
+    assert not any(got.lost)
+    for key in ("train_loss", f"train_{config.task.measure.name}", "steps", "examples"):
+        found = [each[key] for each in got.rows]
+        assert found == [each[key] for each in expected.rows]
+        assert all(value == value for value in found)

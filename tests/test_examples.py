@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 
 PROMISES = {
+    "own_task.py": r"(?s)the same model, to the bit; .*error 0\.\d+.*% of the weights pruned",
     "small_variants.py": r"none +85,162 .*\n +30% .*\n +45% .*\n +60% ",
     "split_by_hand.py": r"(cut \d, behind .*; the same model, to the bit\n){2}",
     "where_to_cut.py": r"(?s)4g: a round takes \d+ s.*wifi: .*trains up to conv1, the edge",

@@ -35,6 +35,7 @@ from fedsys.runs.folder import RunFolder, default_path, write_atomic
 from fedsys.training import federation, optimizers
 from fedsys.training import plain as training
 from fedsys.training.part import safe_input
+from fedsys.training.tasks import loss_of
 from fedsys.transport.codecs import CODECS
 from fedsys.transport.security import Credentials, Role
 
@@ -144,7 +145,7 @@ def profile(
     training.set_threads(config.client.threads)
     fed = federation.federation(config)
     model = federation.build_model(config, fed.dataset)
-    federation.check_model(model, fed.dataset)
+    federation.check_model(model, fed.dataset, config)
     device = training.pick_device(config.client.device)
     layers = layered(model.to(device), fed.dataset.input_shape)
     repeats, name = int(options["repeats"]), str(options["name"] or socket.gethostname())
@@ -331,7 +332,7 @@ class _Timed:
                 began = self._now()
                 x = part(safe_input(part, x) if index else x)
                 if index == len(self._parts) - 1:
-                    x = training.loss_of(x, y, 1.0)
+                    x = loss_of(x, y, 1.0)
                 forward.append(self._now() - began)
                 outputs.append(x)
             gradient: Tensor | None = None

@@ -92,6 +92,13 @@ def job(tree: Any) -> Mapping[str, Any]:
 def _make(config: Config, run: Path | None, folder: Path, shown: Progress) -> Made:
     training.set_threads(config.client.threads)
     dataset = federation.federation(config).dataset
+    if not (config.task.usual and dataset.pictures):
+        raise ConfigError.of(
+            "variants.run", run,
+            f"must be of images in classes, and this is task={config.task.kind} on {dataset.name}: "
+            "variants are compared by right answers and answer to images",
+            "pruning=magnitude in fedsys train prunes others while they learn",
+        )  # fmt: skip
     model = federation.build_model(config, dataset, initial=run is None)
     if run is None:
         source = f"an untrained model, seed {config.seed}"

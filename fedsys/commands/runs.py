@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from fedsys.commands.arguments import Given
-from fedsys.commands.sweep import percent
 from fedsys.errors import ConfigError
 from fedsys.runs.lines import aligned, seconds_text
+from fedsys.runs.measured import shown
 from fedsys.runs.naming import shortest
 from fedsys.runs.report.labels import settings_text
 from fedsys.runs.report.loading import Run, as_json, differences, load
@@ -60,7 +60,9 @@ def table(runs: Sequence[Run]) -> str:
     told = {key: values for key, values in differences(runs).items() if key not in UNTOLD}
     rows = [_row(run, settings_text({k: v[i] for k, v in told.items()}))
             for i, run in enumerate(runs)]  # fmt: skip
-    head = ["started", "status", "rounds", "test accuracy", "val accuracy", "time"]
+    usual = all(run.metric.name == "accuracy" for run in runs)
+    scores = ["test accuracy", "val accuracy"] if usual else ["test", "validation"]
+    head = ["started", "status", "rounds", *scores, "time"]
     return aligned([*head, "folder", "what differs"], rows, ["rounds", *head[3:]])
 
 
@@ -74,8 +76,8 @@ def _row(run: Run, differs: str) -> list[str]:
         when,
         run.status,
         f"{len(run.rounds)}/{wanted}" if wanted is not None and run.rounds else "",
-        percent(run.result.get("accuracy")),
-        percent(last.get("val_accuracy")),
+        shown(run.result),
+        shown(last, "val_"),
         seconds_text(float(seconds)) if isinstance(seconds, int | float) else "",
         shortest(run.path),
         differs,

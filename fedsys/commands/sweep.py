@@ -10,6 +10,7 @@ from typing import Any
 
 from fedsys.errors import FedsysError
 from fedsys.runs.lines import aligned, seconds_text
+from fedsys.runs.measured import metric_in, shown
 from fedsys.runs.naming import shortest
 
 
@@ -43,12 +44,15 @@ class Sweep:
             rows.append([
                 str(index + 1),
                 *(values.get(key, "") for key in keys),
-                percent(result.get("accuracy")),
-                percent(result.get("val_accuracy")),
+                shown(result),
+                shown(result, "val_"),
                 *_figures(result),
                 str(end) if isinstance(end, FedsysError) else "",
             ])  # fmt: skip
-        numbers = ["run", "test accuracy", "val accuracy", "test loss", "time", "virtual"]
+        ends = [end for end in self.ends if isinstance(end, Mapping)]
+        usual = all(metric_in(end).name == "accuracy" for end in ends)
+        scores = ["test accuracy", "val accuracy"] if usual else ["test", "validation"]
+        numbers = ["run", *scores, "test loss", "time", "virtual"]
         return aligned([numbers[0], *keys, *numbers[1:], "refused or failed"], rows, numbers)
 
     def report_line(self) -> str:

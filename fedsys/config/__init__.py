@@ -15,7 +15,9 @@ import dataclasses
 import functools
 import shlex
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,7 @@ __all__ = [
     "ScheduleConfig",
     "Spec",
     "VariantsConfig",
+    "as_given",
     "call_target",
     "check_keywords",
     "compose_text",
@@ -233,6 +236,19 @@ def _divided_text(text: str, num_clients: int) -> str:
     return with_values(text, num_clients=num_clients)
 
 
+_told: ContextVar[Sequence[str] | None] = ContextVar("told", default=None)
+
+
+@contextmanager
+def as_given(overrides: Sequence[str]) -> Iterator[None]:
+    """Take overrides for what the command line says, in the block: a job is called from Python."""
+    token = _told.set(tuple(overrides))
+    try:
+        yield
+    finally:
+        _told.reset(token)
+
+
 def given_keys() -> list[str]:
     """Return the keys and groups that the command line of this job names, with dots."""
     return list(given())
@@ -243,9 +259,12 @@ def given() -> dict[str, str]:
     from hydra.core.hydra_config import HydraConfig
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    if not HydraConfig.initialized():  # a job that was called by its function
+    if (told := _told.get()) is not None:
+        texts = list(told)
+    elif HydraConfig.initialized():
+        texts = list(HydraConfig.get().overrides.task)
+    else:  # a job that was called by its function
         return {}
-    texts = list(HydraConfig.get().overrides.task)
     parsed = OverridesParser.create().parse_overrides(texts)
     return {
         override.key_or_group.replace("/", "."): text

@@ -8,6 +8,7 @@ from typing import Any
 from fedsys.config import privacy as privacy_settings
 from fedsys.config import pruning as pruning_settings
 from fedsys.config import resilience as resilience_settings
+from fedsys.config import task as task_settings
 from fedsys.config.partition import HOST_RULES, HOSTS_RULES
 from fedsys.config.partition import RULES as PARTITION_RULES
 from fedsys.config.serving import RULES as SERVING_RULES
@@ -135,6 +136,8 @@ def check(config: Config) -> None:
             raise ConfigError.of(path, value, rule, way_out)
     pruning_settings.check(config.pruning)
     privacy_settings.check(config.privacy)
+    task_settings.check(config.task)
+    _check_task(config)
     _check_resilience(config)
     _check_tracker(config.tracker)
     _check_links(config)
@@ -209,3 +212,24 @@ def _check_links(config: Config) -> None:
             raise ConfigError.of(
                 f"{path}.emulate", True, "must be left out", "network.emulate=true is for all links"
             )
+
+
+def _check_task(config: Config) -> None:
+    """Refuse what is made for classes and the cross-entropy where something else is learned."""
+    if config.task.usual:
+        return
+    task = "own loss" if config.task.kind == "classification" else config.task.kind
+    cut = config.privacy.mechanism == "cut"
+    refused = (
+        ("privacy.mechanism", config.privacy.mechanism, config.privacy.per_example or cut,
+         "computes the gradient of each example by the cross-entropy" if not cut
+         else "tries whether examples influence each other on images", "privacy=none or client"),
+        ("resilience.training", config.resilience.training, config.resilience.active,
+         "trains exits by the cross-entropy", "resilience=none"),
+        ("pruning.method", config.pruning.method,
+         config.pruning.active and config.pruning.method not in ("magnitude", "random"),
+         "scores weights by the cross-entropy, or on images", "pruning=magnitude"),
+    )  # fmt: skip
+    for key, value, broken, rule, way_out in refused:
+        if broken:
+            raise ConfigError.of(key, value, f"cannot be with task={task}: it {rule}", way_out)

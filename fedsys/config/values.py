@@ -14,6 +14,7 @@ from fedsys.config.privacy import PrivacyConfig
 from fedsys.config.pruning import PruningConfig
 from fedsys.config.resilience import ResilienceConfig
 from fedsys.config.serving import ServingConfig
+from fedsys.config.task import TaskConfig
 
 OWN_MODELS: Final = ("fedsys.models", "fedsys.pruning.variant", "torchvision.models")
 """Where the constructors are that an edge server calls unless it is told others."""
@@ -368,6 +369,7 @@ class Config:
     strategy: Spec
     policy: Spec
     network: NetworkConfig = field(default_factory=NetworkConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
     bench: Spec = field(default_factory=dict)
     profile: Spec = field(default_factory=dict)
     mobility: MobilityConfig = field(default_factory=MobilityConfig)

@@ -1,6 +1,7 @@
 """A data set in memory, and the choices made once when it is read.
 
-The parts keep their pixels as uint8: a quarter of the memory of float32, and what the disk has.
+Parts of images keep their pixels as uint8: a quarter of the memory of float32, and what the disk
+has. Other inputs have the type that models take.
 """
 
 from __future__ import annotations
@@ -23,12 +24,23 @@ class Images:
     """One part of a data set.
 
     Attributes:
-        pixels: uint8 of shape ``(N, C, H, W)``, contiguous; may be mapped from a file.
-        labels: int64 of shape ``(N,)``, each in ``[0, number of classes)``.
+        pixels: The inputs. Images are uint8 of shape ``(N, C, H, W)``, contiguous; may be mapped
+            from a file. Others are float32 or int64 of shape ``(N, …)``.
+        labels: What is to be learned: classes, int64 of shape ``(N,)``, each in ``[0, number of
+            classes)``; or targets of another task, ``(N, …)``.
+        strata: int64 of shape ``(N,)``: what parts are stratified and divided by; None: labels.
+        owners: int64 of shape ``(N,)``: whose the examples are, where the data say so.
     """
 
     pixels: Tensor
     labels: Tensor
+    strata: Tensor | None = None
+    owners: Tensor | None = None
+
+    @property
+    def groups(self) -> Indices:
+        """What parts are stratified and divided by, ``(N,)``."""
+        return (self.labels if self.strata is None else self.strata).numpy()
 
     def __len__(self) -> int:
         return int(self.labels.shape[0])
@@ -38,7 +50,8 @@ class Images:
         if len(indices) == len(self) and np.array_equal(indices, np.arange(len(self))):
             return self
         rows = torch.from_numpy(indices)
-        return Images(self.pixels.index_select(0, rows), self.labels.index_select(0, rows))
+        more = (None if each is None else each[rows] for each in (self.strata, self.owners))
+        return Images(self.pixels.index_select(0, rows), self.labels.index_select(0, rows), *more)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,9 +64,10 @@ class Dataset:
         validation: What rounds are judged on; without examples if none were set aside.
         test: Scored once, on the last model.
         classes: Names of the classes, by label.
-        mean: Per channel, of ``pixels / 255``.
+        mean: Per channel, of ``pixels / 255``; empty: inputs are no images and stay as they are.
         std: Per channel, of ``pixels / 255``; above zero.
         augmentation: ``"none"``, ``"crop"`` or ``"crop_flip"``.
+        outputs: What a model makes of an example, or of a place of it: classes, or numbers.
     """
 
     name: str
@@ -64,17 +78,29 @@ class Dataset:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augmentation: str
+    outputs: int = 0
 
     @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """Shape ``(C, H, W)`` of one image."""
-        _, channels, height, width = self.train.pixels.shape
-        return channels, height, width
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one example: ``(C, H, W)`` of an image."""
+        return tuple(self.train.pixels.shape[1:])
 
     @property
     def num_classes(self) -> int:
-        """Number of classes."""
-        return len(self.classes)
+        """Number of classes, or of other outputs."""
+        return self.outputs or len(self.classes)
+
+    @property
+    def counted(self) -> tuple[Indices, tuple[str, ...]]:
+        """By what the examples of clients are counted, ``(N,)``, and how its values are called."""
+        if self.classes:
+            return self.train.groups, self.classes
+        return np.zeros(len(self.train), dtype=np.int64), ("examples",)
+
+    @property
+    def pictures(self) -> bool:
+        """Whether examples are images, which are normalised."""
+        return bool(self.mean)
 
 
 def stratified(labels: Indices, count: int, rng: np.random.Generator) -> Indices:
@@ -106,11 +132,17 @@ def set_aside(images: Images, fraction: float, rng: np.random.Generator) -> tupl
 
     A fraction above zero sets at least one image aside and never all of them.
     """
-    labels = images.labels.numpy()
+    labels = images.groups
     count = min(max(1, round(fraction * len(labels))), len(labels) - 1) if fraction > 0.0 else 0
     apart = stratified(labels, count, rng)
     stays = np.setdiff1d(np.arange(len(labels)), apart, assume_unique=True)
     return images.take(stays), images.take(apart)
+
+
+def quantiles(values: NDArray[np.float32], count: int = 10) -> Indices:
+    """Return in which of `count` groups of like size each of some numbers is, ``(N,)``."""
+    inner = np.quantile(values, np.arange(1, count) / count)
+    return np.searchsorted(inner, values, side="right").astype(np.int64)
 
 
 def mean_and_std(pixels: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -82,13 +82,14 @@ class _Normaliser:
     """Turn uint8 pixels into ``(pixels / 255 - mean) / std`` by one product and one sum."""
 
     def __init__(self, dataset: Dataset) -> None:
+        self.pictures = dataset.pictures
         mean = torch.tensor(dataset.mean, dtype=torch.float64).reshape(-1, 1, 1)
         std = torch.tensor(dataset.std, dtype=torch.float64).reshape(-1, 1, 1)
         self.scale = (1.0 / (255.0 * std)).float()
         self.shift = (-mean / std).float()
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        return pixels.float().mul_(self.scale).add_(self.shift)
+        return pixels.float().mul_(self.scale).add_(self.shift) if self.pictures else pixels
 
 
 def train_batches(
@@ -118,7 +119,7 @@ def train_batches(
         float32 of shape ``(B, C, H, W)``, normalised, and int64 of shape ``(B,)``.
     """
     normalised = _Normaliser(dataset)
-    height, width = images.pixels.shape[2:]
+    height, width = images.pixels.shape[2:] if dataset.pictures else (0, 0)
     mine = torch.as_tensor(indices, dtype=torch.int64)
     order = mine[torch.randperm(len(mine), generator=address.torch("shuffle", step=epoch))]
     spans = list(_spans(len(mine), batch_size))
@@ -146,7 +147,7 @@ def drawn_batches(
         address: Seed, client and round of the draws.
     """
     normalised = _Normaliser(dataset)
-    height, width = images.pixels.shape[2:]
+    height, width = images.pixels.shape[2:] if dataset.pictures else (0, 0)
     for step, indices in enumerate(drawn):
         rows = torch.as_tensor(indices, dtype=torch.int64)
         pixels = images.pixels.index_select(0, rows)

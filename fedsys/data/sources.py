@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedsys.data import folder
+from fedsys.data import folder, own, table, text
 from fedsys.data.dataset import Dataset, Images, Indices, mean_and_std, set_aside, stratified
 from fedsys.data.loader import AUGMENTATIONS
 from fedsys.data.options import Spec, cache_folder, choice, fraction, shape, whole
@@ -47,6 +47,7 @@ class Parts:
     classes: tuple[str, ...]
     validation: Images | None = None
     statistics: Statistics | None = None
+    outputs: int = 0
 
 
 def load(spec: Spec, *, seed: int) -> Dataset:
@@ -68,6 +69,7 @@ def load(spec: Spec, *, seed: int) -> Dataset:
     held_out = fraction(spec, "validation", 0.0)
     limit = spec.get("max_examples")
     most = None if limit is None else whole(spec, "max_examples", 1, least=2)
+    _check_task(name, spec)
     parts = SOURCES[name](spec, seed)
     address = Address(seed)
     train = _subset(parts.train, most, address, 0)
@@ -76,15 +78,30 @@ def load(spec: Spec, *, seed: int) -> Dataset:
         validation = _subset(parts.validation, most, address, 2)
     else:
         train, validation = set_aside(train, held_out, address.numpy("validation"))
-    mean, std = parts.statistics or mean_and_std(train.pixels)
-    return Dataset(name, train, validation, test, parts.classes, mean, std, augmentation)
+    pictures = train.pixels.dtype == torch.uint8
+    if augmentation != "none" and not pictures:
+        raise ConfigError.of(
+            "data.augmentation", augmentation, "is of images", "data.augmentation=none"
+        )
+    mean, std = parts.statistics or (mean_and_std(train.pixels) if pictures else ((), ()))
+    more = parts.classes, mean, std, augmentation, parts.outputs
+    return Dataset(name, train, validation, test, *more)
+
+
+def _check_task(source: str, spec: Spec) -> None:
+    task = spec.get("task", "classification")
+    if task != "classification" and source not in ANY:
+        raise ConfigError.of(
+            "task.kind", task, f"must be classification with data.source={source}, of classes",
+            f"data=own, text or table is for others ({', '.join(ANY)})",
+        )  # fmt: skip
 
 
 def _subset(images: Images, most: int | None, address: Address, part: int) -> Images:
     if most is None or len(images) <= most:
         return images
     rng = address.numpy("subset", part)
-    return images.take(stratified(images.labels.numpy(), most, rng))
+    return images.take(stratified(images.groups, most, rng))
 
 
 def _images(pixels: np.ndarray[Any, Any], labels: Indices) -> Images:
@@ -176,6 +193,34 @@ def _image_folder(spec: Spec, seed: int) -> Parts:
 
 
 # --------------------------------------------------------------------------------------------------
+# Any data
+
+
+def _own(spec: Spec, seed: int) -> Parts:
+    """What a data set of the user's holds."""
+    found = own.read(spec)
+    train, test = found.train, found.test
+    if test is None:
+        share = fraction(spec, "test", 0.2, open_below=True)
+        train, test = set_aside(train, share, Address(_TEST_SEED).numpy("test"))
+    return Parts(train, test, found.classes, outputs=found.outputs)
+
+
+def _text(spec: Spec, seed: int) -> Parts:
+    """Windows of a text, byte by byte."""
+    found = text.read(spec)
+    assert found.test is not None
+    return Parts(found.train, found.test, (), outputs=found.outputs)
+
+
+def _table(spec: Spec, seed: int) -> Parts:
+    """Rows of a table."""
+    found = table.read(spec, _TEST_SEED)
+    assert found.test is not None
+    return Parts(found.train, found.test, found.classes, outputs=found.outputs)
+
+
+# --------------------------------------------------------------------------------------------------
 # Sources of torchvision
 
 
@@ -260,5 +305,11 @@ SOURCES: dict[str, Callable[[Spec, int], Parts]] = {
     "svhn": _Torchvision("SVHN", (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
     "image_folder": _image_folder,
     "synthetic": _synthetic,
+    "own": _own,
+    "text": _text,
+    "table": _table,
 }
 """Readers by the name that `data.source` gives."""
+
+ANY = ("own", "text", "table")
+"""Those whose targets need not be classes."""

@@ -14,11 +14,14 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from fedsys.errors import ConfigError, ModelError, did_you_mean
-from fedsys.models.blocks import Shape, check_positive
+from fedsys.models.blocks import check_positive
 from fedsys.models.norm import convert_norm
 from fedsys.randomness import Address, key_modules, seeded_default_generator
 
 _NOT_FOR_THE_CONSTRUCTOR = ("_target_", "norm", "init")
+Shape = tuple[int, ...]
+"""Of one example: channels, height and width of an image."""
+
 _DRAWS = (Tensor.normal_, Tensor.uniform_)
 
 

@@ -13,7 +13,7 @@ from fedsys.errors import ConfigError, ModelError
 from fedsys.randomness import check_keyed
 
 
-def check_fits(model: nn.Module, example: Tensor, num_classes: int) -> None:
+def check_fits(model: nn.Module, example: Tensor, made: tuple[int, ...] | None) -> None:
     """Refuse a model that does not make one row of outputs of each example, or draws at random.
 
     The model is run in evaluation and in training, and left as it was but for what its own forward
@@ -22,10 +22,10 @@ def check_fits(model: nn.Module, example: Tensor, num_classes: int) -> None:
     Args:
         model: With values, on the device of `example`.
         example: A batch of two or more inputs, ``(rows, …)``.
-        num_classes: Outputs per example that it must have.
+        made: Shape that it must make of an example, ``(classes,)`` of classification; None: any.
 
     Raises:
-        ConfigError: It takes other inputs or returns something else than ``(rows, num_classes)``
+        ConfigError: It takes other inputs or returns something else than ``(rows, *made)``
             floating-point numbers.
         ModelError: It draws from a process-wide generator.
     """
@@ -34,12 +34,14 @@ def check_fits(model: nn.Module, example: Tensor, num_classes: int) -> None:
     modes = {module: module.training for module in model.modules()}
     try:
         with torch.no_grad():
-            _check_outputs(name, _tried(name, lambda: model.eval()(example), example), num_classes)
+            _check_outputs(
+                name, _tried(name, lambda: model.eval()(example), example), made, len(example)
+            )
     finally:
         for module, mode in modes.items():
             module.training = mode
     outputs = _tried(name, lambda: check_keyed(model, example), example)
-    _check_outputs(name, outputs, num_classes)
+    _check_outputs(name, outputs, made, len(example))
 
 
 def _check_arguments(model: nn.Module, name: str) -> None:
@@ -73,8 +75,11 @@ def _tried(name: str, call: Callable[[], Any], example: Tensor) -> Any:
         ) from error
 
 
-def _check_outputs(name: str, outputs: object, num_classes: int) -> None:
-    rule = f"must return one tensor of shape (batch, {num_classes}), a number for each class"
+def _check_outputs(name: str, outputs: object, made: tuple[int, ...] | None, rows: int) -> None:
+    rule = "must return one tensor of shape (batch, …)"
+    if made is not None:
+        rule = f"must return one tensor of shape (batch, {', '.join(map(str, made))})"
+    rule += ", a number for each class" if made is not None and len(made) == 1 else ""
     if isinstance(outputs, Mapping):
         way_out = f"return one entry of it: it has {', '.join(map(str, outputs))}"
         raise ConfigError.of("model", name, f"{rule}, and it returns a dict", way_out)
@@ -84,17 +89,23 @@ def _check_outputs(name: str, outputs: object, num_classes: int) -> None:
         raise ConfigError.of("model", name, what, way_out)
     if not isinstance(outputs, Tensor):
         raise ConfigError.of("model", name, f"{rule}, and it returns a {type(outputs).__name__}")
-    if outputs.dim() != 2:
+    if made is None or len(made) > 1:
+        fits = outputs.dim() and len(outputs) == rows
+        if not fits or (made is not None and tuple(outputs.shape[1:]) != made):
+            raise ConfigError.of(
+                "model", name, f"{rule}, and it returns {tuple(outputs.shape)} of {rows} examples"
+            )
+    elif outputs.dim() != 2:
         what = f"{rule}, and it has {outputs.dim()} dimensions: {tuple(outputs.shape)}"
         way_out = "pool and flatten it: x.mean((2, 3)) or nn.Flatten()"
         raise ConfigError.of("model", name, what, way_out)
-    if outputs.shape[1] != num_classes:
+    elif outputs.shape[1] != made[0]:
         raise ConfigError.of(
             "model",
             name,
             f"{rule}, and it has {outputs.shape[1]} outputs",
             "let its constructor take num_classes, or give it under the name that it has there: "
-            f"model.<argument>={num_classes}",
+            f"model.<argument>={made[0]}",
         )
     if not outputs.is_floating_point():
         what = f"{rule}, and it returns {outputs.dtype}"

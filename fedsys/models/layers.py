@@ -145,6 +145,8 @@ def layered(
         ModelError: The model cannot be traced, does not accept the example, or is not the chain
             of `units`; the message says which.
     """
+    if units is None and not isinstance(example, Tensor):
+        return _of_shape(model, example, fc_as_one)
     if units is None:
         graph = trace(model, example)
         costs, batch = measured(graph, example)
@@ -159,6 +161,22 @@ def layered(
     if not segments:
         raise ModelError(f"{type(model).__name__} computes nothing: its output is its input")
     return _chain(graph, segments, costs, batch, fc_as_one)
+
+
+def _of_shape(model: nn.Module, shape: Sequence[int], fc_as_one: bool) -> LayeredModel:
+    """See a model as a chain by the shape of its examples: of numbers, or else of tokens."""
+    try:
+        return layered(model, _batch_like(model, shape), fc_as_one=fc_as_one)
+    except ModelError as refused:
+        if not any(
+            isinstance(module, nn.Embedding | nn.EmbeddingBag) for module in model.modules()
+        ):
+            raise
+        tokens = torch.zeros((_BATCH, *shape), dtype=torch.int64)
+        try:
+            return layered(model, tokens, fc_as_one=fc_as_one)
+        except ModelError:
+            raise refused from None
 
 
 def chain_of(

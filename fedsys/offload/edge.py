@@ -173,7 +173,9 @@ class EdgeServer:
 
     def _session(self, spec: SessionSpec, start: Snapshot) -> Session:
         if self._models is not None:
-            check_models(configuration.parse(spec.config).model, self._models)
+            config = configuration.parse(spec.config)
+            check_models(config.model, self._models)
+            check_models([config.task.loss, config.task.metric], self._models, "task")
         return Session(spec, start, self._device, self._replicate, self._workers)
 
     def _replicate(self, spec: SessionSpec, snapshot: Snapshot) -> None:

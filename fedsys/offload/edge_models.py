@@ -15,22 +15,24 @@ from typing import Any
 from fedsys.errors import SecurityError
 
 
-def check_models(model: Mapping[str, Any], allowed: Sequence[str]) -> None:
-    """Check that a model, with all that is within it, may be built.
+def check_models(built: Any, allowed: Sequence[str], group: str = "model") -> None:
+    """Check that a model, with all that is within it, may be built, or that a loss may be called.
 
     Args:
-        model: The group ``model`` of a configuration.
+        built: The group ``model`` of a configuration, or parts of its group ``task``.
         allowed: Dotted prefixes: of packages, modules, or whole paths.
+        group: Which of them, for messages.
 
     Raises:
         SecurityError: Names what may not be called, and how its owner would admit it.
     """
-    for target in _targets(model):
+    for target in _targets(built):
         named = [prefix for prefix in allowed if _within(target, prefix)]
         if not named or not (target in named or any(_defined(target, one) for one in named)):
             raise SecurityError(
-                f"model._target_={target}: this edge server builds models of {', '.join(allowed)} "
-                f"alone; if you trust it, start the server with edge.models=[…,{target}]"
+                f"{group}._target_={target}: this edge server builds what is of "
+                f"{', '.join(allowed)} alone; if you trust it, start the server with "
+                f"edge.models=[…,{target}]"
             )
 
 

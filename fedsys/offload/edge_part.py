@@ -23,6 +23,7 @@ from fedsys.randomness import Address, drawing, rows
 from fedsys.training import plain as training
 from fedsys.training.federation import layered_model, penalty_of
 from fedsys.training.part import Part, filled_stages, names_between, safe_input
+from fedsys.training.tasks import task_of
 from fedsys.transport.wire import Frame
 
 T = TypeVar("T")
@@ -56,10 +57,11 @@ class EdgePart:
         if not 0 <= spec.first <= spec.last <= len(model):
             raise FrameError(f"open: units {spec.first} to {spec.last} of {len(model)}")
         cuts, layout = [spec.first, spec.last], config.client.memory_format
-        self.expected = Expected.of(model, spec, device)
+        self.expected = Expected.of(model, spec, device, config.task)
         (self._stage,) = filled_stages(model, cuts, [1], start.state, device, layout)
         self.private = spec.last < len(model)
         self._pace = session_pace(config, model, spec, workers)
+        self._task = task_of(config)
         self._processors, self._threads = workers.processors, config.client.threads
         self._part = Part(
             [self._stage],
@@ -143,7 +145,7 @@ class EdgePart:
     def back(self, out: Tensor, labels: Tensor) -> State:
         """Compute the backward of a piece from its labels; return loss and hits."""
         loss = self._steps.back(out, labels, self._batch)
-        return {"loss": loss, "hits": (out.detach().argmax(1) == labels).sum()}
+        return {"loss": loss, "hits": self._task.total(out.detach(), labels)}
 
     def told(self) -> Told:
         """Return the norms of these units' gradients; once per step."""

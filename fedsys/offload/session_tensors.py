@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedsys.config.task import TaskConfig
 from fedsys.errors import FrameError
 from fedsys.models.layers import LayeredModel
 from fedsys.offload.snapshot import SessionSpec
@@ -25,18 +26,22 @@ class Expected:
         dtype: Of activations.
         classes: Number of classes.
         device: Where tensors are to be.
+        task: What is learned, by which targets are checked.
     """
 
     shape: Sequence[int]
     dtype: torch.dtype
     classes: int
     device: torch.device
+    task: TaskConfig = field(default_factory=TaskConfig)
 
     @classmethod
-    def of(cls, model: LayeredModel, spec: SessionSpec, device: torch.device) -> Expected:
+    def of(
+        cls, model: LayeredModel, spec: SessionSpec, device: torch.device, task: TaskConfig
+    ) -> Expected:
         """Return what a session with the units of `spec` takes."""
         enters = model.units[spec.first - 1].out_shape if spec.first else spec.input_shape
-        return cls(enters, _dtype_of(model), spec.num_classes, device)
+        return cls(enters, _dtype_of(model), spec.num_classes, device, task)
 
     def activation(self, frame: Frame, examples: int | None) -> Tensor:
         """Return the activations ``(examples, …)`` of a frame.
@@ -59,17 +64,33 @@ class Expected:
         return tensor
 
     def labels(self, frame: Frame, examples: int) -> Tensor:
-        """Return the labels ``(examples,)`` of a frame.
+        """Return the labels ``(examples,)`` of a frame, or what else is to be learned of it.
 
         Raises:
             FrameError: They are missing, or others.
         """
         labels = frame.tensors.get("labels")
+        if not self.task.usual:
+            return self._targets(labels, examples)
         if labels is None or labels.dtype != torch.int64 or tuple(labels.shape) != (examples,):
             raise FrameError(f"labels: must be {examples} integers")
         if int(labels.min()) < 0 or int(labels.max()) >= self.classes:
             raise FrameError(f"labels: must be in 0 to {self.classes - 1}")
         return labels.to(self.device)
+
+    def _targets(self, targets: Tensor | None, examples: int) -> Tensor:
+        """Return targets ``(examples, …)``: classes of a kind that has them, else numbers."""
+        if targets is None or not targets.dim() or targets.shape[0] != examples:
+            raise FrameError(f"labels: must be targets of {examples} examples")
+        own = isinstance(self.task.loss, Mapping)
+        if targets.dtype == torch.int64 and (own or self.task.classes):
+            least, most = (int(bound) for bound in torch.aminmax(targets))
+            if not own and (least < 0 or most >= self.classes):
+                raise FrameError(f"labels: must be in 0 to {self.classes - 1}")
+            return targets.to(self.device)
+        if targets.dtype != torch.float32 or (self.task.classes and not own):
+            raise FrameError(f"labels: must not be of {targets.dtype} for task={self.task.kind}")
+        return targets.to(self.device)
 
     def gradient(self, frame: Frame, out: Tensor) -> Tensor:
         """Return the gradient of `out` that a frame carries.

@@ -50,7 +50,7 @@ class SessionSpec:
     first: int
     last: int
     config: str
-    input_shape: tuple[int, int, int]
+    input_shape: tuple[int, ...]
     num_classes: int
     micro_batches: int = 1
     proximal_mu: float = 0.0
@@ -82,8 +82,8 @@ class SessionSpec:
             values[spec.name] = tuple(value) if isinstance(value, list) else value
         made = cls(**values)
         sizes = (*made.input_shape, made.num_classes, made.micro_batches)
-        if len(made.input_shape) != 3 or not all(type(n) is int and n > 0 for n in sizes):
-            raise FrameError(f"open: {sizes}: must be C, H, W, classes and pieces, each above 0")
+        if not 1 <= len(made.input_shape) <= 8 or not all(type(n) is int and n > 0 for n in sizes):
+            raise FrameError(f"open: {sizes}: must be a shape, classes and pieces, each above 0")
         if made.codec_up not in CODECS or made.codec_down not in CODECS:
             raise FrameError(f"open: codecs {made.codec_up!r:.40} and {made.codec_down!r:.40}")
         return made

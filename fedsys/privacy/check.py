@@ -52,7 +52,7 @@ def check_record_run(config: Config) -> None:
             raise ConfigError.of(key, value, f"with privacy=record, {rule}", way_out)
 
 
-def check_record_model(model: nn.Module, input_shape: tuple[int, int, int]) -> None:
+def check_record_model(model: nn.Module, input_shape: tuple[int, ...]) -> None:
     """Refuse a model in which the gradient of one example is not to be had, or not its own.
 
     The model is copied and run on noise.

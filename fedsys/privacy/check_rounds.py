@@ -47,7 +47,7 @@ def check_cut_run(config: Config) -> None:
             raise ConfigError.of(key, value, f"with privacy=cut, {rule}", way_out)
 
 
-def check_cut_model(model: nn.Module, input_shape: tuple[int, int, int]) -> None:
+def check_cut_model(model: nn.Module, input_shape: tuple[int, ...]) -> None:
     """Refuse a model in which an activation depends on the other examples of its mini-batch.
 
     Clipping each by itself would bound nothing then: one example changes all activations.

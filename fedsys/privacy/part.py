@@ -18,9 +18,9 @@ from fedsys.config import Config
 from fedsys.errors import FrameError
 from fedsys.privacy.noise import NoiseSource
 from fedsys.privacy.update import PrivateUpdate, summed_backward
-from fedsys.training import plain
 from fedsys.training.masks import Masks
 from fedsys.training.part import Part
+from fedsys.training.tasks import CLASSIFICATION, Task, task_of
 
 Told = tuple[dict[str, Any], dict[str, Tensor]]
 """Header values and tensors of a frame."""
@@ -57,8 +57,8 @@ class Stepping(Protocol):
 class ClippedPart:
     """Gradients as they are, clipped by their joint norm if ``client.clip_norm`` says so."""
 
-    def __init__(self, part: Part) -> None:
-        self.part = part
+    def __init__(self, part: Part, task: Task = CLASSIFICATION) -> None:
+        self.part, self._task = part, task
         self._norms: dict[str, float] = {}
 
     @property
@@ -76,7 +76,7 @@ class ClippedPart:
 
     def back(self, outputs: Tensor, labels: Tensor, batch: int) -> Tensor:
         """Compute the backward of a share of the mean loss, and return that."""
-        loss = plain.loss_of(outputs, labels, len(labels) / batch)
+        loss = self._task.loss(outputs, labels, len(labels) / batch)
         if loss.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]  # torch has no type for it
         return loss.detach()
@@ -189,5 +189,5 @@ def stepping(
 ) -> Stepping:
     """Return what does the steps of a part; the arguments are those of `PrivatePart`."""
     if not config.privacy.per_example:
-        return ClippedPart(part)
+        return ClippedPart(part, task_of(config))
     return PrivatePart(part, config, noise=noise, expected=expected, source=source, masks=masks)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
+from fedsys.runs.measured import metric_in
+
 Row = Mapping[str, Any]
 
 
@@ -87,9 +89,19 @@ USUAL = tuple(column for column in COLUMNS if column.name not in ("virtual_s", "
 """Columns of a run that models no fleet and promises nothing."""
 
 
+def columns_of(row: Row) -> tuple[Column, ...]:
+    """Return all columns, the first for the metric by which the run is judged."""
+    metric = metric_in(row)
+    if metric.name == "accuracy":
+        return COLUMNS
+    title = f"val {metric.name.replace('_', ' ')}"
+    own = Column(title, f"val_{metric.name}", max(12, len(title)), metric.text, 0)
+    return own, *COLUMNS[1:]
+
+
 def columns_for(row: Row, rounds: int, width: int) -> tuple[Column, ...]:
     """Return the columns that have a value in a round and fit into so many characters."""
-    chosen = [column for column in COLUMNS if row.get(column.name) is not None]
+    chosen = [column for column in columns_of(row) if row.get(column.name) is not None]
     while chosen and len(table_head(rounds, chosen)) > width:
         chosen.remove(max(chosen, key=lambda column: column.rank))
     return tuple(chosen)
@@ -143,7 +155,7 @@ def round_line(row: Row, rounds: int, eta: float | None) -> str:
     'round  3/10  val accuracy 96.00%  clients 8  ETA 0:12'
     """
     parts = [f"round {_round_text(row, rounds).rjust(2 * len(str(rounds)) + 1)}"]
-    for column in COLUMNS:
+    for column in columns_of(row):
         if row.get(column.name) is not None:
             parts.append(f"{column.title} {_shown(row, column.name, column.form)}")
     return "  ".join([*parts, f"ETA {clock_text(eta)}"])
@@ -161,11 +173,12 @@ def within_text(clients: int, asked: int, batches: int, expected: int) -> str:
 
 def summary_lines(summary: Row) -> list[str]:
     """Return the closing lines: how good, how long, and where the results are."""
-    parts = []
-    if "accuracy" in summary:
-        parts.append(f"test accuracy {_shown(summary, 'accuracy', lambda x: f'{x:.2%}')}")
-    if "val_accuracy" in summary:
-        parts.append(f"val accuracy {_shown(summary, 'val_accuracy', lambda x: f'{x:.2%}')}")
+    parts, metric = [], metric_in(summary)
+    title = metric.name.replace("_", " ")
+    if metric.name in summary:
+        parts.append(f"test {title} {_shown(summary, metric.name, metric.text)}")
+    if f"val_{metric.name}" in summary:
+        parts.append(f"val {title} {_shown(summary, f'val_{metric.name}', metric.text)}")
     if "loss" in summary:
         parts.append(f"test loss {_shown(summary, 'loss', lambda x: f'{x:.4f}')}")
     end = []

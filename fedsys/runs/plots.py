@@ -14,7 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedsys.config.task import Metric
 from fedsys.files import write_atomic, writing
+from fedsys.runs.measured import metric_in
 from fedsys.runs.progress import seconds_text
 
 if TYPE_CHECKING:
@@ -82,12 +84,13 @@ def draw_all(folder: RunFolder) -> list[Path]:
     rows = folder.rounds()
     plots = folder.path / "plots"
     drawn = []
-    for kind in ("accuracy", "loss"):
+    metric = metric_in(name for row in rows for name in row)
+    for kind in (metric.name, "loss"):
         for by, column in (("round", "round"), ("time", "seconds_elapsed")):
             curves = curves_of(rows, kind, column)
             if curves:
                 path = plots / f"{kind}_by_{by}.png"
-                drawn.append(draw(path, _curves_painter(curves, kind, by)))
+                drawn.append(draw(path, _curves_painter(curves, metric, kind == "loss", by)))
     parts = time_parts(rows)
     if parts:
         drawn.append(draw(plots / "round_time.png", _time_painter(parts)))
@@ -103,7 +106,7 @@ def curves_of(rows: Rows, kind: str, x_column: str) -> dict[str, Points]:
 
     Args:
         rows: Rounds; any value may be absent or not finite, and such points are left out.
-        kind: ``"accuracy"`` or ``"loss"``.
+        kind: Name of a metric, or ``"loss"``.
         x_column: Column of the horizontal axis.
 
     Returns:
@@ -235,15 +238,22 @@ def draw_panels(path: Path, panels: Sequence[tuple[Paint, float]], width: float 
 _NAMES = {"val": "validation", "train": "training"}
 
 
-def _curves_painter(curves: Mapping[str, Points], kind: str, by: str) -> Paint:
+def _curves_painter(curves: Mapping[str, Points], metric: Metric, loss: bool, by: str) -> Paint:
+    """Return what paints curves of the metric of a run, or of its loss."""
+    share = metric.percent and not loss
+    title = "Loss" if loss else f"{metric.title[0].upper()}{metric.title[1:]}"
+    label = f"{metric.title}{' (%)' if share else ''}"
+    if loss:
+        label = "cross-entropy loss (nats)" if metric.name == "accuracy" else "loss"
+
     def paint(axes: Any) -> None:
         scale, unit = 1.0, ""
         if by == "time":
             scale, unit = time_unit(max(x[-1] for x, _ in curves.values()))
-        percent = 100.0 if kind == "accuracy" else 1.0
+        percent = 100.0 if share else 1.0
         for color, (name, (x, y)) in zip(_cycle(len(curves)), curves.items(), strict=True):
             few = len(x) <= _MARKED
-            last = f"{y[-1]:.1%}" if kind == "accuracy" else f"{y[-1]:.3g}"
+            last = f"{y[-1]:.1%}" if share else f"{y[-1]:.3g}"
             axes.plot(
                 [value / scale for value in x],
                 [value * percent for value in y],
@@ -252,8 +262,8 @@ def _curves_painter(curves: Mapping[str, Points], kind: str, by: str) -> Paint:
                 linewidth=1.8 if few else 1.2,
                 label=f"{_NAMES.get(name, name)} {last}",
             )
-        axes.set_title(f"{kind.capitalize()} by {by}")
-        axes.set_ylabel("accuracy (%)" if kind == "accuracy" else "cross-entropy loss (nats)")
+        axes.set_title(f"{title} by {by}")
+        axes.set_ylabel(label)
         if by == "round":
             axes.set_xlabel("round")
             _whole_rounds(axes, [value for x, _ in curves.values() for value in x])

@@ -70,6 +70,8 @@ def digest(config: Config) -> str:
         plain = dataclasses.asdict(ResilienceConfig())
         late = {k for k in _LATER_RESILIENCE if values["resilience"][k] == plain[k]}
         values["resilience"] = {k: v for k, v in values["resilience"].items() if k not in late}
+    if config.task.usual and config.task.measure.name == "accuracy":
+        del values["task"]
     for group, names in _LATER.items():
         values[group] = {k: v for k, v in values[group].items() if k not in names}
     goal = values["serving"]["objective"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import nn
 
 from fedsys import data, models
 from fedsys.config import Config, pruning
+from fedsys.config.task import TaskConfig
 from fedsys.data import Dataset
 from fedsys.errors import ConfigError
 from fedsys.models.fits import check_fits
@@ -30,6 +32,9 @@ from fedsys.training.penalty import Penalty
 
 OWN = "own"
 """Kind of the partition in which one client has everything that there is."""
+
+CLIENT_IDS = "client_ids"
+"""Kind of the partition in which the data say whose each example is."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +52,14 @@ class Federation:
 
 def federation(config: Config) -> Federation:
     """Return the data of a run, divided among its clients."""
-    spec = json.dumps(dict(config.data), sort_keys=True)
+    spec = json.dumps({**config.data, **_task(config)}, sort_keys=True)
     return _federation(spec, config.num_clients, config.seed)
+
+
+def _task(config: Config) -> dict[str, str]:
+    """Return what is learned, for sources that ask; nothing where all sources do."""
+    kind = config.task.kind
+    return {} if kind == "classification" else {"task": kind}
 
 
 @functools.lru_cache(maxsize=4)
@@ -65,8 +76,29 @@ def _federation(spec: str, num_clients: int, seed: int) -> Federation:
         nothing = np.empty(0, dtype=np.int64)
         everything = np.arange(len(dataset.train.labels), dtype=np.int64)
         return Federation(dataset, (nothing,) * group["client"] + (everything,))
-    parts = data.partition(dataset.train.labels.numpy(), num_clients, group, seed=seed)
+    if group["kind"] == CLIENT_IDS:
+        return Federation(dataset, _owned(dataset, num_clients))
+    parts = data.partition(dataset.train.groups, num_clients, group, seed=seed)
     return Federation(dataset, tuple(parts))
+
+
+def _owned(dataset: Dataset, num_clients: int) -> tuple[NDArray[np.int64], ...]:
+    """Return the parts of clients where the data say whose each example is."""
+    owners = dataset.train.owners
+    if owners is None:
+        raise ConfigError.of(
+            "data.partition.kind", CLIENT_IDS,
+            "needs data that say whose an example is, and these do not",
+            "a data set has client_ids, a table data.client=COLUMN; or data.partition.kind=iid",
+        )  # fmt: skip
+    parts = tuple(np.flatnonzero(owners.numpy() == k) for k in range(num_clients))
+    there = int(owners.max()) + 1
+    if there != num_clients or not all(len(part) for part in parts):
+        raise ConfigError.of(
+            "num_clients", num_clients,
+            f"must be {there}, as the data name so many, each with examples left to train on",
+        )  # fmt: skip
+    return parts
 
 
 def own_data(config: Config, root: str, client: int) -> Config:
@@ -138,16 +170,14 @@ def trained_model(config: Config, dataset: Dataset, *, initial: bool = True) -> 
     return training.lay_out(ours, config.client.memory_format)
 
 
-def layered_model(
-    config: Config, input_shape: tuple[int, int, int], num_classes: int
-) -> LayeredModel:
+def layered_model(config: Config, input_shape: tuple[int, ...], num_classes: int) -> LayeredModel:
     """Return the run's model on ``meta`` as a chain of units; kept per process and model."""
     spec = json.dumps({**config.model, "init": None}, sort_keys=True)
     return _layered(spec, tuple(input_shape), num_classes)
 
 
 @functools.lru_cache(maxsize=16)
-def _layered(spec: str, input_shape: tuple[int, int, int], num_classes: int) -> LayeredModel:
+def _layered(spec: str, input_shape: tuple[int, ...], num_classes: int) -> LayeredModel:
     model = json.loads(spec)
     skeleton = models.skeleton(model, input_shape=input_shape, num_classes=num_classes)
     return layered(skeleton, input_shape)
@@ -159,12 +189,32 @@ def penalty_of(config: Config, model: LayeredModel, round_: int) -> Penalty | No
     return Penalty.of(model.graph, weight, config.pruning.leave) if weight else None
 
 
-def check_model(model: nn.Module, dataset: Dataset) -> None:
+def check_model(model: nn.Module, dataset: Dataset, config: Config) -> None:
     """Run the model once on two examples, so that what does not fit is said before training.
 
     Raises:
         ConfigError: It does not take the images, or does not return a number for each class.
         ModelError: The model draws from a process-wide generator.
     """
-    x = torch.randn((2, *dataset.input_shape), generator=Address(0).torch("check"))
-    check_fits(model, x.to(training.device_of(model)), dataset.num_classes)
+    device = training.device_of(model)
+    if dataset.pictures:
+        x = torch.randn((2, *dataset.input_shape), generator=Address(0).torch("check"))
+    else:
+        x = dataset.train.pixels[:2]
+    targets = tuple(dataset.train.labels.shape[1:])
+    check_fits(model, x.to(device), outputs_of(config.task, targets, dataset.num_classes))
+
+
+def outputs_of(task: TaskConfig, targets: tuple[int, ...], outputs: int) -> tuple[int, ...] | None:
+    """Return the shape that a model makes of an example; None for any that suits its own loss.
+
+    Args:
+        task: What is learned.
+        targets: Shape of the targets of an example.
+        outputs: Classes, or numbers.
+    """
+    if isinstance(task.loss, Mapping):
+        return None
+    if task.kind == "segmentation":
+        return (outputs, *targets)
+    return (*targets, outputs) if task.kind == "next_token" else (outputs,)

@@ -9,6 +9,7 @@ written per parameter, in the order of names.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
@@ -25,6 +25,7 @@ from fedsys.errors import ConfigError, ModelError
 from fedsys.randomness import Address, drawing, rows
 from fedsys.training import optimizers
 from fedsys.training.schedule import micro_batch_bounds
+from fedsys.training.tasks import CLASSIFICATION, Loss, Task, loss_of
 
 if TYPE_CHECKING:
     from fedsys.training.penalty import Penalty
@@ -42,8 +43,9 @@ class Score:
     """Loss and hits over a number of examples.
 
     Attributes:
-        loss: Mean cross-entropy per example, in nats.
-        accuracy: Share of examples whose largest output is their label.
+        loss: Mean per example; of classification the cross-entropy, in nats.
+        accuracy: Mean of the task's metric over examples; of classification the share of those
+            whose largest output is their label.
         examples: Number of examples.
         steps: Optimizer steps done; 0 for an evaluation.
     """
@@ -52,16 +54,6 @@ class Score:
     accuracy: float
     examples: int
     steps: int = 0
-
-
-def loss_of(outputs: Tensor, labels: Tensor, weight: float) -> Tensor:
-    """Return `weight` times the mean cross-entropy of ``(rows, classes)`` outputs.
-
-    With ``weight = rows / batch_size`` the losses of the micro-batches add up to the mean over
-    the mini-batch, so their gradients add up to its gradient.
-    """
-    loss = F.cross_entropy(outputs, labels)
-    return loss if weight == 1.0 else loss * weight
 
 
 def forward(model: nn.Module, x: Tensor) -> Tensor:
@@ -97,11 +89,11 @@ def explained(model: nn.Module, call: Callable[[], T]) -> T:
 
 
 def plain_losses(
-    model: nn.Module, x: Tensor, labels: Tensor, share: float
+    model: nn.Module, x: Tensor, labels: Tensor, share: float, loss: Loss = loss_of
 ) -> tuple[Tensor, Tensor]:
     """Return the scores of a model, and `share` times their loss."""
     outputs = forward(model, x)
-    return outputs, loss_of(outputs, labels, share)
+    return outputs, loss(outputs, labels, share)
 
 
 def train(
@@ -115,7 +107,8 @@ def train(
     clip_norm: float | None = None,
     anchor: Proximal | None = None,
     penalty: Penalty | None = None,
-    losses: Losses = plain_losses,
+    losses: Losses | None = None,
+    task: Task = CLASSIFICATION,
 ) -> Score:
     """Do one optimizer step for every mini-batch.
 
@@ -129,7 +122,8 @@ def train(
         clip_norm: Largest joint norm of the gradients; None for no clipping.
         anchor: FedProx's proximal term; None for none.
         penalty: On channels, so that they die; None for none.
-        losses: What is made small.
+        losses: What is made small; None: the loss of `task`.
+        task: Tells the metric.
 
     Returns:
         The score over all examples, as seen in training (before each step).
@@ -138,10 +132,11 @@ def train(
         ModelError: Names the BatchNorm that would have to take the variance of one value.
     """
     device = device_of(model)
+    losses = losses or functools.partial(plain_losses, loss=task.loss)
     model.train()
     named = dict(model.named_parameters())
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-    hits = torch.zeros((), dtype=torch.int64, device=device)
+    hits = task.nothing(device)
     examples = steps = 0
     for x, y in batches:
         x, y = x.to(device), y.to(device)
@@ -157,7 +152,7 @@ def train(
                     if loss.requires_grad:  # else every parameter is frozen
                         loss.backward()  # type: ignore[no-untyped-call]  # no type in torch
                 loss_sum += loss.detach() * size
-                hits += (outputs.detach().argmax(1) == labels).sum()
+                hits += task.total(outputs.detach(), labels)
         if anchor is not None:
             anchor.add_to_gradients(named)
         if penalty is not None:
@@ -169,36 +164,41 @@ def train(
         steps += 1
     if not examples:
         return Score(math.nan, math.nan, 0)
-    return Score(float(loss_sum) / examples, int(hits) / examples, examples, steps)
+    return Score(float(loss_sum) / examples, hits.item() / examples, examples, steps)
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, batches: Batches) -> Score:
+def evaluate(model: nn.Module, batches: Batches, task: Task = CLASSIFICATION) -> Score:
     """Return the score of `model` in evaluation mode; NaN for no examples."""
     was_training = model.training
     model.eval()
-    score = score_of(model, batches, device_of(model))
+    score = score_of(model, batches, device_of(model), task)
     model.train(was_training)
     return score
 
 
 @torch.inference_mode()
 def score_of(
-    outputs_of: Callable[[Tensor], Tensor], batches: Batches, device: torch.device
+    outputs_of: Callable[[Tensor], Tensor],
+    batches: Batches,
+    device: torch.device,
+    task: Task = CLASSIFICATION,
 ) -> Score:
-    """Return the score of whatever computes outputs ``(batch, classes)``; NaN for no examples.
+    """Return the score of whatever computes outputs ``(batch, …)``; NaN for no examples.
 
     Args:
         outputs_of: Called with the inputs of each mini-batch, in order.
         batches: Pairs of inputs ``(batch, …)`` and labels ``(batch,)``.
         device: Where both are to be.
+        task: Tells loss and metric.
     """
-    loss_sum, hits, examples = 0.0, 0, 0
+    loss_sum, examples = 0.0, 0
+    hits: float = 0  # of whole numbers one of them
     for x, y in batches:
         x, y = x.to(device), y.to(device)
         outputs = outputs_of(x)
-        loss_sum += float(F.cross_entropy(outputs, y, reduction="sum"))
-        hits += int((outputs.argmax(1) == y).sum())
+        loss_sum += float(task.summed(outputs, y))
+        hits += task.total(outputs, y).item()
         examples += len(y)
     if not examples:
         return Score(math.nan, math.nan, 0)

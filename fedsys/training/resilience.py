@@ -22,6 +22,7 @@ from fedsys.models.exits import Run
 from fedsys.models.resilient import ResilientModel
 from fedsys.randomness import Address, drawn_for_rows
 from fedsys.training import plain as training
+from fedsys.training.tasks import loss_of
 
 
 class _Scaled(torch.autograd.Function):
@@ -80,9 +81,9 @@ class ExitLosses:
 
         found, mismatch = training.explained(model, outputs)
         final = found.pop(len(model.layers))
-        loss = training.loss_of(final, labels, share)
+        loss = loss_of(final, labels, share)
         for scores in found.values():
-            part = training.loss_of(scores, labels, share)
+            part = loss_of(scores, labels, share)
             shared = self.weight / len(found) if self.head_weight is None else step
             loss = loss + part * shared
         return final, loss if mismatch is None else loss + mismatch * (share * self.match)

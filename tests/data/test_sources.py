@@ -290,10 +290,11 @@ def test_every_source_has_a_group_whose_values_are_usable(source, tmp_path):
     labels = np.arange(1000) % 10
     assert len(partition(labels, 8, spec["partition"], seed=0)) == 8
     try:
-        data = load({**spec, "cache": str(tmp_path)}, seed=0)
+        task = {"text": "next_token", "table": "regression"}.get(source, "classification")
+        data = load({**spec, "cache": str(tmp_path), "task": task}, seed=0)
     except ConfigError as error:
-        # Nothing but the place of the files is missing where files are needed.
-        assert "data.root" in str(error)
+        # Nothing but the place of the files, or of the data set, is missing where it is needed.
+        assert ("data._target_" if source == "own" else "data.root") in str(error)
         assert source not in ("digits", "synthetic")
     else:
         assert data.augmentation == "none"

@@ -136,7 +136,7 @@ def example() -> Tensor:
 def test_what_does_not_fit_is_refused_in_one_sentence(name: str, says: str) -> None:
     model = built(name)
     with pytest.raises(ConfigError, match=says) as refused:
-        check_fits(model, example(), 10)
+        check_fits(model, example(), (10,))
     assert "\n" not in str(refused.value)
 
 
@@ -147,7 +147,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence(name: str, says: str) -> N
 def test_what_fits_is_accepted_and_left_as_it_was(name: str, arguments: dict[str, object]) -> None:
     model = built(name, **arguments)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    check_fits(model, example(), 10)
+    check_fits(model, example(), (10,))
     assert model.training
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
@@ -159,7 +159,7 @@ def test_constructors_of_torchvision_by_dotted_path_get_the_number_of_classes() 
     ):
         shape = (3, 32, 32)
         model = models.build(spec, input_shape=shape, num_classes=10, seed=0)
-        check_fits(model, torch.zeros(2, *shape), 10)
+        check_fits(model, torch.zeros(2, *shape), (10,))
         skeleton = models.skeleton(spec, input_shape=shape, num_classes=10)
         assert skeleton.get_parameter("classifier.1.weight").shape[0] == 10
 

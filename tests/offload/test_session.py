@@ -455,7 +455,8 @@ def test_a_specification_with_a_value_of_another_type_is_refused(name, settings)
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"input_shape": [1, 8]},
+        {"input_shape": []},
+        {"input_shape": [1] * 9},
         {"input_shape": [1, 8, "8"]},
         {"input_shape": [1, 8, 0]},
         {"num_classes": 0},

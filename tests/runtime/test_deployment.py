@@ -100,6 +100,18 @@ RUNS = {
         "policy.ppo.updates=1",
         "policy.ppo.every=2",
     ),
+    "noise at the cut": (
+        "privacy=cut",
+        "privacy.epsilon=50",
+        "policy=fixed",
+        "policy.cut=0.3",
+    ),
+    "clipped updates of split models with noise": (
+        "privacy=client",
+        "privacy.epsilon=50",
+        "policy=fixed",
+        "policy.cut=0.3",
+    ),
 }
 
 
@@ -110,6 +122,8 @@ def test_a_deployment_gives_the_same_model_as_the_process(configure, launched, t
     deployed = result_of(configure, tmp_path / "deployed", *launched.overrides(), *overrides)
     assert deployed["model_sha256"] == local["model_sha256"]
     assert deployed["val_loss"] == local["val_loss"]
+    assert deployed.get("epsilon") == local.get("epsilon")
+    assert ("epsilon" in local) == any("privacy" in each for each in RUNS[name])
 
 
 def test_a_superlink_that_is_killed_and_restarted_loses_neither_run_nor_model(

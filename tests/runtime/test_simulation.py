@@ -36,6 +36,20 @@ RUNS = {
         "pruning=magnitude",
         "pruning.steps=1",
     ),
+    "noise at the cut": (
+        "privacy=cut",
+        "privacy.epsilon=50",
+        "policy=fixed",
+        "policy.cut=0.3",
+        "num_clients=2",
+    ),
+    "clipped updates of split models with noise": (
+        "privacy=client",
+        "privacy.epsilon=50",
+        "policy=fixed",
+        "policy.cut=0.3",
+        "num_clients=2",
+    ),
 }
 
 
@@ -66,6 +80,8 @@ def test_the_engine_gives_the_same_model_as_the_process(configure, ray, tmp_path
     engine = result_of(configure, tmp_path / "engine", "runtime=simulation", *RUNS[name])
     assert engine["model_sha256"] == local["model_sha256"]
     assert engine["val_loss"] == local["val_loss"]
+    assert engine.get("epsilon") == local.get("epsilon")
+    assert ("epsilon" in local) == any("privacy" in each for each in RUNS[name])
 
 
 def test_an_error_of_a_client_is_one_clear_message(configure, ray, tmp_path):

@@ -30,6 +30,7 @@ from fedsys.runs.folder import RunFolder
 from fedsys.training import federation
 from fedsys.training import plain as training
 from fedsys.training.part import safe_input
+from fedsys.training.tasks import loss_of
 from fedsys.transport.codecs import LEAST_PER_SCALE, decode_activation, encode_activation
 
 
@@ -85,7 +86,7 @@ def _crossing(config: Config) -> Iterator[tuple[str, str, Tensor]]:
         with drawing(address, 0, len(y)):
             activation = front(x)
             inner = activation.detach().requires_grad_()
-            loss = training.loss_of(back(safe_input(back, inner)), y, 1.0)
+            loss = loss_of(back(safe_input(back, inner)), y, 1.0)
             loss.backward()  # type: ignore[no-untyped-call]  # torch has no type for it
         name = layers.units[cut - 1].name
         yield name, "activation", activation.detach()

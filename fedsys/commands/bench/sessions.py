@@ -39,6 +39,7 @@ from fedsys.training import federation
 from fedsys.training import plain as training
 from fedsys.training.federation import layered_model
 from fedsys.training.part import filled_stages, names_between, safe_input
+from fedsys.training.tasks import loss_of
 from fedsys.transport.addresses import dial
 from fedsys.transport.link import Link
 from fedsys.transport.security import new_token
@@ -162,7 +163,7 @@ class _Work:
     config: Config
     model: LayeredModel
     state: Mapping[str, Tensor]
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     classes: int
     cut: int
     activation: Tensor
@@ -249,7 +250,7 @@ class _Work:
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             drawing(Address(0), 0, self.batch),
         ):
-            training.loss_of(stage.train()(safe_input(stage, x)), self.labels, 1.0)
+            loss_of(stage.train()(safe_input(stage, x)), self.labels, 1.0)
         return sum(saved.values())
 
 

@@ -28,7 +28,7 @@ def data_and_model(config: Config) -> Iterator[Check]:
         yield Check("data", "ok", told)
         training.set_threads(config.client.threads)
         model = federation.build_model(config, fed.dataset)
-        federation.check_model(model, fed.dataset)
+        federation.check_model(model, fed.dataset, config)
     except FedsysError as error:
         otherwise = "choose other data or another model"
         yield Check.failed("data and model", error, otherwise)

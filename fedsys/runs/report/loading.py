@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from fedsys.config import secret
+from fedsys.config.task import Metric
 from fedsys.errors import RunError
 from fedsys.files import whole_lines
 from fedsys.runs.folder import RunFolder
+from fedsys.runs.measured import metric_in
 
 Row = Mapping[str, float | str]
 
@@ -62,6 +64,11 @@ class Run:
         """The figures with which it finished; empty if it has not."""
         result = self.info.get("result")
         return result if isinstance(result, Mapping) else {}
+
+    @property
+    def metric(self) -> Metric:
+        """By what it was judged."""
+        return metric_in((*self.result, *(name for row in self.rounds[:1] for name in row)))
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -187,7 +194,7 @@ def as_json(run: Run) -> dict[str, Any]:
         "status": run.status,
         "error": run.error or None,
         "rounds": len(run.rounds),
-        "val_accuracy": last.get("val_accuracy"),
+        f"val_{run.metric.name}": last.get(f"val_{run.metric.name}"),
         "seconds": last.get("seconds_elapsed"),
     }
     figures = {k: v for k, v in run.result.items() if k not in ("run_dir",)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
@@ -9,6 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from fedsys.config.task import METRICS, Metric
 from fedsys.runs.plots import curves_of, time_parts
 from fedsys.runs.progress import seconds_text
 from fedsys.runs.report import charts, fleet, moving
@@ -20,7 +22,8 @@ from fedsys.runs.report.promised import section as promised_section
 from fedsys.runs.report.style import CSS
 
 _NAMES = {"val": "validation", "train": "training", "clients_eval": "clients' own examples"}
-_TOLD = ("accuracy", "loss", "val_accuracy", "val_loss", "rounds", "seconds", "model_sha256")
+_TOLD = (*METRICS, "loss", *(f"val_{name}" for name in METRICS), "val_loss", "rounds", "seconds",
+         "model_sha256")  # fmt: skip
 _SHOWN = ("cuts", "idle")  # in a part of their own
 _EVENTS = 200  # rows at most
 
@@ -66,9 +69,10 @@ def _single_head(run: Run) -> str:
     rounds = f"{len(run.rounds)}" + (f" of {wanted}" if wanted != len(run.rounds) else "")
     sent = sum(float(row.get("bytes_up") or 0) + float(row.get("bytes_down") or 0)
                for row in run.rounds)  # fmt: skip
+    metric = run.metric
     cards = [
-        ("test accuracy", _percent(run.result.get("accuracy"))),
-        ("validation accuracy", _percent(last.get("val_accuracy"))),
+        (f"test {metric.title}", _metric(metric, run.result.get(metric.name))),
+        (f"validation {metric.title}", _metric(metric, last.get(f"val_{metric.name}"))),
         ("test loss", _number(run.result.get("loss"))),
         ("rounds", rounds),
         ("time", _seconds(run.result.get("seconds", last.get("seconds_elapsed")))),
@@ -89,10 +93,9 @@ def _virtual(run: Run) -> list[tuple[str, str]]:
 
 
 def _comparison_head(runs: Sequence[Run]) -> str:
-    goal = _common_goal(runs)
+    goal, metrics = _common_goal(runs), {run.metric.name: run.metric for run in runs}
     columns: list[tuple[str, Callable[[Run], Any], Callable[[Any], str], int]] = [
-        ("test accuracy", lambda r: r.result.get("accuracy"), _percent, 1),
-        ("validation accuracy", lambda r: _last(r, "val_accuracy"), _percent, 1),
+        *(column for metric in metrics.values() for column in _metric_columns(metric)),
         ("test loss", lambda r: r.result.get("loss"), _number, -1),
         ("rounds", lambda r: len(r.rounds), str, 0),
         ("time", lambda r: r.result.get("seconds") or _last(r, "seconds_elapsed"), _seconds, 0),
@@ -121,6 +124,20 @@ def _comparison_head(runs: Sequence[Run]) -> str:
         f'<div class="table"><table><thead><tr><th>run</th>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>{same}{_differences(runs)}"
     )
+
+
+def _metric(metric: Metric, value: Any) -> str:
+    return _percent(value) if metric.percent else _number(value)
+
+
+def _metric_columns(
+    metric: Metric,
+) -> Iterator[tuple[str, Callable[[Run], Any], Callable[[Any], str], int]]:
+    """Yield the two columns of a metric for a table of runs."""
+    name, sign = metric.name, 1 if metric.higher else -1
+    form = functools.partial(_metric, metric)
+    yield f"test {metric.title}", lambda r: r.result.get(name), form, sign
+    yield f"validation {metric.title}", lambda r: _last(r, f"val_{name}"), form, sign
 
 
 def _common_goal(runs: Sequence[Run]) -> float | None:
@@ -162,12 +179,15 @@ def _problems(runs: Sequence[Run]) -> str:
 
 def _curves(runs: Sequence[Run]) -> str:
     pictures = []
-    for kind, percent in (("accuracy", True), ("loss", False)):
+    metrics = {run.metric.name: run.metric for run in runs}
+    usual = [*metrics] == ["accuracy"]
+    for kind, percent in (*((m.name, m.percent) for m in metrics.values()), ("loss", False)):
         for by, column in (("round", "round"), ("time", "seconds_elapsed")):
             curves = _curves_of(runs, kind, column)
             if curves:
-                what = f"{kind.capitalize()} by {by}"
-                note = "(%)" if percent else "cross-entropy (nats)"
+                title = metrics[kind].title if kind in metrics else kind
+                what = f"{title[0].upper()}{title[1:]} by {by}"
+                note = "(%)" if percent else "cross-entropy (nats)" if usual else ""
                 pictures.append(charts.lines(what, curves, by=by, percent=percent, note=note))
     if not pictures:
         return '<p class="note running">No round has ended yet.</p>'

@@ -1,0 +1,279 @@
+"""Any data: what a map-style data set of the user's holds, as two tensors for each part.
+
+The whole set is read once, example by example, and put together by a collate function, so an
+example is the same in every round and on every machine. What a data set draws at random when it is
+asked for an example is drawn once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsys.data.dataset import Images, quantiles
+from fedsys.data.options import Spec
+from fedsys.errors import ConfigError, DataError, FedsysError, did_you_mean, first_line
+
+OURS = frozenset(
+    {
+        *("source", "_target_", "collate", "classes", "test", "validation", "max_examples"),
+        *("augmentation", "partition", "cache", "task"),
+    }
+)
+"""Keys of the group that are not passed on to the constructor."""
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """What a source gives.
+
+    Attributes:
+        train: The training part.
+        test: The test part; None: it is to be set aside.
+        classes: Names of the classes, where there are classes.
+        outputs: How many numbers a model is to make of an example, or of a place of it.
+    """
+
+    train: Images
+    test: Images | None
+    classes: tuple[str, ...]
+    outputs: int
+
+
+def read(spec: Spec) -> Read:
+    """Read the data set that ``data._target_`` names.
+
+    Args:
+        spec: The `data` group. ``_target_`` is called with all keys that are not in `OURS`, and
+            returns a map-style data set of (inputs, targets), or a tuple of two: training and test.
+            With ``task=next_token`` an example may be the tokens alone.
+
+    Raises:
+        ConfigError: It cannot be imported or called, or does not suit the task.
+        DataError: Reading an example failed.
+    """
+    target = str(spec.get("_target_") or "")
+    made = call(target, {str(k): v for k, v in spec.items() if k not in OURS}, "data")
+    parts = made if isinstance(made, tuple | list) and len(made) == 2 else (made, None)
+    collate = _collate(spec)
+    images = [None if part is None else _part(part, target, collate, spec) for part in parts]
+    train, test = images
+    assert train is not None
+    names, outputs = _outputs(parts[0], [part for part in images if part is not None], spec)
+    return Read(train, test, names, outputs)
+
+
+def call(target: str, keywords: Mapping[str, Any], group: str) -> Any:
+    """Call what a dotted path names.
+
+    Raises:
+        ConfigError: It cannot be imported, has no such argument, or refuses its arguments.
+    """
+    function = locate(target, group)
+    try:
+        known = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # some have no signature; calling them decides
+        known = None
+    if known is not None and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+        for key in keywords:
+            if key not in known:
+                hint = did_you_mean(key, list(known))
+                raise ConfigError.of(
+                    f"{group}.{key}", keywords[key], f"must be an argument of {target}", hint
+                )
+    try:
+        return function(**keywords)
+    except FedsysError:
+        raise
+    except Exception as error:  # whatever the user's constructor raises
+        raise ConfigError.of(
+            f"{group}._target_", target,
+            f"cannot be made of its arguments: {type(error).__name__}: {first_line(error)}",
+        ) from error  # fmt: skip
+
+
+def locate(target: str, group: str) -> Callable[..., Any]:
+    """Return what a dotted path names.
+
+    Raises:
+        ConfigError: It cannot be imported, or cannot be called.
+    """
+    module, _, name = target.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except Exception as error:  # a user's module may fail in any way; it is kept as the cause
+        raise ConfigError.of(
+            f"{group}._target_",
+            target or None,
+            f"must be importable ({type(error).__name__}: {first_line(error)})",
+            "give the dotted path of a class or function whose folder is on PYTHONPATH",
+        ) from error
+    if not callable(found):
+        raise ConfigError.of(f"{group}._target_", target, "must name a class or a function")
+    return found  # type: ignore[no-any-return]  # a callable, as was asked
+
+
+def _collate(spec: Spec) -> Callable[[Sequence[Any]], Any]:
+    own = spec.get("collate")
+    if own:
+        target = str(own.get("_target_") if isinstance(own, Mapping) else own)
+        rest = {k: v for k, v in own.items() if k != "_target_"} if isinstance(own, Mapping) else {}
+        if rest:
+            return call(target, rest, "data.collate")  # type: ignore[no-any-return]  # the user's
+        return locate(target, "data.collate")
+    from torch.utils.data import default_collate
+
+    return lambda examples: default_collate(list(examples))
+
+
+def _part(part: Any, target: str, collate: Callable[[Sequence[Any]], Any], spec: Spec) -> Images:
+    """Return a whole part as tensors."""
+    if not hasattr(part, "__getitem__") or not hasattr(part, "__len__"):
+        raise ConfigError.of(
+            "data._target_", target,
+            f"must return a map-style data set, with len() and [i], or a tuple of two of them "
+            f"(training, test), and it returned a {type(part).__name__}",
+        )  # fmt: skip
+    count = len(part)
+    if count < 2:
+        raise ConfigError.of("data._target_", target, f"must have 2 or more examples, not {count}")
+    batch = _whole(part, count, target, collate)
+    inputs, targets = _pair(batch, target, str(spec.get("task", "classification")))
+    if len(inputs) != count or len(targets) != count:
+        raise ConfigError.of(
+            "data._target_", target,
+            f"must give {count} rows of inputs and of targets, and gives {len(inputs)} and "
+            f"{len(targets)}", "data.collate._target_ puts a list of examples together",
+        )  # fmt: skip
+    return images_of(inputs, targets, str(spec.get("task", "classification")), _ids(part, count))
+
+
+def _whole(part: Any, count: int, target: str, collate: Callable[[Sequence[Any]], Any]) -> Any:
+    index = 0
+    try:
+        rows = []
+        for index in range(count):
+            rows.append(part[index])
+    except Exception as error:  # whatever the user's data set raises
+        raise DataError(
+            f"data._target_={target}: example {index} cannot be read: "
+            f"{type(error).__name__}: {first_line(error)}"
+        ) from error
+    try:
+        return collate(rows)
+    except Exception as error:  # likewise
+        raise ConfigError.of(
+            "data.collate", None,
+            f"cannot put the {count} examples of {target} together: {first_line(error)}",
+            "give them one shape, or data.collate._target_=package.function, which takes a list of "
+            "examples and returns (inputs, targets), padded",
+        ) from error  # fmt: skip
+
+
+def _pair(batch: Any, target: str, task: str) -> tuple[Tensor, Tensor]:
+    alone = isinstance(batch, Tensor)
+    if task == "next_token" and (alone or (isinstance(batch, list | tuple) and len(batch) == 1)):
+        tokens = batch if alone else batch[0]
+        return tokens[:, :-1], tokens[:, 1:]
+    if not isinstance(batch, list | tuple) or len(batch) != 2:
+        raise ConfigError.of(
+            "data._target_", target,
+            f"must give (inputs, targets) for each example, and not {_kind(batch)}",
+        )  # fmt: skip
+    try:
+        pair = [torch.as_tensor(part) for part in batch]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError.of(
+            "data._target_", target, f"must give tensors or numbers: {first_line(error)}",
+            "a collate function of your own may make them: data.collate._target_",
+        ) from error  # fmt: skip
+    return pair[0], pair[1]
+
+
+def _kind(batch: Any) -> str:
+    several = isinstance(batch, list | tuple)
+    return f"{len(batch)} values" if several else f"a {type(batch).__name__}"
+
+
+def images_of(inputs: Tensor, targets: Tensor, task: str, owners: Tensor | None = None) -> Images:
+    """Return a part in the types that models and losses take.
+
+    Args:
+        inputs: ``(N, …)``: uint8 images ``(N, C, H, W)`` stay as they are, other whole numbers
+            become int64, and all others float32.
+        targets: ``(N, …)``.
+        task: Kind of the task.
+        owners: Whose the examples are, int64 ``(N,)``; None: they are to be divided.
+
+    Raises:
+        ConfigError: The targets are of another task.
+    """
+    picture = inputs.dtype == torch.uint8 and inputs.dim() == 4
+    if not picture:
+        whole = not (inputs.is_floating_point() or inputs.is_complex())
+        inputs = inputs.to(torch.int64 if whole else torch.float32)
+    if task in ("regression", "multilabel"):
+        targets = targets.to(torch.float32)
+        targets = targets[:, None] if targets.dim() == 1 else targets
+        if not bool(torch.isfinite(targets).all()):
+            raise ConfigError.of("data", "targets", f"must be finite numbers for task={task}")
+    else:
+        if targets.is_floating_point():
+            raise ConfigError.of(
+                "task.kind", task, f"has classes as targets, and these are {targets.dtype}",
+                "task=regression learns numbers, task=multilabel zeros and ones",
+            )  # fmt: skip
+        targets = targets.to(torch.int64)
+        if task == "classification" and targets.dim() != 1:
+            raise ConfigError.of(
+                "task.kind", task,
+                f"has one class for each example, and these have targets of shape "
+                f"{tuple(targets.shape[1:])}", "task=segmentation, multilabel or next_token",
+            )  # fmt: skip
+        if targets.numel() and int(targets.min()) < 0:
+            raise ConfigError.of("data", "targets", "must be classes from 0 on")
+    strata = None if task == "classification" else _strata(targets, task)
+    return Images(inputs.contiguous(), targets.contiguous(), strata, owners)
+
+
+def _strata(targets: Tensor, task: str) -> Tensor:
+    if task == "regression":
+        return torch.from_numpy(quantiles(targets.flatten(1)[:, 0].numpy()))
+    return torch.zeros(len(targets), dtype=torch.int64)
+
+
+def _ids(part: Any, count: int) -> Tensor | None:
+    """Return whose the examples are by ``client_ids``, numbered from 0 in their order."""
+    ids = getattr(part, "client_ids", None)
+    if ids is None:
+        return None
+    if len(ids) != count:
+        raise ConfigError.of(
+            "data.client_ids", len(ids), f"must have one entry for each of the {count} examples"
+        )
+    return torch.from_numpy(np.unique(np.asarray(ids), return_inverse=True)[1].astype(np.int64))
+
+
+def _outputs(part: Any, images: Sequence[Images], spec: Spec) -> tuple[tuple[str, ...], int]:
+    """Return the names of the classes, if there are any, and how many numbers a model makes."""
+    task = str(spec.get("task", "classification"))
+    if task in ("regression", "multilabel"):
+        return (), int(np.prod(images[0].labels.shape[1:]))
+    seen = max(int(each.labels.max()) for each in images)
+    if task == "next_token":
+        seen = max(seen, *(int(each.pixels.max()) for each in images))
+    told = spec.get("classes") or getattr(part, "classes", None)
+    names = [str(name) for name in told] if isinstance(told, list | tuple) else None
+    count = len(names) if names is not None else told if isinstance(told, int) else seen + 1
+    if count <= seen:
+        raise ConfigError.of("data.classes", count, f"must be above the largest class, {seen}")
+    if task != "classification":
+        return (), count
+    return tuple(names or (f"class {k}" for k in range(count))), count

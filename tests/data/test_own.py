@@ -1,0 +1,181 @@
+"""Any data: sets of the user's, text and tables, as tensors that are the same everywhere."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+from fedsys.data import eval_batches, load, train_batches
+from fedsys.data.dataset import quantiles
+from fedsys.errors import ConfigError, DataError
+from fedsys.randomness import Address
+from fedsys.training.federation import build_model, check_model, federation
+from tests import own_work
+
+OWN = "tests.own_work"
+
+
+def own(name, task="classification", **more):
+    return {"source": "own", "_target_": f"{OWN}.{name}", "task": task, **more}
+
+
+def test_a_set_is_read_as_it_is_and_divided_by_the_seed():
+    found = load(own("rows", "regression", test=0.25, validation=0.1), seed=3)
+    assert [len(p) for p in (found.train, found.validation, found.test)] == [30, 3, 11]
+    assert (found.input_shape, found.num_classes, found.classes) == ((6,), 1, ())
+    known = own_work.rows().tensors[0]
+    parts = (found.train, found.validation, found.test)
+    together = torch.cat([part.pixels for part in parts])
+    assert torch.equal(together.sort(0).values, known.sort(0).values)
+    other = load(own("rows", "regression", test=0.25, validation=0.1), seed=4)
+    assert torch.equal(found.test.pixels, other.test.pixels)
+    assert not torch.equal(found.train.pixels, other.train.pixels)
+
+
+def test_inputs_that_are_no_images_come_to_the_model_as_they_are():
+    found = load(own("rows", "regression"), seed=0)
+    (x, y), *_ = eval_batches(found.validation if len(found.validation) else found.test, found)
+    assert torch.equal(x, found.test.pixels) and y.shape == (len(x), 1)
+    everyone = np.arange(len(found.train))
+    batches = list(train_batches(found.train, everyone, found, 8, Address(0), 0, 0))
+    assert {b.dtype for b, _ in batches} == {torch.float32}
+    assert sum(map(len, (b for b, _ in batches))) == len(found.train)
+
+
+def test_images_are_normalised_also_where_a_class_is_learned_for_each_pixel():
+    found = load(own("pictures", "segmentation"), seed=0)
+    assert found.pictures and found.num_classes == 3
+    (x, y), *_ = eval_batches(found.test, found)
+    assert x.dtype == torch.float32 and abs(float(x.mean())) < 0.5
+    assert y.dtype == torch.int64 and y.shape[1:] == (8, 8)
+
+
+def test_tokens_alone_are_shifted_and_ragged_ones_padded_by_the_users_function():
+    found = load(own("Sentences", "next_token"), seed=0)
+    assert torch.equal((found.train.pixels + 1) % 11, found.train.labels)
+    assert found.input_shape == (8,) and found.num_classes == 11
+    with pytest.raises(ConfigError, match=r"data\.collate.*give them one shape"):
+        load(own("Words"), seed=0)
+    for collate in ({"_target_": f"{OWN}.padded"}, f"{OWN}.padded"):
+        words = load(own("Words", collate=collate, count=20), seed=0)
+        assert words.input_shape == (6,) and words.train.pixels.dtype == torch.int64
+        assert words.classes == ("class 0", "class 1")
+
+
+def test_clients_may_be_those_that_the_data_name(configure):
+    given = ["data=own", f"data._target_={OWN}.Words", f"data.collate={OWN}.padded",
+             "data.partition.kind=client_ids"]  # fmt: skip
+    fed = federation(configure(*given, "num_clients=2"))
+    train = fed.dataset.train
+    assert sum(map(len, fed.parts)) == len(train)
+    for client, part in enumerate(fed.parts):
+        assert set(train.owners[torch.from_numpy(part)].tolist()) == {client}
+    with pytest.raises(ConfigError, match="num_clients=3: must be 2"):
+        federation(configure(*given, "num_clients=3"))
+    with pytest.raises(ConfigError, match="say whose an example is"):
+        federation(configure("data=table", "task=regression", "data.partition.kind=client_ids"))
+
+
+def test_numbers_are_divided_by_tenths_of_the_target(configure):
+    assert np.bincount(quantiles(np.arange(100, dtype=np.float32))).tolist() == [10] * 10
+    config = configure("data=table", "task=regression", "num_clients=4",
+                       "data.partition.alpha=0.05")  # fmt: skip
+    fed = federation(config)
+    assert sum(map(len, fed.parts)) == len(fed.dataset.train)
+    spread = [fed.dataset.train.labels[torch.from_numpy(part)].std() for part in fed.parts]
+    assert min(spread) < float(fed.dataset.train.labels.std())  # clients have targets of their own
+
+
+def test_the_table_that_is_installed_is_standardised_by_its_training_part():
+    found = load({"source": "table", "task": "regression"}, seed=0)
+    assert len(found.train) + len(found.test) == 442 and found.input_shape == (10,)
+    assert float(found.train.pixels.mean(0).abs().max()) < 1e-5
+    assert float(found.train.labels.std(correction=0)) == pytest.approx(1.0, abs=1e-5)
+    assert float(found.test.pixels.mean(0).abs().max()) > 1e-3
+
+
+def test_a_csv_file_may_have_classes_and_clients(tmp_path):
+    path = tmp_path / "t.csv"
+    lines = [f"{k},{k % 5},{'yes' if k % 2 else 'no'},site{k % 3}" for k in range(30)]
+    path.write_text("a,b,good,site\n" + "\n".join(lines))
+    spec = {"source": "table", "file": str(path), "target": "good", "client": "site"}
+    found = load(spec, seed=0)
+    assert found.classes == ("no", "yes") and found.input_shape == (2,)
+    assert set(found.train.owners.tolist()) == {0, 1, 2}
+    for wrong, told in (
+        ({"target": "goood"}, "did you mean 'good'?"),
+        ({"target": "a", "client": None}, "'no' is no number|'yes' is no number"),
+        ({"file": str(tmp_path / "no.csv")}, "cannot be read"),
+        ({"task": "segmentation"}, "must be regression or classification"),
+    ):
+        with pytest.raises((ConfigError, DataError), match=told):
+            load({**spec, **wrong}, seed=0)
+
+
+def test_text_is_cut_into_windows_that_know_what_comes_next(tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_bytes(bytes(range(200)) * 2)
+    spec = {"source": "text", "task": "next_token", "file": str(path), "length": 10, "test": 0.25}
+    found = load(spec, seed=0)
+    assert (len(found.train), len(found.test)) == (29, 10)
+    assert torch.equal(found.train.pixels[:, 1:], found.train.labels[:, :-1])
+    assert found.test.pixels[0, 0] == 290 % 200 and found.num_classes == 256
+    assert len(load({"source": "text", "task": "next_token"}, seed=0).train) > 1000
+    with pytest.raises(ConfigError, match="task=next_token model=gpt"):
+        load({"source": "text"}, seed=0)
+    with pytest.raises(ConfigError, match="must be shorter"):
+        load({**spec, "length": 300}, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("spec", "told"),
+    [
+        (own("nothing"), "must be importable"),
+        (own("COUNT"), "must name a class or a function"),
+        (own("padded", examples=[]), "cannot be made of its arguments"),
+        (own("padded"), "cannot be made"),
+        (own("rows"), "task=regression learns numbers"),
+        (own("labels"), "has one class for each example"),
+        (own("rows", "regression", size=3), "must be an argument of"),
+        (own("Sentences"), "must give \\(inputs, targets\\)"),
+        (own("Words", collate=f"{OWN}.padded", classes=1), "above the largest class, 1"),
+        (own("rows", "regression", augmentation="crop"), "is of images"),
+        ({"source": "digits", "task": "regression"}, "must be classification with data.source"),
+    ],
+)
+def test_data_that_do_not_suit_are_refused_with_a_way_out(spec, told):
+    with pytest.raises(ConfigError, match=told):
+        load(spec, seed=0)
+
+
+def test_an_example_that_cannot_be_read_is_named(monkeypatch):
+    class Broken(TensorDataset):
+        def __getitem__(self, index):
+            if index == 7:
+                raise KeyError("gone")
+            return super().__getitem__(index)
+
+    monkeypatch.setattr(own_work, "rows", lambda: Broken(torch.zeros(9, 2), torch.zeros(9)))
+    with pytest.raises(DataError, match=r"example 7 cannot be read: KeyError"):
+        load(own("rows", "regression"), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["data=table", "task=regression", "model=mlp"], ""),
+        (["data=text", "task=next_token", "model=gpt", "data.max_examples=200"], ""),
+        (
+            ["data=text", "task=next_token", "model=mlp", "data.max_examples=200"],
+            "must accept|64, 256",
+        ),
+        (["data=table", "task=regression", "model=gpt"], "must|takes"),
+    ],
+)
+def test_a_model_that_does_not_suit_the_data_is_refused_before_training(given, told, configure):
+    config = configure(*given)
+    dataset = federation(config).dataset
+    if not told:
+        return check_model(build_model(config, dataset), dataset, config)
+    with pytest.raises(ConfigError, match=told):
+        check_model(build_model(config, dataset), dataset, config)

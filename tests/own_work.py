@@ -1,0 +1,111 @@
+"""Data, models and losses as a user brings them, one of each task; importable by name."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset, TensorDataset
+
+COUNT = 44
+
+
+def _draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rows() -> TensorDataset:
+    """Six numbers, and one that follows from two of them."""
+    x = _draw(COUNT, 6)
+    return TensorDataset(x, x[:, 0] * x[:, 1])
+
+
+def labels() -> TensorDataset:
+    """Six numbers, and three labels that hold or not."""
+    x = _draw(COUNT, 6)
+    return TensorDataset(x, (x[:, :3] > 0).to(torch.int64))
+
+
+def pictures() -> TensorDataset:
+    """Images of 3x8x8, and a class for each pixel: which channel is the brightest."""
+    x = (_draw(COUNT, 3, 8, 8).abs() * 100).clamp(max=255).to(torch.uint8)
+    return TensorDataset(x, x.argmax(1))
+
+
+class Sentences(Dataset):
+    """Tokens alone, of which the next is to be told; each is one above the last, or random."""
+
+    classes = 11
+
+    def __len__(self) -> int:
+        return COUNT
+
+    def __getitem__(self, index: int) -> Tensor:
+        return (torch.arange(9) + index) % 11
+
+
+class Words(Dataset):
+    """Tokens of different number, and a class: whether the first is even."""
+
+    def __init__(self, count: int = COUNT) -> None:
+        self.count = count
+        self.client_ids = ["b" if k % 3 else "a" for k in range(count)]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.arange(3 + index % 4) + index % 7, index % 7 % 2
+
+
+def padded(examples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+    """Put examples of different length together."""
+    inputs = nn.utils.rnn.pad_sequence([x for x, _ in examples], batch_first=True)
+    return inputs, torch.tensor([y for _, y in examples])
+
+
+class Segments(nn.Module):
+    """Three convolutions that keep the size."""
+
+    def __init__(self, input_shape: tuple[int, ...], num_classes: int, width: int = 6) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(input_shape[0], width, 3, padding=1)
+        self.second = nn.Conv2d(width, width, 3, padding=1)
+        self.last = nn.Conv2d(width, num_classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return scores ``(batch, classes, H, W)``."""
+        return self.last(F.relu(self.second(F.relu(self.first(x)))))
+
+
+class Bag(nn.Module):
+    """Mean of embeddings, and two linear layers."""
+
+    def __init__(self, num_classes: int, width: int = 8) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, width)
+        self.mix, self.out = nn.Linear(width, width), nn.Linear(width, num_classes)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return scores ``(batch, classes)``."""
+        return self.out(F.relu(self.mix(self.embedding(tokens).mean(1))))
+
+
+def steep(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean of errors to the power of 1.5."""
+    return (outputs - targets).abs().pow(1.5).mean()
+
+
+def weighted(outputs: Tensor, targets: Tensor, weight: float) -> Tensor:
+    """Return the mean squared error, times its weight."""
+    return F.mse_loss(outputs, targets) * weight
+
+
+def worst(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the largest error of each example."""
+    return (outputs - targets).abs().flatten(1).amax(1)
+
+
+def rows_of_losses(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return a loss for each example, which is no loss of a mini-batch."""
+    return (outputs - targets).square().flatten(1).mean(1)
