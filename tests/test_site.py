@@ -79,7 +79,9 @@ def commands(page):
     found = []
     for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
+            reader = shlex.shlex(line, posix=True, punctuation_chars=";|&")
+            reader.whitespace_split = True
+            words = list(reader)
             while "fedsys" in words:
                 words = words[words.index("fedsys") + 1 :]
                 ends = [words.index(end) for end in ("&&", ";", "|", "&") if end in words]
@@ -103,7 +105,9 @@ def test_the_commands_of_a_page_are_composed_and_checked(page, tmp_path, monkeyp
 
     def job(tree):
         if not hasattr(tree, "words"):  # what is composed, not what a plain command is given
-            assert config.parse(config.to_text(tree))
+            known = config.plain(tree)
+            known.pop("report", None)  # which `fedsys report` reads as it is
+            assert config.parse(config.to_text(known))
         return {}
 
     monkeypatch.chdir(tmp_path)
