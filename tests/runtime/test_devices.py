@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import httpx
@@ -22,15 +21,9 @@ from fedsys.runtime.busy import WAITS_S, asked_again
 from fedsys.runtime.launch import RESTART_S, RESTARTS, Devices
 from fedsys.runtime.processes import Processes, free_ports
 from fedsys.runtime.server_side import Restarted, ServerSide
+from tests.waiting import until
 
 WAIT_S = 60.0
-
-
-def until(true):
-    deadline = time.monotonic() + WAIT_S
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 class Waiting:
@@ -239,27 +232,45 @@ def test_a_run_that_does_not_go_on_names_its_folder_and_the_command(tmp_path, co
 
 @pytest.mark.deployment
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")
-@pytest.mark.parametrize("killed", ["node-1-executor", "node-1", "superlink"])
-def test_a_run_outlives_its_processes(killed, tmp_path):
-    folder = tmp_path / "run"
+def test_a_run_outlives_its_processes(tmp_path):
+    """First the SuperLink, then what runs one device and the node of another at the same time.
+
+    Flower takes a minute to notice that a device is gone: one minute for both.
+    """
+    folder, said = tmp_path / "run", tmp_path / "said"
     command = [
         sys.executable, "-m", "fedsys.main", "train", "runtime=deployment", "runtime.launch=true",
-        "data=synthetic", "data.max_examples=200", "model=cnn", "rounds=3", "num_clients=2",
+        "data=synthetic", "data.max_examples=200", "model=cnn", "rounds=4", "num_clients=3",
         "run.plots=false", f"run.dir={folder}",
     ]  # fmt: skip
-    with (tmp_path / "said").open("w") as said:
-        child = subprocess.Popen(command, stderr=said)
-        until(lambda: (folder / "metrics.csv").exists() or child.poll() is not None)
-        log = str(folder / "flower" / f"{killed}.log")
-        (found,) = [
-            process
-            for process in psutil.Process(child.pid).children(recursive=True)
-            if os.getpgid(process.pid) == process.pid
-            and log in {os.path.realpath(file.path) for file in process.open_files()}
-        ]
-        found.kill()
-        assert child.wait(300) == 0, (tmp_path / "said").read_text()
-    assert f"{killed} ended with status -9" in (tmp_path / "said").read_text()
-    assert [row["round"] for row in RunFolder.open(folder).rounds()] == [1, 2, 3]
+    with said.open("w") as stream:
+        child = subprocess.Popen(command, stderr=stream)
+        for rounds, killed in ((1, ["superlink"]), (2, ["node-1-executor", "node-2"])):
+            until(lambda n=rounds: rounds_of(folder) >= n or child.poll() is not None, 300)
+            assert child.poll() is None, said.read_text()
+            for process in [launched_by(child.pid, folder, name) for name in killed]:
+                process.kill()
+        assert child.wait(300) == 0, said.read_text()
+    for name in ("superlink", "node-1-executor", "node-2"):
+        assert f"{name} ended with status -9" in said.read_text()
+    assert [row["round"] for row in RunFolder.open(folder).rounds()] == [1, 2, 3, 4]
     assert not (folder / "flower" / "secrets").exists()
+
+
+def rounds_of(folder):
+    """Return how many rounds a run has, which may not have begun."""
+    return len(RunFolder.open(folder).rounds()) if (folder / "metrics.csv").exists() else 0
+
+
+def launched_by(pid, folder, name):
+    """Return the process that a launcher started under a name."""
+    log = str(folder / "flower" / f"{name}.log")
+    (found,) = [
+        process
+        for process in psutil.Process(pid).children(recursive=True)
+        if os.getpgid(process.pid) == process.pid
+        and log in {os.path.realpath(file.path) for file in process.open_files()}
+    ]
+    return found
