@@ -3,17 +3,24 @@
 Takes the same arguments. What `fedsys.runtime.forks` says about time is for these processes first
 of all: one starts for each message to a client.
 
-What is private in Flower and used here: `get_executor` of SuperExec, and the executor that it
-returns for subprocesses. `tests/runtime/test_deployment.py` fails when one of them changes.
+What is private in Flower and used here: `get_executor` of SuperExec, the executor that it returns
+for subprocesses, and what unpacks a bundle for an app. `tests/runtime/test_deployment.py` and
+`tests/runtime/test_launch.py` fail when one of them changes.
 """
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fedsys.runtime import forks
+
+APPS = ("flwr.supernode.runtime.run_clientapp", "flwr.superlink.runtime.run_serverapp")
+"""The programs of apps, which unpack the bundle."""
 
 
 class ForkExecutor:
@@ -55,6 +62,25 @@ class ForkExecutor:
         forks.reap()
 
 
+def once(install: Callable[..., Path]) -> Callable[..., Path]:
+    """Return what unpacks a bundle where it is not there yet.
+
+    For each message, Flower's unpacks and hashes hundreds of files, and then takes what is there.
+
+    Args:
+        install: Flower's.
+    """
+    from flwr.common.constant import APP_DIR, FAB_HASH_TRUNCATION
+    from flwr.supercore.utils import get_flwr_home
+
+    def installed(fab_file: bytes, *args: Any, **kwargs: Any) -> Path:
+        digest = hashlib.sha256(fab_file).hexdigest()[:FAB_HASH_TRUNCATION]
+        there = [*(get_flwr_home() / APP_DIR).glob(f"*.{digest}")]
+        return there[0] if there else install(fab_file, *args, **kwargs)
+
+    return installed
+
+
 def main() -> None:
     """Run SuperExec with another executor."""
     from flwr.supercore.cli import flower_superexec
@@ -64,6 +90,9 @@ def main() -> None:
     vars(run_superexec)["get_executor"] = lambda *args, **kwargs: ForkExecutor(
         make(*args, **kwargs)
     )
+    for app in APPS:
+        names = vars(importlib.import_module(app))
+        names["install_from_fab"] = once(names["install_from_fab"])
     forks.preload()
     flower_superexec()
 

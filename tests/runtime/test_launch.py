@@ -1,22 +1,26 @@
 """Launching and reaching a SuperLink, as far as that can be tried without one."""
 
 import contextlib
+import importlib
+import io
 import socket
 import ssl
 import subprocess
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+from flwr.cli.install import install_from_fab
 from flwr.supernode import start_client_internal
 
 from fedsys.errors import SecurityError
 from fedsys.main import main
-from fedsys.runtime import supernode
+from fedsys.runtime import bundle, executor, supernode
 from fedsys.runtime.control import SuperLinkAddress, SuperLinkClient
 from fedsys.runtime.launch import Deployment, environment
 from fedsys.runtime.processes import Processes, free_ports
@@ -165,3 +169,25 @@ def test_nodes_ask_for_work_often_but_not_more_often_than_one_superlink_can_answ
     hasty, began = supernode.Hasty(0.01), time.monotonic()
     hasty.sleep(600)
     assert began < hasty.monotonic() < began + 60
+
+
+def test_a_bundle_is_unpacked_once_and_another_one_beside_it(tmp_path, monkeypatch):
+    """Flower unpacked and hashed its files for each message, and took those that were there."""
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path))
+    (one, _), unpacked = bundle.build(), []
+
+    def install(fab, **more):
+        unpacked.append(more)
+        return install_from_fab(fab, **more)
+
+    installed = executor.once(install)
+    folder = installed(one, skip_prompt=True)
+    assert (folder / "clients" / "app.py").is_file()
+    assert installed(one, skip_prompt=True) == folder and unpacked == [{"skip_prompt": True}]
+    with zipfile.ZipFile(io.BytesIO(one)) as archive:
+        known = {name for name in archive.namelist() if not name.startswith(".info")}
+    assert {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} == known
+    for app in executor.APPS:  # which have it by this name
+        assert vars(importlib.import_module(app))["install_from_fab"] is install_from_fab
+    (tmp_path / "apps" / folder.name).rename(tmp_path / "apps" / "another.0")
+    assert installed(one, skip_prompt=True) == folder and len(unpacked) == 2
