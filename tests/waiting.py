@@ -8,11 +8,12 @@ LONG_S = 60.0
 
 def came_true(true, seconds=LONG_S):
     """Wait for something to become true; return whether it did."""
-    end = time.monotonic() + seconds
+    end, pause = time.monotonic() + seconds, 0.002
     while not true():
         if time.monotonic() > end:
             return bool(true())
-        time.sleep(0.002)
+        time.sleep(pause)
+        pause = min(1.1 * pause, 0.05)  # what takes long is not to compete with its observer
     return True
 
 
