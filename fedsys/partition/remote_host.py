@@ -11,7 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsys.errors import ConfigError, FedsysError, LinkError, RuntimeFailure, first_line
+from fedsys.errors import (
+    ConfigError,
+    FedsysError,
+    LinkError,
+    RemoteError,
+    RuntimeFailure,
+    first_line,
+)
 from fedsys.identity import differences, package_version
 from fedsys.transport.addresses import dial
 from fedsys.transport.link import Link
@@ -97,9 +104,12 @@ class RemoteHost:
         except LinkError as error:
             if link is not None:
                 link.close()
+            refused = isinstance(error, RemoteError)  # it answered, and does not want this end
+            rule = "must be that of a host that " + ("accepts this end" if refused else "answers")
+            way_out = "give its token by hosts.control_token_file, or hosts.credentials"
             raise ConfigError.of(
-                f"{self.path}.address", self.address, "must be that of a host that answers",
-                f"start it there by fedsys host ({first_line(error)})",
+                f"{self.path}.address", self.address, rule,
+                f"{way_out if refused else 'start it there by fedsys host'} ({first_line(error)})",
             ) from error  # fmt: skip
         try:
             self._check(about, self._other_arithmetic)
