@@ -23,7 +23,6 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import final
 
 import psutil
@@ -161,8 +160,9 @@ def come_first(pids: Iterable[int], priority: int = FIRST) -> bool:
     found = list(pids)
     try:
         for pid in found:
-            for task in Path(f"/proc/{pid}/task").iterdir():  # Linux: a priority is a thread's
-                os.setpriority(os.PRIO_PROCESS, int(task.name), priority)
+            for task in os.listdir(f"/proc/{pid}/task"):  # Linux: a priority is a thread's
+                with suppress(ProcessLookupError):  # it ended
+                    os.setpriority(os.PRIO_PROCESS, int(task), priority)
     except (AttributeError, OSError):
         return False
     return bool(found)
