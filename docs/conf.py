@@ -45,7 +45,7 @@ html_static_path = ["static"]
 html_theme_options = {
     "description": "One model across devices and edge servers",
     "fixed_sidebar": True,
-    "page_width": "1180px",
+    "page_width": "1240px",
     "sidebar_width": "230px",
 }
 
@@ -99,7 +99,7 @@ def _code(value: str) -> str:
 
 def _escaped(text: str) -> str:
     """Return a comment as Markdown that shows it as it is."""
-    return re.sub(r"([\\`*_{}\[\]<>|#~$])", r"\\\1", text)
+    return re.sub(r"([\\*_{}\[\]<>|#~$])", r"\\\1", text)
 
 
 # --------------------------------------------------------------------------------------------------

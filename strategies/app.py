@@ -27,6 +27,7 @@ from fedsys.runs import decision_plots, decisions, mobility_plots, plots, resili
 from fedsys.runs import startup as stages
 from fedsys.runs.decisions import OffloadDecision
 from fedsys.runs.folder import default_path, state_sha256
+from fedsys.runs.live.process import live_page
 from fedsys.runs.progress import Progress, choose
 from fedsys.runs.tracking import tracked
 from fedsys.runtime.edge_processes import with_launched
@@ -68,7 +69,10 @@ def main(grid: Grid, context: Context) -> None:
         path = Path(config.run.dir or default_path(outputs(), "train"))
         with opened(config, path, progress) as safety, open_fleet(config, safety.faults) as fleet:
             before_exit(own, lambda: safety.folder.fail(KeyboardInterrupt("the run was stopped")))
-            with tracked(config.tracker, config.text, safety.folder, safety.done, progress.note):
+            with (
+                live_page(config.dashboard, path, progress.note),
+                tracked(config.tracker, config.text, safety.folder, safety.done, progress.note),
+            ):
                 result = _train(config, grid, roster, safety, progress, fleet)
             progress.finish(result)
 

@@ -60,7 +60,10 @@ COMMANDS: dict[str, Command] = {
         "fedsys.commands.train",
         "job",
         "train a model by federated learning",
-        options=(*RUN, "num_edges", "resume", "client", "edge.device", "checkpoint", "run"),
+        options=(
+            *(*RUN, "num_edges", "resume", "dashboard"),
+            *("client", "edge.device", "checkpoint", "run"),
+        ),
         groups=(
             *TRAINED,
             *SPLIT,

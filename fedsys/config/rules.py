@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from fedsys.config import dashboard
 from fedsys.config import privacy as privacy_settings
 from fedsys.config import pruning as pruning_settings
 from fedsys.config import resilience as resilience_settings
@@ -140,6 +141,7 @@ def check(config: Config) -> None:
     _check_task(config)
     _check_resilience(config)
     _check_tracker(config.tracker)
+    dashboard.address_of(config.dashboard)
     _check_links(config)
     _check_addresses(config)
     if config.schedule.micro_batches > config.client.batch_size:

@@ -348,7 +348,8 @@ class Config:
     """One run, completely. `text` is the YAML that it was parsed from.
 
     `resume` is the folder of the run that this one continues; `portfolio` the folder whose variants
-    are served; `input` the image, or the folder of images, of ``fedsys query``.
+    are served; `input` the image, or the folder of images, of ``fedsys query``; `dashboard` where
+    the live page is (`fedsys.config.dashboard`).
     """
 
     num_clients: int
@@ -387,4 +388,5 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     faults: FaultsConfig = field(default_factory=FaultsConfig)
     tracker: Spec = field(default_factory=dict)
+    dashboard: bool | str = False
     text: str = field(default="", repr=False, compare=False)

@@ -25,7 +25,7 @@ HARMLESS: Final = frozenset(
     {
         *("json", "resume", "runtime", "faults", "checkpoint", "bench", "hydra"),
         *("num_edges", "fleet", "edge", "link", "network", "mobility"),
-        *("host", "hosts", "partition", "tracker"),
+        *("host", "hosts", "partition", "tracker", "dashboard"),
     }
 )
 """Groups that the model does not depend on."""

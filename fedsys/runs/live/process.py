@@ -1,0 +1,86 @@
+"""Starts the process of the live page with a run, and ends it with the run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+from fedsys.config.dashboard import address_of, check_token, is_loopback, place_of
+from fedsys.config.secret import VARIABLE
+
+logger = logging.getLogger("fedsys")
+
+STOP_S: Final = 8.0
+"""Longest time for those who look to see the end, in seconds."""
+
+
+@contextmanager
+def live_page(dashboard: bool | str, folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Serve the page of a run as long as the block lasts; the run goes on whatever becomes of it.
+
+    Args:
+        dashboard: The option.
+        folder: Of the run.
+        say: Told the address of the page, or why there is none.
+
+    Raises:
+        ConfigError: The option is not usable.
+    """
+    address = address_of(dashboard)
+    if address is None:
+        yield
+        return
+    token = os.environ.get(VARIABLE, "").strip()
+    check_token(address, token)
+    kept = {"PYTHONPATH": str(Path(__file__).resolve().parents[3])}
+    token = "" if is_loopback(place_of(address)[0]) else token
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "fedsys.runs.live", str(folder.absolute()), address],
+        env={**os.environ, **kept, VARIABLE: token},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+    teller = threading.Thread(target=_tell, args=(process, say), daemon=True, name="live-page")
+    teller.start()
+    try:
+        yield
+    finally:
+        _end(process)
+        teller.join(1.0)
+
+
+def _tell(process: subprocess.Popen[str], say: Callable[[str], None]) -> None:
+    """Say where the page is, as soon as it says so itself."""
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    with suppress(ValueError):
+        told = json.loads(line)
+        if "address" in told:
+            text = f"live page at {told['address']}"
+        else:
+            text = f"there is no live page: {told['error']}"
+        logger.info("%s", text)
+        say(text)
+        return
+    if process.poll() not in (None, 0):
+        say(f"there is no live page: its process ended with status {process.returncode}")
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None and process.stdout is not None
+    with suppress(OSError):
+        process.stdin.close()
+    try:
+        process.wait(STOP_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    process.stdout.close()
