@@ -25,14 +25,11 @@ pytestmark = [
 ]
 
 RUNS = {
-    "adam, part of the clients": (
+    "adam, part of the clients, kept optimizers, pruned": (
         "strategy=fedadam",
         "strategy.fraction_train=0.5",
         "num_clients=4",
-    ),
-    "kept optimizers, pruned": (
         "client.keep_optimizer=true",
-        "num_clients=3",
         "pruning=magnitude",
         "pruning.steps=1",
     ),
