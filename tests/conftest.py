@@ -136,7 +136,6 @@ def _played(
     from strategies.offload import Offload
     from strategies.rounds import play
 
-    unscored = training.Score(0.0, 0.0, 1)
     fed = federation.federation(config)
     model = federation.trained_model(config, fed.dataset)
     with ExitStack() as stack:
@@ -155,7 +154,7 @@ def _played(
             first=1,
             last=config.rounds,
             timeout_s=60.0,
-            judge=lambda _: unscored,
+            judge=lambda _: training.Score(0.0, 0.0, 1),
             done=done,
             faults=faults,
         )

@@ -70,6 +70,15 @@ def job(tree: Any) -> Mapping[str, Any]:
     return found
 
 
+def _choosable(config: Config) -> tuple[bool, PlanOptions]:
+    """Return whether the policy of a run learns, and what it may choose."""
+    kind = str(config.policy.get("kind", "none"))
+    if kind in PLANNED:
+        return False, PlanOptions.of(config.policy)
+    learns = kind not in ("none", "fixed")
+    return learns, choosable(config.policy) if learns else PlanOptions()
+
+
 def figures(config: Config, layers: LayeredModel, examples: Sequence[int]) -> dict[str, Any]:
     """Return the plan of a run as plain values.
 
@@ -82,12 +91,8 @@ def figures(config: Config, layers: LayeredModel, examples: Sequence[int]) -> di
         For the round ``predicted_s``, ``all_on_device_s``, ``best_static``, ``how``, ``planned_s``,
         ``why``; and ``devices``, each with its choice, seconds by resource, and alternatives.
     """
-    kind = str(config.policy.get("kind", "none"))
-    learns = kind not in (*PLANNED, "none", "fixed")
-    options = PlanOptions.of(config.policy) if kind in PLANNED else PlanOptions()
-    options = choosable(config.policy) if learns else options
-    machines = machines_of(config, layers)
-    load = run_workload(config, layers, machines, examples, options)
+    learns, options = _choosable(config)
+    load = run_workload(config, layers, machines_of(config, layers), examples, options)
     learned = _learned(config, layers, examples, load) if learns else None
     made = learned.plan if learned else plan(load, options.kind, offload=options.offload)
     whole = plan(load, "classic")

@@ -153,7 +153,7 @@ class PartitionConfig:
     images: int = 0
 
 
-_OBJECTIVES = ("latency", "throughput", "bytes", "energy")
+OBJECTIVES = ("latency", "throughput", "bytes", "energy")
 _SOLVERS = ("auto", "scan", "dynamic", "min_cut", "exhaustive")
 _CODECS = ("fp32", "fp16", "bf16", "int8")
 
@@ -163,7 +163,7 @@ def _one_of(names: tuple[str, ...]) -> tuple[Callable[[Any], bool], str]:
 
 
 RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("objective", *_one_of(_OBJECTIVES)),
+    ("objective", *_one_of(OBJECTIVES)),
     ("solver", *_one_of(_SOLVERS)),
     (
         "input",
@@ -182,8 +182,8 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("max_drop", lambda v: 0 <= v <= 1, "must be in [0, 1]"),
     (
         "pareto",
-        lambda v: not v or (len(v) == 2 and set(v) <= set(_OBJECTIVES) and v[0] != v[1]),
-        f"must be two of {', '.join(_OBJECTIVES)}",
+        lambda v: not v or (len(v) == 2 and set(v) <= set(OBJECTIVES) and v[0] != v[1]),
+        f"must be two of {', '.join(OBJECTIVES)}",
     ),
     ("alternatives", lambda v: v >= 0, "must not be negative"),
     ("images", lambda v: v >= 0, "must not be negative"),

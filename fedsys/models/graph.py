@@ -23,7 +23,7 @@ import linecache
 import operator
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -408,6 +408,23 @@ def _record(
             graph = tracer.trace(source)
     except Exception as error:  # whatever the user's forward or torch.fx raises on a proxy
         raise ModelError(_why_untraceable(source, tracer, error)) from error
+    _check_constants(source, known, state)
+    if tracer.torn:
+        raise ModelError(
+            f"{tracer.torn[0]} is called several times in one forward pass and is set to something "
+            f"else each time (training, for instance), which a graph of {type(source).__name__} "
+            "cannot follow; make two modules of it that share their parameters"
+        )
+    if sizes is not None:
+        _settle_arithmetic(graph, sizes)
+    graph.lint()
+    return _Recorded(graph, tracer.seen, sizes.shape if sizes is not None and sizes.used else ())
+
+
+def _check_constants(
+    source: nn.Module, known: Mapping[str, Tensor], state: Mapping[str, object]
+) -> None:
+    """Refuse a model whose forward makes other constants each time, or changes what it holds."""
     for name, before in known.items():
         now = source.__dict__.get(name)
         if not before.is_meta and now is not None and not torch.equal(before, now):
@@ -423,16 +440,6 @@ def _record(
                 "input, which a graph does not record; leave it as it is, or change it by a value "
                 "that was computed from the input"
             )
-    if tracer.torn:
-        raise ModelError(
-            f"{tracer.torn[0]} is called several times in one forward pass and is set to something "
-            f"else each time (training, for instance), which a graph of {type(source).__name__} "
-            "cannot follow; make two modules of it that share their parameters"
-        )
-    if sizes is not None:
-        _settle_arithmetic(graph, sizes)
-    graph.lint()
-    return _Recorded(graph, tracer.seen, sizes.shape if sizes is not None and sizes.used else ())
 
 
 @contextmanager

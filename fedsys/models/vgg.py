@@ -21,7 +21,8 @@ the papers' arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 from torch import nn
 
@@ -125,18 +126,23 @@ def _vgg(
         layers = [("conv", conv), ("norm", norm), ("relu", nn.ReLU()), ("pool", pool)]
         units.append((f"conv{len(units) + 1}", chain(layers)))
         channels = item
-    features = channels * height * width
-    for position, outputs in enumerate((*hidden, num_classes), start=1):
+    widths = (channels * height * width, *hidden, num_classes)
+    model = chain([*units, *_linear(widths, fc_relu, dropout)])
+    initialise(model, "fan_in")
+    return model
+
+
+def _linear(
+    widths: Sequence[int], fc_relu: bool, dropout: float
+) -> Iterator[tuple[str, nn.Module | None]]:
+    """Yield the linear units of some widths, from that of the features to that of the classes."""
+    for position, (features, outputs) in enumerate(pairwise(widths), start=1):
         check_positive("model.hidden", outputs)
-        last = position > len(hidden)
+        last = position == len(widths) - 1
         layers = [
             ("flatten", nn.Flatten() if position == 1 else None),
             ("linear", nn.Linear(features, outputs)),
             ("relu", nn.ReLU() if fc_relu and not last else None),
             ("dropout", None if last else dropout_or_none(dropout)),
         ]
-        units.append((f"fc{position}", chain(layers)))
-        features = outputs
-    model = chain(units)
-    initialise(model, "fan_in")
-    return model
+        yield f"fc{position}", chain(layers)

@@ -130,18 +130,9 @@ class Asking:
                     continue
                 try:
                     found = self._follow(edge, awaiting, anew=anew)
-                except RemoteError as error:
-                    if not refusal(error):  # the greeting was damaged on its way
-                        silent += 1
-                        continue
-                    raise SessionError(
-                        f"edge {edge} refuses session {self._session}: {error}"
-                    ) from error
-                except LinkRefused:
-                    refused += 1
-                    continue
-                except LinkError:
-                    silent += 1
+                except (LinkError, RemoteError) as error:
+                    gone = self._gone(edge, error)
+                    refused, silent = refused + gone, silent + (not gone)
                     continue
                 if found is not None:
                     return found
@@ -153,6 +144,16 @@ class Asking:
                 )
             self._sleep(wait)
             wait, again = min(2 * wait, at_most), True
+
+    def _gone(self, edge: str, error: LinkError | RemoteError) -> bool:
+        """Return whether nobody listens there; else it does not answer.
+
+        Raises:
+            SessionError: It answers, and refuses the device.
+        """
+        if isinstance(error, RemoteError) and refusal(error):  # else the greeting was damaged
+            raise SessionError(f"edge {edge} refuses session {self._session}: {error}") from error
+        return isinstance(error, LinkRefused)
 
     def probe(self, edge: str) -> str | None:
         """Ask an edge for the session, and leave it its link.

@@ -13,8 +13,6 @@ import numpy as np
 
 from fedsys.partition.problem import RAW, Partition, Problem, taking_part
 
-OBJECTIVES = ("latency", "throughput", "bytes", "energy")
-
 
 @dataclass(frozen=True)
 class Portion:

@@ -13,10 +13,6 @@ from fedsys.partition.evaluation import RequestCost, evaluate
 from fedsys.partition.problem import RAW, Partition, Problem
 from fedsys.partition.solvers import broken, dynamic, exhaustive, frontier, scan
 
-SOLVERS = ("auto", "scan", "dynamic", "min_cut", "exhaustive")
-
-Solver = Callable[[Problem, str], Partition | None]
-
 
 @dataclass(frozen=True)
 class Choice:
@@ -59,8 +55,8 @@ def solve(problem: Problem, objective: str = "latency", solver: str = "auto") ->
 
     Args:
         problem: What is to be divided.
-        objective: One of `fedsys.partition.evaluation.OBJECTIVES`.
-        solver: One of `SOLVERS` without ``min_cut``.
+        objective: One of `fedsys.config.partition.OBJECTIVES`.
+        solver: ``auto``, ``scan``, ``dynamic`` or ``exhaustive``.
 
     Raises:
         ConfigError: The solver is for two hosts.
@@ -89,8 +85,8 @@ def plan_partition(
 
     Args:
         problem: What is to be divided.
-        objective: One of `fedsys.partition.evaluation.OBJECTIVES`.
-        solver: One of `SOLVERS` without ``min_cut``.
+        objective: One of `fedsys.config.partition.OBJECTIVES`.
+        solver: ``auto``, ``scan``, ``dynamic`` or ``exhaustive``.
         alternatives: How many others are wanted.
 
     Raises:

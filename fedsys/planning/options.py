@@ -138,6 +138,13 @@ def machines_of(config: Config, layers: LayeredModel) -> Hardware:
     return machines
 
 
+def _device(machines: Hardware, examples: Sequence[int], client: int) -> Device:
+    """Return what a client is; machines and numbers of examples are gone through in turn."""
+    kind = client % len(machines.devices)
+    count = max(1, examples[client % len(examples)])
+    return Device(f"client {client}", machines.devices[kind], machines.networks[kind], count)
+
+
 def run_workload(
     config: Config,
     layers: LayeredModel,
@@ -161,19 +168,9 @@ def run_workload(
     """
     options = options or PlanOptions()
     who = range(config.num_clients) if clients is None else clients
-    count = len(machines.devices)
-    devices = [
-        Device(
-            f"client {client}",
-            machines.devices[client % count],
-            machines.networks[client % count],
-            max(1, examples[client % len(examples)]),
-        )
-        for client in who
-    ]
     load = workload(
         layers,
-        devices,
+        [_device(machines, examples, client) for client in who],
         machines.edges,
         config.client.batch_size,
         micro_batches=pieces_of(config, options),

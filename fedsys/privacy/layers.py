@@ -24,9 +24,6 @@ from torch.func import functional_call, vjp, vmap
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
-Squares = Tensor
-"""``(examples,)``: squared L2 norms."""
-
 
 @dataclass
 class LayerRecord:

@@ -156,21 +156,33 @@ def make(
     if failed and len(candidates) == 1:
         raise next(iter(failed.values()))
     with watch.of("precision"):
-        plain = tuple(candidates)
-        for precision in options.precisions:
-            say(f"making {len(plain)} variants of {precision}")
-            for candidate in plain:
-                try:
-                    candidates.append(lower(candidate, precision, dataset))
-                except ModelError as error:
-                    name = lowered_name(candidate, precision)
-                    failed[name] = error
-                    say(f"{name}: {error}")
+        candidates += _lowered(candidates, options.precisions, dataset, failed, say)
     say(f"measuring {len(candidates)} models on {machine()}")
     candidates = measured(candidates, options, dataset, watch)
     made = _chosen(candidates, config, dataset, folder, source, watch)
     reasons = {name: str(error) for name, error in failed.items()}
     return dataclasses.replace(made, refused={**made.refused, **reasons})
+
+
+def _lowered(
+    candidates: Sequence[Candidate],
+    precisions: Sequence[str],
+    dataset: Dataset,
+    failed: dict[str, FedsysError],
+    say: Say,
+) -> list[Candidate]:
+    """Return candidates of fewer bits; those that cannot be made are added to `failed`."""
+    made = []
+    for precision in precisions:
+        say(f"making {len(candidates)} variants of {precision}")
+        for candidate in candidates:
+            try:
+                made.append(lower(candidate, precision, dataset))
+            except ModelError as error:
+                name = lowered_name(candidate, precision)
+                failed[name] = error
+                say(f"{name}: {error}")
+    return made
 
 
 def _check_validation(dataset: Dataset) -> None:

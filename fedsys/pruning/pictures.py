@@ -62,24 +62,15 @@ def _front_painter(
     names = {variant.name for variant in stay}
     gone = [variant for variant in measured if variant.name not in names]
 
+    def places(variants: Sequence[Variant]) -> tuple[list[float], list[float]]:
+        return [of(v) for v in variants], [100.0 * v.accuracy for v in variants]
+
     def paint(axes: Any) -> None:
         line = sorted(stay, key=of)
-        axes.plot(
-            [of(v) for v in line],
-            [100.0 * v.accuracy for v in line],
-            color=COLORS[0],
-            marker="o",
-            label="in the portfolio",
-        )
+        axes.plot(*places(line), color=COLORS[0], marker="o", label="in the portfolio")
         if gone:
-            axes.plot(
-                [of(v) for v in gone],
-                [100.0 * v.accuracy for v in gone],
-                color=COLORS[6],
-                marker="x",
-                linestyle="",
-                label="refused",
-            )
+            crosses = {"color": COLORS[6], "marker": "x", "linestyle": "", "label": "refused"}
+            axes.plot(*places(gone), **crosses)
         for index, v in enumerate(line):  # the first must not reach over the axis
             axes.annotate(
                 v.name,

@@ -284,16 +284,7 @@ def one_shot(
         return synflow_masks(
             model, input_shape, masks, sparsity, iterations=iterations, keep_channels=keep_channels
         )
-    scored: dict[str, Callable[[], Scores]] = {
-        "random": lambda: score_functions.random(model, address),
-        "magnitude": lambda: score_functions.magnitude(model),
-        "magnitude_channel": lambda: score_functions.magnitude_channel(
-            model, mix=mix, groups=groups
-        ),
-        "group_norm": lambda: score_functions.group_norm(model, groups=groups, scales=scales),
-        "snip": lambda: score_functions.snip(model, batches, address),
-        "grasp": lambda: score_functions.grasp(model, batches, address),
-    }
+    scored = _scored(model, batches, address, mix, groups, scales)
     if method not in scored:
         rule = f"must be one of {', '.join(METHODS)}"
         raise ConfigError.of("pruning.method", method, rule, did_you_mean(method, METHODS))
@@ -301,3 +292,23 @@ def one_shot(
     if costs is not None:
         scores = score_functions.per_cost(scores, costs, cost_weight)
     return prune(masks, scores, sparsity, scope=scope, keep_channels=keep_channels)
+
+
+def _scored(
+    model: nn.Module,
+    batches: Batches,
+    address: Address,
+    mix: float,
+    groups: Groups,
+    scales: Mapping[str, Tensor] | None,
+) -> dict[str, Callable[[], Scores]]:
+    """Return what scores weights by each method that scores once."""
+    named = score_functions
+    return {
+        "random": lambda: named.random(model, address),
+        "magnitude": lambda: named.magnitude(model),
+        "magnitude_channel": lambda: named.magnitude_channel(model, mix=mix, groups=groups),
+        "group_norm": lambda: named.group_norm(model, groups=groups, scales=scales),
+        "snip": lambda: named.snip(model, batches, address),
+        "grasp": lambda: named.grasp(model, batches, address),
+    }

@@ -69,8 +69,7 @@ class OpenedChain:
         tell: Callable[[Mapping[str, Any]], None] = lambda record: None,
     ) -> None:
         name = config.serving.variant or PARENT
-        variant = portfolio.variant(name)
-        if ONNX in variant.files:
+        if ONNX in portfolio.variant(name).files:
             raise ModelError(f"variant {name} is an ONNX file: it has no units to be cut between")
         shape = portfolio.about.input_shape
         module = model_of(config, portfolio, name)
@@ -79,16 +78,16 @@ class OpenedChain:
         with ExitStack() as stack:
             hosts = _connect(config, stack)
             token, credentials = _proofs(config)
-            recovery = None
+            self.recovery: LookedAfter | None = None
             if config.serving.recovery.enabled and len(hosts) > 1:
-                recovery = LookedAfter(hosts, config, stack)
+                self.recovery = LookedAfter(hosts, config, stack)
             ways = OtherWays(config, self.layers, portfolio, name, self._whole)
             chain = Chain(
                 hosts,
                 ways.parts(WHOLE),
                 token=token,
                 credentials=credentials,
-                options=_options(config, None if recovery is None else recovery.watch.lost),
+                options=_options(config, self.recovery and self.recovery.watch.lost),
                 ways=ways.parts,
             )
             first = first_partition(config, self._whole, self.layers, shape)
@@ -97,9 +96,8 @@ class OpenedChain:
             seen = {} if observer is None else {"passed": observer.seen}
             card = card_of(portfolio)
             self.engine = ChainEngine(chain, card, first, config.hosts.way, name=name, **seen)
-            if recovery is not None:
-                recovery.look_after(self.engine, ways, tell)
-            self.recovery = recovery
+            if self.recovery is not None:
+                self.recovery.look_after(self.engine, ways, tell)
             self.control: ChainControl | None = None
             if problem is not None and observer is not None:
                 self.control = self._controlled(config, problem, observer, tell)

@@ -351,12 +351,8 @@ def test_variants_that_were_trained_further_come_back_to_the_portfolio(
     answers = run(portfolio.module(tuned.name), images)
     torch.testing.assert_close(answers, run(model, images), rtol=1e-5, atol=1e-5)
     # alone, and several of one variant
-    both = (
-        "pruning=none",
-        f"variants.trained=[{run_folder},{run_folder}]",
-        f"run.dir={tmp_path / 'c'}",
-    )
-    status, out, err = call(capsys, *prune, *both)
+    both = ("pruning=none", f"variants.trained=[{run_folder},{run_folder}]")
+    status, out, err = call(capsys, *prune, *both, f"run.dir={tmp_path / 'c'}")
     assert status == 0, err
     names = {row["name"] for row in json.loads(out.splitlines()[-1])["variants"]}
     assert names == {PARENT, "group_norm-80-trained", "group_norm-80-trained-2"}

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from fedsys.config.partition import OBJECTIVES
 from fedsys.errors import ConfigError
-from fedsys.partition.evaluation import OBJECTIVES, evaluate
+from fedsys.partition.evaluation import evaluate
 from fedsys.partition.planner import alone_on, contradiction, pareto, plan_partition, solve
 from fedsys.partition.problem import Constraints, Host, Partition, Problem
 from fedsys.partition.solvers import broken, every, exhaustive

@@ -973,8 +973,7 @@ def test_serve_drains_when_it_is_terminated(portfolio_folder, tmp_path):
         call_, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
     assert server.stdout is not None
-    ready = json.loads(server.stdout.readline())["ready"]
-    place = ready["address"].removeprefix("http://")
+    place = json.loads(server.stdout.readline())["ready"]["address"].removeprefix("http://")
     body = json.dumps(tensor("FP32", ONE, [0.0] * 192))
     issued, answered, failed = [0] * 3, [0] * 3, [0] * 3
 

@@ -19,7 +19,7 @@ from fedsys.planning.mobility.positions import Positioned
 from fedsys.planning.mobility.sources import source_of
 from fedsys.planning.moves import Move
 from fedsys.planning.options import machines_of, run_workload
-from fedsys.planning.virtual_clock import Ways, virtual_round
+from fedsys.planning.virtual_clock import VirtualRound, Ways, virtual_round
 from fedsys.training.federation import layered_model
 
 
@@ -61,16 +61,10 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
         decided = time.perf_counter()
         played = virtual_round(load, choices, ways=ways, most=int(options["most_turns"]))
         ended = time.perf_counter()
-        moves = [move for move in played.timeline.moves if move.source != move.target]
         rows.append(
             {
                 "round": number,
-                "round_s": played.seconds,
-                "handovers": len(moves),
-                "foreseen": sum(m.how == "foreseen" for own in ways.moves.values() for m in own),
-                "vehicles_moving": len({move.job for move in moves}),
-                "bytes": sum(move.bytes for move in moves),
-                "longest_pause_s": max((move.pause_s for move in moves), default=0.0),
+                **_figures(played, ways),
                 "moves_seconds": decided - began,
                 "play_seconds": ended - decided,
                 "seconds": ended - began,
@@ -78,6 +72,19 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
         )
     slowest = max(row["seconds"] for row in rows)
     return {"rows": rows, "read_s": read_s, "slowest_s": slowest, "vehicles": count, "edges": edges}
+
+
+def _figures(played: VirtualRound, ways: Ways) -> dict[str, Any]:
+    """Return what came of the moves of a round."""
+    moves = [move for move in played.timeline.moves if move.source != move.target]
+    return {
+        "round_s": played.seconds,
+        "handovers": len(moves),
+        "foreseen": sum(m.how == "foreseen" for own in ways.moves.values() for m in own),
+        "vehicles_moving": len({move.job for move in moves}),
+        "bytes": sum(move.bytes for move in moves),
+        "longest_pause_s": max((move.pause_s for move in moves), default=0.0),
+    }
 
 
 def _settled(

@@ -31,7 +31,6 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -81,7 +80,6 @@ class Op:
         at_border: The same for the weights that can meet padded zeros; None if none can.
         zero_border: It reads zeros outside of its input, so that a constant map does not stay
             uniform at the border.
-        nonzero: Number of weights of a MIX other than 0.
     """
 
     kind: Kind
@@ -92,7 +90,6 @@ class Op:
     zero_border: bool = False
     connected: Tensor | None = None
     at_border: Tensor | None = None
-    nonzero: int = 0
 
     @property
     def name(self) -> str:
@@ -300,7 +297,6 @@ def _describe_layer(
     groups = layer.groups if isinstance(layer, Conv) else 1
     values = layer.weight.detach()
     present = values.bool()  # twice as fast as to compare with zero
-    nonzero = int(np.count_nonzero(present.numpy()))  # three times as fast as torch
     at_border = None
     if isinstance(layer, Conv):
         inner = _inner_tap(layer) if _reads_zeros(layer) else -1
@@ -308,7 +304,7 @@ def _describe_layer(
         at_border = outer.view(groups, -1, outer.shape[1]) if _reads_zeros(layer) else None
     connected = present.view(groups, -1, present.shape[1])
     border = at_border is not None and bool(at_border.any())
-    return Op(Kind.MIX, node, inputs, layer, shape, border, connected, at_border, nonzero)
+    return Op(Kind.MIX, node, inputs, layer, shape, border, connected, at_border)
 
 
 def _split(present: Tensor, inner: int) -> tuple[Tensor, Tensor]:

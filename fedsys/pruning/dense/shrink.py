@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -36,7 +36,7 @@ from fedsys.pruning.dense.channels import Coupling
 from fedsys.pruning.dense.cloning import InFloat64
 from fedsys.pruning.dense.constants import Borders
 from fedsys.pruning.dense.frozen import keep_frozen
-from fedsys.pruning.dense.ops import Kind, Op
+from fedsys.pruning.dense.ops import Kind
 from fedsys.pruning.dense.removal import Removal, evaluation_graph, masked_copy, plan_graph, probes
 
 _TRIED = 2
@@ -52,7 +52,6 @@ class Report:
 
     Attributes:
         parameters_before: Parameters of the masked model, zeros included.
-        nonzero_before: Those of them that are not zero.
         parameters: Parameters of the dense model, and constants of its graph.
         macs_before: Multiply-accumulates per example of the masked model, in layers understood.
         macs: Those of the dense model.
@@ -66,7 +65,6 @@ class Report:
     """
 
     parameters_before: int
-    nonzero_before: int
     parameters: int
     macs_before: int
     macs: int
@@ -143,9 +141,20 @@ def shrink(
         expected, got = _run(masked, inputs.to(dtype)), _run(small, inputs.to(dtype))
         difference = _verified(expected, got)
         difference_float64 = _verified(plan.reading.output, exact)
-    report = Report(
+    report = _report(masked, plan, small, difference, difference_float64)
+    return Shrunk(small, plan, replace(report, seconds=time.perf_counter() - start))
+
+
+def _report(
+    masked: nn.Module,
+    plan: Removal,
+    small: fx.GraphModule,
+    difference: float,
+    difference_float64: float,
+) -> Report:
+    """Return what a conversion saves; how long it took is not known here."""
+    return Report(
         parameters_before=sum(p.numel() for p in masked.parameters()),
-        nonzero_before=_nonzero(masked, plan),
         parameters=count_parameters(small),
         macs_before=_macs(plan, plan.reading.graph),
         macs=_macs(plan, small),
@@ -154,9 +163,8 @@ def shrink(
         max_abs_diff=difference,
         max_abs_diff_float64=difference_float64,
         max_abs_output=float(plan.reading.output.abs().max()),
-        seconds=time.perf_counter() - start,
+        seconds=0.0,
     )
-    return Shrunk(small, plan, report)
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -234,23 +242,11 @@ def _verified(expected: Tensor, got: Tensor) -> float:
     return difference
 
 
-def _nonzero(masked: nn.Module, plan: Removal) -> int:
-    """Count the parameters that are not zero; those of layers were counted when they were read."""
-    read = {id(op.layer.weight): op.nonzero for op in _mixes(plan)}
-    return sum(
-        read[id(p)] if id(p) in read else int(p.count_nonzero()) for p in masked.parameters()
-    )
-
-
-def _mixes(plan: Removal) -> list[Op]:
-    return [op for op in plan.reading.ops.values() if op.kind is Kind.MIX]
-
-
 def _macs(plan: Removal, model: fx.GraphModule) -> int:
     total = 0
     present = {str(n.target) for n in model.graph.nodes if n.op == "call_module"}
-    for op in _mixes(plan):
-        if op.name in present:
+    for op in plan.reading.ops.values():
+        if op.kind is Kind.MIX and op.name in present:
             weight = model.get_parameter(f"{op.name}.weight")
             total += weight.numel() * math.prod(op.shape[2:])
     return total

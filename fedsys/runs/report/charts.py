@@ -191,20 +191,29 @@ def shares(
     bars = []
     for label, seconds in rows:
         total = sum(seconds) or 1.0
-        pieces = "".join(
-            f'<span class="piece b{color % COLORS}" style="flex-grow:{value / total:.5f}" '
-            f'title="{escape(name)}: {seconds_text(value)}, {value / total:.0%}">'
-            f"{f'{value / total:.0%}' if value > 0.09 * total else ''}</span>"
-            for color, (name, value) in enumerate(zip(names, seconds, strict=True))
-            if value > 0
-        )
-        bars.append(
-            f'<div class="share"><div class="share-name">{escape(label)}'
-            f'<span class="muted">{seconds_text(total)}</span></div>'
-            f'<div class="share-bar">{pieces}</div></div>'
-        )
+        parts = [value / total for value in seconds]
+        told = [
+            f"{name}: {seconds_text(value)}, {part:.0%}"
+            for name, value, part in zip(names, seconds, parts, strict=True)
+        ]
+        beside = f'<span class="muted">{seconds_text(total)}</span>'
+        bars.append(_lying_bar(label, parts, told, beside))
     entries = [(name, color, False) for color, name in enumerate(names)]
     return figure(title, "".join(bars), below or legend(entries))
+
+
+def _lying_bar(label: str, parts: Sequence[float], told: Sequence[str], beside: str = "") -> str:
+    """Return a bar of portions of one, each with what is told of it when it is pointed at."""
+    pieces = "".join(
+        f'<span class="piece b{color % COLORS}" style="flex-grow:{part:.5f}" '
+        f'title="{escape(text)}">{f"{part:.0%}" if part > 0.09 else ""}</span>'
+        for color, (part, text) in enumerate(zip(parts, told, strict=True))
+        if part > 0
+    )
+    return (
+        f'<div class="share"><div class="share-name">{escape(label)}{beside}</div>'
+        f'<div class="share-bar">{pieces}</div></div>'
+    )
 
 
 def portions(title: str, names: Sequence[str], rows: Sequence[tuple[str, Sequence[float]]]) -> str:
@@ -215,18 +224,10 @@ def portions(title: str, names: Sequence[str], rows: Sequence[tuple[str, Sequenc
         names: Of the portions.
         rows: Label of each bar, and its portions, whose sum is 1.
     """
-    bars = []
-    for label, values in rows:
-        pieces = "".join(
-            f'<span class="piece b{color % COLORS}" style="flex-grow:{value:.5f}" '
-            f'title="{escape(name)}: {value:.0%}">{f"{value:.0%}" if value > 0.09 else ""}</span>'
-            for color, (name, value) in enumerate(zip(names, values, strict=True))
-            if value > 0
-        )
-        bars.append(
-            f'<div class="share"><div class="share-name">{escape(label)}</div>'
-            f'<div class="share-bar">{pieces}</div></div>'
-        )
+    bars = [
+        _lying_bar(label, parts, [f"{n}: {p:.0%}" for n, p in zip(names, parts, strict=True)])
+        for label, parts in rows
+    ]
     entries = [(name, color, False) for color, name in enumerate(names)]
     return figure(title, "".join(bars), legend(entries))
 

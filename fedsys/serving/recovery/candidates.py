@@ -61,7 +61,7 @@ class Planner:
 
     Args:
         problem: Of a way: what its units cost on the hosts.
-        objective: What a division minimises: one of `fedsys.partition.evaluation.OBJECTIVES`.
+        objective: What a division minimises: one of `fedsys.config.partition.OBJECTIVES`.
     """
 
     def __init__(self, problem: Callable[[str], Problem], objective: str = "latency") -> None:
