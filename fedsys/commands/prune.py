@@ -27,7 +27,7 @@ from fedsys import config as configuration
 from fedsys.config import Config, secret
 from fedsys.data import Dataset
 from fedsys.errors import ConfigError, ModelError, RunError
-from fedsys.pruning.export import export_onnx
+from fedsys.files import write_atomic
 from fedsys.pruning.levels import Level, Recipe, recipes
 from fedsys.pruning.making import Made, make
 from fedsys.pruning.pictures import draw_all
@@ -120,16 +120,17 @@ def _make(config: Config, run: Path | None, folder: Path, shown: Progress) -> Ma
 
 
 def _written(portfolio: Portfolio, folder: Path) -> dict[str, str]:
-    """Write the variants of full precision as ONNX files, each checked by ONNX Runtime.
+    """Write the ONNX files of variants of full precision once more, each under its name.
 
     Returns:
         The file of each variant.
     """
     files = {}
+    folder.mkdir(exist_ok=True)
     for variant in portfolio.variants:
         if variant.precision == "float32":
-            file, module = folder / f"{variant.name}.onnx", portfolio.module(variant.name)
-            difference = export_onnx(module, portfolio.about.input_shape, file)
+            file, difference = folder / f"{variant.name}.onnx", variant.onnx_max_abs_diff
+            write_atomic(file, portfolio.onnx(variant.name))
             _say(f"{file}: differs from {variant.name} by {difference:.1e}")
             files[variant.name] = str(file)
     return files

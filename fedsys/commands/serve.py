@@ -18,16 +18,12 @@ from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
 
-import torch
-
 from fedsys import config as configuration
-from fedsys.commands.own_chain import made_model, started, starts_hosts
 from fedsys.config import Config
 from fedsys.errors import ConfigError
 from fedsys.pruning.portfolio import Portfolio
-from fedsys.serving.chain_opening import OpenedChain, serves_chain
 from fedsys.serving.http import Endpoint
-from fedsys.serving.portfolio import PortfolioEngine
+from fedsys.serving.portfolio import PortfolioEngine, needs_torch
 from fedsys.serving.switch.control import Record
 
 SWITCH_S = 0.0005
@@ -54,16 +50,15 @@ def job(tree: Any) -> Mapping[str, Any]:
         ModelError: The portfolio is damaged.
     """
     config = configuration.parse(configuration.to_text(tree))
-    if starts_hosts(config):
-        config = made_model(config) if config.portfolio is None else config
-        with started(config) as (own, processes):
-            sys.setswitchinterval(SWITCH_S)
-            return _serve_chain(own, Portfolio.load(_folder(own)), processes)
+    if any(host.start for host in config.hosts.list):
+        return _start_chain(config)
     portfolio = Portfolio.load(_folder(config))
     sys.setswitchinterval(SWITCH_S)
-    if serves_chain(config):
+    if any(host.address for host in config.hosts.list):
         return _serve_chain(config, portfolio)
-    if config.serving.threads is not None:
+    if config.serving.threads is not None and needs_torch(portfolio, config.serving):
+        import torch
+
         torch.set_num_threads(config.serving.threads)
     engine = PortfolioEngine(portfolio, config.serving, lambda record: _tell(record, config.json))
     try:
@@ -131,6 +126,16 @@ def _until_told() -> None:
         print("finishing the requests in work", file=sys.stderr)
 
 
+def _start_chain(config: Config) -> Mapping[str, Any]:
+    """Serve by hosts that are started for it."""
+    from fedsys.commands.own_chain import made_model, started  # brings PyTorch
+
+    config = made_model(config) if config.portfolio is None else config
+    with started(config) as (own, processes):
+        sys.setswitchinterval(SWITCH_S)
+        return _serve_chain(own, Portfolio.load(_folder(own)), processes)
+
+
 def _serve_chain(
     config: Config, portfolio: Portfolio, processes: Mapping[str, int] = MappingProxyType({})
 ) -> Mapping[str, Any]:
@@ -144,6 +149,8 @@ def _serve_chain(
     Returns:
         What it did: ``answers`` by cuts, ``moves``, and the last cuts as ``variant``.
     """
+    from fedsys.serving.chain_opening import OpenedChain  # brings PyTorch
+
     opened = OpenedChain(config, portfolio, lambda record: _tell_move(record, config.json))
     engine = opened.engine
     try:

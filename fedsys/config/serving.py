@@ -7,6 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+ENGINES = ("auto", "torch", "onnx")
+"""What computes variants (`fedsys.serving.computing`)."""
+
 TECHNIQUES = ("repartition", "exit", "skip", "replica")
 """How a chain can answer on after a host failed (`fedsys.serving.recovery`)."""
 
@@ -88,6 +91,8 @@ class ServingConfig:
         objective: What is asked of the answers.
         recovery: How a chain answers on after a host is lost.
         exits: Folder of the training run whose exits and adapters a chain may answer by.
+        engine: What computes variants of a portfolio: PyTorch, ONNX Runtime, or for each the one
+            that was faster when the portfolio was made.
         variant: The only variant that answers; None lets the policy choose.
         resident: Whether all variants are in memory at all times.
         standby: The smallest variants stay in memory and help where the one that answers would be
@@ -116,6 +121,7 @@ class ServingConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     exits: str | None = None
+    engine: str = "auto"
     variant: str | None = None
     resident: bool = False
     standby: float = 0.1
@@ -158,6 +164,7 @@ _PLAIN = "must be of letters, digits, '.', '_', '-'"
 
 RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("name", lambda v: bool(re.fullmatch(r"[A-Za-z0-9._-]+", v)), _PLAIN),
+    ("engine", lambda v: v in ENGINES, f"must be one of {', '.join(ENGINES)}"),
     ("objective.p95_ms", *_above(0)),
     ("objective.memory_bytes", *_above(0)),
     ("objective.margin", lambda v: 0 <= v <= 1, "must be in [0, 1]"),

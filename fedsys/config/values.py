@@ -314,7 +314,8 @@ class VariantsConfig:
         margin: Share by which a variant must be faster than one that is more accurate.
         max_drop: Largest loss of validation accuracy against the parent, in [0, 1]; None: any.
         memory: Whether peak memory is measured.
-        onnx: Whether every float32 variant is written as an ONNX file, too.
+        onnx: Whether every float32 variant is written as an ONNX file, too, and measured in ONNX
+            Runtime, so that an endpoint may answer by it.
     """
 
     run: str | None = None

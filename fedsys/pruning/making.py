@@ -26,9 +26,11 @@ from fedsys.data import Dataset, Images
 from fedsys.errors import ConfigError, FedsysError, ModelError
 from fedsys.pruning.candidates import Candidate, convert, lower, lowered_name, parent_candidate
 from fedsys.pruning.dense.removal import Removal
+from fedsys.pruning.export import export_onnx
 from fedsys.pruning.levels import EVAL_BATCH, Done, Level, Recipe, epochs_of, refined, spread
 from fedsys.pruning.measuring import front, latencies, machine, peak_bytes
 from fedsys.pruning.portfolio import About, Latency, Portfolio, Variant
+from fedsys.pruning.precision import OnnxModule
 from fedsys.runs.progress import Progress
 from fedsys.training import plain as training
 
@@ -295,9 +297,39 @@ def _chosen(
     if len(dataset.test):
         with watch.of("test"):
             kept = [_with(c, test_accuracy=score(c.module, dataset.test, dataset)) for c in kept]
+    kept, onnx = _with_onnx(kept, options, dataset, watch) if options.onnx else (kept, {})
     with watch.of("write"):
-        portfolio = Portfolio.write(folder, about, [(c.variant, c.content) for c in kept])
+        portfolio = Portfolio.write(folder, about, [(c.variant, c.content) for c in kept], onnx)
     return Made(portfolio, tuple(everything), refused, watch.seconds)
+
+
+def _with_onnx(
+    kept: Sequence[Candidate], options: VariantsConfig, dataset: Dataset, watch: Durations
+) -> tuple[list[Candidate], dict[str, bytes]]:
+    """Return variants with the latency of ONNX Runtime beside that of PyTorch, and their files.
+
+    Both are measured in turns: which one answers is decided by that (`fedsys.serving.computing`).
+    """
+    found, files = [], {}
+    with watch.of("onnx"), TemporaryDirectory(prefix="fedsys-onnx-") as folder:
+        for candidate in kept:
+            name = candidate.variant.name
+            if candidate.variant.precision != "float32":
+                found.append(candidate)
+                continue
+            path = Path(folder) / f"{name}.onnx"
+            difference = export_onnx(candidate.module, dataset.input_shape, path)
+            files[name] = path.read_bytes()
+            both = latencies(
+                {"torch": candidate.module, "onnx": OnnxModule(files[name])},
+                dataset.input_shape,
+                batch_sizes=options.batch_sizes,
+                threads=options.threads,
+                runs=options.runs,
+            )
+            figures = {"latencies": both["torch"], "onnx_latencies": both["onnx"]}
+            found.append(_with(candidate, **figures, onnx_max_abs_diff=difference))
+    return found, files
 
 
 def _with(candidate: Candidate, **figures: Any) -> Candidate:

@@ -8,10 +8,12 @@ import linecache
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
-from torch import fx, nn
-from torch.fx import graph_module
+
+if TYPE_CHECKING:  # read by an endpoint that does without PyTorch, too
+    from torch import fx, nn
 
 _LIMIT = Path("/sys/fs/cgroup/memory.max")
 _USED = Path("/sys/fs/cgroup/memory.current")
@@ -35,6 +37,8 @@ def dismantle(module: nn.Module) -> None:
 
     Its tensors go, and so do its torch.fx graphs (`discard`).
     """
+    from torch import fx
+
     module.to("meta")
     for part in list(module.modules()):
         if isinstance(part, fx.GraphModule):
@@ -48,6 +52,8 @@ def discard(module: fx.GraphModule) -> None:
     collection, which is rare. torch.fx and linecache keep the source text of each graph for
     tracebacks as long as the process lives.
     """
+    from torch.fx import graph_module
+
     vars(module.graph).clear()
     module._modules.clear()
     file = module.forward.__code__.co_filename

@@ -5,7 +5,7 @@
     manifest.json     what all have in common, and every variant's figures and checksums
     variants/NAME/    weights.safetensors and architecture.json
     (`fedsys.pruning.dense.architecture`),
-                      or model.onnx for a variant of int8
+                      and model.onnx, where that was asked for; it alone for a variant of int8
 
 `Portfolio.load` checks every file against the manifest before anything is used, so a damaged one
 is refused by its name. The manifest is written last: a folder without it is no portfolio. Nothing
@@ -24,21 +24,20 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, final
-
-import torch
-from torch import Tensor, fx, nn
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, TypeAlias, final
 
 from fedsys.errors import ConfigError, ModelError, did_you_mean
 from fedsys.files import json_text, write_atomic, writing
-from fedsys.pruning.dense import architecture
-from fedsys.pruning.dense.fold import answering
-from fedsys.pruning.memory import discard
+from fedsys.pruning.file_names import ARCHITECTURE, WEIGHTS
+from fedsys.pruning.file_names import ONNX as ONNX
+
+if TYPE_CHECKING:  # an endpoint of ONNX Runtime alone does without PyTorch
+    from torch import Tensor, fx, nn
 
 FORMAT = "fedsys-portfolio-1"
 MANIFEST = "manifest.json"
 VARIANTS = "variants"
-ONNX = "model.onnx"
 PARENT = "parent"
 """Name of the variant that is the unpruned model."""
 
@@ -98,6 +97,9 @@ class Variant:
         other_answers: Those of them that the masked model answers otherwise: ties in which
             rounding decides, or the conversion is refused.
         channels: Outputs of each convolution and linear layer: name, before, after.
+        onnx_latencies: The same as `latencies` by ONNX Runtime, measured in turns with them; empty
+            where there is no file for it, and for int8, which nothing else computes.
+        onnx_max_abs_diff: Largest difference of its outputs there, on the probes of the export.
         files: SHA-256 of each of its files, by name.
     """
 
@@ -119,6 +121,8 @@ class Variant:
     compared_images: int = 0
     other_answers: int = 0
     channels: tuple[tuple[str, int, int], ...] = ()
+    onnx_latencies: tuple[Latency, ...] = ()
+    onnx_max_abs_diff: float = 0.0
     files: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -160,7 +164,7 @@ class About:
     source: str = ""
 
 
-Content = fx.GraphModule | bytes
+Content: TypeAlias = "fx.GraphModule | bytes"
 """What a variant consists of: a dense model, or the bytes of an ONNX file."""
 
 
@@ -211,11 +215,14 @@ class Portfolio:
         """
         variant = self.variant(name)
         folder = self.folder / VARIANTS / variant.name
-        if ONNX in variant.files:
+        if WEIGHTS not in variant.files:
             from fedsys.pruning.precision import OnnxModule  # needs a package of an extra
 
-            onnx = OnnxModule(checked(folder / ONNX, variant.files[ONNX]))
-            return _answers(onnx, self.about, folder)
+            return _answers(OnnxModule(self.onnx(name)), self.about, folder)
+        from fedsys.pruning.dense import architecture
+        from fedsys.pruning.dense.fold import answering
+        from fedsys.pruning.memory import discard
+
         model = architecture.load(folder)
         try:
             module = answering(model, self.about.input_shape, fold=variant.folded > 0)
@@ -225,6 +232,20 @@ class Portfolio:
             raise _useless(folder, repr(error)) from error
         discard(model)
         return _answers(module, self.about, folder)
+
+    def onnx(self, name: str) -> bytes:
+        """Read the ONNX file of a variant, float32 images to float32 outputs.
+
+        Raises:
+            ConfigError: There is no such variant, or it has no such file.
+            ModelError: The file is missing or damaged.
+        """
+        variant = self.variant(name)
+        if ONNX not in variant.files:
+            rule = f"must have a file for ONNX Runtime, which {self.folder} has not"
+            way_out = "make the portfolio by fedsys prune run=RUN variants.onnx=true"
+            raise ConfigError.of("variant", name, rule, way_out)
+        return checked(self.folder / VARIANTS / name / ONNX, variant.files[ONNX])
 
     @classmethod
     def load(cls, folder: Path) -> Portfolio:
@@ -270,7 +291,11 @@ class Portfolio:
 
     @classmethod
     def write(
-        cls, folder: Path, about: About, variants: Sequence[tuple[Variant, Content]]
+        cls,
+        folder: Path,
+        about: About,
+        variants: Sequence[tuple[Variant, Content]],
+        onnx: Mapping[str, bytes] = MappingProxyType({}),
     ) -> Portfolio:
         """Write variants and then the manifest; return the portfolio as `load` does.
 
@@ -279,6 +304,7 @@ class Portfolio:
             about: What the variants have in common.
             variants: Each with what it consists of; `Variant.bytes` and `Variant.files` are filled
                 in here. One of them is named `PARENT`.
+            onnx: Files for ONNX Runtime beside that, by the name of the variant.
 
         Raises:
             ConfigError: The folder holds a portfolio, or a name cannot be that of a folder.
@@ -288,7 +314,10 @@ class Portfolio:
         if (folder / MANIFEST).exists():
             way_out = "choose another folder"
             raise ConfigError.of("portfolio", folder, "must not hold a portfolio yet", way_out)
-        stored = [_stored(folder / VARIANTS, variant, content) for variant, content in variants]
+        stored = [
+            _stored(folder / VARIANTS, variant, content, onnx.get(variant.name))
+            for variant, content in variants
+        ]
         body = {
             "format": FORMAT,
             "about": dataclasses.asdict(about),
@@ -333,11 +362,13 @@ def _answers(module: nn.Module, about: About, folder: Path) -> nn.Module:
         ModelError: It cannot, or its scores do not fit the classes. Checksums cannot tell that of
             files that somebody made.
     """
+    import torch
+
     try:
         scores = run(module, torch.zeros(1, *about.input_shape))
     except Exception as error:
         raise _useless(folder, repr(error)) from error
-    if not isinstance(scores, Tensor) or scores.shape != (1, len(about.classes)):
+    if not isinstance(scores, torch.Tensor) or scores.shape != (1, len(about.classes)):
         raise _useless(folder, f"there are no scores of {len(about.classes)} classes")
     return module
 
@@ -350,8 +381,13 @@ def _digest(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def _stored(folder: Path, variant: Variant, content: Content) -> Variant:
-    """Write the files of one variant and return it with their sizes and checksums."""
+def _stored(folder: Path, variant: Variant, content: Content, onnx: bytes | None) -> Variant:
+    """Write the files of one variant and return it with their sizes and checksums.
+
+    What it has for ONNX Runtime besides is no part of its size: one of both is read.
+    """
+    from fedsys.pruning.dense import architecture
+
     if not _NAME.fullmatch(variant.name):
         raise ConfigError.of("variant", variant.name, "must be of letters, digits, '.', '_', '-'")
     place = folder / variant.name
@@ -362,10 +398,13 @@ def _stored(folder: Path, variant: Variant, content: Content) -> Variant:
             names = [ONNX]
         else:
             architecture.save(content, place)
-            names = [architecture.WEIGHTS, architecture.ARCHITECTURE]
+            names = [WEIGHTS, ARCHITECTURE]
         contents = {name: (place / name).read_bytes() for name in names}
-    digests = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+        if onnx is not None:
+            (place / ONNX).write_bytes(onnx)
     size = sum(len(data) for data in contents.values())
+    both = contents if onnx is None else {**contents, ONNX: onnx}
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in both.items()}
     return dataclasses.replace(variant, bytes=size, files=digests)
 
 
@@ -412,10 +451,9 @@ def _about(given: Mapping[str, Any]) -> About:
 def _variant(given: Mapping[str, Any]) -> Variant:
     name, precision, test = _text(given["name"]), given["precision"], given["test_accuracy"]
     files = {_text(key): _text(value) for key, value in given["files"].items()}
-    of_onnx, of_ours = {ONNX}, {architecture.WEIGHTS, architecture.ARCHITECTURE}
-    if not _NAME.fullmatch(name) or precision not in PRECISIONS or set(files) not in (
-        of_onnx, of_ours,
-    ):  # fmt: skip
+    of_onnx, of_ours = {ONNX}, {WEIGHTS, ARCHITECTURE}
+    known = set(files) in (of_onnx, of_ours, of_onnx | of_ours)
+    if not _NAME.fullmatch(name) or precision not in PRECISIONS or not known:
         raise ValueError(f"variant {name!r} of {precision!r} in {sorted(files)}")
     return Variant(
         name=name,
@@ -436,6 +474,8 @@ def _variant(given: Mapping[str, Any]) -> Variant:
         compared_images=_count(given.get("compared_images", 0)),
         other_answers=_count(given.get("other_answers", 0)),
         channels=_each(given["channels"], lambda c: (_text(c[0]), _count(c[1]), _count(c[2]))),
+        onnx_latencies=_each(given.get("onnx_latencies", []), _latency),
+        onnx_max_abs_diff=_number(given.get("onnx_max_abs_diff", 0.0)),
         files=files,
     )
 
@@ -452,6 +492,8 @@ def _latency(given: Mapping[str, Any]) -> Latency:
 
 def run(module: nn.Module, images: Tensor) -> Tensor:
     """Return the outputs ``(batch, classes)`` of a variant, without gradients."""
+    import torch
+
     with torch.inference_mode():
         output: Tensor = module(images)
     return output

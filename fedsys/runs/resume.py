@@ -39,7 +39,7 @@ _IN_DIGEST: Final = {"variants": "prune"}
 
 _LATER: Final = {
     "serving": frozenset(
-        {"max_waiting_bytes", "max_header_bytes", "header_s", "grpc", "recovery", "exits"}
+        {"max_waiting_bytes", "max_header_bytes", "header_s", "grpc", "recovery", "exits", "engine"}
     )
 }
 """Options of groups in the digest that came later and that the model does not depend on."""

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import final
+from typing import Any, final
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from starlette.requests import Request
@@ -65,10 +65,24 @@ class Bodies:
 
     def __init__(self, options: ServingConfig) -> None:
         self._options = options
+        self._free = min(FREE_BYTES, options.max_body_bytes)
         self._total = max(options.max_waiting_bytes, options.max_body_bytes)
         self._shares: list[_Share] = []
         self._queue: deque[tuple[int, _Share]] = deque()
         self._refused = self._hurried = 0
+
+    async def small(self, request: Request) -> bytes | None:
+        """Return a small body that has come already; None if it is large, or not there yet.
+
+        It takes no memory that counts. That it is there, uvicorn knows of the request.
+        """
+        of: Any = getattr(request.receive, "__self__", None)
+        if getattr(of, "more_body", True) or len(of.body) > self._free:
+            return None
+        if self._refusal(request) is not None:
+            return None
+        message = await request.receive()
+        return bytes(message.get("body", b""))
 
     @asynccontextmanager
     async def read(self, request: Request) -> AsyncIterator[bytearray]:

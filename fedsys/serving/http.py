@@ -56,7 +56,37 @@ _FEW = 4096  # numbers of an answer that are written without a thread
 _CLOSE = {"Connection": "close"}
 _WATCHED = ("/v2/health/live", "/v2/health/ready", "/metrics")
 
+_JSON, _RAW = b"application/json", b"application/octet-stream"
+
 Handler = Callable[[Request], Awaitable[Response]]
+
+
+@final
+class Answered:
+    """The answer to a request, as an ASGI application; a response of Starlette takes 20 µs more.
+
+    Args:
+        content: JSON, and raw tensors behind it.
+        by: What answered.
+        head: Length of the JSON; None if nothing follows it.
+    """
+
+    status_code = 200
+
+    def __init__(self, content: bytes, by: str, head: int | None) -> None:
+        self._content = content
+        self._headers = [
+            (b"fedsys-variant", by.encode("latin-1", "replace")),
+            (b"content-length", str(len(content)).encode()),
+            (b"content-type", _JSON if head is None else _RAW),
+        ]
+        if head is not None:
+            self._headers.append((v2.HEADER_LENGTH.lower().encode(), str(head).encode()))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        await send({"type": "http.response.start", "status": 200, "headers": self._headers})
+        await send({"type": "http.response.body", "body": self._content})
 
 
 @final
@@ -84,7 +114,7 @@ class Endpoint:
             limits = BatchLimits(options.max_batch, options.max_delay_ms, options.max_queue)
             self._batcher = Batcher(engine, limits)
             opened.callback(self._batcher.close, 0.0)
-            self._turns = LoopTurns(self._batcher)
+            self._turns = LoopTurns(self._batcher, lambda: self._server.requests <= 1)
             self._bodies = Bodies(options)
             self._reader = Reader(engine.card, options)
             opened.callback(self._reader.close)
@@ -158,6 +188,7 @@ class Endpoint:
             await self._routed(scope, receive, send)
             return
         request = Request(scope, receive)
+        response: Response | Answered
         try:
             response = await self._infer(request)
         except Exception as error:
@@ -194,7 +225,8 @@ class Endpoint:
     async def _metrics(self, request: Request) -> Response:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
-    async def _infer(self, request: Request) -> Response:
+    async def _infer(self, request: Request) -> Response | Answered:
+        response: Response | Answered
         try:
             self._check_name(request)
             response = await self._answer(request)
@@ -215,15 +247,17 @@ class Endpoint:
     # ----------------------------------------------------------------------------------------------
     # Inference
 
-    async def _answer(self, request: Request) -> Response:
+    async def _answer(self, request: Request) -> Answered:
         began = time.perf_counter()
         if self._draining:
             raise RequestError(503, "the endpoint is about to end; ask another one")
+        if (small := await self._bodies.small(request)) is not None:
+            return await self._inferred(request, small, began)
         async with self._bodies.read(request) as body:
             self._engine.watch.received(len(body), time.perf_counter() - began)
             return await self._inferred(request, body, began)
 
-    async def _inferred(self, request: Request, body: bytearray, began: float) -> Response:
+    async def _inferred(self, request: Request, body: bytes | bytearray, began: float) -> Answered:
         inference = await self._reader.read(request.headers, body)
         rows = inference.images.shape[0]
         served = await self._served(inference.images, began)
@@ -236,11 +270,7 @@ class Endpoint:
         else:
             content, head = await asyncio.to_thread(v2.write, *answer)
         self.metrics.answered(served.by, rows, served.batch, took)
-        headers = {"fedsys-variant": served.by}
-        if head is None:
-            return Response(content, headers=headers, media_type="application/json")
-        headers[v2.HEADER_LENGTH] = str(head)
-        return Response(content, headers=headers, media_type="application/octet-stream")
+        return Answered(content, served.by, head)
 
     async def _served(self, images: Array, began: float) -> Served:
         left = self._options.timeout_s - (time.perf_counter() - began)

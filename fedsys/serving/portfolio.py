@@ -8,14 +8,16 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, cast, final
 
+import numpy as np
 import psutil
-import torch
 
 from fedsys.config.serving import ServingConfig
 from fedsys.errors import ModelError
-from fedsys.pruning.portfolio import Portfolio
+from fedsys.pruning.portfolio import Portfolio, Variant
+from fedsys.serving.computing import is_by_onnx, made_run, usual_threads
 from fedsys.serving.engine import CALM, Answer, Array, Card, Pressure
 from fedsys.serving.switch.control import Control, Record
+from fedsys.serving.switch.pointer import Run
 from fedsys.serving.switch.policy import (
     Objective,
     Signals,
@@ -52,7 +54,8 @@ class PortfolioEngine:
         control: Decides and switches.
 
     Raises:
-        ConfigError: ``serving.variant`` is none of the portfolio.
+        ConfigError: ``serving.variant`` is none of the portfolio, or ``serving.engine`` needs files
+            that it has not.
         ModelError: The first variant cannot be read.
     """
 
@@ -64,11 +67,10 @@ class PortfolioEngine:
     ) -> None:
         self.card = card_of(portfolio)
         shape = self.card.input_shape
-        threads = options.threads or torch.get_num_threads()
-        chosen = portfolio.variants
-        if options.variant is not None:
-            chosen = (portfolio.variant(options.variant),)
-        profiles = [profile_of(variant, threads) for variant in chosen]
+        chosen = _chosen(portfolio, options)
+        threads = options.threads or usual_threads()
+        self._by_onnx = {v.name: is_by_onnx(v, options.engine, threads) for v in chosen}
+        profiles = [profile_of(v, threads, onnx=self._by_onnx[v.name]) for v in chosen]
         self._accuracy = {v.name: v.accuracy for v in chosen}
         self.watch = Meter(profiles)
         goal = objective_of(options, shape)
@@ -76,13 +78,17 @@ class PortfolioEngine:
         first = decide(Standing(), seen, profiles, goal)[1]
         sizes = sorted({1, options.max_batch})
         standby = options.standby
-        warm = tuple(torch.zeros(size, *shape) for size in sizes)
+        warm = tuple(np.zeros((size, *shape), np.float32) for size in sizes)
+
+        def load(name: str) -> Run:
+            return made_run(portfolio, name, onnx=self._by_onnx[name], threads=threads)
+
         self._switcher: Switcher
         if options.resident:
-            modules = {v.name: portfolio.module(v.name).eval() for v in chosen}
-            self._switcher, standby = Resident(modules, first.after), math.inf
+            runs = {v.name: load(v.name) for v in chosen}
+            self._switcher, standby = Resident(runs, first.after), math.inf
         else:
-            self._switcher = Loaded(portfolio.module, first.after, warm)
+            self._switcher = Loaded(load, first.after, warm, lambda run: run.close())
         self.control = Control(self._switcher, profiles, goal, self.watch.signals, tell, standby)
         self.control.last = first
         self._answers: Counter[str] = Counter()
@@ -112,7 +118,7 @@ class PortfolioEngine:
         """
         with self._switcher.lease(by or self._picked(images.shape[0], pressure)) as active:
             start = time.perf_counter()
-            scores = active.run(torch.as_tensor(images))
+            scores: Array = active.run(images)
             took = (time.perf_counter() - start) * 1e3
         self._batch_ms += _NEWEST * (took - self._batch_ms)
         self.watch.passed(active.name, images.shape[0], took)
@@ -124,7 +130,7 @@ class PortfolioEngine:
             "accuracy": self._accuracy[active.name],
             "meets_objective": last is not None and last.meets,
         }
-        return Answer(scores.float().numpy(), active.name, facts)
+        return Answer(scores, active.name, facts)
 
     def _picked(self, rows: int, pressure: Pressure) -> str | None:
         name, in_time = self.control.pick(Backlog(rows, pressure.waited_ms, pressure.behind))
@@ -151,6 +157,7 @@ class PortfolioEngine:
             "signals": vars(last.signals) if last else {},
             "predicted_p95_ms": {n: p.p95_ms for n, p in last.predicted.items()} if last else {},
             "in_memory": self.in_memory,
+            "by_onnx": [name for name, by_onnx in self._by_onnx.items() if by_onnx],
             "answers": dict(self._answers),
             "relieved": self._relieved,
             "switches": sum(r.cost is not None for r in records),
@@ -163,6 +170,24 @@ class PortfolioEngine:
         """End: decide no more, and free the variant."""
         self.control.close()
         self._switcher.close()
+
+
+def _chosen(portfolio: Portfolio, options: ServingConfig) -> tuple[Variant, ...]:
+    if options.variant is None:
+        return portfolio.variants
+    return (portfolio.variant(options.variant),)
+
+
+def needs_torch(portfolio: Portfolio, options: ServingConfig) -> bool:
+    """Return whether PyTorch computes a variant that may answer.
+
+    Raises:
+        ConfigError: ``serving.variant`` is none of the portfolio, or ``serving.engine`` needs files
+            that it has not.
+    """
+    threads = options.threads or usual_threads()
+    chosen = _chosen(portfolio, options)
+    return not all([is_by_onnx(variant, options.engine, threads) for variant in chosen])
 
 
 def card_of(portfolio: Portfolio) -> Card:

@@ -18,7 +18,7 @@ from fedsys.serving.json_process import LARGE_BYTES, JsonProcess
 from fedsys.serving.tensor_json import refuse
 
 _IMAGES = ("image/png", "image/jpeg")
-_AT_ONCE = 32_768  # bytes of a body that are read without a thread: handing over takes longer
+_AT_ONCE = 32_768  # bytes of an image that are read without a thread: handing over takes longer
 _MOST_THREADS = 4  # each may decode an image of `images.MAX_PIXELS`
 
 
@@ -47,21 +47,25 @@ class Reader:
         Raises:
             RequestError: With the status that HTTP has for it.
         """
-        if len(body) < _AT_ONCE and not self._options.resize:  # a small file may be a large image
-            return self._read(headers, body)
+        is_image = _is_image(headers)
+        few = _AT_ONCE if is_image else LARGE_BYTES
+        if len(body) < few and not self._options.resize:  # a small file may be a large image
+            return self._read(headers, body, is_image)
         loop = asyncio.get_running_loop()
-        if not _is_image(headers):
+        if not is_image:
             length = headers.get(v2.HEADER_LENGTH)
             if length is None and len(body) > LARGE_BYTES:
                 head, raw = await loop.run_in_executor(self._one, self._json.read, body)
                 headers, body = {v2.HEADER_LENGTH: str(len(head))}, head + raw
             elif length is not None and length.isdecimal() and int(length[:18]) > LARGE_BYTES:
                 refuse(f"{v2.HEADER_LENGTH}: {length[:30]}: must be at most {LARGE_BYTES}", 413)
-        return await loop.run_in_executor(self._threads, self._read, headers, body)
+        return await loop.run_in_executor(self._threads, self._read, headers, body, is_image)
 
-    def _read(self, headers: Mapping[str, str], body: bytes | bytearray) -> v2.Inference:
+    def _read(
+        self, headers: Mapping[str, str], body: bytes | bytearray, is_image: bool
+    ) -> v2.Inference:
         card, resize = self._card, self._options.resize
-        if _is_image(headers):
+        if is_image:
             pixels = decode(bytes(body), card, resize=resize)
             return v2.Inference(normalise(pixels[None], card))
         length = headers.get(v2.HEADER_LENGTH)

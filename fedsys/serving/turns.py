@@ -1,14 +1,15 @@
 """Requests of an event loop, computed in it where that is quick, and else in threads beside it.
 
-What came in one turn of the loop is computed in one batch at its end: with one client that is one
-request, which waits for nobody, and with eight it is what arrived while the batch before was
-computed.
+A request that is alone is computed at once. Where others are there, all that came in one turn of
+the loop are computed in one batch at its end: with eight clients that is what arrived while the
+batch before was computed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
@@ -24,10 +25,11 @@ class LoopTurns:
 
     Args:
         batcher: Computes.
+        alone: Whether no other request is there that has not been submitted yet.
     """
 
-    def __init__(self, batcher: Batcher) -> None:
-        self._batcher = batcher
+    def __init__(self, batcher: Batcher, alone: Callable[[], bool]) -> None:
+        self._batcher, self._alone = batcher, alone
         self._due = False
 
     async def served(self, images: Array, seconds: float) -> Served:
@@ -41,9 +43,11 @@ class LoopTurns:
             TimeoutError: That time is over.
             RequestError: It is refused, or failed.
         """
+        if self._alone() and (served := self._batcher.at_once(images)) is not None:
+            return served
+        future = self._batcher.submit(images, wake=False)
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[Served] = loop.create_future()
-        future = self._batcher.submit(images, wake=False)
         future.add_done_callback(partial(_tell, loop, threading.get_ident(), waiter))
         if not self._due:
             self._due = True

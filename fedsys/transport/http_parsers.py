@@ -8,12 +8,15 @@ requests without waiting for answers, and so is asked at every byte whether head
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Protocol
+from typing import Any, Protocol, cast, final
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fedsys.transport.http_places import Phase
+
+_ANSWER, _END = b"HTTP/1.1 ", b"\r\n\r\n"
+_GO_ON = b"HTTP/1.1 1"  # 100 Continue is no answer
 
 
 class Parser(Protocol):
@@ -49,8 +52,54 @@ class Parser(Protocol):
         """As asyncio has it."""
 
 
+@final
+class Joining:
+    """A transport that sends the headers of an answer together with what follows them.
+
+    uvicorn writes them apart: two calls of the system, and a client that is woken for either. What
+    is held is sent by the next write, when the answer is complete (`flush`), or at the end.
+
+    Args:
+        transport: Of asyncio.
+    """
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport, self._held = transport, b""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        """Send bytes, headers with the next ones."""
+        if self._held:
+            data, self._held = self._held + data, b""
+        elif data.startswith(_ANSWER) and data.endswith(_END) and not data.startswith(_GO_ON):
+            self._held = data
+            return
+        self._transport.write(data)
+
+    def flush(self) -> None:
+        """Send what is held."""
+        if self._held:
+            self.write(b"")
+
+    def close(self) -> None:
+        """End when all is sent."""
+        self.flush()
+        self._transport.close()
+
+
 class ByH11(H11Protocol):
     """A connection whose requests are read by h11."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Take the connection."""
+        super().connection_made(cast(Any, Joining(cast(asyncio.Transport, transport))))
+
+    def on_response_complete(self) -> None:
+        """An answer is written."""
+        cast(Joining, self.transport).flush()
+        super().on_response_complete()
 
     @property
     def in_head(self) -> bool:
@@ -67,12 +116,3 @@ class ByH11(H11Protocol):
                 return Phase.BODY
             case _:
                 return Phase.WORK
-
-
-def parser() -> type[Any]:
-    """Return the `Parser` of connections: by httptools where it is installed."""
-    try:
-        from fedsys.transport.http_by_httptools import ByHttpTools
-    except ImportError:
-        return ByH11
-    return ByHttpTools

@@ -21,7 +21,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from fedsys.errors import ConfigError, RuntimeFailure
 from fedsys.transport.descriptors import affordable
 from fedsys.transport.http_door import SPARE, Guard, Hall
-from fedsys.transport.http_parsers import parser
+from fedsys.transport.http_parsers import ByH11
 from fedsys.transport.http_places import HttpLimits, Phase
 
 BACKLOG = 4096
@@ -33,6 +33,15 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+def parser() -> type[Any]:
+    """Return the `Parser` of connections: by httptools where it is installed."""
+    try:
+        from fedsys.transport.http_by_httptools import ByHttpTools
+    except ImportError:
+        return ByH11
+    return ByHttpTools
 
 
 @final
@@ -73,6 +82,7 @@ class HttpServer:
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                proxy_headers=False,
                 lifespan="off",
                 ws="none",
                 backlog=_AT_A_TIME,
@@ -93,6 +103,11 @@ class HttpServer:
 
     def _guard(self, **given: Any) -> Guard:
         return Guard(self._parser(**given), self._hall)
+
+    @property
+    def requests(self) -> int:
+        """How many requests are in work now, with those whose work has not begun."""
+        return len(self._server.server_state.tasks)
 
     def metrics(self, prefix: str) -> Iterator[Metric]:
         """Yield what Prometheus is told of the connections; `prefix` begins each name."""

@@ -110,6 +110,10 @@ def test_a_run_becomes_a_portfolio_of_its_model(
     assert named == {PARENT, *(f"group_norm-{s}" for s in (50, 90))}
     assert result["onnx"].keys() == {v.name for v in portfolio.variants}
     assert all(Path(file).stat().st_size > 1000 for file in result["onnx"].values())
+    for variant in portfolio.variants:  # both engines were measured, in the same cases
+        measured = [(row.batch, row.threads) for row in variant.latencies]
+        assert [(row.batch, row.threads) for row in variant.onnx_latencies] == measured
+        assert Path(result["onnx"][variant.name]).read_bytes() == portfolio.onnx(variant.name)
     pictures = {path.name for path in (tmp_path / "a" / "plots").iterdir()}
     assert pictures == {"accuracy_by_size.png", "accuracy_by_latency.png", "channels.png"}
     # what goes is said before it is done

@@ -411,6 +411,24 @@ def test_a_quick_batch_is_computed_by_who_took_it_in_and_others_by_threads():
     assert here not in computed_by[2:] and batcher.close(10) == 0
 
 
+def test_a_request_that_is_alone_is_answered_at_once():
+    engine, few, many = Sums(), images_of(2), images_of(6)
+    batcher = Batcher(engine, BatchLimits(max_batch=4))
+    assert batcher.at_once(few) is None
+    engine.quick = True
+    served = batcher.at_once(few)
+    assert served.by == "sums" and served.batch == 2 and served.queue_ms == 0.0
+    assert np.array_equal(served.scores, Sums().answer(few).scores)
+    assert batcher.at_once(many) is None
+    engine.error = RuntimeError("out of paper")
+    with pytest.raises(RequestError, match="RuntimeError: out of paper"):
+        batcher.at_once(few)
+    engine.error = None
+    assert batcher.at_once(few).by == "sums"
+    assert batcher.close(10) == 0
+    assert batcher.at_once(few) is None
+
+
 def test_nothing_is_computed_in_the_loop_while_a_thread_computes():
     engine = Sums()
     batcher = Batcher(engine, BatchLimits(max_batch=4))
@@ -418,6 +436,7 @@ def test_nothing_is_computed_in_the_loop_while_a_thread_computes():
     engine.go.clear()
     first = batcher.submit(images_of(1))
     until(lambda: engine.batches == [1])
+    assert batcher.at_once(images_of(1)) is None
     others = [batcher.submit(images_of(1), wake=False) for _ in range(2)]
     assert not batcher.work_off() and engine.batches == [1]
     engine.go.set()

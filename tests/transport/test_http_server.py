@@ -22,7 +22,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from fedsys.transport import http_server
 from fedsys.transport.descriptors import affordable
 from fedsys.transport.http_door import Guard
-from fedsys.transport.http_parsers import ByH11
+from fedsys.transport.http_parsers import ByH11, Joining
 from fedsys.transport.http_places import GRACE_S, HttpLimits, Phase, Seat, overdue, victims
 from fedsys.transport.http_server import (
     ConnectionCollector,
@@ -191,6 +191,44 @@ def test_requests_that_wait_for_no_answer_are_answered_in_their_order(start):
     bodies = [part[: part.index(b"}") + 1] for part in said.split(b"\r\n\r\n")[1:]]
     sizes = [json.loads(body)["size"] for body in bodies]
     assert sizes == [5, 0, 70_000, 0]
+
+
+class Written:
+    """A transport that notes what is written to it."""
+
+    def __init__(self):
+        self.pieces, self.closed = [], False
+
+    def write(self, data):
+        self.pieces.append(bytes(data))
+
+    def close(self):
+        self.closed = True
+
+
+def test_headers_are_sent_with_what_follows_them():
+    head, to = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n", Written()
+    joining = Joining(to)
+    joining.write(head)
+    assert to.pieces == []
+    joining.write(b"ab")
+    assert to.pieces == [head + b"ab"]
+    joining.write(head)
+    joining.flush()  # an answer to HEAD has no more
+    joining.flush()
+    joining.write(b"HTTP/1.1 100 Continue\r\n\r\n")  # whoever waits for it sends nothing before
+    joining.write(head)
+    joining.close()
+    assert to.pieces[1:] == [head, b"HTTP/1.1 100 Continue\r\n\r\n", head] and to.closed
+
+
+def test_a_client_that_waits_before_its_body_is_told_to_go_on(start):
+    with start().connect() as connection:
+        head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nExpect: 100-continue\r\n\r\n"
+        connection.sendall(head)
+        assert connection.recv(100).startswith(b"HTTP/1.1 100 ")
+        connection.sendall(b"abc")
+        assert b'{"size": 3}' in connection.recv(1000)
 
 
 def test_headers_behind_a_request_in_work_are_bounded_as_well(start):

@@ -93,13 +93,22 @@ class Form:
 HEALTH = Form("GET", "/v2/health/ready")
 
 
-def forms(name: str, input_shape: Sequence[int]) -> dict[str, Form]:
-    """Return a request about one image as JSON and with a raw tensor."""
+def forms(name: str, input_shape: Sequence[int], only: Sequence[str] = ()) -> dict[str, Form]:
+    """Return a request about one image as JSON and with a raw tensor.
+
+    Args:
+        name: Of the model.
+        input_shape: Of the model.
+        only: Outputs that are asked for; all if empty.
+    """
+    outputs = {"outputs": [{"name": output} for output in only]} if only else {}
     image = np.random.default_rng(0).normal(size=(1, *input_shape)).astype("<f4")
     entry = {"name": v2.INPUT, "datatype": "FP32", "shape": list(image.shape)}
     raw = {**entry, "parameters": {"binary_data_size": image.nbytes}}
-    head = json.dumps({"inputs": [raw], "parameters": {"binary_data_output": True}}).encode()
-    text = json.dumps({"inputs": [{**entry, "data": image.ravel().tolist()}]}).encode()
+    head = json.dumps(
+        {"inputs": [raw], "parameters": {"binary_data_output": True}, **outputs}
+    ).encode()
+    text = json.dumps({"inputs": [{**entry, "data": image.ravel().tolist()}], **outputs}).encode()
     path = PATH.format(name)
     return {
         "json": Form("POST", path, text),

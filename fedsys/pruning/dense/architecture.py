@@ -37,9 +37,9 @@ from fedsys.pruning.dense.vocabulary import (
     function_of,
     name_of,
 )
+from fedsys.pruning.file_names import ARCHITECTURE as ARCHITECTURE
+from fedsys.pruning.file_names import WEIGHTS as WEIGHTS
 
-WEIGHTS = "weights.safetensors"
-ARCHITECTURE = "architecture.json"
 FORMAT = "fedsys-dense-model-1"
 STILL = "in_evaluation"
 """Layers that stay in evaluation when the model is trained; absent if there are none."""

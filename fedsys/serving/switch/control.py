@@ -140,6 +140,8 @@ class Control:
     def pick(self, backlog: Backlog) -> tuple[str, bool]:
         """Return the variant in memory that should compute a batch, and whether it is in time."""
         current, spare = self._switcher.current, self._switcher.spare
+        if len(self._variants) == 1:
+            return current, True  # there is nothing else, now or later
         seen = self.last.signals if self.last is not None else Signals(0.0)
         others = [self._variants[name] for name in spare if name in self._variants]
         by, in_time = relieve(self._variants[current], others, backlog, seen, self._objective)

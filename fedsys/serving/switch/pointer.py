@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import final
-
-import torch
-from torch import Tensor
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, final
 
 from fedsys.errors import RuntimeFailure
 
-Run = Callable[[Tensor], Tensor]
-"""Images ``(batch, C, H, W)`` to outputs ``(batch, classes)``."""
+Run = Callable[[Any], Any]
+"""Images ``(batch, C, H, W)`` to outputs ``(batch, classes)``: tensors, or arrays for both."""
+
+
+def without_gradients() -> AbstractContextManager[Any]:
+    """Return PyTorch's inference mode if anything has brought PyTorch; what runs needs it then."""
+    torch = sys.modules.get("torch")
+    return nullcontext() if torch is None else torch.inference_mode()
 
 
 @final
@@ -33,9 +37,9 @@ class Active:
         self._inside, self._retired = 0, False
         self._change = threading.Condition()
 
-    def run(self, images: Tensor) -> Tensor:
+    def run(self, images: Any) -> Any:
         """Return the outputs of the variant, without gradients."""
-        with torch.inference_mode():
+        with without_gradients():
             return self._run(images)
 
     def enter(self) -> bool:
@@ -120,11 +124,22 @@ class Pointer:
         return old
 
 
-@contextmanager
-def leased(pointer: Pointer, spare: Active | None) -> Iterator[Active]:
-    """Enter a variant beside the pointer; the one of the pointer if it is on its way out."""
-    active = spare if spare is not None and spare.enter() else pointer.enter()
-    try:
-        yield active
-    finally:
-        active.leave()
+@final
+class Lease(AbstractContextManager[Active]):
+    """Enters a variant beside the pointer; the one of the pointer if it is on its way out.
+
+    Args:
+        pointer: The pointer.
+        spare: The variant beside it; None for none.
+    """
+
+    def __init__(self, pointer: Pointer, spare: Active | None) -> None:
+        self._pointer, self._spare = pointer, spare
+
+    def __enter__(self) -> Active:
+        spare = self._spare
+        self._active = spare if spare is not None and spare.enter() else self._pointer.enter()
+        return self._active
+
+    def __exit__(self, *raised: object) -> None:
+        self._active.leave()

@@ -298,25 +298,27 @@ def _choose(view: _View) -> tuple[Profile, str]:
     return target, cause
 
 
-def profile_of(variant: Variant, threads: int) -> Profile:
+def profile_of(variant: Variant, threads: int, *, onnx: bool = False) -> Profile:
     """Return what the policy needs of a variant of a portfolio.
 
     Args:
         variant: Of the manifest.
         threads: Intra-op threads that it will run with; where nothing was measured with so many,
             the figures of the nearest number count.
+        onnx: Whether it is computed by ONNX Runtime beside PyTorch, so that those figures count.
 
     Raises:
         ModelError: No latency was measured.
     """
-    if not variant.latencies:
+    latencies = (variant.onnx_latencies if onnx else ()) or variant.latencies
+    if not latencies:
         raise ModelError(
             f"variant {variant.name} of the portfolio has no measured latency, so nothing can be "
             "expected of it; make the portfolio again by fedsys prune"
         )
-    nearest = min({row.threads for row in variant.latencies}, key=lambda t: (abs(t - threads), t))
+    nearest = min({row.threads for row in latencies}, key=lambda t: (abs(t - threads), t))
     rows = sorted(
-        (PassTime(row.batch, row.p50_ms, row.p95_ms) for row in variant.latencies
+        (PassTime(row.batch, row.p50_ms, row.p95_ms) for row in latencies
          if row.threads == nearest),
         key=lambda row: row.batch,
     )  # fmt: skip

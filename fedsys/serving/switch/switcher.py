@@ -22,20 +22,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Protocol, final
-
-import torch
-from torch import Tensor, nn
+from typing import Any, Protocol, final
 
 from fedsys.errors import ConfigError, RuntimeFailure
 from fedsys.pruning.memory import dismantle, trim
-from fedsys.serving.switch.pointer import Active, Pointer, Run, leased
+from fedsys.serving.switch.pointer import Active, Lease, Pointer, Run, without_gradients
 
-Load = Callable[[str], nn.Module]
-"""The module of a variant by its name, read anew at each call."""
+Load = Callable[[str], Run]
+"""What computes a variant, by its name, read anew at each call; a module in evaluation mode."""
 
-Free = Callable[[nn.Module], None]
-"""Gives back what a module took that nobody runs any more."""
+Free = Callable[[Any], None]
+"""Gives back what took memory that nobody runs any more."""
 
 DRAIN_S = 60.0
 """How long a switch waits for the requests in the old variant, in seconds."""
@@ -105,7 +102,7 @@ class _Held:
     in which requests may still be.
     """
 
-    module: nn.Module
+    module: Run
     active: Active
     loading_ms: float
     left: tuple[Active, ...] = ()
@@ -121,7 +118,7 @@ class _Held:
         return all([active.drain(seconds) for active in (*self.left, self.active)])
 
 
-def free_memory_of(module: nn.Module) -> None:
+def free_memory_of(module: Any) -> None:
     """Give the memory of a module back now.
 
     Graphs and modules of torch.fx refer to each other, so the weights would wait for a garbage
@@ -150,7 +147,7 @@ class Loaded:
         self,
         load: Load,
         first: str,
-        warm: tuple[Tensor, ...] = (),
+        warm: tuple[Any, ...] = (),
         free: Free = free_memory_of,
     ) -> None:
         self._load, self._warm, self._free = load, warm, free
@@ -189,7 +186,7 @@ class Loaded:
             RuntimeFailure: The switcher has been closed.
         """
         held = self._spare.get(name) if name is not None else None
-        return leased(self._pointer, held.active if held else None)
+        return Lease(self._pointer, held.active if held else None)
 
     def keep(self, names: Sequence[str], *, drain_s: float = DRAIN_S) -> None:
         """Have these in memory beside the one that answers, and no others.
@@ -348,8 +345,8 @@ class Loaded:
 
     def _prepare(self, name: str) -> _Held:
         start = time.perf_counter()
-        module = self._load(name).eval()
-        with torch.inference_mode():
+        module = self._load(name)
+        with without_gradients():
             for images in self._warm:
                 module(images)
         return _Held(module, Active(name, module), (time.perf_counter() - start) * 1e3)
@@ -407,7 +404,7 @@ class Resident:
         Raises:
             RuntimeFailure: The switcher has been closed.
         """
-        return leased(self._pointer, self._spare.get(name) if name is not None else None)
+        return Lease(self._pointer, self._spare.get(name) if name is not None else None)
 
     def keep(self, names: Sequence[str], *, drain_s: float = DRAIN_S) -> None:
         """Do nothing: all are in memory."""
