@@ -77,6 +77,9 @@ def test_a_snapshot_has_the_figures_of_the_files(tmp_path):
         assert kinds == [("client lost", 2), ("recovery", 2), ("move", 2)]
         assert shot["happened"][-1]["text"] == "device 0: edge-0 to edge-1"
         assert "hush-hush" not in json.dumps(shot)
+        folder.event("move", client=0, round=2, source="edge-0", target="edge-1")
+        texts = [e["text"] for e in shots.take()["happened"] if e["kind"] == "move"]
+        assert texts == ["client 0, source edge-0, target edge-1"]  # and not a second time
         folder.add_round({"round": 3, "val_accuracy": 0.75})
         folder.finish({"accuracy": 0.5, "run_dir": str(path), "faults": []})
         shot = shots.take()

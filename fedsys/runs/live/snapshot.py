@@ -135,6 +135,8 @@ def _fleet(
                 "from": before.edge, "to": entry.edge,
             })  # fmt: skip
         latest[entry.client] = entry
+    if any(event.get("kind") == "move" for event in events):
+        moves = []  # the run has told them itself, and more of each
     now = max((entry.round for entry in decided), default=0)
     lost = {
         int(event["client"])
