@@ -203,8 +203,8 @@ class OffloadClient:
         sums = self._recorder.sums(network_for(self._config, self._partition).latency_s)
         begun = self._partition, self._half.round, self._began_s
         gone = self._remote.traffic.moves
-        steps, good = self._mini_batches(), self._watching is None or self._watching.armed
-        moves = [handover_of(one, *begun, steps, good=good) for one in gone]
+        whole, good = self._mini_batches(), self._watching is None or self._watching.armed
+        moves = [handover_of(one, *begun, whole, good=good) for one in gone]
         more = {"edge": self._remote.edge, "moves": to_text(moves)}
         seen = observation(steps, seconds, sums, self._remote.traffic, stranded)
         return ConfigRecord({**seen, **more})

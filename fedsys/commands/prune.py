@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import yaml
@@ -42,6 +42,7 @@ from fedsys.training.masks import Masks
 MODEL = "model.safetensors"
 MASKS = "masks.safetensors"
 LEVELS = "levels"
+CLASSES = "classification"
 _FROM_RUN = ("model", "strategy", "policy", "num_clients", "rounds")
 """Keys that a run has settled already."""
 
@@ -66,6 +67,7 @@ def job(tree: Any) -> Mapping[str, Any]:
         rule = "must come with run=PARENT: their variants join those of that run"
         raise ConfigError.of("variants.trained", list(tree.variants.trained), rule)
     values = _of_run(tree, run) if run else configuration.plain(tree)
+    _need_classes(str(values.get("task", {}).get("kind", CLASSES)), run)
     configuration.parse(configuration.to_text(values))  # said before a folder is made
     path = Path(tree.run.dir or default_path(Path("outputs"), "prune")).absolute()
     config = configuration.parse(configuration.to_text({**values, "run": {"dir": str(path)}}))
@@ -89,16 +91,26 @@ def job(tree: Any) -> Mapping[str, Any]:
     return result
 
 
+def _need_classes(task: str, run: Path | None) -> None:
+    """Refuse another task before the methods of pruning are, of which some could do it."""
+    if task != CLASSES:
+        _refuse(f"task={task}", run)
+
+
+def _refuse(what: str, run: Path | None) -> NoReturn:
+    raise ConfigError.of(
+        "variants.run", run,
+        f"must be of images in classes, and this is {what}: "
+        "variants are compared by right answers and answer to images",
+        "pruning=magnitude in fedsys train prunes others while they learn",
+    )  # fmt: skip
+
+
 def _make(config: Config, run: Path | None, folder: Path, shown: Progress) -> Made:
     training.set_threads(config.client.threads)
     dataset = federation.federation(config).dataset
     if not (config.task.usual and dataset.pictures):
-        raise ConfigError.of(
-            "variants.run", run,
-            f"must be of images in classes, and this is task={config.task.kind} on {dataset.name}: "
-            "variants are compared by right answers and answer to images",
-            "pruning=magnitude in fedsys train prunes others while they learn",
-        )  # fmt: skip
+        _refuse(f"task={config.task.kind} on {dataset.name}", run)
     model = federation.build_model(config, dataset, initial=run is None)
     if run is None:
         source = f"an untrained model, seed {config.seed}"

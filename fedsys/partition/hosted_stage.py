@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -109,6 +109,7 @@ class HostedStage:
         self._onward, self._by = onward, by
         self._held: dict[int, Underway] = {}
         self._lock = threading.Lock()
+        self._computing, self._idle = 0, threading.Condition(self._lock)
         self._instead: tuple[HostedStage, int] | None = None
         self._upstreams: tuple[Link, ...] = ()
         self._closed = False
@@ -172,7 +173,7 @@ class HostedStage:
         """Compute the pieces from a boundary on (None: all), and pass on what they make."""
         began = time.monotonic()
         try:
-            with torch.inference_mode():
+            with self._occupied(), torch.inference_mode():
                 out = values()
                 for piece in self._pieces:
                     if first is None or piece.first >= first:
@@ -192,6 +193,20 @@ class HostedStage:
         part = {**one.part, "compute_s": one.part["compute_s"] + now - began}
         frame = Frame("x", {**meta, "id": one.number}, tensors)
         self._pass_on(replace(one, part=part, frame=frame, sent_s=now), out)
+
+    @contextmanager
+    def _occupied(self) -> Iterator[None]:
+        """Keep the modules while something is computed; raise once they may be taken apart."""
+        with self._lock:
+            if self._closed:
+                raise FrameError("the pipeline was dropped")
+            self._computing += 1
+        try:
+            yield
+        finally:
+            with self._idle:
+                self._computing -= 1
+                self._idle.notify_all()
 
     def _pass_on(self, one: Underway, out: Tensors) -> None:
         onward = self._onward.link
@@ -276,11 +291,21 @@ class HostedStage:
             with suppress(LinkError):
                 held.upstream.send(_failed(number, self._onward.name, f"lost: {reason}"))
 
-    def close(self) -> None:
-        """End the link to the next host; requests that wait for it fail."""
-        self._closed = True
+    def close(self, longest_s: float = 30.0) -> bool:
+        """End the link to the next host; requests that wait for it fail.
+
+        Args:
+            longest_s: How long it waits for what is computed now, in seconds.
+
+        Returns:
+            Whether nothing is computed any more, so that the modules may be taken apart.
+        """
+        with self._idle:
+            self._closed = True
+            over = self._idle.wait_for(lambda: not self._computing, longest_s)
         if self._onward.link is not None:
             self._onward.link.close()
+        return over
 
 
 def tensors_of(out: object, host: str) -> Tensors:

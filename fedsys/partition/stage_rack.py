@@ -125,10 +125,10 @@ class StageRack:
         with self._lock:
             stage = self._stages.pop(key, None)
         if stage is not None:
-            stage.hosted.close()
+            over = stage.hosted.close()
             computed, busy_s = self._left
             self._left = computed + stage.hosted.computed, busy_s + stage.hosted.busy_s
-            self._free(key, stage.modules)
+            self._free(key, stage.modules if over else ())  # else whoever computes has them
 
     def told(self) -> dict[str, Any]:
         """Return how many there are, and what they and those before them computed."""

@@ -277,7 +277,7 @@ def test_the_composed_configuration_can_be_printed_without_a_run(fedsys, tmp_pat
         ("strategy=fedav", "strategy=fedav: no such choice; did you mean 'fedavg'? known are bul"),
         ("strategy.momentum=1", "strategy.momentum: no such option; "),
         ("+strategy.etta=1", "strategy.etta: FedAvg has no such parameter; "),
-        ("model=lennet", "model=lennet: no such choice; did you mean 'lenet'? known are cnn, len"),
+        ("model=lennet", "model=lennet: no such choice; did you mean 'lenet'? known are cnn, gpt"),
         ("model=resnet19", "model=resnet19: no such choice; did you mean 'resnet18'? known are "),
         ("model=torchvision model.name=resnet19", "model.name=resnet19: must be a classifier of"),
         ("client.lr=-0.1", "client.lr=-0.1: must be greater than 0; try client.lr=0.02"),

@@ -193,7 +193,7 @@ class OfWandb:
             {key: str(value) for key, value in flat(config, ".").items()},
             scalars,
             _summary(found),
-            {p.stem.split("_")[0] for f in files for p in f.parent.rglob("*.png")},
+            {p.stem.rsplit("_", 2)[0] for f in files for p in f.parent.rglob("*.png")},
             _artifact(found),
             {0: "finished", 1: "failed", 255: "interrupted"}[found_exit(found)],
         )

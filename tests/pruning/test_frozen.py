@@ -116,7 +116,7 @@ def test_frozen_statistics_are_not_taken_anew(frozen: str) -> None:
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     dataset = SimpleNamespace(
         train=Images(torch.randint(0, 255, (8, *SHAPE), dtype=torch.uint8), torch.zeros(8).long()),
-        mean=(0.0, 0.0), std=(1.0, 1.0),
+        mean=(0.0, 0.0), std=(1.0, 1.0), pictures=True,
     )  # fmt: skip
     _recalibrate(model, 8, dataset)
     same = {n for n, buffer in model.named_buffers() if torch.equal(buffer, before[n])}

@@ -272,7 +272,9 @@ def _drawn(draws: random.Random, faults: Sequence[str], edges: Sequence[Edge]) -
 def _sample(edge: Edge, seen: Watched, over: threading.Event) -> None:
     here, there = psutil.Process(), psutil.Process(edge.process.pid)
     began = time.monotonic()
-    while not over.wait(SAMPLE_S):
+    last = False
+    while not last:
+        last = over.wait(SAMPLE_S)
         with contextlib.suppress(psutil.Error):
             seen.samples.append((
                 time.monotonic() - began,
