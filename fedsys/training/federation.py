@@ -189,20 +189,27 @@ def penalty_of(config: Config, model: LayeredModel, round_: int) -> Penalty | No
     return Penalty.of(model.graph, weight, config.pruning.leave) if weight else None
 
 
-def check_model(model: nn.Module, dataset: Dataset, config: Config) -> None:
+def check_model(model: nn.Module, dataset: Dataset, config: Config | None = None) -> None:
     """Run the model once on two examples, so that what does not fit is said before training.
+
+    Args:
+        model: On its device.
+        dataset: What it is to learn.
+        config: Says as what; None: as images in classes.
 
     Raises:
         ConfigError: It does not take the images, or does not return a number for each class.
         ModelError: The model draws from a process-wide generator.
     """
     device = training.device_of(model)
-    if dataset.pictures:
+    task = TaskConfig() if config is None else config.task
+    if config is None or dataset.pictures:
         x = torch.randn((2, *dataset.input_shape), generator=Address(0).torch("check"))
     else:
         x = dataset.train.pixels[:2]
-    targets = tuple(dataset.train.labels.shape[1:])
-    check_fits(model, x.to(device), outputs_of(config.task, targets, dataset.num_classes))
+    classes = task.kind == "classification"
+    targets = () if classes else tuple(dataset.train.labels.shape[1:])
+    check_fits(model, x.to(device), outputs_of(task, targets, dataset.num_classes))
 
 
 def outputs_of(task: TaskConfig, targets: tuple[int, ...], outputs: int) -> tuple[int, ...] | None:

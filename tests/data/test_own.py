@@ -179,3 +179,11 @@ def test_a_model_that_does_not_suit_the_data_is_refused_before_training(given, t
         return check_model(build_model(config, dataset), dataset, config)
     with pytest.raises(ConfigError, match=told):
         check_model(build_model(config, dataset), dataset, config)
+
+
+def test_without_a_task_a_model_is_looked_at_as_one_of_images_in_classes(configure):
+    config = configure("data=digits")
+    dataset = federation(config).dataset
+    check_model(build_model(config, dataset), dataset)
+    with pytest.raises(ConfigError, match="has 9 outputs"):
+        check_model(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 9)), dataset)
