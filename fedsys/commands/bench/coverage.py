@@ -43,6 +43,7 @@ from fedsys.training.part import keep_gradient
 
 CLASSES = 10
 COLUMNS = ("traced", "cut", "split_exact", "shrunk_exact", "saved", "served", "onnx")
+NO_CUT = "there is no place to cut"
 TIMM = "timm/"
 """Stands before the names of timm's models."""
 
@@ -204,13 +205,14 @@ def _traced(case: _Case) -> dict[str, Any]:
 
 def _cut(case: _Case) -> dict[str, Any]:
     cuts = len(models.layered(case.model, case.shape).cuts)
-    _check(cuts > 0, "there is no place to cut")
+    _check(cuts > 0, NO_CUT)
     return {"cuts": cuts}
 
 
 def _split_exact(case: _Case) -> dict[str, Any]:
     """Compare gradients and statistics of one step, cut in the middle, with those of the whole."""
     layers = models.layered(case.model, case.shape)
+    _check(len(layers.cuts) > 0, NO_CUT)
     cut = layers.cuts[len(layers.cuts) // 2]
     whole = copy.deepcopy(case.model).train()
     device, edge = (copy.deepcopy(half).train() for half in models.split(layers, cut))
