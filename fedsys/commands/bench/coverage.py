@@ -156,8 +156,9 @@ def _built(name: str, config: Config, sizes: Sequence[int], most: int) -> _Case:
     for size in sizes:
         shape = (3, int(size), int(size))
         try:
-            model = as_trained(models.build(_spec(name), input_shape=shape, num_classes=CLASSES,
-                                            seed=config.seed), config.seed)  # fmt: skip
+            given = models.build(_spec(name), input_shape=shape, num_classes=CLASSES,
+                                 seed=config.seed)  # fmt: skip
+            model = as_trained(without_zeros(given, config.seed), config.seed)
             if sum(p.numel() for p in model.parameters()) > most:
                 return _Case(name, model, (3, 0, 0), config)
             case = _Case(name, model, shape, config)
@@ -168,6 +169,20 @@ def _built(name: str, config: Config, sizes: Sequence[int], most: int) -> _Case:
         except Exception as error:  # whatever a model says of images that are too small
             reason = error
     raise ModelError(f"takes images of none of the sizes {list(sizes)}: {reason}")
+
+
+def without_zeros(model: nn.Module, seed: int) -> nn.Module:
+    """Draw every parameter but biases anew that is all zeros: ``0.02 N(0, 1)``.
+
+    Some models are built with a last layer of zeros. Their outputs do not depend on the image, so
+    that no column would say anything of them, and pruning refuses them.
+    """
+    draw = Address(seed).torch("coverage-zeros")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.rpartition(".")[2] != "bias" and not parameter.any():
+                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=draw))
+    return model
 
 
 def _spec(name: str) -> dict[str, Any]:
