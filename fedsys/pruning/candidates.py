@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ from fedsys.pruning.dense.architecture import load as load_dense
 from fedsys.pruning.dense.architecture import save as save_dense
 from fedsys.pruning.dense.channels import Coupling
 from fedsys.pruning.dense.constants import Borders
-from fedsys.pruning.dense.fold import answering, check_folding, foldable
+from fedsys.pruning.dense.fold import answering, as_near, folding
 from fedsys.pruning.dense.frozen import keep_frozen
 from fedsys.pruning.dense.removal import Removal, evaluation_graph, masked_copy, probes
 from fedsys.pruning.dense.shrink import Shrunk, compared, count_parameters, shrink, tolerance_of
@@ -67,7 +66,7 @@ def parent_candidate(
 
     Raises:
         ModelError: It does not trace, run on such an input or return one tensor, or folding
-            changes its outputs (`fedsys.pruning.dense.fold.check_folding`) or answers.
+            changes its answers.
     """
     graph = evaluation_graph(masked_copy(model, None), input_shape).float()
     whole = masked_copy(model, None).float()
@@ -85,7 +84,7 @@ def parent_candidate(
             "part or a view of a tensor can be the reason: write it so that it gives a new tensor"
         )
     content = _as_saved(keep_frozen(graph, whole, probes(input_shape)[:2]))
-    module, folded, made = _answering(content, options, input_shape)
+    module, folded, kept, made = _answering(content, options, input_shape)
     variant = Variant(
         name=PARENT,
         accuracy=0.0,
@@ -95,6 +94,7 @@ def parent_candidate(
         peak_bytes=0,
         latencies=(),
         folded=folded,
+        kept=kept,
         made=f"the unpruned model{made}",
         max_abs_diff=_difference(whole, module, input_shape),
         max_abs_output=float(output.abs().max()),
@@ -120,8 +120,8 @@ def convert(
             masked model too; None leaves it at the probes.
 
     Raises:
-        ModelError: As `fedsys.pruning.dense.shrink.shrink` and
-            `fedsys.pruning.dense.fold.check_folding`, or outputs or answers for an image differ.
+        ModelError: As `fedsys.pruning.dense.shrink.shrink`, or outputs or answers for an image
+            differ.
     """
     small = shrink(
         level.model,
@@ -133,7 +133,7 @@ def convert(
         announce=say,
     )
     content = _as_saved(small.model)
-    module, folded, made = _answering(content, options, input_shape)
+    module, folded, kept, made = _answering(content, options, input_shape)
     difference = small.report.max_abs_diff
     masked = masked_copy(level.model, level.masks)
     if folded:
@@ -148,6 +148,7 @@ def convert(
         latencies=(),
         sparsity=_sparsity(level),
         folded=folded,
+        kept=kept,
         made=f"{level.made}{made}",
         max_abs_diff=difference,
         max_abs_output=small.report.max_abs_output,
@@ -171,16 +172,6 @@ def _channels(level: Level, plan: Removal) -> tuple[tuple[str, int, int], ...]:
     return tuple((e.name, before.get(e.name, e.before), e.after) for e in plan.edits)
 
 
-def _as_near(masked: nn.Module, images: Tensor, expected: Tensor, got: Tensor) -> bool:
-    """Say whether `got` is as near as `expected` to what the masked model computes in float64.
-
-    Rounding alone moves outputs of deep models by more than the tolerance.
-    """
-    exact = _outputs(copy.deepcopy(masked).double(), images.double()).flatten(1)
-    own, other = ((outputs - exact).abs().max() for outputs in (expected, got))
-    return bool(other <= 2.0 * own)
-
-
 def _compared(
     variant: Variant, masked: nn.Module, module: nn.Module, images: Tensor | None
 ) -> Variant:
@@ -199,7 +190,7 @@ def _compared(
     expected, got = (_outputs(m, images.to(dtype)).flatten(1) for m in (masked, module))
     difference, passes = compared(expected, got)
     tolerance = tolerance_of(dtype)
-    if not passes and not _as_near(masked, images, expected, got):
+    if not passes and not as_near(masked, images, expected, got):
         raise ModelError(
             f"verification: the dense model differs from the masked one by {difference:.3g} on "
             f"{len(images)} validation images in {dtype}, more than {tolerance:g} x max(1, "
@@ -225,13 +216,14 @@ def _compared(
 
 def _answering(
     content: fx.GraphModule, options: VariantsConfig, input_shape: Sequence[int]
-) -> tuple[fx.GraphModule, int, str]:
-    """Return what answers, how many BatchNorms are folded in it, and that in words."""
-    folded = len(foldable(content, input_shape)) if options.fold_batchnorm else 0
-    module = answering(content, input_shape, fold=folded > 0)
-    if folded:
-        check_folding(content, module, input_shape)
-    return module, folded, f", {folded} BatchNorms folded" if folded else ""
+) -> tuple[fx.GraphModule, int, tuple[str, ...], str]:
+    """Return what answers, how many BatchNorms are folded in it, which are not, and in words."""
+    folded, kept = folding(content, input_shape) if options.fold_batchnorm else (0, ())
+    module = answering(content, input_shape, fold=folded > 0, keep=kept)
+    made = f", {folded} BatchNorms folded" if folded else ""
+    if kept:
+        made += f", {len(kept)} kept that would change outputs ({', '.join(kept)})"
+    return module, folded, kept, made
 
 
 def _as_saved(model: fx.GraphModule) -> fx.GraphModule:

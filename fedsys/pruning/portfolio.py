@@ -85,6 +85,7 @@ class Variant:
         sparsity: Share of the prunable weights that was pruned, in [0, 1).
         folded: BatchNorms that are folded into the layer before them when it is read to answer;
             its files have them still.
+        kept: Names of those that are not, because folding them changes outputs.
         made: How it was made, in words.
         source: Path of the run that trained it further, if that began from a variant; else empty.
         test_accuracy: Share of the test part; scored once, when all choices had been made. None
@@ -113,6 +114,7 @@ class Variant:
     precision: str = "float32"
     sparsity: float = 0.0
     folded: int = 0
+    kept: tuple[str, ...] = ()
     made: str = ""
     source: str = ""
     test_accuracy: float | None = None
@@ -225,7 +227,8 @@ class Portfolio:
 
         model = architecture.load(folder)
         try:
-            module = answering(model, self.about.input_shape, fold=variant.folded > 0)
+            shape, fold = self.about.input_shape, variant.folded > 0
+            module = answering(model, shape, fold=fold, keep=variant.kept)
         except ModelError:
             raise
         except Exception as error:  # the graph is run to find what can be folded
@@ -466,6 +469,7 @@ def _variant(given: Mapping[str, Any]) -> Variant:
         precision=precision,
         sparsity=_number(given["sparsity"]),
         folded=_count(given.get("folded", 0)),  # absent in portfolios made before it was
+        kept=_each(given.get("kept", []), _text),
         made=_text(given["made"]),
         source=_text(given.get("source", "")),
         test_accuracy=None if test is None else _number(test),

@@ -28,6 +28,7 @@ from fedsys.errors import ModelError
 from fedsys.main import main
 from fedsys.pruning import candidates
 from fedsys.pruning.dense.architecture import load
+from fedsys.pruning.dense.fold import as_near
 from fedsys.pruning.levels import Level, epochs_of, recipes, refined, spread
 from fedsys.pruning.measuring import front, in_turns, latencies, peak_bytes
 from fedsys.pruning.portfolio import MANIFEST, PARENT, Latency, Portfolio, Variant, ordered, run
@@ -609,8 +610,8 @@ def test_rounding_of_a_deep_model_is_no_defect_of_its_dense_one() -> None:
     images = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
     exact = run(copy.deepcopy(net).double(), images.double())
     rounded = (exact + 3e-5).float()  # what a masked model far from float64 might say
-    assert candidates._as_near(net, images, rounded, (exact - 2e-5).float())
-    assert not candidates._as_near(net, images, rounded, (exact - 2e-4).float())
+    assert as_near(net, images, rounded, (exact - 2e-5).float())
+    assert not as_near(net, images, rounded, (exact - 2e-4).float())
 
 
 # --------------------------------------------------------------------------------------------------

@@ -17,11 +17,14 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from fedsys.commands.bench.prune_models import as_trained, built
+from fedsys.config import VariantsConfig
 from fedsys.errors import ModelError
 from fedsys.models.batchnorm import DeferredBatchNorm
+from fedsys.pruning.candidates import parent_candidate
 from fedsys.pruning.dense.architecture import load, save
-from fedsys.pruning.dense.fold import answering, check_folding, foldable
+from fedsys.pruning.dense.fold import answering, as_near, check_folding, foldable, folding
 from fedsys.pruning.dense.removal import evaluation_graph, probes
+from fedsys.pruning.dense.shrink import compared
 from fedsys.pruning.export import export_onnx
 from fedsys.pruning.portfolio import PARENT, About, Latency, Portfolio, Variant
 from fedsys.pruning.precision import halved
@@ -322,6 +325,85 @@ def test_folding_that_overflows_is_refused_with_the_way_out() -> None:
         check_folding(graph, answering(graph, SMALL), SMALL)
 
 
+class Saturated(nn.Module):
+    """A wave of 1e4 times its argument: the last digit of that decides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.Flatten())
+        self.head = nn.Linear(294, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wave: Tensor = torch.sin(1e4 * self.head(self.layers(x)))
+        return wave
+
+
+def test_a_model_whose_last_digit_decides_is_folded_as_near_to_float64_as_it_is() -> None:
+    """Attention with logits of 1e8 was refused: unfolded it is as far from float64 itself."""
+    torch.manual_seed(0)
+    graph = graph_of(Saturated())
+    folded, inputs = answering(graph, SMALL), probes(SMALL)
+    assert not compared(outputs(graph, inputs), outputs(folded, inputs))[1]
+    check_folding(graph, folded, SMALL)
+    assert folding(graph, SMALL) == (1, ())
+    with torch.no_grad():
+        next(folded.parameters()).mul_(1.001)
+    with pytest.raises(ModelError, match=r"changes outputs by .* in torch.float32"):
+        check_folding(graph, folded, SMALL)
+
+
+def test_what_is_not_finite_is_never_near() -> None:
+    net, x = nn.Linear(2, 1), torch.ones(1, 2)
+    infinite = torch.full((1, 1), float("inf"))
+    assert not as_near(net, x, infinite, infinite)
+    assert not as_near(net, x, infinite, torch.full((1, 1), float("nan")))
+
+
+def test_only_the_batchnorm_that_changes_outputs_is_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
+            self.n, self.m = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+            self.head = nn.Linear(100, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            dark = self.n(self.a((x - 100).relu()))  # of zeros, but zero times infinity
+            result: Tensor = self.head(
+                self.m(self.b(x + dark.mean())).relu()[..., 1:6, 1:6].flatten(1)
+            )
+            return result
+
+    torch.manual_seed(0)
+    graph = graph_of(Both())
+    graph.get_parameter("a.weight").data.fill_(1e30)
+    graph.get_parameter("a.bias").data.fill_(0)
+    graph.get_parameter("n.weight").data.fill_(1e10)
+    graph.get_buffer("n.running_mean").fill_(0)
+    assert folding(graph, SMALL) == (1, ("n",))
+    assert "BatchNorm n is kept: folding" in caplog.text
+    module = answering(graph, SMALL, keep=("n",))
+    assert norms(module) == 1
+    x = torch.randn(3, *SMALL)
+    torch.testing.assert_close(outputs(module, x), outputs(graph, x), rtol=1e-5, atol=1e-5)
+    exact = copy.deepcopy(graph).double()
+    again = answering(exact, SMALL, keep=("n",))
+    torch.testing.assert_close(
+        outputs(again, x.double()), outputs(exact, x.double()), rtol=0, atol=1e-9
+    )
+    candidate = parent_candidate(graph, VariantsConfig(), SMALL)
+    made = "the unpruned model, 1 BatchNorms folded, 1 kept that would change outputs (n)"
+    assert candidate.variant.made == made
+    latency = (Latency(1, 1, 1.0, 1.0, 30),)
+    variant = dataclasses.replace(candidate.variant, latencies=latency)
+    Portfolio.write(tmp_path / "a", ABOUT, [(variant, candidate.content)])
+    read = Portfolio.load(tmp_path / "a")
+    assert read.parent.kept == ("n",)
+    assert torch.equal(outputs(read.module(PARENT), x), outputs(candidate.module, x))
+
+
 def test_weights_that_differ_are_refused() -> None:
     graph = graph_of(Net(lambda m, x: m.n(m.a(x))))
     folded = answering(graph, SMALL)
@@ -383,7 +465,7 @@ def test_a_portfolio_made_before_there_was_folding_is_read_as_it_was(tmp_path: P
     body = json.loads(path.read_text())
     del body["sha256"]
     for variant in body["variants"]:
-        del variant["folded"]
+        del variant["folded"], variant["kept"]
     digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     path.write_text(json.dumps({"sha256": digest, **body}))
     portfolio = Portfolio.load(tmp_path / "a")
