@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations
 
 from fedsys.errors import ModelError
@@ -490,6 +490,44 @@ def test_a_change_through_a_view_is_refused_and_not_forgotten() -> None:
 def test_weights_that_are_called_and_read(tmp_path: Path) -> None:
     """The layer loses channels, the tensor that is read beside it keeps them."""
     pruned_exactly(seeded(lambda m, x: (x.mean() * m.b.weight).sum(1)), tmp_path)
+
+
+class Placed(nn.Module):
+    """Adds what it makes of positions, by the device and in the type of its own weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        self.project = nn.Conv2d(1, 4, 1)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(self.a(x).relu())
+        weight = self.project.weight
+        batch, _, height, width = x.shape
+        rows = torch.ones((batch, 1, height, width)).to(device=weight.device).cumsum(2)
+        columns = torch.arange(SHAPE[2], device=weight.device).type_as(weight)
+        places = self.project((rows / 7 + columns).to(weight.dtype))
+        result: Tensor = self.head((x + places).mean((2, 3)))
+        return result
+
+
+def test_types_and_devices_of_weights_follow_the_model(tmp_path: Path) -> None:
+    # They were written down when the model was traced: the work could not be counted on meta, and
+    # in float64, where folding is checked, layers were given float32.
+    torch.manual_seed(0)
+    net = Placed()
+    left, _ = pruned_exactly(net, tmp_path)  # type: ignore[arg-type]
+    assert left < 0.7, "reading the type of a weight holds nothing"
+    content = parent_candidate(net, OPTIONS, SHAPE).content
+    assert isinstance(content, fx.GraphModule)
+    read = load(save(content, tmp_path / "parent"))
+    images = torch.randn(3, *SHAPE)
+    with torch.no_grad():
+        for kind in (torch.float32, torch.float64):
+            expected = net.to(kind)(images.to(kind))
+            assert torch.equal(read.to(kind)(images.to(kind)), expected)
+        assert read.to("meta")(images.to("meta", torch.float64)).shape == (3, 5)
 
 
 def test_names_with_a_dash(tmp_path: Path) -> None:

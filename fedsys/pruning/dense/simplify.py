@@ -6,7 +6,8 @@ channels, and some of it cannot be saved as data. So, in this order:
 
 * parametrised weights (``torch.nn.utils.parametrizations``) become plain ones (`baked`);
 * operations in place become plain ones, and who reads their operand later reads their result;
-* what depends on weights and buffers alone is computed once (`_fold_constants`);
+* what depends on weights and buffers alone is computed once (`_fold_constants`), but for their
+  type and device, which follow the model;
 * functions whose weights are known become the layers of torch.nn that call them (`_LIFTED`);
 * what nothing reads goes, and so do checks: they raise errors or compute nothing.
 """
@@ -187,9 +188,29 @@ def _write_down(graph: fx.GraphModule, node: fx.Node, value: Any) -> None:
             new = graph.graph.get_attr(name)
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
+    elif isinstance(value, torch.dtype | torch.device):
+        _let_follow(graph, node, value)
     elif _is_plain(value):
         for user in list(node.users):
             user.args, user.kwargs = _replaced((user.args, dict(user.kwargs)), node, value)
+
+
+def _let_follow(graph: fx.GraphModule, node: fx.Node, value: torch.dtype | torch.device) -> None:
+    """Let those who read a type or a device of weights read that of an empty buffer instead.
+
+    It follows the model, into float64 or onto ``meta``, where a constant would stay; and a weight
+    that is read could not be pruned.
+    """
+    attribute = "dtype" if isinstance(value, torch.dtype) else "device"
+    name = f"empty_{str(value).removeprefix('torch.').replace(':', '_')}"
+    if getattr(graph._buffers.get(name), attribute, None) != value:
+        name = _free(graph, name)
+        graph.register_buffer(name, torch.empty(0).to(value))
+    with graph.graph.inserting_before(node):
+        empty = graph.graph.get_attr(name)
+        new = graph.graph.call_function(getattr, (empty, attribute))
+    empty.meta, new.meta = dict(node.meta), dict(node.meta)
+    node.replace_all_uses_with(new)
 
 
 def _is_plain(value: Any) -> bool:
