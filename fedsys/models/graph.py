@@ -404,7 +404,7 @@ def _record(
     known = {name: source.__dict__.pop(name) for name in [*source.__dict__] if _is_constant(name)}
     state = _versions(source)
     try:
-        with _nothing_kept(source):
+        with _nothing_kept(source), _autocast_by_symbols():
             graph = tracer.trace(source)
     except Exception as error:  # whatever the user's forward or torch.fx raises on a proxy
         raise ModelError(_why_untraceable(source, tracer, error)) from error
@@ -440,6 +440,25 @@ def _check_constants(
                 "input, which a graph does not record; leave it as it is, or change it by a value "
                 "that was computed from the input"
             )
+
+
+@contextmanager
+def _autocast_by_symbols() -> Iterator[None]:
+    """Let ``torch.autocast`` take the device of a symbol, as in ``autocast(x.device.type, …)``.
+
+    It is that of the processor then, of which `_contexts` tells whether it was switched: one that
+    is not enabled changes nothing, as training and serving enable none.
+    """
+    own = torch.autocast.__init__
+
+    def told(self: torch.autocast, device_type: Any, *args: Any, **kwargs: Any) -> None:
+        own(self, "cpu" if isinstance(device_type, fx.Proxy) else device_type, *args, **kwargs)
+
+    torch.autocast.__init__ = told  # type: ignore[method-assign]  # other threads: as before
+    try:
+        yield
+    finally:
+        torch.autocast.__init__ = own  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -75,6 +75,20 @@ class PartlyInHalfPrecision(nn.Module):
             return x @ x
 
 
+class AutocastWhereItIs(nn.Module):
+    """Switches autocast for a part, on whatever device its input is."""
+
+    def __init__(self, enabled: bool) -> None:
+        super().__init__()
+        self.layer, self.enabled = nn.Linear(6, 6), enabled
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(device_type=x.device.type, dtype=torch.bfloat16, enabled=self.enabled):
+            y = x.float() @ x.float().mT
+        result: Tensor = self.layer(y @ x)
+        return result
+
+
 class TwoInputs(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return x + y
@@ -163,12 +177,23 @@ def test_a_traced_model_can_be_traced_again():
         (Random(), r"different constant tensor in every forward pass"),
         (PartlyWithoutGradient(), r"`scale = x.abs\(\).mean\(\)`: forward switches gradients"),
         (PartlyInHalfPrecision(), r"`return x @ x`: forward switches gradients or autocast"),
+        (AutocastWhereItIs(enabled=True), r"`y = x.float\(\).*switches gradients or autocast"),
         (TwoInputs(), r"forward takes \(x, y\): it must take exactly one input"),
     ],
 )
 def test_what_cannot_be_traced_says_why_and_where(model, says):
     with pytest.raises(ModelError, match=says):
         trace(model)
+
+
+def test_autocast_that_a_part_switches_off_where_it_is_off_is_no_step():
+    before = torch.autocast.__init__
+    traced = trace(model := AutocastWhereItIs(enabled=False))
+    assert torch.autocast.__init__ is before
+    both_modes(model, traced, noise(3, 6))
+    assert torch.equal(trace_evaluation(copy.deepcopy(model))(noise(3, 6)), model(noise(3, 6)))
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ModelError, match="autocast"):
+        trace(model)  # there it would be a step
 
 
 def test_a_model_that_cannot_be_copied_says_so():
