@@ -231,7 +231,7 @@ def trace_evaluation(
     """
     _check_inputs(model)
     with _lock:
-        recorded = _record(model.eval(), example=example, buffers=False, in_place=True)
+        recorded = _recorded_in_evaluation(model.eval(), example)
     for path, attributes in recorded.seen.items():
         if attributes["training"] and isinstance(model.get_submodule(path), _MODAL):
             raise ModelError(
@@ -242,6 +242,22 @@ def trace_evaluation(
     if recorded.shape:
         _hold_shape(recorded.graph, recorded.shape, type(model).__name__)
     return interpreted(model, recorded.graph, type(model).__name__)
+
+
+def _recorded_in_evaluation(model: nn.Module, example: Tensor | Sequence[int] | None) -> _Recorded:
+    """Record `model` with buffers as constants, or as symbols if they are given symbols."""
+    record = partial(_record, model, example=example, in_place=True)
+    held = {name: value for name, value in vars(model).items() if _is_constant(name)}
+    try:
+        return record(buffers=False)
+    except ModelError as error:
+        for name in [name for name in vars(model) if _is_constant(name)]:
+            del vars(model)[name]  # of the pass that failed: they would be taken for those of this
+        vars(model).update(held)
+        try:  # as in `self.table.expand(len(x), -1)`, which takes no symbol as a number
+            return record(buffers=True)
+        except ModelError:
+            raise error from error.__cause__
 
 
 _MODAL = (_NormBase, KeyedDropout, nn.modules.dropout._DropoutNd, nn.MultiheadAttention, nn.RNNBase)

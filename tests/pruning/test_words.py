@@ -492,6 +492,40 @@ def test_weights_that_are_called_and_read(tmp_path: Path) -> None:
     pruned_exactly(seeded(lambda m, x: (x.mean() * m.b.weight).sum(1)), tmp_path)
 
 
+class Kept(nn.Module):
+    """Makes a table when the first images come, and repeats it for each of the next."""
+
+    table: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        self.head = nn.Linear(4, 5)
+        self.register_buffer("table", torch.zeros(1, 1, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(self.a(x).relu())
+        batch, _, _, width = x.shape
+        if self.table.shape[3] != width:
+            self.table = torch.linspace(-1, 1, int(width)).view(1, 1, 1, -1)
+        result: Tensor = self.head((x * (self.table * 2).expand(batch, 4, -1, -1)).mean((2, 3)))
+        return result
+
+
+@pytest.mark.parametrize("called", [True, False])
+def test_a_buffer_that_forward_makes_and_gives_the_number_of_examples(
+    called: bool, tmp_path: Path
+) -> None:
+    # Tensors take no symbol for a number: "expand() takes 1 positional argument but 4 were given".
+    torch.manual_seed(0)
+    net = Kept().eval()
+    if called:
+        net(torch.zeros(1, *SHAPE))
+    left, answer = pruned_exactly(net, tmp_path)
+    assert left < 0.7
+    assert net.table.shape[3] == 4 and answer.shape == (3, 5)
+
+
 class Placed(nn.Module):
     """Adds what it makes of positions, by the device and in the type of its own weights."""
 
