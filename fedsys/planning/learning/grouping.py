@@ -8,6 +8,7 @@ of it, and another share is right for them.
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,7 +50,9 @@ def cluster(baseline_s: Sequence[float], groups: int) -> tuple[int, ...]:
         baseline_s: Seconds of an iteration of each device that trains alone.
         groups: Number of groups.
     """
-    return _clustered(tuple(float(seconds) for seconds in baseline_s), groups)
+    known = [float(seconds) for seconds in baseline_s if math.isfinite(seconds)]
+    slowest = max(known, default=0.0)  # who is said to take for ever is one of the slowest
+    return _clustered(tuple(float(s) if math.isfinite(s) else slowest for s in baseline_s), groups)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -112,6 +112,12 @@ def test_devices_are_clustered_by_their_baseline_the_fastest_first(seconds, grou
     assert cluster(seconds, groups) == labels
 
 
+def test_a_device_that_is_said_to_take_for_ever_is_one_of_the_slowest():
+    """A share of the work that was measured as next to none made a baseline infinite."""
+    assert cluster([1.0, math.inf, 9.0], 2) == (0, 1, 1)
+    assert cluster([math.inf, math.inf], 2) == (0, 0)
+
+
 @given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=30), st.integers(1, 5))
 @settings(max_examples=40, deadline=None)
 def test_groups_are_ordered_by_speed_and_none_is_left_out_in_between(seconds, groups):
