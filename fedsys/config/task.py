@@ -143,10 +143,10 @@ def check(task: TaskConfig) -> None:
             "task.loss", task.loss, f"must be one of {', '.join(LOSSES)}",
             hint or "task.loss._target_=package.function takes one of your own",
         )  # fmt: skip
-    if task.metric is not None:
-        metric = metric_of(task.metric).name
-        usual = {kind: own for kind, (_, own, _) in USUAL.items()}
-        if metric in usual.values() and metric != usual[task.kind] and metric != "mae":
-            raise ConfigError.of(
-                "task.metric", metric, f"is not of task={task.kind}", f"{usual[task.kind]} is"
-            )
+    loss, metric, _ = USUAL[task.kind]
+    if task.loss in LOSSES and (task.loss == "cross_entropy") != task.classes:
+        raise ConfigError.of("task.loss", task.loss, f"is not of task={task.kind}", f"{loss} is")
+    named = metric_of(task.metric or metric).name
+    errors = ("mae", "mse") if not task.classes else ()
+    if named in METRICS and named not in (metric, *errors):
+        raise ConfigError.of("task.metric", named, f"is not of task={task.kind}", f"{metric} is")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fedsys.config.task import KINDS, TaskConfig
+from fedsys.config.task import KINDS, TaskConfig, check
 from fedsys.errors import ConfigError
 from fedsys.runs import resume
 from fedsys.training.schedule import micro_batch_bounds
@@ -108,6 +108,11 @@ def test_a_metric_of_the_users_own_has_a_name_and_a_direction(configure):
         (["task=regression", "task.loss=msee"], "did you mean 'mse'?"),
         (["task=regression", "task.metric=accuracy"], "is not of task=regression"),
         (["task=regression", "task.metric=maee"], "did you mean 'mae'?"),
+        # a class was taken off ten outputs, and the entropy of one output is 0: all was learned
+        (["task.metric=mse"], "task.metric=mse: is not of task=classification; accuracy is"),
+        (["task.loss=mse"], "task.loss=mse: is not of task=classification; cross_entropy is"),
+        (["task=next_token", "task.metric=mae"], "is not of task=next_token; token_accuracy is"),
+        (["task=regression", "task.loss=cross_entropy"], "is not of task=regression; mse is"),
         (["task.metric={_target_:tests.own_work.worst}"], "task.metric.name"),
         (["task.metric={_target_:tests.own_work.worst,name:loss}"], "that no other metric has"),
         (["task.loss={path:x}"], "must name a function or a class"),
@@ -139,6 +144,12 @@ def test_functions_that_do_not_suit_are_told_when_they_are_called(option, told, 
         task.loss(*CASES["regression"], 1.0)
         task.total(*CASES["regression"])
     assert told in str(refused.value)
+
+
+def test_errors_are_of_numbers_whatever_is_learned_of_them():
+    for kind in ("regression", "multilabel"):
+        for metric in ("mae", "mse"):
+            check(TaskConfig(kind, "huber", metric))
 
 
 def test_what_is_shown_of_a_task_needs_no_library():
