@@ -1,4 +1,4 @@
-"""By which metric a run was judged, from the names of its columns and figures alone."""
+"""By which metric a run was judged, from the names of its columns and figures."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import Any
 from fedsys.config.task import METRICS, Metric
 
 
-def metric_in(names: Iterable[str]) -> Metric:
+def metric_in(names: Iterable[str], config: Any = None) -> Metric:
     """Return the metric of a run: what it has a ``val_`` of beside the loss.
 
     Args:
         names: Of the columns of ``metrics.csv``, or of figures in ``run.json``.
+        config: Of the run, as ``run.json`` has it: says of a metric of the user's own whether it is
+            a share, and whether more is better. Without it, it is no share, and more is better.
 
     >>> metric_in(["round", "val_mae", "val_loss"]).title, metric_in(["round"]).title
     ('mean absolute error', 'accuracy')
@@ -20,8 +22,17 @@ def metric_in(names: Iterable[str]) -> Metric:
     for name in names:
         found = name.removeprefix("val_")
         if found not in (name, "loss"):
-            return METRICS.get(found) or Metric(found, found.replace("_", " "), percent=False)
+            own = _own(config)
+            kind = bool(own.get("percent", False)), bool(own.get("higher", True))
+            return METRICS.get(found) or Metric(found, found.replace("_", " "), *kind)
     return METRICS["accuracy"]
+
+
+def _own(config: Any) -> Mapping[str, Any]:
+    """Return the group ``task.metric`` of a run; empty where it has none."""
+    for key in ("task", "metric"):
+        config = config.get(key) if isinstance(config, Mapping) else None
+    return config if isinstance(config, Mapping) else {}
 
 
 def shown(row: Mapping[str, Any], prefix: str = "") -> str:

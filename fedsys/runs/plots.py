@@ -84,7 +84,7 @@ def draw_all(folder: RunFolder) -> list[Path]:
     rows = folder.rounds()
     plots = folder.path / "plots"
     drawn = []
-    metric = metric_in(name for row in rows for name in row)
+    metric = metric_in((name for row in rows for name in row), folder.info.get("config"))
     for kind in (metric.name, "loss"):
         for by, column in (("round", "round"), ("time", "seconds_elapsed")):
             curves = curves_of(rows, kind, column)

@@ -103,6 +103,20 @@ def test_a_page_of_several_runs_compares_them(make):
     assert "All of them ended with the same model" in html
 
 
+def test_a_metric_of_the_users_own_is_compared_in_its_direction(tmp_path):
+    """The largest error was marked as the best: what is better was asked of the name alone."""
+    config = "task: {metric: {_target_: mine.worst, name: worst_error, higher: false, percent: p}}"
+    for percent, best in (("false", "0.2500"), ("true", "25.00%")):
+        paths = []
+        for value in (0.25, 0.75):
+            path = tmp_path / f"{percent}-{value}"
+            with RunFolder.create(path, config.replace("percent: p", f"percent: {percent}")) as run:
+                run.add_round({"round": 1, "val_worst_error": value, "val_loss": 1.0})
+                run.finish({"worst_error": value, "val_worst_error": value})
+            paths.append(path)
+        assert set(re.findall(r'best">([^<]+)<', rendered(*paths))) == {best}
+
+
 def test_the_model_is_not_called_the_same_when_it_is_not(make):
     html = rendered(make("a"), make("b", model_sha256="cd" * 32))
     assert "same model" not in html

@@ -68,7 +68,8 @@ class Run:
     @property
     def metric(self) -> Metric:
         """By what it was judged."""
-        return metric_in((*self.result, *(name for row in self.rounds[:1] for name in row)))
+        names = (*self.result, *(name for row in self.rounds[:1] for name in row))
+        return metric_in(names, self.info.get("config"))
 
     @property
     def settings(self) -> dict[str, Any]:
