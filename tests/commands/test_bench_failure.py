@@ -1,11 +1,17 @@
 """What the benchmark of failures says of events, oracles and soaks, without running any."""
 
+import time
+
 import pytest
 
 from fedsys.commands.bench import failure, failure_oracle, failure_soak
+from fedsys.commands.bench.failure_chain import ConstantLoad, RequestLedger
 from fedsys.commands.bench.failure_figures import figures_of
 from fedsys.commands.bench.failure_models import _near
 from fedsys.serving.recovery.decision import RecoveryCandidate, RecoveryObjective
+from tests.serving.chains import images, model
+from tests.serving.recovery.failing import continuing
+from tests.waiting import until
 
 FULL = RecoveryCandidate("repartition", "5/9", latency_ms=20.0, accuracy=0.92, downtime_ms=300.0)
 EARLY = RecoveryCandidate("exit", "exit:5@5/6", latency_ms=8.0, accuracy=0.80, downtime_ms=4.0)
@@ -69,6 +75,28 @@ def test_figures_of_events_are_medians_by_fault_and_count_what_was_lost():
     assert failure.chart(found).labels == ["kill", "pause"]
     nothing = figures_of([], [])
     assert nothing["gap_ms_median"] is None and not nothing["goal_gap"]
+
+
+def test_a_request_that_was_sent_on_ends_the_gap_though_the_next_one_is_far():
+    """The gap went to the first answer after the failover had been told: what an exit on the first
+    host had answered before counted for nothing, and 80 ms were 270, until the next request."""
+    ledger = RequestLedger(5, {0: 9.9, 1: 10.08, 2: 10.27, 3: 10.05, 4: 9.8}, around={1, 2, 4})
+    assert ledger.first_around(10.0) == 10.08  # 3 was past the lost host already, 4 is of before
+    assert ledger.first_around(10.3) is None
+
+
+def test_the_load_tells_what_other_routes_answered():
+    with continuing(model(), (2,), names=("device", "edge")) as (engine, fleet, continuer):
+        assert until(lambda: engine.switcher.spare and continuer.at_rest)
+        load = ConstantLoad(engine, images(4), 50.0)
+        assert until(lambda: len(load.ledger.answers) > 3)
+        assert not load.ledger.around
+        killed = time.monotonic()
+        fleet.kill("edge")
+        assert until(lambda: load.ledger.first_around(killed) is not None)
+        ledger = load.close()
+        assert ledger.failed == {} and ledger.twice == 0
+        assert len(ledger.answers) == ledger.issued
 
 
 def test_cuts_are_near_equal_shares_where_they_are_possible():

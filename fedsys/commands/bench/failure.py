@@ -1,8 +1,8 @@
 """What happens when a host of a chain fails, over chains, objectives, hosts and faults.
 
 Each event begins when all hosts answer and what is to stand ready does; then a fault strikes under
-constant load. The gap is from the fault to the first answer that was made after requests had been
-sent another way; its parts are detection, telling, decision, sending, and that answer.
+constant load. The gap is from the fault to the first answer by another route; its parts are
+detection, telling, decision, sending, and that answer.
 
 The oracle measures every candidate after a kill. For each of many objectives, drawn by a seed, the
 choice by what was expected stands beside the choice by what was measured

@@ -130,12 +130,19 @@ class RequestLedger:
         answers: When each was answered, by number.
         failed: Errors by number.
         twice: Requests that were answered more than once.
+        around: Requests that another route answered than that of all hosts.
     """
 
     issued: int = 0
     answers: dict[int, float] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
     twice: int = 0
+    around: set[int] = field(default_factory=set)
+
+    def first_around(self, since: float) -> float | None:
+        """Return when the first request from a moment on was answered by another route."""
+        there = list(self.answers.items())
+        return min((at for n, at in there if at >= since and n in self.around), default=None)
 
 
 @final
@@ -168,11 +175,13 @@ class ConstantLoad:
     def _ask(self, number: int) -> None:
         at = number % len(self._images)
         try:
-            self._engine.answer(self._images[at : at + 1].numpy())
+            answer = self._engine.answer(self._images[at : at + 1].numpy())
         except FedsysError as error:
             self.ledger.failed[number] = str(error)
             return
         with self._lock:
+            if answer.facts.get("technique", "none") != "none":
+                self.ledger.around.add(number)
             self.ledger.twice += number in self.ledger.answers
             self.ledger.answers[number] = time.monotonic()
 

@@ -113,18 +113,19 @@ class Scene:
         if found is None:
             return {"technique": "none"}
         done = struck + found["time_s"] - struck_at
-        after = sorted(at for at in list(load.ledger.answers.values()) if at >= done)
+        first = load.ledger.first_around(struck)
         began_ms = 1e3 * (found["time_s"] - struck_at) - found["decide_ms"] - found["apply_ms"]
         whole, measured = (
             self._engine.times.took_s(label) for label in (found["before"], found["route"])
         )
-        answer_ms = 1e3 * (after[0] - done) if after else None
+        # What is quick is answered while others are still sent on, before that is told.
+        answer_ms = None if first is None else 1e3 * max(0.0, first - done)
         keys = ("technique", "route", "ready", "tell_ms", "decide_ms", "apply_ms", "feasible")
         return {
             **{key: found[key] for key in keys},
             "detect_ms": began_ms - found["tell_ms"],
             "answer_ms": answer_ms,
-            "gap_ms": 1e3 * (after[0] - struck) if after else None,
+            "gap_ms": None if first is None else 1e3 * (first - struck),
             "replayed": sum(one.get("replayed", 0) for one in list(self._told)),
             "accuracy_before": found["accuracy_before"],
             "accuracy_after": found["accuracy"],
