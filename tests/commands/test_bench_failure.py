@@ -6,6 +6,7 @@ import pytest
 
 from fedsys.commands.bench import failure, failure_oracle, failure_soak
 from fedsys.commands.bench.failure_chain import ConstantLoad, RequestLedger
+from fedsys.commands.bench.failure_event import Scene
 from fedsys.commands.bench.failure_figures import figures_of
 from fedsys.commands.bench.failure_models import _near
 from fedsys.serving.recovery.decision import RecoveryCandidate, RecoveryObjective
@@ -75,6 +76,19 @@ def test_figures_of_events_are_medians_by_fault_and_count_what_was_lost():
     assert failure.chart(found).labels == ["kill", "pause"]
     nothing = figures_of([], [])
     assert nothing["gap_ms_median"] is None and not nothing["goal_gap"]
+    assert not nothing["goal_requests"]
+    unanswered = figures_of([kill, {**kill, "gap_ms": None}], [about])
+    assert unanswered["gap_ms_median"] == 100.0 and not unanswered["goal_gap"]
+
+
+def test_a_chain_for_which_no_time_was_left_is_counted_and_ends_nothing():
+    """With little of bench.minutes left nothing happened on a chain, and its decisions, of which
+    there were none, ended the benchmark with all figures of the chains before it."""
+    with continuing(model(), (2,), names=("device", "edge")) as (engine, _, continuer):
+        about = Scene(engine, continuer, [], {}).about()
+    found = figures_of([], [{"chain": "x", "events": 0, "left_out": 30, **about}])
+    assert (found["decisions"], found["decide_ms_median"], found["left_out"]) == (0, None, 30)
+    assert not found["goal_decision"]
 
 
 def test_a_request_that_was_sent_on_ends_the_gap_though_the_next_one_is_far():

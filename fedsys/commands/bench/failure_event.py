@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any, final
 
@@ -161,15 +161,11 @@ class Scene:
 
     def about(self) -> dict[str, Any]:
         """Return what was seen of the chain beside its events."""
-        wall, cpu = (sorted(column) for column in zip(*self._decisions, strict=True))
         misses = [miss for one in self._judged for miss in one.misses]
         cells = sum(one.cells for one in self._judged)
         regrets = [regret for one in self._judged for regret in one.regrets]
         return {
-            "decisions": len(wall),
-            "decide_ms_median": 1e3 * median(wall),
-            "decide_ms_p99": 1e3 * wall[int(0.99 * (len(wall) - 1))],
-            "decide_cpu_ms_p99": 1e3 * cpu[int(0.99 * (len(cpu) - 1))],
+            **_timed(self._decisions),
             "grid": cells,
             "grid_agreement": 1 - len(regrets) / cells if cells else None,
             "grid_regret_mean": sum(regrets) / len(regrets) if regrets else None,
@@ -177,6 +173,17 @@ class Scene:
             "latency_error": sum(misses) / len(misses) if misses else None,
             "estimates": self._continuer.errors(),
         }
+
+
+def _timed(decisions: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """Return what decisions took, by the clock and of the processor; None where none was timed."""
+    keys = ("decide_ms_median", "decide_ms_p99", "decide_cpu_ms_p99")
+    if not decisions:  # there was no time left for an event
+        return {"decisions": 0, **dict.fromkeys(keys)}
+    wall, cpu = (sorted(column) for column in zip(*decisions, strict=True))
+    late = int(0.99 * (len(wall) - 1))
+    found = (1e3 * median(wall), 1e3 * wall[late], 1e3 * cpu[late])
+    return {"decisions": len(wall), **dict(zip(keys, found, strict=True))}
 
 
 def _was_measured(found: Event) -> bool:

@@ -20,25 +20,29 @@ def figures_of(
 ) -> dict[str, Any]:
     """Return the figures of all events, with those of each chain.
 
+    Goals are met by what happened only: not where nothing did, and the gap not where requests had
+    no answer after a kill.
+
     Args:
         rows: The events.
         about: What else was seen, by chain.
     """
-    kills = [row for row in rows if row["fault"] == "kill" and row.get("gap_ms")]
+    killed = [row for row in rows if row["fault"] == "kill"]
+    kills = [row for row in killed if row.get("gap_ms") is not None]
     judged = [row for row in rows if "agrees" in row]
     pairs = [r for r in rows if r.get("measured_ms") and r.get("predicted_ms")]
     off = [abs(r["predicted_ms"] / r["measured_ms"] - 1) for r in pairs]
     lost, twice = sum(row["lost"] for row in rows), sum(row["twice"] for row in rows)
     gap = median(row["gap_ms"] for row in kills) if kills else None
-    slowest = max((one["decide_ms_p99"] for one in about), default=None)
-    errors = [one["latency_error"] for one in about if one["latency_error"] is not None]
+    slowest = max(_known(about, "decide_ms_p99"), default=None)
+    decided, errors = _known(about, "decide_ms_median"), _known(about, "latency_error")
     cells = [one for one in about if one["grid"]]
     return {
         "gap_ms_median": gap,
         "detect_ms_median": median(row["detect_ms"] for row in kills) if kills else None,
         "seen_ms_median": _seen_ms(kills),
         "decisions": sum(one["decisions"] for one in about),
-        "decide_ms_median": median(one["decide_ms_median"] for one in about) if about else None,
+        "decide_ms_median": median(decided) if decided else None,
         "decide_ms_p99": slowest,
         "prediction_error_mean": fmean(off) if off else None,
         "candidates_error_mean": fmean(errors) if errors else None,
@@ -50,14 +54,19 @@ def figures_of(
         "twice": twice,
         "replayed": sum(row.get("replayed", 0) for row in rows),
         "left_out": sum(one["left_out"] for one in about),
-        "goal_gap": gap is not None and gap < GOAL_MS,
-        "goal_requests": lost == twice == 0,
+        "goal_gap": gap is not None and gap < GOAL_MS and len(kills) == len(killed),
+        "goal_requests": bool(rows) and lost == twice == 0,
         "goal_decision": slowest is not None and slowest < 1.0,
         "faults": list(_by_fault(rows)),
         "chains": [{k: v for k, v in one.items() if k != "estimates"} for one in about],
         "estimates": [row for one in about for row in _estimates(one)],
         "events": list(rows),
     }
+
+
+def _known(about: Sequence[Mapping[str, Any]], key: str) -> list[float]:
+    """Return a figure of the chains that have it."""
+    return [one[key] for one in about if one[key] is not None]
 
 
 def _seen_ms(kills: Sequence[Mapping[str, Any]]) -> float | None:
