@@ -62,19 +62,30 @@ class FleetMoves:
         """
         found = {}
         with self._held.lock:
-            gone = [held for held in self._held.all() if held.gone_s is not None]
-        for held in gone:
-            assert held.gone_s is not None
-            limit = limit_s(held.began_s, held.gone_s, away_s.get(held.spec.client, 0.0))
-            if time.monotonic() - held.gone_s <= limit:
-                continue
-            if self._is_somewhere(held.spec.id):
-                held.gone_s = None
-            else:
+            left = [(held, held.gone_s) for held in self._held.all() if held.gone_s is not None]
+        for held, gone_s in left:
+            limit = limit_s(held.began_s, gone_s, away_s.get(held.spec.client, 0.0))
+            if time.monotonic() - gone_s > limit and not self._is_back(held, gone_s):
                 found[held.spec.client] = (
                     f"it left {held.edge} and arrived at no edge server within {limit:.0f} s"
                 )
         return found
+
+    def _is_back(self, held: Held, gone_s: float) -> bool:
+        """Return whether a device that left is somewhere; edge servers are asked once for that.
+
+        Args:
+            held: Its session.
+            gone_s: When it was gone; it may be told meanwhile that it came.
+        """
+        if held.gone_s == gone_s and held.nowhere_s != gone_s:
+            somewhere = self._is_somewhere(held.spec.id)
+            with self._held.lock:
+                if held.gone_s == gone_s and somewhere:
+                    held.gone_s = None
+                elif held.gone_s == gone_s:
+                    held.nowhere_s = gone_s
+        return held.gone_s != gone_s
 
     def _is_somewhere(self, session: str) -> bool:
         """Ask all edge servers whether a device is there: the word of that may have been lost."""

@@ -26,6 +26,7 @@ class Held:
         wanted: Name of the edge at which its device is, as far as that is known to be another one.
         began_s: When it was opened first, of the monotonic clock.
         gone_s: When its device was gone; None: it is there, for all that is known.
+        nowhere_s: The `gone_s` for which every edge server said that it does not have the device.
     """
 
     spec: SessionSpec
@@ -37,6 +38,7 @@ class Held:
     wanted: str = ""
     began_s: float = field(default_factory=time.monotonic)
     gone_s: float | None = None
+    nowhere_s: float | None = None
 
 
 class HeldSessions:

@@ -1,5 +1,6 @@
 """Sessions that move between real edge servers: commands, strangers, and what is sent ahead."""
 
+import dataclasses
 import gc
 import threading
 import time
@@ -239,6 +240,33 @@ def test_a_device_whose_return_was_not_told_is_asked_for(pair, last_layer, monke
     assert fleet.missing({}) == {}
     assert fleet._held["s"].gone_s is None
     remote.close()
+
+
+def test_a_device_that_comes_back_while_another_one_is_asked_for_is_not_missing(
+    pair, last_layer, monkeypatch
+):
+    """The run ended with an AssertionError: when it was gone was read again, after the asking.
+
+    And all edge servers were asked again for every look at the replies, five times in a second.
+    """
+    monkeypatch.setattr(absences, "TIMES", 0.0)
+    _, fleet = pair
+    for client, name in enumerate(("s", "t")):
+        spec = dataclasses.replace(last_layer.spec(name), client=client)
+        fleet.open(spec, last_layer.start(), "a")
+        fleet._held[name].gone_s = time.monotonic() - 1.0
+    asked = []
+
+    def request(edge, kind, meta):
+        asked.append((edge, meta["session"]))
+        fleet._moves.told("a", Frame("back", {"session": "t"}))
+        return Frame("present", {"device": False})
+
+    monkeypatch.setattr(fleet._edges, "request", request)
+    assert list(fleet.missing({})) == [0]
+    assert list(fleet.missing({})) == [0]
+    assert asked == [("a", "s"), ("b", "s")]
+    monkeypatch.undo()
 
 
 def test_a_session_goes_on_with_the_bits_that_it_would_have_had(pair, last_layer):
