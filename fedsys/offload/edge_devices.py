@@ -51,19 +51,30 @@ class EdgeDevices:
         epoch = list(welcome.epoch)
         link.send(Frame("welcome", {**position, "epoch": epoch, **welcome.told()}))
         name, done = session.spec.id, False
-        if name in self._gone:
-            self._gone.discard(name)
+        if self._was_gone(name):
             self._table.tell(name, Frame("back", {"session": name}))
         try:
             while True:
                 frame = link.recv()
                 self._table.count("bytes_in", frame.encoded_bytes)
-                done = frame.kind == "done"
+                done = frame.kind == "done" and frame.meta.get("trip") is not True
                 self._take(link, welcome, frame)
         finally:
             if self._table.detach(name, link) and not done:
-                self._gone = {n for n in self._gone if self._table.get(n)} | {name}
+                self._is_gone(name)
                 self._table.tell(name, Frame("gone", {"session": name}))
+
+    def _is_gone(self, name: str) -> None:
+        """Take note that the device of a session is gone; those of sessions that ended are not."""
+        with self._table.lock:
+            self._gone = {n for n in self._gone if self._table.get(n)} | {name}
+
+    def _was_gone(self, name: str) -> bool:
+        """Return whether the device of a session was gone until now."""
+        with self._table.lock:
+            was = name in self._gone
+            self._gone.discard(name)
+            return was
 
     def _take(self, link: Link, welcome: Welcome, frame: Frame) -> None:
         """Do what a device says.

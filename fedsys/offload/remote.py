@@ -219,7 +219,7 @@ class Remote:
             EdgesLost: No edge has it.
         """
         began = self._clock()
-        self.send("done", step, number, {}, {})
+        self.send("done", step, number, {"trip": True}, {})
         self.receive("done", step, number)
         return self._clock() - began
 

@@ -242,6 +242,39 @@ def test_a_device_whose_return_was_not_told_is_asked_for(pair, last_layer, monke
     remote.close()
 
 
+def test_a_device_that_is_lost_behind_a_round_trip_is_gone(pair, last_layer, monkeypatch):
+    """What measures a round trip was taken for the end of the round."""
+    monkeypatch.setattr(absences, "TIMES", 0.0)
+    edges, fleet = pair
+    fleet.open(last_layer.spec(), last_layer.start(), "a")
+    remote = device(edges)
+    remote.open()
+    train(remote, last_layer, range(1))
+    assert remote.trip(1) > 0
+    remote.close()
+    until(lambda: fleet.missing({}))
+
+
+def test_devices_may_go_and_come_at_the_same_time(pair, last_layer, monkeypatch):
+    """A set was changed while another thread went through it, and a device's leaving not told."""
+    edges, fleet = pair
+    fleet.open(last_layer.spec(), last_layer.start(), "a")
+    devices, get, came = edges["a"]._devices, edges["a"]._table.get, []
+    devices._is_gone("s")
+
+    def slowly(name):
+        if not came:
+            came.append(threading.Thread(target=devices._was_gone, args=("s",)))
+            came[0].start()
+            came[0].join(0.2)  # as long as it can
+        return get(name)
+
+    monkeypatch.setattr(edges["a"]._table, "get", slowly)
+    devices._is_gone("t")
+    came[0].join()
+    assert devices._gone == {"t"}
+
+
 def test_a_device_that_comes_back_while_another_one_is_asked_for_is_not_missing(
     pair, last_layer, monkeypatch
 ):
