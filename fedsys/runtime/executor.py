@@ -22,6 +22,9 @@ from fedsys.runtime import forks
 APPS = ("flwr.supernode.runtime.run_clientapp", "flwr.superlink.runtime.run_serverapp")
 """The programs of apps, which unpack the bundle."""
 
+WHOLE = ".whole"
+"""Ends the name of an empty file beside a folder of which all files are there."""
+
 
 class ForkExecutor:
     """Runs tasks as forks of this process; in all else the executor that it wraps.
@@ -66,6 +69,7 @@ def once(install: Callable[..., Path]) -> Callable[..., Path]:
     """Return what unpacks a bundle where it is not there yet.
 
     For each message, Flower's unpacks and hashes hundreds of files, and then takes what is there.
+    It fills its folder while others may look at it: one counts when it is said to be whole.
 
     Args:
         install: Flower's.
@@ -75,8 +79,12 @@ def once(install: Callable[..., Path]) -> Callable[..., Path]:
 
     def installed(fab_file: bytes, *args: Any, **kwargs: Any) -> Path:
         digest = hashlib.sha256(fab_file).hexdigest()[:FAB_HASH_TRUNCATION]
-        there = [*(get_flwr_home() / APP_DIR).glob(f"*.{digest}")]
-        return there[0] if there else install(fab_file, *args, **kwargs)
+        for said in (get_flwr_home() / APP_DIR).glob(f"*.{digest}{WHOLE}"):
+            if (there := said.with_suffix("")).is_dir():
+                return there
+        made = install(fab_file, *args, **kwargs)
+        made.with_name(made.name + WHOLE).touch()
+        return made
 
     return installed
 

@@ -1,6 +1,7 @@
 """Launching and reaching a SuperLink, as far as that can be tried without one."""
 
 import contextlib
+import hashlib
 import importlib
 import io
 import socket
@@ -191,3 +192,19 @@ def test_a_bundle_is_unpacked_once_and_another_one_beside_it(tmp_path, monkeypat
         assert vars(importlib.import_module(app))["install_from_fab"] is install_from_fab
     (tmp_path / "apps" / folder.name).rename(tmp_path / "apps" / "another.0")
     assert installed(one, skip_prompt=True) == folder and len(unpacked) == 2
+
+
+def test_a_bundle_that_another_process_is_unpacking_is_not_taken_as_it_is(tmp_path, monkeypatch):
+    """Of several nodes on a machine one took what another had unpacked half."""
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path))
+    folder = tmp_path / "apps" / f"me.app.1.0.0.{hashlib.sha256(b'bundle').hexdigest()[:8]}"
+    (folder / "half").mkdir(parents=True)
+    asked = []
+
+    def install(fab):
+        asked.append(fab)
+        return folder
+
+    installed = executor.once(install)
+    assert (installed(b"bundle"), asked) == (folder, [b"bundle"])
+    assert (installed(b"bundle"), asked) == (folder, [b"bundle"])
