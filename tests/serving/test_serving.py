@@ -35,7 +35,7 @@ from fedsys.data.loader import eval_batches
 from fedsys.errors import ConfigError, ModelError, RequestError
 from fedsys.main import main
 from fedsys.pruning.portfolio import Portfolio
-from fedsys.serving import v2
+from fedsys.serving import tensor_json, v2
 from fedsys.serving.batching import Batcher, BatchLimits
 from fedsys.serving.engine import CALM, Answer, Card
 from fedsys.serving.http import Endpoint, listen
@@ -335,6 +335,18 @@ def test_a_wrong_length_of_the_json_is_refused(length):
 def test_what_is_no_json_is_refused(body):
     with pytest.raises(RequestError):
         v2.read(body, None, CARD, max_rows=1)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_an_id_that_is_no_unicode_is_given_back_as_it_came(monkeypatch, fast):
+    """orjson does not write half of a surrogate pair: such a request was answered by 500."""
+    if fast:
+        pytest.importorskip("orjson")
+    else:
+        monkeypatch.setattr(tensor_json, "orjson", None)
+    inference = read(tensor("FP32", ONE, [0.0] * 192) | {"id": "\ud800"})
+    body, _ = v2.write(inference, np.zeros((1, 4), np.float32), CARD, "classifier", {})
+    assert json.loads(body)["id"] == inference.id == "\ud800"
 
 
 json_values = st.recursive(
