@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
-from typing import Any, cast
-
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from fedsys.transport.http_parsers import Joining
+from fedsys.transport.http_parsers import JoinedAnswers
 from fedsys.transport.http_places import Phase
 
 
-class ByHttpTools(HttpToolsProtocol):
+class ByHttpTools(JoinedAnswers, HttpToolsProtocol):
     """A connection whose requests are read by httptools."""
 
     in_head = True
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Take the connection."""
-        super().connection_made(cast(Any, Joining(cast(asyncio.Transport, transport))))
-
-    def on_response_complete(self) -> None:
-        """An answer is written."""
-        cast(Joining, self.transport).flush()
-        super().on_response_complete()
 
     @property
     def request(self) -> Phase:

@@ -89,17 +89,22 @@ class Joining:
         self._transport.close()
 
 
-class ByH11(H11Protocol):
-    """A connection whose requests are read by h11."""
+class JoinedAnswers(asyncio.Protocol):
+    """Has a protocol of uvicorn, which is the next base, send its answers through a `Joining`."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Take the connection."""
-        super().connection_made(cast(Any, Joining(cast(asyncio.Transport, transport))))
+        self._joining = Joining(cast(asyncio.Transport, transport))
+        super().connection_made(cast(Any, self._joining))
 
     def on_response_complete(self) -> None:
         """An answer is written."""
-        cast(Joining, self.transport).flush()
-        super().on_response_complete()
+        self._joining.flush()
+        cast(Any, super()).on_response_complete()
+
+
+class ByH11(JoinedAnswers, H11Protocol):
+    """A connection whose requests are read by h11."""
 
     @property
     def in_head(self) -> bool:
