@@ -6,7 +6,6 @@ import random
 
 import pytest
 import torch
-from torch import nn
 
 from fedsys.config import compose_text, parse
 from fedsys.models import build, layered
@@ -20,25 +19,11 @@ from fedsys.planning.costs import MachineClass
 from fedsys.serving.chain import Chain, ChainEngine, ChainOptions
 from fedsys.serving.chain_parts import UnitParts
 from fedsys.transport.network import Network
+from tests.models.test_several import Dense
 from tests.partition.test_minimum_cut import Branching
 from tests.serving.chains import CARD, SHAPE, cut, images, three_hosts
 
 LARGER = (3, 32, 32)
-
-
-class Dense(nn.Module):
-    """Every layer reads all before it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Conv2d(3 + 4 * i, 4, 3, padding=1) for i in range(4))
-        self.end = nn.Linear(19, 10)
-
-    def forward(self, x):
-        made = [x]
-        for layer in self.layers:
-            made.append(layer(torch.cat(made, 1)).relu())
-        return self.end(torch.cat(made, 1).mean((2, 3)))
 
 
 def net_of(name):
