@@ -7,7 +7,6 @@ taken where it was faster then. An endpoint of such variants alone does not impo
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import math
 import os
@@ -18,11 +17,13 @@ import numpy as np
 import psutil
 
 from fedsys.config.serving import ENGINES
+from fedsys.config.targets import import_extra
 from fedsys.errors import ConfigError, ModelError
 from fedsys.pruning.file_names import ONNX, WEIGHTS
-from fedsys.pruning.memory import dismantle, trim
+from fedsys.pruning.memory import trim
 from fedsys.pruning.portfolio import Portfolio, Variant
 from fedsys.serving.engine import Array
+from fedsys.serving.switch.switcher import free_memory_of
 
 AUTO, _TORCH, BY_ONNX = ENGINES
 
@@ -48,8 +49,7 @@ class TorchRun:
 
     def close(self) -> None:
         """Give its memory back."""
-        dismantle(self._module)
-        trim()
+        free_memory_of(self._module)
 
 
 @final
@@ -66,7 +66,7 @@ class OnnxRun:
     """
 
     def __init__(self, content: bytes, threads: int, name: str) -> None:
-        runtime = _runtime()
+        runtime = import_extra("onnxruntime", who="a variant in ONNX")
         options = runtime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         # One thread computes and others wait for him: to spin would take the cores of all else.
@@ -88,13 +88,6 @@ class OnnxRun:
         """Give its memory back."""
         self._session = None
         trim()
-
-
-def _runtime() -> Any:
-    if importlib.util.find_spec("onnxruntime") is None:
-        way_out = "install it by pip install 'fedsys[export]'"
-        raise ModelError(f"a variant in ONNX needs the package onnxruntime: {way_out}")
-    return importlib.import_module("onnxruntime")
 
 
 def is_by_onnx(variant: Variant, engine: str, threads: int) -> bool:
