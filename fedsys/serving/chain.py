@@ -136,9 +136,7 @@ class ChainModule(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return what the chain makes of images."""
-        began = time.monotonic()
-        passed = self.pipeline.run(images)
-        took = time.monotonic() - began
+        passed, took = self.rehearse(images)
         self._passed(self.route, passed, images.shape[0], took)
         return passed.output
 
@@ -224,8 +222,7 @@ class Chain:
         parts, total = self.parts_of(route.way), 0
         for index, first, last in working(route.partition, len(parts)):
             held = self.hosts[index].held
-            bounds = [first, *self._within(route.way, first, last), last]
-            for a, b in pairwise(bounds):
+            for a, b in pairwise(self._bounds(route.way, first, last)):
                 tensors = parts.of(a, b).tensors
                 total += sum(t.nbytes for digest, t in tensors.items() if digest not in held)
         return total
@@ -273,11 +270,11 @@ class Chain:
                     "holds": self._options.lost is not None,
                     "connect_s": self._options.connect_s,
                 }
-            bounds = [first, *self._within(route.way, first, last), last]
+            bounds = self._bounds(route.way, first, last)
             pieces = [(a, parts.of(a, b)) for a, b in pairwise(bounds)]
             losses = self.hosts[index].losses
             host.build(pieces, meta, self._options.warm_rows)
-            laid.stages.insert(0, Stood(index, host, key, tuple(bounds), losses))
+            laid.stages.insert(0, Stood(index, host, key, bounds, losses))
             following = host, token, index
         assert following is not None
         host, token, index = following
@@ -299,10 +296,14 @@ class Chain:
             if host.losses != stood.losses:
                 raise RuntimeFailure(f"{host.name} was lost while {module.route.label} was built")
 
-    def _within(self, way: str, first: int, last: int) -> list[int]:
-        """Return where a stage may be entered: what the way has in common with the whole model."""
+    def _bounds(self, way: str, first: int, last: int) -> tuple[int, ...]:
+        """Return the bounds of the pieces of a stage.
+
+        Between them it may be entered, where the way has it in common with the whole model.
+        """
         common = common_units(way, len(self.parts))
-        return sorted(mark for mark in self.marks if first < mark < last and mark <= common)
+        within = sorted(mark for mark in self.marks if first < mark < last and mark <= common)
+        return (first, *within, last)
 
     def _places(self, laid: _Laid, hosts: Sequence[RemoteHost], fresh: bool) -> list[RemoteHost]:
         """Return where stages are built: on hosts, or on those that they start, all at once."""
