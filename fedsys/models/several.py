@@ -67,7 +67,7 @@ def finer(
     costs, batch = measured(module, example)
     steps = [n for n in module.graph.nodes if n.op not in ("placeholder", "output")]
     steps = [n for n in steps if not sourceless(n)]
-    forced = max((i for i, n in enumerate(steps) if n.name in first), default=-2) if first else -2
+    forced = max((i for i, n in enumerate(steps) if n.name in first), default=-1)
     segments = list(_segments(module, steps, costs, batch, most, forced))
     return chain_of(module, segments, example, fc_as_one=fc_as_one)
 
@@ -153,8 +153,8 @@ def _fresh(module: fx.GraphModule, node: fx.Node, costs: Costs) -> bool:
 def _reordered(module: fx.GraphModule, first: Collection[str]) -> fx.GraphModule:
     """Return the same model with some steps before all others."""
     old = list(module.graph.nodes)
-    early = [n for n in old if n.op == "placeholder" or sourceless(n) or n.name in first]
-    order = [*early, *(n for n in old if n not in set(early))]
+    early = {n for n in old if n.op == "placeholder" or sourceless(n) or n.name in first}
+    order = sorted(old, key=lambda n: n not in early)  # stable
     place = {node: i for i, node in enumerate(order)}
     for node in old:
         if any(place[read] > place[node] for read in node.all_input_nodes):
