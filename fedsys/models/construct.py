@@ -18,10 +18,10 @@ from fedsys.models.blocks import check_positive
 from fedsys.models.norm import convert_norm
 from fedsys.randomness import Address, key_modules, seeded_default_generator
 
-_NOT_FOR_THE_CONSTRUCTOR = ("_target_", "norm", "init")
 Shape = tuple[int, ...]
 """Of one example: channels, height and width of an image."""
 
+_NOT_FOR_THE_CONSTRUCTOR = ("_target_", "norm", "init")
 _DRAWS = (Tensor.normal_, Tensor.uniform_)
 
 

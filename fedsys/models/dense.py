@@ -6,7 +6,7 @@ import math
 
 from torch import nn
 
-from fedsys.models.blocks import check_positive
+from fedsys.models.blocks import check_positive, dropout_or_none
 
 
 def mlp(
@@ -27,14 +27,14 @@ def mlp(
         dropout: Probability of dropping an activation of them while training.
 
     Raises:
-        ConfigError: A number is not above 0.
+        ConfigError: A number is not above 0, or a probability none.
     """
     for name, value in (("hidden", hidden), ("depth", depth)):
         check_positive(f"model.{name}", value)
     layers: list[nn.Module] = [] if len(input_shape) == 1 else [nn.Flatten()]
     width = math.prod(input_shape)
     for _ in range(depth):
-        layers += [nn.Linear(width, hidden), nn.ReLU()]
-        layers += [nn.Dropout(dropout)] if dropout else []
+        between = nn.Linear(width, hidden), nn.ReLU(), dropout_or_none(dropout)
+        layers += [layer for layer in between if layer is not None]
         width = hidden
     return nn.Sequential(*layers, nn.Linear(width, num_classes))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedsys.errors import ConfigError
-from fedsys.models.blocks import check_positive
+from fedsys.models.blocks import check_positive, check_probability
 
 
 class Embedding(nn.Module):
@@ -88,7 +88,8 @@ class Gpt(nn.Module):
         dropout: Probability of dropping an activation while training.
 
     Raises:
-        ConfigError: The width is no multiple of the heads, or examples are no sequences of tokens.
+        ConfigError: The width is no multiple of the heads, `dropout` no probability, or examples
+            are no sequences of tokens.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class Gpt(nn.Module):
         super().__init__()
         for name, value in (("width", width), ("depth", depth), ("heads", heads)):
             check_positive(f"model.{name}", value)
+        check_probability("model.dropout", dropout)
         if width % heads:
             raise ConfigError.of("model.width", width, f"must be a multiple of heads={heads}")
         if len(input_shape) != 1:

@@ -55,6 +55,8 @@ def test_what_cannot_be_built_is_refused():
         Gpt((8,), 11, width=18)
     with pytest.raises(ConfigError, match="data=text task=next_token"):
         Gpt((3, 8, 8), 11)
+    with pytest.raises(ConfigError, match=r"^model\.dropout=1\.5: must be a number from 0 to 1"):
+        Gpt((8,), 11, dropout=1.5)
 
 
 def test_a_perceptron_has_the_layers_that_are_asked_for():
@@ -65,3 +67,5 @@ def test_a_perceptron_has_the_layers_that_are_asked_for():
     assert mlp((2, 5), 1)(torch.zeros(4, 2, 5)).shape == (4, 1)
     with pytest.raises(ConfigError, match=r"hidden"):
         mlp((10,), 3, hidden=0)
+    with pytest.raises(ConfigError, match=r"^model\.dropout=1\.5: must be a number from 0 to 1"):
+        mlp((10,), 3, dropout=1.5)
