@@ -67,7 +67,7 @@ def sweep_of(config: Config, options: Mapping[str, Any]) -> ConditionSweep:
         ConfigError: A value is not usable.
     """
     given, repeats = given_options("conditions", options), int(options["repeats"])
-    quick = {key for key in ("rates", "cpu", "memory", "repeats", "cuts") if key not in given}
+    quick = {key for key in ("rates", "cpu", "memory", "repeats") if key not in given}
     quick = quick if options["quick"] else set()
     if repeats < 1:
         raise ConfigError.of("bench.repeats", repeats, "must be at least 1")
