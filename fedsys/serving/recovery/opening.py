@@ -224,7 +224,10 @@ def _ways(exits: Resilience) -> ModelWays:
     accuracy = {way: value for way, (value, _) in told.items()}
     measured = frozenset(way for way, (_, seen) in told.items() if seen)
     skips = {run: len(model.steps(*run)) for run in model.skips()}
-    errors = {"exits": asdict(known.exit_errors), "skips": asdict(known.skip_errors)}
+    errors = {
+        "exits": {"in": "points", **asdict(known.exit_errors)},
+        "skips": {"in": "points", **asdict(known.skip_errors)},
+    }
     return ModelWays(model.boundaries, skips, (), accuracy, measured, errors)
 
 

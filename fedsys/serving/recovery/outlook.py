@@ -7,7 +7,7 @@ measured since and what stands ready, and compares.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, final
 
 from fedsys.partition.problem import Partition
@@ -221,10 +221,14 @@ class RecoveryOutlook:
         self.home = self.whole = home
 
     def errors(self) -> dict[str, Any]:
-        """Return how far estimators are off on what they were not given, as plain values."""
-        build = self.downtimes.errors
+        """Return how far estimators are off on what they were not given, as plain values.
+
+        Each has ``ours``, its mean absolute error, and ``samples``: relative to what was measured,
+        but for those whose ``in`` says otherwise.
+        """
+        build, latency = self.downtimes.errors, self.latencies.held_out()
         return {
-            "latency": asdict(self.latencies.held_out()),
-            "build": {"mean": None if not build.samples else build.ours, "samples": build.samples},
+            "latency": {"ours": latency.mean, "worst": latency.worst, "samples": latency.routes},
+            "build": {"ours": None if not build.samples else build.ours, "samples": build.samples},
             **self._ways.errors,
         }
