@@ -70,7 +70,8 @@ class PipelineBuilder:
     @property
     def busy(self) -> bool:
         """Whether there is anything left to do."""
-        return self._working or self._anything()
+        with self._change:  # else what was taken up a moment ago is neither waiting nor begun
+            return self._working or self._anything()
 
     @property
     def standing(self) -> frozenset[str]:

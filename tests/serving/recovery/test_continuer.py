@@ -11,9 +11,11 @@ from fedsys.errors import RequestError, RuntimeFailure
 from fedsys.models import layered
 from fedsys.models.resilient import exit_chain, exit_path, resilient, skip_chain, skip_path
 from fedsys.partition import stage_rack
+from fedsys.serving.recovery.building import PipelineBuilder
 from fedsys.serving.recovery.candidates import ModelWays
 from fedsys.serving.recovery.decision import RecoveryObjective
 from fedsys.serving.routes import Route
+from fedsys.serving.switch.switcher import Resident
 from tests.serving.chains import SHAPE, cut, images, model
 from tests.serving.recovery.failing import continuing
 from tests.waiting import until
@@ -288,6 +290,29 @@ def test_a_decision_says_what_was_before_and_what_it_came_to(net):
         assert {"latency", "build"} <= errors.keys()
         # "mean" was the error itself of some, and of others that of guessing the mean
         assert all({"ours", "samples"} <= one.keys() for one in errors.values())
+
+
+def test_what_is_being_taken_up_is_something_to_do():
+    """It was neither waiting any more nor begun, so that all seemed to stand ready."""
+    switcher = Resident({"1/2": lambda x: x}, "1/2")
+    builder = PipelineBuilder(switcher, lambda built: None)
+    taken, go, end = threading.Event(), threading.Event(), threading.Event()
+    take = builder._next
+
+    def slowly():
+        work = take()
+        taken.set()
+        assert go.wait(10)
+        return work
+
+    builder._next = slowly
+    builder.carry_out(lambda: end.wait(10))
+    assert taken.wait(10)
+    threading.Timer(0.05, go.set).start()
+    assert builder.busy
+    end.set()
+    assert until(lambda: not builder.busy)
+    builder.close()
 
 
 def test_another_objective_changes_what_stands_ready_and_decides(net):
