@@ -189,22 +189,26 @@ class OtherWays:
 
     def _costs(self, machine: str, layers: LayeredModel) -> MachineCosts:
         """Return what units take on a machine: by its own profile, or as here in proportion."""
-        shape, rows = self._portfolio.about.input_shape, self._config.partition.batch
-        if layers is self._chains[WHOLE] and layers is not self._described:
-            here = self.latency.costs("here", self._described, shape, rows)
-            here = regrouped(here, self._described, layers, shape)
-        else:
-            here = self.latency.costs("here", layers, shape, rows)
         if not machine:
-            return here
+            return self._here(layers)
         path, entry = f"hosts.machines.{machine}", self._config.hosts.machines[machine]
         try:
             return machine_costs(path, entry, layers)
         except ConfigError:  # a profile of the whole model: its speed counts for other units
-            whole = self._described
+            whole, rows = self._described, self._config.partition.batch
             there_s = machine_costs(path, entry, whole).seconds(rows)[0]
-            here_s = self.latency.costs("here", whole, shape, rows).seconds(rows)[0]
-            return here.slower(there_s / max(here_s, 1e-9))
+            here_s = self._here(whole).seconds(rows)[0]
+            return self._here(layers).slower(there_s / max(here_s, 1e-9))
+
+    def _here(self, layers: LayeredModel) -> MachineCosts:
+        """Return what units take on this machine, which is measured for that."""
+        shape, rows = self._portfolio.about.input_shape, self._config.partition.batch
+        if layers is not self._chains[WHOLE]:
+            return self.latency.costs("here", layers, shape, rows)
+        here = self.latency.costs("here", self._described, shape, rows)
+        if layers is self._described:
+            return here
+        return regrouped(here, self._described, layers, shape)
 
 
 def _exits(config: Config, whole: LayeredModel, portfolio: Portfolio) -> Resilience | None:

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from fedsys.config import compose_text, parse
 from fedsys.errors import RunError
 from fedsys.models import build, layered
 from fedsys.models.resilient import exit_chain, resilient
+from fedsys.pruning.portfolio import PARENT, Portfolio
 from fedsys.runs.resilience import Resilience
 from fedsys.serving.recovery.downtime import BuildSample, BuildTimes, DowntimeParts
-from fedsys.serving.recovery.opening import _ways
+from fedsys.serving.recovery.opening import OtherWays, _ways
 from fedsys.serving.recovery.path_accuracy import AccuracyEstimator
 from fedsys.serving.recovery.regression import Estimator, fit_linear, held_out
 from fedsys.serving.recovery.unit_latency import (
@@ -24,6 +26,7 @@ from fedsys.serving.recovery.unit_latency import (
     unit_features,
     unit_samples,
 )
+from fedsys.serving.routes import WHOLE
 from fedsys.training.resilience import ExitScore, PathScores, SkipScore
 
 SHAPE = (3, 16, 16)
@@ -222,3 +225,21 @@ def test_a_chain_may_skip_more_units_than_were_measured_at_once_and_says_that_it
     assert "skip:7-8" in found.measured
     assert "skip:7-11" not in found.measured
     assert 0.0 <= found.accuracy["skip:7-11"] < found.accuracy["skip:7-8"]
+
+
+def test_units_are_measured_here_only_for_machines_that_are_not_described(portfolio_folder):
+    """They were measured in the first second in any case, and that was thrown away where all
+    machines are described."""
+    portfolio = Portfolio.load(portfolio_folder)
+    layers = layered(portfolio.module(PARENT), portfolio.about.input_shape)
+    config = parse(compose_text("hosts=device_edge_cloud"))
+    described = OtherWays(config, layers, portfolio, PARENT)
+    hosts = described.problem(WHOLE).hosts
+    assert "units" not in described.ways.errors
+    slow, fast = (hosts[i].costs.seconds(1)[0] for i in (0, 1))
+    assert slow > fast
+    listed = tuple(dataclasses.replace(one, machine="") for one in config.hosts.list)
+    unknown = dataclasses.replace(config, hosts=dataclasses.replace(config.hosts, list=listed))
+    measured = OtherWays(unknown, layers, portfolio, PARENT)
+    assert measured.problem(WHOLE).hosts[0].costs.seconds(1)[0] > 0
+    assert measured.ways.errors["units"]["samples"] >= 0
