@@ -70,8 +70,9 @@ def _tell(process: subprocess.Popen[str], say: Callable[[str], None]) -> None:
         logger.info("%s", text)
         say(text)
         return
-    if process.poll() not in (None, 0):
-        say(f"there is no live page: its process ended with status {process.returncode}")
+    with suppress(subprocess.TimeoutExpired):  # its output ends a little before it does
+        if status := process.wait(STOP_S):
+            say(f"there is no live page: its process ended with status {status}")
 
 
 def _end(process: subprocess.Popen[str]) -> None:
