@@ -19,7 +19,9 @@ from fedsys.errors import ConfigError
 from fedsys.runs import decisions
 from fedsys.runs.decisions import OffloadDecision
 from fedsys.runs.folder import RunFolder
+from fedsys.runs.live import process as page_process
 from fedsys.runs.live.process import live_page
+from fedsys.runs.live.script import SCRIPT
 from fedsys.runs.live.server import LivePage
 from fedsys.runs.live.snapshot import EVENTS, POINTS, Snapshots
 
@@ -33,6 +35,10 @@ policy: {kind: fixed}
 privacy: {epsilon: 4.0}
 model: {_target_: mine.net, api_key: hush-hush}
 """
+
+
+OWN = "task: {metric: {_target_: mine.within, name: within, percent: true}}"
+OWN_SHOWN = ["within", "within", True]
 
 
 def decided(number, client, edge, **more):
@@ -86,6 +92,18 @@ def test_a_snapshot_has_the_figures_of_the_files(tmp_path):
     assert not any(device["lost"] for device in shot["devices"])  # it was lost in a round before
     assert (shot["status"], shot["last"]["round"]) == ("finished", 3)
     assert shot["result"] == {"accuracy": 0.5, "run_dir": str(path)}
+
+
+def test_a_run_that_is_judged_by_another_metric_is_shown_by_that(tmp_path):
+    """The page showed no validation accuracy, and no curve, where the metric was another one."""
+    for config, known in (("{seed: 1}", ["mae", "mean absolute error", False]), (OWN, OWN_SHOWN)):
+        path = tmp_path / known[0]
+        with RunFolder.create(path, config) as folder:
+            assert Snapshots(path).take()["metric"]["name"] == "accuracy"  # nothing is known yet
+            folder.add_round({"round": 1, f"val_{known[0]}": 0.25, "val_loss": 0.5})
+            metric = Snapshots(path).take()["metric"]
+            assert [metric[key] for key in ("name", "title", "percent")] == known
+    assert not re.search(r"(val|train)_accuracy|result\.accuracy", SCRIPT)
 
 
 def test_a_snapshot_of_what_is_not_there_or_is_damaged_is_empty(tmp_path):
@@ -222,6 +240,18 @@ def test_a_page_that_cannot_be_is_said_and_the_run_goes_on(tmp_path, page):
     with live_page(taken, tmp_path / "run", lambda text: (said.append(text), heard.set())):
         assert heard.wait(60)
     assert said[0].startswith(f"there is no live page: dashboard={taken}: cannot be listened on")
+
+
+def test_a_process_of_the_page_that_ends_at_once_is_said(tmp_path, monkeypatch):
+    """Its output ended before it did, and so nobody was told."""
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\nexec >&-\nsleep 0.2\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(page_process.sys, "executable", str(program))
+    said, heard = [], threading.Event()
+    with live_page(True, tmp_path / "run", lambda text: (said.append(text), heard.set())):
+        assert heard.wait(30)
+    assert said == ["there is no live page: its process ended with status 1"]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -30,6 +30,8 @@ function dress(made, attributes, children) {
 const known = (value) => value !== null && value !== undefined;
 const percent = (value) => known(value) ? (100 * value).toFixed(2) + ' %' : '–';
 const number = (value, digits = 4) => known(value) ? String(+value.toPrecision(digits)) : '–';
+// What the run is judged by: its name in files, a title, and how it is written.
+const judged = () => [run.metric.name, run.metric.title, run.metric.percent ? percent : number];
 function seconds(value) {
   if (!known(value)) return '–';
   if (value < 60) return number(value, 3) + ' s';
@@ -78,15 +80,15 @@ function show() {
 }
 
 function cards(done) {
-  const last = run.last, result = run.result;
+  const last = run.last, result = run.result, [metric, title, form] = judged();
   const told = [
     ['rounds', `${done} of ${run.rounds || '?'}`, 'rounds'],
-    ['validation accuracy', percent(last.val_accuracy), 'accuracy'],
+    [`validation ${title}`, form(last[`val_${metric}`]), 'accuracy'],
     ['validation loss', number(last.val_loss), 'loss'],
     ['last round', seconds(last.seconds_round), 'seconds'],
     ['so far', seconds(last.seconds_elapsed), 'elapsed'],
   ];
-  if (known(result.accuracy)) told.push(['test accuracy', percent(result.accuracy), 'test']);
+  if (known(result[metric])) told.push([`test ${title}`, form(result[metric]), 'test']);
   if (known(last.virtual_s)) told.push(['round on the fleet', seconds(last.virtual_s), 'virtual']);
   if (known(last.regret)) told.push(['regret', percent(last.regret), 'regret']);
   if (known(last.epsilon)) {
@@ -214,10 +216,11 @@ function explain() {
 
 function charts() {
   const rows = run.rows, names = rows.length ? Object.keys(rows[rows.length - 1]) : [];
+  const [metric, named, text] = judged(), title = named[0].toUpperCase() + named.slice(1);
   const columns = (head) => names.filter((n) => n.startsWith(head) && n !== 'seconds_elapsed')
     .map((n) => [n.slice(head.length), n]);
   const drawn = [
-    ['Accuracy', [['validation', 'val_accuracy'], ['training', 'train_accuracy']], percent],
+    [title, [['validation', `val_${metric}`], ['training', `train_${metric}`]], text],
     ['Loss', [['validation', 'val_loss'], ['training', 'train_loss']], (v) => number(v, 3)],
     ['Seconds of a round', columns('seconds_'), seconds],
     ['Round on the modelled fleet', [['seconds', 'virtual_s']], seconds],

@@ -7,6 +7,7 @@ read again only when it has changed.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from fedsys.errors import FedsysError
 from fedsys.runs.decisions import OffloadDecision
 from fedsys.runs.decisions import read as read_decisions
 from fedsys.runs.folder import RunFolder
+from fedsys.runs.measured import metric_in
 
 POINTS: Final = 400
 """Rounds of a curve at most; of more, evenly spaced ones are shown."""
@@ -47,12 +49,13 @@ class Snapshots:
         rows = self._of("metrics.csv", run.rounds, [])
         events = self._of("events.jsonl", run.events, [])
         decided = self._of("decisions.csv", lambda: read_decisions(self._folder), [])
-        done = int(rows[-1]["round"]) if rows else 0
-        devices, edges, moves = _fleet(info.get("config") or {}, decided, events, done)
+        last, config = rows[-1] if rows else {}, info.get("config") or {}
+        devices, edges, moves = _fleet(config, decided, events, int(last.get("round", 0)))
         taken = {
             **_heading(self._folder, info),
             "rows": _thinned(rows),
-            "last": rows[-1] if rows else {},
+            "last": last,
+            "metric": dataclasses.asdict(metric_in(last, config)),
             "devices": devices,
             "edges": edges,
             "happened": _happened(events, moves, float(info.get("started") or 0.0))[-EVENTS:],
