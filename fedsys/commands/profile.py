@@ -35,7 +35,7 @@ from fedsys.runs.folder import RunFolder, default_path, write_atomic
 from fedsys.training import federation, optimizers
 from fedsys.training import plain as training
 from fedsys.training.part import safe_input
-from fedsys.training.tasks import loss_of
+from fedsys.training.tasks import task_of
 from fedsys.transport.codecs import CODECS
 from fedsys.transport.security import Credentials, Role
 
@@ -285,6 +285,7 @@ class _Timed:
 
     def __init__(self, config: Config, layers: LayeredModel, device: torch.device) -> None:
         self._config, self._layers, self._device = config, layers, device
+        self._loss = task_of(config).loss
         self.names = [unit.name for unit in layers.units]
         self._parts = [part.train() for part in stages(layers, layers.cuts)]
         self._address = Address(config.seed, 0, 1)
@@ -332,7 +333,7 @@ class _Timed:
                 began = self._now()
                 x = part(safe_input(part, x) if index else x)
                 if index == len(self._parts) - 1:
-                    x = loss_of(x, y, 1.0)
+                    x = self._loss(x, y, 1.0)
                 forward.append(self._now() - began)
                 outputs.append(x)
             gradient: Tensor | None = None

@@ -45,6 +45,15 @@ def test_a_profile_has_seconds_of_each_unit_and_costs_of_messages(profiled):
     assert set(machine["byte_s"]) == {"fp32", "fp16", "bf16", "int8"}
 
 
+def test_a_model_of_another_task_is_profiled_by_its_loss(tmp_path):
+    """It ended in a traceback for models of language: their loss was that of classes."""
+    given = ["data=text", "task=next_token", "model=gpt", "data.max_examples=20", "data.length=8",
+             "client.batch_size=4", "num_clients=1", "profile.repeats=3"]  # fmt: skip
+    assert main(["profile", *given, f"run.dir={tmp_path}", "profile.name=bench"]) == 0
+    machine = yaml.safe_load((tmp_path / "profile.yaml").read_text())["machines"]["bench"]
+    assert machine["rows"] == [2, 4] and sum(machine["backward_s"][-1]) > 0
+
+
 def test_a_profile_says_how_sure_it_is_of_each_unit_and_how_it_was_made(profiled):
     """It had one spread for all, no bytes at cuts, no versions, and one worker on any machine."""
     text = profiled.read_text()
