@@ -31,11 +31,6 @@ _TRAINS = ("data", "model", "client", "num_clients", "rounds", "seed", "resilien
 _SPARSITY = "pruning.sparsity=[0.5]"
 
 
-def starts_hosts(config: Config) -> bool:
-    """Return whether ``fedsys serve`` starts hosts of the chain."""
-    return any(host.start for host in config.hosts.list)
-
-
 @contextmanager
 def started(config: Config) -> Iterator[tuple[Config, Mapping[str, int]]]:
     """Start hosts; yield the configuration with their addresses, and their process ids by name.

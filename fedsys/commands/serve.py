@@ -50,11 +50,11 @@ def job(tree: Any) -> Mapping[str, Any]:
         ModelError: The portfolio is damaged.
     """
     config = configuration.parse(configuration.to_text(tree))
-    if any(host.start for host in config.hosts.list):
+    if config.hosts.to_start:
         return _start_chain(config)
     portfolio = Portfolio.load(_folder(config))
     sys.setswitchinterval(SWITCH_S)
-    if any(host.address for host in config.hosts.list):
+    if config.hosts.reachable:
         return _serve_chain(config, portfolio)
     if config.serving.threads is not None and needs_torch(portfolio, config.serving):
         import torch

@@ -74,6 +74,16 @@ class HostsConfig:
     control_token: str = field(default="", repr=False)
     control_token_file: str | None = None
 
+    @property
+    def to_start(self) -> bool:
+        """Whether ``fedsys serve`` is to start hosts of the chain."""
+        return any(host.start for host in self.list)
+
+    @property
+    def reachable(self) -> bool:
+        """Whether hosts are named that requests pass."""
+        return any(host.address for host in self.list)
+
 
 @dataclass(frozen=True)
 class HostServerConfig:

@@ -35,11 +35,6 @@ from fedsys.transport.security import Credentials, new_token
 _CONNECT_S = 2.0  # where another way is taken if a host stands still; a handshake is done by then
 
 
-def serves_chain(config: Config) -> bool:
-    """Return whether hosts are named that requests pass."""
-    return any(host.address for host in config.hosts.list)
-
-
 @final
 class OpenedChain:
     """A chain that answers, and the host in this process, if one computes here.
