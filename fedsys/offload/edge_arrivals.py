@@ -135,10 +135,6 @@ class Arrivals:
 
     def fetch(self, name: str, hello: Frame, shown: Presented) -> Fetched | None:
         """Fetch the session of a device that is here from where it was; None if that fails."""
-        place = str(hello.meta.get("from", ""))
-        group, source = self._own.peers.find(place)
-        if group is None or source is None:
-            return None
         question = Frame(
             "fetch",
             {
@@ -149,9 +145,16 @@ class Arrivals:
         )
         self._coming.add(name)
         try:
-            return self._ask_sources(group, source, question)
+            tried = (self._ask_sources(*place, question) for place in self._places(hello))
+            return next((found for found in tried if found is not None), None)
         finally:
             self._coming.discard(name)
+
+    def _places(self, hello: Frame) -> list[tuple[PeerGroup, str]]:
+        """Return where a device may have been: only in runs that go on, if there are any."""
+        places = self._own.peers.known_as(str(hello.meta.get("from", "")))
+        # A run that is over would be waited for, where its edge server is gone as well
+        return [(g, name) for g, name in places if g.secret in self._controllers] or places
 
     def _ask_sources(self, group: PeerGroup, source: str, question: Frame) -> Fetched | None:
         """Ask for a session where it was, and where it went from there."""
@@ -236,8 +239,7 @@ class Arrivals:
 
     def want_anew(self, name: str, hello: Frame) -> None:
         """Tell the server app that a device is here that begins its round anew."""
-        group, source = self._own.peers.find(str(hello.meta.get("from", "")))
-        if group is not None and source is not None:
+        for group, source in self._places(hello):
             self._say_wanted(group, name, source, anew=True)
 
     def _say_wanted(self, group: PeerGroup, name: str, source: str, *, anew: bool = False) -> None:

@@ -104,6 +104,7 @@ class Peers:
             raise FrameError("fleet: an edge has no name or no address") from error
         group = PeerGroup(secret, {e.name: e for e in edges}, _network(meta))
         with self._lock:
+            self._groups.pop(secret, None)  # the latest is the last
             self._groups[secret] = group
         return group
 
@@ -117,15 +118,19 @@ class Peers:
         with self._lock:
             return self._groups.get(secret)
 
-    def find(self, device_address: str) -> tuple[PeerGroup | None, str | None]:
-        """Return the fleet and the name of the edge that devices know by an address."""
+    def known_as(self, device_address: str) -> list[tuple[PeerGroup, str]]:
+        """Return the fleets, the latest first, that have an edge with an address for devices.
+
+        An edge server outlives the runs that it serves, and may serve several: a device says where
+        it was, which only one of their server apps can tell from where others' devices were.
+
+        Returns:
+            Each with the name of that edge.
+        """
         with self._lock:
-            groups = list(self._groups.values())
-        for group in groups:
-            edge = group.at(device_address)
-            if edge is not None and edge.name != self.name:
-                return group, edge.name
-        return None, None
+            groups = list(reversed(self._groups.values()))
+        found = [(group, group.at(device_address)) for group in groups]
+        return [(group, e.name) for group, e in found if e is not None and e.name != self.name]
 
     def accept(self, link: AcceptedLink, first: Frame) -> tuple[PeerGroup, str]:
         """Return the fleet of an edge server that connects, and its name.

@@ -15,7 +15,7 @@ from fedsys.offload import absences, delta, edge_arrivals
 from fedsys.offload.edge import EdgeServer
 from fedsys.offload.fleet import Fleet
 from fedsys.offload.peers import PeerGroup, Peers
-from fedsys.offload.remote import Remote
+from fedsys.offload.remote import Moved, Remote
 from fedsys.transport.addresses import dial
 from fedsys.transport.network import Network
 from fedsys.transport.security import Authority
@@ -316,6 +316,36 @@ def test_a_session_goes_on_with_the_bits_that_it_would_have_had(pair, last_layer
         ends.append(fleet.collect(name, "a" if stays else "b"))
     assert ends[0].tensors().keys() == ends[1].tensors().keys()
     assert all(torch.equal(t, ends[1].tensors()[n]) for n, t in ends[0].tensors().items())
+
+
+@pytest.mark.parametrize("ended", [True, False])
+@pytest.mark.parametrize("how", ["unannounced", "restart"])
+def test_a_device_goes_on_where_edge_servers_serve_other_runs_too(pair, last_layer, how, ended):
+    """A device's last place was looked up in the first fleet that had ever been there.
+
+    Of every run but that one, nobody heard that a device was elsewhere: it waited until it gave up.
+    """
+    edges, _ = pair
+    addresses = [EdgeAddress(name, edge.address) for name, edge in edges.items()]
+    first, ours, last = (Fleet(addresses, control_token=TOKEN) for _ in range(3))
+    if ended:
+        first.close()
+        last.close()
+    ours.open(last_layer.spec(), last_layer.start(), "a")
+    remote = device(edges)
+    remote.open()
+    train(remote, last_layer, range(2))
+    if how == "restart":
+        with pytest.raises(Moved) as moved:
+            remote.leave(edges["b"].address, how, step=2)
+        assert moved.value.step == 0
+    else:
+        remote.leave(edges["b"].address, how, step=2)
+    (leaving,) = remote.traffic.moves
+    assert (leaving.to, leaving.repeated_steps) == (edges["b"].address, 2 * (how == "restart"))
+    until(lambda: ours._held["s"].edge == "b")
+    for fleet in (first, ours, last):
+        fleet.close()
 
 
 def test_links_between_edges_may_be_far_without_being_slow():
