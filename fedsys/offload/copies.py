@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from fedsys.offload.fencing import TRAINS, Copy, CopyPhase, Epoch, may_train, trained
 from fedsys.offload.migration import Outcome, Say
@@ -28,12 +29,23 @@ class Copies:
     def __init__(self, table: SessionTable) -> None:
         self.dropped: Callable[[str], None] = lambda name: None
         self._table, self._copies = table, dict[str, Copy]()
+        self._told: dict[str, Mapping[str, Any]] = {}
         self._changed = threading.Condition(table.lock)
 
     def get(self, name: str) -> Copy | None:
         """Return a copy; None if there is none."""
         with self._table.lock:
             return self._copies.get(name) if self._table.get(name) else None
+
+    def went(self, name: str, told: Mapping[str, Any]) -> None:
+        """Take note of what a device is told of the move of its session, as often as it asks."""
+        with self._table.lock:
+            self._told[name] = told
+
+    def told(self, name: str) -> Mapping[str, Any]:
+        """Return what a device is told of the move of its session; empty where it did not move."""
+        with self._table.lock:
+            return self._told.get(name, {})
 
     def decide(self, name: str, rule: Callable[[Copy | None], Outcome]) -> tuple[Say, ...]:
         """Apply a rule of `fedsys.offload.migration` to a copy; return what is to be said."""
@@ -102,6 +114,7 @@ class Copies:
         """Have a copy no more."""
         with self._changed:
             self._copies.pop(name, None)
+            self._told.pop(name, None)
             self._changed.notify_all()
         self.dropped(name)
 
@@ -115,6 +128,7 @@ class Copies:
 
     def _forget(self, name: str, before: Copy | None) -> None:
         self._copies.pop(name, None)
+        self._told.pop(name, None)
         if before is not None:
             self._table.release(name)
             self._changed.notify_all()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -61,14 +61,13 @@ class Holdings:
     bases: Bases
     peers: Peers
 
-    def redirect(
-        self, session: Session, epoch: Epoch, more: Mapping[str, Any] | None = None
-    ) -> Frame:
+    def redirect(self, session: Session, epoch: Epoch) -> Frame:
         """Return what a device is told whose session has that token now, at another edge."""
         group = self.peers.group(session.spec.fleet)
         edge = group.edges.get(epoch.holder) if group else None
         address = edge.device_address if edge else ""
-        return Frame("redirect", {"to": address, "epoch": list(epoch), **(more or {})})
+        told = self.copies.told(session.spec.id)
+        return Frame("redirect", {"to": address, "epoch": list(epoch), **told})
 
 
 class Arrivals:

@@ -173,12 +173,13 @@ class Departures:
         there, began = self._own.bases.get(name, base), departure.left_s
         made = packed(session, there, epoch, base, departure.awaited, began)
         answer = self._own.peers.ask(group, departure.to, made.frame)
-        answered = time.monotonic()
+        took = time.monotonic() - began
+        told = _parts(made, took, answer.meta.get("restore_s"), ahead)
+        # Before anybody learns that it is elsewhere: a device that asks meanwhile is told so, too
+        self._own.copies.went(name, told)
         self._own.copies.decide(name, lambda copy: migration.on_committed(copy, epoch))
         self._own.table.count("moved_away")
-        told = _parts(made, answered - began, answer.meta.get("restore_s"), ahead)
-        told["edge_s"] = time.monotonic() - began
-        self._tell_device(name, self._own.redirect(session, epoch, told))
+        self._tell_device(name, self._own.redirect(session, epoch))
 
     def _send_ahead(
         self, session: Session, group: PeerGroup, departure: Departure, base: str | None
@@ -225,4 +226,4 @@ def _parts(made: Packed, took: float, restore: object, ahead: int) -> dict[str, 
         "transfer": max(0.0, took - made.freeze_s - made.encode_s - restored),
         "restore": restored,
     }
-    return {"parts": parts, "bytes": made.nbytes, "precopied": ahead}
+    return {"parts": parts, "bytes": made.nbytes, "precopied": ahead, "edge_s": took}
