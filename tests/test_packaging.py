@@ -431,11 +431,14 @@ def test_what_an_extra_brings_is_imported_late_and_the_error_names_that_extra(mo
     from fedsys.config.targets import import_extra
     from fedsys.errors import ModelError
 
+    extra_of = {"import_extra": (), "of_rl": ("rl",)}
     calls = {
-        tuple(argument.value for argument in node.args[:2])
+        (*(argument.value for argument in node.args[:2]), *extra_of[node.func.id])
         for path in sources("fedsys", "strategies", "clients")
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "import_extra"
+        if isinstance(node, ast.Call)
+        and getattr(node.func, "id", "") in extra_of
+        and isinstance(node.args[0], ast.Constant)
     }
     assert {name for name, *_ in calls} == {
         "dp_accounting", "dp_accounting.pld", "dp_accounting.pld.privacy_loss_distribution",

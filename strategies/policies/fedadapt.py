@@ -18,6 +18,7 @@ from fedsys.planning.learning.client_rounds import Clients
 from fedsys.planning.learning.cut_agent import CutAgent
 from fedsys.planning.learning.cut_deciding import CutFedAdapt
 from fedsys.planning.learning.deciding import FedAdapt, State
+from fedsys.planning.learning.extra import check_rl
 from fedsys.planning.learning.making import agent_file, agent_for, known_agent, scenario_of
 from fedsys.planning.learning.options import FedAdaptOptions
 from fedsys.planning.learning.practice import AnyAgent, trained_on, trained_on_clients
@@ -38,6 +39,10 @@ class FedAdaptPolicy:
         examples: Examples of each client.
         folder: Where an agent that is trained is kept; None: nowhere.
         say: Told how far its training is.
+
+    Raises:
+        ConfigError: An option is not usable.
+        ModelError: An agent is to be trained, and the extra ``rl`` is not installed.
     """
 
     def __init__(
@@ -55,6 +60,7 @@ class FedAdaptPolicy:
             )  # fmt: skip
         self._config, self._examples = config, list(examples) or [config.client.batch_size]
         self._folder, self._say = folder, say
+        self._check_extra()
         self._base: Scenario | None = None
         self._decider: FedAdapt | CutFedAdapt | None = None
 
@@ -83,6 +89,13 @@ class FedAdaptPolicy:
         if agent is not None:
             self._decider = self._deciding(base, agent)
         return CutFedAdapt.init() if options.action == "cuts" else FedAdapt.init()
+
+    def _check_extra(self) -> None:
+        """Refuse to train an agent, or to let one go on learning, without what does that."""
+        options, kept = self._options, agent_file(self._options, self._folder)
+        is_trained = bool(options.agent) or (kept is not None and kept.is_file())
+        if options.learn or (options.ppo.updates and not is_trained):
+            check_rl()
 
     @property
     def ready(self) -> bool:

@@ -19,14 +19,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedsys.config.targets import import_extra
 from fedsys.planning.contention import Indices
 from fedsys.planning.learning.cut_agent import CutAgent, greedy_line
 from fedsys.planning.learning.device_rounds import DeviceRounds, DeviceRows, Nothing
+from fedsys.planning.learning.extra import of_rl
 from fedsys.planning.learning.options import Hyper
 from fedsys.planning.learning.outlook import FEATURES, Features
 from fedsys.planning.learning.ppo import (
-    WHO,
     Progress,
     algorithm,
     before_rollouts,
@@ -186,7 +185,7 @@ def _networks(cuts: int, hidden: list[int], weights: Mapping[str, Any]) -> _Netw
 
 
 def _policy_class() -> type[Any]:
-    policies = import_extra("stable_baselines3.common.policies", "rl", WHO)
+    policies = of_rl("stable_baselines3.common.policies")
     base: Any = policies.ActorCriticPolicy
 
     class Scoring(base):  # type: ignore[misc]  # of an extra: without types

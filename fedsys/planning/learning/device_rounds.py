@@ -13,13 +13,13 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsys.config.targets import import_extra
 from fedsys.planning.contention import Indices
+from fedsys.planning.learning.extra import of_rl
 from fedsys.planning.learning.outlook import FEATURES, Features
 from fedsys.planning.learning.vector import Stepped
 from fedsys.planning.workload import Array
 
-gymnasium = import_extra("gymnasium", "rl", "an environment of offloading")
+gymnasium = of_rl("gymnasium")
 Environment: Any = gymnasium.Env
 
 MOST = 8.0

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fedsys.config.targets import import_extra
+from fedsys.planning.learning.extra import of_rl
 from fedsys.planning.learning.observing import (
     MOST,
     REWARDS,
@@ -24,7 +24,7 @@ from fedsys.planning.learning.observing import (
 )
 from fedsys.planning.learning.view import Times, View
 
-gymnasium = import_extra("gymnasium", "rl", "an environment of offloading")
+gymnasium = of_rl("gymnasium")
 Environment: Any = gymnasium.Env
 
 

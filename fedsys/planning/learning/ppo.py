@@ -19,14 +19,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedsys.config.targets import import_extra
 from fedsys.planning.learning.agent import Agent
+from fedsys.planning.learning.extra import of_rl
 from fedsys.planning.learning.observing import Vector
 from fedsys.planning.learning.options import Hyper
 from fedsys.planning.learning.view import View
 from fedsys.randomness import seeded_default_generator
-
-WHO = "training an agent, in place of policy.agent=FILE,"
 
 Progress = Callable[[int, int], None]
 """Told the steps that are done, and all."""
@@ -91,7 +89,7 @@ def improved(
         std: Standard deviation of the actions, as a share of the work.
         seed: Of the order in which steps are gone through.
     """
-    import_extra("stable_baselines3", "rl", WHO)
+    of_rl("stable_baselines3")
     from fedsys.planning.learning.environment import Spaces  # of the extra ``rl``
 
     every = dataclasses.replace(
@@ -157,7 +155,7 @@ def algorithm(policy: type[Any], environments: Any, hyper: Hyper, seed: int, **g
         seed: Of weights and actions.
         given: Arguments that `hyper` does not tell alone: learning rate, mini-batches, layers.
     """
-    return import_extra("stable_baselines3", "rl", WHO).PPO(
+    return of_rl("stable_baselines3").PPO(
         policy,
         environments,
         n_steps=hyper.every,
@@ -176,7 +174,7 @@ def algorithm(policy: type[Any], environments: Any, hyper: Hyper, seed: int, **g
 
 def update(model: Any) -> None:
     """Learn from what lies in the buffer of a model, and write nothing about it."""
-    logger = import_extra("stable_baselines3.common.logger", "rl", WHO)
+    logger = of_rl("stable_baselines3.common.logger")
     model.set_logger(logger.configure(None, []))
     model.train()
 
@@ -187,7 +185,7 @@ def before_rollouts(tell: Callable[[Any, int], None]) -> Any:
     Args:
         tell: Called each time before rounds are collected, with the model and the steps so far.
     """
-    callbacks = import_extra("stable_baselines3.common.callbacks", "rl", WHO)
+    callbacks = of_rl("stable_baselines3.common.callbacks")
     base: Any = callbacks.BaseCallback
 
     class Before(base):  # type: ignore[misc]  # of an extra: without types
@@ -210,7 +208,7 @@ class _Mean(nn.Module):
 
 
 def _policy_class() -> type[Any]:
-    policies = import_extra("stable_baselines3.common.policies", "rl", WHO)
+    policies = of_rl("stable_baselines3.common.policies")
     base: Any = policies.ActorCriticPolicy
 
     class Bounded(base):  # type: ignore[misc]  # of an extra: without types

@@ -7,11 +7,9 @@ from typing import Any, Protocol, final
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsys.config.targets import import_extra
+from fedsys.planning.learning.extra import of_rl
 
-VecEnv: Any = import_extra(
-    "stable_baselines3.common.vec_env.base_vec_env", "rl", "an environment of offloading"
-).VecEnv
+VecEnv: Any = of_rl("stable_baselines3.common.vec_env.base_vec_env").VecEnv
 
 Seen = NDArray[np.float32]
 
