@@ -27,6 +27,7 @@ from fedsys.data import Dataset
 from fedsys.errors import ConfigError
 from fedsys.offload.fleet import Fleet
 from fedsys.planning.mobility.sources import source_of
+from fedsys.planning.traces import check_files
 from fedsys.privacy.check import check_record_model, check_record_run
 from fedsys.privacy.check_rounds import check_cut_model, check_cut_run
 from fedsys.privacy.promises import round_promise
@@ -110,6 +111,9 @@ def build(
     if policy is None or fleet is None or dataset is None:
         return Sampled(inner, roster, sampling, seed=config.seed)
     check_mods(config.apps.client)
+    if config.runtime.kind != "deployment":  # there, devices have files of their own
+        for network in (config.network, *config.fleet.links):
+            check_files(network)
     _refuse_raw_tokens(config, dataset)
     mobility = source_of(config, edges)
     for line in () if mobility is None else mobility.notes:

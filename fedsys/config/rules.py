@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from fedsys.config import dashboard
@@ -14,7 +15,7 @@ from fedsys.config.partition import HOST_RULES, HOSTS_RULES
 from fedsys.config.partition import RULES as PARTITION_RULES
 from fedsys.config.serving import RULES as SERVING_RULES
 from fedsys.config.values import Config, NetworkConfig, Spec
-from fedsys.errors import ConfigError, is_number
+from fedsys.errors import ConfigError, did_you_mean, is_number
 
 Rule = tuple[str, Callable[[Any], bool], str, str]
 """Path of the value, test, the rule in words, and the way out."""
@@ -40,11 +41,48 @@ def _names_one(value: Any) -> bool:
     return bool(value) and str(value).replace("{client}", "", 1).isprintable()
 
 
-def _rows(value: Any) -> bool:
-    """Return whether a trace is given as rows of numbers, not as files or how it is drawn."""
-    return isinstance(value, tuple) and all(
-        isinstance(row, tuple) and all(isinstance(x, int | float) for x in row) for row in value
-    )
+def _tables(trace: Any) -> Iterator[tuple[Any, ...]]:
+    """Yield what is given as rows of numbers, for all devices or for one, also where it is not."""
+    if isinstance(trace, Mapping):
+        for inner in trace.get("machines", trace).values() if "generate" not in trace else ():
+            yield from _tables(inner)
+    elif isinstance(trace, tuple):
+        if any(is_number(x) or x is None for row in trace if isinstance(row, tuple) for x in row):
+            yield trace
+        else:
+            for inner in trace:
+                yield from _tables(inner)
+
+
+def _check_traces(config: Config) -> None:
+    """Raise a ConfigError for the first row of a trace, or machine that has one, that cannot be."""
+    links = enumerate(config.fleet.links)
+    networks = {"network": config.network, **{f"fleet.links[{i}]": link for i, link in links}}
+    known = config.fleet.machines
+    for path, network in networks.items():
+        for rows in _tables(network.trace):
+            _check_rows(f"{path}.trace, row", rows)
+        named = network.trace.get("machines") if isinstance(network.trace, Mapping) else None
+        for name in named or ():
+            if name not in known:
+                hint = did_you_mean(str(name), known) or ("" if known else "fleet=pi_lab has some")
+                rule = f"must be a machine of the fleet: {', '.join(known) or 'it names none'}"
+                raise ConfigError.of(f"{path}.trace.machines", name, rule, hint.strip())
+
+
+def _check_rows(path: str, rows: tuple[Any, ...]) -> None:
+    before = -math.inf
+    for row in rows:
+        if not (isinstance(row, tuple) and len(row) == 3 and all(map(is_number, row))):
+            rule, way_out = "must be [second, up, down], without a hole", "rates are in Mbit/s"
+        elif min(row) < 0:
+            rule, way_out = "must have no negative rate or second", "0 is an outage"
+        elif row[0] <= before:
+            rule, way_out = f"must be later than {before:g} s before it", "sort rows by time"
+        else:
+            before = row[0]
+            continue
+        raise ConfigError.of(path, list(row) if isinstance(row, tuple) else row, rule, way_out)
 
 
 def _one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
@@ -81,12 +119,6 @@ RULES: tuple[Rule, ...] = (
     ("network.up_mbit_s", _optional(_positive), "must be above 0", "null for no limit"),
     ("network.down_mbit_s", _optional(_positive), "must be above 0", "null for no limit"),
     ("network.latency_ms", lambda v: v >= 0, "must not be negative", ""),
-    (
-        "network.trace",
-        lambda v: not v or not _rows(v) or all(len(row) == 3 for row in v),
-        "must be a list of [second, up, down]",
-        "rates are in Mbit/s",
-    ),
     ("network.trace_by", *_one_of("seconds", "rounds"), ""),
     (
         "network.columns",
@@ -143,6 +175,7 @@ def check(config: Config) -> None:
     _check_tracker(config.tracker)
     dashboard.address_of(config.dashboard)
     _check_links(config)
+    _check_traces(config)
     _check_addresses(config)
     if config.schedule.micro_batches > config.client.batch_size:
         raise ConfigError.of(
@@ -206,7 +239,7 @@ def _check_links(config: Config) -> None:
                 )
         for name, test, rule, way_out in RULES:
             group, _, key = name.partition(".")
-            if group == "network" and key in ("latency_ms", "trace", "trace_by", "columns"):
+            if group == "network" and key in ("latency_ms", "trace_by", "columns"):
                 value = getattr(link, key)
                 if not test(value):
                     raise ConfigError.of(f"{path}.{key}", value, rule, way_out)

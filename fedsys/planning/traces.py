@@ -40,6 +40,9 @@ FIRST_S: Final = 10.0
 """Seconds of a trace whose mean rate is believed before anything is measured, where no rate is
 given beside it."""
 
+_SORT: Final = "sort its lines by time"
+_HOLE: Final = "leave the line out, and the rate before it holds, or give rates of 0 for an outage"
+
 Row = tuple[float, float, float]
 
 
@@ -90,6 +93,16 @@ def files_of(spec: Any) -> list[str]:
     if _is_rows(spec):
         return []
     return [name for value in spec or () for name in files_of(value)]
+
+
+def check_files(config: NetworkConfig) -> None:
+    """Read all files that a ``network.trace`` names, before anybody needs them.
+
+    Raises:
+        ConfigError: A file cannot be read, or its rates are not usable.
+    """
+    for name in files_of(config.trace):
+        _trace(config, name, 0, "", 0)
 
 
 def _is_rows(spec: Any) -> bool:
@@ -158,10 +171,17 @@ def _read(path: Path, columns: tuple[tuple[str, str], ...], period_s: float | No
     lines = [(i, line) for i, line in lines if line and not line.startswith("#")]
     if not lines:
         raise ConfigError.of("network.trace", path, "must hold rates, and is empty")
-    if all(line.isdigit() for _, line in lines):
-        rate = packets(path, [(i, int(line)) for i, line in lines])
+    if lines[0][1].isdecimal():  # a table has three columns
+        rate = packets(path, [(i, _millisecond(path, i, line)) for i, line in lines])
         return Trace(rate, rate)
     return _rates(_table(path, lines, dict(columns)), period_s)
+
+
+def _millisecond(path: Path, number: int, line: str) -> int:
+    if not line.isdecimal():
+        rule = "must be a whole millisecond, 0 or later, as the lines of a schedule of packets are"
+        raise _refused(path, number, line, rule, "a table has seconds and two rates on each line")
+    return int(line)
 
 
 def packets(path: Path, lines: Iterable[tuple[int, int]]) -> Rate:
@@ -178,12 +198,15 @@ def packets(path: Path, lines: Iterable[tuple[int, int]]) -> Rate:
     before = 0
     for number, at in lines:
         if at < before:
-            raise _refused(path, number, at, f"must not go back: {before} ms stands before it")
+            raise _refused(
+                path, number, at, f"must not go back: {before} ms stands before it", _SORT
+            )
         counts[at] = counts.get(at, 0) + 1
         before = at
     period = before
     if period == 0:
-        raise _refused(path, 1, 0, "must end later: its last line is the period")
+        rule = "must end later: its last line is the period"
+        raise _refused(path, 1, 0, rule, "end with the millisecond at which it begins anew")
     # The schedule begins anew after the period, so millisecond 0 is the end of the one before
     counts[period] = counts.get(period, 0) + counts.pop(0, 0)
     starts, bits = [0.0], [0.0]
@@ -223,12 +246,16 @@ def _table(path: Path, lines: Sequence[tuple[int, str]], columns: Mapping[str, s
     points: list[Row] = []
     for number, cells in rows:
         if len(cells) <= max(places) or not _numbers([cells[i] for i in places]):
-            raise _refused(path, number, cells, "must have seconds and two rates; it has a hole")
+            raise _refused(
+                path, number, cells, "must have seconds and two rates; it has a hole", _HOLE
+            )
         at, up, down = (float(cells[i]) for i in places)
         if min(up, down) < 0:
-            raise _refused(path, number, min(up, down), "must not be a negative rate")
+            rule = "must not be a negative rate"
+            raise _refused(path, number, min(up, down), rule, "0 is an outage")
         if points and at <= points[-1][0]:
-            raise _refused(path, number, at, f"must be later than {points[-1][0]:g} s before it")
+            rule = f"must be later than {points[-1][0]:g} s before it"
+            raise _refused(path, number, at, rule, _SORT)
         points.append((at, up, down))
     first = points[0][0]  # measurements begin whenever their clock did
     return [(at - first, up, down) for at, up, down in points]
@@ -250,8 +277,8 @@ def _numbers(cells: Sequence[str]) -> bool:
         return False
 
 
-def _refused(path: Path, number: int, value: object, rule: str) -> ConfigError:
-    return ConfigError.of(f"network.trace={path}, line {number}", value, rule)
+def _refused(path: Path, number: int, value: object, rule: str, way_out: str) -> ConfigError:
+    return ConfigError.of(f"network.trace={path}, line {number}", value, rule, way_out)
 
 
 # --------------------------------------------------------------------------------------------------

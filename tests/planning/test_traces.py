@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 from hypothesis import given, settings
@@ -67,13 +68,51 @@ def test_a_period_lets_measurements_begin_anew(network):
         ("seconds,up,down\n", "has a line of names only"),
         ("", "is empty"),
         ("0,1,2\n1,0,2\n", "must not stay at 0 for ever"),
-        ("5\n3\n", "line 2=3: must not go back: 5 ms stands before it"),
+        ("5\n3\n", "line 2=3: must not go back: 5 ms stands before it; sort"),
+        ("1\n-4\n7\n", "line 2=-4: must be a whole millisecond"),  # once a hole of line 1
+        ("1\nx\n7\n", "line 2=x: must be a whole millisecond"),
         ("0\n0\n", "its last line is the period"),
     ],
 )
 def test_a_trace_that_cannot_be_is_refused_by_its_line(network, text, said):
     with pytest.raises(ConfigError, match=said):
         network(text)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("network.trace=[[0,1,1],[3,null,2]]",), r"\[3, None, 2\]: must be \[second, up, down\]"),
+        (("network.trace=[[0,1,1],[3,2]]",), r"\[3, 2\]: must be \[second, up, down\]"),
+        (("network.trace=[[0,1,1],[3,-1,2]]",), r"\[3, -1, 2\]: must have no negative rate"),
+        (("network.trace=[[0,1,1],[3,1,2],[2,1,2]]",), r"\[2, 1, 2\]: must be later than 3 s"),
+        (("network.trace=[[[0,1,1]],[[0,2,2],[0,1,1]]]",), r"\[0, 1, 1\]: must be later than 0 s"),
+        (("network.trace={machines: {pi4: a.csv}}",), "=pi4: must be a machine.*fleet=pi_lab"),
+        (
+            ("fleet=pi_lab", "network.trace={machines: {jetsom: a.csv}}"),
+            "did you mean 'jetson'",
+        ),
+        (("network=wifi", "network.trace={generate: throttle}"), None),
+        (("fleet=pi_lab", "network.trace={machines: {pi4: [[0,1,1]]}}"), None),
+    ],
+)
+def test_rows_and_machines_that_cannot_be_are_refused_as_they_were_written(
+    overrides, said, configure
+):
+    """Rows were refused in bits per second; a machine that no fleet has was left without trace."""
+    with nullcontext() if said is None else pytest.raises(ConfigError, match=said):
+        configure(*overrides)
+
+
+def test_a_bad_file_is_refused_before_a_client_is_asked(configure, carry_out, tmp_path):
+    """With policy=fixed each client failed with it, and the run with "none of 2 succeeded"."""
+    (tmp_path / "bad.csv").write_text("0,1,2\n1,-1,2\n")
+    config = configure(
+        "data=synthetic", "data.examples=20", "data.test_examples=10", "num_clients=2",
+        "policy=fixed", f"network.trace={tmp_path / 'bad.csv'}",
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"line 2=-1\.0: must not be a negative rate"):
+        carry_out(config)
 
 
 def test_a_file_that_is_not_there_is_one_clear_error(configure, tmp_path):
