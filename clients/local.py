@@ -28,6 +28,7 @@ from fedsys.planning.resources import Measured, Observation
 from fedsys.privacy import training as private
 from fedsys.privacy.budget import epoch_steps, sampling_rate
 from fedsys.privacy.labels import randomised
+from fedsys.privacy.local import release_update
 from fedsys.privacy.noise import NoiseSource, poisson_sample, source_of
 from fedsys.privacy.update import PrivateUpdate
 from fedsys.randomness import Address
@@ -94,6 +95,10 @@ class LocalClient:
         packed = records.from_record(content.array_records.get(messages.MASKS, ArrayRecord()))
         with held(Masks.unpacked(packed, named), model, optimizer), _frozen(model, client.frozen):
             score = self._fit(model, optimizer, batches, settings, source, packed)
+        if self.config.privacy.local:
+            start = records.from_record(content.array_records[messages.ARRAYS])
+            clip_norm, noise = self.config.privacy.clip_norm, settings.noise
+            release_update(model, start, clip_norm=clip_norm, noise=noise, source=source)
         seconds = time.perf_counter() - began
         reply = self._reply(model, score, seconds, recorder)
         if client.keep_optimizer:
@@ -302,9 +307,12 @@ def train_metrics(
     """Return what a client tells about its training; the same keys from every kind of client.
 
     With a promise to each example, neither loss nor accuracy on them is told, and the number of
-    examples is that of all, not of those that were drawn.
+    examples is that of all, not of those that were drawn. Nor are they with noise on the device,
+    where all count alike, as all have the same noise.
     """
     told: dict[str, float] = {messages.STEPS: score.steps, "client_seconds": seconds}
+    if config.privacy.local:
+        return MetricRecord({messages.NUM_EXAMPLES: 1, **told})
     if config.privacy.per_example:
         own = federation.federation(config).parts[partition]
         return MetricRecord({messages.NUM_EXAMPLES: len(own), **told})

@@ -9,7 +9,7 @@
                           return; or keeps a backbone on which exits are trained
             KeptState(    optimizer state of the clients, from round to round
               TypedBuffers( buffers keep their type and are never "stepped"
-                PrivateClients( clips whole updates and adds noise to their mean
+                PrivateClients( clips whole updates and adds noise to their mean, unless devices do
                   FedAvg | FedProx | FedAdam | …
 """
 
@@ -188,6 +188,7 @@ def _typed(spec: dict[str, Any], config: Config, model: nn.Module) -> TypedBuffe
         )
     if config.privacy.mechanism == "client":
         check_client_run(config, inner, model)
-        inner = PrivateClients(inner, config)
+        if not config.privacy.local:  # else the noise is there when updates arrive
+            inner = PrivateClients(inner, config)
     parameters = frozenset(name for name, _ in model.named_parameters(remove_duplicate=False))
     return TypedBuffers(inner, parameters, step_buffers=buffers == "aggregate")

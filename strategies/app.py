@@ -40,7 +40,7 @@ from fedsys.training.pulse import pulse
 from fedsys.training.resilience import PathScores, measure
 from fedsys.training.tasks import Task, task_of
 from fedsys.transport import records
-from strategies import PrivateRecords, Roster, budgeted, build, private, pruned
+from strategies import PrivateRecords, PrivateRounds, Roster, budgeted, build, private, pruned
 from strategies.around import find
 from strategies.crash_safety import CrashSafety, opened
 from strategies.decisions import decisions_of
@@ -48,6 +48,7 @@ from strategies.heading import Plans, about_pieces, surroundings, title
 from strategies.offload import Offload
 from strategies.offload_figures import figures, moves, recoveries, traces
 from strategies.offload_totals import in_words, move_in_words
+from strategies.private_clients import drowned
 from strategies.roster import gather
 from strategies.rounds import RoundResult, play
 from strategies.sampling import Sampled
@@ -190,6 +191,10 @@ def _announce(config: Config, job: _Job, safety: CrashSafety, progress: Progress
     for line in out_of_reach(config.faults.list, job.steps):
         progress.note(line)
     if warned := private.unprotected(config, split=find(job.strategy, Offload) is not None):
+        progress.note(warned)
+    rounds = find(job.strategy, PrivateRounds)
+    count = sum(parameter.numel() for parameter in job.model.parameters())
+    if rounds is not None and (warned := drowned(config, rounds.noise, count)):
         progress.note(warned)
 
 

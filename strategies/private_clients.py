@@ -7,7 +7,9 @@ done around it here:
 * its norm covers every array that it is shown, so it is shown parameters alone, of the whole model,
   device and edge half together; buffers are refused, which would be averaged without noise;
 * clients count alike, whatever examples they have: the noise is that of equal weights;
-* an update of exactly zero, which it would divide by, is made to differ in one last place;
+* an update of exactly zero, which it would divide by, is made to differ in one last place; one
+  with numbers that are not finite, which no factor bounds, counts as such a one, and one whose
+  squares float32 does not hold is clipped before;
 * noise has an address, or is the operating system's, where Flower draws from a process-wide
   generator; and its deviation is that of the clients that answered;
 * the clipping norm may follow a quantile (`fedsys.privacy.adaptive`), in the paper's direction;
@@ -19,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -36,13 +38,15 @@ from torch import nn
 from fedsys.config import Config
 from fedsys.errors import ConfigError
 from fedsys.privacy.adaptive import next_norm, split_noise
+from fedsys.privacy.local import PURPOSE
 from fedsys.privacy.noise import NoiseSource, source_of
 from fedsys.randomness import Address
 from fedsys.transport import records
 from fedsys.transport.messages import ARRAYS, METRICS, NUM_EXAMPLES
 from strategies.around import Around
 
-PURPOSE = "client-noise"
+_MOST_NORM: Final = 1e15
+"""Of an update that Flower clips: it adds up squares in float32."""
 
 _CLIENT_SIDE = (
     "has devices clip what they send, which is their half of a split model, and believes that they "
@@ -78,10 +82,15 @@ def refuse_flowers(target: str) -> None:
 def check_client_run(config: Config, inner: Strategy, model: nn.Module) -> None:
     """Refuse what releases more about clients than the noised mean of their clipped updates.
 
+    With noise on the devices it is each clipped update with noise; whatever is made of these spends
+    nothing more.
+
     Raises:
         ConfigError: Names the option and the way out.
     """
-    if type(inner).aggregate_train is not FedAvg.aggregate_train:
+    if config.privacy.local:
+        _check_local(config)
+    elif type(inner).aggregate_train is not FedAvg.aggregate_train:
         raise ConfigError.of(
             "strategy._target_", type(inner).__name__,
             "must average as FedAvg does with privacy=client: what one client can change in "
@@ -101,6 +110,52 @@ def check_client_run(config: Config, inner: Strategy, model: nn.Module) -> None:
             "has clients tell their scores, which is a release without noise with privacy=client",
             "0; rounds are judged on the validation part",
         )  # fmt: skip
+
+
+def drowned(config: Config, noise: float, parameters: int) -> str:
+    """Return a warning where noise of a round is longer than any mean of clipped updates is.
+
+    A regression over 8 clients ended in numbers that are none: the noise of each of its rounds was
+    25 times as long as what devices could say against it, until they could not train any more.
+
+    Args:
+        config: The run.
+        noise: Deviation of the noise over the clipping norm.
+        parameters: Of the model; the length of the noise grows with their root.
+    """
+    if config.privacy.mechanism != "client":
+        return ""
+    asked = max(1, round(config.num_clients * float(config.strategy.get("fraction_train") or 1.0)))
+    one = noise * math.sqrt(parameters)
+    ratio = one / (math.sqrt(asked) if config.privacy.local else asked)
+    if ratio <= 1:
+        return ""
+    enough = math.ceil(one**2 if config.privacy.local else one)
+    return (
+        f"the noise of a round is {ratio:.3g} times as long as the longest mean of updates from "
+        f"{asked} client{'s' * (asked > 1)}, and the model may learn nothing: from {enough:,} "
+        "clients in a round on it is shorter; a larger privacy.epsilon, fewer rounds and smaller "
+        "models need fewer"
+    )
+
+
+def _check_local(config: Config) -> None:
+    """Refuse what devices would tell of themselves before noise is added, or beside it."""
+    kind, clipping = config.policy.get("kind", "none"), config.privacy.clipping
+    refused = (
+        ("privacy.where", "device", kind != "none",
+         f"must be server with policy={kind}: an edge server makes its half of an update, and sees "
+         "activations, before any noise", "policy=none trains on the devices alone"),
+        ("privacy.clipping", clipping, clipping != "fixed",
+         "must be fixed with privacy.where=device: it needs the norms of updates",
+         "privacy.clipping=fixed"),
+        ("client.keep_optimizer", True, config.client.keep_optimizer,
+         "must be false with privacy.where=device: the optimizer's state would leave devices as it "
+         "is", "client.keep_optimizer=false"),
+    )  # fmt: skip
+    for key, value, broken, rule, way_out in refused:
+        if broken:
+            raise ConfigError.of(key, value, rule, way_out)
 
 
 class PrivateClients(Around):
@@ -177,9 +232,21 @@ class PrivateClients(Around):
             float(np.square(array.astype(np.float64) - self._sent[name]).sum())
             for name, array in arrays.items()
         )
-        if total == 0.0:
-            reply.content[ARRAYS] = records.record_of(_barely_moved(arrays))
-        return math.sqrt(total)
+        norm = math.sqrt(total) if math.isfinite(total) else 0.0
+        if norm == 0.0:
+            reply.content[ARRAYS] = records.record_of(_barely_moved(self._sent_alike(arrays)))
+        elif norm > _MOST_NORM:
+            factor = self.clip_norm / norm
+            clipped = {
+                name: (sent + factor * (arrays[name] - sent.astype(np.float64))).astype(sent.dtype)
+                for name, sent in self._sent_alike(arrays).items()
+            }
+            reply.content[ARRAYS] = records.record_of(clipped)
+        return norm
+
+    def _sent_alike(self, arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Return what was sent, of the arrays that came back."""
+        return {name: self._sent[name].astype(array.dtype) for name, array in arrays.items()}
 
     def _noises(self, clients: int) -> tuple[float, float]:
         if self._config.privacy.clipping == "fixed":

@@ -38,6 +38,8 @@ class PrivacyConfig:
         clipping: Of updates: ``fixed``, or ``adaptive``: `clip_norm` is the first, and follows
             `quantile`.
         quantile: Share of the clients whose updates are to be within the norm.
+        where: Who adds the noise of updates: the ``server``, once to their mean, or each
+            ``device`` to its own, so that the server is not to be trusted either.
     """
 
     mechanism: str = "none"
@@ -51,6 +53,7 @@ class PrivacyConfig:
     label_epsilon: float | None = None
     clipping: str = "fixed"
     quantile: float = 0.5
+    where: str = "server"
 
     @property
     def active(self) -> bool:
@@ -61,6 +64,11 @@ class PrivacyConfig:
     def per_example(self) -> bool:
         """Whether the gradient of each example is clipped, and noise added to their sum."""
         return self.mechanism == "record"
+
+    @property
+    def local(self) -> bool:
+        """Whether devices clip their updates and add noise, before anything leaves them."""
+        return self.mechanism == "client" and self.where == "device"
 
 
 def check(privacy: PrivacyConfig) -> None:
@@ -73,6 +81,7 @@ def check(privacy: PrivacyConfig) -> None:
     _choice("accountant", privacy.accountant, ACCOUNTANTS)
     _choice("noise", privacy.noise, ("gaussian", "laplace"))
     _choice("clipping", privacy.clipping, ("fixed", "adaptive"))
+    _choice("where", privacy.where, ("server", "device"))
     noise = privacy.noise_multiplier
     rules = (
         ("epsilon", privacy.epsilon > 0, "must be above 0", "1 to 8 are usual budgets"),

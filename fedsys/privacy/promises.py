@@ -2,7 +2,8 @@
 
 At the cut, an example is released once in each epoch. A client's update is released in each round
 in which it was asked; sampling of clients amplifies nothing here, as the server app that knows who
-was asked is not hidden from.
+was asked is not hidden from. Where devices add the noise, two updates lie two norms apart, as two
+activations do.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ class RoundPromise:
             return 0.0
         privacy = self.privacy
         if privacy.mechanism == "client":
-            return epsilon([Releases(self.noise, 1.0, releases)], privacy.delta, privacy.accountant)
+            noise_over_reach = self.noise / _reach(privacy)
+            alike = Releases(noise_over_reach, 1.0, releases)
+            return epsilon([alike], privacy.delta, privacy.accountant)
         if privacy.noise == "gaussian" and privacy.accountant != "pld":
             alike = Releases(self.noise / REACH, 1.0, releases)
             return epsilon([alike], privacy.delta, privacy.accountant)
@@ -71,6 +74,12 @@ class RoundPromise:
             "accountant": privacy.accountant,
             "secure": privacy.secure,
         }
+        if privacy.local:
+            return Claim(
+                **told, unit="client", neighbours="its data are replaced by any others, as many",
+                sampling="noise is added on its device, so the server app is no exception; each is "
+                "charged for the rounds in which it was asked",
+            )  # fmt: skip
         if privacy.mechanism == "client":
             return Claim(
                 **told, unit="client", neighbours="the update of one is replaced by none",
@@ -85,6 +94,11 @@ class RoundPromise:
             sampling="against edge servers, for activations alone, each released once in an "
             f"epoch; {labels}; nothing is promised of what the server app sees",
         )  # fmt: skip
+
+
+def _reach(privacy: PrivacyConfig) -> float:
+    """Return how far apart what two neighbours release may lie, over the norm."""
+    return REACH if privacy.local else 1.0
 
 
 def round_promise(config: Config, examples: Sequence[int]) -> RoundPromise:
@@ -105,7 +119,7 @@ def round_promise(config: Config, examples: Sequence[int]) -> RoundPromise:
     if privacy.noise_multiplier is not None:
         noise = privacy.noise_multiplier
     elif client:
-        noise = noise_of(privacy, 1.0, rounds)
+        noise = _reach(privacy) * noise_of(privacy, 1.0, rounds)
     elif privacy.noise == "gaussian" and privacy.accountant != "pld":
         noise = REACH * noise_of(privacy, 1.0, rounds)
     else:

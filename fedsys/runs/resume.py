@@ -64,6 +64,8 @@ def digest(config: Config) -> str:
     values = {k: v for k, v in groups if k not in _NOT_IN_DIGEST}
     if not config.privacy.active:  # a group that came later
         del values["privacy"]
+    elif config.privacy.where == "server":  # as it was before it could be chosen
+        values["privacy"] = {k: v for k, v in values["privacy"].items() if k != "where"}
     if not config.resilience.active:
         del values["resilience"]
     else:  # keys that came later, where they are as it was without them

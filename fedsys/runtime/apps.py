@@ -89,7 +89,8 @@ def refuse_private_mods(name: str) -> None:
         if reason and _path_of(mod).startswith("flwr."):
             raise ConfigError.of(
                 "apps.client", name, f"must not have the mod {_path_of(mod)}: {reason}",
-                "privacy=client clips whole updates and accounts for them; leave the mod away",
+                "leave it away; privacy=client clips whole updates and accounts for them, with "
+                "privacy.where=device on the devices",
             )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ The clipping is Flower's; the oracle here is the arithmetic of McMahan et al., w
 """
 
 import math
+import re
 import sys
 import types
 
@@ -23,7 +24,7 @@ from fedsys.transport.messages import ARRAYS, METRICS, NUM_EXAMPLES
 from strategies import Roster, build
 from strategies.around import find, innermost
 from strategies.buffers import TypedBuffers
-from strategies.private_clients import FLOWERS, PrivateClients, check_client_run
+from strategies.private_clients import FLOWERS, PrivateClients, check_client_run, drowned
 
 START = {"w": np.zeros((3, 2), dtype=np.float32), "b": np.ones(2, dtype=np.float32)}
 
@@ -92,6 +93,33 @@ def test_a_client_that_did_not_train_does_not_lose_the_round(averaged):
     got, _ = averaged([update(0.0), update(0.0)])
     for name in START:
         np.testing.assert_allclose(got[name], START[name], atol=1e-7)
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, 1e25])
+def test_an_update_without_bounds_is_clipped_and_the_others_count(averaged, broken):
+    """A regression that diverged on one client ended for all: no factor makes NaN a bounded number.
+
+    Flower's norm is also infinite where float32 does not hold the squares, as 1e25.
+    """
+    wild = {name: np.full(array.shape, broken) for name, array in START.items()}
+    got, _ = averaged([wild, update(0.3, 2)])
+    none, _ = averaged([update(0.0), update(0.3, 2)])
+    away = math.sqrt(sum(float(((got[name] - none[name]) ** 2).sum()) for name in START))
+    assert away == pytest.approx(0.5 if broken == 1e25 else 0.0, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parameters", "said"),
+    [
+        (("num_clients=8",), 640_000, "is 100 times as long.*from 800 clients in a round"),
+        (("num_clients=8", "strategy.fraction_train=0.5"), 640_000, "is 200 times.*from 4 clients"),
+        (("num_clients=800",), 640_000, None),
+        (("num_clients=100", "privacy.where=device"), 10_000, "is 10 times.*from 10,000 clients"),
+    ],
+)
+def test_noise_that_is_longer_than_any_mean_is_said(overrides, parameters, said, configure):
+    warned = drowned(configure("privacy=client", *overrides), 1.0, parameters)
+    assert bool(re.search(said, warned)) if said else warned == ""
 
 
 def test_noise_has_the_deviation_of_equal_weights_and_an_address(averaged):

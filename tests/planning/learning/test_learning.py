@@ -317,10 +317,12 @@ def test_a_trained_agent_lies_in_the_run_folder_and_is_taken_from_there(base, tm
 
 
 def test_without_what_trains_agents_the_error_names_the_extra_and_the_way_out(base, monkeypatch):
-    def absent(name, wanted=importlib.import_module):
+    wanted = importlib.import_module
+
+    def absent(name, package=None):
         if name.partition(".")[0] in PACKAGES:
             raise ImportError(name)
-        return wanted(name)  # alone, this test is the first that needs scikit-learn
+        return wanted(name, package)  # alone, this test is the first that needs scikit-learn
 
     monkeypatch.setattr(importlib, "import_module", absent)
     way_out = r"pip install 'fedsys\[rl\]'.*policy\.ppo\.updates=0.*policy\.agent=FILE"
