@@ -76,12 +76,9 @@ class LocalGrid(Grid):
         self._parked: dict[str, Message] = {}
         self._phase: _Phase | None = None
         self._jobs: queue.SimpleQueue[_Phase | None] = queue.SimpleQueue()
-        self._threads = [
-            threading.Thread(target=self._work, name=f"client-worker-{i}", daemon=True)
-            for i in range(workers)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._threads: list[threading.Thread] = []
+        for _ in range(workers):
+            self._add_worker()
 
     def __enter__(self) -> LocalGrid:
         return self
@@ -157,17 +154,29 @@ class LocalGrid(Grid):
         for message in batch:
             self._next_id += 1
             message.metadata.__dict__["_message_id"] = str(self._next_id)
-        phase = self._phase = _Phase(batch)
+        phase = self._phase = _Phase(batch, self._stand_in)
         for _ in self._threads[: len(batch)]:
             self._jobs.put(phase)
         return phase.wait(timeout, self.absent)
 
     # --- the threads ------------------------------------------------------------------------------
 
+    def _add_worker(self) -> None:
+        name = f"client-worker-{len(self._threads)}"
+        thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _stand_in(self, phase: _Phase) -> None:
+        """Have another thread do what one would that is at a message nobody waits for any more."""
+        self._add_worker()
+        self._jobs.put(phase)
+
     def _work(self) -> None:
         while (phase := self._jobs.get()) is not None:
             for index, message, content in phase:
-                phase.done(index, self._answer(message, content))
+                if not phase.done(index, self._answer(message, content)):
+                    return  # another thread has taken the place of this one
 
     def _answer(self, message: Message, content: RecordDict) -> Message:
         node_id = message.metadata.dst_node_id
@@ -196,10 +205,18 @@ def _error_reply(message: Message, reason: str) -> Message:
 
 
 class _Phase:
-    """Messages of one phase, taken one by one by the workers, and the replies to them."""
+    """Messages of one phase, taken one by one by the workers, and the replies to them.
 
-    def __init__(self, messages: Sequence[Message]) -> None:
-        self._messages = messages
+    Args:
+        messages: The messages.
+        abandoned: Called with the phase for each message that a worker is at and that is answered
+            for without it.
+    """
+
+    def __init__(
+        self, messages: Sequence[Message], abandoned: Callable[[_Phase], None] = lambda phase: None
+    ) -> None:
+        self._messages, self._abandoned, self._begun = messages, abandoned, set[int]()
         self._replies: list[Message | None] = [None] * len(messages)
         self._indices: Iterator[int] = iter(range(len(messages)))
         self._left = len(messages)
@@ -218,18 +235,27 @@ class _Phase:
 
     def __next__(self) -> tuple[int, Message, RecordDict]:
         with self._lock:
-            index = next(self._indices)
+            index = next(i for i in self._indices if self._replies[i] is None)
+            self._begun.add(index)
         message = self._messages[index]
         return index, message, self._sealed[id(message.content)]
 
-    def done(self, index: int, reply: Message) -> None:
+    def done(self, index: int, reply: Message) -> bool:
+        """Take a reply in; return whether it is the first one to its message."""
         with self._lock:
-            if self._replies[index] is None:
-                self._replies[index] = reply
-                self._left -= 1
-                pulse().client_done()
+            if self._replies[index] is not None:
+                return False
+            self._replies[index] = reply
+            self._left -= 1
+            pulse().client_done()
             if not self._left:
                 self._finished.set()
+            return True
+
+    def _given_up(self, index: int, reason: str) -> None:
+        """Answer for a message whose own reply is not waited for any more."""
+        if self.done(index, _error_reply(self._messages[index], reason)) and index in self._begun:
+            self._abandoned(self)
 
     def cancel(self) -> None:
         """See to it that nobody begins what is left."""
@@ -242,12 +268,12 @@ class _Phase:
             gone = absent()
             for i, message in enumerate(self._messages):
                 if message.metadata.dst_node_id in gone:
-                    self.done(i, _error_reply(message, gone[message.metadata.dst_node_id]))
+                    self._given_up(i, gone[message.metadata.dst_node_id])
             if deadline is not None and time.monotonic() > deadline:
                 self.cancel()
                 late = [i for i, reply in enumerate(self._replies) if reply is None]
                 for i in late:
-                    self.done(i, _error_reply(self._messages[i], f"no reply within {timeout:g} s"))
+                    self._given_up(i, f"no reply within {timeout:g} s")
         return [reply for reply in self._replies if reply is not None]
 
 

@@ -111,6 +111,31 @@ def test_a_client_that_returns_no_message_is_told_so(grid_of):
     assert reply.error.reason == "TypeError: the client app returned None"
 
 
+@pytest.mark.parametrize("by", ["absence", "time"])
+def test_a_message_that_nobody_waits_for_any_more_keeps_no_worker(by, grid_of):
+    """A device that left and arrived nowhere was left out, and kept its worker for the next rounds.
+
+    With one worker nobody else trained until it gave up.
+    """
+    away, began = threading.Event(), threading.Event()
+
+    def client(message, context):
+        if partition(context) == 0 and not began.is_set():
+            began.set()
+            away.wait(WAIT_S)
+        return answer(message, partition(context))
+
+    grid = grid_of(client, 3, workers=1)
+    grid.absent = lambda: {FIRST_NODE_ID: "gone"} if by == "absence" and began.is_set() else {}
+    replies = list(grid.send_and_receive(messages_to(3), timeout=0.5 if by == "time" else WAIT_S))
+    if by == "absence":  # the others of its round are asked all the same
+        assert values(replies) == [None, 1, 2] and "gone" in replies[0].error.reason
+    grid.absent = dict
+    assert values(grid.send_and_receive(messages_to(3), timeout=WAIT_S)) == [0, 1, 2]
+    away.set()
+    assert values(grid.send_and_receive(messages_to(3), timeout=WAIT_S)) == [0, 1, 2]
+
+
 def test_who_takes_too_long_is_answered_for_and_his_late_reply_is_dropped(grid_of):
     release, left = threading.Event(), threading.Event()
 
@@ -241,7 +266,7 @@ def test_closing_does_not_wait_for_ever_for_a_client_that_hangs(monkeypatch):
 
     with LocalGrid(client, 1) as grid:
         list(grid.send_and_receive(messages_to(1), timeout=0.01))
-        [stuck] = grid._threads
+        stuck = grid._threads[0]  # another has taken its place
     assert stuck.is_alive() and stuck.daemon
     release.set()
     stuck.join(WAIT_S)
