@@ -75,6 +75,51 @@ def _group(group: str) -> list[str]:
     return [part for part in parts if part]
 
 
+def chosen_options(names: str) -> str:
+    """Return a part of the reference, for the page of a capability.
+
+    Args:
+        names: Groups (``policy=``), of which choices and options are shown, each once; or options
+            (``client``, ``serving.recovery``), with all that is below them.
+    """
+    parts = []
+    for name in names.split():
+        group = name.rstrip("=")
+        parts += _together(group) if name.endswith("=") else [_table(_below(name))]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _below(name: str) -> list[options.Option]:
+    return [o for o in options.every_option().values() if f"{o.key}.".startswith(f"{name}.")]
+
+
+def _together(group: str) -> list[str]:
+    """Return the choices of a group with their heads, and each of their options once."""
+    names, default = options.choices(group), options.default_choice(group)
+    rows = [
+        f"| `{group}={name}`{' (default)' if name == default else ''} | "
+        f"{_head(options.choice_text(group, name))} |"
+        for name in names
+    ]
+    values: dict[str, dict[str, options.Option]] = {}
+    for name in sorted(names, key=lambda each: each != default):
+        for option in options.options_of(group, name):
+            if option.key != f"{group}.kind":  # which is the choice itself
+                values.setdefault(option.key, {})[name] = option
+    merged = [_merged(key, found, len(names)) for key, found in values.items()]
+    return ["\n".join(["| choice | what |", "|---|---|", *rows]), _table(merged)]
+
+
+def _merged(key: str, found: dict[str, options.Option], choices: int) -> options.Option:
+    """Return an option of several choices as one: their value if it is one, and who has it."""
+    values = dict.fromkeys(option.value for option in found.values())
+    comment = next((o.comment for o in found.values() if o.comment), "")
+    only = f" ({', '.join(found)} only)" if len(found) <= min(3, choices - 1) else ""
+    value = next(iter(values)) if len(values) == 1 else ""
+    differs = " (as the choice has it)" if len(values) > 1 else ""
+    return options.Option(key, value, f"{comment}{only}{differs}".strip())
+
+
 def _head(text: str) -> str:
     """Return the comment at the head of a file."""
     lines = []
@@ -122,6 +167,7 @@ def house(drawing: str) -> str:
 def fill(app: Any, page: str, source: list[str]) -> None:
     """Put what is generated into a page before it is parsed."""
     text = source[0].replace("<!-- the configuration -->", _if(page, "docs/configuration"))
+    text = re.sub(r"<!-- options: (.*?) -->", lambda found: chosen_options(found[1]), text)
     source[0] = re.sub(
         r"```mermaid\n(.*?)```", lambda found: house(found[1]), text, flags=re.DOTALL
     )

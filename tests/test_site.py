@@ -74,6 +74,68 @@ def test_every_room_with_a_face_has_a_page_in_the_reference():
     assert pages == rooms
 
 
+# --------------------------------------------------------------------------------------------------
+# What the pages promise
+
+
+def capabilities():
+    """Return the pages that stand under Training and Answering."""
+    index = (ROOT / "docs" / "index.md").read_text()
+    blocks = re.findall(
+        r":caption: (?:Training|Answering)\n:maxdepth: 1\n(.*?)```", index, re.DOTALL
+    )
+    return [ROOT / "docs" / f"{name}.md" for block in blocks for name in block.split()]
+
+
+@pytest.mark.parametrize("page", capabilities(), ids=lambda page: page.name)
+def test_a_page_on_a_capability_says_when_it_pays_how_it_works_and_how_it_is_set(page):
+    sections = dict(re.findall(r"^## (.*)\n((?:(?!^## ).*\n)*)", page.read_text(), re.MULTILINE))
+    assert re.search(r"\b(not|where|nothing)\b", sections["When it pays"])
+    (drawing, *_) = re.findall(
+        r"^```\n(.*?)^```", sections["How it works"], re.DOTALL | re.MULTILINE
+    )
+    assert re.search("[─▶┌│]", drawing)
+    assert re.search("<!-- options: .* -->", sections["Configuration"])
+
+
+def test_every_group_is_configured_on_the_page_of_a_capability():
+    shown = {
+        name.rstrip("=")
+        for page in capabilities()
+        for names in re.findall(r"<!-- options: (.*) -->", page.read_text())
+        for name in names.split()
+    }
+    assert set(options.groups()) - {"bench", "experiment"} <= shown
+    known = {*options.groups(), *(key.partition(".")[0] for key in options.every_option())}
+    assert {name.partition(".")[0] for name in shown} <= known
+
+
+@pytest.mark.slow
+def test_the_page_of_a_capability_has_its_options_with_what_they_mean(site):
+    text = re.sub("<[^>]*>", "", (site / "docs" / "mobility.html").read_text())
+    assert "mobility=halfway" in text and "mobility.hysteresis_m" in text
+    for option in options.options_of("mobility", "network"):
+        assert option.comment.split(";")[0][:20] in text.replace("&quot;", '"'), option
+
+
+NUMBER = re.compile(r"(?<![\w.,^-])\d+(?:,\d{3})*(?:\.\d+)?(?![\w^])")
+
+
+def test_every_figure_of_the_results_stands_in_the_record_beside_it():
+    """A table is about a paper; a row without a link is about the record of the row above."""
+    lost, links = [], []
+    for line in (ROOT / "docs" / "results.md").read_text().splitlines():
+        cells = line.strip("|").split(" | ")
+        if not line.startswith("|") or len(cells) != 4 or cells[1].strip() in ("here", ""):
+            continue
+        links = re.findall(r"\.\./(benchmarks/\w+\.md)", line) or links
+        text = " ".join((ROOT / link).read_text() for link in links)
+        lost += [
+            (number, line) for number in set(NUMBER.findall(cells[1])) - set(NUMBER.findall(text))
+        ]
+    assert lost == [] and links
+
+
 def commands(page):
     """Return the calls of ``fedsys`` in the shell blocks of a page, each as a list of words."""
     found = []
