@@ -225,7 +225,7 @@ def _check_run(mobility: MobilityConfig, edges: int, clients: int, micro_batches
         if not 0 <= client < clients:
             raise ConfigError.of(
                 "mobility.devices", list(mobility.devices),
-                f"must be partition ids, from 0 to {clients - 1}",
+                f"must be partition ids, from 0 to {clients - 1}", "raise num_clients",
             )  # fmt: skip
     vehicles = mobility.vehicles or {}
     for vehicle, client in vehicles.items():

@@ -68,11 +68,16 @@ class Noise:
 def clipped(z: Tensor, noise: Noise) -> Tensor:
     """Return activations ``(rows, …)`` whose norms are at most ``noise.clip_norm``, row by row.
 
-    Rows below that are returned to the bit.
+    Rows below that are returned to the bit; those whose norm is not finite, which no factor bounds,
+    as zeros.
     """
     if math.isinf(noise.clip_norm):
         return z
     norms = torch.linalg.vector_norm(z.flatten(1), ord=noise.order, dim=1)
+    bounded = norms.isfinite()
+    if not bool(bounded.all()):
+        z = torch.where(bounded.view(-1, *[1] * (z.dim() - 1)), z, 0.0)
+        norms = torch.linalg.vector_norm(z.flatten(1), ord=noise.order, dim=1)
     factors = noise.clip_norm / norms.clamp(min=noise.clip_norm)
     held: Tensor = z * factors.view(-1, *[1] * (z.dim() - 1))
     return held

@@ -32,6 +32,18 @@ def test_each_example_is_clipped_by_its_own_norm(kind, order):
             torch.testing.assert_close(own / own.norm(), before / before.norm())
 
 
+@pytest.mark.parametrize("broken", [math.nan, math.inf, 1e30])
+def test_a_row_that_no_factor_bounds_leaves_as_zeros_and_the_others_as_they_are(broken):
+    """NaN left the device as NaN, whatever noise was added to it: who receives it can tell."""
+    z = activations(3, (5,), 0.1)
+    z[1, 2] = broken
+    z.requires_grad_()
+    held = clipped(z, Noise(2.0, 1.0))
+    assert torch.equal(held[[0, 2]], z[[0, 2]]) and not bool(held[1].any())
+    held.sum().backward()
+    assert z.grad.tolist() == [[1.0] * 5, [0.0] * 5, [1.0] * 5]
+
+
 @pytest.mark.parametrize("kind", ["gaussian", "laplace"])
 def test_the_gradient_passes_the_clipping_as_it_is_and_the_noise_as_a_constant(kind):
     z = activations(3, (5,)).double().requires_grad_()
