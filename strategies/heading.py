@@ -134,7 +134,8 @@ class Plans:
         if self._offload is None:
             return
         cuts_ = self._offload.totals.cuts
-        now = {str(client): cuts_[str(client)] for client in self._offload.assigned}
+        asked = self._offload.assigned.keys() - self._offload.lost.keys()
+        now = {str(client): cuts_[str(client)] for client in sorted(asked)}
         fresh = {client: cut for client, cut in now.items() if self._told.get(client) != cut}
         word = "planned anew" if self._config.policy.get("kind") in PLANNED else "new"
         begin = f"round {number}, {word}: " if self._told else ""

@@ -5,8 +5,24 @@ import yaml
 
 from fedsys.config import parse
 from fedsys.errors import ModelError
+from fedsys.main import main
 from fedsys.runs.folder import RunFolder
 from fedsys.runtime import run
+from tests.planning.mobility.sumo_files import as_xml
+
+
+def test_a_device_that_will_reach_no_edge_server_is_left_out_and_that_is_said(tmp_path, capsys):
+    """The run ended with a KeyError where the plans of its devices were told."""
+    steps = {2.0 * i: [("near", 20.0 * i, 0.0), ("far", 9e3, 9e3)] for i in range(50)}
+    (tmp_path / "fcd.xml").write_text(as_xml(steps))
+    small = ("data=synthetic", "data.examples=40", "data.test_examples=10", "num_clients=2")
+    split = ("rounds=1", "policy=fixed", "num_edges=2", "client.epochs=1")
+    places = "fleet.places=[{x: 0, y: 0, radius_m: 600}, {x: 1000, y: 0, radius_m: 600}]"
+    moves = ("mobility=trace", f"mobility.file={tmp_path / 'fcd.xml'}", places)
+    folder = ("run.plots=false", f"run.dir={tmp_path / 'run'}")
+    assert main(["train", *small, *split, *moves, *folder]) == 0
+    assert "no edge server is in its reach any more" in capsys.readouterr().err
+    assert RunFolder.open(tmp_path / "run").info["status"] == "finished"
 
 
 def forked(config):

@@ -32,7 +32,7 @@ def test_a_split_run_names_policy_edges_link_fleet_and_network():
 def test_a_plan_is_told_once_and_again_where_it_changes():
     offload = Offload.__new__(Offload)
     offload.totals = SimpleNamespace(cuts={"0": dict(CUT), "1": dict(CUT)})
-    offload.assigned = {0: None, 1: None}
+    offload.assigned, offload.lost = {0: None, 1: None}, {}
     said = []
     plans = Plans(parse(compose_text("policy=auto fleet=pi_lab")), offload, said.append)
     plans.tell(1)
