@@ -40,6 +40,8 @@ from fedsys.training.plain import Batches, device_of, forward
 Scores = dict[str, Tensor]
 Groups = Sequence[Sequence[str]]
 """Names of layers whose outputs of equal index are one channel."""
+Blocks = Mapping[str, int]
+"""By name of a layer, how many of its channels that follow each other are normalised together."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -65,6 +67,7 @@ def channel_norm(
     order: int = 1,
     groups: Groups = (),
     scales: Mapping[str, Tensor] | None = None,
+    blocks: Blocks | None = None,
 ) -> Scores:
     """Return for each weight the mean norm of the channel that it computes.
 
@@ -78,6 +81,8 @@ def channel_norm(
             `coupled_layers`: a channel is then as large as its filters in all of them.
         scales: Factors of the channels of layers by name, ``(channels,)``, such as those of the
             BatchNorm behind them (`fedsys.training.penalty.channel_scales`).
+        blocks: Channels that go together or not at all, by the name of their layer: all of them
+            have the mean of their norms, so that they go at once.
 
     Raises:
         ConfigError: For an `order` other than 1 and 2.
@@ -97,7 +102,12 @@ def channel_norm(
             count = sum(counts[name] for name in names)
             sums |= dict.fromkeys(names, total)
             counts |= dict.fromkeys(names, count)
-    norms = {name: (sums[name] / counts[name]) ** (1 / order) for name in powers}
+    means = {name: sums[name] / counts[name] for name in powers}
+    for layer, size in (blocks or {}).items():
+        if (name := f"{layer}.weight") in means and len(means[name]) % size == 0:
+            together = means[name].reshape(-1, size).mean(1, keepdim=True)
+            means[name] = together.expand(-1, size).reshape(-1)
+    norms = {name: mean ** (1 / order) for name, mean in means.items()}
     return {
         name: norms[name].reshape(-1, *(1 for _ in w.shape[1:])).expand(w.shape)
         for name, w in prunable(model).items()
@@ -105,8 +115,9 @@ def channel_norm(
 
 
 def magnitude_channel(
-    model: nn.Module, *, mix: float = 0.8, order: int = 1, groups: Groups = ()
-) -> Scores:
+    model: nn.Module, *, mix: float = 0.8, order: int = 1, groups: Groups = (),
+    blocks: Blocks | None = None,
+) -> Scores:  # fmt: skip
     """Return (1 - mix) |w| + mix × the norm of the channel.
 
     Magnitudes alone leave few channels without any weight before 95 % sparsity, so that little of
@@ -118,19 +129,21 @@ def magnitude_channel(
         mix: From 0 (`magnitude`) to 1 (`channel_norm`).
         order: As for `channel_norm`.
         groups: As for `channel_norm`.
+        blocks: As for `channel_norm`.
 
     Raises:
         ConfigError: For a `mix` outside [0, 1] or a wrong `order`.
     """
     if not 0.0 <= mix <= 1.0:
         raise ConfigError.of("pruning.mix", mix, "must be in [0, 1]")
-    norms = channel_norm(model, order=order, groups=groups)
+    norms = channel_norm(model, order=order, groups=groups, blocks=blocks)
     return {name: (1 - mix) * size + mix * norms[name] for name, size in magnitude(model).items()}
 
 
 def group_norm(
-    model: nn.Module, *, groups: Groups = (), scales: Mapping[str, Tensor] | None = None
-) -> Scores:
+    model: nn.Module, *, groups: Groups = (), scales: Mapping[str, Tensor] | None = None,
+    blocks: Blocks | None = None,
+) -> Scores:  # fmt: skip
     """Return for each weight the norm of its channel, relative to the mean of its layer.
 
     As in Torch-Pruning's group importance, filters of coupled layers count together and norms are
@@ -141,8 +154,9 @@ def group_norm(
         model: The model.
         groups: As for `channel_norm`.
         scales: As for `channel_norm`.
+        blocks: As for `channel_norm`.
     """
-    norms = channel_norm(model, order=2, groups=groups, scales=scales)
+    norms = channel_norm(model, order=2, groups=groups, scales=scales, blocks=blocks)
     means = {name: norm.flatten(1)[:, 0].mean() for name, norm in norms.items()}
     return {name: norm / means[name] if means[name] > 0 else norm for name, norm in norms.items()}
 

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -243,6 +244,7 @@ def one_shot(
     mix: float = 0.8,
     groups: Groups = (),
     scales: Mapping[str, Tensor] | None = None,
+    blocks: Mapping[str, int] | None = None,
     costs: Mapping[str, float] | None = None,
     cost_weight: float = 1.0,
     iterations: int = 100,
@@ -263,6 +265,7 @@ def one_shot(
         mix: For magnitude_channel.
         groups: For magnitude_channel and group_norm.
         scales: For group_norm.
+        blocks: For magnitude_channel and group_norm: channels that go together or not at all.
         costs: For magnitude_channel and group_norm: what their scores are divided by, as for
             `fedsys.pruning.scores.per_cost`; nothing if None.
         cost_weight: As for `per_cost`.
@@ -284,7 +287,8 @@ def one_shot(
         return synflow_masks(
             model, input_shape, masks, sparsity, iterations=iterations, keep_channels=keep_channels
         )
-    scored = _scored(model, batches, address, mix, groups, scales)
+    channels = {"groups": groups, "blocks": blocks}
+    scored = _scored(model, batches, address, mix, channels, scales)
     if method not in scored:
         rule = f"must be one of {', '.join(METHODS)}"
         raise ConfigError.of("pruning.method", method, rule, did_you_mean(method, METHODS))
@@ -299,7 +303,7 @@ def _scored(
     batches: Batches,
     address: Address,
     mix: float,
-    groups: Groups,
+    channels: Mapping[str, Any],
     scales: Mapping[str, Tensor] | None,
 ) -> dict[str, Callable[[], Scores]]:
     """Return what scores weights by each method that scores once."""
@@ -307,8 +311,8 @@ def _scored(
     return {
         "random": lambda: named.random(model, address),
         "magnitude": lambda: named.magnitude(model),
-        "magnitude_channel": lambda: named.magnitude_channel(model, mix=mix, groups=groups),
-        "group_norm": lambda: named.group_norm(model, groups=groups, scales=scales),
+        "magnitude_channel": lambda: named.magnitude_channel(model, mix=mix, **channels),
+        "group_norm": lambda: named.group_norm(model, scales=scales, **channels),
         "snip": lambda: named.snip(model, batches, address),
         "grasp": lambda: named.grasp(model, batches, address),
     }

@@ -45,12 +45,37 @@ def structure(
     if pruning.method not in CHANNEL_METHODS:
         return {}
     found: dict[str, Any] = {"groups": coupled_layers(model, input_shape)}
+    if any(isinstance(module, nn.GroupNorm) for module in model.modules()):
+        found["blocks"] = normed_blocks(model, input_shape)
     if pruning.method == "group_norm":
         found["scales"] = channel_scales(trace(model, input_shape))
     if pruning.cost != "none":
         costs = channel_costs(model, input_shape, pruning.cost)
         found |= {"costs": costs, "cost_weight": pruning.cost_weight}
     return found
+
+
+def normed_blocks(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
+    """Return how many channels of each layer a GroupNorm behind it normalises together.
+
+    A channel of zeros still counts in the mean and the variance of its group, so only whole groups
+    can be removed without changing what the others are.
+
+    Args:
+        model: Any model that `fedsys.models.graph.trace` traces.
+        input_shape: Of one input without the batch.
+
+    Raises:
+        ModelError: The model does not trace or run on such an input.
+    """
+    ops = _operations(model, input_shape)
+    groups, sizes = _groups(ops), dict[str, int]()
+    for name, op in ops.items():
+        if op.kind is Kind.NORM:
+            size = op.channels // op.groups
+            sizes[groups[name]] = max(size, sizes.get(groups[name], 1))
+    mixes = {name: op for name, op in ops.items() if op.kind is Kind.MIX}
+    return {op.name: sizes[groups[name]] for name, op in mixes.items() if groups[name] in sizes}
 
 
 def channel_costs(model: nn.Module, input_shape: Sequence[int], cost: str) -> dict[str, float]:
