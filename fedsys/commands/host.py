@@ -25,6 +25,8 @@ from fedsys.config import secret
 from fedsys.config.partition import HostServerConfig
 from fedsys.errors import ConfigError, RuntimeFailure
 from fedsys.partition.host import HostLimits, HostServer, Spawned
+from fedsys.partition.slowed import SlowedBuilder
+from fedsys.partition.stage_rack import Builder
 from fedsys.serving.chain_parts import StageBuilder
 from fedsys.transport.security import Credentials
 
@@ -85,11 +87,14 @@ def _server(config: HostServerConfig) -> HostServer:
     else:
         check_unprotected("host", config.address, token)
     limits = HostLimits(int(config.memory_mb * 1e6), int(config.kept_mb * 1e6))
+    builder: Builder = StageBuilder()
+    if config.slower > 1:
+        builder = SlowedBuilder(builder, config.slower)
     try:
         return HostServer(
             config.name,
             config.address,
-            StageBuilder(),
+            builder,
             credentials=credentials,
             control_token=token,
             controller=config.controller if credentials else "",
@@ -137,7 +142,7 @@ def _spawn(config: HostServerConfig, token: str) -> Spawned:
     address = f"{kind}://{place.rpartition(':')[0]}:0"
     given = [f"host.name={config.name}", f"host.address={address}"]
     given += [f"host.memory_mb={config.memory_mb}", f"host.kept_mb={config.kept_mb}"]
-    given.append(f"host.controller={config.controller}")
+    given += [f"host.controller={config.controller}", f"host.slower={config.slower}"]
     if config.threads is not None:
         given.append(f"host.threads={config.threads}")
     if config.credentials is not None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from fedsys import config as configuration
 from fedsys.commands.host import start_host
 from fedsys.config import Config
+from fedsys.config.partition import HostConfig
 from fedsys.errors import ConfigError, RuntimeFailure
 from fedsys.pruning.portfolio import MANIFEST
 from fedsys.transport.security import new_token
@@ -49,8 +50,11 @@ def started(config: Config) -> Iterator[tuple[Config, Mapping[str, int]]]:
                     f"hosts.list[{index}].address", one.address,
                     "must be empty for a host that is started: it gets a free port",
                 )  # fmt: skip
+            if not 1 <= one.slower <= 1000:
+                rule = "must be from 1 to 1000"
+                raise ConfigError.of(f"hosts.list[{index}].slower", one.slower, rule)
         begun = {
-            one.name: pool.submit(start_host, _given(config, one.name), token)
+            one.name: pool.submit(start_host, _given(config, one), token)
             for one in config.hosts.list if one.start
         }  # fmt: skip
         places = {name: future.result() for name, future in begun.items()}
@@ -64,8 +68,9 @@ def started(config: Config) -> Iterator[tuple[Config, Mapping[str, int]]]:
         yield replace(config, hosts=hosts), {name: pid for name, (pid, _) in places.items()}
 
 
-def _given(config: Config, name: str) -> list[str]:
-    given = [f"host.name={name}", "host.address=tcp://127.0.0.1:0"]
+def _given(config: Config, one: HostConfig) -> list[str]:
+    given = [f"host.name={one.name}", "host.address=tcp://127.0.0.1:0"]
+    given += [f"host.slower={one.slower}"] if one.slower != 1 else []
     threads = config.serving.threads
     return given if threads is None else [*given, f"host.threads={threads}"]
 

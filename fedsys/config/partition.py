@@ -24,6 +24,7 @@ class HostConfig:
         power_w: Watts that it takes more while it computes; None: not known.
         radio_w: Watts that it takes more while it sends or receives.
         waiting_ms: Work that waits there before a request.
+        slower: How many times as long it computes if it is started, by waiting.
     """
 
     name: str
@@ -34,6 +35,7 @@ class HostConfig:
     power_w: float | None = None
     radio_w: float = 0.0
     waiting_ms: float = 0.0
+    slower: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ class HostServerConfig:
         memory_mb: Of weights.
         kept_mb: Of weights that no pipeline uses any more.
         threads: Intra-op threads of a forward pass; None for all cores.
+        slower: How many times as long it computes, by waiting; 1: it does not wait.
         parent: Id of the process with which it ends; None: it ends when it is told to.
     """
 
@@ -114,6 +117,7 @@ class HostServerConfig:
     memory_mb: float = 16000.0
     kept_mb: float = 1000.0
     threads: int | None = None
+    slower: float = 1.0
     parent: int | None = None
 
 
@@ -215,5 +219,6 @@ HOST_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("kept_mb", lambda v: v >= 0, "must not be negative"),
     ("drain_s", lambda v: v >= 0, "must not be negative"),
     ("threads", lambda v: v is None or v >= 1, "must be at least 1"),
+    ("slower", lambda v: 1 <= v <= 1000, "must be from 1 to 1000"),
 )
 """The same of the group `host`."""
