@@ -93,7 +93,7 @@ COMMANDS: dict[str, Command] = {
         "fedsys.commands.serve",
         "job",
         "answer requests over HTTP by the variants of a portfolio, or by a chain of hosts",
-        options=("portfolio", "partition"),
+        options=("portfolio", "partition", "dashboard"),
         groups=("serving", "hosts", "network"),
         whole=("serving",),
     ),

@@ -12,7 +12,8 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,8 +21,11 @@ from urllib.parse import urlsplit
 
 from fedsys import config as configuration
 from fedsys.config import Config
+from fedsys.config.dashboard import address_of, check_token
+from fedsys.config.secret import VARIABLE
 from fedsys.errors import ConfigError
 from fedsys.pruning.portfolio import Portfolio
+from fedsys.runs.live.process import live_page
 from fedsys.serving.http import Endpoint
 from fedsys.serving.portfolio import PortfolioEngine, needs_torch
 from fedsys.serving.switch.control import Record
@@ -50,6 +54,8 @@ def job(tree: Any) -> Mapping[str, Any]:
         ModelError: The portfolio is damaged.
     """
     config = configuration.parse(configuration.to_text(tree))
+    if (page := address_of(config.dashboard)) is not None:
+        check_token(page, os.environ.get(VARIABLE, "").strip())
     if config.hosts.to_start:
         return _start_chain(config)
     portfolio = Portfolio.load(_folder(config))
@@ -73,7 +79,8 @@ def job(tree: Any) -> Mapping[str, Any]:
     status = engine.status()
     line = f"{len(portfolio.variants)} variants; {status['variant']}: {status['reason']}"
     _say(endpoint, config, status, "meets_objective", [line])
-    _until_told()
+    with _live(endpoint, config, portfolio):
+        _until_told()
     endpoint.close()
     status = engine.status()
     keys = ("answers", "switches", "failed_switches", "variant", "meets_objective")
@@ -126,6 +133,35 @@ def _until_told() -> None:
         print("finishing the requests in work", file=sys.stderr)
 
 
+@contextmanager
+def _live(
+    endpoint: Endpoint,
+    config: Config,
+    portfolio: Portfolio,
+    processes: Mapping[str, int] = MappingProxyType({}),
+) -> Iterator[None]:
+    """Serve the live page of the endpoint as long as the block lasts, if there is to be one."""
+    about = {
+        "name": config.serving.name,
+        "portfolio": str(portfolio.folder),
+        "front": [
+            {"name": v.name, "accuracy": v.accuracy, "p50_ms": v.p50_ms, "p95_ms": v.p95_ms}
+            for v in portfolio.variants
+        ],
+        "processes": dict(processes),
+        "objective_ms": config.serving.objective.p95_ms,
+    }
+    parts = urlsplit(endpoint.address)
+    here = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(str(parts.hostname))
+    address = f"http://{here}:{parts.port}" if here else endpoint.address
+    with live_page(config.dashboard, address, _say_live, about):
+        yield
+
+
+def _say_live(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def _start_chain(config: Config) -> Mapping[str, Any]:
     """Serve by hosts that are started for it."""
     from fedsys.commands.own_chain import made_model, started  # brings PyTorch
@@ -161,8 +197,10 @@ def _serve_chain(
     status = engine.status()
     rows = [{**row, **_pid(row["host"], processes)} for row in status["chain"]]
     status, lines = {**status, "chain": rows}, [_of_host(row) for row in rows]
-    _say(endpoint, config, status, "chain", lines)
-    _until_told()
+    more = {"began_s": opened.began_s}
+    _say(endpoint, config, status, "chain", lines, more)
+    with _live(endpoint, config, portfolio, processes):
+        _until_told()
     opened.settle()
     endpoint.close()
     opened.release()
@@ -196,7 +234,12 @@ def _of_host(row: Mapping[str, Any]) -> str:
 
 
 def _say(
-    endpoint: Endpoint, config: Config, status: Mapping[str, Any], key: str, lines: Sequence[str]
+    endpoint: Endpoint,
+    config: Config,
+    status: Mapping[str, Any],
+    key: str,
+    lines: Sequence[str],
+    more: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Tell that the endpoint is ready, with one more value of its status, or with these lines."""
     if config.json:
@@ -207,6 +250,7 @@ def _say(
             "variant": status["variant"],
             key: status[key],
             "pid": os.getpid(),
+            **more,
         }
         print(json.dumps({"ready": ready}), flush=True)
     else:

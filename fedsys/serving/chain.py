@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any, final
 
 import torch
@@ -526,8 +527,12 @@ class ChainEngine:
         self.prepared = tuple(label_of(partition) for partition in partitions)
         self.switcher.keep(self.prepared)
 
-    def move(self, partition: Partition) -> Cost:
+    def move(self, partition: Partition, why: Mapping[str, Any] = MappingProxyType({})) -> Cost:
         """Change to another partition in the way that was chosen; return what it took.
+
+        Args:
+            partition: Who is to compute what.
+            why: Reason and expectation, as plain values, for the record.
 
         Raises:
             ConfigError: The partition does not fit.
@@ -537,7 +542,7 @@ class ChainEngine:
         self.chain.check(route)
         self.chain.marks |= set(partition.cuts)
         cost = self.switcher.switch(route.label, beside=self.way != "pause")
-        self.moves.append({"time_s": time.time(), "way": self.way, **vars(cost)})
+        self.moves.append({"time_s": time.time(), "way": self.way, **vars(cost), **why})
         self.moved(partition)
         return cost
 
@@ -550,12 +555,19 @@ class ChainEngine:
             "chain": self._rows(recovery.get("hosts", {})),
             "answers": dict(self._answers),
             "moves": len(self.moves),
+            "model": self._name,
+            "p95_ms": self.watch.p95_ms(),
             "way": self.way,
             "in_memory": [self.switcher.current, *self.switcher.spare],
-            "records": list(self.moves)[-100:],
+            "records": [self._with_time(record) for record in list(self.moves)[-100:]],
             "decision": dict(self.decided()),
             **recovery,
         }
+
+    def _with_time(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the record of a move, with what requests took lately by where it led to."""
+        took_s = self.times.took_s(str(record["after"]))
+        return {**record, "measured_ms": None if took_s is None else 1e3 * took_s}
 
     def _rows(self, hosts: Mapping[str, Any]) -> list[dict[str, Any]]:
         route = self.route

@@ -98,7 +98,8 @@ class ChainControl:
     def _carry_out(self, place: StandingCuts) -> None:
         before = self.place
         try:
-            cost = self._engine.move(place.partition)
+            why = {"reason": self.last["reason"], "predicted_ms": self.last["best_ms"]}
+            cost = self._engine.move(place.partition, why)
         except FedsysError as error:
             until = time.monotonic() + self._rules.shun_s
             shunned = {**before.shunned, place.partition.cuts: until}

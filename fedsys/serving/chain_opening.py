@@ -49,6 +49,7 @@ class OpenedChain:
         control: Decides on cuts; None where they stay.
         recovery: Looks after lost hosts; None where requests fail.
         layers: The model.
+        began_s: When the traces of emulated links began, in seconds since 1970.
 
     Raises:
         ConfigError: A host cannot be reached, is of another version or arithmetic, or the cuts do
@@ -77,6 +78,7 @@ class OpenedChain:
             if config.serving.recovery.enabled and len(hosts) > 1:
                 self.recovery = LookedAfter(hosts, config, stack)
             ways = OtherWays(config, self.layers, portfolio, name, self._whole)
+            self.began_s = time.time()
             chain = Chain(
                 hosts,
                 ways.parts(WHOLE),

@@ -151,7 +151,7 @@ def page(tmp_path):
 
     def open_page(token=""):
         told(tmp_path / "run").close()
-        opened.append(LivePage(tmp_path / "run", "127.0.0.1:0", token))
+        opened.append(LivePage(Snapshots(tmp_path / "run"), "127.0.0.1:0", token))
         return opened[0]
 
     yield open_page
@@ -199,7 +199,7 @@ def test_with_a_token_only_who_has_it_sees_the_run(page):
 def test_off_loopback_there_is_no_page_without_a_token(tmp_path, monkeypatch):
     monkeypatch.delenv("FEDSYS_CONTROL_TOKEN", raising=False)
     with pytest.raises(ConfigError, match="FEDSYS_CONTROL_TOKEN"):
-        LivePage(tmp_path, "0.0.0.0:0")
+        LivePage(Snapshots(tmp_path), "0.0.0.0:0")
     with (
         pytest.raises(ConfigError, match="FEDSYS_CONTROL_TOKEN"),
         live_page("0.0.0.0:0", tmp_path, print),

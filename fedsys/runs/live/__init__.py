@@ -1,4 +1,4 @@
-"""The live page of a run (``fedsys train dashboard=true``), served by a process of its own.
+"""The live page of a run or an endpoint (``dashboard=true``), served by a process of its own.
 
 ::
 
@@ -6,5 +6,6 @@
                                       (`snapshot`)   (`server`)                    (`script`)
 
 It reads the files that the run writes anyway, with low priority, so the run is neither slowed nor
-changed; it ends with the run.
+changed; it ends with the run. Of an endpoint (``fedsys serve``) it asks for the status instead
+(`served`).
 """

@@ -34,6 +34,34 @@ to see what was decided for it and why.</p></figure>
 </main></body></html>
 """
 
+SERVED_PAGE: Final = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width,initial-scale=1">
+<title>fedsys serve</title>
+<link rel="icon" href="data:,"><link rel="stylesheet" href="page.css">
+<script src="page.js" defer></script></head>
+<body><main>
+<h1><span id="name">…</span> <span id="status" class="badge" role="status">connecting</span></h1>
+<p class="muted" id="chosen"></p>
+<p id="error" class="error" hidden></p>
+<div class="cards" id="cards"></div>
+<section aria-label="Hosts" id="hosts"><h2>Hosts</h2>
+<figure class="panel"><div id="map"></div>
+<p id="chosen-host" class="small" aria-live="polite">Choose a host, with the mouse or with Tab, to
+see what runs there and how it is.</p></figure></section>
+<section aria-label="Why"><h2>Why it is so</h2><div class="panel" id="why"></div></section>
+<section aria-label="Portfolio" id="portfolio"><h2>Portfolio</h2>
+<div class="grid2" id="front"></div></section>
+<section aria-label="Curves"><h2>Curves</h2><div class="grid2" id="charts"></div></section>
+<section aria-label="What happened"><h2>What happened</h2>
+<ol id="happened" class="happened"><li class="muted">nothing so far</li></ol></section>
+<section aria-label="Decisions as a table"><h2>Decisions</h2>
+<div class="scroll" tabindex="0" aria-label="table of decisions"><table id="decided"></table></div>
+</section>
+<footer>The figures are those of the endpoint's status. <span id="when"></span></footer>
+</main></body></html>
+"""
+
 STYLE: Final = (
     CSS
     + """
@@ -54,6 +82,19 @@ background:var(--line)}
 #map .wire.alone{stroke:var(--line);stroke-dasharray:3 4}
 #map .wire.lost{stroke:var(--bad);stroke-dasharray:3 4}
 #map .wire.moved{stroke:var(--c1);opacity:1}
+#map .host{cursor:pointer}
+#map .host rect{fill:var(--panel);stroke:var(--accent);stroke-width:2}
+#map .host.idle rect{stroke:var(--line)}
+#map .host.lost rect{stroke:var(--bad);stroke-dasharray:4 3}
+#map .host.suspect rect,#map .host.leaving rect{stroke:var(--warn)}
+#map .host.chosen rect,#map .host:focus rect{fill:var(--good-bg)}
+#map .host:focus{outline:none}
+#map .host:focus-visible rect{stroke-width:4}
+#front .variant{cursor:pointer}
+#front .variant circle{fill:var(--c0)}
+#front .variant.now circle{fill:var(--c2);stroke:var(--text);stroke-width:1.5}
+#front .variant:focus{outline:none}
+#front .variant:focus-visible circle{stroke:var(--accent);stroke-width:3}
 #map .device{cursor:pointer}
 #map .device .body{fill:var(--panel);stroke:var(--line);stroke-width:5}
 #map .device .share{fill:none;stroke:var(--c2);stroke-width:5}
@@ -66,10 +107,11 @@ background:var(--line)}
 overflow-wrap:anywhere}
 .happened b{margin-right:6px}
 .scroll{overflow-x:auto}
-#devices{border-collapse:collapse;width:100%;font-size:13px}
-#devices th,#devices td{text-align:left;padding:4px 10px 4px 0;border-bottom:1px solid var(--line);
+#devices,#decided{border-collapse:collapse;width:100%;font-size:13px}
+#devices th,#devices td,#decided th,#decided td{text-align:left;padding:4px 10px 4px 0;
+border-bottom:1px solid var(--line);
 font-variant-numeric:tabular-nums;white-space:nowrap}
-#devices td.why{white-space:normal;min-width:220px}
+#devices td.why,#decided td.why{white-space:normal;min-width:220px}
 .chart .name{font-size:12px}
 """
 )

@@ -1,4 +1,4 @@
-"""Starts the process of the live page with a run, and ends it with the run."""
+"""Starts the process of the live page with a run or an endpoint, and ends it with that."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from types import MappingProxyType
+from typing import Any, Final
 
 from fedsys.config.dashboard import address_of, check_token, is_loopback, place_of
 from fedsys.config.secret import VARIABLE
@@ -23,13 +24,19 @@ STOP_S: Final = 8.0
 
 
 @contextmanager
-def live_page(dashboard: bool | str, folder: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Serve the page of a run as long as the block lasts; the run goes on whatever becomes of it.
+def live_page(
+    dashboard: bool | str,
+    what: Path | str,
+    say: Callable[[str], None],
+    about: Mapping[str, Any] = MappingProxyType({}),
+) -> Iterator[None]:
+    """Serve the page of a run or an endpoint as long as the block lasts, which goes on anyway.
 
     Args:
         dashboard: The option.
-        folder: Of the run.
+        what: Folder of the run, or address of the endpoint.
         say: Told the address of the page, or why there is none.
+        about: What does not change of the endpoint (`fedsys.runs.live.served.AboutServed`).
 
     Raises:
         ConfigError: The option is not usable.
@@ -41,9 +48,10 @@ def live_page(dashboard: bool | str, folder: Path, say: Callable[[str], None]) -
     token = os.environ.get(VARIABLE, "").strip()
     check_token(address, token)
     kept = {"PYTHONPATH": str(Path(__file__).resolve().parents[3])}
+    shown = what if isinstance(what, str) else str(what.absolute())
     token = "" if is_loopback(place_of(address)[0]) else token
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "fedsys.runs.live", str(folder.absolute()), address],
+        [sys.executable, "-P", "-m", "fedsys.runs.live", shown, address, json.dumps(dict(about))],
         env={**os.environ, **kept, VARIABLE: token},
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         text=True, start_new_session=True,

@@ -1,18 +1,20 @@
 """The script of the live page: asks for ``run.json`` once a second and draws what it says.
 
-Texts are set as texts, never as HTML: names in a run may hold anything.
+Texts are set as texts, never as HTML: names in a run may hold anything. What both pages need, that
+of a run and that of an endpoint (`fedsys.runs.live.served_script`), stands in `COMMON`, which calls
+``show`` and ``map`` of the page.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-SCRIPT: Final = r"""'use strict';
+COMMON: Final = r"""'use strict';
 const EVERY_MS = 1000;
 const COLORS = 7;
 const SVG = 'http://www.w3.org/2000/svg';
 const at = (id) => document.getElementById(id);
-let run = null, chosen = null, edgesBefore = new Map(), movedUntil = new Map(), failures = 0;
+let run = null, chosen = null, failures = 0;
 
 function el(name, attributes, ...children) {
   const made = document.createElement(name);
@@ -30,8 +32,6 @@ function dress(made, attributes, children) {
 const known = (value) => value !== null && value !== undefined;
 const percent = (value) => known(value) ? (100 * value).toFixed(2) + ' %' : '–';
 const number = (value, digits = 4) => known(value) ? String(+value.toPrecision(digits)) : '–';
-// What the run is judged by: its name in files, a title, and how it is written.
-const judged = () => [run.metric.name, run.metric.title, run.metric.percent ? percent : number];
 function seconds(value) {
   if (!known(value)) return '–';
   if (value < 60) return number(value, 3) + ' s';
@@ -51,7 +51,7 @@ async function ask() {
   } catch (error) {
     failures += 1;
     if (failures === 3) {
-      at('status').textContent = 'out of reach: the run has ended, or its page has';
+      at('status').textContent = 'out of reach: what it shows has ended, or the page has';
       at('status').className = 'badge gone';
     }
     if (failures > 60) return;
@@ -59,6 +59,55 @@ async function ask() {
   setTimeout(ask, EVERY_MS);
 }
 
+function figure(title, series, form, place = (v) => `round ${v}`) {
+  const width = 420, height = 190, left = 62, bottom = 24, right = 12, top = 8;
+  const all = series.flatMap(([, points]) => points);
+  const xs = all.map(([x]) => x), ys = all.map(([, y]) => y);
+  const x0 = Math.min(...xs), x1 = Math.max(...xs, x0 + 1);
+  let y0 = Math.min(...ys, 0), y1 = Math.max(...ys);
+  if (y1 <= y0) y1 = y0 + 1;
+  const x = (v) => left + (v - x0) / (x1 - x0) * (width - left - right);
+  const y = (v) => top + (y1 - v) / (y1 - y0) * (height - top - bottom);
+  const marks = [0, .5, 1].map((part) => y0 + part * (y1 - y0)).flatMap((v) => [
+    svg('line', {class: 'grid', x1: left, x2: width - right, y1: y(v), y2: y(v)}),
+    svg('text', {x: left - 6, y: y(v) + 4, 'text-anchor': 'end'}, form(v))]);
+  const ends = [[x0, 'start'], [x1, 'end']].map(([v, anchor]) =>
+    svg('text', {x: x(v), y: height - 6, 'text-anchor': anchor}, place(v)));
+  const lines = series.map(([, points], i) => points.length === 1
+    ? svg('circle', {class: `dot k${i}`, cx: x(points[0][0]), cy: y(points[0][1]), r: 3.5})
+    : svg('polyline', {class: `line k${i}`, points: points.map(([a, b]) =>
+      `${x(a).toFixed(1)},${y(b).toFixed(1)}`).join(' ')}));
+  const last = series.map(([name, points]) => `${name} ${form(points[points.length - 1][1])}`);
+  const drawing = svg('svg', {class: 'chart', viewBox: `0 0 ${width} ${height}`, role: 'img',
+    'aria-label': `${title}: ${last.join(', ')}`}, ...marks, ...ends, ...lines);
+  const legend = el('ul', {class: 'legend'}, ...last.map((text, i) => el('li', {},
+    svg('svg', {class: 'key', viewBox: '0 0 18 8'},
+      svg('line', {class: `line k${i}`, x1: 0, x2: 18, y1: 4, y2: 4})), text)));
+  return el('figure', {class: 'panel'}, el('figcaption', {}, title), drawing, legend);
+}
+
+function happened() {
+  if (!run.happened.length) return;
+  const items = run.happened.slice().reverse().map((event) => el('li', {'data-kind': event.kind},
+    el('b', {}, event.kind), known(event.round) ? `round ${event.round}: ` : '', event.text,
+    known(event.after_s)
+      ? el('span', {class: 'muted'}, ` after ${seconds(event.after_s)}`) : null));
+  at('happened').replaceChildren(...items);
+}
+
+let resizing = 0;
+addEventListener('resize', () => {
+  clearTimeout(resizing);
+  resizing = setTimeout(() => { if (run) map(); }, 150);
+});
+"""
+
+SCRIPT: Final = (
+    COMMON
+    + r"""
+let edgesBefore = new Map(), movedUntil = new Map();
+// What the run is judged by: its name in files, a title, and how it is written.
+const judged = () => [run.metric.name, run.metric.title, run.metric.percent ? percent : number];
 function show() {
   document.title = `${run.name} · fedsys`;
   at('name').textContent = run.name;
@@ -236,42 +285,6 @@ function charts() {
   at('charts').replaceChildren(...made);
 }
 
-function figure(title, series, form) {
-  const width = 420, height = 190, left = 62, bottom = 24, right = 12, top = 8;
-  const all = series.flatMap(([, points]) => points);
-  const xs = all.map(([x]) => x), ys = all.map(([, y]) => y);
-  const x0 = Math.min(...xs), x1 = Math.max(...xs, x0 + 1);
-  let y0 = Math.min(...ys, 0), y1 = Math.max(...ys);
-  if (y1 <= y0) y1 = y0 + 1;
-  const x = (v) => left + (v - x0) / (x1 - x0) * (width - left - right);
-  const y = (v) => top + (y1 - v) / (y1 - y0) * (height - top - bottom);
-  const marks = [0, .5, 1].map((part) => y0 + part * (y1 - y0)).flatMap((v) => [
-    svg('line', {class: 'grid', x1: left, x2: width - right, y1: y(v), y2: y(v)}),
-    svg('text', {x: left - 6, y: y(v) + 4, 'text-anchor': 'end'}, form(v))]);
-  const ends = [[x0, 'start'], [x1, 'end']].map(([v, anchor]) =>
-    svg('text', {x: x(v), y: height - 6, 'text-anchor': anchor}, `round ${v}`));
-  const lines = series.map(([, points], i) => points.length === 1
-    ? svg('circle', {class: `dot k${i}`, cx: x(points[0][0]), cy: y(points[0][1]), r: 3.5})
-    : svg('polyline', {class: `line k${i}`, points: points.map(([a, b]) =>
-      `${x(a).toFixed(1)},${y(b).toFixed(1)}`).join(' ')}));
-  const last = series.map(([name, points]) => `${name} ${form(points[points.length - 1][1])}`);
-  const drawing = svg('svg', {class: 'chart', viewBox: `0 0 ${width} ${height}`, role: 'img',
-    'aria-label': `${title}: ${last.join(', ')}`}, ...marks, ...ends, ...lines);
-  const legend = el('ul', {class: 'legend'}, ...last.map((text, i) => el('li', {},
-    svg('svg', {class: 'key', viewBox: '0 0 18 8'},
-      svg('line', {class: `line k${i}`, x1: 0, x2: 18, y1: 4, y2: 4})), text)));
-  return el('figure', {class: 'panel'}, el('figcaption', {}, title), drawing, legend);
-}
-
-function happened() {
-  if (!run.happened.length) return;
-  const items = run.happened.slice().reverse().map((event) => el('li', {'data-kind': event.kind},
-    el('b', {}, event.kind), known(event.round) ? `round ${event.round}: ` : '', event.text,
-    known(event.after_s)
-      ? el('span', {class: 'muted'}, ` after ${seconds(event.after_s)}`) : null));
-  at('happened').replaceChildren(...items);
-}
-
 function table() {
   const rows = run.devices.filter((device) => known(device.cut));
   if (!rows.length) {
@@ -289,11 +302,6 @@ function table() {
     el('tbody', {}, ...rows.map((d) => el('tr', {}, ...cells(d).map((text, i, all) =>
       el('td', i === all.length - 1 ? {class: 'why'} : {}, String(text ?? '')))))));
 }
-
-let resizing = 0;
-addEventListener('resize', () => {
-  clearTimeout(resizing);
-  resizing = setTimeout(() => { if (run) map(); }, 150);
-});
 ask();
 """
+)

@@ -1,4 +1,4 @@
-"""Serves the live page over HTTP: the page, its script and style, and the run as JSON.
+"""Serves the live page over HTTP: the page, its script and style, and what it shows as JSON.
 
 On loopback nobody is asked who they are, but a request must name the address that is served: a page
 of another site cannot get at it by a name of its own. Off loopback there is a token, in the address
@@ -9,8 +9,9 @@ page may load nothing from elsewhere, and says so to the browser.
 from __future__ import annotations
 
 import time
-from pathlib import Path
-from typing import Final, final
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Protocol, final
 from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
@@ -20,9 +21,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fedsys.config.dashboard import check_token, place_of
-from fedsys.runs.live.page import PAGE, STYLE
+from fedsys.runs.live.page import PAGE, SERVED_PAGE, STYLE
 from fedsys.runs.live.script import SCRIPT
-from fedsys.runs.live.snapshot import Snapshots
+from fedsys.runs.live.served_script import SERVED_SCRIPT
 from fedsys.transport.http_places import HttpLimits
 from fedsys.transport.http_server import HttpServer, listening_socket
 from fedsys.transport.security import same_token
@@ -39,35 +40,65 @@ HEADERS: Final = {
 }
 
 
+class Source(Protocol):
+    """Says how what is shown is now."""
+
+    def take(self) -> Mapping[str, Any]:
+        """Return it as JSON has it; ``status`` is ``running`` as long as it may change."""
+
+    def close(self) -> None:
+        """PageParts no more."""
+
+
+@dataclass(frozen=True)
+class PageParts:
+    """What a browser is given.
+
+    Attributes:
+        page: HTML.
+        script: What fills it.
+    """
+
+    page: str
+    script: str
+
+
+OF_RUN: Final = PageParts(PAGE, SCRIPT)
+OF_ENDPOINT: Final = PageParts(SERVED_PAGE, SERVED_SCRIPT)
+
+
 @final
 class LivePage:
-    """Serves the page of a run until it is closed.
+    """Serves the page of a run, or of an endpoint, until it is closed.
 
     Args:
-        folder: Of the run.
+        source: Says how it is; closed with the page.
         address: ``HOST:PORT``; port 0 for any that is free.
         token: What everybody must present; empty on loopback only.
+        look: What a browser is given.
 
     Attributes:
         address: As ``http://host:port``.
-        asked: When the run was last asked for, by `time.monotonic`; 0 for never.
-        told: The status of the run that was told then.
+        asked: When the source was last asked for, by `time.monotonic`; 0 for never.
+        told: The status that was told then.
 
     Raises:
         ConfigError: The address cannot be listened on, or needs a token.
     """
 
-    def __init__(self, folder: Path, address: str, token: str = "") -> None:
+    def __init__(
+        self, source: Source, address: str, token: str = "", look: PageParts = OF_RUN
+    ) -> None:
         host, port = place_of(address)
         check_token(address, token)
-        self._snapshots, self.asked, self.told = Snapshots(folder), 0.0, ""
+        self._source, self.asked, self.told = source, 0.0, ""
         listening = listening_socket("dashboard", address, host, port)
         name = f"[{host}]" if ":" in host else host
         self.address = f"http://{name}:{listening.getsockname()[1]}"
         routes = [
-            Route("/", lambda _: Response(PAGE, media_type="text/html")),
+            Route("/", lambda _: Response(look.page, media_type="text/html")),
             Route("/page.css", lambda _: Response(STYLE, media_type="text/css")),
-            Route("/page.js", lambda _: Response(SCRIPT, media_type="text/javascript")),
+            Route("/page.js", lambda _: Response(look.script, media_type="text/javascript")),
             Route("/run.json", self._run),
         ]
         app = _Door(Starlette(routes=routes), token, None if token else urlsplit(self.address).port)
@@ -75,13 +106,14 @@ class LivePage:
         self._server = HttpServer(app, listening, limits, always=lambda path: False, drain_s=1.0)
 
     def _run(self, request: Request) -> Response:  # in a thread of Starlette's: it reads files
-        taken = self._snapshots.take()
+        taken = self._source.take()
         self.asked, self.told = time.monotonic(), str(taken["status"])
         return JSONResponse(taken)
 
     def close(self) -> None:
-        """End the server."""
+        """End the server, and look no more."""
         self._server.close()
+        self._source.close()
 
 
 class _Door:

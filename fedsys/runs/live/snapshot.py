@@ -60,8 +60,11 @@ class Snapshots:
             "edges": edges,
             "happened": _happened(events, moves, float(info.get("started") or 0.0))[-EVENTS:],
         }
-        finite: dict[str, Any] = _finite(taken)
-        return finite
+        found: dict[str, Any] = finite(taken)
+        return found
+
+    def close(self) -> None:
+        """End: nothing is open."""
 
     def _of(self, name: str, read: Callable[[], Any], absent: Any) -> Any:
         """Return what a file holds, or what it held before where it is damaged for a moment."""
@@ -241,9 +244,10 @@ def _shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Return a value with None in place of numbers that are not finite, as JSON has it."""
     if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
