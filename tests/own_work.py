@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -62,6 +65,29 @@ def padded(examples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
     """Put examples of different length together."""
     inputs = nn.utils.rnn.pad_sequence([x for x, _ in examples], batch_first=True)
     return inputs, torch.tensor([y for _, y in examples])
+
+
+def words(text: str) -> list[int]:
+    """Number the words of a text by their order."""
+    known = sorted(set(text.split()))
+    return [known.index(word) for word in text.split()]
+
+
+class Pieces:
+    """A tokenizer as those of libraries: made of something, with a vocabulary of its own."""
+
+    def __init__(self, size: int) -> None:
+        self.vocab_size = size
+
+    def encode(self, text: str) -> SimpleNamespace:
+        """Return the tokens of a text, as ``tokenizers`` does."""
+        return SimpleNamespace(ids=words(text))
+
+
+def words_of_row(row: dict[str, Any]) -> tuple[Tensor, int]:
+    """Make an example of a row of a set of images: its brightest pixel, some times."""
+    words = torch.full((2 + row["label"],), max(row["image"].getextrema()))
+    return words, row["label"]
 
 
 class Segments(nn.Module):

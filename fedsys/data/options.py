@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -38,11 +39,12 @@ def positive(spec: Spec, key: str, default: float, *, most: float, group: str) -
     return float(value)
 
 
-def choice(argument: str, value: object, known: Sequence[str]) -> str:
+def choice(argument: str, value: object, known: Sequence[object]) -> str:
     """Return `value` if it is one of `known`."""
     if value not in known:
-        hint = did_you_mean(str(value), known).rstrip()
-        raise ConfigError.of(argument, value, f"must be one of {', '.join(known)}", hint)
+        names = [str(each) for each in known]
+        hint = did_you_mean(str(value), names).rstrip()
+        raise ConfigError.of(argument, value, f"must be one of {', '.join(names)}", hint)
     return str(value)
 
 
@@ -53,6 +55,25 @@ def shape(spec: Spec, key: str, default: Sequence[int]) -> tuple[int, int, int]:
     if len(numbers) != 3 or not all(isinstance(n, int) and n > 0 for n in numbers):
         raise ConfigError.of(f"data.{key}", value, "must be [channels, height, width]")
     return numbers[0], numbers[1], numbers[2]
+
+
+def brought(module: str, argument: str, value: object) -> Any:
+    """Import a module that ``fedsys[datasets]`` brings.
+
+    Args:
+        module: Its name.
+        argument: The option that needs it.
+        value: Of that option.
+
+    Raises:
+        ConfigError: It is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError.of(
+            argument, value, f"needs {module} ({error})", "pip install 'fedsys[datasets]'"
+        ) from error
 
 
 def cache_folder(spec: Spec) -> Path:

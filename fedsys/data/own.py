@@ -7,10 +7,10 @@ asked for an example is drawn once.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
@@ -62,11 +62,13 @@ def read(spec: Spec) -> Read:
     target = str(spec.get("_target_") or "")
     made = call(target, {str(k): v for k, v in spec.items() if k not in OURS}, "data")
     parts = made if isinstance(made, tuple | list) and len(made) == 2 else (made, None)
-    collate = _collate(spec)
-    images = [None if part is None else _part(part, target, collate, spec) for part in parts]
+    collate = collate_of(spec)
+    named = ("data._target_", target)
+    images = [None if part is None else part_of(part, named, collate, spec) for part in parts]
     train, test = images
     assert train is not None
-    names, outputs = _outputs(parts[0], [part for part in images if part is not None], spec)
+    told = getattr(parts[0], "classes", None)
+    names, outputs = outputs_of(told, [part for part in images if part is not None], spec)
     return Read(train, test, names, outputs)
 
 
@@ -105,9 +107,8 @@ def locate(target: str, group: str) -> Callable[..., Any]:
     Raises:
         ConfigError: It cannot be imported, or cannot be called.
     """
-    module, _, name = target.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module), name)
+        found = resolve_name(target)
     except Exception as error:  # a user's module may fail in any way; it is kept as the cause
         raise ConfigError.of(
             f"{group}._target_",
@@ -120,42 +121,81 @@ def locate(target: str, group: str) -> Callable[..., Any]:
     return found  # type: ignore[no-any-return]  # a callable, as was asked
 
 
-def _collate(spec: Spec) -> Callable[[Sequence[Any]], Any]:
-    own = spec.get("collate")
-    if own:
-        target = str(own.get("_target_") if isinstance(own, Mapping) else own)
-        rest = {k: v for k, v in own.items() if k != "_target_"} if isinstance(own, Mapping) else {}
-        if rest:
-            return call(target, rest, "data.collate")  # type: ignore[no-any-return]  # the user's
-        return locate(target, "data.collate")
+def function_of(told: Any, group: str) -> Any:
+    """Return the function that an option names, by a dotted path or as a ``_target_``.
+
+    What is named is made where it is a class, or has further keys that it is made of.
+
+    Raises:
+        ConfigError: As for `call` and `locate`.
+    """
+    given = told if isinstance(told, Mapping) else {"_target_": str(told)}
+    found = locate(str(given.get("_target_") or ""), group)
+    return made_of(given, group) if inspect.isclass(found) or len(given) > 1 else found
+
+
+def made_of(told: Mapping[str, Any], group: str) -> Any:
+    """Return what the ``_target_`` of an option makes of its other keys.
+
+    Raises:
+        ConfigError: As for `call`.
+    """
+    rest = {str(k): v for k, v in told.items() if k != "_target_"}
+    return call(str(told.get("_target_") or ""), rest, group)
+
+
+def collate_of(spec: Spec) -> Callable[[Sequence[Any]], Any]:
+    """Return what puts a list of examples together: ``data.collate``, or torch's own.
+
+    Raises:
+        ConfigError: As for `function_of`.
+    """
+    if own := spec.get("collate"):
+        made: Callable[[Sequence[Any]], Any] = function_of(own, "data.collate")
+        return made
     from torch.utils.data import default_collate
 
     return lambda examples: default_collate(list(examples))
 
 
-def _part(part: Any, target: str, collate: Callable[[Sequence[Any]], Any], spec: Spec) -> Images:
-    """Return a whole part as tensors."""
+def part_of(
+    part: Any, named: tuple[str, str], collate: Callable[[Sequence[Any]], Any], spec: Spec
+) -> Images:
+    """Return a whole part as tensors.
+
+    Args:
+        part: A map-style data set.
+        named: The option that led to it, and its value.
+        collate: Puts a list of examples together.
+        spec: The `data` group.
+
+    Raises:
+        ConfigError: It does not suit the task.
+        DataError: Reading an example failed.
+    """
     if not hasattr(part, "__getitem__") or not hasattr(part, "__len__"):
         raise ConfigError.of(
-            "data._target_", target,
+            *named,
             f"must return a map-style data set, with len() and [i], or a tuple of two of them "
             f"(training, test), and it returned a {type(part).__name__}",
         )  # fmt: skip
     count = len(part)
     if count < 2:
-        raise ConfigError.of("data._target_", target, f"must have 2 or more examples, not {count}")
-    batch = _whole(part, count, target, collate)
-    inputs, targets = _pair(batch, target, str(spec.get("task", "classification")))
+        raise ConfigError.of(*named, f"must have 2 or more examples, not {count}")
+    batch = _whole(part, count, named, collate)
+    inputs, targets = _pair(batch, named, str(spec.get("task", "classification")))
     if len(inputs) != count or len(targets) != count:
         raise ConfigError.of(
-            "data._target_", target,
+            *named,
             f"must give {count} rows of inputs and of targets, and gives {len(inputs)} and "
             f"{len(targets)}", "data.collate._target_ puts a list of examples together",
         )  # fmt: skip
     return images_of(inputs, targets, str(spec.get("task", "classification")), _ids(part, count))
 
 
-def _whole(part: Any, count: int, target: str, collate: Callable[[Sequence[Any]], Any]) -> Any:
+def _whole(
+    part: Any, count: int, named: tuple[str, str], collate: Callable[[Sequence[Any]], Any]
+) -> Any:
     index = 0
     try:
         rows = []
@@ -163,7 +203,7 @@ def _whole(part: Any, count: int, target: str, collate: Callable[[Sequence[Any]]
             rows.append(part[index])
     except Exception as error:  # whatever the user's data set raises
         raise DataError(
-            f"data._target_={target}: example {index} cannot be read: "
+            f"{named[0]}={named[1]}: example {index} cannot be read: "
             f"{type(error).__name__}: {first_line(error)}"
         ) from error
     try:
@@ -171,27 +211,27 @@ def _whole(part: Any, count: int, target: str, collate: Callable[[Sequence[Any]]
     except Exception as error:  # likewise
         raise ConfigError.of(
             "data.collate", None,
-            f"cannot put the {count} examples of {target} together: {first_line(error)}",
+            f"cannot put the {count} examples of {named[1]} together: {first_line(error)}",
             "give them one shape, or data.collate._target_=package.function, which takes a list of "
             "examples and returns (inputs, targets), padded",
         ) from error  # fmt: skip
 
 
-def _pair(batch: Any, target: str, task: str) -> tuple[Tensor, Tensor]:
+def _pair(batch: Any, named: tuple[str, str], task: str) -> tuple[Tensor, Tensor]:
     alone = isinstance(batch, Tensor)
     if task == "next_token" and (alone or (isinstance(batch, list | tuple) and len(batch) == 1)):
         tokens = batch if alone else batch[0]
         return tokens[:, :-1], tokens[:, 1:]
     if not isinstance(batch, list | tuple) or len(batch) != 2:
         raise ConfigError.of(
-            "data._target_", target,
+            *named,
             f"must give (inputs, targets) for each example, and not {_kind(batch)}",
         )  # fmt: skip
     try:
         pair = [torch.as_tensor(part) for part in batch]
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError.of(
-            "data._target_", target, f"must give tensors or numbers: {first_line(error)}",
+            *named, f"must give tensors or numbers: {first_line(error)}",
             "a collate function of your own may make them: data.collate._target_",
         ) from error  # fmt: skip
     return pair[0], pair[1]
@@ -261,15 +301,24 @@ def _ids(part: Any, count: int) -> Tensor | None:
     return torch.from_numpy(np.unique(np.asarray(ids), return_inverse=True)[1].astype(np.int64))
 
 
-def _outputs(part: Any, images: Sequence[Images], spec: Spec) -> tuple[tuple[str, ...], int]:
-    """Return the names of the classes, if there are any, and how many numbers a model makes."""
+def outputs_of(classes: Any, images: Sequence[Images], spec: Spec) -> tuple[tuple[str, ...], int]:
+    """Return the names of the classes, if there are any, and how many numbers a model makes.
+
+    Args:
+        classes: What the data set says of its classes: names, their number, or None.
+        images: Its parts.
+        spec: The `data` group, whose ``classes`` come before that.
+
+    Raises:
+        ConfigError: There are fewer classes than are seen.
+    """
     task = str(spec.get("task", "classification"))
     if task in ("regression", "multilabel"):
         return (), int(np.prod(images[0].labels.shape[1:]))
     seen = max(int(each.labels.max()) for each in images)
     if task == "next_token":
         seen = max(seen, *(int(each.pixels.max()) for each in images))
-    told = spec.get("classes") or getattr(part, "classes", None)
+    told = spec.get("classes") or classes
     names = [str(name) for name in told] if isinstance(told, list | tuple) else None
     count = len(names) if names is not None else told if isinstance(told, int) else seen + 1
     if count <= seen:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedsys.data import folder, own, table, text
+from fedsys.data import federated, folder, own, table, text
 from fedsys.data.dataset import Dataset, Images, Indices, mean_and_std, set_aside, stratified
 from fedsys.data.loader import AUGMENTATIONS
 from fedsys.data.options import Spec, cache_folder, choice, fraction, shape, whole
@@ -93,7 +93,7 @@ def _check_task(source: str, spec: Spec) -> None:
     if task != "classification" and source not in ANY:
         raise ConfigError.of(
             "task.kind", task, f"must be classification with data.source={source}, of classes",
-            f"data=own, text or table is for others ({', '.join(ANY)})",
+            f"others are for {', '.join(ANY)}",
         )  # fmt: skip
 
 
@@ -198,12 +198,21 @@ def _image_folder(spec: Spec, seed: int) -> Parts:
 
 def _own(spec: Spec, seed: int) -> Parts:
     """What a data set of the user's holds."""
-    found = own.read(spec)
+    return _with_test(own.read(spec), spec)
+
+
+def _with_test(found: own.Read, spec: Spec) -> Parts:
+    """Return what was read, with a test part that is set aside where there is none."""
     train, test = found.train, found.test
     if test is None:
         share = fraction(spec, "test", 0.2, open_below=True)
         train, test = set_aside(train, share, Address(_TEST_SEED).numpy("test"))
     return Parts(train, test, found.classes, outputs=found.outputs)
+
+
+def _federated(spec: Spec, seed: int) -> Parts:
+    """A set of flwr-datasets."""
+    return _with_test(federated.read(spec), spec)
 
 
 def _text(spec: Spec, seed: int) -> Parts:
@@ -306,10 +315,11 @@ SOURCES: dict[str, Callable[[Spec, int], Parts]] = {
     "image_folder": _image_folder,
     "synthetic": _synthetic,
     "own": _own,
+    "flwr_datasets": _federated,
     "text": _text,
     "table": _table,
 }
 """Readers by the name that `data.source` gives."""
 
-ANY = ("own", "text", "table")
+ANY = ("own", "flwr_datasets", "text", "table")
 """Those whose targets need not be classes."""

@@ -1,4 +1,4 @@
-"""Tables: a CSV file with a line of names, numbers in its columns, and one that is to be learned.
+"""Tables: columns of numbers in a CSV or Parquet file, and one that is to be learned.
 
 Where no file is named, the table is that of 442 patients with diabetes (Efron, Hastie, Johnstone
 and Tibshirani, "Least Angle Regression", Annals of Statistics 2004), which scikit-learn installs.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import gzip
 import importlib.util
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,17 @@ import torch
 from numpy.typing import NDArray
 
 from fedsys.data.dataset import Images, set_aside
-from fedsys.data.options import Spec, fraction
+from fedsys.data.options import Spec, brought, fraction
 from fedsys.data.own import Read, images_of
 from fedsys.errors import ConfigError, DataError, did_you_mean
 from fedsys.randomness import Address
 
 Numbers = NDArray[np.float64]
+Column = NDArray[Any] | Sequence[str]
+"""Numbers, or words that may be numbers."""
+
+_PARQUET = b"PAR1"
+"""What a Parquet file begins with."""
 
 _DIABETES = ("age", "sex", "bmi", "bp", "s1", "s2", "s3", "s4", "s5", "s6", "progression")
 
@@ -31,8 +37,8 @@ def read(spec: Spec, test_seed: int) -> Read:
     """Read a table.
 
     Args:
-        spec: ``file``: a CSV file, or null; ``target``: name of the column that is to be learned,
-            null: the last; ``client``: name of a column that says whose a row is, or null;
+        spec: ``file``: a CSV or Parquet file, or null; ``target``: name of the column that is to be
+            learned, null: the last; ``client``: name of a column that says whose a row is, or null;
             ``test``: share of the rows that is the test part. Columns of numbers have mean 0 and
             deviation 1 in the training part, with ``task=regression`` the target, too: losses and
             errors are in its standard deviations.
@@ -47,22 +53,22 @@ def read(spec: Spec, test_seed: int) -> Read:
         raise ConfigError.of(
             "task.kind", task, "must be regression or classification with data=table"
         )
-    names, rows = _rows(spec.get("file"))
-    target = str(spec.get("target") or names[-1])
-    column = _column(names, target, "target")
+    table = _table(spec.get("file"))
+    names = list(table)
+    target = _column(names, str(spec.get("target") or names[-1]), "target")
     owner = spec.get("client")
-    apart = {column} | ({_column(names, str(owner), "client")} if owner else set())
-    features = _numbers(rows, [i for i in range(len(names)) if i not in apart], names)
+    client = _column(names, str(owner), "client") if owner else None
+    given = [name for name in names if name not in (target, client)]
+    if not given:
+        raise ConfigError.of("data.file", "one column", "must have a column beside the target")
+    features = np.stack([_numbers(table[name], name) for name in given], 1)
     classes: tuple[str, ...] = ()
     if task == "regression":
-        values = torch.from_numpy(_numbers(rows, [column], names))
+        values = torch.from_numpy(_numbers(table[target], target)[:, None])
     else:
-        found, codes = np.unique([row[column] for row in rows], return_inverse=True)
-        classes, values = tuple(map(str, found)), torch.from_numpy(codes.astype(np.int64))
-    ids = None
-    if owner:
-        own = [row[_column(names, str(owner), "client")] for row in rows]
-        ids = torch.from_numpy(np.unique(own, return_inverse=True)[1].astype(np.int64))
+        found, values = _codes(table[target])
+        classes = tuple(map(str, found))
+    ids = _codes(table[client])[1] if client else None
     whole = images_of(torch.from_numpy(features), values, task, ids)
     share = fraction(spec, "test", 0.2, open_below=True)
     train, test = set_aside(whole, share, Address(test_seed).numpy("test"))
@@ -91,35 +97,55 @@ def _moments(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(known.mean(0)).float(), torch.from_numpy(deviation).float()
 
 
-def _column(names: list[str], name: str, key: str) -> int:
+def _column(names: list[str], name: str, key: str) -> str:
     if name not in names:
         hint = did_you_mean(name, names) or f"it has {', '.join(names[:12])}"
         raise ConfigError.of(f"data.{key}", name, "must be a column of the table", hint)
-    return names.index(name)
+    return name
 
 
-def _numbers(rows: list[list[str]], columns: list[int], names: list[str]) -> Numbers:
-    if not columns:
-        raise ConfigError.of("data.file", "one column", "must have a column beside the target")
-    made = np.empty((len(rows), len(columns)))
-    for at, column in enumerate(columns):
-        for line, row in enumerate(rows):
+def _codes(column: Column) -> tuple[NDArray[Any], torch.Tensor]:
+    """Return the different values of a column in their order, and which of them each row has."""
+    found, codes = np.unique(np.asarray(column), return_inverse=True)
+    return found, torch.from_numpy(codes.astype(np.int64))
+
+
+def _numbers(column: Column, name: str) -> Numbers:
+    if isinstance(column, np.ndarray):
+        made = column.astype(np.float64)
+    else:
+        made = np.empty(len(column))
+        for line, value in enumerate(column):
             try:
-                made[line, at] = float(row[column])
+                made[line] = float(value)
             except ValueError:
                 raise DataError(
-                    f"data.file: line {line + 2}, column {names[column]}: {row[column]!r:.40} is "
-                    "no number; turn categories into columns of zeros and ones"
+                    f"data.file: line {line + 2}, column {name}: {value!r:.40} is no number; "
+                    "turn categories into columns of zeros and ones"
                 ) from None
     if not np.isfinite(made).all():
-        raise DataError("data.file: all numbers must be finite; fill in what is missing")
+        raise DataError(f"data.file: column {name}: all numbers must be finite; fill in what is "
+                        "missing")  # fmt: skip
     return made
 
 
-def _rows(file: Any) -> tuple[list[str], list[list[str]]]:
+def _table(file: Any) -> Mapping[str, Column]:
+    """Return the columns of a table by name."""
     if not file:
-        return list(_DIABETES), _diabetes()
+        return dict(zip(_DIABETES, zip(*_diabetes(), strict=True), strict=True))
     path = Path(str(file)).expanduser()
+    try:
+        with path.open("rb") as stream:
+            parquet = stream.read(len(_PARQUET)) == _PARQUET
+    except OSError as error:
+        raise DataError(f"data.file={path}: cannot be read: {error}") from error
+    table = _parquet(path) if parquet else _csv(path)
+    if not table or len(next(iter(table.values()))) < 4:
+        raise DataError(f"data.file={path}: must have 4 or more rows")
+    return table
+
+
+def _csv(path: Path) -> Mapping[str, Column]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
             names, *rows = [row for row in csv.reader(stream) if row]
@@ -132,9 +158,29 @@ def _rows(file: Any) -> tuple[list[str], list[list[str]]]:
             raise DataError(
                 f"data.file={path}: row {line + 1} has {len(row)} columns instead of {len(names)}"
             )
-    if len(rows) < 4:
-        raise DataError(f"data.file={path}: must have 4 or more rows below the names")
-    return names, rows
+    return dict(zip(names, zip(*rows, strict=True), strict=True)) if rows else {}
+
+
+def _parquet(path: Path) -> Mapping[str, Column]:
+    """Return the columns of a Parquet file: numbers as such, all others as words."""
+    parquet, types = (brought(f"pyarrow.{m}", "data.file", path) for m in ("parquet", "types"))
+    try:
+        found = parquet.read_table(path)
+    except Exception as error:  # whatever is raised for a file that is damaged
+        raise DataError(f"data.file={path}: cannot be read as Parquet: {error}") from error
+    columns: dict[str, Column] = {}
+    for name in found.column_names:
+        column, kind = found[name], found[name].type
+        if column.null_count:
+            raise DataError(
+                f"data.file={path}: column {name} lacks {column.null_count} values; fill them in"
+            )
+        numbers = types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind)
+        whole = numbers or types.is_boolean(kind)
+        columns[name] = (
+            np.asarray(column.to_numpy()) if whole else [str(value) for value in column.to_pylist()]
+        )
+    return columns
 
 
 def _diabetes() -> list[list[str]]:

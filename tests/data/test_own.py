@@ -112,6 +112,57 @@ def test_a_csv_file_may_have_classes_and_clients(tmp_path):
             load({**spec, **wrong}, seed=0)
 
 
+def test_a_parquet_file_gives_what_the_csv_file_of_the_same_rows_gives(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = {"a": [k / 3 for k in range(30)], "b": [k % 5 for k in range(30)],
+            "flag": [k % 7 == 0 for k in range(30)], "site": [f"s{k % 3}" for k in range(30)],
+            "good": [k % 4 for k in range(30)]}  # fmt: skip
+    lines = [
+        ",".join(rows),
+        *(",".join(str(v) for v in row) for row in zip(*rows.values(), strict=True)),
+    ]
+    (tmp_path / "t.csv").write_text("\n".join(lines).replace("False", "0").replace("True", "1"))
+    parquet.write_table(pyarrow.table(rows), tmp_path / "t.parquet")
+    for more in ({}, {"task": "regression"}):
+        spec = {"source": "table", "client": "site", **more}
+        csv, other = (
+            load({**spec, "file": str(tmp_path / f"t.{kind}")}, seed=1)
+            for kind in ("csv", "parquet")
+        )
+        assert torch.equal(csv.train.pixels, other.train.pixels) and csv.classes == other.classes
+        assert torch.equal(csv.test.labels, other.test.labels)
+        assert torch.equal(csv.train.owners, other.train.owners)
+    rows["a"][3] = None
+    parquet.write_table(pyarrow.table(rows), tmp_path / "t.parquet")
+    with pytest.raises(DataError, match="column a lacks 1 values"):
+        load({"source": "table", "file": str(tmp_path / "t.parquet")}, seed=0)
+    (tmp_path / "t.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(DataError, match="cannot be read as Parquet"):
+        load({"source": "table", "file": str(tmp_path / "t.parquet")}, seed=0)
+
+
+def test_a_text_may_be_cut_into_the_tokens_of_a_tokenizer(tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_text("to be or not to be " * 40)
+    spec = {"source": "text", "task": "next_token", "file": str(path), "length": 6}
+    found = load({**spec, "tokenizer": f"{OWN}.words"}, seed=0)
+    assert found.num_classes == 4 and found.train.pixels[0].tolist() == [3, 0, 2, 1, 3, 0]
+    told = {"_target_": f"{OWN}.Pieces", "size": 9}
+    pieces = load({**spec, "tokenizer": told}, seed=0)
+    assert pieces.num_classes == 9 and torch.equal(pieces.train.pixels, found.train.pixels)
+    assert load({**spec, "tokenizer": told, "vocabulary": 12}, seed=0).num_classes == 12
+    for wrong, says in (
+        ({"tokenizer": f"{OWN}.steep"}, "data.tokenizer=tests.own_work.steep: TypeError"),
+        ({"tokenizer": "str.upper"}, "must be importable"),
+        ({"tokenizer": "builtins.str.upper"}, "must make a list of whole numbers"),
+        ({"tokenizer": told, "vocabulary": 2}, "above the largest token, 3"),
+    ):
+        with pytest.raises((ConfigError, DataError), match=says):
+            load({**spec, **wrong}, seed=0)
+
+
 def test_text_is_cut_into_windows_that_know_what_comes_next(tmp_path):
     path = tmp_path / "t.txt"
     path.write_bytes(bytes(range(200)) * 2)

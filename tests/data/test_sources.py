@@ -294,7 +294,8 @@ def test_every_source_has_a_group_whose_values_are_usable(source, tmp_path):
         data = load({**spec, "cache": str(tmp_path), "task": task}, seed=0)
     except ConfigError as error:
         # Nothing but the place of the files, or of the data set, is missing where it is needed.
-        assert ("data._target_" if source == "own" else "data.root") in str(error)
+        missing = {"own": "data._target_", "flwr_datasets": "data.name"}.get(source, "data.root")
+        assert missing in str(error)
         assert source not in ("digits", "synthetic")
     else:
         assert data.augmentation == "none"
