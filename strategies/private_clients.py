@@ -97,6 +97,7 @@ def check_client_run(config: Config, inner: Strategy, model: nn.Module) -> None:
             "another aggregate is not bounded by the clipping norm, or not by as much noise",
             "strategy=fedavg or fedprox",
         )  # fmt: skip
+    _check_parameters(model)
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     if buffers := sorted(model.state_dict().keys() - parameters):
         raise ConfigError.of(
@@ -110,6 +111,22 @@ def check_client_run(config: Config, inner: Strategy, model: nn.Module) -> None:
             "has clients tell their scores, which is a release without noise with privacy=client",
             "0; rounds are judged on the validation part",
         )  # fmt: skip
+
+
+def _check_parameters(model: nn.Module) -> None:
+    """Refuse parameters that noise would change although, or differently than, they are trained."""
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:
+            raise ConfigError.of(
+                "model", name, "is frozen, and with privacy=client all that is sent gets noise",
+                "train all parameters, or choose another model",
+            )  # fmt: skip
+        if (other := first.setdefault(id(parameter), name)) != name:
+            raise ConfigError.of(
+                "model", name, f"is shared with {other}, and with privacy=client each would get "
+                "noise of its own", "give each use parameters of its own, or choose another model",
+            )  # fmt: skip
 
 
 def drowned(config: Config, noise: float, parameters: int) -> str:

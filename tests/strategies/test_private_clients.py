@@ -198,6 +198,19 @@ def test_buffers_and_scores_of_clients_are_refused(configure):
     check_client_run(configure("privacy=client"), FedProx(), nn.Linear(2, 2))
 
 
+@pytest.mark.parametrize("where", ["server", "device"])
+def test_shared_and_frozen_parameters_are_refused(where, configure):
+    """Noise changed what was frozen, and made two of what was one."""
+    config = configure("privacy=client", f"privacy.where={where}")
+    frozen, shared = (nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)) for _ in range(2))
+    frozen[0].weight.requires_grad_(False)
+    shared[1].weight = shared[0].weight
+    with pytest.raises(ConfigError, match=r"model=0\.weight: is frozen"):
+        check_client_run(config, FedAvg(), frozen)
+    with pytest.raises(ConfigError, match=r"model=1\.weight: is shared with 0\.weight"):
+        check_client_run(config, FedAvg(), shared)
+
+
 def test_wrappers_find_each_other_through_that_of_flower(configure):
     inner = FedAvg()
     around = TypedBuffers(PrivateClients(inner, configure("privacy=client")), frozenset(START))
