@@ -9,8 +9,10 @@ shapes and whose processes share a quota of processor time.
 
 1. ``fedsys profile`` measures this machine, and over the shaped link from ``device0`` to ``edge0``
    what messages cost: on a link that delivers packet by packet a byte takes ten times as much
-   processor time as on loopback. A device is the same machine, slower by its quota. What the model
-   predicts is printed before anything runs.
+   processor time as on loopback. A device is the same machine, slower: by how much is measured in
+   a round of the whole model within its quota, of which a processor whose caches are another's for
+   most of the time makes less than its share. What the model predicts is printed before anything
+   else runs.
 2. ``fedsys edge`` runs in one namespace, a device with its own server app in each of the others,
    over mutual TLS. Quotas are set when all are ready to train.
 3. The same setting is emulated: shaped links on loopback, devices and edge slowed by waiting.
@@ -31,6 +33,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -38,7 +41,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from fedsys import config as configuration
@@ -68,24 +71,28 @@ def main() -> None:
     """Profile, predict, run, emulate, compare."""
     if sys.argv[1:2] == ["_device"]:
         return device(Path(sys.argv[2]))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # else the namespaces would stay
     given = _arguments()
     config = _config(given)
     fed = federation.federation(config)
     layers = layered_model(config, fed.dataset.input_shape, fed.dataset.num_classes)
     found = profiled(given)
     host = machine_costs("host", found, layers)
-    load = _load(given, config, layers, host)
+    factor = slowness(given, _load(given, config, layers, host, 1.0))
+    print(f"a device takes {factor:.2f} times as long", file=sys.stderr, flush=True)
+    load = _load(given, config, layers, host, factor)
     if given.policy:
-        rounds = {kind: decided(given, kind, load, found) for kind in given.policy}
+        rounds = {kind: decided(given, kind, load, found, factor) for kind in given.policy}
         shown = {k: v for k, v in vars(given).items() if k not in ("testbed", "agent")}
-        print(json.dumps({**shown, "rounds": rounds, "load": os.getloadavg()[0]}))
+        more = {"slowness": factor, "load": os.getloadavg()[0]}
+        print(json.dumps({**shown, "rounds": rounds, **more}))
         return
     choice = Assignment(given.cut, 0, given.codec, given.codec, given.micro_batches)
     predicted = max(evaluate(load, [choice] * given.devices).iteration_s)
     print(f"predicted {predicted:.3f} s", file=sys.stderr, flush=True)
     real = on_testbed(given, config)
     print(f"measured {real:.3f} s", file=sys.stderr, flush=True)
-    emulated = emulate(given, config, load, found)
+    emulated = emulate(given, config, load, found, factor)
     result = {
         **{k: v for k, v in vars(given).items() if k != "testbed"},
         "predicted_s": predicted,
@@ -93,16 +100,21 @@ def main() -> None:
         "emulated_s": emulated,
         "prediction_error": predicted / real - 1,
         "emulation_error": emulated / real - 1,
+        "slowness": factor,
         "load": os.getloadavg()[0],
     }
     print(json.dumps(result))
 
 
 def _load(
-    given: argparse.Namespace, config: Config, layers: LayeredModel, host: MachineCosts
+    given: argparse.Namespace,
+    config: Config,
+    layers: LayeredModel,
+    host: MachineCosts,
+    factor: float,
 ) -> Workload:
-    """Return what the devices do, with the machines and links that the arguments describe."""
-    slow = slowed(host, 1.0 / given.cpu)
+    """Return what the devices do, so many times as slow, over the links of the arguments."""
+    slow = slowed(host, factor)
     network = Network(given.up * 1e6 * PAYLOAD, given.down * 1e6 * PAYLOAD)
     return workload(
         layers,
@@ -223,6 +235,23 @@ def on_testbed(given: argparse.Namespace, config: Config) -> float:
     """Return the median seconds of an iteration of the devices."""
     with tempfile.TemporaryDirectory() as folder, testbed_of(given) as testbed:
         return _between(given, config, testbed, Path(folder))
+
+
+def slowness(given: argparse.Namespace, load: Workload) -> float:
+    """Return how many times as long the whole model takes within the quota of a device.
+
+    Args:
+        given: The arguments.
+        load: Devices that are as fast as this machine.
+    """
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        testbed_of(given) as testbed,
+        started(given, _config(given, "none"), testbed, Path(folder)) as devices,
+    ):
+        took = [float(told["seen"]["iteration-s"]) for told in _round(given, testbed, devices)]
+    whole = [Assignment(load.units, 0)] * given.devices
+    return fmean(took) / fmean(evaluate(load, whole).iteration_s)
 
 
 @contextmanager
@@ -371,7 +400,7 @@ class _Telling:
 
 
 def decided(
-    given: argparse.Namespace, kind: str, load: Workload, host: Mapping[str, Any]
+    given: argparse.Namespace, kind: str, load: Workload, host: Mapping[str, Any], factor: float
 ) -> list[dict[str, Any]]:
     """Return what a policy did in each round, beside what the model of time says of it."""
     rows: list[dict[str, Any]] = []
@@ -384,7 +413,7 @@ def decided(
             "up_mbit_s": network.up_bits_s / 1e6,
             "down_mbit_s": network.down_bits_s / 1e6,
         },
-        "fleet": _machines(host, 1.0 / given.cpu),
+        "fleet": _machines(host, factor),
     }
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -404,6 +433,8 @@ def decided(
 def _policy(given: argparse.Namespace, kind: str) -> dict[str, Any]:
     """Return the options of a policy; links that are not used are tried in every second round."""
     same = {"codec": given.codec, "micro_batches": given.micro_batches}
+    if kind == "none":
+        return {}
     if kind == "fixed":
         return {**same, "cut": given.cut}
     if kind == "fedadapt":
@@ -461,7 +492,11 @@ def _machines(host: Mapping[str, Any], factor: float) -> dict[str, Any]:
 
 
 def emulate(
-    given: argparse.Namespace, config: Config, load: Workload, host: Mapping[str, Any]
+    given: argparse.Namespace,
+    config: Config,
+    load: Workload,
+    host: Mapping[str, Any],
+    factor: float,
 ) -> float:
     """Return the median seconds of an iteration with shaped links and machines that wait."""
     network = load.devices[0].network
@@ -480,7 +515,7 @@ def emulate(
                 "latency_ms": 0.0,
                 "emulate": True,
             },
-            fleet={**_machines(host, 1.0 / given.cpu), "emulate": True},
+            fleet={**_machines(host, factor), "emulate": True},
         )
         return median(watch.iterations(given.iterations))
 
