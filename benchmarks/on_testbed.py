@@ -29,6 +29,7 @@ The last line is one JSON object.
 from __future__ import annotations
 
 import argparse
+import csv
 import dataclasses
 import importlib.util
 import json
@@ -427,7 +428,16 @@ def decided(
                 own = given.up if rate is None or index else rate
                 rows.append({"round": number, "device": index, **_judged(given, load, own, one)})
                 print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    return rows
+        for process in devices:
+            process.wait(timeout=300)  # what it decided is written down at its end
+        why = [_reasons(Path(folder) / f"device{i}") for i in range(given.devices)]
+    return [{**row, "reason": why[row["device"]].get(row["round"], "")} for row in rows]
+
+
+def _reasons(run: Path) -> dict[int, str]:
+    """Return the sentence about each decision of a device's own run, by round."""
+    with (run / "decisions.csv").open(encoding="utf-8", newline="") as file:
+        return {int(row["round"]): row["reason"] for row in csv.DictReader(file)}
 
 
 def _policy(given: argparse.Namespace, kind: str) -> dict[str, Any]:
