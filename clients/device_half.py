@@ -22,7 +22,7 @@ from fedsys.privacy.release import Noise, Release, release_from
 from fedsys.randomness import Address
 from fedsys.training import federation
 from fedsys.training import plain as training
-from fedsys.training.federation import layered_model, penalty_of
+from fedsys.training.federation import base_state, layered_model, penalty_of
 from fedsys.training.part import Part, filled_stages, names_between
 from fedsys.transport import messages, records
 
@@ -63,13 +63,14 @@ class DeviceHalf:
         self._config, self._content = config, content
         dataset = federation.federation(config).dataset
         self.layers: LayeredModel = layered_model(config, dataset.input_shape, dataset.num_classes)
+        self._base = base_state(config, dataset.input_shape, dataset.num_classes)
         settings = messages.settings_of(content)
         self._told = told = content.config_records[messages.ASSIGNMENT]
         self._masks: Mapping[str, Tensor] = {}
         pieces = settings.micro_batches or config.schedule.micro_batches
         self.place = messages.read(messages.Place, told)
-        self.split = Split(
-            Assignment.of(told, pieces), self.place.tail, len(self.layers), config.schedule
+        self.split = self._split(
+            Split(Assignment.of(told, pieces), self.place.tail, len(self.layers), config.schedule)
         )
         self.round, self._settings = settings.server_round, settings
         address = Address(config.seed, partition, self.round)
@@ -98,13 +99,13 @@ class DeviceHalf:
         """Return first and last units with the tensors of `state`; the edge's are never built."""
         cuts = [self.split.assignment.cut, self.split.tail]
         layout = self._config.client.memory_format
-        return filled_stages(self.layers, cuts, [0, 2], state, self.device, layout)
+        return filled_stages(self.layers, cuts, [0, 2], state, self.device, layout, self._base)
 
     def part(self, point: Point) -> Stepping:
         """Return the units in training as at a point of the round; `split` is as it was there."""
         settings, half = self._settings, point.half
         assignment = dataclasses.replace(self.split.assignment, cut=point.cut)
-        self.split = dataclasses.replace(self.split, assignment=assignment)
+        self.split = self._split(dataclasses.replace(self.split, assignment=assignment))
         self._masks = masks = half.masks
         part = Part(
             self.stages({name: tensor.clone() for name, tensor in half.state.items()}),
@@ -122,6 +123,12 @@ class DeviceHalf:
             part, self._config, noise=settings.noise, expected=settings.expected,
             source=self.source, masks=masks,
         )  # fmt: skip
+
+    def _split(self, split: Split) -> Split:
+        """Return how the model is shared, with which of several inputs each part needs."""
+        cut, tail = split.assignment.cut, split.tail
+        given, kept = self.layers.inputs(cut, tail), self.layers.inputs(tail, split.units)
+        return dataclasses.replace(split, given=given, kept=kept)
 
     def _release(self) -> Release:
         """Return what is done to activations before they leave the device.

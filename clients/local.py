@@ -21,6 +21,7 @@ from fedsys import data
 from fedsys.config import Config, pruning
 from fedsys.data import Images
 from fedsys.faults import Doom
+from fedsys.models import lora
 from fedsys.offload.emulation import Pace, device_costs
 from fedsys.offload.remote import Traffic
 from fedsys.planning.costs import MachineCosts
@@ -42,10 +43,11 @@ from fedsys.training.pulse import pulse
 from fedsys.training.schedule import micro_batch_bounds
 from fedsys.training.tasks import task_of
 from fedsys.transport import messages, records
+from fedsys.transport.several import Inputs
 
 _models = threading.local()
 
-Batches = Iterator[tuple[Tensor, Tensor]]
+Batches = Iterator[tuple[Inputs, Tensor]]
 
 
 class LocalClient:
@@ -78,7 +80,7 @@ class LocalClient:
         settings = messages.settings_of(content)
         round_ = settings.server_round
         model = self._model()
-        records.load_into(model, content.array_records[messages.ARRAYS])
+        records.load_into(model, content.array_records[messages.ARRAYS], lora.sent(model))
         place = pruning.position(self.config.pruning, round_, self.config.rounds)
         lr = optimizers.learning_rate(client.lr, client.lr_schedule, *place)
         named = dict(model.named_parameters())
@@ -112,7 +114,7 @@ class LocalClient:
         """Return what a round tells: the model, how it went, and what was measured of it."""
         reply = RecordDict(
             {
-                messages.ARRAYS: records.to_record(model.state_dict()),
+                messages.ARRAYS: records.to_record(lora.sent(model)),
                 messages.METRICS: train_metrics(score, self.config, self.partition, seconds),
                 messages.OBSERVATION: observation(score.steps, seconds, recorder.sums()),
             }
@@ -159,7 +161,7 @@ class LocalClient:
         """Score the received arrays on the client's own training examples, without augmentation."""
         fed = federation.federation(self.config)
         model = self._model()
-        records.load_into(model, content.array_records[messages.ARRAYS])
+        records.load_into(model, content.array_records[messages.ARRAYS], lora.sent(model))
         own = fed.dataset.train.take(fed.parts[self.partition])
         score = training.evaluate(model, data.eval_batches(own, fed.dataset), task_of(self.config))
         return RecordDict({messages.METRICS: eval_metrics(score, self.config)})

@@ -43,6 +43,7 @@ from fedsys.transport import messages, records
 from fedsys.transport.codecs import decode_activation, encode_activation
 from fedsys.transport.link import Link
 from fedsys.transport.messages import ARRAYS, OBSERVATION, OPTIMIZER, Itinerary
+from fedsys.transport.several import Inputs, beside
 
 Connect = Callable[[str], Link]
 
@@ -146,15 +147,19 @@ class OffloadClient:
         own = fed.dataset.train.take(fed.parts[self._partition])
         self._remote.open()
         return training.score_of(
-            lambda x: back(self._through_edge(next(index), front(x))),
+            lambda x: back(
+                self._through_edge(next(index), training.forward(front, x), x),
+                *beside(x, self._half.split.kept).values(),
+            ),
             data.eval_batches(own, fed.dataset),
             self._half.device,
             task_of(self._config),
         )
 
-    def _through_edge(self, index: int, z: Tensor) -> Tensor:
-        """Return what the edge's units make of `z`, wherever the session is."""
+    def _through_edge(self, index: int, z: Tensor, x: Inputs) -> Tensor:
+        """Return what the edge's units make of `z`, and of inputs, wherever the session is."""
         tensors, meta = encode_activation(z, self._half.split.assignment.codec_up)
+        tensors = {**tensors, **beside(x, self._half.split.given)}
         while True:
             try:
                 self._remote.send("evaluate", 0, index, meta, tensors)

@@ -20,6 +20,7 @@ from fedsys.offload.remote import Moved, Remote
 from fedsys.privacy.part import Stepping
 from fedsys.randomness import Address
 from fedsys.training.pulse import pulse
+from fedsys.transport.several import Inputs
 
 
 class SplitRound:
@@ -159,7 +160,7 @@ class SplitRound:
         return True
 
     def _step_anywhere(
-        self, step: int, part: Stepping, batch: tuple[Tensor, Tensor], sums: Tally, batches: Batches
+        self, step: int, part: Stepping, batch: tuple[Inputs, Tensor], sums: Tally, batches: Batches
     ) -> None:
         """Do a step, once more if the session moved to another edge as it stands.
 

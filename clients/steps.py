@@ -33,6 +33,7 @@ from fedsys.training.plain import Score
 from fedsys.training.schedule import micro_batch_bounds, operations
 from fedsys.training.tasks import CLASSIFICATION, Task
 from fedsys.transport.codecs import decode_activation, encode_activation
+from fedsys.transport.several import Inputs, beside
 from fedsys.transport.wire import Frame
 
 
@@ -61,12 +62,12 @@ class LoadedBatch(NamedTuple):
     """A mini-batch, and when it was loaded.
 
     Attributes:
-        x: Inputs ``(batch, …)``.
+        x: Inputs ``(batch, …)``, of one tensor or several.
         y: Labels ``(batch,)``.
         span: Begin and end, in seconds of the monotonic clock.
     """
 
-    x: Tensor
+    x: Inputs
     y: Tensor
     span: tuple[float, float]
 
@@ -79,7 +80,7 @@ class Batches:
         device: Where they are needed.
     """
 
-    def __init__(self, source: Iterator[tuple[Tensor, Tensor]], device: torch.device) -> None:
+    def __init__(self, source: Iterator[tuple[Inputs, Tensor]], device: torch.device) -> None:
         self._source, self._device = source, device
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loads")
         self._next: Future[LoadedBatch | None] | None = None
@@ -125,12 +126,16 @@ class Split:
         tail: Units ``[tail, L)`` are on the device too.
         units: Number of units, L.
         schedule: Order of the pieces.
+        given: Which of several inputs go to the edge as they are, beside what crosses the cut.
+        kept: Which of them units ``[tail, L)`` need.
     """
 
     assignment: Assignment
     tail: int
     units: int
     schedule: ScheduleConfig
+    given: tuple[int, ...] = ()
+    kept: tuple[int, ...] = ()
 
     @property
     def private(self) -> bool:
@@ -185,7 +190,7 @@ class Steps:
         return loaded
 
     def do(
-        self, step: int, part: Stepping, x: Tensor, y: Tensor, tally: Tally, batches: Batches
+        self, step: int, part: Stepping, x: Inputs, y: Tensor, tally: Tally, batches: Batches
     ) -> None:
         """Do one mini-batch: forwards, backwards, optimizer step.
 
@@ -208,6 +213,7 @@ class Steps:
         part.begin()
         size, (front, back) = len(y), part.part.modules
         bounds = list(micro_batch_bounds(size, self._split.assignment.pieces))
+        inputs: list[tuple[Inputs, Tensor]]
         inputs = [(x, y)] if len(bounds) == 1 else [(x[a:b], y[a:b]) for a, b in bounds]
         schedule, private = self._split.schedule, self._split.private
         plan = operations(schedule.kind, len(bounds), schedule.depth, tail=private)
@@ -222,7 +228,7 @@ class Steps:
                     self._load(batches)  # while the first answer is awaited
                     if operation == "tail":
                         with recording:
-                            self._tail(piece, part, back, inputs[piece][1], size)
+                            self._tail(piece, part, back, inputs[piece], size)
                     else:
                         loss, hits = self._backward(piece, len(inputs[piece][1]))
                         tally.loss += loss * size
@@ -239,12 +245,13 @@ class Steps:
 
     # --- operations -------------------------------------------------------------------------------
 
-    def _forward(self, piece: int, size: int, front: nn.Module, x: Tensor, labels: Tensor) -> None:
+    def _forward(self, piece: int, size: int, front: nn.Module, x: Inputs, labels: Tensor) -> None:
         if self._roaming is not None:
             self._roaming.at(self._step, piece)
         self._pace.begin()
         z = training.forward(front, x)
         tensors, codec = encode_activation(z, self._split.assignment.codec_up)
+        tensors = {**tensors, **beside(x, self._split.given)}
         if not self._split.private:
             tensors = {**tensors, "labels": labels}
         meta = {**codec, "batch": size, "needs_gradient": z.requires_grad}
@@ -253,12 +260,15 @@ class Steps:
         self._sent[piece] = z
         self._post("activation", piece, nbytes)
 
-    def _tail(self, piece: int, part: Stepping, back: nn.Module, labels: Tensor, size: int) -> None:
+    def _tail(
+        self, piece: int, part: Stepping, back: nn.Module, given: tuple[Inputs, Tensor], size: int
+    ) -> None:
         """Compute the last units, the loss, and the gradient that goes back to the edge."""
+        x, labels = given
         answer = self._await("activation", piece)
         z = self._decoded(answer)
         kept = keep_gradient(z)
-        outputs = back(safe_input(back, z))
+        outputs = back(safe_input(back, z), *beside(x, self._split.kept).values())
         loss = part.back(outputs, labels, size)
         gradient = kept[0] if kept else torch.zeros_like(z)
         tensors, codec = encode_activation(gradient, self._split.assignment.codec_up)

@@ -24,6 +24,7 @@ import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -313,10 +314,15 @@ def key_modules(model: nn.Module) -> nn.Module:
     return model
 
 
-def check_keyed(model: nn.Module, example: Tensor) -> object:
+def check_keyed(model: nn.Module, *inputs: Any, rows: int | None = None) -> object:
     """Refuse a model that draws from torch's process-wide generator in training mode.
 
-    The model is run once on `example` (a batch of two or more) and left as it was.
+    The model is run once and left as it was.
+
+    Args:
+        model: With values.
+        inputs: What it is called with: a batch of two or more examples.
+        rows: How many; None: as many as the first of the inputs has.
 
     Returns:
         What the model returned.
@@ -343,8 +349,8 @@ def check_keyed(model: nn.Module, example: Tensor) -> object:
         model.train()
         with seeded_default_generator(0), torch.no_grad():
             address = Address(seed=0)
-            with drawing(address, 0, example.shape[0]):
-                outputs = model(example)
+            with drawing(address, 0, len(inputs[0]) if rows is None else rows):
+                outputs = model(*inputs)
     finally:
         for hook in hooks:
             hook.remove()

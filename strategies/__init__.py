@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from flwr.serverapp.strategy import Strategy
-from torch import nn
+from torch import Tensor, nn
 
 from fedsys.config import Config, call_target, edge_names
 from fedsys.data import Dataset
@@ -136,11 +136,12 @@ def _refuse_raw_tokens(config: Config, dataset: Dataset) -> None:
     asked, inputs = config.policy.get("cut"), dataset.train.pixels
     cuts = asked if isinstance(asked, list | tuple) else [asked]
     raw = any(type(cut) is int and cut == 0 for cut in cuts)
-    if raw and not dataset.pictures and not inputs.dtype.is_floating_point:
+    floats = isinstance(inputs, Tensor) and (dataset.pictures or inputs.is_floating_point())
+    if raw and not floats:
         raise ConfigError.of(
             "policy.cut", 0,
-            f"sends inputs as they are, and those of {dataset.name} are whole numbers, with which "
-            "no unit behind the first computes", "1, behind what embeds them",
+            f"sends inputs as they are, and those of {dataset.name} are whole numbers or several, "
+            "with which no unit behind the first computes", "1, behind what embeds them",
         )  # fmt: skip
 
 

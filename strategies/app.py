@@ -12,13 +12,14 @@ from typing import Any
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
-from torch import nn
+from torch import Tensor, nn
 
 from fedsys import config as configuration
 from fedsys import data
 from fedsys.config import Config
 from fedsys.data import Images
 from fedsys.faults import out_of_reach
+from fedsys.models import lora
 from fedsys.models.resilient import ResilientModel
 from fedsys.offload.fleet import Fleet
 from fedsys.offload.opening import open_fleet
@@ -166,7 +167,7 @@ def _prepared(
         config, model, roster, fleet=fleet, dataset=fed.dataset,
         folder=safety.folder.path, say=progress.phase,
     )  # fmt: skip
-    initial = safety.watch(strategy, records.to_record(model.state_dict()))
+    initial = safety.watch(strategy, records.to_record(lora.sent(model)))
     if find(strategy, Offload) is not None:
         from strategies.truncated_rounds import practise
 
@@ -330,7 +331,7 @@ def _conclude(
 ) -> dict[str, Any]:
     """Score the last model once on the test part and write what a run leaves behind."""
     folder = safety.folder
-    state = records.from_record(arrays)
+    state = judge.whole(arrays)
     last: Mapping[str, Any] = folder.rounds()[-1]
     test = judge.test(arrays)
     paths = judge.paths(config.resilience.measured_units)
@@ -399,7 +400,13 @@ class Judge:
         batches = data.eval_batches(self._fed.dataset.validation, self._fed.dataset)
         return measure(self._model, batches, longest)
 
+    def whole(self, arrays: ArrayRecord) -> dict[str, Tensor]:
+        """Return the state of a global model, also where only adapters of it are sent."""
+        state = records.from_record(arrays)
+        whole = self._model.state_dict() if lora.has_adapters(self._model) else state
+        return {name: state.get(name, tensor.cpu()) for name, tensor in whole.items()}
+
     def _score(self, arrays: ArrayRecord, part: Images) -> training.Score:
-        records.load_into(self._model, arrays)
+        records.load_into(self._model, arrays, lora.sent(self._model))
         batches = data.eval_batches(part, self._fed.dataset)
         return training.evaluate(self._model, batches, self._task)

@@ -16,24 +16,29 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedsys.config import Config, NetworkConfig, edge_names
 from fedsys.data import Dataset
+from fedsys.models import lora
 from fedsys.models.batchnorm import DeferredBatchNorm
 from fedsys.models.modes import observed
 from fedsys.planning.hardware import links_of
 from fedsys.planning.options import PLANNED, PlanOptions
 from fedsys.runs import cuts
 from fedsys.training import plain as training
+from fedsys.transport.several import said
 from strategies.around import find
 from strategies.offload import Offload
 
 
 def title(config: Config, model: nn.Module, dataset: Dataset) -> str:
     """Return a line about the model, the data, the clients and the strategy."""
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = f"{sum(p.numel() for p in model.parameters()):,} parameters"
+    if lora.has_adapters(model):
+        learns = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        parameters += f", {learns:,} of adapters"
     target = str(config.model.get("name") or config.model["_target_"]).rpartition(".")[2]
     strategy = str(config.strategy["_target_"]).rpartition(".")[2]
     return (
-        f"{target} ({parameters:,} parameters) on {config.data.get('source', 'data')} "
-        f"{'x'.join(map(str, dataset.input_shape))}, "
+        f"{target} ({parameters}) on {config.data.get('source', 'data')} "
+        f"{said(dataset.input_shape)}, "
         f"{config.num_clients} clients, {strategy}, seed {config.seed}"
     )
 
@@ -64,7 +69,9 @@ def about_pieces(config: Config, model: nn.Module, dataset: Dataset) -> list[str
     given, so pieces give another model than whole mini-batches (docs/papers.md).
     """
     pieces = _pieces(config)
-    trial = torch.zeros((2, *dataset.input_shape), device=training.device_of(model))
+    trial = dataset.train.pixels[:2].to(training.device_of(model))
+    if isinstance(trial, torch.Tensor) and dataset.pictures:
+        trial = torch.zeros_like(trial, dtype=torch.float32)
     kept = observed(model, trial).training if pieces else {}
     norms = {
         name: module

@@ -125,6 +125,7 @@ def _played(
     mobility: Any = None,
 ) -> tuple[Any, Any]:
     """Play all rounds; return the strategy and the arrays that it ends with."""
+    from fedsys.models.lora import sent
     from fedsys.offload.opening import open_fleet
     from fedsys.runtime.apps import load_client
     from fedsys.runtime.local import LocalGrid
@@ -150,7 +151,7 @@ def _played(
         arrays = play(
             strategy,
             grid,
-            records.to_record(model.state_dict()),
+            records.to_record(sent(model)),
             first=1,
             last=config.rounds,
             timeout_s=60.0,

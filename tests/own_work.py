@@ -61,6 +61,29 @@ class Words(Dataset):
         return torch.arange(3 + index % 4) + index % 7, index % 7 % 2
 
 
+class Padded(Dataset):
+    """Words, which of them are none, and a class: whether there are more than three."""
+
+    def __len__(self) -> int:
+        return COUNT
+
+    def __getitem__(self, index: int) -> tuple[tuple[Tensor, Tensor], int]:
+        there = torch.arange(6) < 2 + index % 5
+        return (torch.arange(1, 7) * (1 + index % 3) * there, ~there), int(2 + index % 5 > 3)
+
+
+class Twofold(Dataset):
+    """An image and three numbers, and what their sums make together."""
+
+    def __len__(self) -> int:
+        return COUNT
+
+    def __getitem__(self, index: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        image = (_draw(1, 8, 8, seed=index).abs() * 80).clamp(max=255).to(torch.uint8)
+        numbers = _draw(3, seed=1000 + index)
+        return (image, numbers), image.float().mean() / 64 + numbers.sum()
+
+
 def padded(examples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
     """Put examples of different length together."""
     inputs = nn.utils.rnn.pad_sequence([x for x, _ in examples], batch_first=True)
@@ -115,6 +138,53 @@ class Bag(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Return scores ``(batch, classes)``."""
         return self.out(F.relu(self.mix(self.embedding(tokens).mean(1))))
+
+
+class MaskedBlock(nn.Module):
+    """Attention of words to those that are there, and a layer."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor, seen: Tensor) -> Tensor:
+        """Return a tensor like `x`, ``(batch, words, width)``."""
+        q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
+        return x + F.relu(self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=seen)))
+
+
+class Masked(nn.Module):
+    """Embeddings, blocks that each need the mask, and a mean over the words that are there."""
+
+    def __init__(self, num_classes: int, width: int = 8) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, width)
+        self.first, self.second = MaskedBlock(width), MaskedBlock(width)
+        self.drop, self.out = nn.Dropout(0.2), nn.Linear(width, num_classes)
+
+    def forward(self, words: Tensor, padding: Tensor) -> Tensor:
+        """Return scores ``(batch, classes)`` of words and where there are none."""
+        seen = ~padding[:, None, :]
+        x = self.second(self.drop(self.first(self.embedding(words), seen)), seen)
+        there = (~padding)[:, :, None]
+        return self.out((x * there).sum(1) / there.sum(1))
+
+
+class Both(nn.Module):
+    """A convolution for an image, which is joined by numbers in the end; forward takes a tuple."""
+
+    def __init__(self, input_shape: tuple[tuple, tuple], num_classes: int) -> None:
+        super().__init__()
+        (_, channels, *_), (_, numbers) = input_shape
+        self.first, self.second = nn.Conv2d(channels, 4, 3), nn.Conv2d(4, 4, 3)
+        self.join, self.out = nn.Linear(4 + numbers, 8), nn.Linear(8, num_classes)
+
+    def forward(self, inputs: tuple[Tensor, Tensor]) -> Tensor:
+        """Return numbers ``(batch, outputs)``."""
+        image, numbers = inputs
+        x = F.relu(self.second(F.relu(self.first(image)))).mean((2, 3))
+        return self.out(F.relu(self.join(torch.cat([x, numbers], 1))))
 
 
 def steep(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -481,6 +481,8 @@ OWN_DATA = {
         {"_target_": "fedsys.models.text.Gpt", "width": 16, "depth": 2, "heads": 2, "dropout": 0.1},
     ),
     "classes of tokens": ("classification", "Words", {"_target_": "tests.own_work.Bag"}),
+    "padded words": ("classification", "Padded", {"_target_": "tests.own_work.Masked"}),
+    "image and numbers": ("regression", "Twofold", {"_target_": "tests.own_work.Both"}),
     "own loss": ("regression", "rows", {"_target_": "fedsys.models.dense.mlp", "hidden": 8}),
     "own loss with a weight": ("regression", "rows", {"_target_": "fedsys.models.dense.mlp"}),
 }
@@ -495,19 +497,37 @@ OWN_TABLE = [
     ("next token", 3, "kept adam, plain", (3, "pipelined"), "edge", False, "tcp"),
     ("next token", 2, "momentum, decay, cosine", (2, "pipelined"), "link", True, "memory"),
     ("classes of tokens", 1, "momentum, decay, cosine", (2, "pipelined"), "link", False, "grpc"),
+    ("next token", 2, "lora, kept adam", (2, "pipelined"), "edge", False, "tcp"),
+    ("next token", 1, "lora, proximal, clipped", (1, "sequential"), "link", True, "memory"),
+    ("padded words", 2, "lora, proximal, clipped", (3, "pipelined"), "never", False, "memory"),
+    ("padded words", 2, "kept adam, plain", (3, "pipelined"), "edge", False, "tcp"),
+    ("padded words", [1, 2, 2], "momentum, decay, cosine", (1, "sequential"), "link", True,
+     "memory"),
+    ("image and numbers", 1, "proximal, clipped, two epochs", (2, "pipelined"), "link", False,
+     "grpc"),
+    ("image and numbers", 2, PROXIMAL, (1, "sequential"), "never", False, "memory"),
     ("own loss", 1, "proximal, clipped, two epochs", (3, "bounded 2"), "edge", False, "memory"),
     ("own loss with a weight", 1, "plain", (4, "pipelined"), "never", True, "tcp"),
 ]  # fmt: skip
 KEPT = {"client": {"optimizer": "adam", "lr": 0.003, "keep_optimizer": True}}
+LORA = {"train": "lora", "lora": {"rank": 2, "targets": ["qkv", "fc2"]}}
+OF_OWN = {
+    "kept adam, plain": KEPT,
+    "lora, kept adam": merged(KEPT, {"client": LORA}),
+    "lora, proximal, clipped": merged(
+        FEATURES["proximal, clipped, two epochs"],
+        {"client": LORA | {"lora": {"rank": 3, "alpha": 1.0}}},
+    ),
+}
 
 
 @pytest.fixture
 def of_own(configure):
     """Return a function from data of a task, a feature and further values to a configuration."""
 
-    def made(name, feature, **more):
+    def made(name, feature, *groups, **more):
         kind, data, model = OWN_DATA[name]
-        values = dict((ALL_FEATURES | {"kept adam, plain": KEPT})[feature])
+        values = dict((ALL_FEATURES | OF_OWN)[feature])
         strategy = values.pop("strategy", "fedavg")
         given = [f"data._target_=tests.own_work.{data}", "data.partition.min_examples=2"]
         if data == "Words":
@@ -517,7 +537,8 @@ def of_own(configure):
         model = dict(model)
         given.append(f"model._target_={model.pop('_target_')}")
         given += [f"+model.{key}={value}" for key, value in model.items()]
-        base = configure("data=own", "model=own", f"task={kind}", f"strategy={strategy}", *given)
+        base = configure("data=own", "model=own", f"task={kind}", f"strategy={strategy}", *given,
+                         *groups)  # fmt: skip
         common = {key: value for key, value in COMMON.items() if key != "data"}
         return parse(with_values(base.text, **merged(merged(common, values), more)))
 
@@ -543,3 +564,26 @@ def test_split_training_of_other_tasks_gives_the_bits_of_plain_training(
         found = [each[key] for each in got.rows]
         assert found == [each[key] for each in expected.rows]
         assert all(value == value for value in found)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_adapters_alone_travel_and_learn(split, of_own, carry_out):
+    """What does not learn is made by each machine itself, also the half of an edge server."""
+    policy = {"policy": {"kind": "fixed", "cut": 2, "codec": "fp32"}, "num_edges": 1}
+    told = carry_out(of_own("next token", "lora, kept adam", **(policy if split else {})))
+    assert len(told.state) == 8  # of two layers in each of two blocks
+    assert all(name.endswith((".lora_a", ".lora_b")) for name in told.state)
+    assert all(told.state[n].any() for n in told.state if "lora_b" in n)  # which began as 0
+
+
+def test_devices_that_move_with_several_inputs_train_the_bits_of_those_that_stay(of_own, carry_out):
+    """What crosses beside the activation depends on the cut, and is sent again after a move."""
+    pieces = {"schedule": {"kind": "pipelined", "micro_batches": 3}}
+    expected = carry_out(of_own("padded words", "momentum, decay, cosine", **pieces))
+    policy = {"kind": "fixed", "cut": 1, "codec": "fp32"}
+    mobility = {"cut": 3}
+    config = of_own("padded words", "momentum, decay, cosine", **pieces, policy=policy,
+                    num_edges=3, mobility=mobility)  # fmt: skip
+    moves = drawn(6, clients=3, rounds=2, edges=3, pieces=3, seed=5)
+    got = carry_out(config, mobility=Listed(moves))
+    assert got.sha256 == expected.sha256 and got.figures["moves"]

@@ -31,6 +31,7 @@ from fedsys.runs.lines import aligned, fitted, folded, seconds_text, width_of
 from fedsys.runs.reasons import Reasons, by_resource
 from fedsys.training import federation
 from fedsys.training.federation import layered_model
+from fedsys.transport.several import said
 
 ROUNDS = 30
 """Rounds on the virtual clock in which a policy learns before its plan is shown."""
@@ -62,7 +63,7 @@ def job(tree: Any) -> Mapping[str, Any]:
     fed = federation.federation(config)
     layers = layered_model(config, fed.dataset.input_shape, fed.dataset.num_classes)
     examples = [len(part) for part in fed.parts]
-    shape = "x".join(map(str, fed.dataset.input_shape))
+    shape = said(fed.dataset.input_shape)
     found = {"data": f"{config.data.get('source')} {shape}", "examples": sum(examples)}
     found |= figures(config, layers, examples)
     if not tree.json:

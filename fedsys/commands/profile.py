@@ -38,6 +38,7 @@ from fedsys.training.part import safe_input
 from fedsys.training.tasks import task_of
 from fedsys.transport.codecs import CODECS
 from fedsys.transport.security import Credentials, Role
+from fedsys.transport.several import arguments, beside
 
 OPTIONS: Mapping[str, Any] = {"repeats": 15, "edge": None, "serve": None, "name": None}
 
@@ -288,6 +289,8 @@ class _Timed:
         self._loss = task_of(config).loss
         self.names = [unit.name for unit in layers.units]
         self._parts = [part.train() for part in stages(layers, layers.cuts)]
+        bounds = pairwise([0, *layers.cuts, len(layers)])
+        self._given = [layers.inputs(first, last) for first, last in bounds]
         self._address = Address(config.seed, 0, 1)
         fed = federation.federation(config)
         batch = next(
@@ -323,15 +326,19 @@ class _Timed:
 
     def _pass(self, n: int) -> tuple[list[float], list[float]]:
         x, y = self._x[:n], self._y[:n]
+        whole = x
         for part in self._parts:
             part.zero_grad(set_to_none=True)
         inputs, outputs, forward, backward = [], [], list[float](), list[float]()
         with drawing(self._address, 0, n):
             for index, part in enumerate(self._parts):
-                x = x.detach().requires_grad_(index > 0)
+                x = x.detach().requires_grad_() if index else x
                 inputs.append(x)
                 began = self._now()
-                x = part(safe_input(part, x) if index else x)
+                if index:
+                    x = part(safe_input(part, x), *beside(whole, self._given[index]).values())
+                else:
+                    x = part(*arguments(part, whole))
                 if index == len(self._parts) - 1:
                     x = self._loss(x, y, 1.0)
                 forward.append(self._now() - began)
@@ -342,7 +349,7 @@ class _Timed:
                 if out.requires_grad:
                     out.backward(gradient)  # type: ignore[no-untyped-call]  # no type in torch
                 backward.append(self._now() - began)
-                gradient = x.grad
+                gradient = x.grad if isinstance(x, Tensor) else None
         return forward, backward[::-1]
 
     def updates(self, repeats: int) -> list[list[float]]:

@@ -246,6 +246,10 @@ IDLE: tuple[Idle, ...] = (
         "the schedule is another one", "client.lr_schedule.kind=cosine",
     ),
     Idle(
+        "client.lora.", lambda c: c.client.train != "lora", "all weights learn",
+        "client.train=lora",
+    ),
+    Idle(
         "data.partition.alpha", lambda c: _partition(c) != "dirichlet",
         "the data are divided otherwise", "data.partition.kind=dirichlet",
     ),

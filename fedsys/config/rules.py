@@ -107,6 +107,9 @@ RULES: tuple[Rule, ...] = (
     ("client.lr_schedule.final", lambda v: 0 <= v <= 1, "must be in [0, 1]", ""),
     ("client.lr_schedule.warmup", lambda v: v >= 0, "must not be negative", ""),
     ("num_edges", _at_least_one, "must be at least 1", "policy=none trains without edge servers"),
+    ("client.train", *_one_of("all", "lora"), ""),
+    ("client.lora.rank", _at_least_one, "must be at least 1", ""),
+    ("client.lora.alpha", _positive, "must be greater than 0", ""),
     ("client.max_model_bytes", _optional(_positive), "must be above 0", "null for no bound"),
     ("schedule.kind", *_one_of("sequential", "pipelined", "bounded"), ""),
     ("schedule.depth", _at_least_one, "must be at least 1", ""),
@@ -172,6 +175,7 @@ def check(config: Config) -> None:
     task_settings.check(config.task)
     _check_task(config)
     _check_resilience(config)
+    _check_lora(config)
     _check_tracker(config.tracker)
     dashboard.address_of(config.dashboard)
     _check_links(config)
@@ -205,6 +209,23 @@ def _check_resilience(config: Config) -> None:
         ("privacy.mechanism", mechanism, mechanism not in ("none", "client")),
     )
     resilience_settings.check(config.resilience, config.rounds, others)
+
+
+def _check_lora(config: Config) -> None:
+    """Refuse what changes, masks or scores weights where only adapters learn."""
+    if config.client.train != "lora":
+        return
+    privacy, client = config.privacy, config.client
+    for key, value, broken, way_out in (
+        ("pruning.method", config.pruning.method, config.pruning.active, "none"),
+        ("resilience.training", config.resilience.training, config.resilience.active, "none"),
+        ("privacy.mechanism", privacy.mechanism, privacy.per_example, "client or cut"),
+        ("client.frozen", True, client.frozen, "false"),
+        ("client.max_model_bytes", client.max_model_bytes, client.max_model_bytes is not None,
+         "null: each device has the whole model anyway"),
+    ):  # fmt: skip
+        if broken:
+            raise ConfigError.of(key, value, "cannot be with client.train=lora", way_out)
 
 
 def _check_addresses(config: Config) -> None:

@@ -44,6 +44,21 @@ class LearningRate:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Adapters beside linear layers.
+
+    Attributes:
+        rank: Of each.
+        alpha: Over `rank`, the weight of what they add.
+        targets: Names of layers or their ends; empty: all linear layers.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class ClientConfig:
     """What each client does in a round.
 
@@ -68,6 +83,8 @@ class ClientConfig:
             only BatchNorm takes its statistics anew, as a pruned variant may need.
         max_model_bytes: Largest model that the device holds alone if its edges are lost, in
             bytes; None for any.
+        train: ``all``, or ``lora``: adapters alone, which alone are sent.
+        lora: Of these adapters.
     """
 
     epochs: int = 2
@@ -86,6 +103,8 @@ class ClientConfig:
     label_private: bool = False
     frozen: bool = False
     max_model_bytes: int | None = None
+    train: str = "all"
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedsys.transport.several import Inputs, Shape, shape_of
+
 Indices = NDArray[np.int64]
 
 STATISTICS_FROM = 10_000
@@ -25,14 +27,14 @@ class Images:
 
     Attributes:
         pixels: The inputs. Images are uint8 of shape ``(N, C, H, W)``, contiguous; may be mapped
-            from a file. Others are float32 or int64 of shape ``(N, …)``.
+            from a file. Others are float32 or int64 of shape ``(N, …)``, or several such tensors.
         labels: What is to be learned: classes, int64 of shape ``(N,)``, each in ``[0, number of
             classes)``; or targets of another task, ``(N, …)``.
         strata: int64 of shape ``(N,)``: what parts are stratified and divided by; None: labels.
         owners: int64 of shape ``(N,)``: whose the examples are, where the data say so.
     """
 
-    pixels: Tensor
+    pixels: Inputs
     labels: Tensor
     strata: Tensor | None = None
     owners: Tensor | None = None
@@ -81,9 +83,9 @@ class Dataset:
     outputs: int = 0
 
     @property
-    def input_shape(self) -> tuple[int, ...]:
-        """Shape of one example: ``(C, H, W)`` of an image."""
-        return tuple(self.train.pixels.shape[1:])
+    def input_shape(self) -> Shape:
+        """Shape of one example: ``(C, H, W)`` of an image, or the types and shapes of several."""
+        return shape_of(self.train.pixels)
 
     @property
     def num_classes(self) -> int:

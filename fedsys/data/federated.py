@@ -24,6 +24,7 @@ from fedsys.data.options import Spec, brought, choice, fraction
 from fedsys.data.own import Read
 from fedsys.data.partitioners import NOBODY
 from fedsys.errors import ConfigError, DataError, did_you_mean, first_line
+from fedsys.transport.several import Inputs, Several
 
 _ROW = "fedsys_row"
 _GREY = ("1", "L", "I", "I;16", "F")
@@ -159,14 +160,12 @@ class _Columns:
             rows = _Rows(split, self._example)
             return own.part_of(rows, named, own.collate_of(spec), spec)
         columns = [self._column(split, name, spec) for name in self._inputs]
-        flat = len(columns) > 1 and all(column.dim() == 1 for column in columns)
-        inputs = torch.stack([c.to(torch.float32) for c in columns], 1) if flat else columns[0]
-        if len(columns) > 1 and not flat:
-            raise ConfigError.of(
-                "data.inputs", list(self._inputs), "must be one column, or columns of one number",
-                "data.example=package.function makes (inputs, targets) of a row",
-            )  # fmt: skip
-        inputs = inputs[:, None] if inputs.dim() == 1 else inputs
+        single = all(column.dim() == 1 for column in columns)
+        inputs: Inputs = columns[0]
+        if single:
+            inputs = torch.stack([c.to(torch.float32) for c in columns], 1)
+        elif len(columns) > 1:
+            inputs = Several(tuple(columns))
         targets = self._column(split, self._target, spec)
         return own.images_of(inputs, targets, str(spec.get("task", "classification")))
 

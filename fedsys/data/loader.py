@@ -19,6 +19,7 @@ from torch import Tensor
 from fedsys.data.dataset import Dataset, Images, Indices
 from fedsys.errors import ConfigError
 from fedsys.randomness import Address
+from fedsys.transport.several import Inputs, Several
 
 AUGMENTATIONS = ("none", "crop", "crop_flip")
 
@@ -88,8 +89,10 @@ class _Normaliser:
         self.scale = (1.0 / (255.0 * std)).float()
         self.shift = (-mean / std).float()
 
-    def __call__(self, pixels: Tensor) -> Tensor:
-        return pixels.float().mul_(self.scale).add_(self.shift) if self.pictures else pixels
+    def __call__(self, pixels: Inputs) -> Inputs:
+        if not self.pictures or isinstance(pixels, Several):
+            return pixels
+        return pixels.float().mul_(self.scale).add_(self.shift)
 
 
 def train_batches(
@@ -100,7 +103,7 @@ def train_batches(
     address: Address,
     epoch: int,
     first_step: int,
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[tuple[Inputs, Tensor]]:
     """Yield the shuffled and augmented mini-batches of one epoch.
 
     Args:
@@ -116,10 +119,11 @@ def train_batches(
             it decides the augmentation.
 
     Yields:
-        float32 of shape ``(B, C, H, W)``, normalised, and int64 of shape ``(B,)``.
+        float32 of shape ``(B, C, H, W)``, normalised, and int64 of shape ``(B,)``; of other tasks
+        inputs as they are, and targets.
     """
     normalised = _Normaliser(dataset)
-    height, width = images.pixels.shape[2:] if dataset.pictures else (0, 0)
+    height, width = dataset.input_shape[1:] if dataset.pictures else (0, 0)
     mine = torch.as_tensor(indices, dtype=torch.int64)
     order = mine[torch.randperm(len(mine), generator=address.torch("shuffle", step=epoch))]
     spans = list(_spans(len(mine), batch_size))
@@ -128,7 +132,7 @@ def train_batches(
     for position, (start, stop) in enumerate(spans):
         rows = order[start:stop]
         pixels = images.pixels.index_select(0, rows)
-        if dataset.augmentation != "none":
+        if dataset.augmentation != "none" and isinstance(pixels, Tensor):
             step = first_step + position
             shifts = draw_shifts(dataset.augmentation, stop - start, height, width, address, step)
             pixels = augment(pixels, shifts)
@@ -137,7 +141,7 @@ def train_batches(
 
 def drawn_batches(
     images: Images, drawn: Iterable[Indices], dataset: Dataset, address: Address
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[tuple[Inputs, Tensor]]:
     """Yield mini-batches of given examples, augmented as those of `train_batches`.
 
     Args:
@@ -147,11 +151,11 @@ def drawn_batches(
         address: Seed, client and round of the draws.
     """
     normalised = _Normaliser(dataset)
-    height, width = images.pixels.shape[2:] if dataset.pictures else (0, 0)
+    height, width = dataset.input_shape[1:] if dataset.pictures else (0, 0)
     for step, indices in enumerate(drawn):
         rows = torch.as_tensor(indices, dtype=torch.int64)
         pixels = images.pixels.index_select(0, rows)
-        if dataset.augmentation != "none" and len(rows):
+        if dataset.augmentation != "none" and len(rows) and isinstance(pixels, Tensor):
             shifts = draw_shifts(dataset.augmentation, len(rows), height, width, address, step)
             pixels = augment(pixels, shifts)
         yield normalised(pixels), images.labels.index_select(0, rows)
@@ -159,7 +163,7 @@ def drawn_batches(
 
 def eval_batches(
     images: Images, dataset: Dataset, batch_size: int = EVALUATION_BATCH
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[tuple[Inputs, Tensor]]:
     """Yield all images in order, normalised and not augmented.
 
     Yields:

@@ -20,6 +20,7 @@ from torch import Tensor
 from fedsys.data.dataset import Images, quantiles
 from fedsys.data.options import Spec
 from fedsys.errors import ConfigError, DataError, FedsysError, did_you_mean, first_line
+from fedsys.transport.several import MOST, Inputs, Several
 
 OURS = frozenset(
     {
@@ -217,24 +218,48 @@ def _whole(
         ) from error  # fmt: skip
 
 
-def _pair(batch: Any, named: tuple[str, str], task: str) -> tuple[Tensor, Tensor]:
+def _pair(batch: Any, named: tuple[str, str], task: str) -> tuple[Inputs, Tensor]:
     alone = isinstance(batch, Tensor)
     if task == "next_token" and (alone or (isinstance(batch, list | tuple) and len(batch) == 1)):
         tokens = batch if alone else batch[0]
         return tokens[:, :-1], tokens[:, 1:]
+    if isinstance(batch, list | tuple) and len(batch) == 2 and _are_tensors(batch[0]):
+        return _several(batch[0], named), _tensor(batch[1], named)
     if not isinstance(batch, list | tuple) or len(batch) != 2:
         raise ConfigError.of(
             *named,
             f"must give (inputs, targets) for each example, and not {_kind(batch)}",
+            "several inputs are one tuple: ((tokens, mask), targets)",
         )  # fmt: skip
+    return _tensor(batch[0], named), _tensor(batch[1], named)
+
+
+def _are_tensors(value: Any) -> bool:
+    several = isinstance(value, list | tuple) and value
+    return bool(several) and all(isinstance(each, Tensor | np.ndarray) for each in value)
+
+
+def _several(parts: Sequence[Any], named: tuple[str, str]) -> Inputs:
+    tensors = tuple(_tensor(part, named) for part in parts)
+    if not 1 <= len(tensors) <= MOST or len({len(tensor) for tensor in tensors}) != 1:
+        raise ConfigError.of(
+            *named, f"must give 1 to {MOST} inputs with a row for each example, and gives "
+            f"{[tuple(tensor.shape) for tensor in tensors]}",
+        )  # fmt: skip
+    return Several(tensors) if len(tensors) > 1 else tensors[0]
+
+
+def _tensor(value: Any, named: tuple[str, str]) -> Tensor:
     try:
-        pair = [torch.as_tensor(part) for part in batch]
+        made = torch.as_tensor(value)
+        if not made.dim():
+            raise ValueError("a number of all examples together")
+        return made
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError.of(
             *named, f"must give tensors or numbers: {first_line(error)}",
             "a collate function of your own may make them: data.collate._target_",
         ) from error  # fmt: skip
-    return pair[0], pair[1]
 
 
 def _kind(batch: Any) -> str:
@@ -242,12 +267,13 @@ def _kind(batch: Any) -> str:
     return f"{len(batch)} values" if several else f"a {type(batch).__name__}"
 
 
-def images_of(inputs: Tensor, targets: Tensor, task: str, owners: Tensor | None = None) -> Images:
+def images_of(inputs: Inputs, targets: Tensor, task: str, owners: Tensor | None = None) -> Images:
     """Return a part in the types that models and losses take.
 
     Args:
         inputs: ``(N, …)``: uint8 images ``(N, C, H, W)`` stay as they are, other whole numbers
-            become int64, and all others float32.
+            become int64, and all others float32. Of several, images are divided by 255, and
+            booleans stay.
         targets: ``(N, …)``.
         task: Kind of the task.
         owners: Whose the examples are, int64 ``(N,)``; None: they are to be divided.
@@ -255,10 +281,10 @@ def images_of(inputs: Tensor, targets: Tensor, task: str, owners: Tensor | None 
     Raises:
         ConfigError: The targets are of another task.
     """
-    picture = inputs.dtype == torch.uint8 and inputs.dim() == 4
-    if not picture:
-        whole = not (inputs.is_floating_point() or inputs.is_complex())
-        inputs = inputs.to(torch.int64 if whole else torch.float32)
+    if isinstance(inputs, Several):
+        inputs = Several(tuple(_one_of_several(tensor) for tensor in inputs.tensors))
+    elif not _is_picture(inputs):
+        inputs = _numbers(inputs)
     if task in ("regression", "multilabel"):
         targets = targets.to(torch.float32)
         targets = targets[:, None] if targets.dim() == 1 else targets
@@ -283,6 +309,21 @@ def images_of(inputs: Tensor, targets: Tensor, task: str, owners: Tensor | None 
     return Images(inputs.contiguous(), targets.contiguous(), strata, owners)
 
 
+def _is_picture(inputs: Tensor) -> bool:
+    return inputs.dtype == torch.uint8 and inputs.dim() == 4
+
+
+def _numbers(inputs: Tensor) -> Tensor:
+    whole = not (inputs.is_floating_point() or inputs.is_complex())
+    return inputs.to(torch.int64 if whole else torch.float32)
+
+
+def _one_of_several(inputs: Tensor) -> Tensor:
+    if inputs.dtype == torch.bool:
+        return inputs
+    return inputs.float() / 255 if _is_picture(inputs) else _numbers(inputs)
+
+
 def _strata(targets: Tensor, task: str) -> Tensor:
     if task == "regression":
         return torch.from_numpy(quantiles(targets.flatten(1)[:, 0].numpy()))
@@ -301,6 +342,13 @@ def _ids(part: Any, count: int) -> Tensor | None:
     return torch.from_numpy(np.unique(np.asarray(ids), return_inverse=True)[1].astype(np.int64))
 
 
+def _largest(inputs: Inputs) -> int:
+    """Return the largest token of inputs: of several, of the first that are whole numbers."""
+    tensors = (inputs,) if isinstance(inputs, Tensor) else inputs.tensors
+    tokens = [each for each in tensors if each.dtype == torch.int64]
+    return int(tokens[0].max()) if tokens else 0
+
+
 def outputs_of(classes: Any, images: Sequence[Images], spec: Spec) -> tuple[tuple[str, ...], int]:
     """Return the names of the classes, if there are any, and how many numbers a model makes.
 
@@ -317,7 +365,7 @@ def outputs_of(classes: Any, images: Sequence[Images], spec: Spec) -> tuple[tupl
         return (), int(np.prod(images[0].labels.shape[1:]))
     seen = max(int(each.labels.max()) for each in images)
     if task == "next_token":
-        seen = max(seen, *(int(each.pixels.max()) for each in images))
+        seen = max(seen, *(_largest(each.pixels) for each in images))
     told = spec.get("classes") or classes
     names = [str(name) for name in told] if isinstance(told, list | tuple) else None
     count = len(names) if names is not None else told if isinstance(told, int) else seen + 1

@@ -27,6 +27,7 @@ from fedsys.data.loader import AUGMENTATIONS
 from fedsys.data.options import Spec, cache_folder, choice, fraction, shape, whole
 from fedsys.errors import ConfigError, DataError
 from fedsys.randomness import Address
+from fedsys.transport.several import Inputs
 
 _TEST_SEED = 0
 """Test parts that are set aside here do not depend on the seed of the run: runs with different
@@ -78,14 +79,20 @@ def load(spec: Spec, *, seed: int) -> Dataset:
         validation = _subset(parts.validation, most, address, 2)
     else:
         train, validation = set_aside(train, held_out, address.numpy("validation"))
-    pictures = train.pixels.dtype == torch.uint8
+    pixels = train.pixels
+    pictures = isinstance(pixels, torch.Tensor) and pixels.dtype == torch.uint8
     if augmentation != "none" and not pictures:
         raise ConfigError.of(
             "data.augmentation", augmentation, "is of images", "data.augmentation=none"
         )
-    mean, std = parts.statistics or (mean_and_std(train.pixels) if pictures else ((), ()))
+    mean, std = parts.statistics or (_moments(pixels) if pictures else ((), ()))
     more = parts.classes, mean, std, augmentation, parts.outputs
     return Dataset(name, train, validation, test, *more)
+
+
+def _moments(pixels: Inputs) -> Statistics:
+    assert isinstance(pixels, torch.Tensor)  # as images are
+    return mean_and_std(pixels)
 
 
 def _check_task(source: str, spec: Spec) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 from fedsys.models.measure import meta_player
+from fedsys.transport.several import Several
 
 _UNKNOWN = object()
 _PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
@@ -37,19 +38,23 @@ class AskedSizes:
         example: A batch of inputs, or the shape of one without the batch, in the model's dtype.
 
     Attributes:
-        shape: Of one example.
+        shapes: Of each input of one example.
         used: Whether there was an answer.
     """
 
-    def __init__(self, root: nn.Module, example: Tensor | Sequence[int]) -> None:
+    def __init__(self, root: nn.Module, example: Tensor | Several | Sequence[int]) -> None:
         floats = (p.dtype for p in root.parameters() if p.is_floating_point())
-        if isinstance(example, Tensor):
-            self.shape, dtype = tuple(example.shape[1:]), example.dtype
+        if isinstance(example, Tensor | Several):
+            tensors = (example,) if isinstance(example, Tensor) else example.tensors
+            forms = [(tuple(tensor.shape[1:]), tensor.dtype) for tensor in tensors]
         else:
-            self.shape, dtype = tuple(example), next(floats, torch.float32)
+            forms = [(tuple(example), next(floats, torch.float32))]
+        self.shapes = tuple(shape for shape, _ in forms)
         self.used = False
-        kinds = ((2, "cpu"), (3, "cuda"))
-        self._runs = [_Run(root, (rows, *self.shape), dtype, kind) for rows, kind in kinds]
+        self._runs = [
+            _Run(root, [((rows, *shape), dtype) for shape, dtype in forms], kind)
+            for rows, kind in ((2, "cpu"), (3, "cuda"))
+        ]
 
     def length(self, node: fx.Node) -> int:
         """Return how many parts the value of `node` has.
@@ -89,10 +94,10 @@ class _Run:
     """What was recorded, played on inputs of one shape and as if on one kind of device."""
 
     def __init__(
-        self, root: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, device: str
+        self, root: nn.Module, forms: Sequence[tuple[tuple[int, ...], torch.dtype]], device: str
     ) -> None:
         self._root, self._device = root, torch.device(device)
-        self._input = torch.empty(shape, dtype=dtype, device="meta")
+        self._inputs = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in forms]
         self._player: fx.Interpreter | None = None
         self._values: dict[fx.Node, Any] = {}
 
@@ -117,7 +122,8 @@ class _Run:
 
     def _played(self, player: fx.Interpreter, node: fx.Node) -> Any:
         if node.op == "placeholder":
-            return self._input
+            known = [n for n in node.graph.nodes if n.op == "placeholder"]
+            return self._inputs[known.index(node)]
         if any(self._values[source] is _UNKNOWN for source in node.all_input_nodes):
             return _UNKNOWN
         args, kwargs = player.fetch_args_kwargs_from_env(node)

@@ -39,9 +39,9 @@ class Stage(nn.Module):
         self.modes.apply(self, mode)
         return self
 
-    def forward(self, x: Tensor) -> Any:
-        """Return what the part of the model makes of `x`."""
-        return self._program(self, x)
+    def forward(self, *inputs: Tensor) -> Any:
+        """Return what the part of the model makes of what enters it."""
+        return self._program(self, *inputs)
 
 
 class Following(fx.GraphModule):

@@ -15,7 +15,7 @@ as does one that would overwrite in place the tensor that it is given.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +57,7 @@ def find_chain(module: fx.GraphModule, costs: Costs, batch: int) -> list[UnitNod
         batch: Size of that batch: what crosses a cut must have it in front.
     """
     segments: list[UnitNodes] = []
-    for segment in _segments(module.graph, costs, batch):
+    for segment in _segments(module, costs, batch):
         begins = any(works(module, node, costs) for node in segment.nodes)
         whole = segments and any(works(module, node, costs) for node in segments[-1].nodes)
         if begins and whole and not _overwrites(module, segments[-1].output, segment):
@@ -69,13 +69,16 @@ def find_chain(module: fx.GraphModule, costs: Costs, batch: int) -> list[UnitNod
     return segments
 
 
-def _segments(graph: fx.Graph, costs: Costs, batch: int) -> Iterator[UnitNodes]:
+def _segments(module: fx.GraphModule, costs: Costs, batch: int) -> Iterator[UnitNodes]:
     """Yield the pieces between which one batch of tensors flows."""
+    graph, aside = module.graph, prepared(module, costs)
     steps = [n for n in graph.nodes if n.op not in ("placeholder", "output") and not sourceless(n)]
+    steps = [n for n in steps if n not in aside]
     index = {node: i for i, node in enumerate(steps)} | {graph.output_node(): len(steps)}
-    last = {node: max((index[user] for user in node.users), default=-1) for node in graph.nodes}
-    entry = next(node for node in graph.nodes if node.op == "placeholder")
-    alive, crossed, start = {entry}, entry, 0
+    last = {n: max((index.get(user, -1) for user in n.users), default=-1) for n in graph.nodes}
+    entries = [node for node in graph.nodes if node.op == "placeholder"]
+    alive: set[fx.Node] = set() if aside else {*entries}
+    crossed, start = entries[0], 0
     for i, node in enumerate(steps[:-1]):
         alive = {value for value in {*alive, node} if last[value] > i}
         if len(alive) != 1:
@@ -87,6 +90,27 @@ def _segments(graph: fx.Graph, costs: Costs, batch: int) -> Iterator[UnitNodes]:
             crossed, start = value, i + 1
     if steps:
         yield UnitNodes(tuple(steps[start:]), graph.output_node())
+
+
+def prepared(module: fx.GraphModule, costs: Costs) -> frozenset[fx.Node]:
+    """Return of a model of several inputs these, and what is made of them without learning.
+
+    A mask that every block needs would be alive all along, and there would be no place for a cut.
+    So inputs go to each part that needs them, beside the one tensor that crosses, and what is made
+    of them by functions that neither multiply nor read a parameter is made there, too.
+    """
+    entries = [node for node in module.graph.nodes if node.op == "placeholder"]
+    found = set(entries) if len(entries) > 1 else set()
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    plain = set(found)  # and what no input is in, but no parameter either
+    for node in module.graph.nodes if found else ():
+        if node.op == "get_attr" and node.target not in parameters:
+            plain.add(node)
+        computes = node.op in ("call_function", "call_method") and not works(module, node, costs)
+        if computes and not in_place(module, node) and plain.issuperset(node.all_input_nodes):
+            plain.add(node)
+            found |= {node} if found & {*node.all_input_nodes} else set()
+    return frozenset(found)
 
 
 def works(module: nn.Module, node: fx.Node, costs: Costs) -> bool:
@@ -148,17 +172,18 @@ def _ancestors(node: fx.Node) -> list[str]:
 
 
 def owners(
-    module: nn.Module, segments: Sequence[UnitNodes]
+    module: nn.Module, segments: Sequence[UnitNodes], aside: Collection[fx.Node] = ()
 ) -> tuple[list[tuple[str, ...]], dict[str, tuple[int, ...]]]:
     """Return the names of parameters and persistent buffers by unit, and who shares which.
 
     A tensor with several names has all of them in one unit. What nobody uses is the last unit's,
-    what several use the first's, and stands in the mapping with the indices of its users.
+    what several use the first's, and stands in the mapping with the indices of its users. Steps of
+    `aside` are done by each unit that needs them.
     """
     state = module.state_dict(keep_vars=True)
     users: dict[int, set[int]] = {}
     for index, segment in enumerate(segments):
-        for name in _state_of(module, segment, state):
+        for name in _state_of(module, segment, state, aside):
             users.setdefault(id(state[name]), set()).add(index)
     owned: list[list[str]] = [[] for _ in segments]
     shared: dict[str, tuple[int, ...]] = {}
@@ -170,13 +195,15 @@ def owners(
     return [tuple(names) for names in owned], shared
 
 
-def _state_of(module: nn.Module, segment: UnitNodes, state: Mapping[str, Any]) -> Iterator[str]:
+def _state_of(
+    module: nn.Module, segment: UnitNodes, state: Mapping[str, Any], aside: Collection[fx.Node]
+) -> Iterator[str]:
     """Yield the names of the state that the steps of `segment` use."""
     seen: set[fx.Node] = set()
     todo = list(segment.nodes)
     while todo:
         node = todo.pop()
-        todo += [n for n in node.all_input_nodes if sourceless(n) and n not in seen]
+        todo += [n for n in node.all_input_nodes if (sourceless(n) or n in aside) and n not in seen]
         seen.add(node)
         if node.op == "get_attr" and node.target in state:
             yield str(node.target)

@@ -17,9 +17,7 @@ from fedsys.errors import ConfigError, ModelError, did_you_mean
 from fedsys.models.blocks import check_positive
 from fedsys.models.norm import convert_norm
 from fedsys.randomness import Address, key_modules, seeded_default_generator
-
-Shape = tuple[int, ...]
-"""Of one example: channels, height and width of an image."""
+from fedsys.transport.several import Shape, arguments, examples_of, is_several
 
 _NOT_FOR_THE_CONSTRUCTOR = ("_target_", "norm", "init")
 _DRAWS = (Tensor.normal_, Tensor.uniform_)
@@ -171,7 +169,10 @@ def _materialise(model: nn.Module, target: str, input_shape: Shape) -> None:
         return
     try:
         with torch.no_grad():
-            model.eval()(torch.zeros((2, *input_shape)))
+            if is_several(input_shape):
+                model.eval()(*arguments(model, examples_of(input_shape, 2)))
+            else:
+                model.eval()(torch.zeros((2, *input_shape)))
     except Exception as error:  # whatever the user's forward or torch raises on such inputs
         raise ConfigError.of(
             "model._target_",

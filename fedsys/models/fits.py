@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 
 from fedsys.errors import ConfigError, ModelError
 from fedsys.randomness import check_keyed
+from fedsys.transport.several import Inputs, Several, arguments, shape_of, takes
 
 
-def check_fits(model: nn.Module, example: Tensor, made: tuple[int, ...] | None) -> None:
+def check_fits(model: nn.Module, example: Inputs, made: tuple[int, ...] | None) -> None:
     """Refuse a model that does not make one row of outputs of each example, or draws at random.
 
     The model is run in evaluation and in training, and left as it was but for what its own forward
@@ -30,26 +32,34 @@ def check_fits(model: nn.Module, example: Tensor, made: tuple[int, ...] | None) 
         ModelError: It draws from a process-wide generator.
     """
     name = type(model).__name__
-    _check_arguments(model, name)
+    _check_arguments(model, name, len(example.tensors) if isinstance(example, Several) else 1)
     modes = {module: module.training for module in model.modules()}
+    inputs = arguments(model, example)
     try:
         with torch.no_grad():
             _check_outputs(
-                name, _tried(name, lambda: model.eval()(example), example), made, len(example)
+                name, _tried(name, lambda: model.eval()(*inputs), example), made, len(example)
             )
     finally:
         for module, mode in modes.items():
             module.training = mode
-    outputs = _tried(name, lambda: check_keyed(model, example), example)
+    keyed = functools.partial(check_keyed, model, *inputs, rows=len(example))
+    outputs = _tried(name, keyed, example)
     _check_outputs(name, outputs, made, len(example))
 
 
-def _check_arguments(model: nn.Module, name: str) -> None:
-    """Refuse a forward that needs more than the images."""
+def _check_arguments(model: nn.Module, name: str, count: int) -> None:
+    """Refuse a forward that needs more than the images, or than the tensors of an example."""
     variable = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
-    arguments = inspect.signature(model.forward).parameters.values()
-    needed = [a.name for a in arguments if a.default is a.empty and a.kind not in variable]
-    if len(needed) > 1:
+    named = inspect.signature(model.forward).parameters.values()
+    needed = [a.name for a in named if a.default is a.empty and a.kind not in variable]
+    if count > 1:
+        if needed[count if takes(type(model).forward, count) else 1 :]:
+            raise ConfigError.of(
+                "model", name, f"must take the {count} tensors of an example, as so many arguments "
+                f"or as one tuple, and its forward takes ({', '.join(needed)})",
+            )  # fmt: skip
+    elif len(needed) > 1:
         raise ConfigError.of(
             "model",
             name,
@@ -58,13 +68,13 @@ def _check_arguments(model: nn.Module, name: str) -> None:
         )
 
 
-def _tried(name: str, call: Callable[[], Any], example: Tensor) -> Any:
+def _tried(name: str, call: Callable[[], Any], example: Inputs) -> Any:
     try:
         return call()
     except ModelError:
         raise
     except Exception as error:  # whatever the user's forward or torch raises on such inputs
-        shape, says = tuple(example.shape[1:]), str(error).strip().partition("\n")[0]
+        shape, says = shape_of(example), str(error).strip().partition("\n")[0]
         raise ConfigError.of(
             "model",
             name,

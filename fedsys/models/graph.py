@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -42,6 +42,10 @@ from fedsys.models.batchnorm import DeferredBatchNorm
 from fedsys.models.modes import Modes, moved, plain_attributes, plain_state, set_attributes
 from fedsys.models.origins import InPlace, Symbol, module_of, note_line
 from fedsys.randomness import KeyedDropout, is_random_depth
+from fedsys.transport.several import Several, examples_of, is_several, takes
+
+Example: TypeAlias = Tensor | Several | Sequence[Any]
+"""A batch of inputs, or the shape of an example (`fedsys.transport.several.Shape`)."""
 
 _lock = threading.Lock()  # torch.fx patches nn.Module while it traces: one trace at a time
 
@@ -73,15 +77,18 @@ class _Tracer(fx.Tracer):  # torch.fx offers no other way to say which modules a
         in_place: Let augmented assignments change their operand in the graph, too. In training that
             could be an input that another machine has sent, whose gradient is wanted.
         sizes: Answers what forward asks of sizes; None: it must ask nothing.
+        count: Tensors that forward is given: the first arguments, or a tuple as the only one.
     """
 
-    def __init__(self, *, buffers: bool, in_place: bool, sizes: AskedSizes | None) -> None:
+    def __init__(
+        self, *, buffers: bool, in_place: bool, sizes: AskedSizes | None, count: int = 1
+    ) -> None:
         super().__init__()
         self.proxy_buffer_attributes = buffers
         self.path: list[str] = []
         self.seen: dict[str, dict[str, Any]] = {}
         self.torn: list[str] = []
-        self._in_place = in_place
+        self._in_place, self._count = in_place, count
         self._thread = threading.get_ident()
         self._contexts = _contexts()
         self._sizes, self._asking = sizes, False
@@ -97,9 +104,17 @@ class _Tracer(fx.Tracer):  # torch.fx offers no other way to say which modules a
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
-        # Only the first argument is an input; the others keep their defaults and may be branched on
-        name = next(iter(_inputs(self.root)))
-        return root_fn, [self.root, self.create_proxy("placeholder", name, (), {})]
+        # The first arguments are inputs; the others keep their defaults and may be branched on
+        names = [*_inputs(self.root)][: self._count]
+        if len(names) == self._count:
+            return root_fn, [
+                self.root, *(self.create_proxy("placeholder", name, (), {}) for name in names)
+            ]  # fmt: skip
+        (name,) = names  # forward takes a tuple
+        made = (f"{name}_{index}" for index in range(self._count))
+        return root_fn, [
+            self.root, tuple(self.create_proxy("placeholder", name, (), {}) for name in made)
+        ]  # fmt: skip
 
     # While torch.fx traces, it redirects the modules of *every* thread to the tracer. Other
     # threads may be training: they get what they would have got.
@@ -168,7 +183,7 @@ def _contexts() -> tuple[bool, bool]:
     return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
 
 
-def trace(model: nn.Module, example: Tensor | Sequence[int] | None = None) -> fx.GraphModule:
+def trace(model: nn.Module, example: Example | None = None) -> fx.GraphModule:
     """Record the forward pass of `model`.
 
     Modules of ``torch.nn``, `KeyedDropout`, `DeferredBatchNorm`, torchvision's ``StochasticDepth``
@@ -177,8 +192,9 @@ def trace(model: nn.Module, example: Tensor | Sequence[int] | None = None) -> fx
     names in the model's order and shares the model's tensors. Modules keep their paths and mode.
 
     Args:
-        model: Takes one tensor; further arguments of ``forward`` keep their defaults. May be on
-            the ``meta`` device: no tensor is computed.
+        model: Takes one tensor, or several (`example` says so), as arguments or as one tuple;
+            further arguments of ``forward`` keep their defaults. May be on the ``meta`` device: no
+            tensor is computed.
         example: A batch of inputs, or the shape of one without the batch. Where forward asks for
             sizes, as in ``if H % 7``, those of this shape become constants, and the graph refuses
             inputs of others.
@@ -189,7 +205,8 @@ def trace(model: nn.Module, example: Tensor | Sequence[int] | None = None) -> fx
             constants or takes different paths in training and in evaluation. The message names
             the module and the line.
     """
-    _check_inputs(model)
+    example = _as_example(example)
+    _check_inputs(model, _count(example))
     try:
         traced = _traced(model, example, buffers=True)
     except ModelError:  # some forwards ask buffers for values or sizes: these are then constants
@@ -198,27 +215,35 @@ def trace(model: nn.Module, example: Tensor | Sequence[int] | None = None) -> fx
     return traced
 
 
-def _traced(
-    model: nn.Module, example: Tensor | Sequence[int] | None, *, buffers: bool
-) -> fx.GraphModule:
+def _as_example(example: Example | None) -> Example | None:
+    """Return examples of several tensors in place of their shape, and all else as it is."""
+    if isinstance(example, Tensor | Several) or example is None or not is_several(example):
+        return example
+    return examples_of(example, 2, "meta")
+
+
+def _count(example: Example | None) -> int:
+    """Return how many tensors an example has."""
+    return len(example.tensors) if isinstance(example, Several) else 1
+
+
+def _traced(model: nn.Module, example: Example | None, *, buffers: bool) -> fx.GraphModule:
     source = copy_modules(model)
     record = partial(_record, example=example, buffers=buffers)
     with _lock:
         evaluation = _settled(source, record, training=False)
         answering = dict(source.named_modules())
         training = _settled(source, record, training=True)
-    if shape := evaluation.shape or training.shape:
+    if shapes := evaluation.shapes or training.shapes:
         for graph in (evaluation.graph, training.graph):
-            _hold_shape(graph, shape, type(model).__name__)
+            _hold_shapes(graph, shapes, type(model).__name__)
     _check_same_modules(source, answering, training)
     _merge_modes(source, training.graph, evaluation.graph)
     modes = Modes.of(training.seen, evaluation.seen)
     return graph_module(source, training.graph, source.state_dict(), modes)
 
 
-def trace_evaluation(
-    model: nn.Module, example: Tensor | Sequence[int] | None = None
-) -> fx.GraphModule:
+def trace_evaluation(model: nn.Module, example: Example | None = None) -> fx.GraphModule:
     """Record the forward pass of `model` in evaluation, which training may differ from.
 
     Args:
@@ -229,7 +254,8 @@ def trace_evaluation(
     Raises:
         ModelError: As `trace`, but for the differences between the modes.
     """
-    _check_inputs(model)
+    example = _as_example(example)
+    _check_inputs(model, _count(example))
     with _lock:
         recorded = _recorded_in_evaluation(model.eval(), example)
     for path, attributes in recorded.seen.items():
@@ -239,12 +265,12 @@ def trace_evaluation(
                 f"{type(model).__name__} is put into evaluation, so an answer depends on chance or "
                 "on the other examples of its batch; let eval() and forward leave it in evaluation"
             )
-    if recorded.shape:
-        _hold_shape(recorded.graph, recorded.shape, type(model).__name__)
+    if recorded.shapes:
+        _hold_shapes(recorded.graph, recorded.shapes, type(model).__name__)
     return interpreted(model, recorded.graph, type(model).__name__)
 
 
-def _recorded_in_evaluation(model: nn.Module, example: Tensor | Sequence[int] | None) -> _Recorded:
+def _recorded_in_evaluation(model: nn.Module, example: Example | None) -> _Recorded:
     """Record `model` with buffers as constants, or as symbols if they are given symbols."""
     record = partial(_record, model, example=example, in_place=True)
     held = {name: value for name, value in vars(model).items() if _is_constant(name)}
@@ -284,10 +310,10 @@ class _Deferred(fx.GraphModule):
         """Write the code again if it was written."""
         return None if self._due else super().recompile()
 
-    def forward(self, x: Any) -> Any:
+    def forward(self, *inputs: Any) -> Any:
         """Write the code, which replaces this method, and run it."""
         self._write()
-        return type(self).forward(self, x)
+        return type(self).forward(self, *inputs)
 
     @property
     def code(self) -> str:
@@ -305,12 +331,19 @@ class _Deferred(fx.GraphModule):
             super().recompile()
 
 
-def _check_inputs(model: nn.Module) -> None:
+def _check_inputs(model: nn.Module, count: int) -> None:
     required = [name for name, has_default in _inputs(model).items() if not has_default]
+    if count > 1 and (takes(type(model).forward, count) or len(required) == 1):
+        required = required[count:]
     if len(required) > 1 or not _inputs(model):
+        rule = (
+            "exactly one input"
+            if count == 1
+            else f"{count} inputs, or one tuple of them, and no more"
+        )
         raise ModelError(
             f"{type(model).__name__}.forward takes ({', '.join(_inputs(model))}): "
-            "it must take exactly one input without a default"
+            f"it must take {rule} without a default"
         )
 
 
@@ -328,12 +361,13 @@ class _Recorded:
     Attributes:
         graph: What it computes.
         seen: What the modules that it called were set to.
-        shape: Of the one example that the graph is for; empty if it asked for no sizes.
+        shapes: Of each input of the one example that the graph is for; empty if it asked for no
+            sizes.
     """
 
     graph: fx.Graph
     seen: dict[str, dict[str, Any]]
-    shape: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
 
     def steps(self) -> list[tuple[str, ...]]:
         """Return what is computed, to compare it with another pass."""
@@ -410,13 +444,13 @@ def _check_same_modules(
 def _record(
     source: nn.Module,
     *,
-    example: Tensor | Sequence[int] | None,
+    example: Example | None,
     buffers: bool,
     in_place: bool = False,
 ) -> _Recorded:
     """Trace `source` in its mode; tensors made by forward are kept as constants of `source`."""
     sizes = None if example is None else AskedSizes(source, example)
-    tracer = _Tracer(buffers=buffers, in_place=in_place, sizes=sizes)
+    tracer = _Tracer(buffers=buffers, in_place=in_place, sizes=sizes, count=_count(example))
     known = {name: source.__dict__.pop(name) for name in [*source.__dict__] if _is_constant(name)}
     state = _versions(source)
     try:
@@ -434,7 +468,7 @@ def _record(
     if sizes is not None:
         _settle_arithmetic(graph, sizes)
     graph.lint()
-    return _Recorded(graph, tracer.seen, sizes.shape if sizes is not None and sizes.used else ())
+    return _Recorded(graph, tracer.seen, sizes.shapes if sizes is not None and sizes.used else ())
 
 
 def _check_constants(
@@ -519,18 +553,26 @@ def _settled_value(settled: fx.Node, value: Any, node: fx.Node) -> Any:
     return value if node is settled else node
 
 
-def _hold_shape(graph: fx.Graph, shape: tuple[int, ...], name: str) -> None:
-    """Let `graph` refuse examples of another shape: it was recorded with the sizes of this one."""
-    says = f"{name} was recorded for examples of shape {shape}, which it asks for, and got others"
-    last = next(node for node in graph.nodes if node.op == "placeholder")
-    for made, function, more in (
-        ("input_shape", getattr, ("shape",)),
-        ("example_shape", operator.getitem, (slice(1, None),)),
-        ("same_shape", operator.eq, (shape,)),
-        ("shape_check", torch._assert, (says,)),
-    ):
-        with graph.inserting_after(last):  # named, so that both modes have the same nodes
-            last = graph.create_node("call_function", function, (last, *more), {}, f"_{made}")
+def _hold_shapes(graph: fx.Graph, shapes: Sequence[tuple[int, ...]], name: str) -> None:
+    """Let `graph` refuse examples of other shapes: it was recorded with the sizes of this one."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    last = inputs[-1]
+    for index, (entry, shape) in enumerate(zip(inputs, shapes, strict=True)):
+        says = (
+            f"{name} was recorded for examples of shape {shape}, which it asks for, and got others"
+        )
+        value, number = entry, index or ""
+        for made, function, more in (
+            ("input_shape", getattr, ("shape",)),
+            ("example_shape", operator.getitem, (slice(1, None),)),
+            ("same_shape", operator.eq, (shape,)),
+            ("shape_check", torch._assert, (says,)),
+        ):
+            with graph.inserting_after(last):  # named, so that both modes have the same nodes
+                node = f"_{made}{number}"
+                last = value = graph.create_node(
+                    "call_function", function, (value, *more), {}, node
+                )
 
 
 def _versions(model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -20,7 +20,7 @@ Offloading for IoT Devices in Federated Learning", IEEE Internet of Things Journ
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -36,13 +36,15 @@ from fedsys.models.chain import (
     listed_chain,
     name_units,
     owners,
+    prepared,
 )
-from fedsys.models.graph import trace
+from fedsys.models.graph import Example, trace
 from fedsys.models.measure import NodeCost, measure
 from fedsys.models.modes import observed
 from fedsys.models.origins import module_paths
 from fedsys.models.states import fill, join
 from fedsys.randomness import Address
+from fedsys.transport.several import Inputs, Several, examples_of, is_several
 
 __all__ = [
     "LayeredModel",
@@ -76,6 +78,8 @@ class Unit:
         beside: Further nodes whose tensors cross the cut behind it, with their shapes without the
             batch; they count in `bytes_out`. None in a chain of `layered`
             (`fedsys.models.several`).
+        inputs: Which of several inputs of the model it needs itself, by index; what leaves it may
+            be an input besides.
     """
 
     name: str
@@ -87,6 +91,7 @@ class Unit:
     bytes_out: int
     out_shape: tuple[int, ...]
     beside: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    inputs: tuple[int, ...] = ()
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -110,6 +115,7 @@ class LayeredModel:
         names: All parameters and persistent buffers, in the model's order.
         shared: Parameters and buffers that several units use, with the indices of these units.
             No cut may separate them.
+        input_bytes: Size of each of several inputs, for one example; empty where there is one.
     """
 
     graph: fx.GraphModule
@@ -117,14 +123,23 @@ class LayeredModel:
     cuts: tuple[int, ...]
     names: tuple[str, ...]
     shared: Mapping[str, tuple[int, ...]]
+    input_bytes: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.units)
 
+    def inputs(self, start: int, stop: int) -> tuple[int, ...]:
+        """Return which of several inputs units ``[start, stop)`` need beside what enters them.
+
+        They are sent to them as they are. At the start of the model all inputs enter.
+        """
+        needed = {index for unit in self.units[start:stop] for index in unit.inputs}
+        return tuple(sorted(needed)) if start else ()
+
 
 def layered(
     model: nn.Module,
-    example: Tensor | Sequence[int],
+    example: Example,
     *,
     units: Sequence[str | Sequence[str]] | None = None,
     fc_as_one: bool = True,
@@ -134,7 +149,8 @@ def layered(
     Args:
         model: Any module that `fedsys.models.graph.trace` traces, or a chain of the modules in
             `units`. May be on the ``meta`` device.
-        example: A batch of inputs, or the shape of one example without the batch.
+        example: A batch of inputs, or the shape of one example without the batch; `Several`, or the
+            shape of several tensors, for a model that takes those.
         units: For what cannot be traced: the units as lists of module names, called in this order
             one after the other. ``"features.0:features.4"`` stands for these two siblings and all
             between them. Compared with the model on the example if the model has values.
@@ -145,7 +161,9 @@ def layered(
         ModelError: The model cannot be traced, does not accept the example, or is not the chain
             of `units`; the message says which.
     """
-    if units is None and not isinstance(example, Tensor):
+    if not isinstance(example, Tensor | Several) and is_several(example):
+        example = examples_of(example, _BATCH)
+    if units is None and not isinstance(example, Tensor | Several):
         return _of_shape(model, example, fc_as_one)
     if units is None:
         graph = trace(model, example)
@@ -153,6 +171,8 @@ def layered(
         segments = find_chain(graph, costs, batch)
     else:
         x = _batch_like(model, example)
+        if isinstance(x, Several):
+            raise ModelError("units: a chain listed by hand is called with one tensor, not several")
         device = next((p.device for p in model.parameters()), x.device)
         modes = observed(model, x.to(device))
         graph, segments = listed_chain(model, units, modes)
@@ -180,7 +200,7 @@ def _of_shape(model: nn.Module, shape: Sequence[int], fc_as_one: bool) -> Layere
 
 
 def chain_of(
-    graph: fx.GraphModule, segments: Sequence[UnitNodes], example: Tensor | Sequence[int],
+    graph: fx.GraphModule, segments: Sequence[UnitNodes], example: Example,
     *, fc_as_one: bool = True,
 ) -> LayeredModel:  # fmt: skip
     """See a graph as the chain of these units, which are known.
@@ -201,16 +221,31 @@ def _chain(
     batch: int,
     fc_as_one: bool,
 ) -> LayeredModel:
-    owned, shared = owners(graph, segments)
+    aside = prepared(graph, costs)
+    owned, shared = owners(graph, segments, aside)
+    entries = [node for node in graph.graph.nodes if node.op == "placeholder"]
     names = name_units(graph, segments, costs)
     chain = tuple(
-        _unit(graph, name, segment, state, costs, batch)
+        _unit(graph, name, segment, state, costs, batch, _given(segment, entries, aside))
         for name, segment, state in zip(names, segments, owned, strict=True)
     )
     tied = {c for users in shared.values() for c in range(users[0] + 1, users[-1] + 1)}
     closed = cuts_in_fc_block(graph, segments, costs) if fc_as_one else range(0)
     cuts = tuple(c for c in range(1, len(chain)) if c not in tied and c not in closed)
-    return LayeredModel(graph, chain, cuts, tuple(graph.state_dict()), shared)
+    sizes = [costs[entry.name].bytes // batch for entry in entries if aside]
+    return LayeredModel(graph, chain, cuts, tuple(graph.state_dict()), shared, tuple(sizes))
+
+
+def _given(
+    segment: UnitNodes, entries: Sequence[fx.Node], aside: Collection[fx.Node]
+) -> tuple[int, ...]:
+    """Return the indices of those of several inputs that a unit needs."""
+    todo, seen = list(segment.nodes), set[fx.Node]()
+    while todo:
+        found = {n for n in todo.pop().all_input_nodes if n in aside} - seen
+        seen |= found
+        todo.extend(found)
+    return tuple(index for index, entry in enumerate(entries) if entry in seen)
 
 
 def _unit(
@@ -220,6 +255,7 @@ def _unit(
     state: tuple[str, ...],
     costs: Mapping[str, NodeCost],
     batch: int,
+    inputs: tuple[int, ...],
 ) -> Unit:
     parameters = dict(graph.named_parameters(remove_duplicate=False))
     sizes = {id(parameters[n]): parameters[n].numel() for n in state if n in parameters}
@@ -234,36 +270,40 @@ def _unit(
         bytes_out=sum(costs[n.name].bytes for n in (segment.output, *segment.beside)) // batch,
         out_shape=out.shape[1:] if out.shape else (),
         beside=tuple((n.name, (costs[n.name].shape or ())[1:]) for n in segment.beside),
+        inputs=inputs,
     )
 
 
-def measured(
-    graph: fx.GraphModule, example: Tensor | Sequence[int]
-) -> tuple[dict[str, NodeCost], int]:
+def measured(graph: fx.GraphModule, example: Example) -> tuple[dict[str, NodeCost], int]:
     """Return what the nodes make of a batch, and its size."""
     real = _batch_like(graph, example)
-    shape = (_BATCH, *real.shape[1:])
+    tensors = (real,) if isinstance(real, Tensor) else real.tensors
+    on_meta = [torch.empty((_BATCH, *t.shape[1:]), dtype=t.dtype, device="meta") for t in tensors]
     try:
-        return measure(graph, torch.empty(shape, dtype=real.dtype, device="meta")), _BATCH
+        given = on_meta[0] if isinstance(real, Tensor) else Several(tuple(on_meta))
+        return measure(graph, given), _BATCH
     except ModelError:
         # Forward may look at values, which only tensors with values have
-        if real.is_meta or any(p.is_meta for p in graph.parameters()):
+        if tensors[0].is_meta or any(p.is_meta for p in graph.parameters()):
             raise
-        return measure(graph, real), real.shape[0]
+        return measure(graph, real), len(real)
 
 
-def _batch_like(model: nn.Module, example: Tensor | Sequence[int]) -> Tensor:
+def _batch_like(model: nn.Module, example: Example) -> Inputs:
     """Return `example`, or a batch of examples of that shape in the dtype of the model."""
-    if isinstance(example, Tensor):
+    if isinstance(example, Tensor | Several):
         return example
+    if is_several(example):
+        return examples_of(example, _BATCH)
     floats = [p for p in model.parameters() if p.is_floating_point()]
     tensor = torch.randn(_BATCH, *example, generator=Address(0).torch("example"))
     return tensor.to(floats[0].dtype) if floats else tensor
 
 
-def _check_same(model: nn.Module, chain: nn.Module, example: Tensor | Sequence[int]) -> None:
+def _check_same(model: nn.Module, chain: nn.Module, example: Example) -> None:
     """Compare a chain listed by hand with the model, in evaluation, if they have values."""
     x = _batch_like(model, example)
+    assert isinstance(x, Tensor)  # as was asked
     if x.is_meta or any(t.is_meta for t in (*model.parameters(), *model.buffers())):
         return
     with torch.no_grad():
@@ -455,10 +495,10 @@ def stage_graph(model: LayeredModel, start: int, stop: int) -> fx.Graph:
             copies[node] = graph.node_copy(node, copied)
         return copies[node]
 
-    entry = next(node for node in original.nodes if node.op == "placeholder")
+    entries = [node for node in original.nodes if node.op == "placeholder"]
     for number, name in enumerate(before):
         copies[nodes[name]] = graph.placeholder(f"x{number or ''}")
-    if not before:
+    for entry in entries if not start else [entries[i] for i in model.inputs(start, stop)]:
         copies[entry] = graph.placeholder(str(entry.target))
     for node in original.nodes:
         if node.name in wanted:
@@ -466,7 +506,7 @@ def stage_graph(model: LayeredModel, start: int, stop: int) -> fx.Graph:
     if units and stop == len(model):
         graph.node_copy(original.output_node(), copied)
         return graph
-    leaving = units[-1].outputs if units else before or (entry.name,)
+    leaving = units[-1].outputs if units else before or (entries[0].name,)
     values = tuple(copied(nodes[name]) for name in leaving)
     graph.output(values if len(values) > 1 else values[0])
     return graph

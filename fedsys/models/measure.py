@@ -19,6 +19,7 @@ from fedsys.errors import ModelError
 from fedsys.models.assemble import copy_modules
 from fedsys.models.shapes import module_for, result_of
 from fedsys.randomness import KeyedDropout
+from fedsys.transport.several import Inputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ class NodeCost:
     macs: int
 
 
-def measure(module: fx.GraphModule, example: Tensor) -> dict[str, NodeCost]:
+def measure(module: fx.GraphModule, example: Inputs) -> dict[str, NodeCost]:
     """Return what every node of the graph of `module` makes of `example`, in evaluation.
 
     On the ``meta`` device nothing is computed, whatever device the tensors of `module` are on.
@@ -48,20 +49,25 @@ def measure(module: fx.GraphModule, example: Tensor) -> dict[str, NodeCost]:
     Raises:
         ModelError: Names the node that does not accept what it is given.
     """
-    meter = _Meter(module, on_meta=example.is_meta)
+    tensors = (example,) if isinstance(example, Tensor) else example.tensors
+    meter = _Meter(module, on_meta=tensors[0].is_meta)
     # attention has a fused path without gradients, whose work cannot be counted
-    example = example.detach().requires_grad_(example.is_floating_point())
+    given = [tensor.detach().requires_grad_(tensor.is_floating_point()) for tensor in tensors]
     try:
-        with torch.enable_grad(), meter.counter, torch.device(example.device):
-            meter.run(example)
+        with torch.enable_grad(), meter.counter, torch.device(given[0].device):
+            meter.run(*given)
     except Exception as error:  # whatever the user's modules raise
         reason = str(error).strip().partition("\n")[0]
         raise ModelError(
             f"{type(module).__name__} fails at {meter.now} on an input of shape "
-            f"{tuple(example.shape)}, {str(example.dtype).removeprefix('torch.')}: {reason}; "
+            f"{' and '.join(map(_form, given))}: {reason}; "
             "give an example like those that the model is made for"
         ) from error
     return meter.measured
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)}, {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def meta_player(root: nn.Module, graph: fx.Graph) -> fx.Interpreter:

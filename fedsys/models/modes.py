@@ -14,10 +14,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedsys.errors import ModelError
 from fedsys.randomness import Address, drawing
+from fedsys.transport.several import Inputs, arguments
 
 Value = bool | int | float | str | None
 Settings = Mapping[str, Mapping[str, Value]]
@@ -83,7 +84,7 @@ def _special(here: Settings, there: Settings, mode: bool) -> dict[str, dict[str,
     return found
 
 
-def observed(model: nn.Module, example: Tensor) -> Modes:
+def observed(model: nn.Module, example: Inputs) -> Modes:
     """Return what the modules of `model` are set to when they are called, by running a copy.
 
     Where it does not run, what ``train()`` and ``eval()`` set is returned.
@@ -98,7 +99,7 @@ def observed(model: nn.Module, example: Tensor) -> Modes:
     return Modes.of(_called(trial.train(), example), _called(trial.eval(), example))
 
 
-def _called(model: nn.Module, example: Tensor) -> dict[str, dict[str, Value]]:
+def _called(model: nn.Module, example: Inputs) -> dict[str, dict[str, Value]]:
     """Return the attributes that modules have when they are called, and those of the others."""
     paths: dict[nn.Module, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
@@ -111,7 +112,7 @@ def _called(model: nn.Module, example: Tensor) -> dict[str, dict[str, Value]]:
     hooks = [module.register_forward_pre_hook(note) for module in paths]
     try:
         with torch.no_grad(), drawing(Address(0), 0, len(example)):
-            model(example)
+            model(*arguments(model, example))
     except (RuntimeError, ValueError, ModelError):
         pass  # such as a BatchNorm that gets one value per channel: then the flags must do
     finally:

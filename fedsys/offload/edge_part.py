@@ -6,7 +6,7 @@ moment at which the machine that is stood for would be done.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -21,7 +21,7 @@ from fedsys.privacy.noise import source_of
 from fedsys.privacy.part import Told, stepping
 from fedsys.randomness import Address, drawing, rows
 from fedsys.training import plain as training
-from fedsys.training.federation import layered_model, penalty_of
+from fedsys.training.federation import base_state, layered_model, penalty_of
 from fedsys.training.part import Part, filled_stages, names_between, safe_input
 from fedsys.training.tasks import task_of
 from fedsys.transport.wire import Frame
@@ -58,7 +58,8 @@ class EdgePart:
             raise FrameError(f"open: units {spec.first} to {spec.last} of {len(model)}")
         cuts, layout = [spec.first, spec.last], config.client.memory_format
         self.expected = Expected.of(model, spec, device, config.task)
-        (self._stage,) = filled_stages(model, cuts, [1], start.state, device, layout)
+        base = base_state(config, spec.input_shape, spec.num_classes)
+        (self._stage,) = filled_stages(model, cuts, [1], start.state, device, layout, base)
         self.private = spec.last < len(model)
         self._pace = session_pace(config, model, spec, workers)
         self._task = task_of(config)
@@ -133,14 +134,23 @@ class EdgePart:
 
         return self._processors.do(done, self._threads)
 
-    def ahead(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """Return the outputs for rows ``[start, stop)`` of the mini-batch."""
+    def ahead(self, inputs: Sequence[Tensor], start: int, stop: int) -> Tensor:
+        """Return the outputs for rows ``[start, stop)`` of the mini-batch.
+
+        Args:
+            inputs: Activations, and the inputs of the model that are needed beside them.
+            start: The first row.
+            stop: The end.
+        """
+        x, *more = inputs
         drawn = drawing(self._address, self._step, self._batch, self._draws)
         recorded = self._steps.recording(start, stop - start)
         with torch.enable_grad(), drawn, rows(start, stop), recorded:
-            out = training.forward(self._stage, safe_input(self._stage, x))
+            given = safe_input(self._stage, x), *more
+            out = training.explained(self._stage, lambda: self._stage(*given))
         self._pace.turn()
-        return out
+        made: Tensor = out
+        return made
 
     def back(self, out: Tensor, labels: Tensor) -> State:
         """Compute the backward of a piece from its labels; return loss and hits."""
@@ -165,11 +175,11 @@ class EdgePart:
         self._pace.update()
         self.nbytes = self._part.nbytes()  # optimizers take memory in their first step
 
-    def scored(self, x: Tensor) -> Tensor:
-        """Return the outputs for `x`, forward only; neither draws nor statistics change."""
+    def scored(self, *inputs: Tensor) -> Tensor:
+        """Return the outputs for these, forward only; neither draws nor statistics change."""
         self._stage.eval()
         try:
             with torch.inference_mode():
-                return self._stage(x)  # type: ignore[no-any-return]  # modules return anything
+                return self._stage(*inputs)  # type: ignore[no-any-return]  # modules return anything
         finally:
             self._stage.train()

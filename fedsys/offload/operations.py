@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -42,6 +43,7 @@ class Operations:
             raise FrameError(f"batch={batch}: must be at least 1, and the same for all pieces")
         start, stop = self._bounds(piece, batch)
         x = part.expected.activation(frame, stop - start)
+        inputs = x, *part.expected.beside(frame, stop - start)
         part.arrived(frame, stop - start, forward=True)
         labels = None if part.private else part.expected.labels(frame, stop - start)
         if piece == 0:  # what is refused above has changed nothing
@@ -50,10 +52,10 @@ class Operations:
         gradient = keep_gradient(x) if frame.meta.get("needs_gradient", True) else []
         meta: dict[str, Any] = {"step": turns.steps, "piece": piece}
         if labels is None:
-            out = part.compute(lambda: self._ahead(x, start, stop))
+            out = part.compute(lambda: self._ahead(inputs, start, stop))
             self._open[piece] = out, gradient
             return encoded("activation", out, {**meta, "at_us": part.ended()}, codec)
-        more = part.compute(lambda: self._there_and_back(x, labels, start, stop))
+        more = part.compute(lambda: self._there_and_back(inputs, labels, start, stop))
         return encoded("gradient", _of(gradient), {**meta, "at_us": part.ended()}, codec, more)
 
     def _bounds(self, piece: int, batch: int) -> tuple[int, int]:
@@ -62,13 +64,15 @@ class Operations:
             raise SessionError(f"piece {piece} of a mini-batch with {batch} examples")
         return bounds[piece]
 
-    def _ahead(self, x: Tensor, start: int, stop: int) -> Tensor:
-        out = self._part.ahead(x, start, stop)
+    def _ahead(self, inputs: Sequence[Tensor], start: int, stop: int) -> Tensor:
+        out = self._part.ahead(inputs, start, stop)
         self._turns.forward += 1
         return out
 
-    def _there_and_back(self, x: Tensor, labels: Tensor, start: int, stop: int) -> State:
-        found = self._part.back(self._ahead(x, start, stop), labels)
+    def _there_and_back(
+        self, inputs: Sequence[Tensor], labels: Tensor, start: int, stop: int
+    ) -> State:
+        found = self._part.back(self._ahead(inputs, start, stop), labels)
         self._turns.backward += 1
         return found
 
@@ -87,7 +91,8 @@ class Operations:
     def evaluate(self, frame: Frame) -> Frame:
         """Score a mini-batch, forward only; neither draws nor statistics change."""
         tensor = self._part.expected.activation(frame, None)
-        out = self._part.compute(lambda: self._part.scored(tensor))
+        inputs = tensor, *self._part.expected.beside(frame, len(tensor))
+        out = self._part.compute(lambda: self._part.scored(*inputs))
         meta = {"index": natural(frame, "index")}
         return Frame("outputs", {**meta, "codec": "fp32"}, {"x": out.clone()})
 

@@ -14,6 +14,7 @@ from fedsys.errors import FrameError
 from fedsys.models.layers import LayeredModel
 from fedsys.offload.snapshot import SessionSpec
 from fedsys.transport.codecs import decode_activation, encode_activation
+from fedsys.transport.several import Shape, beside_of, is_several
 from fedsys.transport.wire import Frame
 
 
@@ -27,6 +28,8 @@ class Expected:
         classes: Number of classes.
         device: Where tensors are to be.
         task: What is learned, by which targets are checked.
+        inputs: Shape of several inputs of an example, as `fedsys.transport.several.Shape`.
+        given: Which of them come with the activations.
     """
 
     shape: Sequence[int]
@@ -34,14 +37,31 @@ class Expected:
     classes: int
     device: torch.device
     task: TaskConfig = field(default_factory=TaskConfig)
+    inputs: Shape = ()
+    given: tuple[int, ...] = ()
 
     @classmethod
     def of(
         cls, model: LayeredModel, spec: SessionSpec, device: torch.device, task: TaskConfig
     ) -> Expected:
         """Return what a session with the units of `spec` takes."""
+        several = is_several(spec.input_shape)
+        if several and not spec.first:
+            raise FrameError("open: first=0: several inputs are no activation")
         enters = model.units[spec.first - 1].out_shape if spec.first else spec.input_shape
-        return cls(enters, _dtype_of(model), spec.num_classes, device, task)
+        return cls(
+            enters, _dtype_of(model), spec.num_classes, device, task,
+            spec.input_shape if several else (), model.inputs(spec.first, spec.last),
+        )  # fmt: skip
+
+    def beside(self, frame: Frame, examples: int) -> tuple[Tensor, ...]:
+        """Return the inputs that come with the activations of a frame.
+
+        Raises:
+            FrameError: One is missing, or has another shape or type.
+        """
+        found = beside_of(frame.tensors, self.inputs, self.given, examples)
+        return tuple(tensor.to(self.device) for tensor in found)
 
     def activation(self, frame: Frame, examples: int | None) -> Tensor:
         """Return the activations ``(examples, …)`` of a frame.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedsys.errors import FrameError
 from fedsys.transport.codecs import CODECS
+from fedsys.transport.several import Shape, checked_shape
 from fedsys.transport.wire import Frame
 
 State = Mapping[str, Tensor]
@@ -30,7 +31,7 @@ class SessionSpec:
         first: First unit on the edge.
         last: End of the units on the edge; less than all for a label-private cut.
         config: The run's configuration as YAML: the model and how to train it.
-        input_shape: ``(C, H, W)`` of one example.
+        input_shape: ``(C, H, W)`` of one example, or as `fedsys.transport.several.Shape`.
         num_classes: Number of classes.
         micro_batches: Pieces of a mini-batch.
         proximal_mu: Weight of FedProx's term.
@@ -50,7 +51,7 @@ class SessionSpec:
     first: int
     last: int
     config: str
-    input_shape: tuple[int, ...]
+    input_shape: Shape
     num_classes: int
     micro_batches: int = 1
     proximal_mu: float = 0.0
@@ -79,11 +80,11 @@ class SessionSpec:
             expected = _KINDS.get(str(spec.type), (list,))
             if not isinstance(value, expected) or isinstance(value, bool):
                 raise FrameError(f"open: {spec.name}={str(value)[:40]!r} is not a {spec.type}")
-            values[spec.name] = tuple(value) if isinstance(value, list) else value
+            values[spec.name] = checked_shape(value) if isinstance(value, list) else value
         made = cls(**values)
-        sizes = (*made.input_shape, made.num_classes, made.micro_batches)
-        if not 1 <= len(made.input_shape) <= 8 or not all(type(n) is int and n > 0 for n in sizes):
-            raise FrameError(f"open: {sizes}: must be a shape, classes and pieces, each above 0")
+        sizes = made.num_classes, made.micro_batches
+        if not all(type(n) is int and n > 0 for n in sizes):
+            raise FrameError(f"open: {sizes}: must be classes and pieces, each above 0")
         if made.codec_up not in CODECS or made.codec_down not in CODECS:
             raise FrameError(f"open: codecs {made.codec_up!r:.40} and {made.codec_down!r:.40}")
         return made

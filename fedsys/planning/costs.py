@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from fedsys.errors import ConfigError, did_you_mean, is_number
 from fedsys.models.layers import LayeredModel
+from fedsys.models.lora import sent
 from fedsys.transport.codecs import CODECS, encoded_bytes
 
 Array = NDArray[np.float64]
@@ -306,20 +307,23 @@ class Crossing:
         elements: Elements.
         channels: Size of its first dimension.
         itemsize: Bytes of an element in the type of the model.
+        beside: Bytes of inputs that go to the edge with it, as they are.
     """
 
     elements: int
     channels: int
     itemsize: int = 4
+    beside: int = 0
 
 
 def crossings(layers: LayeredModel) -> tuple[Crossing, ...]:
     """Return what leaves each unit: the tensor at cut ``c`` is at index ``c - 1``; length L."""
     made = []
-    for unit in layers.units:
+    for cut, unit in enumerate(layers.units, 1):
         elements = sum(math.prod(shape) for shape in unit.out_shapes)
         channels = sum((shape or (1,))[0] for shape in unit.out_shapes)
-        made.append(Crossing(elements, channels, unit.bytes_out // elements))
+        beside = sum(layers.input_bytes[index] for index in layers.inputs(cut, len(layers)))
+        made.append(Crossing(elements, channels, unit.bytes_out // elements, beside))
     return tuple(made)
 
 
@@ -329,8 +333,9 @@ def tensor_bytes(crossing: Crossing, rows: int, codec: str) -> int:
 
 
 def frame_bytes(crossing: Crossing, rows: int, codec: str, *, labels: bool = False) -> int:
-    """Return the bytes of the frame with that tensor, with labels if they go along."""
-    return tensor_bytes(crossing, rows, codec) + FRAME_BYTES + (rows * LABEL_BYTES if labels else 0)
+    """Return the bytes of the frame with that tensor, with labels and inputs if they go along."""
+    more = LABEL_BYTES + crossing.beside if labels else 0
+    return tensor_bytes(crossing, rows, codec) + FRAME_BYTES + rows * more
 
 
 def norm_bytes(rows: int) -> int:
@@ -341,13 +346,16 @@ def norm_bytes(rows: int) -> int:
 def state_bytes(layers: LayeredModel) -> tuple[int, ...]:
     """Return the bytes of the parameters and persistent buffers of each unit, in their types.
 
-    A tensor that several units use counts in the first of them.
+    A tensor that several units use counts in the first of them. Beside adapters what does not learn
+    counts nowhere: it is neither sent nor moved.
     """
     tensors = layers.graph.state_dict(keep_vars=True)
+    travels = sent(layers.graph).keys()
     counted: set[int] = set()
     sizes = []
     for unit in layers.units:
-        own = {id(tensors[name]): tensors[name].nbytes for name in unit.names}
+        names = [name for name in unit.names if name in travels]
+        own = {id(tensors[name]): tensors[name].nbytes for name in names}
         sizes.append(sum(size for key, size in own.items() if key not in counted))
         counted |= own.keys()
     return tuple(sizes)

@@ -319,7 +319,8 @@ class Menu:
         self.offloaded = self.cut < self.load.units
         self._sizes, self._size = np.unique(batch / self.pieces, return_inverse=True)
         rows = self._sizes[self._size]
-        labels = np.where(self.offloaded, LABEL_BYTES * rows, 0.0)
+        beside = np.array([0, *(crossing.beside for crossing in self.load.crossings)])
+        labels = np.where(self.offloaded, (LABEL_BYTES + beside[self.cut]) * rows, 0.0)
         self._up_bytes = self._frame_bytes(self._up_codec, rows) + labels
         self._down_bytes = self._frame_bytes(self._down_codec, rows)
         self._edge_s, self._edge_update_s = np.zeros(len(batch)), np.zeros(len(batch))

@@ -195,6 +195,7 @@ def _check_validation(dataset: Dataset) -> None:
 
 def _some(dataset: Dataset) -> Tensor:
     """Return the images on which dense models are compared with masked ones."""
+    images: Tensor
     ((images, _),) = data.eval_batches(spread(dataset.validation, COMPARED), dataset, COMPARED)
     return images
 

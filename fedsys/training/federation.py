@@ -16,19 +16,22 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from fedsys import data, models
 from fedsys.config import Config, pruning
 from fedsys.config.task import TaskConfig
+from fedsys.config.values import LoraConfig
 from fedsys.data import Dataset
 from fedsys.errors import ConfigError
 from fedsys.models.fits import check_fits
 from fedsys.models.layers import LayeredModel, layered
+from fedsys.models.lora import adapted
 from fedsys.models.resilient import resilient
 from fedsys.randomness import Address
 from fedsys.training import plain as training
 from fedsys.training.penalty import Penalty
+from fedsys.transport.several import Inputs, Shape, is_several
 
 OWN = "own"
 """Kind of the partition in which one client has everything that there is."""
@@ -136,10 +139,12 @@ def build_model(config: Config, dataset: Dataset, *, initial: bool = True) -> nn
     Args:
         config: The run.
         dataset: Gives the shape of the inputs and the number of classes.
-        initial: Whether ``model.init`` is read; a client receives its weights anyway.
+        initial: Whether ``model.init`` is read; a client receives its weights anyway, but for
+            those beside which adapters are trained.
     """
     spec: dict[str, Any] = dict(config.model)
-    if not initial:
+    lora = config.client.train == "lora"
+    if not initial and not lora:
         spec["init"] = None
     model = models.build(
         spec,
@@ -147,6 +152,9 @@ def build_model(config: Config, dataset: Dataset, *, initial: bool = True) -> nn
         num_classes=dataset.num_classes,
         seed=config.seed,
     )
+    if lora:
+        own = config.client.lora
+        model = adapted(model, own.rank, own.alpha, own.targets, config.seed)
     return training.lay_out(model, config.client.memory_format)
 
 
@@ -158,6 +166,7 @@ def trained_model(config: Config, dataset: Dataset, *, initial: bool = True) -> 
     Raises:
         ModelError: The model cannot be seen as a chain of units, or has no exit where one is asked.
     """
+    _refuse_several(config, dataset)
     model = build_model(config, dataset, initial=initial)
     if not config.resilience.active:
         return model
@@ -170,17 +179,58 @@ def trained_model(config: Config, dataset: Dataset, *, initial: bool = True) -> 
     return training.lay_out(ours, config.client.memory_format)
 
 
-def layered_model(config: Config, input_shape: tuple[int, ...], num_classes: int) -> LayeredModel:
+def _refuse_several(config: Config, dataset: Dataset) -> None:
+    """Refuse what is made for examples of one tensor where they have several."""
+    if not is_several(dataset.input_shape):
+        return
+    scored = config.pruning.active and config.pruning.method not in ("magnitude", "random")
+    private = config.privacy.mechanism in ("record", "cut")
+    for key, value, broken in (
+        ("privacy.mechanism", config.privacy.mechanism, private),
+        ("resilience.training", config.resilience.training, config.resilience.active),
+        ("pruning.method", config.pruning.method, scored),
+    ):
+        if broken:
+            raise ConfigError.of(
+                key, value, "cannot be where an example has several inputs", f"{key}=none"
+            )
+
+
+def layered_model(config: Config, input_shape: Shape, num_classes: int) -> LayeredModel:
     """Return the run's model on ``meta`` as a chain of units; kept per process and model."""
     spec = json.dumps({**config.model, "init": None}, sort_keys=True)
-    return _layered(spec, tuple(input_shape), num_classes)
+    lora = config.client.lora if config.client.train == "lora" else None
+    return _layered(spec, tuple(input_shape), num_classes, lora)
 
 
 @functools.lru_cache(maxsize=16)
-def _layered(spec: str, input_shape: tuple[int, ...], num_classes: int) -> LayeredModel:
+def _layered(
+    spec: str, input_shape: Shape, num_classes: int, lora: LoraConfig | None
+) -> LayeredModel:
     model = json.loads(spec)
     skeleton = models.skeleton(model, input_shape=input_shape, num_classes=num_classes)
+    if lora is not None:
+        skeleton = adapted(skeleton, lora.rank, lora.alpha, lora.targets, None)
     return layered(skeleton, input_shape)
+
+
+def base_state(config: Config, input_shape: Shape, num_classes: int) -> Mapping[str, Tensor]:
+    """Return the weights that do not learn beside adapters, by name; none where all weights do.
+
+    Kept per process and model: all who train parts of it share these tensors.
+    """
+    if config.client.train != "lora":
+        return {}
+    spec = json.dumps(dict(config.model), sort_keys=True)
+    return _base_state(spec, tuple(input_shape), num_classes, config.seed)
+
+
+@functools.lru_cache(maxsize=4)
+def _base_state(spec: str, input_shape: Shape, num_classes: int, seed: int) -> Mapping[str, Tensor]:
+    model = models.build(
+        json.loads(spec), input_shape=input_shape, num_classes=num_classes, seed=seed
+    )
+    return {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
 
 
 def penalty_of(config: Config, model: LayeredModel, round_: int) -> Penalty | None:
@@ -203,6 +253,7 @@ def check_model(model: nn.Module, dataset: Dataset, config: Config | None = None
     """
     device = training.device_of(model)
     task = TaskConfig() if config is None else config.task
+    x: Inputs
     if config is None or dataset.pictures:
         x = torch.randn((2, *dataset.input_shape), generator=Address(0).torch("check"))
     else:

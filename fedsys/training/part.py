@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from fedsys.config import Config, pruning
 from fedsys.errors import ModelError
 from fedsys.models.layers import LayeredModel, fill, stages
+from fedsys.models.lora import learned
 from fedsys.training import optimizers
 from fedsys.training import plain as training
 from fedsys.training.masks import Holding, Masks
@@ -53,11 +54,14 @@ class Part:
         self.modules = tuple(modules)
         self._clip_norm = config.client.clip_norm
         self.named = {n: p for m in self.modules for n, p in m.named_parameters()}
+        self._adapters = config.client.train == "lora"
         start = anchor or self.named
+        if self._adapters:
+            start = {n: p for n, p in start.items() if self.named[n].requires_grad}
         self._anchor = (
             Proximal(
                 proximal_mu,
-                {n: start[n].detach().to(p.device, copy=True) for n, p in self.named.items()},
+                {n: t.detach().to(self.named[n].device, copy=True) for n, t in start.items()},
             )
             if proximal_mu
             else None
@@ -112,11 +116,14 @@ class Part:
     def state(self) -> dict[str, Tensor]:
         """Return parameters and buffers by global name; not copied.
 
+        With adapters these, and buffers: the others are as the configuration makes them.
+
         Raises:
             ModelError: Training moved a weight that is pruned.
         """
         self._holding.check()
-        return {n: t.detach() for m in self.modules for n, t in m.state_dict().items()}
+        states = (_learned(m) if self._adapters else m.state_dict() for m in self.modules)
+        return {n: t.detach() for state in states for n, t in state.items()}
 
     def anchor(self) -> dict[str, Tensor]:
         """Return the parameters at the start of the round, where FedProx's term needs them."""
@@ -126,13 +133,19 @@ class Part:
         """Return the bytes of parameters, buffers and optimizer state."""
         states = self.optimizer.state.values() if self.optimizer is not None else ()
         kept = [t for state in states for t in state.values() if isinstance(t, Tensor)]
-        return sum(t.nbytes for t in (*self.state().values(), *kept))
+        held = [t for m in self.modules for t in m.state_dict().values()]
+        return sum(t.nbytes for t in (*held, *kept))
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """Return the optimizer's state by global name; copied."""
         return (
             {} if self.optimizer is None else optimizers.pack_optimizer(self.optimizer, self.named)
         )
+
+
+def _learned(module: nn.Module) -> dict[str, Tensor]:
+    names, state = learned(module), module.state_dict()
+    return {name: tensor for name, tensor in state.items() if name in names}
 
 
 def filled_stages(
@@ -142,6 +155,7 @@ def filled_stages(
     state: Mapping[str, Tensor],
     device: torch.device,
     memory_format: str = "contiguous",
+    base: Mapping[str, Tensor] | None = None,
 ) -> list[nn.Module]:
     """Return some of the stages between cuts, with the tensors of `state`.
 
@@ -153,6 +167,7 @@ def filled_stages(
             afterwards.
         device: Where the stages are to be.
         memory_format: Their layout, as ``client.memory_format``.
+        base: Tensors of the model that need not be in `state`, by global name; shared.
 
     Raises:
         ModelError: The state does not fit.
@@ -163,7 +178,8 @@ def filled_stages(
     if unexpected := sorted(state.keys() - wanted):
         raise ModelError(f"the state is not that of the stages: {', '.join(unexpected[:5])}")
     for stage in chosen:
-        fill(stage, {name: state[name] for name in stage.state_dict() if name in state})
+        known = {**(base or {}), **state}
+        fill(stage, {name: known[name] for name in stage.state_dict() if name in known})
         training.lay_out(stage.to(device), memory_format)
     return chosen
 

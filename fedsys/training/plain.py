@@ -26,15 +26,16 @@ from fedsys.randomness import Address, drawing, rows
 from fedsys.training import optimizers
 from fedsys.training.schedule import micro_batch_bounds
 from fedsys.training.tasks import CLASSIFICATION, Loss, Task, loss_of
+from fedsys.transport.several import Inputs, arguments
 
 if TYPE_CHECKING:
     from fedsys.training.penalty import Penalty
 
 T = TypeVar("T")
 
-Batches = Iterable[tuple[Tensor, Tensor]]
+Batches = Iterable[tuple[Inputs, Tensor]]
 
-Losses = Callable[[nn.Module, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+Losses = Callable[[nn.Module, Inputs, Tensor, float], tuple[Tensor, Tensor]]
 """Makes scores, and `share` times their loss, of a model, inputs, labels and that share."""
 
 
@@ -56,13 +57,14 @@ class Score:
     steps: int = 0
 
 
-def forward(model: nn.Module, x: Tensor) -> Tensor:
-    """Return ``model(x)``.
+def forward(model: nn.Module, x: Inputs) -> Tensor:
+    """Return ``model(x)``, or what it makes of several inputs.
 
     Raises:
         ModelError: Names the BatchNorm that would have to take the variance of one value.
     """
-    outputs: Tensor = explained(model, lambda: model(x))
+    given = arguments(model, x)
+    outputs: Tensor = explained(model, lambda: model(*given))
     return outputs
 
 
@@ -89,7 +91,7 @@ def explained(model: nn.Module, call: Callable[[], T]) -> T:
 
 
 def plain_losses(
-    model: nn.Module, x: Tensor, labels: Tensor, share: float, loss: Loss = loss_of
+    model: nn.Module, x: Inputs, labels: Tensor, share: float, loss: Loss = loss_of
 ) -> tuple[Tensor, Tensor]:
     """Return the scores of a model, and `share` times their loss."""
     outputs = forward(model, x)
@@ -172,14 +174,16 @@ def evaluate(model: nn.Module, batches: Batches, task: Task = CLASSIFICATION) ->
     """Return the score of `model` in evaluation mode; NaN for no examples."""
     was_training = model.training
     model.eval()
-    score = score_of(model, batches, device_of(model), task)
+    score = score_of(
+        lambda x: model(*arguments(model, x)), batches, device_of(model), task
+    )  # fmt: skip
     model.train(was_training)
     return score
 
 
 @torch.inference_mode()
 def score_of(
-    outputs_of: Callable[[Tensor], Tensor],
+    outputs_of: Callable[[Inputs], Tensor],
     batches: Batches,
     device: torch.device,
     task: Task = CLASSIFICATION,

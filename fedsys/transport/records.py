@@ -212,14 +212,21 @@ def from_record(record: ArrayRecord) -> dict[str, Tensor]:
     return {name: torch.from_numpy(array.copy()) for name, array in arrays_of(record).items()}
 
 
-def load_into(model: nn.Module, record: ArrayRecord) -> None:
+def load_into(model: nn.Module, record: ArrayRecord, names: Container[str] | None = None) -> None:
     """Copy a record into the parameters and buffers of `model`, by name.
+
+    Args:
+        model: What it is copied into.
+        record: Arrays by name.
+        names: Those that it must have; None: all of the model.
 
     Raises:
         ModelError: Names every tensor that is missing, unexpected, or of another shape, or one
             whose type does not fit.
     """
-    own = model.state_dict()  # detached, over the memory of the model
+    own: State = model.state_dict()  # detached, over the memory of the model
+    if names is not None:
+        own = {name: tensor for name, tensor in own.items() if name in names}
     arrays = arrays_of(record)
     if not all(name in arrays and fits(arrays[name], tensor) for name, tensor in own.items()) or (
         len(arrays) > len(own)

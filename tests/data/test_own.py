@@ -9,10 +9,18 @@ from fedsys.data import eval_batches, load, train_batches
 from fedsys.data.dataset import quantiles
 from fedsys.errors import ConfigError, DataError
 from fedsys.randomness import Address
-from fedsys.training.federation import build_model, check_model, federation
+from fedsys.training.federation import build_model, check_model, federation, trained_model
 from tests import own_work
 
 OWN = "tests.own_work"
+OF_PADDED = ["data=own", f"data._target_={OWN}.Padded", "model=own", f"model._target_={OWN}.Masked"]
+
+
+class Three(torch.nn.Module):
+    """A model of three inputs."""
+
+    def forward(self, a, b, *, c):
+        return a
 
 
 def own(name, task="classification", **more):
@@ -60,6 +68,33 @@ def test_tokens_alone_are_shifted_and_ragged_ones_padded_by_the_users_function()
         words = load(own("Words", collate=collate, count=20), seed=0)
         assert words.input_shape == (6,) and words.train.pixels.dtype == torch.int64
         assert words.classes == ("class 0", "class 1")
+
+
+def test_several_inputs_are_a_tuple_and_stay_together(configure):
+    """Two inputs come to the model in their types, and rows of both are chosen alike."""
+    found = load(own("Padded", test=0.25), seed=0)
+    assert found.input_shape == (("int64", 6), ("bool", 6)) and not found.pictures
+    everyone = np.arange(len(found.train))
+    rows = 0
+    for x, y in train_batches(found.train, everyone, found, 8, Address(0), 0, 0):
+        words, padding = x.tensors
+        assert torch.equal(words == 0, padding) and torch.equal((~padding).sum(1) > 3, y == 1)
+        rows += len(x)
+    assert rows == len(found.train)
+    (x, _), *_ = eval_batches(found.test, found)
+    assert torch.equal(x.tensors[1], found.test.pixels.tensors[1])
+    both = load(own("Twofold", "regression"), seed=0)
+    assert both.input_shape == (("float32", 1, 8, 8), ("float32", 3))
+    assert 0 <= float(both.train.pixels.tensors[0].max()) <= 1
+    config = configure(*OF_PADDED)
+    dataset = federation(config).dataset
+    check_model(build_model(config, dataset), dataset, config)
+    with pytest.raises(ConfigError, match="must take the 2 tensors of an example"):
+        check_model(Three(), dataset, config)
+    for more in (["privacy=cut"], ["resilience=joint"], ["pruning=snip"]):
+        refused = configure(*OF_PADDED, *more)
+        with pytest.raises(ConfigError, match="has several inputs"):
+            trained_model(refused, dataset)
 
 
 def test_clients_may_be_those_that_the_data_name(configure):

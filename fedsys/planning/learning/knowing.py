@@ -73,8 +73,9 @@ def table_of(load: Workload, shares: Sequence[float], cuts: Sequence[int]) -> Cu
     up, down = np.zeros((2, len(cuts), len(courses)))
     for i, cut in enumerate(cuts[:-1]):
         for q, (count, codec) in enumerate(courses):
+            more = LABEL_BYTES + load.crossings[cut - 1].beside
             sent = tensor_bytes(load.crossings[cut - 1], size, codec) + FRAME_BYTES * count
-            up[i, q], down[i, q] = 8.0 * (sent + LABEL_BYTES * size), 8.0 * sent
+            up[i, q], down[i, q] = 8.0 * (sent + more * size), 8.0 * sent
     return CutTable(
         np.array(shares),
         up,
