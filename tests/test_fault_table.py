@@ -8,16 +8,8 @@ import pytest
 
 from fedsys.errors import ConfigError, RuntimeFailure
 from fedsys.faults import AT_EDGE, KINDS
+from tests.small_runs import SMALL
 
-SMALL = (
-    "data.max_examples=200",
-    "rounds=2",
-    "num_clients=2",
-    "client.epochs=1",
-    "model.width=4",
-    "model.hidden=16",
-    "json=true",
-)
 SPLIT = ("policy=fixed", "policy.cut=0.3", "num_edges=2")
 
 

@@ -377,7 +377,7 @@ def test_the_page_on_extending_works_as_written(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(tmp_path)  # what PYTHONPATH=. does for a process
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 7
     for block in blocks:
         arguments = shlex.split(block.removeprefix("PYTHONPATH=. "))
         assert arguments[0] == "fedsys"
@@ -388,6 +388,8 @@ def test_the_page_on_extending_works_as_written(tmp_path, monkeypatch, capsys):
     assert [line.split()[0] for line in Path("lines.txt").read_text().splitlines()[1:]] == [
         "1", "2", "finished",
     ]  # fmt: skip
+    sent = [int(line.split()[1]) for line in Path("bytes.txt").read_text().splitlines()]
+    assert len(sent) >= 8 and min(sent) > 1000  # a link of each device
 
 
 def declared(*requirements):

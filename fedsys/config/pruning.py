@@ -13,9 +13,10 @@ so server, clients and edge servers agree without a message.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from fedsys.errors import ConfigError, did_you_mean
 
@@ -27,6 +28,7 @@ METHODS = (
     "snip",
     "grasp",
     "synflow",
+    "own",
 )
 CHANNEL_METHODS = ("magnitude_channel", "group_norm")
 """Those by which whole channels go."""
@@ -42,6 +44,7 @@ class PruningConfig:
 
     Attributes:
         method: One of `METHODS`, or ``none``.
+        score: ``own``: what scores weights, as a group with a ``_target_`` that takes the model.
         sparsity: Share of the masked weights that goes, in [0, 1), or several in ascending order:
             then ``fedsys prune`` makes a variant of each.
         scope: ``global`` compares all weights with each other, ``layer`` those of one layer.
@@ -65,6 +68,7 @@ class PruningConfig:
     """
 
     method: str = "none"
+    score: Mapping[str, Any] | None = None
     sparsity: tuple[float, ...] | float = 0.9  # what is no number is built as a list
     scope: str = "global"
     leave: tuple[str, ...] | None = None
@@ -110,6 +114,7 @@ def check(pruning: PruningConfig) -> None:
     """
     _choice("method", pruning.method, (*METHODS, "none"))
     _choice("scope", pruning.scope, SCOPES)
+    _check_score(pruning)
     if pruning.method == "synflow" and pruning.scope != "global":
         raise ConfigError.of("pruning.scope", pruning.scope, "must be global for synflow")
     _choice("cost", pruning.cost, COSTS)
@@ -140,6 +145,19 @@ def check(pruning: PruningConfig) -> None:
     for key, holds, rule in rules:
         if not holds:
             raise ConfigError.of(f"pruning.{key}", getattr(pruning, key), rule)
+
+
+def _check_score(pruning: PruningConfig) -> None:
+    """Refuse an own method without a function, and a function that is not called."""
+    named = isinstance((pruning.score or {}).get("_target_"), str)
+    if pruning.method == "own" and not named:
+        rule = "must have a _target_, the path of a function of the model"
+        raise ConfigError.of(
+            "pruning.score", pruning.score, rule, "pruning.score._target_=mine.score"
+        )
+    if pruning.method != "own" and pruning.score is not None:
+        rule = f"must be null for pruning.method={pruning.method}"
+        raise ConfigError.of("pruning.score", dict(pruning.score), rule, "try pruning=own")
 
 
 def check_cost(cost: str, method: str, scope: str) -> None:

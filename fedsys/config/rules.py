@@ -41,6 +41,10 @@ def _names_one(value: Any) -> bool:
     return bool(value) and str(value).replace("{client}", "", 1).isprintable()
 
 
+def _names_target(value: Mapping[str, Any]) -> bool:
+    return isinstance(value.get("_target_"), str)
+
+
 def _tables(trace: Any) -> Iterator[tuple[Any, ...]]:
     """Yield what is given as rows of numbers, for all devices or for one, also where it is not."""
     if isinstance(trace, Mapping):
@@ -134,6 +138,7 @@ RULES: tuple[Rule, ...] = (
     ("edge.max_session_bytes", _positive, "must be above 0", ""),
     ("edge.max_frame_bytes", _positive, "must be above 0", ""),
     ("link.holder", _optional(_names_one), "must be a name, with {client} at most once", ""),
+    ("link.around", _optional(_names_target), "must have a _target_, the path of a class", ""),
     ("schedule.micro_batches", _at_least_one, "must be at least 1", ""),
     ("checkpoint.every", _at_least_one, "must be at least 1", ""),
     ("variants.round_to", _at_least_one, "must be at least 1", "1 rounds nothing"),
@@ -283,7 +288,7 @@ def _check_task(config: Config) -> None:
         ("resilience.training", config.resilience.training, config.resilience.active,
          "trains exits by the cross-entropy", "resilience=none"),
         ("pruning.method", config.pruning.method,
-         config.pruning.active and config.pruning.method not in ("magnitude", "random"),
+         config.pruning.active and config.pruning.method not in ("magnitude", "random", "own"),
          "scores weights by the cross-entropy, or on images", "pruning=magnitude"),
     )  # fmt: skip
     for key, value, broken, rule, way_out in refused:

@@ -162,11 +162,14 @@ class LinkConfig:
             own configuration may name another.
         holder: Name in the certificate of the device of a session, with ``{client}`` for its
             partition id; None admits every certificate of the authority that has the token.
+        around: What wraps each link of a device, as a group with a ``_target_`` that takes the link
+            as ``inner``; None for nothing.
     """
 
     kind: str = "auto"
     credentials: str | None = None
     holder: str | None = None
+    around: Mapping[str, Any] | None = None
 
     @property
     def between_processes(self) -> str:

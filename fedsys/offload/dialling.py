@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsys.config import Config
+from fedsys.config.targets import call_target
 from fedsys.errors import LinkClosed, LinkRefused
 from fedsys.faults import AT_EDGE, Fault
 from fedsys.planning.hardware import network_for
@@ -80,7 +81,15 @@ def dialler_of(
         Credentials.load(Path(str(folder))) if folder else None,
         faults,
         network if config.network.emulate else None,
+        around=_around(config.link.around),
     )
+
+
+def _around(spec: Mapping[str, Any] | None) -> Callable[[Link], Link]:
+    """Return what wraps a link, as the group ``link.around`` says."""
+    if spec is None:
+        return lambda link: link
+    return lambda link: call_target(spec, "link.around", inner=link)
 
 
 class Dialler:
@@ -90,6 +99,7 @@ class Dialler:
         credentials: Of the device, for mutual TLS.
         faults: What strikes the device; those of its links are done here.
         network: How slow its links are made; None leaves them as they are.
+        around: Wraps a link that is made so, before faults do.
         connect: Makes the bare link; replaced in tests.
         clock: Seconds, for links that stay cut; replaced in tests.
 
@@ -103,6 +113,7 @@ class Dialler:
         faults: Iterable[Fault] = (),
         network: Network | None = None,
         *,
+        around: Callable[[Link], Link] = lambda link: link,
         connect: Callable[[str, Credentials | None], Link] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -114,7 +125,7 @@ class Dialler:
             f for f in faults if f.kind.startswith("link_") and f.position not in AT_EDGE
         ]
         self._cut_until = 0.0
-        self._network, self._time = network, RealClock()
+        self._network, self._time, self._around = network, RealClock(), around
 
     def __call__(self, address: str) -> Link:
         """Connect to an edge server.
@@ -128,6 +139,7 @@ class Dialler:
         link = self._connect(address, self._credentials)
         if self._network is not None:
             link = Shaped(link, self._network, clock=self._time)
+        link = self._around(link)
         return _Struck(link, self) if self._waiting else link
 
     def _dial(self, address: str, credentials: Credentials | None) -> Link:

@@ -2,6 +2,7 @@
 
 ========================  =====================================================================
 `random`                  a keyed draw: the baseline of all baselines
+`own`                     what a function of a user says
 `magnitude`               |w|: Frankle & Carbin, "The Lottery Ticket Hypothesis", ICLR 2019
 `channel_norm`            norms of filters, or of coupled filters: Li et al., "Pruning Filters for
                           Efficient ConvNets", ICLR 2017
@@ -24,7 +25,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,24 @@ def random(model: nn.Module, address: Address) -> Scores:
         name: torch.rand(w.shape, generator=address.torch("pruning", name=name))
         for name, w in prunable(model).items()
     }
+
+
+def own(score: Callable[..., Scores], model: nn.Module) -> Scores:
+    """Return what a function of a user says of ``model=``, for the weights that can be pruned.
+
+    Raises:
+        ConfigError: It has no tensor of its shape for one of them.
+    """
+    with torch.no_grad():
+        found = score(model=model)
+    if not isinstance(found, Mapping):
+        rule = "must return a tensor for each weight, by its name"
+        raise ConfigError.of("pruning.score", type(found).__name__, rule)
+    for name, w in prunable(model).items():
+        if getattr(found.get(name), "shape", None) != w.shape:
+            rule = f"must return a tensor of {tuple(w.shape)} for {name}"
+            raise ConfigError.of("pruning.score", sorted(found), rule, "magnitude: w.abs()")
+    return {name: found[name].detach().float() for name in prunable(model)}
 
 
 def magnitude(model: nn.Module) -> Scores:

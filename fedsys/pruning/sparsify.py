@@ -12,6 +12,7 @@ When a run prunes between its rounds is for `fedsys.config.pruning` to say.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
@@ -248,6 +249,7 @@ def one_shot(
     costs: Mapping[str, float] | None = None,
     cost_weight: float = 1.0,
     iterations: int = 100,
+    own: Callable[..., Scores] | None = None,
 ) -> Masks:
     """Prune a model by one of `METHODS`.
 
@@ -270,6 +272,7 @@ def one_shot(
             `fedsys.pruning.scores.per_cost`; nothing if None.
         cost_weight: As for `per_cost`.
         iterations: For synflow.
+        own: For own: scores of ``model=``; what is small goes first.
 
     Raises:
         ConfigError: There is no such method, or one of its arguments is missing or out of range.
@@ -289,6 +292,10 @@ def one_shot(
         )
     channels = {"groups": groups, "blocks": blocks}
     scored = _scored(model, batches, address, mix, channels, scales)
+    if method == "own":
+        if own is None:
+            raise ConfigError.of("own", own, "must be a function of the model")
+        scored["own"] = functools.partial(score_functions.own, own, model)
     if method not in scored:
         rule = f"must be one of {', '.join(METHODS)}"
         raise ConfigError.of("pruning.method", method, rule, did_you_mean(method, METHODS))

@@ -9,6 +9,7 @@ that is resumed, and a model pruned in one step or in many, see the same costs.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ import torch
 from torch import fx, nn
 
 from fedsys.config.pruning import CHANNEL_METHODS, PruningConfig
+from fedsys.config.targets import call_target
 from fedsys.errors import ConfigError, did_you_mean
 from fedsys.models.graph import trace, trace_evaluation
 from fedsys.models.measure import measure
@@ -32,7 +34,7 @@ _TYING = (Kind.SCALE, Kind.SAME, Kind.NORM, Kind.ADD, Kind.MUL)
 def structure(
     pruning: PruningConfig, model: nn.Module, input_shape: Sequence[int]
 ) -> dict[str, Any]:
-    """Return what `fedsys.pruning.sparsify.one_shot` is to know of a model's architecture.
+    """Return what `fedsys.pruning.sparsify.one_shot` is to know of a model, or of its scores.
 
     Args:
         pruning: Its method and cost say what is needed; nothing is, unless channels are scored.
@@ -42,6 +44,8 @@ def structure(
     Raises:
         ModelError: The model does not trace or run on such an input.
     """
+    if pruning.method == "own":
+        return {"own": functools.partial(call_target, pruning.score or {}, "pruning.score")}
     if pruning.method not in CHANNEL_METHODS:
         return {}
     found: dict[str, Any] = {"groups": coupled_layers(model, input_shape)}

@@ -42,17 +42,22 @@ def test_what_was_written_is_read_as_omegaconf_reads_it(tree):
     assert got == expected and repr(got) == repr(expected)
 
 
+def is_read_as_by_omegaconf(text):
+    """Hold a text to the same values, or to an error in the same words."""
+    try:
+        expected = by_omegaconf(text)
+    except (OmegaConfBaseException, yaml.YAMLError, AssertionError) as error:
+        with pytest.raises(type(error)) as caught:
+            reading.read(text)
+        assert str(caught.value) == str(error)
+    else:
+        assert repr(reading.read(text)) == repr(expected)
+
+
 @given(LOOKS_LIKE_MORE | st.text("0123456789.e+-_: xob~", min_size=1, max_size=8))
 def test_plain_scalars_are_what_they_are_to_omegaconf(scalar):
     for text in (f"a: {scalar}\n", f"a: [{scalar}]\n", f"{scalar}: 1\n"):
-        try:
-            expected = by_omegaconf(text)
-        except (OmegaConfBaseException, yaml.YAMLError, AssertionError) as error:
-            with pytest.raises(type(error)) as caught:
-                reading.read(text)
-            assert str(caught.value) == str(error)
-        else:
-            assert repr(reading.read(text)) == repr(expected)
+        is_read_as_by_omegaconf(text)
 
 
 @pytest.mark.parametrize(
@@ -65,14 +70,7 @@ def test_plain_scalars_are_what_they_are_to_omegaconf(scalar):
     ],
 )  # fmt: skip
 def test_what_is_odd_is_read_and_refused_in_omegaconfs_words(text):
-    try:
-        expected = by_omegaconf(text)
-    except (OmegaConfBaseException, yaml.YAMLError, AssertionError) as error:
-        with pytest.raises(type(error)) as caught:
-            reading.read(text)
-        assert str(caught.value) == str(error)
-    else:
-        assert reading.read(text) == expected
+    is_read_as_by_omegaconf(text)
 
 
 def test_the_parser_is_that_in_c():

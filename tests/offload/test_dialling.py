@@ -10,6 +10,7 @@ from fedsys.planning.hardware import hardware, link_of
 from fedsys.planning.traces import network_of
 from fedsys.training.federation import federation, layered_model
 from fedsys.transport.addresses import dial, serve
+from fedsys.transport.link_around import LinkAround
 from fedsys.transport.security import Authority
 from fedsys.transport.shaping import Shaped
 from fedsys.transport.wire import Frame
@@ -43,6 +44,19 @@ def cut(position, seconds=0.0):
 def test_a_device_without_faults_gets_the_bare_link(echo):
     connected = Dialler(connect=bare)(echo)
     assert type(connected) is type(dial(echo))
+
+
+def test_a_wrapper_of_the_users_is_around_what_shapes_and_within_what_strikes(echo, configure):
+    shaped = network_of(configure("network=4g").network)
+    connected = Dialler(
+        faults=[cut("before_send")], network=shaped, around=LinkAround, connect=bare
+    )(echo)
+    assert type(connected.inner) is LinkAround and type(connected.inner.inner) is Shaped
+
+
+def test_a_wrapper_without_a_path_is_refused(configure):
+    with pytest.raises(ConfigError, match=r"link\.around={'x': 1}: must have a _target_"):
+        configure("+link.around={x: 1}")
 
 
 def test_a_fault_strikes_the_first_piece_of_its_step_and_no_other_frame(echo):

@@ -337,8 +337,9 @@ def test_every_method_repeats_itself_and_leaves_the_model_as_it_was(method: str)
 
     def masks() -> Masks:
         return one_shot(
-            method, model, 0.8, batches=examples(), input_shape=SHAPE, address=ADDRESS, iterations=5
-        )
+            method, model, 0.8, batches=examples(), input_shape=SHAPE, address=ADDRESS,
+            iterations=5, own=scores.magnitude,
+        )  # fmt: skip
 
     first = masks()
     torch.rand(7)  # the process-wide generator has no part in it
@@ -346,6 +347,21 @@ def test_every_method_repeats_itself_and_leaves_the_model_as_it_was(method: str)
     assert same(dict(model.state_dict()), before)
     assert model.training
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_scores_of_the_users_decide_and_are_refused_where_they_do_not_fit() -> None:
+    model = tiny()
+
+    def largest_go(model: nn.Module) -> scores.Scores:
+        return {name: -w.abs() for name, w in prunable(model).items()}
+
+    pruned = one_shot("own", model, 0.5, own=largest_go)
+    assert same(dict(pruned), dict(prune(Masks.dense(model), largest_go(model), 0.5)))
+    for said in ({}, None, dict.fromkeys(prunable(model))):
+        with pytest.raises(ConfigError, match=r"pruning\.score=.*must return a tensor"):
+            one_shot("own", model, 0.5, own=lambda model, said=said: said)
+    with pytest.raises(ConfigError, match="own=None: must be a function of the model"):
+        one_shot("own", model, 0.5)
 
 
 def test_random_scores_follow_from_the_address() -> None:

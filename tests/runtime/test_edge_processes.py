@@ -26,19 +26,11 @@ from fedsys.runtime.processes import Processes
 from fedsys.transport.addresses import dial
 from fedsys.transport.security import Authority, Credentials
 from fedsys.transport.wire import Frame
+from tests.small_runs import SMALL
 from tests.waiting import until
 
 WAIT_S = 60.0
 NOTHING = Hooks(lambda _: None, lambda _: None, lambda _, __: None, lambda _: None, lambda _: True)
-SMALL = (
-    "data.max_examples=200",
-    "rounds=2",
-    "num_clients=2",
-    "client.epochs=1",
-    "model.width=4",
-    "model.hidden=16",
-    "json=true",
-)
 SPLIT = ("policy=fixed", "policy.cut=0.3", "link=tcp", "num_edges=2", "faults=edge_killed")
 
 

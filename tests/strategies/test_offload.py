@@ -25,16 +25,7 @@ from strategies.message_halves import joined
 from strategies.offload import Offload
 from strategies.offload_totals import OffloadTotals, in_words
 from strategies.policies.policy import Assignment
-
-SMALL = (
-    "data.max_examples=200",
-    "rounds=2",
-    "num_clients=2",
-    "client.epochs=1",
-    "model.width=4",
-    "model.hidden=16",
-    "json=true",
-)
+from tests.small_runs import SMALL
 
 
 @pytest.fixture
