@@ -21,10 +21,13 @@ from fedsys import __version__  # noqa: E402
 from fedsys.commands import options  # noqa: E402
 
 project, author, release = "fedsys", "The fedsys authors", __version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-source_suffix = {".md": "markdown"}
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+source_suffix = {".md": "myst-nb", ".ipynb": "myst-nb"}
+nb_execution_mode = "off"  # a test runs them; what they keep is the same on every machine
 root_doc = "docs/index"
-include_patterns = ["docs/**.md", "benchmarks/**.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+include_patterns = [
+    *("docs/**.md", "benchmarks/**.md", "examples/**.ipynb", "CONTRIBUTING.md", "CHANGELOG.md"),
+]
 exclude_patterns = [".*", "build", "dist", "outputs", "fedsys", "strategies", "clients", "tests"]
 
 suppress_warnings = ["myst.header", "toc.not_included"]  # records of benchmarks begin at any level

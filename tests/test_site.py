@@ -20,7 +20,7 @@ RUN_WHOLE = "extending.md"
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """The site, built as continuous integration and a reader build it."""
-    pytest.importorskip("myst_parser", reason="needs the extra docs")
+    pytest.importorskip("myst_nb", reason="needs the extra docs")
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-c", "docs"]
     trees = folder.with_name("doctrees")
