@@ -318,13 +318,14 @@ def train_metrics(
     if config.privacy.per_example:
         own = federation.federation(config).parts[partition]
         return MetricRecord({messages.NUM_EXAMPLES: len(own), **told})
-    return MetricRecord(
+    return records.unchecked(
+        MetricRecord,
         {
             messages.NUM_EXAMPLES: score.examples // config.client.epochs,
             "train_loss": score.loss,
             f"train_{config.task.measure.name}": score.accuracy,
             **told,
-        }
+        },
     )
 
 
@@ -365,4 +366,5 @@ def observation(
         bytes_down=traffic.bytes_down,
     )
     outcome = messages.Outcome(json.dumps(traffic.recoveries), stranded)
-    return ConfigRecord({**messages.written(seen), **messages.written(outcome)})
+    told = {**messages.written(seen), **messages.written(outcome)}
+    return records.unchecked(ConfigRecord, told)

@@ -49,6 +49,7 @@ from strategies.heading import Plans, about_pieces, surroundings, title
 from strategies.offload import Offload
 from strategies.offload_figures import figures, moves, recoveries, traces
 from strategies.offload_totals import in_words, move_in_words
+from strategies.one_by_one import about_memory, one_by_one
 from strategies.private_clients import drowned
 from strategies.roster import gather
 from strategies.rounds import RoundResult, play
@@ -110,7 +111,7 @@ def _train(
     started = time.perf_counter()
     job = _prepared(config, grid, roster, safety, progress, fleet)
     stages.current().rounds_begin()
-    _announce(config, job, safety, progress)
+    _announce(config, job, safety, progress, grid)
     virtual = _virtual(config, job.fed, job.strategy, folder.rounds())
     arrays = _rounds(config, grid, job, safety, progress, virtual)
     drawing = ", drawing plots" if config.run.plots else ""
@@ -182,12 +183,17 @@ def steps_of(config: Config, fed: Federation) -> list[int]:
     return [epochs * len(mini_batches(len(part), size)) for part in fed.parts]
 
 
-def _announce(config: Config, job: _Job, safety: CrashSafety, progress: Progress) -> None:
+def _announce(
+    config: Config, job: _Job, safety: CrashSafety, progress: Progress, grid: Grid
+) -> None:
     """Say what is about to be done, and what will have no effect."""
     dataset = job.fed.dataset
     progress.start(config.rounds, title(config, job.model, dataset), safety.done)
     promised = private.about(find(job.strategy, PrivateRecords))
-    for line in (*surroundings(config), *about_pieces(config, job.model, dataset), *promised):
+    nbytes = sum(len(array.data) for array in job.initial.values())
+    kept = about_memory(config, grid, job.strategy, nbytes)
+    pieces = about_pieces(config, job.model, dataset)
+    for line in (*surroundings(config), *pieces, *promised, *kept):
         progress.about(line)
     for line in out_of_reach(config.faults.list, job.steps):
         progress.note(line)
@@ -231,6 +237,7 @@ def _rounds(
             timed=None if virtual is None else virtual.row,
             began=began,
             stopped=lambda reason: progress.note(f"the run ends here: {reason}"),
+            adding=one_by_one(config, grid, job.strategy, [len(part) for part in job.fed.parts]),
         )
 
 

@@ -7,7 +7,7 @@ which round, and one checkpoint of the server is a checkpoint of the whole run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -49,10 +49,12 @@ class KeptState(Around):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Take the states out of the replies and keep them."""
-        replies = list(replies)
+        return self.inner.aggregate_train(server_round, self._kept_of(replies))
+
+    def _kept_of(self, replies: Iterable[Message]) -> Iterator[Message]:
         for reply in replies:
             state = reply.content.array_records.get(OPTIMIZER)
             if state is not None:
                 self.states[self.roster.partition_of(reply.metadata.src_node_id)] = state
                 del reply.content[OPTIMIZER]
-        return self.inner.aggregate_train(server_round, replies)
+            yield reply

@@ -17,12 +17,12 @@ from flwr.serverapp import Grid
 
 from fedsys.errors import ConfigError
 from fedsys.faults import Fault, Faults, encode, from_json
-from fedsys.planning.resources import Measured
 from fedsys.privacy.budget import BudgetSpent
 from fedsys.training.plain import Score
-from fedsys.transport import messages, records
-from fedsys.transport.messages import FAULTS, NUM_EXAMPLES, OBSERVATION, STEPS, STRUCK
+from fedsys.transport import records
+from fedsys.transport.messages import FAULTS, STRUCK
 from strategies.around import innermost
+from strategies.one_by_one import KeepsOrder, OneByOne, Tally
 from strategies.roster import Roster
 from strategies.sampling import Sampled
 
@@ -81,6 +81,7 @@ def play(
     timed: Callable[[Sequence[int], Mapping[int, float]], Row] | None = None,
     began: Callable[[int, Sequence[int]], None] = lambda number, clients: None,
     stopped: Callable[[str], None] = lambda reason: None,
+    adding: OneByOne | None = None,
 ) -> ArrayRecord:
     """Play rounds `first` to `last` and return the global model after them.
 
@@ -100,6 +101,7 @@ def play(
             returns columns about its time.
         began: Called in each round, with its clients, when it is settled what they are to do.
         stopped: Told why there are no more rounds, where the privacy budget allows none.
+        adding: Adds replies up as they arrive; None: when all are there.
 
     Raises:
         ConfigError: The strategy makes no model although every client answered.
@@ -109,7 +111,9 @@ def play(
     for number in range(first, last + 1):
         watch = Stopwatch()
         try:
-            trained = _train(strategy, grid, arrays, number, timeout_s, faults, watch, began)
+            trained = _train(
+                strategy, grid, arrays, number, timeout_s, faults, watch, began, adding
+            )
         except BudgetSpent as spent:
             stopped(str(spent))
             break
@@ -124,14 +128,14 @@ def play(
             **_plain(trained.metrics),
             **{f"clients_{name}": value for name, value in federated.items()},
             "clients": len(trained.clients),
-            "examples": trained.examples,
-            "steps": trained.steps,
+            "examples": trained.tally.examples,
+            "steps": trained.tally.steps,
             "seconds_round": watch.total(),
             "seconds_elapsed": time.perf_counter() - start,
             **watch.seconds,
-            **({} if timed is None else timed(sorted(trained.clients), trained.took)),
+            **({} if timed is None else timed(sorted(trained.clients), trained.tally.took)),
             "bytes_down": trained.bytes_down,
-            "bytes_up": trained.bytes_up,
+            "bytes_up": trained.tally.bytes_up,
         }
         done(RoundResult(number, arrays, row, trained.lost))
     return arrays
@@ -141,18 +145,15 @@ def play(
 class _Trained:
     """What came of the first phase of a round.
 
-    `clients` are those that contributed, `took` is what an iteration took some of them.
+    `clients` are those that contributed.
     """
 
     arrays: ArrayRecord | None
     metrics: MetricRecord | None
     clients: set[int]
     lost: Mapping[int, str]
-    examples: int
-    steps: int
     bytes_down: int
-    bytes_up: int
-    took: Mapping[int, float]
+    tally: Tally
 
 
 def _train(
@@ -164,6 +165,7 @@ def _train(
     faults: Faults,
     watch: Stopwatch,
     began: Callable[[int, Sequence[int]], None],
+    adding: OneByOne | None,
 ) -> _Trained:
     faults.kill_server(number, "before_train")
     messages = list(strategy.configure_train(number, arrays, ConfigRecord(), grid))
@@ -172,21 +174,22 @@ def _train(
     watch.lap("configure")
     began(number, sorted(_clients(messages, strategy.roster)))
     bytes_down = sum(records.size_of(m.content) for m in messages)
-    replies = list(grid.send_and_receive(messages, timeout=timeout_s))
-    watch.lap("train")
-    note_struck(replies, faults)
-    faults.kill_server(number, "after_train")
-    bytes_up = sum(records.size_of(r.content) for r in replies if r.has_content())
-    examples = _total(NUM_EXAMPLES, replies)
-    steps = _total(STEPS, replies)
-    took = _took(replies, strategy.roster)
-    aggregate, metrics = strategy.aggregate_train(number, replies)
+    if adding is not None and isinstance(grid, KeepsOrder):
+        aggregate, metrics, tally = adding.aggregate(number, grid, messages, timeout_s)
+        watch.lap("train")
+    else:
+        replies = list(grid.send_and_receive(messages, timeout=timeout_s))
+        watch.lap("train")
+        note_struck(replies, faults)
+        faults.kill_server(number, "after_train")
+        tally = Tally(strategy.roster)
+        aggregate, metrics = strategy.aggregate_train(number, list(tally.of(replies)))
     lost = dict(strategy.lost)
     if aggregate is None and not lost:  # and so it would be in every round
         raise ConfigError.of(
             "strategy",
             type(innermost(strategy)).__name__,
-            f"needs more than the {len(replies)} replies of round {number} to make a model",
+            f"needs more than the {len(messages)} replies of round {number} to make a model",
             "raise strategy.fraction_train or num_clients",
         )
     for fault in doomed:
@@ -194,7 +197,7 @@ def _train(
             faults.fire(fault)
     watch.lap("aggregate")
     clients = _clients(messages, strategy.roster) - set(lost)
-    return _Trained(aggregate, metrics, clients, lost, examples, steps, bytes_down, bytes_up, took)
+    return _Trained(aggregate, metrics, clients, lost, bytes_down, tally)
 
 
 def arm(messages: Iterable[Message], doomed: Iterable[Fault], roster: Roster) -> None:
@@ -235,18 +238,3 @@ def _plain(metrics: MetricRecord | None) -> dict[str, Any]:
 
 def _clients(messages: Iterable[Message], roster: Roster) -> set[int]:
     return {roster.partition_of(message.metadata.dst_node_id) for message in messages}
-
-
-def _total(metric: str, replies: Iterable[Message]) -> int:
-    records_ = [m for r in replies if r.has_content() for m in r.content.metric_records.values()]
-    return sum(int(messages.number(m, metric, 0)) for m in records_)
-
-
-def _took(replies: Iterable[Message], roster: Roster) -> dict[int, float]:
-    found = {}
-    for reply in replies:
-        told = reply.content.config_records.get(OBSERVATION) if reply.has_content() else None
-        if told is not None:
-            client = roster.partition_of(reply.metadata.src_node_id)
-            found[client] = messages.read(Measured, told).iteration_s
-    return found

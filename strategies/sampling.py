@@ -9,11 +9,11 @@ same order.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
@@ -97,6 +97,8 @@ class Sampled(Around):
         self.roster, self.sampling, self.seed = roster, sampling, seed
         self.lost: dict[int, str] = {}
         self._asked: dict[int, Message] = {}
+        self._contents: dict[int, RecordDict] = {}
+        self._lost_before: dict[int, str] = {}
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -117,6 +119,32 @@ class Sampled(Around):
         # Split training can lose a client after it answered: with the edge that has its other half.
         self.lost.update(getattr(self.inner, "lost", {}))
         return result
+
+    def aggregate_one_by_one(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Do the same with replies that come in the order of partition ids, each as it comes.
+
+        Raises:
+            RuntimeFailure: Not one client succeeded; with what the first of them said.
+        """
+        return self.inner.aggregate_train(server_round, self._passing(replies))
+
+    def once_more(self) -> list[Message]:
+        """Return messages as before to the clients that answered; the others stay lost."""
+        self._lost_before = dict(self.lost)
+        again = {
+            partition: Message(
+                self._contents[partition],
+                message.metadata.dst_node_id,
+                message.metadata.message_type,
+                group_id=message.metadata.group_id,
+            )
+            for partition, message in self._asked.items()
+            if partition not in self.lost
+        }
+        self._asked = again
+        return list(again.values())
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -145,27 +173,44 @@ class Sampled(Around):
     def _asking(self, messages: Iterable[Message]) -> list[Message]:
         """Return the messages in the order of partition ids, and remember whom they ask."""
         asked = {self.roster.partition_of(m.metadata.dst_node_id): m for m in messages}
-        self._asked = dict(sorted(asked.items()))
+        self._asked, self._lost_before = dict(sorted(asked.items())), {}
+        self._contents = {partition: m.content for partition, m in self._asked.items()}
         return list(self._asked.values())
 
     def _valid(self, replies: Iterable[Message], phase: str) -> list[Message]:
+        valid: dict[int, Message] = {}
+        for partition, reply in self._taken(replies, phase):
+            valid[partition] = reply
+        return [valid[partition] for partition in sorted(valid)]
+
+    def _passing(self, replies: Iterable[Message]) -> Iterator[Message]:
+        return (reply for _, reply in self._taken(replies, "train"))
+
+    def _taken(self, replies: Iterable[Message], phase: str) -> Iterator[tuple[int, Message]]:
+        """Yield replies that are no errors, and settle at the end who is lost.
+
+        Raises:
+            RuntimeFailure: Not one client succeeded; with what the first of them said.
+        """
         # An error reply may carry the id of the SuperLink instead of the node's, so who failed
         # follows from the message that is answered; the grid gave it its id when it was sent.
         asked = {m.metadata.message_id: partition for partition, m in self._asked.items()}
-        valid: dict[int, Message] = {}
+        valid: set[int] = set()
         reasons: dict[int, str] = {}
         for reply in replies:
             if reply.has_error():
                 partition = asked.get(reply.metadata.reply_to_message_id, SERVER)
                 reasons[partition] = reply.error.reason or f"error {reply.error.code}"
             else:
-                valid[self.roster.partition_of(reply.metadata.src_node_id)] = reply
+                partition = self.roster.partition_of(reply.metadata.src_node_id)
+                valid.add(partition)
+                yield partition, reply
         unnamed = reasons.get(SERVER, "no reply")
-        self.lost = {p: reasons.get(p, unnamed) for p in self._asked if p not in valid}
+        lost = {p: reasons.get(p, unnamed) for p in self._asked if p not in valid}
+        self.lost = self._lost_before | lost
         if not valid:
             first = reasons[min(reasons)] if reasons else "no reply at all"
             raise _failure(f"{phase}: none of {len(self._asked)} clients succeeded; {first}", first)
-        return [valid[partition] for partition in sorted(valid)]
 
 
 def _failure(text: str, reason: str) -> RuntimeFailure | ConfigError:

@@ -135,6 +135,7 @@ def _played(
     from strategies import Roster, build
     from strategies.around import find
     from strategies.offload import Offload
+    from strategies.one_by_one import one_by_one
     from strategies.rounds import play
 
     fed = federation.federation(config)
@@ -158,6 +159,7 @@ def _played(
             judge=lambda _: training.Score(0.0, 0.0, 1),
             done=done,
             faults=faults,
+            adding=one_by_one(config, grid, strategy, [len(part) for part in fed.parts]),
         )
     return strategy, arrays
 

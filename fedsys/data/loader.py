@@ -7,6 +7,7 @@ CPU, so there is nothing for worker processes to hide.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
 
@@ -84,15 +85,20 @@ class _Normaliser:
 
     def __init__(self, dataset: Dataset) -> None:
         self.pictures = dataset.pictures
-        mean = torch.tensor(dataset.mean, dtype=torch.float64).reshape(-1, 1, 1)
-        std = torch.tensor(dataset.std, dtype=torch.float64).reshape(-1, 1, 1)
-        self.scale = (1.0 / (255.0 * std)).float()
-        self.shift = (-mean / std).float()
+        self.scale, self.shift = _factors(tuple(dataset.mean), tuple(dataset.std))
 
     def __call__(self, pixels: Inputs) -> Inputs:
         if not self.pictures or isinstance(pixels, Several):
             return pixels
         return pixels.float().mul_(self.scale).add_(self.shift)
+
+
+@functools.lru_cache(maxsize=16)
+def _factors(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """Return factor and summand for each channel, ``(C, 1, 1)``; nobody changes them."""
+    mean_ = torch.tensor(mean, dtype=torch.float64).reshape(-1, 1, 1)
+    std_ = torch.tensor(std, dtype=torch.float64).reshape(-1, 1, 1)
+    return (1.0 / (255.0 * std_)).float(), (-mean_ / std_).float()
 
 
 def train_batches(

@@ -31,6 +31,9 @@ from fedsys.transport.messages import PARTITION_ID
 
 FIRST_NODE_ID = SUPERLINK_NODE_ID + 1
 
+AHEAD = 8
+"""Replies that may be there before the one that is taken next, where they are taken in order."""
+
 CLOSE_S = 2.0
 """How long a grid that is closed waits for messages in work, in seconds."""
 
@@ -150,14 +153,29 @@ class LocalGrid(Grid):
             timeout: Seconds; what is still in work then is answered for by an error, and its own
                 reply is dropped when it comes.
         """
+        return list(self._replies(messages, timeout, ahead=None))
+
+    def in_order(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterator[Message]:
+        """Yield the same replies one by one; nobody works far ahead of those that were taken.
+
+        So there are never more than `AHEAD` and one for each worker, whatever the number of
+        messages. Messages that nobody has begun are dropped when the iterator is closed.
+        """
+        return self._replies(messages, timeout, ahead=AHEAD + len(self._threads))
+
+    def _replies(
+        self, messages: Iterable[Message], timeout: float | None, ahead: int | None
+    ) -> Iterator[Message]:
         batch = list(messages)
         for message in batch:
             self._next_id += 1
             message.metadata.__dict__["_message_id"] = str(self._next_id)
-        phase = self._phase = _Phase(batch, self._stand_in)
+        phase = self._phase = _Phase(batch, ahead, self._stand_in)
         for _ in self._threads[: len(batch)]:
             self._jobs.put(phase)
-        return phase.wait(timeout, self.absent)
+        return phase.replies(timeout, self.absent)
 
     # --- the threads ------------------------------------------------------------------------------
 
@@ -208,73 +226,109 @@ class _Phase:
     """Messages of one phase, taken one by one by the workers, and the replies to them.
 
     Args:
-        messages: The messages.
+        messages: In the order in which they are begun and answered.
+        ahead: Messages that may be begun before the reply of the first of them is taken; None for
+            any number.
         abandoned: Called with the phase for each message that a worker is at and that is answered
             for without it.
     """
 
     def __init__(
-        self, messages: Sequence[Message], abandoned: Callable[[_Phase], None] = lambda phase: None
+        self,
+        messages: Sequence[Message],
+        ahead: int | None = None,
+        abandoned: Callable[[_Phase], None] = lambda phase: None,
     ) -> None:
-        self._messages, self._abandoned, self._begun = messages, abandoned, set[int]()
-        self._replies: list[Message | None] = [None] * len(messages)
-        self._indices: Iterator[int] = iter(range(len(messages)))
-        self._left = len(messages)
-        self._lock = threading.Lock()
-        self._finished = threading.Event()
+        self._messages, self._abandoned = messages, abandoned
+        self._replies: dict[int, Message] = {}  # that nobody has taken
+        self._answered = [False] * len(messages)
+        self._begun = self._taken = 0
+        self._ahead = len(messages) if ahead is None else ahead
+        self._cancelled = False
+        self._changed = threading.Condition()
         self._sealed: dict[int, RecordDict] = {}
         for message in messages:  # messages to many nodes share one content: seal it once
             key = id(message.content)
             if key not in self._sealed:
                 self._sealed[key] = records.sealed(message.content)
-        if not messages:
-            self._finished.set()
 
     def __iter__(self) -> _Phase:
         return self
 
     def __next__(self) -> tuple[int, Message, RecordDict]:
-        with self._lock:
-            index = next(i for i in self._indices if self._replies[i] is None)
-            self._begun.add(index)
+        with self._changed:
+            self._changed.wait_for(self._may_begin)
+            while self._begun < len(self._messages) and self._answered[self._begun]:
+                self._begun += 1  # somebody answered for it
+            if self._cancelled or self._begun == len(self._messages):
+                raise StopIteration
+            index = self._begun
+            self._begun += 1
         message = self._messages[index]
         return index, message, self._sealed[id(message.content)]
 
+    def _may_begin(self) -> bool:
+        over = self._cancelled or self._begun == len(self._messages)
+        return over or self._begun < self._taken + self._ahead
+
     def done(self, index: int, reply: Message) -> bool:
         """Take a reply in; return whether it is the first one to its message."""
-        with self._lock:
-            if self._replies[index] is not None:
+        with self._changed:
+            if self._answered[index]:
                 return False
-            self._replies[index] = reply
-            self._left -= 1
+            self._answered[index], self._replies[index] = True, reply
             pulse().client_done()
-            if not self._left:
-                self._finished.set()
+            if index == self._taken:
+                self._changed.notify_all()
             return True
 
     def _given_up(self, index: int, reason: str) -> None:
         """Answer for a message whose own reply is not waited for any more."""
-        if self.done(index, _error_reply(self._messages[index], reason)) and index in self._begun:
+        begun = index < self._begun
+        if self.done(index, _error_reply(self._messages[index], reason)) and begun:
             self._abandoned(self)
 
     def cancel(self) -> None:
         """See to it that nobody begins what is left."""
-        with self._lock:
-            self._indices = iter(())
+        with self._changed:
+            self._cancelled = True
+            self._changed.notify_all()
 
-    def wait(self, timeout: float | None, absent: Absent = dict) -> list[Message]:
+    def replies(self, timeout: float | None, absent: Absent = dict) -> Iterator[Message]:
+        """Yield the replies in order, each when it is there; an error for what never will be."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        while not self._finished.wait(0.2):  # short waits, so that Ctrl-C is heard at once
-            gone = absent()
-            for i, message in enumerate(self._messages):
-                if message.metadata.dst_node_id in gone:
-                    self._given_up(i, gone[message.metadata.dst_node_id])
-            if deadline is not None and time.monotonic() > deadline:
-                self.cancel()
-                late = [i for i, reply in enumerate(self._replies) if reply is None]
-                for i in late:
-                    self._given_up(i, f"no reply within {timeout:g} s")
-        return [reply for reply in self._replies if reply is not None]
+        try:
+            for index in range(len(self._messages)):
+                while not self._wait_for(index):
+                    self._give_up(timeout, deadline, absent())
+                if deadline is not None and time.monotonic() > deadline:
+                    self._give_up(timeout, deadline, {})
+                yield self._take(index)
+        finally:
+            self.cancel()
+
+    def _wait_for(self, index: int) -> bool:
+        with self._changed:  # short waits, so that Ctrl-C is heard at once
+            return self._changed.wait_for(lambda: index in self._replies, 0.2)
+
+    def _take(self, index: int) -> Message:
+        with self._changed:
+            self._taken = index + 1
+            if self._begun < len(self._messages):
+                self._changed.notify_all()
+            return self._replies.pop(index)
+
+    def _give_up(
+        self, timeout: float | None, deadline: float | None, gone: Mapping[int, str]
+    ) -> None:
+        """Answer for nodes that are gone, and for all where time is over."""
+        late = deadline is not None and time.monotonic() > deadline
+        if late:
+            self.cancel()
+        for i, message in enumerate(self._messages):
+            node = message.metadata.dst_node_id
+            if node in gone or late:
+                self._given_up(i, gone.get(node, f"no reply within {timeout or 0:g} s"))
 
 
 def run_local(config: Config) -> None:

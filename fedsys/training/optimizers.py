@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import sys
@@ -14,6 +15,8 @@ from torch.optim import Optimizer
 
 from fedsys.config import ClientConfig, LearningRate
 from fedsys.errors import ConfigError, ModelError, did_you_mean
+
+Step = Callable[[Optimizer], object]
 
 
 def spare_dynamo() -> None:
@@ -50,7 +53,36 @@ def step(optimizer: Optimizer) -> None:
     The wrappers that torch puts around `step` serve the compiler, the profiler and step hooks.
     """
     with torch.no_grad():
-        inspect.unwrap(type(optimizer).step)(optimizer)
+        _plain_step(type(optimizer))(optimizer)
+
+
+@functools.cache
+def _plain_step(kind: type[Optimizer]) -> Step:
+    plain: Step = inspect.unwrap(kind.step)
+    return plain
+
+
+def forget_gradients(optimizer: Optimizer) -> None:
+    """Do ``optimizer.zero_grad()``, past what torch puts around it for compiler and profiler."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
+
+
+@functools.cache
+def _known() -> Mapping[str, type[Optimizer]]:
+    """Return the optimizers of torch by name in small letters."""
+    return {
+        name.lower(): value
+        for name, value in vars(torch.optim).items()
+        if inspect.isclass(value) and issubclass(value, Optimizer) and value is not Optimizer
+    }
+
+
+@functools.cache
+def _accepted(kind: type[Optimizer]) -> frozenset[str]:
+    """Return the names of the arguments of an optimizer."""
+    return frozenset(inspect.signature(kind).parameters)
 
 
 def learning_rate(base: float, schedule: LearningRate, round_: int, rounds: int) -> float:
@@ -85,14 +117,10 @@ def make_optimizer(
     Raises:
         ConfigError: No such optimizer, or one of its arguments does not fit.
     """
-    known: dict[str, Callable[..., Optimizer]] = {
-        name.lower(): value
-        for name, value in vars(torch.optim).items()
-        if inspect.isclass(value) and issubclass(value, Optimizer) and value is not Optimizer
-    }
-    kind = known.get(client.optimizer.lower())
+    kind: Callable[..., Optimizer] | None = _known().get(client.optimizer.lower())
     if kind is None or client.optimizer.lower() == "lbfgs":
-        known.pop("lbfgs", None)  # it searches along lines through all parameters at once
+        # lbfgs searches along lines through all parameters at once
+        known = {name for name in _known() if name != "lbfgs"}
         hint = did_you_mean(client.optimizer, known)
         raise ConfigError.of(
             "client.optimizer",
@@ -100,7 +128,7 @@ def make_optimizer(
             "must name an optimizer of torch.optim that works on single parameters",
             f"{hint}known are {', '.join(sorted(known))}",
         )
-    accepted = inspect.signature(kind).parameters
+    accepted = _accepted(_known()[client.optimizer.lower()])
     spare_dynamo()
     common = {"lr": lr, "momentum": client.momentum, "weight_decay": client.weight_decay}
     arguments: dict[str, Any] = {k: v for k, v in common.items() if k in accepted}

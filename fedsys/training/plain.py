@@ -137,13 +137,11 @@ def train(
     losses = losses or functools.partial(plain_losses, loss=task.loss)
     model.train()
     named = dict(model.named_parameters())
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-    hits = task.nothing(device)
-    examples = steps = 0
+    tally, steps = Tally(task, device), 0
     for x, y in batches:
         x, y = x.to(device), y.to(device)
         size = len(y)
-        optimizer.zero_grad(set_to_none=True)
+        optimizers.forget_gradients(optimizer)
         with drawing(address, first_step + steps, size):
             for start, stop in micro_batch_bounds(size, micro_batches):
                 with rows(start, stop):
@@ -153,8 +151,7 @@ def train(
                     outputs, loss = losses(model, inputs, labels, (stop - start) / size)
                     if loss.requires_grad:  # else every parameter is frozen
                         loss.backward()  # type: ignore[no-untyped-call]  # no type in torch
-                loss_sum += loss.detach() * size
-                hits += task.total(outputs.detach(), labels)
+                tally.add(outputs.detach(), labels, loss.detach(), size)
         if anchor is not None:
             anchor.add_to_gradients(named)
         if penalty is not None:
@@ -162,11 +159,62 @@ def train(
         if clip_norm is not None:
             clip_gradients(named, clip_norm, squared_norms(named))
         optimizers.step(optimizer)
-        examples += size
         steps += 1
-    if not examples:
-        return Score(math.nan, math.nan, 0)
-    return Score(float(loss_sum) / examples, hits.item() / examples, examples, steps)
+    return tally.score(steps)
+
+
+class Tally:
+    """Losses and metric of a round, added up in one go for many small mini-batches.
+
+    Four operations for each mini-batch would be a tenth of a tiny model's step. The sums are those
+    that adding at once gives, in the same order.
+
+    Args:
+        task: Tells the metric.
+        device: Where outputs are.
+    """
+
+    MOST = 1 << 16
+    """Outputs, in numbers, that are kept until they are looked at."""
+
+    def __init__(self, task: Task, device: torch.device) -> None:
+        self._task, self._hits = task, task.nothing(device)
+        self._losses: list[Tensor] = []
+        self._sizes: list[int] = []
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._held = self._examples = 0
+        self._loss_sum = 0.0
+
+    def add(self, outputs: Tensor, labels: Tensor, loss: Tensor, size: int) -> None:
+        """Take in a piece: its outputs, and its share of the mean loss of `size` examples."""
+        self._losses.append(loss)
+        self._sizes.append(size)
+        self._examples += len(labels)
+        if not self._task.counts:  # sums of floats depend on how they are grouped
+            self._hits += self._task.total(outputs, labels)
+            outputs = labels = outputs[:0]
+        self._waiting.append((outputs, labels))
+        self._held += outputs.numel() + 1
+        if self._held > self.MOST:
+            self._look()
+
+    def score(self, steps: int) -> Score:
+        """Return the score over all examples; NaN for none."""
+        if not self._examples:
+            return Score(math.nan, math.nan, 0)
+        self._look()
+        n = self._examples
+        return Score(self._loss_sum / n, self._hits.item() / n, n, steps)
+
+    def _look(self) -> None:
+        losses = torch.stack(self._losses)
+        weighted = losses * torch.tensor(self._sizes, dtype=losses.dtype, device=losses.device)
+        for value in weighted.tolist():
+            self._loss_sum += value
+        if self._task.counts:
+            outputs, labels = zip(*self._waiting, strict=True)
+            self._hits += self._task.total(torch.cat(outputs), torch.cat(labels))
+        self._losses, self._sizes, self._waiting, self._held = [], [], [], 0
 
 
 @torch.inference_mode()

@@ -32,6 +32,7 @@ class Pulse:
 
     def __init__(self) -> None:
         self._beat, self._lock = Beat(), threading.Lock()
+        self._batches = 0
 
     def begin(self, asked: int, expected: int) -> None:
         """Count anew: a round begins.
@@ -41,7 +42,7 @@ class Pulse:
             expected: Their mini-batches.
         """
         with self._lock:
-            self._beat = Beat(asked, expected=expected)
+            self._beat, self._batches = Beat(asked, expected=expected), 0
 
     def client_done(self, count: int = 1) -> None:
         """Count clients that have answered."""
@@ -51,11 +52,12 @@ class Pulse:
     def batch_done(self) -> None:
         """Count a mini-batch."""
         with self._lock:
-            self._beat = replace(self._beat, batches=self._beat.batches + 1)
+            self._batches += 1
 
     def read(self) -> Beat:
         """Return how far the round is."""
-        return self._beat
+        with self._lock:
+            return replace(self._beat, batches=self._batches)
 
 
 _pulse = Pulse()

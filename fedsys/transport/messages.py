@@ -8,6 +8,7 @@ them in again. So neither side spells a key, and one that is missing or ill-type
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
@@ -156,8 +157,32 @@ def written(value: Any) -> dict[str, Any]:
     >>> written(Settings(3, 0.1))
     {'server-round': 3, 'proximal-mu': 0.1}
     """
-    values = {_key(f.name): getattr(value, f.name) for f in dataclasses.fields(value)}
+    values = {field.key: getattr(value, field.name) for field in _fields(type(value))}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class _Field:
+    """An attribute: its key in a record, whether it may be missing, and its type."""
+
+    name: str
+    key: str
+    optional: bool
+    kind: str
+
+
+@functools.cache
+def _fields(kind: Any) -> tuple[_Field, ...]:
+    """Return the attributes of a dataclass; looked up once, as each message of each client asks."""
+    return tuple(
+        _Field(
+            field.name,
+            _key(field.name),
+            field.default is not dataclasses.MISSING,
+            str(field.type).removesuffix(" | None"),
+        )
+        for field in dataclasses.fields(kind)
+    )
 
 
 def read(
@@ -177,17 +202,17 @@ def read(
     Raises:
         RuntimeFailure: A key is missing, or its value of another type.
     """
-    for field in dataclasses.fields(cast(Any, kind)):
-        key, optional = _key(field.name), field.default is not dataclasses.MISSING
-        if field.name in known or (key not in record and optional and field.name not in required):
+    for field in _fields(kind):
+        name, key = field.name, field.key
+        if name in known or (field.optional and key not in record and name not in required):
             continue
-        value, expected = record.get(key), str(field.type).removesuffix(" | None")
-        if not _is(value, expected):
+        value = record.get(key)
+        if not _is(value, field.kind):
             raise RuntimeFailure(
-                f"message: {key}={value!r:.60}: must be of type {expected} in {kind.__name__}; "
+                f"message: {key}={value!r:.60}: must be of type {field.kind} in {kind.__name__}; "
                 "is the other side of another version?"
             )
-        known[field.name] = tuple(value) if isinstance(value, list) else value
+        known[name] = tuple(value) if isinstance(value, list) else value
     return kind(**known)
 
 

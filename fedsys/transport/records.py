@@ -317,6 +317,16 @@ def _like(record: R, values: dict[Any, Any]) -> R:
     return new
 
 
+def unchecked(kind: type[R], values: Mapping[str, Any]) -> R:
+    """Return a record of settings or figures past the checks of each key and value.
+
+    For what is known to be right: the checks take longer than a tiny model's step.
+    """
+    record = kind()
+    record.__dict__["_data"] = dict(values)
+    return record
+
+
 def readable(record: ArrayRecord) -> ArrayRecord:
     """Return a record whose `numpy` calls copy nothing, for code that only reads."""
     return _as(ViewArray, record)
