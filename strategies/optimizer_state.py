@@ -55,6 +55,7 @@ class KeptState(Around):
         for reply in replies:
             state = reply.content.array_records.get(OPTIMIZER)
             if state is not None:
-                self.states[self.roster.partition_of(reply.metadata.src_node_id)] = state
+                client = self.roster.partition_of(reply.metadata.src_node_id)
+                self.states[client] = records.lasting(state)
                 del reply.content[OPTIMIZER]
             yield reply

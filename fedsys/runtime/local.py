@@ -12,6 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.app.user_config import UserConfig
@@ -22,12 +23,17 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedsys.config import Config, secret
+from fedsys.errors import ConfigError
 from fedsys.runs import startup as stages
 from fedsys.runtime.apps import load_apps
 from fedsys.runtime.grid_around import Absent
+from fedsys.training import plain as training
 from fedsys.training.pulse import pulse
 from fedsys.transport import records
 from fedsys.transport.messages import PARTITION_ID
+
+if TYPE_CHECKING:
+    from fedsys.runtime.worker_processes import WorkerProcesses
 
 FIRST_NODE_ID = SUPERLINK_NODE_ID + 1
 
@@ -59,6 +65,7 @@ class LocalGrid(Grid):
         num_nodes: Number of virtual nodes.
         workers: Messages that are worked on at the same time.
         run_config: The run config that each context holds.
+        processes: Whether workers are processes; else threads.
     """
 
     def __init__(
@@ -68,6 +75,7 @@ class LocalGrid(Grid):
         *,
         workers: int = 1,
         run_config: UserConfig | None = None,
+        processes: bool = False,
     ) -> None:
         identify_process()
         self._app = client_app
@@ -80,8 +88,9 @@ class LocalGrid(Grid):
         self._phase: _Phase | None = None
         self._jobs: queue.SimpleQueue[_Phase | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
-        for _ in range(workers):
+        for _ in range(0 if processes else workers):
             self._add_worker()
+        self._workers, self._processes = workers, _processes(self, workers) if processes else None
 
     def __enter__(self) -> LocalGrid:
         return self
@@ -90,7 +99,9 @@ class LocalGrid(Grid):
         self.close()
 
     def close(self) -> None:
-        """End the worker threads; those that are at a message get `CLOSE_S` seconds for it."""
+        """End the workers; threads that are at a message get `CLOSE_S` seconds for it."""
+        if self._processes is not None:
+            self._processes.close()
         if self._phase is not None:
             self._phase.cancel()
         for _ in self._threads:
@@ -163,7 +174,7 @@ class LocalGrid(Grid):
         So there are never more than `AHEAD` and one for each worker, whatever the number of
         messages. Messages that nobody has begun are dropped when the iterator is closed.
         """
-        return self._replies(messages, timeout, ahead=AHEAD + len(self._threads))
+        return self._replies(messages, timeout, ahead=AHEAD + self._workers)
 
     def _replies(
         self, messages: Iterable[Message], timeout: float | None, ahead: int | None
@@ -172,6 +183,8 @@ class LocalGrid(Grid):
         for message in batch:
             self._next_id += 1
             message.metadata.__dict__["_message_id"] = str(self._next_id)
+        if self._processes is not None:
+            return self._processes.replies(batch, timeout, self.absent, ahead)
         phase = self._phase = _Phase(batch, ahead, self._stand_in)
         for _ in self._threads[: len(batch)]:
             self._jobs.put(phase)
@@ -216,6 +229,12 @@ class LocalGrid(Grid):
         if context.state:
             self._states[node_id] = context.state
         return reply
+
+
+def _processes(grid: LocalGrid, workers: int) -> WorkerProcesses:
+    from fedsys.runtime.worker_processes import WorkerProcesses
+
+    return WorkerProcesses(grid._answer, grid._states, workers)
 
 
 def _error_reply(message: Message, reason: str) -> Message:
@@ -332,10 +351,34 @@ class _Phase:
 
 
 def run_local(config: Config) -> None:
-    """Run the server app in this thread, and its clients in worker threads."""
+    """Run the server app in this thread, and its clients in worker threads or processes.
+
+    Raises:
+        ConfigError: Processes are asked for where there can be none.
+    """
+    check_pool(config)
     apps = load_apps(config)
     stages.current().reached("imports")
     play_local(config, *apps)
+
+
+def check_pool(config: Config) -> None:
+    """Refuse workers that are processes where they cannot be, or would train something else.
+
+    Raises:
+        ConfigError: Names the reason and the way out.
+    """
+    if config.runtime.pool != "processes":
+        return
+    reason = ""
+    if not hasattr(os, "memfd_create"):
+        reason = "needs memory without a name, which only Linux has"
+    elif config.policy.get("kind", "none") != "none":
+        reason = "trains whole models only: edge servers are threads of this process"
+    elif training.pick_device(config.client.device).type != "cpu":
+        reason = "cannot use CUDA, which a forked process has lost; client.device=cpu does without"
+    if reason:
+        raise ConfigError.of("runtime.pool", "processes", reason, "runtime.pool=threads")
 
 
 def play_local(config: Config, server_app: ServerApp, client_app: ClientFunction) -> None:
@@ -347,6 +390,7 @@ def play_local(config: Config, server_app: ServerApp, client_app: ClientFunction
         config.num_clients,
         workers=min(workers, config.num_clients),
         run_config=run_config,
+        processes=config.runtime.pool == "processes",
     ) as grid:
         context = Context(
             run_id=TaskIdentity.run_id,

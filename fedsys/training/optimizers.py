@@ -16,8 +16,6 @@ from torch.optim import Optimizer
 from fedsys.config import ClientConfig, LearningRate
 from fedsys.errors import ConfigError, ModelError, did_you_mean
 
-Step = Callable[[Optimizer], object]
-
 
 def spare_dynamo() -> None:
     """Keep the first optimizer of a process from importing torch's compiler.
@@ -53,13 +51,13 @@ def step(optimizer: Optimizer) -> None:
     The wrappers that torch puts around `step` serve the compiler, the profiler and step hooks.
     """
     with torch.no_grad():
-        _plain_step(type(optimizer))(optimizer)
+        kind = type(optimizer)
+        if kind not in _steps:
+            _steps[kind] = inspect.unwrap(kind.step)
+        _steps[kind](optimizer)
 
 
-@functools.cache
-def _plain_step(kind: type[Optimizer]) -> Step:
-    plain: Step = inspect.unwrap(kind.step)
-    return plain
+_steps: dict[Any, Callable[[Optimizer], object]] = {}
 
 
 def forget_gradients(optimizer: Optimizer) -> None:
@@ -80,9 +78,9 @@ def _known() -> Mapping[str, type[Optimizer]]:
 
 
 @functools.cache
-def _accepted(kind: type[Optimizer]) -> frozenset[str]:
+def _accepted(name: str) -> frozenset[str]:
     """Return the names of the arguments of an optimizer."""
-    return frozenset(inspect.signature(kind).parameters)
+    return frozenset(inspect.signature(_known()[name]).parameters)
 
 
 def learning_rate(base: float, schedule: LearningRate, round_: int, rounds: int) -> float:
@@ -128,7 +126,7 @@ def make_optimizer(
             "must name an optimizer of torch.optim that works on single parameters",
             f"{hint}known are {', '.join(sorted(known))}",
         )
-    accepted = _accepted(_known()[client.optimizer.lower()])
+    accepted = _accepted(client.optimizer.lower())
     spare_dynamo()
     common = {"lr": lr, "momentum": client.momentum, "weight_decay": client.weight_decay}
     arguments: dict[str, Any] = {k: v for k, v in common.items() if k in accepted}

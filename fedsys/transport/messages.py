@@ -157,7 +157,7 @@ def written(value: Any) -> dict[str, Any]:
     >>> written(Settings(3, 0.1))
     {'server-round': 3, 'proximal-mu': 0.1}
     """
-    values = {field.key: getattr(value, field.name) for field in _fields(type(value))}
+    values = {field.key: getattr(value, field.name) for field in _fields(cast(Any, type(value)))}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v is not None}
 
 
@@ -202,7 +202,7 @@ def read(
     Raises:
         RuntimeFailure: A key is missing, or its value of another type.
     """
-    for field in _fields(kind):
+    for field in _fields(cast(Any, kind)):
         name, key = field.name, field.key
         if name in known or (field.optional and key not in record and name not in required):
             continue

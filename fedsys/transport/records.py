@@ -78,6 +78,8 @@ def view(array: Array) -> NDArray[Any]:
     Raises:
         ModelError: The array was not serialised by NumPy, or its bytes do not fit its shape.
     """
+    if type(array) is MappedArray:
+        return array.mapped
     if array.stype != _NUMPY:
         raise ModelError(f"array of serialisation type {array.stype!r}: must be {_NUMPY!r}")
     try:
@@ -135,12 +137,43 @@ class ViewArray(SealedArray):
         return view(self)
 
 
+class MappedArray(SealedArray):
+    """A sealed array over memory that another process wrote; as bytes only if somebody asks.
+
+    Attributes:
+        mapped: The array, read-only.
+    """
+
+    mapped: NDArray[Any]
+
+    @property
+    def data(self) -> bytes:  # type: ignore[override]  # the field of Flower's dataclass
+        """The bytes of a ``.npy`` file."""
+        return encode(self.mapped).data
+
+
+def record_over(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
+    """Return a record of sealed arrays over these, of which nothing is copied."""
+    record: dict[str, Array] = {}
+    for name, array in arrays.items():
+        record[name] = new = object.__new__(MappedArray)
+        new.__dict__.update(dtype=_name(array.dtype), shape=array.shape, stype=_NUMPY, mapped=array)
+    return _record(record)
+
+
+def lasting(record: ArrayRecord) -> ArrayRecord:
+    """Return the record, or one that stays what it is where others will write into its memory."""
+    if not any(type(array) is MappedArray for array in record.values()):
+        return record
+    return record_of(arrays_of(record))
+
+
 def _as(kind: type[A], record: ArrayRecord) -> ArrayRecord:
     """Return a record of arrays of `kind` over the same bytes."""
     return _record(
         {
             name: array
-            if type(array) is kind
+            if type(array) is kind or type(array) is MappedArray
             else _make(kind, array.dtype, array.shape, array.data)
             for name, array in record.items()
         }
@@ -347,4 +380,11 @@ def _content(
 
 def size_of(content: RecordDict) -> int:
     """Return the bytes of all arrays in a message's content."""
-    return sum(len(a.data) for r in content.array_records.values() for a in r.values())
+    return sum(_file_size(a) for r in content.array_records.values() for a in r.values())
+
+
+def _file_size(array: Array) -> int:
+    if type(array) is MappedArray:
+        mapped = array.mapped
+        return len(_header(mapped.dtype, mapped.shape)) + mapped.nbytes
+    return len(array.data)

@@ -1,7 +1,6 @@
 """Replies that are added up as they arrive: the same bits, and memory that does not grow."""
 
 import dataclasses
-import gc
 import weakref
 
 import numpy as np
@@ -11,8 +10,9 @@ from flwr.serverapp.strategy import FedAvg
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsys.config import parse, with_values
+from fedsys.config import Apps, FaultsConfig
 from fedsys.errors import RuntimeFailure
+from fedsys.faults import Fault
 from fedsys.identity import state_sha256
 from fedsys.runtime.apps import load_client
 from fedsys.runtime.local import AHEAD, FIRST_NODE_ID, LocalGrid
@@ -58,14 +58,16 @@ def test_the_mean_is_that_of_flower_to_the_bit(weights, shape, dtype, seed):
     assert mean.weight == sum(weights)
 
 
-def played(config, *, one_by_one_, client=None, workers=2):
+def played(config, *, one_by_one_, client=None, workers=2, processes=False):
     """Play the rounds; return hash, rows, and who was lost."""
     fed = federation.federation(config)
     model = federation.trained_model(config, fed.dataset)
     client = client or load_client(config.apps.client)
     results = []
     run_config = {"hydra-config": config.text}
-    with LocalGrid(client, config.num_clients, workers=workers, run_config=run_config) as grid:
+    with LocalGrid(
+        client, config.num_clients, workers=workers, run_config=run_config, processes=processes
+    ) as grid:
         strategy = build(config, model, Roster(config.num_clients), dataset=fed.dataset)
         adding = one_by_one(config, grid, strategy, [len(part) for part in fed.parts])
         assert isinstance(adding, OneByOne)
@@ -148,42 +150,36 @@ def test_no_more_replies_are_held_for_more_clients():
         messages = [Message(RecordDict(), FIRST_NODE_ID + k, "train") for k in range(60)]
         for k, reply in enumerate(grid.in_order(messages)):
             assert reply.metadata.src_node_id == FIRST_NODE_ID + k
-            gc.collect()
             most = max(most, sum(ref() is not None for ref in alive))
     assert len(alive) == 60
     assert most <= AHEAD + 2 + 1
 
 
 def test_whatever_needs_all_replies_says_so(configure, identity):
-    assert at_once(configure(*SMALL)) == ""
-    assert "Krum needs all replies at once" in at_once(configure(*SMALL, "strategy=krum"))
-    assert "FedMedian" in at_once(configure(*SMALL, "strategy=fedmedian"))
-    private = configure(*SMALL, "privacy=client", "model.norm=group", "privacy.epsilon=50")
-    assert "PrivateClients" not in at_once(private)
-    assert "all replies" in at_once(private)
-    other = parse(with_values(configure(*SMALL).text, apps={"client": "my.app:app"}))
-    assert "my.app:app" in at_once(other, configure(*SMALL))
-
-
-def at_once(config, made_of=None):
-    made_of = made_of or config
-    fed = federation.federation(made_of)
-    model = federation.trained_model(made_of, fed.dataset)
-    strategy = build(made_of, model, Roster(4), dataset=fed.dataset)
-    reason = at_once_because(config, strategy)
-    with LocalGrid(lambda m, c: m, 4) as grid:
-        lines = about_memory(config, grid, strategy, 10**9)
-        assert lines == ([f"the replies of 4 clients take 4,000 MB: {reason}"] if reason else [])
-        assert about_memory(config, grid, strategy, 10) == []
-        assert (one_by_one(config, grid, strategy, [1] * 4) is None) == bool(reason)
-    return reason
-
-
-def test_faults_and_split_training_take_all_replies_at_once(configure, identity):
     config = configure(*SMALL)
-    model = federation.trained_model(config, federation.federation(config).dataset)
-    strategy = build(config, model, Roster(4))
-    split = dataclasses.replace(config, policy={"kind": "fixed"})
-    assert "split training" in at_once_because(split, strategy)
-    killed = configure(*SMALL, "faults=device_killed")
-    assert "faults" in at_once_because(killed, strategy)
+    strategy, krum = built(config), built(configure(*SMALL, "strategy=krum"))
+    assert at_once_because(config, strategy) == ""
+    assert at_once_because(config, krum) == "strategy Krum needs all replies at once"
+    changed = {
+        "split training": {"policy": {"kind": "fixed"}},
+        "privacy": {"privacy": dataclasses.replace(config.privacy, mechanism="record")},
+        "faults": {"faults": FaultsConfig(list=(Fault("device_killed", 1, 0),))},
+        "my.app:app": {"apps": Apps(client="my.app:app")},
+    }
+    with LocalGrid(lambda m, c: m, 4) as grid:
+        assert one_by_one(config, grid, strategy, [1] * 4) is not None
+        for word, change in changed.items():
+            other = dataclasses.replace(config, **change)
+            reason = at_once_because(other, strategy)
+            assert word in reason
+            assert one_by_one(other, grid, strategy, [1] * 4) is None
+            assert about_memory(other, grid, strategy, 10) == []
+            line = f"the replies of 4 clients take 4,000 MB: {reason}"
+            assert about_memory(other, grid, strategy, 10**9) == [line]
+        assert about_memory(config, grid, strategy, 10**9) == []
+
+
+def built(config):
+    fed = federation.federation(config)
+    model = federation.trained_model(config, fed.dataset)
+    return build(config, model, Roster(4), dataset=fed.dataset)
