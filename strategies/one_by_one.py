@@ -39,7 +39,7 @@ class KeepsOrder(Protocol):
 
 
 @dataclass
-class Tally:
+class RoundTally:
     """What a round counts of replies that pass by.
 
     Attributes:
@@ -113,7 +113,7 @@ class OneByOne:
         grid: KeepsOrder,
         asked: Sequence[Message],
         timeout_s: float,
-    ) -> tuple[ArrayRecord | None, MetricRecord | None, Tally]:
+    ) -> tuple[ArrayRecord | None, MetricRecord | None, RoundTally]:
         """Send the messages of a round and return what comes of the replies.
 
         Args:
@@ -128,7 +128,7 @@ class OneByOne:
         total: float = sum(self._examples[k] for k in sure)
         try:
             while True:
-                layer.total, tally = total, Tally(strategy.roster)
+                layer.total, tally = total, RoundTally(strategy.roster)
                 replies = tally.of(grid.in_order(asked, timeout=timeout_s))
                 try:
                     aggregate, metrics = strategy.aggregate_one_by_one(number, replies)

@@ -22,7 +22,7 @@ from fedsys.training.plain import Score
 from fedsys.transport import records
 from fedsys.transport.messages import FAULTS, STRUCK
 from strategies.around import innermost
-from strategies.one_by_one import KeepsOrder, OneByOne, Tally
+from strategies.one_by_one import KeepsOrder, OneByOne, RoundTally
 from strategies.roster import Roster
 from strategies.sampling import Sampled
 
@@ -153,7 +153,7 @@ class _Trained:
     clients: set[int]
     lost: Mapping[int, str]
     bytes_down: int
-    tally: Tally
+    tally: RoundTally
 
 
 def _train(
@@ -182,7 +182,7 @@ def _train(
         watch.lap("train")
         note_struck(replies, faults)
         faults.kill_server(number, "after_train")
-        tally = Tally(strategy.roster)
+        tally = RoundTally(strategy.roster)
         aggregate, metrics = strategy.aggregate_train(number, list(tally.of(replies)))
     lost = dict(strategy.lost)
     if aggregate is None and not lost:  # and so it would be in every round

@@ -137,7 +137,7 @@ def train(
     losses = losses or functools.partial(plain_losses, loss=task.loss)
     model.train()
     named = dict(model.named_parameters())
-    tally, steps = Tally(task, device), 0
+    tally, steps = RunningScore(task, device), 0
     for x, y in batches:
         x, y = x.to(device), y.to(device)
         size = len(y)
@@ -163,7 +163,7 @@ def train(
     return tally.score(steps)
 
 
-class Tally:
+class RunningScore:
     """Losses and metric of a round, added up in one go for many small mini-batches.
 
     Four operations for each mini-batch would be a tenth of a tiny model's step. The sums are those
