@@ -148,6 +148,7 @@ COMMANDS: dict[str, Command] = {
             "partition": "chains of hosts: planner, predictions, moves, throughput, adaptation",
             "conditions": "which cut is the best under 3^5 conditions of links, CPU and memory",
             "failure": "a chain whose hosts are killed, stopped, cut off and slowed: gaps, choices",
+            "lifecycle": "a model from its training to the failure of a host: every decision",
             "offload": "policies that decide on cuts, against classic training and the optimum",
             "privacy": "what privacy by example costs, beside none and beside Opacus",
             "leakage": "what attacks make of activations, gradients and models; bounds on epsilon",

@@ -138,7 +138,7 @@ def train(
     """
     from fedsys.commands import train as command
 
-    figures = _called(command.job, overrides, model, data, loss, metric)
+    figures = called(command.job, overrides, model, data, loss, metric)
     return FinishedRun(Path(str(figures["run_dir"])), figures)
 
 
@@ -155,7 +155,7 @@ def plan(*overrides: str, model: Any = None, data: Any = None) -> PlannedRun:
     """
     from fedsys.commands import plan as command
 
-    return PlannedRun(_called(command.job, [*overrides, "json=true"], model, data, None, None))
+    return PlannedRun(called(command.job, [*overrides, "json=true"], model, data, None, None))
 
 
 def prune(run: FinishedRun | Path | str, *overrides: str) -> Portfolio:
@@ -173,7 +173,7 @@ def prune(run: FinishedRun | Path | str, *overrides: str) -> Portfolio:
 
     folder = run.path if isinstance(run, FinishedRun) else Path(run)
     own = ["+variants=portfolio", f"variants.run={_quoted(str(folder))}"]
-    figures = _called(command.job, overrides, None, None, None, None, own)
+    figures = called(command.job, overrides, None, None, None, None, own)
     return Portfolio.load(Path(str(figures["portfolio"])))
 
 
@@ -194,14 +194,15 @@ def load(path: Path | str) -> FinishedRun:
     return FinishedRun(Path(path), info["result"])
 
 
-def _called(
+def called(
     job: Any,
     overrides: Sequence[str],
-    model: Any,
-    data: Any,
-    loss: Any,
-    metric: Any,
+    model: Any = None,
+    data: Any = None,
+    loss: Any = None,
+    metric: Any = None,
     more: Sequence[str] = (),
+    told: Sequence[str] | None = None,
 ) -> Mapping[str, Any]:
     """Do what a command does with a composed configuration.
 
@@ -213,6 +214,7 @@ def _called(
         loss: Likewise.
         metric: Likewise.
         more: Overrides that stand behind the name of the command.
+        told: Those that a person gave, for commands that speak of them; None: all of `overrides`.
     """
     from fedsys.config.composing import composed
 
@@ -231,7 +233,7 @@ def _called(
             "runtime", kind, f"cannot be with {', '.join(keys)}, objects of this process alone",
             "put the class or function into a module that all processes can import, and give that",
         )  # fmt: skip
-    with configuration.as_given(overrides):
+    with configuration.as_given(overrides if told is None else told):
         figures: Mapping[str, Any] = job(tree)
     return figures
 

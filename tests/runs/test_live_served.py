@@ -167,14 +167,15 @@ def test_a_browser_sees_the_chain_and_the_loss_of_a_host(tmp_path):
         [*command, "hosts=local", HOSTS, "partition.cuts=[1,2]"], text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-    lines = []
+    lines, drain = [], threading.Thread()
     try:
         ready = json.loads(process.stdout.readline())["ready"]
         for line in process.stderr:
             lines.append(line)
             if match := re.search(r"live page at (http://127\.0\.0\.1:\d+)", line):
                 break
-        threading.Thread(target=lambda: lines.extend(process.stderr), daemon=True).start()
+        drain = threading.Thread(target=lambda: lines.extend(process.stderr), daemon=True)
+        drain.start()
         with api.sync_playwright() as playwright:
             browser = playwright.chromium.launch(
                 executable_path=CHROMIUM,
@@ -187,7 +188,10 @@ def test_a_browser_sees_the_chain_and_the_loss_of_a_host(tmp_path):
     finally:
         process.terminate()
         process.wait(60)
+        if drain.ident:
+            drain.join(10)
         process.stdout.close()
+        process.stderr.close()
 
 
 def _looked_at(browser, address, ready, tmp_path):

@@ -69,7 +69,7 @@ class EdgeProcess:
 
 @contextlib.contextmanager
 def edge_process(
-    kind: str = BETWEEN_PROCESSES, name: str = "edge-0", token: str = ""
+    kind: str = BETWEEN_PROCESSES, name: str = "edge-0", token: str = "", *, faults: bool = False
 ) -> Iterator[EdgeProcess]:
     """Start ``fedsys edge`` on loopback, and end it with the block.
 
@@ -77,6 +77,7 @@ def edge_process(
         kind: Of its links: ``grpc`` or ``tcp``.
         name: Its name.
         token: What a controller must present; empty: a new one.
+        faults: Whether a run may kill it.
 
     Raises:
         RuntimeFailure: It does not start.
@@ -85,6 +86,7 @@ def edge_process(
     command = [
         *(sys.executable, "-m", "fedsys.main", "edge", "json=true", f"edge.name={name}"),
         *(f"edge.address={kind}://127.0.0.1:0", "edge.http=null"),
+        f"edge.faults={str(faults).lower()}",
     ]
     environment = {**os.environ, secret.VARIABLE: token}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)

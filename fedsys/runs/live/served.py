@@ -233,7 +233,7 @@ def _why(status: Status) -> Iterator[tuple[str, str]]:
     found = [event for event in status.get("events", ()) if event.get("event") == "failover"]
     if found and status.get("technique") != "none":
         last = found[-1]
-        what = f"{last['technique']} {last['route']} for {last['host'] or 'the chain'}"
+        what = f"{status['technique']} {status['route']} for {last['host'] or 'the chain'}"
         yield what, str(last["reason"])
 
 

@@ -127,6 +127,74 @@ def lines(
     return figure(title, _svg("".join(parts), title), legend(entries), note)
 
 
+@dataclass(frozen=True)
+class Dots:
+    """Points of one kind.
+
+    Attributes:
+        name: For the legend.
+        x: Places.
+        y: Values.
+        told: What each is, where one points at it; empty for none.
+    """
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    told: Sequence[str] = ()
+
+
+def scatter(
+    title: str, kinds: Sequence[Dots], *, x_label: str, note: str = "",
+    marks: Sequence[tuple[float, str]] = (), percent: bool = False,
+) -> str:  # fmt: skip
+    """Return a chart of points with its legend; empty if there are none.
+
+    Args:
+        title: Above the chart.
+        kinds: Points, one colour each.
+        x_label: What x is, with its unit.
+        note: What y is.
+        marks: Upright lines: where, and what begins there.
+        percent: Whether y is a share, shown in percent.
+    """
+    factor = 100.0 if percent else 1.0
+    xs = [x for kind in kinds for x in kind.x] + [x for x, _ in marks]
+    ys = [y * factor for kind in kinds for y in kind.y]
+    if not ys:
+        return ""
+    (x_low, x_high), (y_low, y_high) = _room(xs, False), _room(ys, percent)
+
+    def px(x: float) -> float:
+        return LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
+
+    def py(y: float) -> float:
+        return TOP + (y_high - y * factor) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
+
+    parts = [_axes([(py(t / factor), number(t)) for t in ticks(y_low, y_high)],
+                   [(px(t), number(t)) for t in ticks(x_low, x_high, 6)])]  # fmt: skip
+    for place, (x, text) in enumerate(marks):
+        parts.append(_mark(px(x), text, place))
+    for color, kind in enumerate(kinds):
+        for index, (x, y) in enumerate(zip(kind.x, kind.y, strict=True)):
+            text = kind.told[index] if kind.told else f"{kind.name}: {number(y * factor)}"
+            parts.append(
+                f'<circle class="dot k{color % COLORS}" cx="{px(x):.1f}" cy="{py(y):.1f}" r="3">'
+                f"<title>{escape(text)}</title></circle>"
+            )
+    parts.append(_x_label(x_label))
+    entries = [(kind.name, color, False) for color, kind in enumerate(kinds) if kind.y]
+    return figure(title, _svg("".join(parts), title), legend(entries), note)
+
+
+def _mark(x: float, text: str, place: int) -> str:
+    """Return an upright line with a text beside it; texts of neighbours are on two heights."""
+    return (
+        f'<line class="axis dashed" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
+        f'<text x="{x + 3:.1f}" y="{TOP + 10 + 13 * (place % 2):.1f}">{escape(text)}</text>'
+    )
+
+
 def _room(ys: Sequence[float], percent: bool) -> tuple[float, float]:
     low, high = min(ys), max(ys)
     pad = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
