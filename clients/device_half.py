@@ -98,8 +98,11 @@ class DeviceHalf:
     def stages(self, state: Mapping[str, Tensor]) -> list[nn.Module]:
         """Return first and last units with the tensors of `state`; the edge's are never built."""
         cuts = [self.split.assignment.cut, self.split.tail]
-        layout = self._config.client.memory_format
-        return filled_stages(self.layers, cuts, [0, 2], state, self.device, layout, self._base)
+        client = self._config.client
+        return filled_stages(
+            self.layers, cuts, [0, 2], state, self.device, client.memory_format, self._base,
+            kernels=client.kernels,
+        )  # fmt: skip
 
     def part(self, point: Point) -> Stepping:
         """Return the units in training as at a point of the round; `split` is as it was there."""

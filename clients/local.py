@@ -203,7 +203,8 @@ class LocalClient:
         if getattr(_models, "key", None) != key:
             fed = federation.federation(self.config)
             model = federation.trained_model(self.config, fed.dataset, initial=False)
-            _models.model = model.to(training.pick_device(self.config.client.device))
+            model = model.to(training.pick_device(self.config.client.device))
+            _models.model = federation.with_kernels(model, self.config, fed.dataset)
             _models.key = key
         model_: nn.Module = _models.model
         return model_

@@ -23,6 +23,12 @@ ELSEWHERE = "choose another folder with run.dir="
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
+def user_cache() -> Path:
+    """Return the folder for what is derived or downloaded and can be made again."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "fedsys"
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turn an `OSError` of the block into the `RunError` that names the file and the way out."""

@@ -45,7 +45,14 @@ from strategies import PrivateRecords, PrivateRounds, Roster, budgeted, build, p
 from strategies.around import find
 from strategies.crash_safety import CrashSafety, opened
 from strategies.decisions import decisions_of
-from strategies.heading import Plans, about_pieces, surroundings, title
+from strategies.heading import (
+    Plans,
+    about_kernels,
+    about_pieces,
+    kernel_figures,
+    surroundings,
+    title,
+)
 from strategies.offload import Offload
 from strategies.offload_figures import figures, moves, recoveries, traces
 from strategies.offload_totals import in_words, move_in_words
@@ -124,6 +131,7 @@ def _train(
     layer = find(job.strategy, budgeted.Budgeted)  # type: ignore[type-abstract]
     promised = budgeted.figures(layer)
     more = {**figures(job.strategy), **pruned.figures(job.strategy), **virtual_figures, **promised}
+    more |= kernel_figures(config, job.fed.dataset)
     return _conclude(config, job.fed, safety, arrays, job.judge, more, seconds)
 
 
@@ -192,8 +200,8 @@ def _announce(
     promised = private.about(find(job.strategy, PrivateRecords))
     nbytes = sum(len(array.data) for array in job.initial.values())
     kept = about_memory(config, grid, job.strategy, nbytes)
-    pieces = about_pieces(config, job.model, dataset)
-    for line in (*surroundings(config), *pieces, *promised, *kept):
+    pieces, kernels = about_pieces(config, job.model, dataset), about_kernels(config, dataset)
+    for line in (*surroundings(config), *pieces, *kernels, *promised, *kept):
         progress.about(line)
     for line in out_of_reach(config.faults.list, job.steps):
         progress.note(line)

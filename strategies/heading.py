@@ -23,6 +23,7 @@ from fedsys.planning.hardware import links_of
 from fedsys.planning.options import PLANNED, PlanOptions
 from fedsys.runs import cuts
 from fedsys.training import plain as training
+from fedsys.training.federation import fusion_in
 from fedsys.transport.several import said
 from strategies.around import find
 from strategies.offload import Offload
@@ -60,6 +61,19 @@ def surroundings(config: Config) -> list[str]:
     elif names and config.network.emulate:
         lines.append(f"links emulated as {network_text(config.network)}")
     return lines
+
+
+def about_kernels(config: Config, dataset: Dataset) -> list[str]:
+    """Return a line about what is computed by fused kernels; none where none are asked for."""
+    fusion = fusion_in(config, dataset)
+    return [] if fusion is None else [fusion.in_words()]
+
+
+def kernel_figures(config: Config, dataset: Dataset) -> dict[str, int]:
+    """Return how many convolutions are fused, and how many not; nothing where it is not asked."""
+    fusion = fusion_in(config, dataset)
+    counts = () if fusion is None else (len(fusion.units), len(fusion.plain))
+    return dict(zip(("fused_units", "plain_units"), counts, strict=False))
 
 
 def about_pieces(config: Config, model: nn.Module, dataset: Dataset) -> list[str]:

@@ -12,6 +12,7 @@ import pytest
 from fedsys.config import parse, with_values
 from fedsys.offload import fleet_edges
 from fedsys.offload import opening as edges
+from fedsys.training.federation import federation, fusion_in
 from fedsys.training.schedule import operations
 from fedsys.transport.addresses import dial
 from fedsys.transport.faulty import Faulty, LinkFault
@@ -165,6 +166,23 @@ LAID_OUT = {
         },
     },
 }
+FUSED_KERNELS = {
+    "fused": {"client": {"kernels": "fused"}},
+    "fused, kept momentum, clipped, channels_last": {
+        "client": {
+            "kernels": "fused",
+            "memory_format": "channels_last",
+            "momentum": 0.9,
+            "keep_optimizer": True,
+            "clip_norm": 0.5,
+        },
+    },
+    "fused, pruned, penalty, crops": {
+        "client": {"kernels": "fused", "weight_decay": 0.01},
+        "data": {"augmentation": "crop_flip"},
+        "pruning": {"method": "magnitude", "sparsity": 0.7, "steps": 1, "group_lasso": 0.01},
+    },
+}
 RECORD = {
     "mechanism": "record",
     "epsilon": 1e6,
@@ -188,10 +206,11 @@ PRIVATE = {
         "privacy": RECORD,
     },
 }
-ALL_FEATURES = FEATURES | PRUNED | LAID_OUT | PRIVATE
+ALL_FEATURES = FEATURES | PRUNED | LAID_OUT | FUSED_KERNELS | PRIVATE
 MOMENTUM, EMPTY, PRUNED_PRIVATELY = PRIVATE
 BETWEEN_ROUNDS, PROXIMAL, LEVELS = PRUNED
 (CHANNELS_LAST,) = LAID_OUT
+FUSED, FUSED_CLIPPED, FUSED_PRUNED = FUSED_KERNELS
 TABLE = [
     *all_pairs(COLUMNS),
     (("resnet18", 0.5), "momentum, decay, cosine", (2, "pipelined"), "never", False, "memory"),
@@ -247,6 +266,12 @@ TABLE = [
     (("cnn-group", 1), EMPTY, (1, "sequential"), "edge", False, "memory"),
     (("cnn-group", 2), EMPTY, (2, "pipelined"), "link", False, "grpc"),
     (("cnn-group", 2), PRUNED_PRIVATELY, (2, "pipelined"), "never", False, "memory"),
+    (("vgg5-batch", [1, 2, 3]), FUSED, (3, "pipelined"), "link", False, "tcp"),
+    (("cnn-batch", [1, 2, 4]), FUSED_CLIPPED, (4, "bounded 2"), "edge", False, "grpc"),
+    (("cnn-group", 1), FUSED_PRUNED, (2, "pipelined"), "never", False, "memory"),
+    (("cnn-deferred", 1), FUSED_CLIPPED, (3, "pipelined"), "link", True, "memory"),
+    (("frozen by train()", 1), FUSED, (1, "sequential"), "edge", False, "memory"),
+    (("frozen by forward", 1), FUSED_CLIPPED, (2, "pipelined"), "never", False, "memory"),
 ]
 
 
@@ -419,6 +444,8 @@ MOVING = [
     (3, ("vgg5-batch", [1, 2, 3]), CHANNELS_LAST, (2, "pipelined"), False),
     (10, ("cnn-group", 2), LEVELS, (2, "pipelined"), True),
     (3, ("resnet18", 0.5), BETWEEN_ROUNDS, (1, "sequential"), False),
+    (3, ("vgg5-batch", [1, 2, 3]), FUSED, (3, "pipelined"), False),
+    (10, ("cnn-deferred", 1), FUSED_CLIPPED, (2, "pipelined"), True),
 ]
 
 
@@ -441,6 +468,17 @@ def test_devices_that_move_train_the_bits_of_those_that_stay(row, settings, unsp
     assert not any(got.lost)
     for name in ("train_loss", "train_accuracy", "steps", "examples"):
         assert [row[name] for row in got.rows] == [row[name] for row in expected.rows]
+
+
+FUSED_ROWS = sorted({row[0][0] for row in TABLE if row[1] in FUSED_KERNELS})
+
+
+@pytest.mark.parametrize("model", FUSED_ROWS)
+def test_rows_with_fused_kernels_have_units_that_fit(model, settings):
+    config = settings(model, FUSED)
+    fusion = fusion_in(config, federation(config).dataset)
+    assert fusion is not None and fusion.units
+    assert len(fusion.units) > 1 or not model.startswith("cnn")  # one of them is the edge's
 
 
 def test_bounded_rows_take_an_order_of_their_own():

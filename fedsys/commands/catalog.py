@@ -123,7 +123,13 @@ COMMANDS: dict[str, Command] = {
         "fedsys.commands.profile",
         "job",
         "measure what this machine takes for a model, as fleet= reads it",
-        options=("profile", "client.batch_size", "client.threads", "client.memory_format"),
+        options=(
+            "profile",
+            "client.batch_size",
+            "client.threads",
+            "client.memory_format",
+            "client.kernels",
+        ),
         groups=("data", "model"),
     ),
     "bench": Command(
@@ -153,6 +159,7 @@ COMMANDS: dict[str, Command] = {
             "privacy": "what privacy by example costs, beside none and beside Opacus",
             "leakage": "what attacks make of activations, gradients and models; bounds on epsilon",
             "split": "split training at every cut against the unsplit loop, and a device's memory",
+            "kernels": "a device's part of an iteration with fused kernels and with torch's layers",
             "sessions": "many sessions on an edge server against one with all cores, and memory",
             "migration": "a device that moves between edge servers: pauses, savings, faults",
             "soak": "split training for a while, with a fault at edge servers or links every 3 s",

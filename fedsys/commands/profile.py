@@ -25,6 +25,7 @@ from fedsys import data
 from fedsys.commands.profile_link import LinkCosts, measure_link, other_end, serve_for_ever
 from fedsys.config import Config
 from fedsys.errors import ConfigError
+from fedsys.models.fused import fuse, fusion_of
 from fedsys.models.layers import LayeredModel, layered, stages
 from fedsys.offload.processors import usable_cores
 from fedsys.partition.profiling import shared_by_work
@@ -288,7 +289,11 @@ class _Timed:
         self._config, self._layers, self._device = config, layers, device
         self._loss = task_of(config).loss
         self.names = [unit.name for unit in layers.units]
-        self._parts = [part.train() for part in stages(layers, layers.cuts)]
+        parts = stages(layers, layers.cuts)
+        if config.client.kernels == "fused":
+            fusion = fusion_of(layers)
+            parts = tuple(fuse(part, fusion) for part in parts)
+        self._parts = [part.train() for part in parts]
         bounds = pairwise([0, *layers.cuts, len(layers)])
         self._given = [layers.inputs(first, last) for first, last in bounds]
         self._address = Address(config.seed, 0, 1)

@@ -106,6 +106,7 @@ RULES: tuple[Rule, ...] = (
     ("client.threads", _at_least_one, "must be at least 1", ""),
     ("client.device", *_one_of("auto", "cpu", "cuda"), ""),
     ("client.memory_format", *_one_of("contiguous", "channels_last"), ""),
+    ("client.kernels", *_one_of("plain", "fused"), ""),
     ("client.lr_schedule.kind", *_one_of("constant", "step", "exponential", "cosine"), ""),
     ("client.lr_schedule.gamma", _positive, "must be greater than 0", ""),
     ("client.lr_schedule.final", lambda v: 0 <= v <= 1, "must be in [0, 1]", ""),
@@ -180,6 +181,7 @@ def check(config: Config) -> None:
     privacy_settings.check(config.privacy)
     task_settings.check(config.task)
     _check_task(config)
+    _check_kernels(config)
     _check_resilience(config)
     _check_lora(config)
     _check_tracker(config.tracker)
@@ -203,6 +205,23 @@ def _check_tracker(tracker: Spec) -> None:
     if tracker and not tracker.get("_target_") and tracker.get("kind") != "none":
         rule = "must name the class of a tracker, with its dotted path"
         raise ConfigError.of("tracker._target_", tracker.get("_target_"), rule, "tracker=none")
+
+
+def _check_kernels(config: Config) -> None:
+    """Refuse fused kernels where they are not made for what a client computes."""
+    if config.client.kernels != "fused":
+        return
+    if config.client.device == "cuda":
+        raise ConfigError.of(
+            "client.kernels", "fused", "must be plain on a GPU: the kernels are for the CPU",
+            "client.device=cpu",
+        )  # fmt: skip
+    if config.privacy.per_example:
+        raise ConfigError.of(
+            "client.kernels", "fused",
+            f"must be plain with privacy={config.privacy.mechanism}, which takes the gradient of "
+            "each example from the layers", "client.kernels=plain",
+        )  # fmt: skip
 
 
 def _check_resilience(config: Config) -> None:

@@ -76,6 +76,8 @@ class ClientConfig:
         device: ``auto``, ``cpu`` or ``cuda``.
         memory_format: Of weights with four dimensions, which that of activations follows:
             ``contiguous`` or ``channels_last``; bits depend on it.
+        kernels: ``plain``: torch's layers; ``fused``: units with few input channels are computed
+            in one pass (`fedsys.models.fused`); bits depend on it.
         keep_optimizer: Whether the optimizer's state lives on from round to round.
         label_private: Whether the last unit stays on the device in split training, so that labels
             never leave it.
@@ -99,6 +101,7 @@ class ClientConfig:
     threads: int = 1
     device: str = "auto"
     memory_format: str = "contiguous"
+    kernels: str = "plain"
     keep_optimizer: bool = False
     label_private: bool = False
     frozen: bool = False

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedsys.errors import ConfigError, did_you_mean, is_number
+from fedsys.files import user_cache
 
 Spec = Mapping[str, Any]
 
@@ -81,5 +81,4 @@ def cache_folder(spec: Spec) -> Path:
     named = spec.get("cache")
     if named:
         return Path(str(named)).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "fedsys"
+    return user_cache()

@@ -24,7 +24,7 @@ from fedsys.randomness import Piece, piece_of
 
 
 @dataclass(frozen=True)
-class _Seen:
+class BatchMoments:
     """What was seen of a mini-batch: values per channel, their mean and squared deviations.
 
     Attributes:
@@ -38,20 +38,20 @@ class _Seen:
     deviations: Tensor
 
     @classmethod
-    def of(cls, x: Tensor) -> _Seen:
+    def of(cls, x: Tensor) -> BatchMoments:
         """Return the statistics of ``(rows, channels, …)``."""
         others = [d for d in range(x.dim()) if d != 1]
         variance, mean = torch.var_mean(x, others, correction=0)
         count = x.numel() // x.shape[1]
         return cls(count, mean.double(), variance.double() * count)
 
-    def __add__(self, other: _Seen) -> _Seen:
+    def __add__(self, other: BatchMoments) -> BatchMoments:
         """Return the statistics of both together (Chan, Golub and LeVeque, 1979)."""
         count = self.count + other.count
         apart = other.mean - self.mean
         mean = self.mean + apart * (other.count / count)
         between = apart.square() * (self.count * other.count / count)
-        return _Seen(count, mean, self.deviations + other.deviations + between)
+        return BatchMoments(count, mean, self.deviations + other.deviations + between)
 
 
 class DeferredBatchNorm(_BatchNorm):
@@ -62,7 +62,7 @@ class DeferredBatchNorm(_BatchNorm):
 
     def __init__(self, num_features: int, eps: float, momentum: float | None, affine: bool) -> None:
         super().__init__(num_features, eps, momentum, affine)
-        self._seen: dict[int, _Seen] = {}  # of the pieces so far, by the call of this module
+        self._seen: dict[int, BatchMoments] = {}  # of the pieces so far, by the call of this module
 
     @classmethod
     def like(cls, other: _BatchNorm) -> DeferredBatchNorm:
@@ -82,17 +82,16 @@ class DeferredBatchNorm(_BatchNorm):
             input, None, None, self.weight, self.bias, training=True, momentum=0.0, eps=self.eps
         )
         with torch.no_grad():
-            self._gather(input.detach(), piece)
+            self.gather(BatchMoments.of(input.detach()), piece)
         return out
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
             raise ValueError(f"expected at least 2 dimensions (got {input.dim()})")
 
-    def _gather(self, x: Tensor, piece: Piece) -> None:
+    def gather(self, seen: BatchMoments, piece: Piece) -> None:
         """Note a piece; after the last one of the mini-batch move the running statistics."""
         before = self._seen.pop(piece.call, None)
-        seen = _Seen.of(x)
         if piece.start and before is not None:  # else the step is begun, perhaps once more
             seen = before + seen
         if piece.stop < piece.of:

@@ -56,14 +56,17 @@ class EdgePart:
         model = layered_model(config, spec.input_shape, spec.num_classes)
         if not 0 <= spec.first <= spec.last <= len(model):
             raise FrameError(f"open: units {spec.first} to {spec.last} of {len(model)}")
-        cuts, layout = [spec.first, spec.last], config.client.memory_format
+        cuts, client = [spec.first, spec.last], config.client
         self.expected = Expected.of(model, spec, device, config.task)
         base = base_state(config, spec.input_shape, spec.num_classes)
-        (self._stage,) = filled_stages(model, cuts, [1], start.state, device, layout, base)
+        (self._stage,) = filled_stages(
+            model, cuts, [1], start.state, device, client.memory_format, base,
+            kernels=client.kernels,
+        )  # fmt: skip
         self.private = spec.last < len(model)
         self._pace = session_pace(config, model, spec, workers)
         self._task = task_of(config)
-        self._processors, self._threads = workers.processors, config.client.threads
+        self._processors, self._threads = workers.processors, client.threads
         self._part = Part(
             [self._stage],
             config,

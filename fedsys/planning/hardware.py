@@ -38,7 +38,7 @@ PROFILE_KEYS = (
     *("rows", "forward_s", "backward_s", "update_s"),  # needed
     *("model", "units", "batch_size", "operation_s", "load_s", "message_s", "byte_s", "workers"),
     *("spread", "forward_spread", "backward_spread", "bytes_at_cuts", "names"),
-    *("source", "fedsys", "torch", "threads", "memory_format"),
+    *("source", "fedsys", "torch", "threads", "memory_format", "kernels"),
 )
 NEEDED = 4
 
@@ -214,12 +214,13 @@ def made_for(client: ClientConfig) -> dict[str, Any]:
         "fedsys": package_version("fedsys"),
         "threads": client.threads,
         "memory_format": client.memory_format,
+        "kernels": client.kernels,
     }
 
 
 def _check_made_for(path: str, values: Mapping[str, Any], client: ClientConfig) -> None:
     for key, expected in made_for(client).items():
-        found = values.get(key, expected)
+        found = values.get(key, "plain" if key == "kernels" else expected)  # older ones say nothing
         if found != expected:
             ours = key == "fedsys"
             whose = "the version in use" if ours else f"client.{key} of this run"

@@ -23,10 +23,12 @@ from fedsys.config import Config, pruning
 from fedsys.config.task import TaskConfig
 from fedsys.config.values import LoraConfig
 from fedsys.data import Dataset
-from fedsys.errors import ConfigError
+from fedsys.errors import ConfigError, ModelError
 from fedsys.models.fits import check_fits
+from fedsys.models.fused import Fusion, fuse, fusion_of
 from fedsys.models.layers import LayeredModel, layered
 from fedsys.models.lora import adapted
+from fedsys.models.modes import Modes
 from fedsys.models.resilient import resilient
 from fedsys.randomness import Address
 from fedsys.training import plain as training
@@ -231,6 +233,25 @@ def _base_state(spec: str, input_shape: Shape, num_classes: int, seed: int) -> M
         json.loads(spec), input_shape=input_shape, num_classes=num_classes, seed=seed
     )
     return {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def fusion_in(config: Config, dataset: Dataset) -> Fusion | None:
+    """Return what of the run's model is computed by fused kernels; None where none are asked for.
+
+    A model that cannot be traced has no units to fuse.
+    """
+    if config.client.kernels != "fused":
+        return None
+    try:
+        return fusion_of(layered_model(config, dataset.input_shape, dataset.num_classes))
+    except ModelError as error:
+        return Fusion((), {"the model": f"it cannot be traced ({error})"}, Modes())
+
+
+def with_kernels(model: nn.Module, config: Config, dataset: Dataset) -> nn.Module:
+    """Let the units of the whole model compute by ``client.kernels``, in place; return it."""
+    fusion = fusion_in(config, dataset)
+    return model if fusion is None else fuse(model, fusion)
 
 
 def penalty_of(config: Config, model: LayeredModel, round_: int) -> Penalty | None:

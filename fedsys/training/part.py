@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from fedsys.config import Config, pruning
 from fedsys.errors import ModelError
+from fedsys.models.fused import fuse, fusion_of
 from fedsys.models.layers import LayeredModel, fill, stages
 from fedsys.models.lora import learned
 from fedsys.training import optimizers
@@ -156,6 +157,8 @@ def filled_stages(
     device: torch.device,
     memory_format: str = "contiguous",
     base: Mapping[str, Tensor] | None = None,
+    *,
+    kernels: str = "plain",
 ) -> list[nn.Module]:
     """Return some of the stages between cuts, with the tensors of `state`.
 
@@ -168,6 +171,7 @@ def filled_stages(
         device: Where the stages are to be.
         memory_format: Their layout, as ``client.memory_format``.
         base: Tensors of the model that need not be in `state`, by global name; shared.
+        kernels: By what they compute, as ``client.kernels``.
 
     Raises:
         ModelError: The state does not fit.
@@ -181,6 +185,8 @@ def filled_stages(
         known = {**(base or {}), **state}
         fill(stage, {name: known[name] for name in stage.state_dict() if name in known})
         training.lay_out(stage.to(device), memory_format)
+        if kernels == "fused":
+            fuse(stage, fusion_of(model))
     return chosen
 
 

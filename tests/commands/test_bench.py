@@ -23,6 +23,7 @@ from fedsys.commands.bench import (
 from fedsys.config import CONF, locate
 from fedsys.errors import ConfigError, ModelError
 from fedsys.main import COMMANDS, main
+from fedsys.models.fused import compiler
 from fedsys.runtime.local import LocalGrid
 from fedsys.training import federation
 from fedsys.transport import records
@@ -70,6 +71,15 @@ SMALL = {
         "client.batch_size=10",
         "bench.turns=1",
         "bench.memory=[1]",
+    ],
+    "kernels": [
+        "data.examples=20",
+        "data.validation=0",
+        "client.batch_size=10",
+        "bench.micro_batches=[2]",
+        "bench.turns=1",
+        "bench.rounds=1",
+        "bench.steps=2",
     ],
     "sessions": [
         "model=cnn",
@@ -369,6 +379,18 @@ def test_split_gives_each_cut_its_ratio_and_the_memory_of_its_device(tmp_path, c
         assert row["ratio"] > 0
     assert [row["of_unsplit"] is None for row in figures["cuts"]] == [False, True, True]
     assert figures["cuts"][0]["device_peak_mb"] > 0
+
+
+@pytest.mark.skipif(not compiler(), reason="there is no C compiler")
+def test_kernels_are_timed_beside_layers_and_their_gradients_compared(tmp_path, capsys):
+    figures = job("kernels", capsys, tmp_path / "run")
+    for table_ in (figures["units"], figures["devices"]):
+        assert [(row["kernels"], row["micro_batches"]) for row in table_] == [
+            *(("plain", 2), ("plain", 2), ("fused", 2)),
+        ]
+        assert all(row["cpu_s"] > 0 and row["of_plain"] > 0 for row in table_)
+    layers, _, fused = figures["gradient_errors"]
+    assert 0 < fused["error"] < max(1e-5, 2 * layers["error"])
 
 
 def test_sessions_give_the_rate_of_many_and_of_one_and_what_a_session_takes(tmp_path, capsys):

@@ -14,6 +14,7 @@ from fedsys.commands.doctor import checks, estimate, machine, network
 from fedsys.config.serving import ServingConfig
 from fedsys.identity import arithmetic
 from fedsys.main import main
+from fedsys.models.fused.building import Built
 from fedsys.offload.edge import EdgeServer
 from fedsys.runtime.control import _field
 from fedsys.transport.security import Authority
@@ -73,6 +74,14 @@ def test_a_package_that_does_not_fit_keeps_the_run_from_going(need, detail, way_
     assert found.status == "fail"
     assert detail in found.detail
     assert way_out in found.way_out
+
+
+def test_fused_kernels_are_built_or_it_is_said_that_they_cannot_be(configure, monkeypatch):
+    plain, fused = configure(), configure("client.kernels=fused")
+    assert machine.kernels(plain).status == "ok"
+    monkeypatch.setattr("fedsys.models.fused.building._built", lambda: Built(None, "no compiler"))
+    check = machine.kernels(fused)
+    assert check.status == "warn" and "no compiler" in check.detail and check.way_out
 
 
 def test_more_threads_than_cores_is_a_warning(configure, monkeypatch):

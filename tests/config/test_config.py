@@ -145,6 +145,7 @@ WRONG = {
     "client.threads": (0,),
     "client.device": ("gpu",),
     "client.memory_format": ("nhwc",),
+    "client.kernels": ("fast",),
     "client.lr_schedule.kind": ("linear",),
     "client.lr_schedule.gamma": (0.0,),
     "client.lr_schedule.final": (1.5, -0.5),

@@ -44,13 +44,14 @@ def measured(
         fewest micro-batches.
     """
     found: list[dict[str, Any]] = []
+    steps = int(options["cpu_steps"])
     if options["cpu_cuts"]:  # what is done once in a process belongs to no setting
         first = int(options["cpu_cuts"][0])
-        _device(config, {**options, "cpu_steps": 2}, edge, folder / "cpu-first", first, 1)
+        device_cpu_s(config, edge, folder / "cpu-first", first, 1, steps=2)
     for cut in options["cpu_cuts"]:
         fewest = 0.0
         for count in options["cpu_micro_batches"]:
-            device = _device(config, options, edge, folder, int(cut), int(count))
+            device = device_cpu_s(config, edge, folder, int(cut), int(count), steps=steps)
             fewest = fewest or device
             whole = _units(config, int(cut), 1)
             found.append(
@@ -67,15 +68,28 @@ def measured(
     return found
 
 
-def _device(
+def device_cpu_s(
     config: Config,
-    options: Mapping[str, Any],
     edge: EdgeProcess,
     folder: Path,
     cut: int,
     count: int,
+    *,
+    steps: int,
+    codec: str = "fp32",
 ) -> float:
-    steps, size = int(options["cpu_steps"]), config.client.batch_size
+    """Return the processor time of a device's process for an iteration.
+
+    Args:
+        config: Data, model and client.
+        edge: The edge server.
+        folder: For the run folder.
+        cut: First unit of the edge.
+        count: Pieces of a mini-batch.
+        steps: Iterations.
+        codec: Of what crosses the cut.
+    """
+    size = config.client.batch_size
     part = 1.0 - float(config.data.get("validation", 0.0) or 0.0)
     key = "max_examples" if config.data.get("source") != "synthetic" else "examples"
     watch, _ = watched_round(
@@ -84,7 +98,7 @@ def _device(
         num_clients=1,
         run={"dir": str(folder / f"cpu-{cut}-{count}"), "plots": False},
         data={key: round(size * steps / part)},
-        policy={"kind": "fixed", "cut": cut, "codec": "fp32", "micro_batches": count},
+        policy={"kind": "fixed", "cut": cut, "codec": codec, "micro_batches": count},
         schedule={"kind": "pipelined"},
     )
     return watch.device_cpu_s / max(1, watch.steps)
@@ -93,19 +107,29 @@ def _device(
 def _units(config: Config, cut: int, count: int, repeats: int = 15) -> float:
     """Return the median processor time of forward and backward of the first units."""
     training.set_threads(config.client.threads)
+    front, x, gradient = front_of(config, cut)
+    return median(once(front, x, gradient, count) for _ in range(repeats))
+
+
+def front_of(config: Config, cut: int) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """Return the first units with a mini-batch of inputs and a gradient of what leaves them."""
     fed = federation.federation(config)
     layers = layered_model(config, fed.dataset.input_shape, fed.dataset.num_classes)
     state = federation.build_model(config, fed.dataset).state_dict()
     bounds = [cut, len(layers)]
     own = {name: state[name] for name in names_between(layers, bounds)[0]}
-    layout = config.client.memory_format
-    (front,) = filled_stages(layers, bounds, [0], own, torch.device("cpu"), layout)
-    x = torch.randn((config.client.batch_size, *fed.dataset.input_shape))
-    gradient = torch.randn_like(front(x))
-    return median(_once(front, x, gradient, count) for _ in range(repeats))
+    client, cpu = config.client, torch.device("cpu")
+    (front,) = filled_stages(
+        layers, bounds, [0], own, cpu, client.memory_format, kernels=client.kernels
+    )
+    drawn = torch.Generator().manual_seed(0)
+    x = torch.randn((client.batch_size, *fed.dataset.input_shape), generator=drawn)
+    return front, x, torch.randn(front(x).shape, generator=drawn)
 
 
-def _once(front: nn.Module, x: torch.Tensor, gradient: torch.Tensor, count: int) -> float:
+def once(front: nn.Module, x: torch.Tensor, gradient: torch.Tensor, count: int) -> float:
+    """Return the processor time of one forward and backward, in a number of pieces."""
+    front.zero_grad(set_to_none=True)
     began = time.thread_time()
     with drawing(Address(0, 0, 1), 0, len(x)):
         held = []

@@ -233,8 +233,10 @@ class _Work:
     def activation_bytes(self) -> int:
         """Return the bytes of what PyTorch keeps between the forward and the backward pass."""
         own = {name: tensor.clone() for name, tensor in self.own_state().items()}
-        layout = self.config.client.memory_format
-        (stage,) = filled_stages(self.model, [self.cut], [1], own, torch.device("cpu"), layout)
+        client, cpu = self.config.client, torch.device("cpu")
+        (stage,) = filled_stages(
+            self.model, [self.cut], [1], own, cpu, client.memory_format, kernels=client.kernels
+        )
         weights = {tensor.data_ptr() for tensor in stage.state_dict().values()}
         saved: dict[int, int] = {}
 

@@ -48,6 +48,7 @@ def checks(config: Config) -> Iterator[Check]:
     """Look at everything that the run needs, the cheap things first."""
     yield from machine.installation()
     yield from machine.processor(config)
+    yield machine.kernels(config)
     yield machine.load()
     yield machine.memory()
     yield machine.descriptors()

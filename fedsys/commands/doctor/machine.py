@@ -98,6 +98,22 @@ def processor(config: Config) -> Iterator[Check]:
         yield Check("threads", "ok", told)
 
 
+def kernels(config: Config) -> Check:
+    """Check what fused kernels need, and build them if the run asks for them."""
+    from fedsys.models.fused import built, compiler
+
+    if config.client.kernels != "fused":
+        found = compiler()
+        if not found:
+            return Check("kernels", "ok", "no C compiler, so client.kernels=fused computes plainly")
+        return Check("kernels", "ok", f"client.kernels=fused would be built by {found[0]}")
+    done = built()
+    if done.library is None:
+        told = f"client.kernels=fused computes plainly, with other bits: {done.detail}"
+        return Check("kernels", "warn", told, "install a C compiler, or client.kernels=plain")
+    return Check("kernels", "ok", f"client.kernels=fused, built by {done.detail}")
+
+
 def load(average: float | None = None) -> Check:
     """Check that the machine has time left.
 
