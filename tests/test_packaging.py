@@ -21,7 +21,7 @@ from fedsys.runtime import bundle
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("fedsys", "strategies", "clients", "conf")
-BESIDE = ("tests", "docs", "examples", "benchmarks", "deploy", ".ci")
+BESIDE = ("tests", "docs", "examples", "benchmarks", "deploy", "findings", ".ci")
 LOOSE = ("README.md", "CONTRIBUTING.md", "LICENSE", "constraints.txt")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PAGES = list((ROOT / "docs").glob("*.md"))
