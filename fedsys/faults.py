@@ -197,6 +197,10 @@ def _check_device(fault: Fault, name: str, num_clients: int) -> None:
         raise ConfigError.of(f"{name}.who", fault.who, rule)
 
 
+class NotStruck(RuntimeFailure):
+    """A run ended, and its model is there, before all faults struck."""
+
+
 class Faults:
     """The faults of one run. Methods may be called from any thread.
 
@@ -254,13 +258,14 @@ class Faults:
                 and fault not in self._fired
             ]
 
-    def fire(self, fault: Fault) -> None:
-        """Remember that a fault strikes; only the first call for a fault does anything."""
+    def fire(self, fault: Fault) -> bool:
+        """Remember that a fault strikes; return whether it had not before, else nothing is done."""
         with self._lock:
             if fault in self._fired:
-                return
+                return False
             self._record(fault)
             self._fired.add(fault)
+            return True
 
     def kill_server(self, round: int, position: str) -> None:
         """End this process with SIGKILL if that is due here."""
@@ -277,11 +282,11 @@ class Faults:
         """Raise if the run ended before a fault struck.
 
         Raises:
-            RuntimeFailure: Names what did not strike.
+            NotStruck: Names what did not strike.
         """
         left = [describe(fault) for fault in self._faults if fault not in self._fired]
         if left:
-            raise RuntimeFailure(
+            raise NotStruck(
                 f"faults: {'; '.join(left)} did not strike, so this run does not show what it was "
                 "to show; name a client that takes part in that round, and a step that it reaches"
             )

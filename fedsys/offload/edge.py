@@ -95,7 +95,7 @@ class EdgeServer:
         self._table = table = SessionTable(name, limits)
         faults = EdgeFaults(name, None if crash is None else lambda: crash(self), table.tell)
         peers = Peers(name, credentials, frames, plain=plain)
-        self._moving = moving = Moving(name, table, peers, self._session)
+        self._moving = moving = Moving(name, table, peers, faults, self._session)
         self._devices = EdgeDevices(table, faults, moving.moves, moving.copies)
         self._probes = LinkProbes()
         self._control = EdgeControl(

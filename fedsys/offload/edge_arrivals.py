@@ -11,10 +11,12 @@ from functools import partial
 from typing import Any
 
 from fedsys.errors import FedsysError, SessionError
+from fedsys.faults import Fault
 from fedsys.offload import migration
 from fedsys.offload.bases import Bases
 from fedsys.offload.checkpoint import SessionCheckpoint
 from fedsys.offload.copies import Copies
+from fedsys.offload.edge_faults import EdgeFaults
 from fedsys.offload.fencing import Epoch, Presented
 from fedsys.offload.migration import Say
 from fedsys.offload.peers import PeerGroup, Peers
@@ -53,6 +55,7 @@ class Holdings:
         copies: Which of them may train.
         bases: What it has of others.
         peers: The other edge servers.
+        faults: What strikes its sessions.
     """
 
     name: str
@@ -60,6 +63,7 @@ class Holdings:
     copies: Copies
     bases: Bases
     peers: Peers
+    faults: EdgeFaults
 
     def redirect(self, session: Session, epoch: Epoch) -> Frame:
         """Return what a device is told whose session has that token now, at another edge."""
@@ -202,12 +206,10 @@ class Arrivals:
         made = SessionCheckpoint.of(frame, self._own.bases.get(name, frame.meta.get("base")))
         if made.spec.id != name or made.spec.fleet != group.secret:
             raise SessionError(f"{name}: what came is another session")
+        planned = self._own.faults.coming_with(frame)
         session = self._make(made.spec, made.position.snapshot)
         session.take_up(made.position)
-        controller = self._controllers.get(group.secret)
-        (say,) = self._own.copies.staged(
-            session, rule, lambda: self._own.table.hold(session, controller)
-        )
+        (say,) = self._own.copies.staged(session, rule, lambda: self._hold(session, planned))
         if say.kind == "refused":
             raise SessionError(f"{self._own.name} has a later one of session {name}")
         self._own.bases.goes_on(name, str(frame.meta.get("base")))
@@ -215,6 +217,10 @@ class Arrivals:
         self._own.table.count("moved_here")
         self._own.table.tell(name, Frame("staged", {"session": name, "from": source}))
         return time.monotonic() - began
+
+    def _hold(self, session: Session, planned: list[Fault]) -> None:
+        self._own.table.hold(session, self._controllers.get(session.spec.fleet))
+        self._own.faults.plan(session.spec.id, planned)
 
     def tell_source(self, session: Session, say: Say) -> None:
         """Tell another edge server that its copy is not needed; in a thread of its own."""

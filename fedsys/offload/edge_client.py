@@ -33,14 +33,14 @@ class Hooks:
 
     Attributes:
         replica: With a replica or a handover of a session.
-        struck: With faults that are about to strike.
+        struck: With faults that are about to strike; returns whether all of them had before.
         told: With the name of the edge and what it says of moves of sessions.
         lost: With the name of the edge, once its link is lost.
         alive: Asks an edge over a new link whether it is alive.
     """
 
     replica: Callable[[Frame], None]
-    struck: Callable[[Frame], None]
+    struck: Callable[[Frame], bool]
     told: Callable[[str, Frame], None]
     lost: Callable[[str], None]
     alive: Callable[[str], bool]
@@ -193,8 +193,8 @@ class EdgeClient:
             self._hooks.told(self.name, frame)
             return
         if frame.kind == "struck":
-            self._hooks.struck(frame)
-            self._link.send(Frame("noted", frame.meta))
+            again = self._hooks.struck(frame)
+            self._link.send(Frame("noted", {**frame.meta, "again": again}))
             return
         number = frame.meta.get("request")
         with self._lock:  # taken out, because a future can be answered once only

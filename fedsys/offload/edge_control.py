@@ -176,6 +176,5 @@ class EdgeControl:
 
     def _release(self, name: str) -> None:
         with self._table.lock:
-            self._faults.forget(name)
             self._table.release(name)
             self._moving.forget(name)

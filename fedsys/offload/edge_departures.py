@@ -172,7 +172,8 @@ class Departures:
             raise SessionError("its device went elsewhere")
         there, began = self._own.bases.get(name, base), departure.left_s
         made = packed(session, there, epoch, base, departure.awaited, began)
-        answer = self._own.peers.ask(group, departure.to, made.frame)
+        meta = {**made.frame.meta, **self._own.faults.going_with(name)}
+        answer = self._own.peers.ask(group, departure.to, replace(made.frame, meta=meta))
         took = time.monotonic() - began
         told = _parts(made, took, answer.meta.get("restore_s"), ahead)
         # Before anybody learns that it is elsewhere: a device that asks meanwhile is told so, too

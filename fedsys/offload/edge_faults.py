@@ -1,13 +1,16 @@
 """Faults of a run that strike at an edge server: it is killed, or the link of a device is cut.
 
-They come with the sessions that they strike. The controller is told before one does, because an
-edge server that was killed tells nothing any more.
+They come with the sessions that they strike, and go on with them when they move: those of links
+strike wherever the session is, those of an edge server with whoever is there. The controller is
+told before one does, because an edge server that was killed tells nothing any more, and it knows
+of those that struck elsewhere meanwhile.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 from fedsys.errors import FrameError, LinkClosed, SessionError
 from fedsys.faults import Fault, from_json, to_json
@@ -32,6 +35,7 @@ class EdgeFaults:
         self._name, self._crash, self._tell = name, crash, tell
         self._planned: dict[str, list[Fault]] = {}  # by session
         self._noted: dict[str, threading.Event] = {}  # by fault: the controller knows of it
+        self._over: set[str] = set()  # faults that had struck elsewhere
         self._lock = threading.Lock()
 
     def coming_with(self, frame: Frame) -> list[Fault]:
@@ -45,7 +49,7 @@ class EdgeFaults:
             planned = list(from_json(str(frame.meta.get("faults", "[]"))))
         except (ValueError, TypeError) as error:
             raise FrameError(f"{frame.kind}: faults={frame.meta['faults']!r:.40}") from error
-        if planned and self._crash is None:
+        if self._crash is None and any(self._strikes_here(fault) for fault in planned):
             raise SessionError(f"{self._name} accepts no faults; start it with edge.faults=true")
         return planned
 
@@ -54,6 +58,12 @@ class EdgeFaults:
         with self._lock:
             self._planned[session] = faults
 
+    def going_with(self, session: str) -> dict[str, Any]:
+        """Return what the header of a frame says in which a session goes elsewhere."""
+        with self._lock:
+            planned = self._planned.get(session)
+        return {"faults": to_json(planned)} if planned else {}
+
     def forget(self, session: str) -> None:
         """Have nothing strike a session any more."""
         with self._lock:
@@ -61,8 +71,11 @@ class EdgeFaults:
 
     def noted(self, frame: Frame) -> None:
         """Take note that the controller knows of a fault."""
+        text = str(frame.meta.get("faults"))
         with self._lock:
-            noted = self._noted.pop(str(frame.meta.get("faults")), None)
+            noted = self._noted.pop(text, None)
+            if noted is not None and frame.meta.get("again") is True:
+                self._over.add(text)
         if noted is not None:
             noted.set()
 
@@ -80,6 +93,9 @@ class EdgeFaults:
             noted = self._noted[text] = threading.Event()
         if self._tell(session, Frame("struck", {"faults": text})):
             noted.wait(_NOTED_S)
+        with self._lock:
+            if text in self._over:
+                return
         if fault.kind == "edge_killed" and self._crash is not None:
             self._crash()
         link.close()
@@ -91,7 +107,11 @@ class EdgeFaults:
         with self._lock:
             planned = self._planned.get(session, [])
             for fault in planned:
-                if (fault.position, fault.step) == (position, frame.meta.get("step")):
+                at = fault.position, fault.step
+                if at == (position, frame.meta.get("step")) and self._strikes_here(fault):
                     planned.remove(fault)
                     return fault
         return None
+
+    def _strikes_here(self, fault: Fault) -> bool:
+        return fault.kind != "edge_killed" or fault.who == self._name

@@ -202,7 +202,8 @@ class EdgeMoves:
         made = packed(session, self._own.bases.get(name, base), say.epoch, base, awaited, began)
         self._own.table.count("moved_away")
         parts = {"freeze": made.freeze_s, "encode": made.encode_s}
-        return replace(made.frame, meta={**made.frame.meta, "parts": parts})
+        more = {"parts": parts, **self._own.faults.going_with(name)}
+        return replace(made.frame, meta={**made.frame.meta, **more})
 
     def opened(self, spec: SessionSpec, epoch: Epoch) -> None:
         """Make room for a session that the server app opens.

@@ -238,6 +238,6 @@ class Fleet:
             done, self._recovery.done = self._recovery.done, []
         return done
 
-    def _on_struck(self, frame: Frame) -> None:
-        for fault in from_json(str(frame.meta.get("faults", "[]"))):
-            self._faults.fire(fault)
+    def _on_struck(self, frame: Frame) -> bool:
+        struck = from_json(str(frame.meta.get("faults", "[]")))
+        return not any([self._faults.fire(fault) for fault in struck])

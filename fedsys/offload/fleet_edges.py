@@ -67,7 +67,7 @@ class FleetEdges:
         credentials: For mutual TLS.
         token: For edges that were started with one.
         plain: Accept unprotected links to other hosts.
-        struck: Called with faults that are about to strike.
+        struck: Called with faults that are about to strike; returns whether they had before.
         lost: Called with the name of an edge whose link is lost, in a thread of its own.
         told: Called with the name of an edge and what it says of moves of sessions.
         between: What edges are told of the links between them: ``mbit_s`` and ``latency_ms``, to
@@ -89,7 +89,7 @@ class FleetEdges:
         credentials: Credentials | None,
         token: str,
         plain: bool,
-        struck: Callable[[Frame], None],
+        struck: Callable[[Frame], bool],
         lost: Callable[[str], None],
         told: Callable[[str, Frame], None],
         between: Mapping[str, float] | None = None,

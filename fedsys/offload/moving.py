@@ -9,6 +9,7 @@ from fedsys.offload.bases import Bases
 from fedsys.offload.copies import Copies
 from fedsys.offload.edge_arrivals import Arrivals, Holdings
 from fedsys.offload.edge_departures import Departures
+from fedsys.offload.edge_faults import EdgeFaults
 from fedsys.offload.edge_moves import EdgeMoves
 from fedsys.offload.fencing import Copy, Epoch
 from fedsys.offload.peers import Peers
@@ -26,6 +27,7 @@ class Moving:
         name: Of the edge server.
         table: Its sessions.
         peers: The other edge servers.
+        faults: What strikes sessions, and goes with them.
         make: Builds a session.
 
     Attributes:
@@ -38,11 +40,12 @@ class Moving:
         name: str,
         table: SessionTable,
         peers: Peers,
+        faults: EdgeFaults,
         make: Callable[[SessionSpec, Snapshot], Session],
     ) -> None:
         self.copies, self._bases = Copies(table), Bases()
-        self._name, self._table, self._peers = name, table, peers
-        own = Holdings(name, table, self.copies, self._bases, peers)
+        self._name, self._table, self._peers, self._faults = name, table, peers, faults
+        own = Holdings(name, table, self.copies, self._bases, peers, faults)
         self._arrivals = Arrivals(own, make)
         self._departures = Departures(own, self._arrivals)
         self.moves = EdgeMoves(own, self._arrivals, self._departures)
@@ -103,6 +106,7 @@ class Moving:
         self.copies.forget(session)
 
     def _dropped(self, session: str) -> None:
+        self._faults.forget(session)
         self._departures.withdraw(session)
         self._bases.forget(session)
 

@@ -40,7 +40,7 @@ class Placing:
             SessionError: It does not take the session.
         """
         coming = [
-            *(f for f in self._faults.of_round("edge", spec.round) if f.who == edge),
+            *self._faults.of_round("edge", spec.round),  # of others, too: it may move there
             *(
                 f
                 for f in self._faults.of_round("link", spec.round)

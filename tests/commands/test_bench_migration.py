@@ -74,6 +74,21 @@ def test_schedules_of_faults_are_told_apart_by_how_they_end(config, tmp_path, mo
     assert again["wrong"] == told["resumed"]
 
 
+def test_a_fault_without_anybody_to_strike_is_counted_by_itself(config, tmp_path, monkeypatch):
+    """It counted as a run that went wrong; the model of such a run is compared all the same."""
+    monkeypatch.setitem(migration._SMALL, "data", {"max_examples": 200})
+    cut = {"kind": "link_cut", "round": 1, "step": 10_000, "who": 0, "position": "after_step"}
+    never = {"mobility": {"at": [0.5], "devices": []}, "faults": {"list": [cut]}}
+    monkeypatch.setattr(migration, "schedule", lambda number: never)
+    told = migration._schedules(config, tmp_path, 1, migration.Kept(None, config))
+    assert (told["not_struck"], told["wrong"], told["resumed"]) == (1, 0, 0)
+    other = dataclasses.replace(config, seed=config.seed + 1)
+    text = migration.configuration.with_values(other.text, **migration._SMALL, seed=other.seed)
+    runs = migration.Runs(migration.configuration.parse(text), tmp_path)
+    still = migration.Later(lambda: migration.Runs(config, tmp_path).carry_out())
+    assert migration._struck(runs, 0, still)["what"] == "another model"
+
+
 def test_what_was_kept_of_a_benchmark_is_lines_of_its_own(config, tmp_path, capsys):
     kept = migration.Kept(tmp_path / "kept", config)
     assert kept.measured(lambda: 3, "schedule", 1) == 3

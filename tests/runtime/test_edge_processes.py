@@ -30,7 +30,7 @@ from tests.small_runs import SMALL
 from tests.waiting import until
 
 WAIT_S = 60.0
-NOTHING = Hooks(lambda _: None, lambda _: None, lambda _, __: None, lambda _: None, lambda _: True)
+NOTHING = Hooks(lambda _: None, lambda _: False, lambda _, __: None, lambda _: None, lambda _: True)
 SPLIT = ("policy=fixed", "policy.cut=0.3", "link=tcp", "num_edges=2", "faults=edge_killed")
 
 

@@ -10,7 +10,9 @@ benchmark goes on where it was interrupted.
 
 A schedule of faults is a run with moves at random points and with an edge server that is killed or
 links that are cut, slowed down or corrupted around them, all drawn from its number. It must end
-with the model of the run without any of that, or say whom it left out.
+with the model of the run without any of that, or say whom it left out. Where a fault found nobody
+to strike, as an edge server whose devices went to the other one when that was killed first, the
+run counts as not struck; its model is compared all the same.
 """
 
 from __future__ import annotations
@@ -35,8 +37,9 @@ from fedsys.commands.bench import Chart
 from fedsys.commands.bench.rounds import EdgeProcess, Watching, edge_process
 from fedsys.config import Config
 from fedsys.errors import FedsysError, RuntimeFailure
-from fedsys.faults import AT_EDGE
+from fedsys.faults import AT_EDGE, NotStruck
 from fedsys.files import append, whole_lines
+from fedsys.identity import state_sha256
 from fedsys.models.layers import resolve_cut
 from fedsys.planning.costs import state_bytes
 from fedsys.planning.handing_over import Price, price
@@ -62,12 +65,14 @@ class MeasuredRun:
         mover_s: Seconds that the mover trained.
         state: The model.
         lost: Clients that were left out of a round, as its events say.
+        missed: Faults that did not strike, in words; empty: all did.
     """
 
     result: Mapping[str, Any]
     mover_s: float
     state: Mapping[str, Any]
     lost: int
+    missed: str = ""
 
 
 class Kept:
@@ -137,16 +142,27 @@ class Runs:
         try:
             server, client = load_apps(made)
             watching = Watching(client)
-            play_local(made, server, watching)
-            result = json.loads((path / "run.json").read_text(encoding="utf-8"))["result"]
+            missed = _missed(partial(play_local, made, server, watching))
+            left = json.loads((path / "run.json").read_text(encoding="utf-8"))
+            state = load_file(path / MODEL)
+            result = {"model_sha256": state_sha256(state)} if missed else left["result"]
             seen = watching.watch.observations.get(MOVER)
             events = path / "events.jsonl"
             told = events.read_text(encoding="utf-8") if events.exists() else ""
             lost = told.count('"client_lost"')
             mover_s = seen.seconds if seen else 0.0
-            return MeasuredRun(result, mover_s, load_file(path / MODEL), lost)
+            return MeasuredRun(result, mover_s, state, lost, missed)
         finally:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _missed(play: Callable[[], object]) -> str:
+    """Play a run; return what did not strike in it, in words."""
+    try:
+        play()
+    except NotStruck as error:
+        return str(error)
+    return ""
 
 
 def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -321,6 +337,8 @@ def _data(share: float, clients: int) -> dict[str, Any]:
 # Random faults
 
 
+_GOOD: Final = ("resumed", "excluded", "not struck")
+
 _SMALL: Final = {
     "num_clients": 2,
     "rounds": 1,
@@ -338,11 +356,12 @@ def _schedules(config: Config, folder: Path, count: int, kept: Kept) -> dict[str
         for number in range(count)
     ]
     what = [str(one["what"]) for one in ended]
-    wrong = [f"{i}: {one}" for i, one in enumerate(what) if one not in ("resumed", "excluded")]
+    wrong = [f"{i}: {one}" for i, one in enumerate(what) if one not in _GOOD]
     return {
         "schedules": count,
         "resumed": what.count("resumed"),
         "excluded": what.count("excluded"),
+        "not_struck": what.count("not struck"),
         "wrong": len(wrong),
         "longest_s": max((float(one["seconds"]) for one in ended), default=0.0),
         "first_wrong": wrong[0] if wrong else "",
@@ -357,9 +376,17 @@ def _struck(runs: Runs, number: int, still: Later) -> dict[str, Any]:
     except FedsysError as error:
         what = f"{type(error).__name__}: {error}"
     else:
-        same = done.result["model_sha256"] == expected
-        what = "excluded" if done.lost else "resumed" if same else "another model"
+        what = _ended(done, done.result["model_sha256"] == expected)
     return {"what": what, "seconds": time.monotonic() - began}
+
+
+def _ended(done: MeasuredRun, same: bool) -> str:
+    """Return how a run with faults ended, by whether it has the model of that without."""
+    if done.lost:
+        return "excluded"
+    if not same:
+        return "another model"
+    return "not struck" if done.missed else "resumed"
 
 
 def schedule(number: int) -> dict[str, Any]:

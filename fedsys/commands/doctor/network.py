@@ -144,7 +144,7 @@ def _computes_alike(config: Config, name: str, address: str) -> Check:
     title, folder = f"edge {name}, bits", config.fleet.credentials or config.link.credentials
     idle = Hooks(
         lambda frame: None,
-        lambda frame: None,
+        lambda frame: False,
         lambda name, frame: None,
         lambda name: None,
         lambda name: False,
