@@ -1,6 +1,6 @@
 """The machine: everything of fedsys but the choice of strategies and clients.
 
-``fedsys.train()``, ``plan``, ``prune`` and ``load`` do from Python what the commands do
+``fedsys.train()``, ``plan``, ``prune``, ``serve`` and ``load`` do from Python what the commands do
 (`fedsys.commands.python`); importing them costs nothing until they are called.
 
 Its folders are rooms with an order (``docs/architecture.md``). What a room offers stands in the
@@ -51,6 +51,15 @@ def face(
     return getattribute, names_in_room
 
 
-__all__ = ["load", "plan", "prune", "train"]
+__all__ = [
+    "FinishedRun",
+    "PlannedRun",
+    "ServedModel",
+    "load",
+    "plan",
+    "prune",
+    "serve",
+    "train",
+]
 
 __getattr__, __dir__ = face(__name__, {"commands.python": " ".join(__all__)})

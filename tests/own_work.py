@@ -35,6 +35,14 @@ def pictures() -> TensorDataset:
     return TensorDataset(x, x.argmax(1))
 
 
+def drawings() -> TensorDataset:
+    """Images of 1x8x8 and one of ten classes: which row is white."""
+    x = (_draw(120, 1, 8, 8).abs() * 40).to(torch.uint8)
+    y = torch.arange(120) % 10
+    x[torch.arange(120), 0, y.clamp(max=7)] = 255
+    return TensorDataset(x, y)
+
+
 class Sentences(Dataset):
     """Tokens alone, of which the next is to be told; each is one above the last, or random."""
 

@@ -62,13 +62,7 @@ def job(tree: Any) -> Mapping[str, Any]:
         FedsysError: The configuration is not usable, or no portfolio can be made.
     """
     began = time.perf_counter()
-    run = Path(str(tree.variants.run)).absolute() if tree.variants.run else None
-    if tree.variants.trained and run is None:
-        rule = "must come with run=PARENT: their variants join those of that run"
-        raise ConfigError.of("variants.trained", list(tree.variants.trained), rule)
-    values = _of_run(tree, run) if run else configuration.plain(tree)
-    _need_classes(str(values.get("task", {}).get("kind", CLASSES)), run)
-    configuration.parse(configuration.to_text(values))  # said before a folder is made
+    values, run = _asked(tree)
     path = Path(tree.run.dir or default_path(Path("outputs"), "prune")).absolute()
     config = configuration.parse(configuration.to_text({**values, "run": {"dir": str(path)}}))
     with RunFolder.create(path, config.text) as folder:
@@ -91,6 +85,48 @@ def job(tree: Any) -> Mapping[str, Any]:
     return result
 
 
+def _asked(tree: Any) -> tuple[dict[str, Any], Path | None]:
+    """Return the configuration of a portfolio, and the run of its parent.
+
+    Raises:
+        ConfigError: It is not usable.
+    """
+    run = Path(str(tree.variants.run)).absolute() if tree.variants.run else None
+    if tree.variants.trained and run is None:
+        rule = "must come with run=PARENT: their variants join those of that run"
+        raise ConfigError.of("variants.trained", list(tree.variants.trained), rule)
+    values = _of_run(tree, run) if run else configuration.plain(tree)
+    _need_classes(str(values.get("task", {}).get("kind", CLASSES)), run)
+    configuration.parse(configuration.to_text(values))  # said before a folder is made
+    return values, run
+
+
+def unpruned(tree: Any, folder: Path) -> Portfolio:
+    """Make a portfolio of one model as it is, without variants: what serves a run, or an object.
+
+    Args:
+        tree: As for `job`; of ``variants`` only what is measured counts.
+        folder: Of the portfolio.
+
+    Raises:
+        FedsysError: As `job` does.
+    """
+    values, run = _asked(tree)
+    config = configuration.parse(configuration.to_text(values))
+    model, dataset = _model(config, run)
+    parent = model if run is None else of_run(run, model, config, dataset)[0]
+    source = "an object of Python" if run is None else f"run {run.name}"
+    return make(parent, [], config, dataset, folder, source=source).portfolio
+
+
+def _model(config: Config, run: Path | None) -> tuple[nn.Module, Dataset]:
+    training.set_threads(config.client.threads)
+    dataset = federation.federation(config).dataset
+    if not (config.task.usual and dataset.pictures):
+        _refuse(f"task={config.task.kind} on {dataset.name}", run)
+    return federation.build_model(config, dataset, initial=run is None), dataset
+
+
 def _need_classes(task: str, run: Path | None) -> None:
     """Refuse another task before the methods of pruning are, of which some could do it."""
     if task != CLASSES:
@@ -107,11 +143,7 @@ def _refuse(what: str, run: Path | None) -> NoReturn:
 
 
 def _make(config: Config, run: Path | None, folder: Path, shown: Progress) -> Made:
-    training.set_threads(config.client.threads)
-    dataset = federation.federation(config).dataset
-    if not (config.task.usual and dataset.pictures):
-        _refuse(f"task={config.task.kind} on {dataset.name}", run)
-    model = federation.build_model(config, dataset, initial=run is None)
+    model, dataset = _model(config, run)
     if run is None:
         source = f"an untrained model, seed {config.seed}"
         return make(

@@ -14,10 +14,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import html
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Self, final
 
 from fedsys import config as configuration
 from fedsys.config import Config, objects
@@ -27,9 +30,10 @@ from fedsys.errors import ConfigError
 if TYPE_CHECKING:
     from torch import nn
 
+    from fedsys.commands.serve import Opened
     from fedsys.pruning.portfolio import Portfolio
-
-Row = Mapping[str, float | str]
+    from fedsys.runs.callbacks import Callback
+    from fedsys.runs.lines import Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +93,14 @@ class FinishedRun:
         shown = self.metric.text(float(self.figures[self.metric.name]))
         return f"<FinishedRun {self.path.name}: test {self.metric.title} {shown}>"
 
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: how it ended, and its pictures."""
+        from fedsys.runs.lines import summary_lines
+
+        lines = "".join(f"<div>{html.escape(line)}</div>" for line in summary_lines(self.figures))
+        names = ", ".join(self.plots)
+        return lines + (f"<div>plots {html.escape(names)}</div>" if names else "")
+
 
 @dataclasses.dataclass(frozen=True)
 class PlannedRun:
@@ -117,8 +129,53 @@ class PlannedRun:
         return str(self.figures["why"])
 
 
+@final
+class ServedModel:
+    """An endpoint in this process, which answers until it is closed; a context manager.
+
+    Args:
+        opened: The context of the endpoint, and of what it needs.
+
+    Attributes:
+        address: As ``http://host:port``.
+        grpc_address: As ``grpc://host:port``; None without ``serving.grpc``.
+    """
+
+    def __init__(self, opened: ExitStack, it: Opened) -> None:
+        self._opened, self._it = opened, it
+        self.address = it.endpoint.address
+        self.grpc_address = it.endpoint.grpc_address
+
+    def status(self) -> Mapping[str, Any]:
+        """Return what answers, why, and what was seen, as ``GET /status`` does."""
+        return self._it.engine.status()
+
+    def close(self) -> Mapping[str, Any]:
+        """Take no more requests, finish those in work, and return what it did; once is enough.
+
+        Returns:
+            The figures of ``fedsys serve json=true``: ``answers`` by variant, and so on.
+        """
+        self._opened.close()
+        return self._it.figures()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._opened.close()
+
+    def __repr__(self) -> str:
+        return f"<ServedModel {self.address}>"
+
+
 def train(
-    *overrides: str, model: Any = None, data: Any = None, loss: Any = None, metric: Any = None
+    *overrides: str,
+    model: Any = None,
+    data: Any = None,
+    loss: Any = None,
+    metric: Any = None,
+    callbacks: Sequence[Callback] = (),
 ) -> FinishedRun:
     """Carry out a run, as ``fedsys train`` does.
 
@@ -131,14 +188,18 @@ def train(
         loss: A function of (outputs, targets), or of (outputs, targets, weight), that returns the
             mean over the examples; with ``weight``, times that.
         metric: A function of (outputs, targets) that returns a number for each example.
+        callbacks: Told in this process how the run goes (`fedsys.runs.callbacks`).
 
     Raises:
         ConfigError: A value is not usable, or an object does not travel to where it is needed.
         FedsysError: The run failed.
     """
     from fedsys.commands import train as command
+    from fedsys.runs.callbacks import listening
 
-    figures = called(command.job, overrides, model, data, loss, metric)
+    with listening(callbacks) as listeners:
+        figures = called(command.job, overrides, model, data, loss, metric)
+        listeners.end(figures)
     return FinishedRun(Path(str(figures["run_dir"])), figures)
 
 
@@ -175,6 +236,75 @@ def prune(run: FinishedRun | Path | str, *overrides: str) -> Portfolio:
     own = ["+variants=portfolio", f"variants.run={_quoted(str(folder))}"]
     figures = called(command.job, overrides, None, None, None, None, own)
     return Portfolio.load(Path(str(figures["portfolio"])))
+
+
+def serve(
+    what: FinishedRun | Portfolio | Path | str | None = None,
+    *overrides: str,
+    model: Any = None,
+    data: Any = None,
+) -> ServedModel:
+    """Answer requests from this process, as ``fedsys serve`` does, until it is closed.
+
+    Args:
+        what: A run, a portfolio, or the folder of one. A run answers by its model alone, which is
+            measured first; `prune` makes a portfolio of it. None: the overrides say, or `model`.
+        overrides: Such as ``"serving.objective.p95_ms=20"``. Without ``serving.address=`` it
+            listens on loopback, at any port that is free.
+        model: As for `train`, with its weights as they are; needs `data`.
+        data: As for `train`: images, whose form and classes the model has.
+
+    Raises:
+        ConfigError: There is nothing to serve, a value is not usable, or the address is taken.
+        FedsysError: A file is damaged, or the model cannot be converted.
+    """
+    from fedsys.commands.serve import live, opened, warn
+
+    with ExitStack() as stack:
+        own = ['serving.address="http://127.0.0.1:0"']
+        folder = _served_folder(what, model, data, stack)
+        if folder is not None:
+            own.append(f"portfolio={_quoted(str(folder))}")
+        tree = _composed(overrides, None, None, None, None, own)
+        with configuration.as_given(overrides):
+            config = configuration.parse(configuration.to_text(tree))
+            it = stack.enter_context(opened(config))
+            warn(it.endpoint, config)
+            stack.enter_context(live(it, config))
+        return ServedModel(stack.pop_all(), it)
+
+
+def _served_folder(
+    what: FinishedRun | Portfolio | Path | str | None, model: Any, data: Any, stack: ExitStack
+) -> Path | None:
+    """Return the portfolio that answers; one that has to be made is gone with the stack."""
+    from fedsys.pruning.portfolio import Portfolio
+
+    if (model is None) != (data is None) or (model is not None and what is not None):
+        raise ConfigError.of(
+            "model", model, "must come with data, and in place of a run or a portfolio",
+            "fedsys.serve(model=my_model, data=my_images), or fedsys.serve(run)",
+        )  # fmt: skip
+    if isinstance(what, Portfolio):
+        return what.folder
+    path = what.path if isinstance(what, FinishedRun) else what
+    if path is not None and not (Path(path) / "model.safetensors").is_file():
+        return Path(path)
+    if path is None and model is None:
+        return None
+    run = [] if path is None else [f"variants.run={_quoted(str(path))}"]
+    measured = ("variants.memory=false", "variants.batch_sizes=[1,8]", "variants.threads=[1]")
+    folder = Path(stack.enter_context(TemporaryDirectory(prefix="fedsys-served-")))
+    _one_variant(["+variants=portfolio", *run, *measured], model, data, folder)
+    return folder
+
+
+def _one_variant(own: Sequence[str], model: Any, data: Any, folder: Path) -> None:
+    from fedsys.commands.prune import unpruned
+
+    tree = _composed([], model, data, None, None, own)
+    with configuration.as_given([]):
+        unpruned(tree, folder / "portfolio")
 
 
 def load(path: Path | str) -> FinishedRun:
@@ -216,6 +346,20 @@ def called(
         more: Overrides that stand behind the name of the command.
         told: Those that a person gave, for commands that speak of them; None: all of `overrides`.
     """
+    tree = _composed(overrides, model, data, loss, metric, more)
+    with configuration.as_given(overrides if told is None else told):
+        figures: Mapping[str, Any] = job(tree)
+    return figures
+
+
+def _composed(
+    overrides: Sequence[str], model: Any, data: Any, loss: Any, metric: Any, more: Sequence[str]
+) -> Any:
+    """Return what Hydra composes; arguments as for `called`.
+
+    Raises:
+        ConfigError: It cannot, or objects are to go where they cannot.
+    """
     from fedsys.config.composing import composed
 
     for text in overrides:
@@ -233,9 +377,7 @@ def called(
             "runtime", kind, f"cannot be with {', '.join(keys)}, objects of this process alone",
             "put the class or function into a module that all processes can import, and give that",
         )  # fmt: skip
-    with configuration.as_given(overrides if told is None else told):
-        figures: Mapping[str, Any] = job(tree)
-    return figures
+    return tree
 
 
 def _given(model: Any, data: Any, loss: Any, metric: Any) -> list[str]:

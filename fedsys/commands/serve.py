@@ -13,9 +13,9 @@ import os
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -26,6 +26,7 @@ from fedsys.config.secret import VARIABLE
 from fedsys.errors import ConfigError
 from fedsys.pruning.portfolio import Portfolio
 from fedsys.runs.live.process import live_page
+from fedsys.serving.engine import Engine
 from fedsys.serving.http import Endpoint
 from fedsys.serving.portfolio import PortfolioEngine, needs_torch
 from fedsys.serving.switch.control import Record
@@ -46,45 +47,101 @@ def job(tree: Any) -> Mapping[str, Any]:
 
     Returns:
         What it did: ``answers`` by variant, ``switches``, ``failed_switches``, the last
-        ``variant``, and whether it was expected to meet the objective; where ``hosts.list`` has
-        addresses, what `_serve_chain` returns.
+        ``variant``, and whether it was expected to meet the objective; of a chain of hosts,
+        ``answers`` by cuts, ``moves``, and the last cuts as ``variant``.
 
     Raises:
         ConfigError: No folder is named, or it is not there, or the address cannot be listened on.
         ModelError: The portfolio is damaged.
     """
     config = configuration.parse(configuration.to_text(tree))
+    with opened(config) as it:
+        # What is here now stays: a collection need not look at it, and so is short.
+        gc.collect()
+        gc.freeze()
+        _say(it, config)
+        with live(it, config):
+            _until_told()
+    return it.figures()
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An endpoint that answers.
+
+    Attributes:
+        endpoint: Where.
+        engine: What computes.
+        portfolio: Of what.
+        told: What is told of it when it is ready.
+        lines: The same in words.
+        counted: Keys of its status that say what it did.
+        processes: Ids of the processes of hosts that were started for it, by name.
+    """
+
+    endpoint: Endpoint
+    engine: Engine
+    portfolio: Portfolio
+    told: Mapping[str, Any]
+    lines: Sequence[str]
+    counted: Sequence[str]
+    processes: Mapping[str, int] = field(default_factory=dict)
+
+    def figures(self) -> dict[str, Any]:
+        """Return what it did so far; in full when it is closed."""
+        status = self.engine.status()
+        return {key: status[key] for key in self.counted if key in status}
+
+
+@contextmanager
+def opened(config: Config) -> Iterator[Opened]:
+    """Yield an endpoint as the configuration says; at the end, finish the requests in work.
+
+    Raises:
+        ConfigError: No folder is named, or it is not there, or the address cannot be listened on.
+        ModelError: The portfolio is damaged.
+    """
     if (page := address_of(config.dashboard)) is not None:
         check_token(page, os.environ.get(VARIABLE, "").strip())
-    if config.hosts.to_start:
-        return _start_chain(config)
-    portfolio = Portfolio.load(_folder(config))
-    sys.setswitchinterval(SWITCH_S)
-    if config.hosts.reachable:
-        return _serve_chain(config, portfolio)
-    if config.serving.threads is not None and needs_torch(portfolio, config.serving):
-        import torch
+    with ExitStack() as stack:
+        processes: Mapping[str, int] = {}
+        if config.hosts.to_start:
+            from fedsys.commands.own_chain import made_model, started  # brings PyTorch
 
-        torch.set_num_threads(config.serving.threads)
-    engine = PortfolioEngine(portfolio, config.serving, lambda record: _tell(record, config.json))
-    try:
-        endpoint = Endpoint(engine, config.serving)
-    except BaseException:
-        engine.close()
-        raise
-    engine.control.start(config.serving.interval_s)
-    # What is here now stays: a collection need not look at it, and so is short.
-    gc.collect()
-    gc.freeze()
-    status = engine.status()
-    line = f"{len(portfolio.variants)} variants; {status['variant']}: {status['reason']}"
-    _say(endpoint, config, status, "meets_objective", [line])
-    with _live(endpoint, config, portfolio):
-        _until_told()
-    endpoint.close()
-    status = engine.status()
-    keys = ("answers", "switches", "failed_switches", "variant", "meets_objective")
-    return {key: status[key] for key in keys}
+            config = made_model(config) if config.portfolio is None else config
+            config, processes = stack.enter_context(started(config))
+        portfolio = Portfolio.load(_folder(config))
+        stack.callback(sys.setswitchinterval, sys.getswitchinterval())
+        sys.setswitchinterval(SWITCH_S)
+        if config.hosts.reachable:
+            yield stack.enter_context(_chain(config, portfolio, processes))
+        else:
+            yield stack.enter_context(_portfolio(config, portfolio))
+
+
+@contextmanager
+def _portfolio(config: Config, portfolio: Portfolio) -> Iterator[Opened]:
+    """Serve by a portfolio in this process."""
+    with ExitStack() as stack:
+        if config.serving.threads is not None and needs_torch(portfolio, config.serving):
+            import torch
+
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(config.serving.threads)
+        engine = PortfolioEngine(
+            portfolio, config.serving, lambda record: _tell(record, config.json)
+        )
+        with ExitStack() as failed:
+            failed.callback(engine.close)
+            endpoint = Endpoint(engine, config.serving)
+            failed.pop_all()
+        stack.callback(endpoint.close)
+        engine.control.start(config.serving.interval_s)
+        status = engine.status()
+        line = f"{len(portfolio.variants)} variants; {status['variant']}: {status['reason']}"
+        counted = ("answers", "switches", "failed_switches", "variant", "meets_objective")
+        told = {"meets_objective": status["meets_objective"]}
+        yield Opened(endpoint, engine, portfolio, told, [line], counted)
 
 
 def _tell_move(record: Mapping[str, Any], as_json: bool) -> None:
@@ -134,79 +191,55 @@ def _until_told() -> None:
 
 
 @contextmanager
-def _live(
-    endpoint: Endpoint,
-    config: Config,
-    portfolio: Portfolio,
-    processes: Mapping[str, int] = MappingProxyType({}),
-) -> Iterator[None]:
-    """Serve the live page of the endpoint as long as the block lasts, if there is to be one."""
-    about = {
-        "name": config.serving.name,
-        "portfolio": str(portfolio.folder),
-        "front": [
-            {"name": v.name, "accuracy": v.accuracy, "p50_ms": v.p50_ms, "p95_ms": v.p95_ms}
-            for v in portfolio.variants
-        ],
-        "processes": dict(processes),
-        "objective_ms": config.serving.objective.p95_ms,
-    }
-    parts = urlsplit(endpoint.address)
-    here = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(str(parts.hostname))
-    address = f"http://{here}:{parts.port}" if here else endpoint.address
-    with live_page(config.dashboard, address, _say_live, about):
-        yield
-
-
-def _say_live(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _start_chain(config: Config) -> Mapping[str, Any]:
-    """Serve by hosts that are started for it."""
-    from fedsys.commands.own_chain import made_model, started  # brings PyTorch
-
-    config = made_model(config) if config.portfolio is None else config
-    with started(config) as (own, processes):
-        sys.setswitchinterval(SWITCH_S)
-        return _serve_chain(own, Portfolio.load(_folder(own)), processes)
-
-
-def _serve_chain(
-    config: Config, portfolio: Portfolio, processes: Mapping[str, int] = MappingProxyType({})
-) -> Mapping[str, Any]:
+def _chain(config: Config, portfolio: Portfolio, processes: Mapping[str, int]) -> Iterator[Opened]:
     """Serve by a chain of hosts.
 
     Args:
         config: The configuration.
         portfolio: The model.
         processes: Ids of the processes of hosts that were started, by name.
-
-    Returns:
-        What it did: ``answers`` by cuts, ``moves``, and the last cuts as ``variant``.
     """
     from fedsys.serving.chain_opening import OpenedChain  # brings PyTorch
 
-    opened = OpenedChain(config, portfolio, lambda record: _tell_move(record, config.json))
-    engine = opened.engine
-    try:
-        endpoint = Endpoint(engine, config.serving)
-    except BaseException:
-        opened.close()
-        raise
-    status = engine.status()
-    rows = [{**row, **_pid(row["host"], processes)} for row in status["chain"]]
-    status, lines = {**status, "chain": rows}, [_of_host(row) for row in rows]
-    more = {"began_s": opened.began_s}
-    _say(endpoint, config, status, "chain", lines, more)
-    with _live(endpoint, config, portfolio, processes):
-        _until_told()
-    opened.settle()
-    endpoint.close()
-    opened.release()
-    status = engine.status()
-    keys = ("answers", "moves", "variant", "technique", "failovers", "replayed")
-    return {key: status[key] for key in keys if key in status}
+    chain = OpenedChain(config, portfolio, lambda record: _tell_move(record, config.json))
+    with ExitStack() as failed:
+        failed.callback(chain.close)
+        endpoint = Endpoint(chain.engine, config.serving)
+        failed.pop_all()
+    with ExitStack() as stack:
+        stack.callback(chain.release)
+        stack.callback(endpoint.close)
+        stack.callback(chain.settle)
+        listed = chain.engine.status()["chain"]
+        rows = [{**row, **_pid(row["host"], processes)} for row in listed]
+        counted = ("answers", "moves", "variant", "technique", "failovers", "replayed")
+        lines = [_of_host(row) for row in rows]
+        told = {"chain": rows, "began_s": chain.began_s}
+        yield Opened(endpoint, chain.engine, portfolio, told, lines, counted, processes)
+
+
+@contextmanager
+def live(it: Opened, config: Config) -> Iterator[None]:
+    """Serve the live page of the endpoint as long as the block lasts, if there is to be one."""
+    about = {
+        "name": config.serving.name,
+        "portfolio": str(it.portfolio.folder),
+        "front": [
+            {"name": v.name, "accuracy": v.accuracy, "p50_ms": v.p50_ms, "p95_ms": v.p95_ms}
+            for v in it.portfolio.variants
+        ],
+        "processes": dict(it.processes),
+        "objective_ms": config.serving.objective.p95_ms,
+    }
+    parts = urlsplit(it.endpoint.address)
+    here = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(str(parts.hostname))
+    address = f"http://{here}:{parts.port}" if here else it.endpoint.address
+    with live_page(config.dashboard, address, _say_live, about):
+        yield
+
+
+def _say_live(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _folder(config: Config) -> Path:
@@ -233,35 +266,29 @@ def _of_host(row: Mapping[str, Any]) -> str:
     return f"{row['host']} at {row['address']}{process}: {units}"
 
 
-def _say(
-    endpoint: Endpoint,
-    config: Config,
-    status: Mapping[str, Any],
-    key: str,
-    lines: Sequence[str],
-    more: Mapping[str, Any] = MappingProxyType({}),
-) -> None:
-    """Tell that the endpoint is ready, with one more value of its status, or with these lines."""
+def _say(it: Opened, config: Config) -> None:
+    """Tell that the endpoint is ready."""
+    endpoint = it.endpoint
     if config.json:
         ready = {
             "address": endpoint.address,
             "grpc": endpoint.grpc_address,
             "model": config.serving.name,
-            "variant": status["variant"],
-            key: status[key],
+            "variant": it.engine.status()["variant"],
             "pid": os.getpid(),
-            **more,
+            **it.told,
         }
         print(json.dumps({"ready": ready}), flush=True)
     else:
         also = f" and {endpoint.grpc_address}" if endpoint.grpc_address else ""
         print(f"{endpoint.address}{also} answers for {config.serving.name}", flush=True)
-        for line in lines:
+        for line in it.lines:
             print(line, flush=True)
-    _warn(endpoint, config)
+    warn(endpoint, config)
 
 
-def _warn(endpoint: Endpoint, config: Config) -> None:
+def warn(endpoint: Endpoint, config: Config) -> None:
+    """Say on standard error what may be wrong with an endpoint, and who can reach it."""
     if endpoint.places < config.serving.max_connections:
         print(
             f"warning: the system allows descriptors for {endpoint.places} connections, not for "

@@ -143,9 +143,14 @@ def table_head(rounds: int, columns: Sequence[Column] = USUAL) -> str:
 
 def table_row(row: Row, rounds: int, columns: Sequence[Column] = USUAL) -> str:
     """Return a round as a line of a table; what is absent is a dash."""
-    first = _round_text(row, rounds).rjust(max(2 * len(str(rounds)) + 1, 5))
-    cells = (_shown(row, column.name, column.form).rjust(column.width) for column in columns)
-    return "  ".join([first, *cells])
+    first, *rest = cells_of(row, rounds, columns)
+    cells = (cell.rjust(column.width) for cell, column in zip(rest, columns, strict=True))
+    return "  ".join([first.rjust(max(2 * len(str(rounds)) + 1, 5)), *cells])
+
+
+def cells_of(row: Row, rounds: int, columns: Sequence[Column]) -> list[str]:
+    """Return a round's number and its values as texts; what is absent is a dash."""
+    return [_round_text(row, rounds), *(_shown(row, c.name, c.form) for c in columns)]
 
 
 def round_line(row: Row, rounds: int, eta: float | None) -> str:

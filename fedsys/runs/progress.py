@@ -14,7 +14,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, TextIO
 
-from fedsys.runs import opening
+from fedsys.runs import callbacks, opening
 from fedsys.runs.lines import (
     Column,
     Row,
@@ -30,6 +30,8 @@ from fedsys.runs.lines import (
     table_row,
     width_of,
 )
+from fedsys.runs.notebook import NotebookProgress, is_notebook
+from fedsys.runs.pace import Clock, Pace
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -50,8 +52,6 @@ __all__ = [
     "table_head",
     "table_row",
 ]
-
-Clock = Callable[[], float]
 
 LONG_S = 10.0
 """Seconds after which a round is so long that one wants to know how far it is."""
@@ -107,7 +107,7 @@ class Progress(Protocol):
 
 
 def choose(json: bool, stream: TextIO | None = None, out: TextIO | None = None) -> Progress:
-    """Return the display that fits the place where it is shown.
+    """Return the display that fits the place where it is shown, which tells callbacks, too.
 
     Args:
         json: Whether standard output is kept for one JSON object; then the summary goes to
@@ -115,6 +115,14 @@ def choose(json: bool, stream: TextIO | None = None, out: TextIO | None = None) 
         stream: Where progress goes; standard error by default.
         out: Where the summary goes without `json`; standard output by default.
     """
+    display = _display(json, stream, out)
+    listeners = callbacks.present()
+    return display if listeners is None else callbacks.Heard(display, listeners)
+
+
+def _display(json: bool, stream: TextIO | None, out: TextIO | None) -> Progress:
+    if stream is None and is_notebook():
+        return NotebookProgress()
     stream = sys.stderr if stream is None else stream
     out = sys.stdout if out is None else out
     if stream is None:  # a process without standard streams, such as a service
@@ -123,35 +131,6 @@ def choose(json: bool, stream: TextIO | None = None, out: TextIO | None = None) 
     if stream.isatty() and os.environ.get("TERM") != "dumb":
         return RichProgress(stream, summary)
     return LineProgress(stream, summary)
-
-
-class _Pace:
-    """Counts rounds against a clock."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self.rounds = self.done = self._before = 0
-        self.begun = self._last = clock()
-
-    def start(self, rounds: int, done: int) -> None:
-        self.rounds, self.done, self._before = rounds, done, done
-        self.begun = self._last = self._clock()
-
-    def step(self) -> None:
-        self.done += 1
-        self._last = self._clock()
-
-    def elapsed(self) -> float:
-        return self._clock() - self.begun
-
-    def since(self) -> float:
-        """Return the seconds since the last round ended, or since the first began."""
-        return self._clock() - self._last
-
-    def eta(self) -> float | None:
-        here = self.done - self._before
-        spent = self._last - self.begun
-        return eta_seconds(self.rounds - self._before, here, spent, self.since())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -204,7 +183,7 @@ class LineProgress:
         self, stream: TextIO, summary: TextIO | None = None, clock: Clock = time.monotonic
     ) -> None:
         self._stream, self._summary = stream, summary or stream
-        self._pace = _Pace(clock)
+        self._pace = Pace(clock)
         self._phase = ""
         self._due = LONG_S
 
@@ -277,7 +256,7 @@ class RichProgress:
 
         opening.clear()
         self._stream, self._summary = stream, summary or stream
-        self._pace = _Pace(clock)
+        self._pace = Pace(clock)
         self._columns: tuple[Column, ...] | None = None
         self._console = Console(file=stream, highlight=False, markup=False, soft_wrap=True)
         self._bars = Bars(
@@ -359,7 +338,7 @@ SHORT = 20
 """Characters of a label that stands before the bar; a longer one stands above it alone."""
 
 
-def _bar_column(pace: _Pace, width: Callable[[], int]) -> ProgressColumn:
+def _bar_column(pace: Pace, width: Callable[[], int]) -> ProgressColumn:
     """Return a column with label, bar, rounds, elapsed time, ETA, and what happens.
 
     The ETA is whole on every terminal that has room for it; label, bar and what happens give way.

@@ -4,7 +4,9 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from threading import enumerate as threads
 
+import httpx
 import pytest
 import torch
 from torch import nn
@@ -16,6 +18,7 @@ from fedsys.config import objects
 from fedsys.errors import ConfigError
 from fedsys.main import main
 from tests import own_work
+from tests.waiting import until
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("task=regression", "num_clients=2", "rounds=2", "client.epochs=1", "run.plots=false")
@@ -135,3 +138,52 @@ def test_a_model_of_images_is_pruned_and_one_of_tables_is_refused():
     table = fedsys.train("data=table", "model=mlp", *SMALL)
     with pytest.raises(ConfigError, match="must be of images in classes"):
         fedsys.prune(table.path)
+
+
+FEW_IMAGES = ("data.max_examples=80", "num_clients=2", "rounds=1", "client.epochs=1")
+
+
+def asked(address, count=3):
+    """Return what an endpoint answers to images of noise, as a client of its protocol sees it."""
+    pixels = torch.rand(count, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    given = {"name": "input", "shape": list(pixels.shape), "datatype": "FP32"}
+    body = {"inputs": [{**given, "data": pixels.flatten().tolist()}]}
+    reply = httpx.post(f"{address}/v2/models/classifier/infer", json=body)
+    assert reply.status_code == 200, reply.text
+    return reply.json()["outputs"][0]["data"]
+
+
+def test_a_run_a_portfolio_and_an_object_are_served_with_the_same_bits():
+    run = fedsys.train(*FEW_IMAGES, "run.plots=false")
+    with fedsys.serve(run) as served:
+        assert served.address.startswith("http://127.0.0.1:")
+        by_run = asked(served.address)
+        assert served.status()["answers"] == {"parent": 3} and served.grpc_address is None
+    few = ("variants.memory=false", "variants.batch_sizes=[1]", "variants.threads=[1]")
+    portfolio = fedsys.prune(run, "pruning.sparsity=0.5", "variants.fine_tune=0", *few)
+    served = fedsys.serve(portfolio, "serving.variant=parent", "serving.name=classifier")
+    assert asked(served.address) == by_run
+    assert served.close() == served.close() and served.close()["answers"] == {"parent": 3}
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{served.address}/v2")
+    until(lambda: not {"http", "inference", "switch control"} & {t.name for t in threads()})
+    with fedsys.serve(model=run.model, data=own_work.drawings) as served:
+        assert len(asked(served.address)) == len(by_run)
+
+
+@pytest.mark.parametrize(
+    ("given", "rule"),
+    [
+        ({"model": nn.Linear(1, 1)}, "must come with data"),
+        ({}, "must name a folder of pruned variants"),
+        ({"what": "nowhere"}, "must be a folder that exists"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(given, rule):
+    with pytest.raises(ConfigError, match=rule):
+        fedsys.serve(**given)
+
+
+def test_what_a_notebook_shows_of_a_run():
+    run = fedsys.train(*FEW_IMAGES, "run.plots=false")
+    assert "test accuracy" in run._repr_html_() and str(run.path) in run._repr_html_()
