@@ -12,6 +12,7 @@ from flwr.app import Context, Error, Message
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.common.constant import ErrorCode
 
+from fedsys.errors import extras_named
 from fedsys.transport import packing
 
 
@@ -22,7 +23,8 @@ def explain_errors(message: Message, context: Context, call_next: ClientAppCalla
     but the name of a class elsewhere. With FEDSYS_TRACEBACK set there is a traceback as well.
     """
     try:
-        return call_next(message, context)
+        with extras_named():
+            return call_next(message, context)
     except Exception as error:  # whatever it is, it ends this client's part of the round only
         reason = f"{type(error).__name__}: {error}"
         if os.environ.get("FEDSYS_TRACEBACK"):

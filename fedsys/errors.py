@@ -23,7 +23,9 @@ A message names the argument, its value, the rule that it breaks, and the way ou
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import TypeGuard
 
 
@@ -168,3 +170,65 @@ def first_line(error: BaseException) -> str:
     """Return the first line of an error's message that says something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+# --------------------------------------------------------------------------------------------------
+# Packages that a device does without
+
+EXTRA_OF = {
+    "ray": "simulation",
+    "matplotlib": "plots",
+    "mpl_toolkits": "plots",
+    "tensorboard": "tensorboard",
+    "sklearn": "learn",
+    "scipy": "learn",
+    "torchvision": "vision",
+    "PIL": "vision",
+}
+"""By package, the extra that brings it; ``fedsys[full]`` brings all of them."""
+
+
+def is_installed(package: str) -> bool:
+    """Return whether a package can be imported; it is not imported for that."""
+    try:
+        return find_spec(package) is not None
+    except (ValueError, ImportError):  # somebody keeps it from being imported
+        return False
+
+
+def need(package: str, who: str) -> None:
+    """Ask for a package of an extra before the work begins that ends with it.
+
+    Args:
+        package: One of `EXTRA_OF`.
+        who: Needs it.
+
+    Raises:
+        ModelError: It is not installed; names the extra.
+    """
+    if not is_installed(package):
+        raise _lacking(package, who)
+
+
+@contextmanager
+def extras_named() -> Iterator[None]:
+    """Turn the error of Python about a package of an extra into one that names the extra.
+
+    Raises:
+        ModelError: The block imports one that is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        if package not in EXTRA_OF or is_installed(package):
+            raise
+        raise _lacking(package, "this") from error
+
+
+def _lacking(package: str, who: str) -> ModelError:
+    extra = EXTRA_OF[package]
+    return ModelError(
+        f"{who} needs the package {package}, which a device does without: install it by "
+        f"pip install 'fedsys[{extra}]', or all that people and servers need by 'fedsys[full]'"
+    )

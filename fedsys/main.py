@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from fedsys import __version__
 from fedsys.commands.catalog import COMMANDS, Command
-from fedsys.errors import ConfigError, FedsysError, did_you_mean
+from fedsys.errors import ConfigError, FedsysError, did_you_mean, extras_named
 from fedsys.runs import opening
 
 if TYPE_CHECKING:
@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if verb not in COMMANDS:
             hint = did_you_mean(verb, COMMANDS)
             raise ConfigError(f"{verb}: no such command; {hint}see fedsys --help for all of them")
-        return Invocation(verb, COMMANDS[verb]).run(rest)
+        with extras_named():
+            return Invocation(verb, COMMANDS[verb]).run(rest)
     except FedsysError as error:
         return report(error)
     except KeyboardInterrupt as error:
@@ -284,7 +285,8 @@ class Invocation:
         try:
             job: Job = self._function()
             opening.clear()
-            self._sweep.ends.append(job(tree))
+            with extras_named():
+                self._sweep.ends.append(job(tree))
         except FedsysError as error:  # kept from Hydra, which would print more lines about it
             self._sweep.ends.append(error)
 

@@ -18,6 +18,7 @@ from fedsys import config as configuration
 from fedsys import data
 from fedsys.config import Config
 from fedsys.data import Images
+from fedsys.errors import extras_named, need
 from fedsys.faults import out_of_reach
 from fedsys.models import lora
 from fedsys.models.resilient import ResilientModel
@@ -71,7 +72,9 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Train the model that the run config describes and fill the run folder."""
     asked = configuration.from_run_config(context.run_config)
-    with _display(asked, context) as progress:
+    with _display(asked, context) as progress, extras_named():
+        if asked.run.plots:
+            need("matplotlib", "run.plots=true")
         grid = own = attentive(grid)
         config, grid, roster = gather(asked, grid, context.run_config, progress.note)
         config = with_launched(config, context.run_config)

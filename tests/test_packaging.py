@@ -2,6 +2,7 @@ import ast
 import functools
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import fedsys
+from fedsys.errors import EXTRA_OF
 from fedsys.runtime import bundle
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -272,7 +274,7 @@ def test_the_readme_begins_with_one_sentence_and_two_commands():
     text = (ROOT / "README.md").read_text()
     assert re.match(r"# fedsys\n\n\*\*[^*\n]+\.\*\*\n\n", text)
     run, check = readme_commands()[:2]
-    assert run.endswith("pip install -e . && fedsys train")
+    assert run.endswith("pip install -e '.[full]' && fedsys train")
     assert check.endswith("pip install -e '.[dev]' && pytest")
 
 
@@ -416,6 +418,7 @@ def distributions_of(module):
 def test_every_package_that_is_imported_is_a_dependency():
     """What an installation without extras imports: ``httpx`` was declared for development alone."""
     dependencies = declared(PROJECT["project"]["dependencies"])
+    extras = PROJECT["project"]["optional-dependencies"]
     imported = {
         name.partition(".")[0]: path.relative_to(ROOT).as_posix()
         for path in sources("fedsys", "strategies", "clients")
@@ -425,9 +428,73 @@ def test_every_package_that_is_imported_is_a_dependency():
         top: path
         for top, path in imported.items()
         if top not in {*sys.stdlib_module_names, *PACKAGES}
-        and not distributions_of(top) & dependencies
+        and not distributions_of(top) & (dependencies | declared(extras.get(EXTRA_OF.get(top), ())))
     }
     assert missing == {}
+
+
+def test_full_brings_all_that_a_device_does_without():
+    extras = PROJECT["project"]["optional-dependencies"]
+    (full,) = extras["full"]
+    assert set(re.findall(r"\w+", full)) == {"fedsys", *EXTRA_OF.values()}
+    for package, extra in EXTRA_OF.items():
+        assert distributions_of(package) & declared(extras[extra]), package
+    assert not declared(PROJECT["project"]["dependencies"]) & declared(
+        *(extras[extra] for extra in EXTRA_OF.values() if extra != "simulation")
+    )
+
+
+BARE = """
+import importlib, json, pkgutil, sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in BLOCKED:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocked())
+for package in ("fedsys", "strategies", "clients"):
+    for found in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
+        # those left out begin with a package of an extra, and say so
+        if not {"bench", "learning", "trackers"} & set(found.name.split(".")):
+            importlib.import_module(found.name)
+from fedsys.main import main
+few = ["num_clients=2", "rounds=1", "client.epochs=1"]
+plain = [*few, "data=synthetic", "data.examples=64", "data.test_examples=16",
+         "run.plots=false"]
+told = [main(["train", *plain, "json=true", "run.dir=bare"])]
+for asked in (
+    ["data=synthetic", *few], [*plain, "runtime=simulation"],
+    [*few, "run.plots=false", "data=digits"],
+    [*plain, "model=alexnet"], [*plain, "model.name=alexnet", "model=torchvision"],
+):
+    print("====", file=sys.stderr)
+    told.append(main(["train", *asked]))
+print(json.dumps(told))
+"""
+
+
+@pytest.mark.slow
+def test_a_device_without_extras_imports_all_trains_and_names_the_extra_of_the_rest(tmp_path):
+    """Everything was a dependency: 6.8 GB on a device, with Ray, matplotlib and TensorBoard."""
+    code = f"BLOCKED = {set(EXTRA_OF)!r}{BARE}"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    *_, result, statuses = done.stdout.splitlines()
+    assert json.loads(statuses) == [0, 1, 1, 1, 2, 1], done.stderr
+    errors = done.stderr.split("====")[1:]
+    for extra, error in zip(
+        ("plots", "simulation", "learn", "vision", "vision"), errors, strict=True
+    ):
+        assert f"fedsys[{extra}]" in error and error.count("fedsys: ") == 1, error
+    same = fedsys.train(
+        "num_clients=2", "rounds=1", "client.epochs=1", "data=synthetic", "data.examples=64",
+        "data.test_examples=16", "run.plots=false", f"run.dir={tmp_path / 'full'}",
+    )  # fmt: skip
+    assert json.loads(result)["model_sha256"] == same.figures["model_sha256"]
 
 
 def test_what_an_extra_brings_is_imported_late_and_the_error_names_that_extra(monkeypatch):

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Self, final
 from fedsys import config as configuration
 from fedsys.config import Config, objects
 from fedsys.config.task import Metric
-from fedsys.errors import ConfigError
+from fedsys.errors import ConfigError, extras_named
 
 if TYPE_CHECKING:
     from torch import nn
@@ -303,7 +303,7 @@ def _one_variant(own: Sequence[str], model: Any, data: Any, folder: Path) -> Non
     from fedsys.commands.prune import unpruned
 
     tree = _composed([], model, data, None, None, own)
-    with configuration.as_given([]):
+    with configuration.as_given([]), extras_named():
         unpruned(tree, folder / "portfolio")
 
 
@@ -347,7 +347,7 @@ def called(
         told: Those that a person gave, for commands that speak of them; None: all of `overrides`.
     """
     tree = _composed(overrides, model, data, loss, metric, more)
-    with configuration.as_given(overrides if told is None else told):
+    with configuration.as_given(overrides if told is None else told), extras_named():
         figures: Mapping[str, Any] = job(tree)
     return figures
 

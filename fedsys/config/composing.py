@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsys.config.secret import MASK, is_secret
-from fedsys.errors import ConfigError, better_name, did_you_mean, first_line
+from fedsys.errors import ConfigError, better_name, did_you_mean, first_line, is_installed
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -141,9 +141,11 @@ def _explain(error: BaseException) -> str:
         if not known:
             return f"{group}={name}: there is no group '{group}'; see --help for all of them"
         others = _torchvision_names() if group == "model" else set()
+        more = " and the classifiers of torchvision" if group == "model" else ""
+        more += "" if others or not more else ", with pip install 'fedsys[vision]'"
         return (
             f"{group}={name}: no such choice; {did_you_mean(name, [*known, *sorted(others)])}"
-            f"known are {', '.join(known)}{' and the classifiers of torchvision' if others else ''}"
+            f"known are {', '.join(known)}{more}"
         )
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match[1]
@@ -182,6 +184,9 @@ def _choices_with(key: str) -> list[str]:
 
 
 def _torchvision_names() -> set[str]:
+    """Return the names of torchvision's classifiers; none where it is not installed."""
+    if not is_installed("torchvision"):
+        return set()
     from fedsys.models.catalog import torchvision_names  # imports torchvision
 
     return set(torchvision_names())

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from fedsys.data import decoding
 from fedsys.data.dataset import Images
 from fedsys.data.options import Spec, cache_folder
-from fedsys.errors import ConfigError, DataError
+from fedsys.errors import ConfigError, DataError, need
 
 _log = logging.getLogger(__name__)
 
@@ -77,6 +77,7 @@ def read(spec: Spec) -> Found:
         ConfigError: The folder does not exist or has another layout, or the sizes differ.
         DataError: A class is empty or missing in one part, or an image cannot be read.
     """
+    need("PIL", "data=image_folder")
     form = _form(spec)
     root = _root(spec)
     try:

@@ -25,7 +25,7 @@ from fedsys.data import federated, folder, own, table, text
 from fedsys.data.dataset import Dataset, Images, Indices, mean_and_std, set_aside, stratified
 from fedsys.data.loader import AUGMENTATIONS
 from fedsys.data.options import Spec, cache_folder, choice, fraction, shape, whole
-from fedsys.errors import ConfigError, DataError
+from fedsys.errors import ConfigError, DataError, need
 from fedsys.randomness import Address
 from fedsys.transport.several import Inputs
 
@@ -135,6 +135,7 @@ def _digits_table() -> np.ndarray[Any, Any]:
 
     The file is read past `sklearn.datasets`, whose import takes longer than a round of training.
     """
+    need("sklearn", "data=digits")
     found = importlib.util.find_spec("sklearn")
     for place in (found.submodule_search_locations or []) if found else []:
         file = Path(place) / "datasets" / "data" / "digits.csv.gz"
@@ -249,6 +250,7 @@ class _Torchvision:
     std: tuple[float, ...]
 
     def __call__(self, spec: Spec, seed: int) -> Parts:
+        need("torchvision", f"data={self.title.lower()}")
         named = spec.get("root")
         root = Path(str(named)).expanduser() if named else cache_folder(spec) / "datasets"
         download = bool(spec.get("download", False))

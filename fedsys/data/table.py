@@ -194,6 +194,6 @@ def _diabetes() -> list[list[str]]:
             both = zip(*(filter(None, part) for part in parts), strict=True)
             return [[*left.split(), right.strip()] for left, right in both]
     raise DataError(
-        "data=table: the set of patients is installed with scikit-learn, which is not here; "
-        "data.file= names a table of yours"
+        "data=table: the set of patients is installed with scikit-learn, which is not here "
+        "(pip install 'fedsys[learn]'); data.file= names a table of yours"
     )

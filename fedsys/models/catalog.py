@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedsys.errors import ConfigError, did_you_mean
+from fedsys.errors import ConfigError, did_you_mean, need
 from fedsys.models.blocks import Shape
 
 _PLAIN_OUTPUT = ("googlenet", "inception_v3")
@@ -18,6 +18,7 @@ _PLAIN_OUTPUT = ("googlenet", "inception_v3")
 @functools.cache
 def torchvision_names() -> list[str]:
     """Return the names of torchvision's classifiers, in alphabetical order."""
+    need("torchvision", "a model of torchvision")
     from torchvision import models
 
     return sorted(models.list_models(module=models))
@@ -43,9 +44,9 @@ def torchvision_classifier(
         ConfigError: For an unknown name, an image that is too small or of the wrong shape for the
             model, or an argument that its constructor refuses.
     """
+    known = torchvision_names()
     from torchvision import models
 
-    known = torchvision_names()
     if name not in known:
         hint = did_you_mean(str(name), known) or f"it knows {', '.join(known)}"
         raise ConfigError.of(

@@ -49,7 +49,7 @@ from fedsys.files import (
 from fedsys.identity import environment, state_sha256
 from fedsys.runs.model_file import save_model
 from fedsys.runs.naming import default_path, unusable
-from fedsys.runs.scalars import Scalars, from_cell, to_cell
+from fedsys.runs.scalars import Scalars, from_cell, scalars, to_cell
 from fedsys.runs.table import Table, columns_of, csv_text, read_table
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ class RunFolder:
         _forget_decisions(path, after_round)
         run._write_info(run._info)
         run._start_log()
-        run._scalars = Scalars(path / "tensorboard", first_round=after_round + 1)
+        run._scalars = scalars(path / "tensorboard", first_round=after_round + 1)
         end_line(path / "events.jsonl")  # half of one may be left by a process that was killed
         for problem in problems:
             run.event("damaged", reason=problem, continued_after=after_round)
@@ -247,8 +247,9 @@ class RunFolder:
             else:
                 self._write_table([*self.table().rows, cells])
             if self._scalars is None:
-                self._scalars = Scalars(self.path / "tensorboard")
-            self._scalars.add(int(row["round"]), row)
+                self._scalars = scalars(self.path / "tensorboard")
+            if self._scalars is not None:
+                self._scalars.add(int(row["round"]), row)
         for follower in self._followers:
             follower(row)
 

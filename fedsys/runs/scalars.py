@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from fedsys.errors import is_installed
 from fedsys.files import writing
 
 
@@ -93,3 +94,8 @@ class Scalars:
         """Close the file."""
         with suppress(OSError):  # what could not be written has been reported by `_write`
             self._file.close()
+
+
+def scalars(folder: Path, first_round: int = 1) -> Scalars | None:
+    """Return what writes an event file; None without TensorBoard: ``metrics.csv`` says the same."""
+    return Scalars(folder, first_round) if is_installed("tensorboard") else None

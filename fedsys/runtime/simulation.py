@@ -36,7 +36,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 from fedsys.config import Config, secret
-from fedsys.errors import RuntimeFailure
+from fedsys.errors import RuntimeFailure, need
 from fedsys.runs import startup as stages
 from fedsys.runtime.apps import load_apps, load_client
 from fedsys.runtime.grid_around import GridAround
@@ -54,9 +54,11 @@ def run_simulation(config: Config) -> None:
     """Run the server app in this thread, and its clients in Flower's engine.
 
     Raises:
+        ModelError: Ray is not installed.
         RuntimeFailure: The engine could not start, or broke down.
         FedsysError: Whatever made the run fail.
     """
+    need("ray", "runtime=simulation")
     server_app, _ = load_apps(config)  # a wrong name is said before Ray starts
     stages.current().reached("imports")
     run_config: UserConfig = {"hydra-config": config.text}

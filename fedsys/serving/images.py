@@ -6,7 +6,6 @@ import io
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 
 from fedsys.data import decoding
 from fedsys.errors import DataError, RequestError
@@ -35,6 +34,8 @@ def decode(
     Raises:
         RequestError: It is no image, damaged, or of another size.
     """
+    from PIL import Image, UnidentifiedImageError  # of an extra; tensors are answered without
+
     channels, height, width = card.input_shape
     try:
         # No filter of warnings: these are of the whole process, and files are decoded by threads.
