@@ -83,6 +83,27 @@ COMMANDS: dict[str, Command] = {
         "hold sessions of split training for many devices, until SIGTERM or Ctrl-C",
         options=("edge",),
     ),
+    "device": Command(
+        "fedsys.commands.device",
+        "job",
+        "be a device of a provisioned fleet, until SIGTERM or Ctrl-C",
+        paths="BUNDLE",
+        plain=True,
+    ),
+    "server": Command(
+        "fedsys.commands.server",
+        "job",
+        "be the server of a provisioned fleet, until SIGTERM or Ctrl-C",
+        paths="BUNDLE",
+        plain=True,
+    ),
+    "provision": Command(
+        "fedsys.commands.provision",
+        "job",
+        "write a bundle with keys and certificates for each machine of a fleet",
+        paths="FLEET.yaml",
+        plain=True,
+    ),
     "host": Command(
         "fedsys.commands.host",
         "job",

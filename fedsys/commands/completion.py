@@ -51,6 +51,9 @@ SCRIPTS = {"bash": BASH, "zsh": ZSH}
 RUNS = ("run", "resume", "portfolio", "variants.run", "bench.run", "bench.pruned")
 """Options whose value is the folder of a run."""
 
+OF_RUNS = ("RUN", "FOLDER")
+"""What stands behind verbs that take folders of runs."""
+
 
 def job(given: Given) -> Mapping[str, Any]:
     """Print the script of a shell.
@@ -93,7 +96,7 @@ def candidates(line: str) -> list[str]:
     if command.names and not set(before) & command.names.keys():
         return _beginning(word, command.names)
     found = [] if command.plain else _keys(command, before)
-    return _beginning(word, [*found, *(_runs() if command.paths else ())])
+    return _beginning(word, [*found, *(_runs() if command.paths in OF_RUNS else ())])
 
 
 def _beginning(word: str, known: Iterable[str]) -> list[str]:

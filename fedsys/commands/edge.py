@@ -6,6 +6,7 @@ takes are written to ``edge.state_dir`` and taken up again at the next start.
 
 from __future__ import annotations
 
+import dataclasses
 import ipaddress
 import json
 import os
@@ -23,6 +24,7 @@ from fedsys.errors import ConfigError, FedsysError, SessionError
 from fedsys.offload import edge_store
 from fedsys.offload.edge import EdgeServer
 from fedsys.offload.edge_metrics import MetricsEndpoint
+from fedsys.runtime.fleet_files import EdgeBundle, read_bundle
 from fedsys.training import plain as training
 from fedsys.transport.addresses import dial
 from fedsys.transport.security import Credentials
@@ -50,14 +52,15 @@ def job(tree: Any) -> Mapping[str, Any]:
         SecurityError: The credentials are missing or not valid.
     """
     config = configuration.parse(configuration.to_text(tree))
-    if config.edge.move is not None:
-        return moved(config.edge)
-    folder = edge_store.checked_folder(config.edge.state_dir)
-    edge = _server(config.edge)
+    own = config.edge if config.edge.bundle is None else of_bundle(config.edge)
+    if own.move is not None:
+        return moved(own)
+    folder = edge_store.checked_folder(own.state_dir)
+    edge = _server(own)
     endpoint: MetricsEndpoint | None = None
     try:
-        if config.edge.http is not None:
-            endpoint = MetricsEndpoint(edge, config.edge.http)
+        if own.http is not None:
+            endpoint = MetricsEndpoint(edge, own.http)
         if folder is not None:
             _take_up(edge, folder)
         _say(edge, endpoint, as_json=config.json)
@@ -72,6 +75,18 @@ def job(tree: Any) -> Mapping[str, Any]:
     finally:
         if endpoint is not None:
             endpoint.close()
+
+
+def of_bundle(config: EdgeConfig) -> EdgeConfig:
+    """Return what an edge server of a provisioned fleet is.
+
+    Raises:
+        ConfigError: There is no such bundle, or it is another machine's.
+    """
+    about, folder = read_bundle(Path(str(config.bundle)), EdgeBundle)
+    return dataclasses.replace(
+        config, name=about.name, address=about.address, credentials=str(folder)
+    )
 
 
 def moved(config: EdgeConfig) -> Mapping[str, Any]:

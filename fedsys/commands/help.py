@@ -26,6 +26,11 @@ EXPERIMENT = "experiment"
 EXAMPLES = {
     "train": "fedsys train model=vgg5 data=synthetic_32x32 rounds=20 client.lr=0.05",
     "edge": "fedsys edge edge.address=tcp://127.0.0.1:9443",
+    "provision": "fedsys provision fleet.yaml; folder=DIR is where the bundles go",
+    "server": "fedsys server /etc/fedsys/server state=/var/lib/fedsys; unit=true prints a unit for "
+    "systemd",
+    "device": "fedsys device /etc/fedsys/device-0 state=/var/lib/fedsys; data=DIR names its own "
+    "images, unit=true prints a unit for systemd",
     "serve": "fedsys serve portfolio=outputs/2026-11-23/09-38-22-prune",
     "query": "fedsys query input=image.png",
     "plan": "fedsys plan fleet=pi3_lab model=vgg8 network=wifi data=synthetic_32x32",

@@ -252,6 +252,8 @@ class EdgeConfig:
 
     Attributes:
         device: Where sessions compute: ``auto``, ``cpu`` or ``cuda``.
+        bundle: Folder of ``fedsys provision``, whose name, address and credentials count instead
+            of those here.
         name: Name of the edge server.
         address: Where it listens, as ``grpc://host:port`` or ``tcp://host:port``; port 0: any
             that is free.
@@ -272,6 +274,7 @@ class EdgeConfig:
     """
 
     device: str = "auto"
+    bundle: str | None = None
     name: str = "edge-0"
     address: str = "tcp://0.0.0.0:9443"
     http: str | None = "127.0.0.1:9464"

@@ -30,6 +30,15 @@ RUNTIMES = {
 }
 
 
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+"""Variables that keep Flower and Ray from calling home and from installing anything."""
+
+
 def run(config: Config) -> Mapping[str, Any] | None:
     """Carry a run out in the runtime that it asks for; its results are in its run folder.
 
@@ -56,12 +65,7 @@ def quiet_flower() -> None:
 
     Whoever sets one of these variables keeps his own choice.
     """
-    for name, value in {
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }.items():
+    for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     import flwr.supercore  # noqa: F401 - sets the level of its logger when it is imported
 

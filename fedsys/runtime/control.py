@@ -36,6 +36,10 @@ STATUS_S = 1.0
 """Seconds between two looks at whether a run that says nothing still exists."""
 
 
+DRAIN_S = 20.0
+"""Longest wait for the next words of a run that has ended; a SuperLink ends what it streams."""
+
+
 @dataclass(frozen=True)
 class SuperLinkAddress:
     """Where a SuperLink is and how it is trusted.
@@ -248,8 +252,8 @@ class _Stream:
             return False
 
     def drain(self, heard: Callable[[str], None]) -> None:
-        """Pass on what is still to come of a run that has ended."""
-        while (piece := self.next(STATUS_S)) not in (None, _END):
+        """Pass on what is still to come of a run that has ended, its result at the end."""
+        while (piece := self.next(DRAIN_S)) not in (None, _END):
             assert piece is not None
             heard(piece[0])
 

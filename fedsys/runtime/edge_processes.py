@@ -24,6 +24,7 @@ import httpx
 
 from fedsys.config import Config, EdgeAddress, edge_names
 from fedsys.errors import ConfigError, RuntimeFailure
+from fedsys.runtime.fleet_files import CONTROLLER, HOLDER
 from fedsys.runtime.processes import Processes
 from fedsys.transport.security import Authority
 
@@ -33,12 +34,6 @@ START_S: Final = 120.0
 
 RUN_CONFIG_KEY: Final = "edges"
 """Key of the run config that tells the server app which edge servers were launched for it."""
-
-CONTROLLER: Final = "server"
-"""Name in the certificate of the server app."""
-
-HOLDER: Final = "device-{client}"
-"""Name in the certificate of the device with a partition id."""
 
 
 def credentials_of_device(folder: Path, partition: int) -> Path:

@@ -22,6 +22,11 @@ from fedsys.runtime import forks
 APPS = ("flwr.supernode.runtime.run_clientapp", "flwr.superlink.runtime.run_serverapp")
 """The programs of apps, which unpack the bundle."""
 
+CLIENTS_ONLY = "FEDSYS_EXECUTOR_CLIENTS_ONLY"
+"""Variable that is set where the executor runs client apps alone, and so needs less memory."""
+
+ON_DEVICE = (APPS[0], "clients.app")
+
 WHOLE = ".whole"
 """Ends the name of an empty file beside a folder of which all files are there."""
 
@@ -98,10 +103,11 @@ def main() -> None:
     vars(run_superexec)["get_executor"] = lambda *args, **kwargs: ForkExecutor(
         make(*args, **kwargs)
     )
-    for app in APPS:
+    clients_only = CLIENTS_ONLY in os.environ
+    for app in APPS[: 1 if clients_only else None]:
         names = vars(importlib.import_module(app))
         names["install_from_fab"] = once(names["install_from_fab"])
-    forks.preload()
+    forks.preload(ON_DEVICE if clients_only else forks.LIBRARIES)
     flower_superexec()
 
 

@@ -12,6 +12,7 @@ is the one in the Flower App Bundle. Unix only.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import os
 import signal
@@ -39,6 +40,9 @@ def preload(modules: Sequence[str] = LIBRARIES) -> None:
     for name in modules:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    # What is here now stays: a collection in a fork would write to its pages, and so copy them.
+    gc.collect()
+    gc.freeze()
 
 
 def fork(

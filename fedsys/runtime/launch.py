@@ -27,17 +27,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedsys.config import Config
 from fedsys.errors import ConfigError, RuntimeFailure
 from fedsys.runs import startup as stages
 from fedsys.runs.progress import Progress
-from fedsys.runtime import supernode
+from fedsys.runtime import flower_commands, supernode
 from fedsys.runtime.control import SuperLinkAddress, SuperLinkClient
 from fedsys.runtime.edge_processes import EdgeProcesses, credentials_of_device
 from fedsys.runtime.processes import Processes, free_ports, is_free
+from fedsys.runtime.provisioning import write_node_key
 from fedsys.runtime.server_side import ServerSide
 from fedsys.transport.security import Authority
 
@@ -51,9 +50,6 @@ RESTARTS = 6
 RESTART_S = 20.0
 """Seconds between two such starts: Flower refuses a node that died until it has noticed that, which
 takes it a minute."""
-
-POLL_S = "0.1"
-"""Seconds between two looks of an executor for work; Flower's default is 1."""
 
 PRIVATE = ("secrets", "home")
 """Folders that nobody needs after the run."""
@@ -162,14 +158,11 @@ class Deployment:
         port = self.address.host_port.rpartition(":")[2]
         processes.start(
             "superlink",
-            [
-                "flower-superlink", "--host", HOST, "--port", port, *self._server_tls(),
-                "--enable-supernode-auth", "--isolation", "process",
-                "--superexec-auth-secret-file", str(self._secret("executors")),
-                "--database", str(self.folder / "superlink.db"),
-            ],
+            flower_commands.superlink(
+                HOST, int(port), self._tls, self._secret("executors"), self.folder / "superlink.db"
+            ),
             vital=False,
-        )  # fmt: skip
+        )
         processes.preload()
 
     def wait(self, processes: Processes) -> None:
@@ -221,15 +214,10 @@ class Deployment:
         port, name = self.node_ports[partition], name or f"node-{partition}"
         processes.start(
             name,
-            [
-                "fedsys.runtime.supernode", "--superlink", self.address.host_port,
-                "--root-certificates", str(self._secret("ca.pem")),
-                "--auth-supernode-private-key", str(self._secret(name)),
-                "--host", HOST, "--port", str(port), *self._server_tls(),
-                "--isolation", "process",
-                "--superexec-auth-secret-file", str(self._secret("executors")),
-                "--node-config", self._node_config(partition),
-            ],
+            flower_commands.supernode(
+                self.address.host_port, self._tls.ca, self._secret(name), (HOST, port),
+                self._secret("executors"), self._node_config(partition), self._tls.options(),
+            ),
             {supernode.INTERVAL: f"{supernode.interval_s(len(self.node_keys)):g}"},
             vital=False,
         )  # fmt: skip
@@ -249,18 +237,11 @@ class Deployment:
         return f'{about} credentials="{own}"' if own.is_dir() else about
 
     def _executor(self, address: str) -> list[str]:
-        return [
-            "fedsys.runtime.executor", "--runtime-api-address", address,
-            "--root-certificates", str(self._secret("ca.pem")),
-            "--superexec-auth-secret-file", str(self._secret("executors")),
-        ]  # fmt: skip
+        return flower_commands.executor(address, self._secret("executors"), self._tls.ca)
 
-    def _server_tls(self) -> list[str]:
-        return [
-            "--ssl-ca-certfile", str(self._secret("ca.pem")),
-            "--ssl-certfile", str(self._secret("cert.pem")),
-            "--ssl-keyfile", str(self._secret("key.pem")),
-        ]  # fmt: skip
+    @property
+    def _tls(self) -> flower_commands.Tls:
+        return flower_commands.Tls.within(self.folder / "secrets")
 
     def _secret(self, name: str) -> Path:
         return self.folder / "secrets" / name
@@ -318,24 +299,6 @@ class Devices:
             self._deployment.start_node(self._processes, partition)
 
 
-def write_node_key(file: Path) -> bytes:
-    """Write a new private key for a SuperNode and return its public key in PEM.
-
-    Flower reads keys in OpenSSH's format and knows the curves of NIST.
-    """
-    key = ec.generate_private_key(ec.SECP384R1())
-    private = key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.OpenSSH,
-        serialization.NoEncryption(),
-    )
-    with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
-        stream.write(private)
-    return key.public_key().public_bytes(
-        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
-
-
 def _port(superlink: str | None) -> int:
     """Return the port that the configuration names, or a free one."""
     if superlink is None:
@@ -361,6 +324,6 @@ def environment(home: Path) -> Mapping[str, str]:
     return {
         **os.environ,
         "FLWR_HOME": str(home),
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": POLL_S,
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": flower_commands.POLL_S,
         "PYTHONUNBUFFERED": "1",
     }

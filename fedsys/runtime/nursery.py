@@ -1,6 +1,7 @@
-"""``python -m fedsys.runtime.nursery [FOLDER…]``: starts programs as forks, for `Processes`.
+"""``python -m fedsys.runtime.nursery [--device] [FOLDER…]``: starts programs as forks.
 
-Reads one JSON object per line from standard input and answers each with one line::
+For `fedsys.runtime.processes.Processes`. Reads one JSON object per line from standard input and
+answers each with one line::
 
     {"start": ["flower-superlink", …], "log": "FILE", "env": {}}     {"pid": 4711}
     {"preload": true}                                                {}
@@ -34,12 +35,22 @@ MODULES = (
     "flwr.supernode.main",
 )
 
+DEVICE = "--device"
+"""First argument where nothing but a device's programs is started: the others cost it memory."""
+
+ON_DEVICE = (
+    "flwr.supercore.cli.flower_superexec",
+    "flwr.supernode.cli.flower_supernode",
+    "flwr.supernode.main",
+)
+
 
 def main() -> None:
     """Serve requests until standard input ends."""
+    device = DEVICE in sys.argv[1:2]
     # Ctrl-C is for the process that asks; it decides what ends when.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    forks.preload(MODULES)
+    forks.preload(ON_DEVICE if device else MODULES)
     children: dict[int, int | None] = {}
     print(json.dumps({"ready": True}), flush=True)
     while line := sys.stdin.readline():
@@ -47,7 +58,7 @@ def main() -> None:
     for pid, status in children.items():
         if status is None:
             os.killpg(pid, signal.SIGKILL)
-    for folder in sys.argv[1:]:
+    for folder in sys.argv[2 if device else 1 :]:
         shutil.rmtree(folder, ignore_errors=True)
     os._exit(0)  # Python would take seconds to tear down what was imported for the forks
 

@@ -43,16 +43,23 @@ class Processes:
         logs: Folder for what they print, a file for each.
         env: Their environment.
         private: Folders with secrets, which are removed when all has ended, whatever ends it.
+        roles: Options of `fedsys.runtime.nursery`.
     """
 
-    def __init__(self, logs: Path, env: Mapping[str, str], private: Sequence[Path] = ()) -> None:
+    def __init__(
+        self,
+        logs: Path,
+        env: Mapping[str, str],
+        private: Sequence[Path] = (),
+        roles: Sequence[str] = (),
+    ) -> None:
         self._logs = logs
         self._pids: dict[str, int] = {}
         self._busy = False
         self._vital: set[str] = set()
         with (logs / "nursery.log").open("ab") as log:
             self._nursery = subprocess.Popen(
-                [sys.executable, "-P", "-m", "fedsys.runtime.nursery", *map(str, private)],
+                [sys.executable, "-P", "-m", "fedsys.runtime.nursery", *roles, *map(str, private)],
                 env={**env, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

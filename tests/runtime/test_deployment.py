@@ -20,8 +20,9 @@ from fedsys.errors import ConfigError, FedsysError, RuntimeFailure, SecurityErro
 from fedsys.runs.folder import RunFolder
 from fedsys.runtime import launch, run
 from fedsys.runtime.control import SuperLinkClient
-from fedsys.runtime.launch import Deployment, write_node_key
+from fedsys.runtime.launch import Deployment
 from fedsys.runtime.processes import Processes, free_ports
+from fedsys.runtime.provisioning import write_node_key
 from fedsys.transport.security import Authority
 from tests.terminal import fedsys
 from tests.waiting import until
