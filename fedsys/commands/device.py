@@ -19,7 +19,7 @@ from fedsys.commands.arguments import Given
 from fedsys.commands.machine_options import options_of, path_of, say
 from fedsys.errors import ConfigError
 from fedsys.runtime.fleet_files import DeviceBundle, read_bundle
-from fedsys.runtime.machines import DEVICE, Kept, connected, device_programs, for_ever, keep
+from fedsys.runtime.machines import DEVICE, KeptPrograms, connected, device_programs, for_ever, keep
 
 OPTIONS = ("state", "data", "unit")
 
@@ -62,7 +62,7 @@ def job(given: Given) -> Mapping[str, Any]:
     def attempt() -> None:
         programs = device_programs(about, bundle, state)
         (state / "node.log").write_bytes(b"")
-        with Kept(programs, state, say, [DEVICE]) as kept:
+        with KeptPrograms(programs, state, say, [DEVICE]) as kept:
             keep(kept, lambda: connected(kept.log("node")), told)
 
     def told() -> None:

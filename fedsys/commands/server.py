@@ -18,7 +18,7 @@ from fedsys.commands.device import unit
 from fedsys.commands.machine_options import options_of, path_of, say
 from fedsys.errors import ConfigError, RuntimeFailure
 from fedsys.runtime.fleet_files import ServerBundle, read_bundle
-from fedsys.runtime.machines import Kept, answers, for_ever, keep, server_programs
+from fedsys.runtime.machines import KeptPrograms, answers, for_ever, keep, server_programs
 from fedsys.runtime.processes import is_free
 
 OPTIONS = ("state", "unit")
@@ -54,7 +54,7 @@ def job(given: Given) -> Mapping[str, Any]:
     state = Path(options.get("state") or bundle / "state").absolute()
 
     def attempt() -> None:
-        with Kept(server_programs(about, bundle, state), state, say) as kept:
+        with KeptPrograms(server_programs(about, bundle, state), state, say) as kept:
             keep(kept, lambda: answers(about.port, bundle / "ca.pem"), told)
 
     def told() -> None:

@@ -122,7 +122,7 @@ def present() -> Listeners | None:
     return _listeners.get()
 
 
-class Heard:
+class TellingDisplay:
     """A display whose begin and rounds are told to callbacks as well.
 
     Args:

@@ -24,7 +24,7 @@ from fedsys.runs.lines import (
     table_head,
     table_row,
 )
-from fedsys.runs.pace import Clock, Pace
+from fedsys.runs.pace import Clock, RoundPace
 
 WIDE = 200
 """Characters of a line, of which a notebook has as many as it likes."""
@@ -72,7 +72,7 @@ class NotebookProgress:
     """
 
     def __init__(self, show: Show | None = None, clock: Clock = time.monotonic) -> None:
-        self._show, self._pace = show or _output(), Pace(clock)
+        self._show, self._pace = show or _output(), RoundPace(clock)
         self._label, self._now = "", ""
         self._columns: Sequence[Column] = ()
         self._rows: list[Row] = []

@@ -10,7 +10,7 @@ Clock = Callable[[], float]
 """Monotonic time in seconds."""
 
 
-class Pace:
+class RoundPace:
     """Counts rounds against a clock.
 
     Args:

@@ -31,7 +31,7 @@ from fedsys.runs.lines import (
     width_of,
 )
 from fedsys.runs.notebook import NotebookProgress, is_notebook
-from fedsys.runs.pace import Clock, Pace
+from fedsys.runs.pace import Clock, RoundPace
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -117,7 +117,7 @@ def choose(json: bool, stream: TextIO | None = None, out: TextIO | None = None) 
     """
     display = _display(json, stream, out)
     listeners = callbacks.present()
-    return display if listeners is None else callbacks.Heard(display, listeners)
+    return display if listeners is None else callbacks.TellingDisplay(display, listeners)
 
 
 def _display(json: bool, stream: TextIO | None, out: TextIO | None) -> Progress:
@@ -183,7 +183,7 @@ class LineProgress:
         self, stream: TextIO, summary: TextIO | None = None, clock: Clock = time.monotonic
     ) -> None:
         self._stream, self._summary = stream, summary or stream
-        self._pace = Pace(clock)
+        self._pace = RoundPace(clock)
         self._phase = ""
         self._due = LONG_S
 
@@ -256,7 +256,7 @@ class RichProgress:
 
         opening.clear()
         self._stream, self._summary = stream, summary or stream
-        self._pace = Pace(clock)
+        self._pace = RoundPace(clock)
         self._columns: tuple[Column, ...] | None = None
         self._console = Console(file=stream, highlight=False, markup=False, soft_wrap=True)
         self._bars = Bars(
@@ -338,7 +338,7 @@ SHORT = 20
 """Characters of a label that stands before the bar; a longer one stands above it alone."""
 
 
-def _bar_column(pace: Pace, width: Callable[[], int]) -> ProgressColumn:
+def _bar_column(pace: RoundPace, width: Callable[[], int]) -> ProgressColumn:
     """Return a column with label, bar, rounds, elapsed time, ETA, and what happens.
 
     The ETA is whole on every terminal that has room for it; label, bar and what happens give way.

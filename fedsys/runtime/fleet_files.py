@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class ServerPlace:
+class ServerMachine:
     """Where the SuperLink is.
 
     Attributes:
@@ -57,7 +57,7 @@ class ServerPlace:
 
 
 @dataclass(frozen=True)
-class EdgePlace:
+class EdgeMachine:
     """Where an edge server is.
 
     Attributes:
@@ -72,7 +72,7 @@ class EdgePlace:
 
 
 @dataclass(frozen=True)
-class DevicePlace:
+class DeviceMachine:
     """A device.
 
     Attributes:
@@ -94,9 +94,9 @@ class FleetFile:
         days: How long certificates are valid.
     """
 
-    server: ServerPlace
-    devices: tuple[DevicePlace, ...]
-    edges: tuple[EdgePlace, ...] = ()
+    server: ServerMachine
+    devices: tuple[DeviceMachine, ...]
+    edges: tuple[EdgeMachine, ...] = ()
     name: str = "fleet"
     days: int = 365
 
@@ -108,7 +108,7 @@ class FleetFile:
         names = [edge.name for edge in self.edges]
         if len(set(names)) < len(names):
             raise ConfigError.of("edges.name", ", ".join(names), "must differ from each other")
-        places: list[tuple[str, ServerPlace | EdgePlace]] = [("server", self.server)]
+        places: list[tuple[str, ServerMachine | EdgeMachine]] = [("server", self.server)]
         places += [(edge.name, edge) for edge in self.edges]
         for key, place in places:
             if not place.hosts or not all(place.hosts):

@@ -110,7 +110,7 @@ def server_programs(about: ServerBundle, bundle: Path, state: Path) -> list[Prog
     return [Program("superlink", link), Program("executor", executor)]
 
 
-class Kept:
+class KeptPrograms:
     """Programs that are started again whenever they end; a context manager, which ends them.
 
     Args:
@@ -136,7 +136,7 @@ class Kept:
         self._fast: dict[str, int] = {}
         self._due: dict[str, float] = {}
 
-    def __enter__(self) -> Kept:
+    def __enter__(self) -> KeptPrograms:
         self._processes.__enter__()
         for name in self._programs:
             self._start(name)
@@ -215,7 +215,7 @@ def answers(port: int, ca: Path) -> bool:
         return False
 
 
-def keep(kept: Kept, ready: Callable[[], bool], told: Callable[[], None]) -> None:
+def keep(kept: KeptPrograms, ready: Callable[[], bool], told: Callable[[], None]) -> None:
     """Keep programs running until the process is interrupted.
 
     Args:
@@ -264,7 +264,7 @@ def for_ever(attempt: Callable[[], None], say: Say, sleep: Callable[[float], Non
 
 __all__ = [
     "DEVICE",
-    "Kept",
+    "KeptPrograms",
     "Program",
     "answers",
     "connected",

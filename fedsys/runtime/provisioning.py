@@ -37,12 +37,12 @@ from fedsys.runtime.fleet_files import (
     NODE_KEY,
     SERVER,
     DeviceBundle,
-    DevicePlace,
+    DeviceMachine,
     EdgeBundle,
-    EdgePlace,
+    EdgeMachine,
     FleetFile,
     ServerBundle,
-    ServerPlace,
+    ServerMachine,
 )
 from fedsys.runtime.supernode import interval_s
 from fedsys.transport.security import Authority
@@ -117,7 +117,7 @@ def run_on(fleet: FleetFile, server: Path) -> dict[str, Any]:
     }
 
 
-def _edge(fleet: FleetFile, edge: EdgePlace, authority: Authority, folder: Path) -> Path:
+def _edge(fleet: FleetFile, edge: EdgeMachine, authority: Authority, folder: Path) -> Path:
     _private_folder(folder)
     hosts = dict.fromkeys((*edge.hosts, *LOOPBACK))
     authority.issue(edge.name, [*hosts], role="both", days=fleet.days).save(folder)
@@ -126,7 +126,7 @@ def _edge(fleet: FleetFile, edge: EdgePlace, authority: Authority, folder: Path)
 
 
 def _device(
-    fleet: FleetFile, partition: int, device: DevicePlace, authority: Authority, folder: Path
+    fleet: FleetFile, partition: int, device: DeviceMachine, authority: Authority, folder: Path
 ) -> Path:
     _private_folder(folder)
     name = HOLDER.format(client=partition)
@@ -141,7 +141,7 @@ def _device(
     return folder
 
 
-def _dialled(place: ServerPlace | EdgePlace) -> str:
+def _dialled(place: ServerMachine | EdgeMachine) -> str:
     host = place.hosts[0]
     return f"[{host}]:{place.port}" if ":" in host else f"{host}:{place.port}"
 

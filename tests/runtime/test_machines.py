@@ -14,7 +14,7 @@ import yaml
 
 from fedsys.main import main
 from fedsys.runtime.fleet_files import read_fleet
-from fedsys.runtime.machines import LONG_S, WAITS_S, Kept, Program, for_ever
+from fedsys.runtime.machines import LONG_S, WAITS_S, KeptPrograms, Program, for_ever
 from fedsys.runtime.processes import free_ports
 from fedsys.runtime.provisioning import provision
 from tests.waiting import until
@@ -45,7 +45,7 @@ class Programs:
 def kept(tmp_path, monkeypatch):
     clock, said, programs = [0.0], [], Programs()
     monkeypatch.setattr("fedsys.runtime.machines.Processes", lambda *a, **k: programs)
-    made = Kept([Program("node", ["x"])], tmp_path, said.append, clock=lambda: clock[0])
+    made = KeptPrograms([Program("node", ["x"])], tmp_path, said.append, clock=lambda: clock[0])
     made._start("node")
     return made, clock, said, programs
 
