@@ -8,8 +8,10 @@ come is sent ahead.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from torch import Tensor
 
@@ -28,6 +30,7 @@ class Bases:
         self._starts: dict[str, State] = {}
         self._keys: dict[str, str] = {}  # by session
         self._ahead: dict[str, tuple[str, Tensors]] = {}  # by session: its name, and what came
+        self._borrowers = itertools.count()
         self._lock = threading.Lock()
 
     def began(self, spec: SessionSpec, start: Snapshot) -> None:
@@ -56,6 +59,22 @@ class Bases:
         """Return the names of all beginnings that are here."""
         with self._lock:
             return list(self._starts)
+
+    @contextmanager
+    def lent(self) -> Iterator[list[str]]:
+        """Keep all beginnings that are here for the length of a block; yields their names.
+
+        Whoever is told that they are here sends differences from them, whatever ends meanwhile.
+        """
+        with self._lock:
+            borrower = f"borrower {next(self._borrowers)} of"  # no name of a session
+            lent = {f"{borrower} {key}": key for key in self._starts}
+            self._keys.update(lent)
+        try:
+            yield list(lent.values())
+        finally:
+            for name in lent:
+                self.forget(name)
 
     def came_ahead(self, session: str, name: str, tensors: Tensors) -> None:
         """Keep what was sent ahead of a session, instead of what came before."""

@@ -138,18 +138,13 @@ class Arrivals:
 
     def fetch(self, name: str, hello: Frame, shown: Presented) -> Fetched | None:
         """Fetch the session of a device that is here from where it was; None if that fails."""
-        question = Frame(
-            "fetch",
-            {
-                **{key: hello.meta.get(key) for key in ("token", "epoch", "told", "awaiting")},
-                "session": name,
-                "starts": self._own.bases.keys(),
-            },
-        )
+        about = {key: hello.meta.get(key) for key in ("token", "epoch", "told", "awaiting")}
         self._coming.add(name)
         try:
-            tried = (self._ask_sources(*place, question) for place in self._places(hello))
-            return next((found for found in tried if found is not None), None)
+            with self._own.bases.lent() as starts:
+                question = Frame("fetch", {**about, "session": name, "starts": starts})
+                tried = (self._ask_sources(*place, question) for place in self._places(hello))
+                return next((found for found in tried if found is not None), None)
         finally:
             self._coming.discard(name)
 

@@ -153,6 +153,34 @@ def test_what_is_sent_ahead_is_not_sent_again(pair, last_layer):
     assert fleet.collect("s", "b").step == 6
 
 
+def test_what_a_session_is_a_difference_from_stays_until_it_came(pair, last_layer, monkeypatch):
+    """Two devices changed places unannounced: what both had begun with was gone with the first.
+
+    The other one was sent as a difference from it, which nobody could read: in schedule 28 of
+    `bench migration` the server app was asked to open the session anew.
+    """
+    edges, fleet = pair
+    for name, edge in (("s", "a"), ("t", "b")):
+        fleet.open(last_layer.spec(name), last_layer.start(), edge)
+    remote, peers = device(edges), edges["b"]._moving._peers
+    remote.open()
+    train(remote, last_layer, range(2))
+    asks = peers.ask
+
+    def ask(group, source, question):
+        if question.kind == "fetch":
+            fleet.release("t")
+        return asks(group, source, question)
+
+    monkeypatch.setattr(peers, "ask", ask)
+    remote.leave(edges["b"].address, "unannounced", step=2)
+    train(remote, last_layer, range(2, 4))
+    assert [moved.how for moved in remote.traffic.moves] == ["unannounced"]
+    assert (fleet.collect("s", "b").step, fleet.recoveries()) == (4, [])
+    fleet.release("s")
+    assert edges["b"]._moving._bases.keys() == []
+
+
 def test_a_device_that_was_foreseen_at_one_edge_may_go_to_another(last_layer):
     """The first one had its session on offer for ten minutes, and it could go nowhere else."""
     edges = {n: EdgeServer(n, "tcp://127.0.0.1:0", control_token=TOKEN) for n in ("a", "b", "c")}
