@@ -18,6 +18,7 @@ from fedsys.models.layers import LayeredModel, section
 from fedsys.partition.remote_host import Described
 from fedsys.partition.tensor_store import digest_of
 from fedsys.pruning.dense import architecture
+from fedsys.pruning.dense.simplify import drop_checks
 from fedsys.pruning.memory import dismantle, trim
 
 
@@ -74,6 +75,7 @@ class UnitParts:
 
     def _describe(self, first: int, last: int) -> Described:
         module = section(self.layers, first, last).eval()
+        drop_checks(module.graph)  # inputs of the first unit are checked where they come in
         body = architecture.describe(module)
         tensors = _used(module)
         names = {name: self._digest(tensor) for name, tensor in tensors.items()}

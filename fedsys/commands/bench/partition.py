@@ -29,7 +29,7 @@ from fedsys.commands.bench.partition_requests import (
 from fedsys.commands.bench.partition_trace import trace_figures
 from fedsys.commands.serve import SWITCH_S
 from fedsys.config import Config
-from fedsys.errors import ConfigError
+from fedsys.errors import ConfigError, ModelError
 from fedsys.planning.costs import Messaging
 from fedsys.runs import plots
 from fedsys.runs.folder import write_atomic
@@ -62,7 +62,8 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
         ``moves``: ``ways``, a row for each, ``lost_or_wrong`` of all, ``ways_in_order``. Of
         ``trace``: ``contenders``, ``mean_to_static``, ``p95_to_static``,
         ``share_of_oracle_gain``, ``moves_per_change``, ``undone``, and ``points``, each
-        request of the one that moves. What there is stands in `SO_FAR` in the run folder
+        request of the one that moves. ``refused``: models that cannot be divided or sent, if there
+        are any, and why. What there is stands in `SO_FAR` in the run folder
         meanwhile.
 
     Raises:
@@ -141,7 +142,7 @@ class _Parts:
             draw_trace(self.found["points"], self._folder / "plots" / "trace.png")
 
     def _requests(self) -> None:
-        options, rows = self._options, list[dict[str, Any]]()
+        options, rows, refused = self._options, list[dict[str, Any]](), dict[str, str]()
         with host_processes(("edge", "cloud")) as processes, device_and(processes) as hosts:
             _say("overhead")
             added, self._messaging = overhead_figures(hosts, 4 * int(options["repeats"]))
@@ -150,11 +151,15 @@ class _Parts:
                 _say(f"requests of {name}")
                 most_s = self._most_s("latency") / len(options["models"])
                 entry_s = 1e-6 * self.found["entry_us"]
-                for row in latency_rows(
-                    hosts, str(name), options, self._messaging, most_s, entry_s
-                ):
-                    rows.append(row)
-                    self._keep(requests=rows, **errors(rows))
+                measured = latency_rows(hosts, str(name), options, self._messaging, most_s, entry_s)
+                try:
+                    for row in measured:
+                        rows.append(row)
+                        self._keep(requests=rows, **errors(rows))
+                except ModelError as error:  # the others are measured all the same
+                    refused[str(name)] = str(error)
+                    self._keep(refused=refused)
+                    _say(f"{name}: {error}")
 
     def _moves(self) -> None:
         _say("moves")

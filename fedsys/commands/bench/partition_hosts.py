@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from fedsys.commands.host import start_host
 from fedsys.config import CONF, compose_text, parse
 from fedsys.models import build, layered
+from fedsys.models.catalog import torchvision_names
 from fedsys.models.layers import LayeredModel
 from fedsys.partition.pipeline import Passed
 from fedsys.partition.problem import RAW, Partition
@@ -29,6 +30,9 @@ from fedsys.transport.network import Network
 from fedsys.transport.security import new_token
 
 CLASSES = 1000
+
+LARGE_SIDE = 64
+"""Height and width from which on images are not small."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,12 +68,17 @@ class BenchModel:
 def model_of(name: str, side: int, seed: int = 0) -> BenchModel:
     """Return a model by its name in ``conf/model/``, or else in torchvision.
 
+    Those of ``conf/model/`` are for small images: ResNet-50 without the stride of its beginning
+    takes sixteen times as long as it is known to. So images of `LARGE_SIDE` or more go through
+    torchvision's, where it has that name.
+
     Args:
         name: Of the model; random weights.
         side: Height and width of images.
         seed: Of the weights.
     """
-    own = (CONF / "model" / f"{name}.yaml").exists()
+    large = side >= LARGE_SIDE and name in torchvision_names()
+    own = not large and (CONF / "model" / f"{name}.yaml").exists()
     given = f"model={name}" if own else f"model=torchvision model.name={name}"
     spec = parse(compose_text(given)).model
     shape = (3, side, side)
