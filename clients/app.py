@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+from collections.abc import Sequence
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from clients import mods
+from clients import mods, together
 from clients.local import LocalClient
 from clients.offload import OffloadClient
 from fedsys import config as configuration
@@ -35,6 +37,8 @@ from fedsys.transport.messages import (
     Probe,
     Truncated,
 )
+
+_log = logging.getLogger("fedsys.clients")
 
 app = ClientApp(mods=[mods.explain_errors, mods.unpack_arrays])
 
@@ -92,6 +96,29 @@ def identify(message: Message, context: Context) -> Message:
     return Message(
         RecordDict({IDENTITY: ConfigRecord(messages.written(identity))}), reply_to=message
     )
+
+
+def train_together(
+    messages_: Sequence[Message], contexts: Sequence[Context]
+) -> list[Message] | None:
+    """Train many clients at once; None where that is not how these messages are answered.
+
+    Whatever fails is tried again one by one, so that an error is that of its client.
+    """
+    if any(message.metadata.message_type != "train" for message in messages_):
+        return None
+    config = _config(messages_[0], contexts[0])
+    try:
+        replies = together.trained(
+            config,
+            [_partition(context) for context in contexts],
+            [message.content for message in messages_],
+        )
+    except Exception:
+        _log.debug("clients are trained one by one", exc_info=True)
+        return None
+    pairs = zip(replies, messages_, strict=True)
+    return [Message(reply, reply_to=message) for reply, message in pairs]
 
 
 def _probed(message: Message, context: Context) -> LinkRate | None:

@@ -79,7 +79,7 @@ class LocalClient:
         client = self.config.client
         settings = messages.settings_of(content)
         round_ = settings.server_round
-        model = self._model()
+        model = self.model()
         records.load_into(model, content.array_records[messages.ARRAYS], lora.sent(model))
         place = pruning.position(self.config.pruning, round_, self.config.rounds)
         lr = optimizers.learning_rate(client.lr, client.lr_schedule, *place)
@@ -160,7 +160,7 @@ class LocalClient:
     def evaluate(self, content: RecordDict) -> RecordDict:
         """Score the received arrays on the client's own training examples, without augmentation."""
         fed = federation.federation(self.config)
-        model = self._model()
+        model = self.model()
         records.load_into(model, content.array_records[messages.ARRAYS], lora.sent(model))
         own = fed.dataset.train.take(fed.parts[self.partition])
         score = training.evaluate(model, data.eval_batches(own, fed.dataset), task_of(self.config))
@@ -197,7 +197,7 @@ class LocalClient:
         layers = layered_model(self.config, dataset.input_shape, dataset.num_classes)
         return device_costs(self.config, layers, self.partition)
 
-    def _model(self) -> nn.Module:
+    def model(self) -> nn.Module:
         """Return this thread's model; its state is overwritten by every message."""
         key = (self.config.text, threading.get_ident())
         if getattr(_models, "key", None) != key:

@@ -32,7 +32,7 @@ from fedsys.privacy.check import check_record_model, check_record_run
 from fedsys.privacy.check_rounds import check_cut_model, check_cut_run
 from fedsys.privacy.promises import round_promise
 from fedsys.runtime.apps import check_mods, refuse_private_mods
-from fedsys.training import federation
+from fedsys.training import federation, together
 from fedsys.training.optimizers import make_optimizer
 from strategies.buffers import TypedBuffers
 from strategies.frozen_backbone import FrozenBackbone
@@ -90,9 +90,8 @@ def build(
             privacy that nobody accounts for.
     """
     spec: dict[str, Any] = dict(config.strategy)
-    refuse_private_mods(config.apps.client)
+    _refuse_clients(config, model)
     sampling = Sampling.of(spec)
-    make_optimizer(model.parameters(), config.client, config.client.lr)  # refused here, once
     inner: Strategy = _typed(spec, config, model)
     if config.client.keep_optimizer:
         inner = KeptState(inner, roster)
@@ -129,6 +128,14 @@ def build(
         mobility=mobility,
     )
     return Sampled(offload, roster, sampling, seed=config.seed)
+
+
+def _refuse_clients(config: Config, model: nn.Module) -> None:
+    """Refuse here, once, what each client would refuse."""
+    refuse_private_mods(config.apps.client)
+    make_optimizer(model.parameters(), config.client, config.client.lr)
+    if config.runtime.batched_clients > 1:
+        together.check_model(model)
 
 
 def _refuse_raw_tokens(config: Config, dataset: Dataset) -> None:

@@ -47,6 +47,8 @@ def title(config: Config, model: nn.Module, dataset: Dataset) -> str:
 def surroundings(config: Config) -> list[str]:
     """Return lines about edge servers, links, fleet and network; none where there are none."""
     lines = []
+    if (many := config.runtime.batched_clients) > 1:
+        lines.append(f"{many} clients are trained at once: other bits than one at a time")
     if names := edge_names(config):
         count = f"{len(names)} edge server{'' if len(names) == 1 else 's'}"
         link = config.link.kind if config.link.kind != "auto" else _automatic(config)

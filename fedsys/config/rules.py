@@ -160,6 +160,7 @@ RULES: tuple[Rule, ...] = (
     ("variants.max_drop", _optional(lambda v: 0 <= v <= 1), "must be in [0, 1]", "null for any"),
     ("runtime.workers", _optional(_at_least_one), "must be at least 1", "null lets fedsys choose"),
     ("runtime.pool", *_one_of("threads", "processes"), ""),
+    ("runtime.batched_clients", _at_least_one, "must be at least 1", "1 trains each alone"),
     ("runtime.timeout_s", _positive, "must be greater than 0", ""),
     ("runtime.wait_s", _positive, "must be greater than 0", ""),
     *((f"serving.{key}", test, rule, "") for key, test, rule in SERVING_RULES),

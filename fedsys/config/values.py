@@ -133,6 +133,7 @@ class RuntimeConfig:
         kind: ``local``, ``simulation`` or ``deployment``.
         workers: Clients that train at the same time; None for cores / threads.
         pool: Whether the clients of ``local`` train in ``threads`` or ``processes``.
+        batched_clients: Clients of ``local`` that train at once, in one pass of a model.
         timeout_s: Longest time for one phase of a round, in seconds.
         superlink: Address of the SuperLink as ``host:port``; ``deployment`` only.
         root_certificates: File with the certificate of its authority; None for the system's.
@@ -144,6 +145,7 @@ class RuntimeConfig:
     kind: str = "local"
     workers: int | None = None
     pool: str = "threads"
+    batched_clients: int = 1
     timeout_s: float = 3600.0
     superlink: str | None = None
     root_certificates: str | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 from flwr.clientapp import ClientApp
@@ -47,6 +48,27 @@ def load_client(name: str) -> ClientApp:
     """
     app: ClientApp = _load("apps.client", name, ClientApp)
     return app
+
+
+def load_together(config: Config) -> Callable[..., Any] | None:
+    """Import what answers many messages at once: ``train_together``, beside the client app.
+
+    Returns:
+        It; None where each client trains alone.
+
+    Raises:
+        ConfigError: The client app's module has none.
+    """
+    if config.runtime.batched_clients == 1:
+        return None
+    module = importlib.import_module(config.apps.client.partition(":")[0])
+    found: Callable[..., Any] | None = getattr(module, "train_together", None)
+    if found is None:
+        raise ConfigError.of(
+            "runtime.batched_clients", config.runtime.batched_clients,
+            f"needs a function train_together in {module.__name__}", "runtime.batched_clients=1",
+        )  # fmt: skip
+    return found
 
 
 def check_mods(name: str) -> None:

@@ -25,10 +25,11 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedsys.config import Config, secret
 from fedsys.errors import ConfigError
 from fedsys.runs import startup as stages
-from fedsys.runtime.apps import load_apps
+from fedsys.runtime.apps import load_apps, load_together
 from fedsys.runtime.grid_around import Absent
 from fedsys.training import plain as training
 from fedsys.training.pulse import pulse
+from fedsys.training.together import check_config
 from fedsys.transport import records
 from fedsys.transport.messages import PARTITION_ID
 
@@ -44,6 +45,9 @@ CLOSE_S = 2.0
 """How long a grid that is closed waits for messages in work, in seconds."""
 
 ClientFunction = Callable[[Message, Context], Message]
+
+Together = Callable[[Sequence[Message], Sequence[Context]], Sequence[Message] | None]
+"""Answers messages at once; None where each is to be answered alone."""
 
 
 def identify_process(run_id: int = 1) -> None:
@@ -66,6 +70,8 @@ class LocalGrid(Grid):
         workers: Messages that are worked on at the same time.
         run_config: The run config that each context holds.
         processes: Whether workers are processes; else threads.
+        together: Answers many messages at once; None: each is answered alone.
+        at_once: How many messages that is at most.
     """
 
     def __init__(
@@ -76,9 +82,11 @@ class LocalGrid(Grid):
         workers: int = 1,
         run_config: UserConfig | None = None,
         processes: bool = False,
+        together: Together | None = None,
+        at_once: int = 1,
     ) -> None:
         identify_process()
-        self._app = client_app
+        self._app, self._together, self._at_once = client_app, together, at_once
         self.absent: Absent = dict
         self._nodes = range(FIRST_NODE_ID, FIRST_NODE_ID + num_nodes)
         self._run_config = run_config or {}
@@ -174,7 +182,7 @@ class LocalGrid(Grid):
         So there are never more than `AHEAD` and one for each worker, whatever the number of
         messages. Messages that nobody has begun are dropped when the iterator is closed.
         """
-        return self._replies(messages, timeout, ahead=AHEAD + self._workers)
+        return self._replies(messages, timeout, ahead=AHEAD + self._workers * self._at_once)
 
     def _replies(
         self, messages: Iterable[Message], timeout: float | None, ahead: int | None
@@ -205,20 +213,37 @@ class LocalGrid(Grid):
 
     def _work(self) -> None:
         while (phase := self._jobs.get()) is not None:
-            for index, message, content in phase:
-                if not phase.done(index, self._answer(message, content)):
+            for first in phase:
+                taken = [first, *phase.more(self._at_once - 1)]
+                answers = self._answers([(message, content) for _, message, content in taken])
+                new = [phase.done(i, reply) for (i, *_), reply in zip(taken, answers, strict=True)]
+                if not all(new):
                     return  # another thread has taken the place of this one
 
-    def _answer(self, message: Message, content: RecordDict) -> Message:
+    def _answers(self, asked: Sequence[tuple[Message, RecordDict]]) -> Sequence[Message]:
+        """Answer messages at once where that is possible, else one after the other."""
+        if self._together is not None and len(asked) > 1:
+            for message, content in asked:
+                message.content = records.own_copy(content)
+            messages = [message for message, _ in asked]
+            replies = self._together(messages, [self._context(message) for message in messages])
+            if replies is not None:
+                return replies
+        return [self._answer(message, content) for message, content in asked]
+
+    def _context(self, message: Message) -> Context:
         node_id = message.metadata.dst_node_id
         partition_id = node_id - FIRST_NODE_ID
-        context = Context(
+        return Context(
             run_id=TaskIdentity.run_id,
             node_id=node_id,
             node_config={PARTITION_ID: partition_id, "num-partitions": len(self._nodes)},
             state=self._states.get(node_id) or RecordDict(),
             run_config=self._run_config,
         )
+
+    def _answer(self, message: Message, content: RecordDict) -> Message:
+        context, node_id = self._context(message), message.metadata.dst_node_id
         message.content = records.own_copy(content)
         try:
             reply = self._app(message, context)
@@ -285,6 +310,16 @@ class _Phase:
             self._begun += 1
         message = self._messages[index]
         return index, message, self._sealed[id(message.content)]
+
+    def more(self, count: int) -> list[tuple[int, Message, RecordDict]]:
+        """Return up to so many of the messages that may be begun now."""
+        found: list[tuple[int, Message, RecordDict]] = []
+        with self._changed:  # its lock can be taken again by who has it
+            while len(found) < count and self._begun < len(self._messages) and self._may_begin():
+                if (taken := next(self, None)) is None:
+                    break
+                found.append(taken)
+        return found
 
     def _may_begin(self) -> bool:
         over = self._cancelled or self._begun == len(self._messages)
@@ -357,6 +392,7 @@ def run_local(config: Config) -> None:
         ConfigError: Processes are asked for where there can be none.
     """
     check_pool(config)
+    check_config(config)
     apps = load_apps(config)
     stages.current().reached("imports")
     play_local(config, *apps)
@@ -391,6 +427,8 @@ def play_local(config: Config, server_app: ServerApp, client_app: ClientFunction
         workers=min(workers, config.num_clients),
         run_config=run_config,
         processes=config.runtime.pool == "processes",
+        together=load_together(config),
+        at_once=config.runtime.batched_clients,
     ) as grid:
         context = Context(
             run_id=TaskIdentity.run_id,
