@@ -135,7 +135,7 @@ def _refuse_clients(config: Config, model: nn.Module) -> None:
     refuse_private_mods(config.apps.client)
     make_optimizer(model.parameters(), config.client, config.client.lr)
     if config.runtime.batched_clients > 1:
-        together.check_model(model)
+        together.check_model(model, config.runtime.batched_clients)
 
 
 def _refuse_raw_tokens(config: Config, dataset: Dataset) -> None:

@@ -71,25 +71,29 @@ def check_config(config: Config) -> None:
             )  # fmt: skip
 
 
-def check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module, count: int) -> None:
     """Refuse a model whose training does more than to compute: which draws, or writes to buffers.
+
+    Args:
+        model: What clients are to train.
+        count: How many of them at once.
 
     Raises:
         ConfigError: Names what does.
     """
     plain = dict(model.named_parameters())
     if plain.keys() != dict(model.named_parameters(remove_duplicate=False)).keys():
-        raise _refused("a parameter has two names")
+        raise _refused(count, "a parameter has two names")
     for name, module in model.named_modules():
         kind = type(module).__name__
         if "Dropout" in kind and getattr(module, "p", True):
-            raise _refused(f"{name} ({kind}) draws", "model.dropout=0")
+            raise _refused(count, f"{name} ({kind}) draws", "model.dropout=0")
         if "BatchNorm" in kind and getattr(module, "track_running_stats", True):
-            raise _refused(f"{name} ({kind}) keeps statistics", "model.norm=group")
+            raise _refused(count, f"{name} ({kind}) keeps statistics", "model.norm=group")
 
 
-def _refused(reason: str, remedy: str = f"{OPTION}=1") -> ConfigError:
-    return ConfigError.of(OPTION, "", f"does not go with this model: {reason}", remedy)
+def _refused(count: int, reason: str, remedy: str = f"{OPTION}=1") -> ConfigError:
+    return ConfigError.of(OPTION, count, f"does not go with this model: {reason}", remedy)
 
 
 Batch = tuple[Tensor, Tensor]

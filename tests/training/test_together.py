@@ -82,16 +82,16 @@ def test_a_client_without_an_example_stays_as_it_was():
 
 
 def test_models_that_draw_or_keep_statistics_are_refused():
-    together.check_model(model_of())
-    together.check_model(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.0)))
+    together.check_model(model_of(), 4)
+    together.check_model(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.0)), 4)
     with pytest.raises(ConfigError, match=r"1 \(Dropout\) draws"):
-        together.check_model(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1)))
+        together.check_model(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1)), 4)
     with pytest.raises(ConfigError, match="BatchNorm1d"):
-        together.check_model(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
+        together.check_model(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), 4)
     tied = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     tied[1].weight = tied[0].weight
     with pytest.raises(ConfigError, match="two names"):
-        together.check_model(tied)
+        together.check_model(tied, 4)
 
 
 SMALL = (
