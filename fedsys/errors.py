@@ -8,6 +8,7 @@
     ├── ModelError              a model that cannot be built, traced, cut, pruned or loaded
     ├── RunError                a run folder that cannot be written, read or resumed
     ├── RuntimeFailure          Flower, a node or a process of the run failed
+    │   └── PipelineLeft        a pipeline of hosts was taken down before it answered
     ├── SecurityError           a certificate, token or peer that is not accepted
     ├── RequestError            a request to the inference endpoint that cannot be answered
     ├── SessionError            a session that does not exist, or an operation out of its turn
@@ -68,6 +69,10 @@ class RunError(FedsysError):
 
 class RuntimeFailure(FedsysError):
     """Flower, a node, or a process that belongs to the run failed."""
+
+
+class PipelineLeft(RuntimeFailure):
+    """A pipeline was taken down on purpose before it answered: another one can be asked."""
 
 
 class SecurityError(FedsysError):

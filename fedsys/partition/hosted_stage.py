@@ -9,7 +9,8 @@ The thread of the link from upstream computes, so a request costs no change of t
 reads answers from downstream. What was sent on is held until its answer has passed: when the next
 host is lost, its requests are here, with their ids. Either they fail then, or (`holds`) they stay
 until `divert` gives them, and all that come, to a stage of another pipeline on this host, which
-goes on from the boundary where they are.
+goes on from the boundary where they are. A stage that is dropped says so of what it has: these may
+be requests of other pipelines, which then are asked anew.
 """
 
 from __future__ import annotations
@@ -83,6 +84,10 @@ class Underway:
     part: Mapping[str, Any]
     frame: Frame | None = None
     sent_s: float = 0.0
+
+
+class _Dropped(FrameError):
+    """The stage is dropped, and computes no more."""
 
 
 @final
@@ -186,7 +191,8 @@ class HostedStage:
             known = isinstance(error, FedsysError)
             reason = first_line(error) if known else f"{type(error).__name__}: {first_line(error)}"
             with suppress(LinkError):
-                one.upstream.send(_failed(one.number, self._host, reason))
+                dropped = isinstance(error, _Dropped)
+                one.upstream.send(_failed(one.number, self._host, reason, dropped))
             return
         now = time.monotonic()
         self.computed, self.busy_s = self.computed + 1, self.busy_s + now - began
@@ -199,7 +205,7 @@ class HostedStage:
         """Keep the modules while something is computed; raise once they may be taken apart."""
         with self._lock:
             if self._closed:
-                raise FrameError("the pipeline was dropped")
+                raise _Dropped("the pipeline was dropped")
             self._computing += 1
         try:
             yield
@@ -226,7 +232,7 @@ class HostedStage:
             try:
                 onward.send(one.frame)
             except LinkError as error:
-                if not self._onward.holds:
+                if self._closed or not self._onward.holds:
                     self._fail(one.number, first_line(error))
 
     def divert(self, stage: HostedStage, first: int) -> int:
@@ -289,10 +295,11 @@ class HostedStage:
             held = self._held.pop(number, None)
         if held is not None:
             with suppress(LinkError):
-                held.upstream.send(_failed(number, self._onward.name, f"lost: {reason}"))
+                lost = f"lost: {reason}"
+                held.upstream.send(_failed(number, self._onward.name, lost, self._closed))
 
     def close(self, longest_s: float = 30.0) -> bool:
-        """End the link to the next host; requests that wait for it fail.
+        """End the link to the next host; requests that wait for it fail, as dropped.
 
         Args:
             longest_s: How long it waits for what is computed now, in seconds.
@@ -305,6 +312,8 @@ class HostedStage:
             over = self._idle.wait_for(lambda: not self._computing, longest_s)
         if self._onward.link is not None:
             self._onward.link.close()
+        for number in self.held:  # who reads has ended if the next host was lost before
+            self._fail(number, "the pipeline was dropped")
         return over
 
 
@@ -336,8 +345,9 @@ def _passed_back(held: Underway, sent: Frame, answer: Frame) -> Frame:
     return Frame("y", meta, answer.tensors)
 
 
-def _failed(number: int, host: str, reason: str) -> Frame:
-    return Frame("failed", {"id": number, "host": host, "reason": reason[:500]})
+def _failed(number: int, host: str, reason: str, dropped: bool) -> Frame:
+    meta = {"id": number, "host": host, "reason": reason[:500], "dropped": dropped}
+    return Frame("failed", meta)
 
 
 def _listed(parts: object) -> Sequence[Any]:

@@ -4,6 +4,8 @@ Many requests may be under way; each host computes one at a time, so the stages 
 is kept until its answer is there. When a host is lost they fail, or, where somebody is told of it,
 wait for `Pipeline.divert`: then another pipeline computes them, and those that come. Whichever
 answers first, a request has one answer: its future is in the hands of who takes it from the table.
+Requests of a pipeline that is taken down fail with `PipelineLeft`: no host failed, so who asked
+asks another one.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import Any, final
 
 from torch import Tensor
 
-from fedsys.errors import LinkError, RuntimeFailure, first_line
+from fedsys.errors import LinkError, PipelineLeft, RuntimeFailure, first_line
 from fedsys.transport.codecs import decode_activation, encode_activation
 from fedsys.transport.link import Link
 from fedsys.transport.wire import Frame
@@ -91,8 +93,13 @@ class Pipeline:
 
     @property
     def diverted(self) -> bool:
-        """Whether another pipeline computes what comes."""
-        return self._instead is not None
+        """Whether another pipeline computes what comes; no more when that one is taken down."""
+        return self._instead is not None and not self._instead.closed
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was taken down."""
+        return self._closed
 
     def submit(self, images: Tensor) -> Future[Passed]:
         """Send a request; many may be under way.
@@ -101,6 +108,7 @@ class Pipeline:
             images: Inputs of the model, ``(batch, …)``.
 
         Raises:
+            PipelineLeft: It was taken down.
             RuntimeFailure: The first host is lost.
         """
         future = Future[Passed]()
@@ -110,7 +118,9 @@ class Pipeline:
     def _send(self, future: Future[Passed], images: Tensor, again: int) -> None:
         number = next(_IDS)
         with self._lock:
-            instead = self._instead
+            if self._closed:
+                raise self._left()
+            instead = self._instead if self.diverted else None
             if instead is None:
                 if self._ended:
                     raise RuntimeFailure(self._ended)
@@ -123,7 +133,9 @@ class Pipeline:
             if self._open:
                 self._link.send(Frame("x", {**meta, "id": number}, tensors))
         except LinkError as error:
-            if self._lost is None or self._closed:
+            if self._closed:
+                self._end(number, self._left())
+            elif self._lost is None:
                 reason = f"the first host is lost: {first_line(error)}"
                 self._end(number, RuntimeFailure(reason))
 
@@ -131,6 +143,7 @@ class Pipeline:
         """Send a request and wait for its answer.
 
         Raises:
+            PipelineLeft: It was taken down before it answered.
             RuntimeFailure: A host failed or is lost, or no answer came in time.
         """
         future = self.submit(images)
@@ -146,7 +159,7 @@ class Pipeline:
         What this one still answers counts if it comes first.
         """
         with self._lock:
-            self._instead = instead
+            self._instead, self._ended = instead, ""
             waiting, self._waiting = self._waiting, {}
         wanted = [one for one in waiting.values() if not one.future.cancelled()]
         for one in wanted:
@@ -160,7 +173,7 @@ class Pipeline:
     def pass_on(self, instead: Pipeline) -> None:
         """Have another pipeline compute what comes; what is under way is answered by this one."""
         with self._lock:
-            self._instead = instead
+            self._instead, self._ended = instead, ""
 
     def fail(self, reason: str) -> None:
         """Fail what is under way, and what comes, until `divert`."""
@@ -170,9 +183,15 @@ class Pipeline:
             self._end(number, RuntimeFailure(reason))
 
     def close(self) -> None:
-        """End the link; what is under way fails."""
-        self._closed = True
+        """End the link; what is under way fails, and what comes, as `PipelineLeft`."""
+        with self._lock:
+            self._closed = True
         self._link.close()
+        for number in list(self._waiting):  # who reads may have ended before, with a lost host
+            self._end(number, self._left())
+
+    def _left(self) -> PipelineLeft:
+        return PipelineLeft(f"{self.name} was taken down before it answered")
 
     def _read(self) -> None:
         try:
@@ -181,7 +200,9 @@ class Pipeline:
         except LinkError as error:
             reason = first_line(error)
         self._open = False
-        if self._lost is not None and not self._closed:
+        if self._closed:
+            return
+        if self._lost is not None:
             self._lost(self._first, reason)
             return
         self.fail(f"the first host is lost: {reason}")
@@ -190,7 +211,8 @@ class Pipeline:
         number = frame.meta.get("id")
         if frame.kind == "failed":
             host, reason = frame.meta.get("host"), frame.meta.get("reason")
-            self._end(number, RuntimeFailure(f"{host}: {reason}"))
+            kind = PipelineLeft if frame.meta.get("dropped") is True else RuntimeFailure
+            self._end(number, kind(f"{host}: {reason}"))
             return
         if frame.kind == "lost" and self._lost is not None:
             self._lost(str(frame.meta.get("host")), str(frame.meta.get("reason")))

@@ -12,7 +12,8 @@ and freed. So the four ways to move of NEUKONFIG are those of the switchers ther
   beside);
 * ``warm``: all pipelines stand ready; the pointer changes and nothing else.
 
-A request that began in a pipeline ends in it.
+A request that began in a pipeline ends in it; or another one is asked, where it was sent from
+there into one that is taken down before it has answered.
 """
 
 from __future__ import annotations
@@ -32,7 +33,14 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from fedsys.errors import ConfigError, FedsysError, ModelError, RequestError, RuntimeFailure
+from fedsys.errors import (
+    ConfigError,
+    FedsysError,
+    ModelError,
+    PipelineLeft,
+    RequestError,
+    RuntimeFailure,
+)
 from fedsys.partition.data_link import CONNECT_S, open_data, told_shape
 from fedsys.partition.pipeline import Lost, Passed, Pipeline
 from fedsys.partition.problem import Partition
@@ -52,6 +60,8 @@ Back = Callable[[Route, Passed, int, float], None]
 """The same, for all ways through the model."""
 
 _log = logging.getLogger(__name__)
+
+_AGAIN_S = 0.02  # before a request that a pipeline did not answer is asked again
 
 WAYS = ("beside", "pause", "process", "warm")
 
@@ -189,6 +199,11 @@ class Chain:
         self.marks: frozenset[int] = frozenset()
         self._number = 0
         self._lock = threading.Lock()
+
+    @property
+    def timeout_s(self) -> float:
+        """Longest time for an answer."""
+        return self._options.timeout_s
 
     def parts_of(self, way: str) -> UnitParts:
         """Return the units of a way.
@@ -507,20 +522,37 @@ class ChainEngine:
             RequestError: No host is left that could answer.
         """
         try:
-            with self.switcher.lease() as active:
-                scores = active.run(torch.as_tensor(images))
+            scores, name, again = self._asked(torch.as_tensor(images))
         except RuntimeFailure as error:
             if self.out:
                 raise RequestError(503, self.out) from error
             raise
         passed: Passed = self._own.passed
-        route = route_of(passed.by or active.name)
+        route = route_of(passed.by or name)
         self._answers[route.label] += images.shape[0]
         facts: dict[str, Fact] = {"cuts": label_of(route.partition)}
         if self.home:
             technique = "none" if route.label == self.home else route.technique
-            facts |= {"technique": technique, "way": route.way or "whole", "again": passed.again}
+            facts |= {"technique": technique, "way": route.way or "whole"}
+            facts["again"] = passed.again + again
         return Answer(scores.float().numpy(), route.way or self._name, facts)
+
+    def _asked(self, images: Tensor) -> tuple[Tensor, str, int]:
+        """Return the scores, the name of who was asked, and how many were asked before.
+
+        A pipeline counts who came to it, not what was sent into it from others, and nothing holds
+        up its end: those of the others ask who answers then.
+        """
+        until_s, before = time.monotonic() + self.chain.timeout_s, 0
+        while True:
+            try:
+                with self.switcher.lease() as active:
+                    return active.run(images), active.name, before
+            except PipelineLeft:
+                if self.out or time.monotonic() >= until_s:
+                    raise
+            before += 1
+            time.sleep(_AGAIN_S)  # the pointer may not have been changed yet
 
     def prepare(self, partitions: Sequence[Partition]) -> None:
         """Have these pipelines ready beside the one that answers, and no others."""

@@ -226,7 +226,8 @@ class Rerouter:
         if new is None or not self._outlook.ready(self.target):
             return
         for old in self._in_use():
-            stuck = old.pipeline.in_flight and old is not new
+            waits = old.pipeline.in_flight or not old.pipeline.diverted
+            stuck = waits and old is not new
             if stuck and not self._outlook.stands(old.label):
                 self.replayed += old.pipeline.divert(new.pipeline)
         told = self._unproven

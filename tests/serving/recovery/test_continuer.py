@@ -1,6 +1,7 @@
 """A chain goes on when its hosts fail: real pipelines over hosts in this process."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import numpy as np
@@ -170,6 +171,37 @@ def test_a_host_lost_again_while_it_is_let_in_comes_back_later(net):
         assert until(lambda: continuer.status()["technique"] == "none")
         assert until(lambda: engine.partition.cuts == (1, 2))
         assert times == ["alive", "alive"]
+
+
+@pytest.mark.parametrize("reader", ["reads", "has ended"])
+def test_a_request_outlives_the_pipeline_that_it_was_sent_into(net, reader):
+    """On a starved machine up to 22 of 24 requests of a schedule were refused.
+
+    "the first host is lost: the link was closed on this side": they had come to one pipeline, and
+    had been sent on into the next one, which was left for the best one. As that counts only who
+    came to it, it was taken down at once, with them in it. If its first host was lost as well,
+    they were not even refused: they waited until their time was over.
+    """
+    x = images()
+    with continuing(net, (1, 2), timeout_s=30.0) as (engine, _, continuer):
+        assert until(lambda: engine.switcher.spare and continuer.at_rest)
+        home = next(module.pipeline for module in engine.live if module.label == "1/2")
+        other = next(module.pipeline for module in engine.live if module.label != "1/2")
+        for pipeline in (home, other):  # what is sent is on its way, and stays there
+            pipeline._link.send = lambda frame: None
+        if reader == "has ended":
+            other._lost = lambda name, why: None  # it will be told, but not yet
+            other._link.fail("cut")
+            assert until(lambda: not other._open)
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(engine.answer, x)
+            assert until(lambda: home.in_flight == 1)
+            assert home.divert(other) == 1
+            del home._link.send
+            engine.switcher.keep(())
+            answer = asked.result(20)
+        assert np.array_equal(answer.scores, scores(net, x))
+        assert answer.facts["again"] == 1
 
 
 def test_without_any_host_a_client_is_told_so_at_once_and_later_answered_again(net):
