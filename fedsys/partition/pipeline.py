@@ -186,9 +186,9 @@ class Pipeline:
         """End the link; what is under way fails, and what comes, as `PipelineLeft`."""
         with self._lock:
             self._closed = True
-        self._link.close()
         for number in list(self._waiting):  # who reads may have ended before, with a lost host
             self._end(number, self._left())
+        self._link.close()  # after that: it may wait for a host that stands still
 
     def _left(self) -> PipelineLeft:
         return PipelineLeft(f"{self.name} was taken down before it answered")
