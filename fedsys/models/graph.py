@@ -349,6 +349,9 @@ def _check_inputs(model: nn.Module, count: int) -> None:
 
 def _inputs(model: nn.Module) -> dict[str, bool]:
     """Return the arguments of forward by name, and whether they have a default."""
+    if isinstance(model, fx.GraphModule):  # its forward may interpret the graph, with any inputs
+        taken = (node for node in model.graph.nodes if node.op == "placeholder")
+        return {str(node.target): bool(node.args) for node in taken}
     parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
     variable = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
     return {p.name: p.default is not p.empty for p in parameters if p.kind not in variable}

@@ -44,6 +44,12 @@ _LATER: Final = {
 }
 """Options of groups in the digest that came later and that the model does not depend on."""
 
+_USUAL: Final[Mapping[str, Mapping[str, Any]]] = {
+    "client": {"kernels": "plain", "train": "all"},
+    "pruning": {"score": None},
+}
+"""Options that came later, where they are as it was without them."""
+
 _LATER_GOALS: Final = frozenset(
     {"accuracy", "latency_ms", "downtime_ms", "weights", "resolution", "techniques"}
 )
@@ -76,6 +82,10 @@ def digest(config: Config) -> str:
         del values["task"]
     for group, names in _LATER.items():
         values[group] = {k: v for k, v in values[group].items() if k not in names}
+    for group, usual in _USUAL.items():
+        same = {k for k, then in usual.items() if values[group].get(k) == then}
+        more = {"lora"} if group == "client" and "train" in same else set()
+        values[group] = {k: v for k, v in values[group].items() if k not in same | more}
     goal = values["serving"]["objective"]
     values["serving"]["objective"] = {k: v for k, v in goal.items() if k not in _LATER_GOALS}
     for group, then in _THEN.items():

@@ -112,7 +112,11 @@ def test_every_choice_of_every_group_is_a_run(configure, group):
     for name in options_of(group):
         edges = {"faults": ["policy=fixed"], "mobility": ["policy=fixed", "num_edges=2"]}
         added = "+" if group == "experiment" else ""
-        more = ["mobility.file=fcd.xml"] if (group, name) == ("mobility", "trace") else []
+        needed = {
+            ("mobility", "trace"): "mobility.file=fcd.xml",
+            ("pruning", "own"): "pruning.score={_target_: mine.score}",
+        }
+        more = [needed[group, name]] if (group, name) in needed else []
         chosen = [*edges.get(group, []), f"{added}{group}={name}", *more]
         assert isinstance(configure(*chosen), Config)
 

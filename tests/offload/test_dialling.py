@@ -136,7 +136,7 @@ def test_a_trace_is_given_in_mbit_per_second(configure):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("network.trace=[[1,2]]", r"network.trace=.*must be a list of \[second, up, down\]"),
+        ("network.trace=[[1,2]]", r"network.trace, row=.*must be \[second, up, down\]"),
         ("network.up_mbit_s=0", "network.up_mbit_s=0.0: must be above 0; null for no limit"),
         ("network.latency_ms=-1", "network.latency_ms=-1.0: must not be negative"),
         ("network=6g", "network=6g: no such choice; known are 4g, 4g_plus"),

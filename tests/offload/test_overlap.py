@@ -13,6 +13,7 @@ import torch
 from clients import split_round
 from clients.steps import Batches
 from fedsys.config import parse, with_values
+from fedsys.offload.edge_part import EdgePart
 from fedsys.randomness import piece_of
 from fedsys.runs import trace_plots
 from fedsys.training import plain as training
@@ -32,21 +33,25 @@ class Meetings:
     """
 
     def __init__(self, depth):
-        self.missed, self._depth, self._forward = [], depth, training.forward
+        self.missed, self._depth = [], depth
+        self._forward, self._ahead = training.forward, EdgePart.ahead
         self._meetings = [threading.Barrier(2) for _ in range(PIECES - 1)] if depth > 1 else []
         self._loading = threading.Semaphore(0)
 
     def forward(self, model, x):
-        """Compute a piece, of which the one after it must be begun meanwhile."""
-        if (piece := piece_of(model)) is not None:
-            index = piece.start // ROWS
-            if x.shape[1:] == SHAPE:
-                self._meet(index - 1)
-            else:
-                self._meet(index)
-                if index == self._depth - 1 and not self.missed:
-                    self._note(self._loading.acquire(timeout=MEET_S), "the loader")
+        """Compute a piece on the device, of which the one before must be in work on the edge."""
+        piece = piece_of(model)
+        if piece is not None and x.shape[1:] == SHAPE:
+            self._meet(piece.start // ROWS - 1)
         return self._forward(model, x)
+
+    def ahead(self, part, inputs, start, stop):
+        """Compute a piece on the edge, of which the one after it must be begun meanwhile."""
+        index = start // ROWS
+        self._meet(index)
+        if index == self._depth - 1 and not self.missed:
+            self._note(self._loading.acquire(timeout=MEET_S), "the loader")
+        return self._ahead(part, inputs, start, stop)
 
     def batches(self, source):
         """Yield mini-batches, and say when each of them but the first one is asked for."""
@@ -75,6 +80,7 @@ def traced(configure, carry_out, monkeypatch):
     def train(kind, depth):
         meetings, own_batches = Meetings(depth), split_round.own_batches
         monkeypatch.setattr(training, "forward", meetings.forward)
+        monkeypatch.setattr(EdgePart, "ahead", lambda *about: meetings.ahead(*about))
         monkeypatch.setattr(
             split_round, "own_batches", lambda *about: meetings.batches(own_batches(*about))
         )

@@ -225,7 +225,7 @@ def test_a_cost_out_of_range_is_refused(cost: float) -> None:
         per_cost(as_scores(a=[1.0]), {"a": cost}, 1.0)
 
 
-@pytest.mark.parametrize("method", sorted(set(METHODS) - set(settings.CHANNEL_METHODS)))
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {*settings.CHANNEL_METHODS, "own"}))
 def test_a_score_of_single_weights_has_no_cost(method: str) -> None:
     words = rf"pruning\.cost=macs: must be none for pruning\.method={method}.*try pruning\.method="
     with pytest.raises(ConfigError, match=words):
