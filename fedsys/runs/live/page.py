@@ -6,17 +6,21 @@ from typing import Final
 
 from fedsys.runs.report.style import CSS
 
-PAGE: Final = """<!doctype html>
+_HEAD: Final = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width,initial-scale=1">
-<title>fedsys</title>
+<title>{}</title>
 <link rel="icon" href="data:,"><link rel="stylesheet" href="page.css">
 <script src="page.js" defer></script></head>
 <body><main>
 <h1><span id="name">…</span> <span id="status" class="badge" role="status">connecting</span></h1>
 <p class="muted" id="chosen"></p>
 <p id="error" class="error" hidden></p>
-<progress id="progress" max="1" value="0" aria-label="rounds done"></progress>
+"""
+
+PAGE: Final = (
+    _HEAD.format("fedsys")
+    + """<progress id="progress" max="1" value="0" aria-label="rounds done"></progress>
 <div class="cards" id="cards"></div>
 <section aria-label="Devices and edge servers">
 <h2>Devices and edge servers</h2>
@@ -33,18 +37,11 @@ to see what was decided for it and why.</p></figure>
 <footer>The figures are those of the run's folder. <span id="when"></span></footer>
 </main></body></html>
 """
+)
 
-SERVED_PAGE: Final = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width,initial-scale=1">
-<title>fedsys serve</title>
-<link rel="icon" href="data:,"><link rel="stylesheet" href="page.css">
-<script src="page.js" defer></script></head>
-<body><main>
-<h1><span id="name">…</span> <span id="status" class="badge" role="status">connecting</span></h1>
-<p class="muted" id="chosen"></p>
-<p id="error" class="error" hidden></p>
-<div class="cards" id="cards"></div>
+SERVED_PAGE: Final = (
+    _HEAD.format("fedsys serve")
+    + """<div class="cards" id="cards"></div>
 <section aria-label="Hosts" id="hosts"><h2>Hosts</h2>
 <figure class="panel"><div id="map"></div>
 <p id="chosen-host" class="small" aria-live="polite">Choose a host, with the mouse or with Tab, to
@@ -61,6 +58,7 @@ see what runs there and how it is.</p></figure></section>
 <footer>The figures are those of the endpoint's status. <span id="when"></span></footer>
 </main></body></html>
 """
+)
 
 STYLE: Final = (
     CSS
