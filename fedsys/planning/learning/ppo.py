@@ -155,7 +155,7 @@ def algorithm(policy: type[Any], environments: Any, hyper: Hyper, seed: int, **g
         seed: Of weights and actions.
         given: Arguments that `hyper` does not tell alone: learning rate, mini-batches, layers.
     """
-    return of_rl("stable_baselines3").PPO(
+    made = of_rl("stable_baselines3").PPO(
         policy,
         environments,
         n_steps=hyper.every,
@@ -170,12 +170,13 @@ def algorithm(policy: type[Any], environments: Any, hyper: Hyper, seed: int, **g
         device="cpu",
         **given,
     )
+    # what it takes where none is given writes nothing, but makes a folder for it
+    made.set_logger(of_rl("stable_baselines3.common.logger").Logger(None, []))
+    return made
 
 
 def update(model: Any) -> None:
-    """Learn from what lies in the buffer of a model, and write nothing about it."""
-    logger = of_rl("stable_baselines3.common.logger")
-    model.set_logger(logger.configure(None, []))
+    """Learn from what lies in the buffer of a model."""
     model.train()
 
 

@@ -244,7 +244,11 @@ def test_hyper_parameters_of_the_paper_are_those_of_its_experiment():
     assert std == pytest.approx([0.5, 0.5, 0.5, 0.45, 0.5 * 0.9**29])
 
 
-def test_the_same_seed_gives_the_same_agent_whatever_else_is_drawn(base, agent):
+def test_the_same_seed_gives_the_same_agent_whatever_else_is_drawn(
+    base, agent, tmp_path, monkeypatch
+):
+    """Nor does training leave anything behind: each had made a folder for a log without lines."""
+    monkeypatch.setenv("SB3_LOGDIR", str(tmp_path / "log"))
     torch.rand(7)
     np.random.rand(3)
     before = torch.get_rng_state()
@@ -253,6 +257,7 @@ def test_the_same_seed_gives_the_same_agent_whatever_else_is_drawn(base, agent):
     assert all(np.array_equal(again.weights[n], w) for n, w in agent.weights.items())
     other = trained(base, SMALL, seed=4)
     assert not np.array_equal(other.weights["actor.0.weight"], agent.weights["actor.0.weight"])
+    assert not (tmp_path / "log").exists()
 
 
 def test_an_agent_is_the_same_after_it_was_kept(agent, tmp_path):
