@@ -36,6 +36,11 @@ class Gates:
             self._open[name].set()
         return self._open[name]
 
+    def open(self):
+        """Let all in and out: what a host held back in another thread would wait for ever."""
+        for event in self._open.values():
+            event.set()
+
 
 class Gated(LinkAround):
     """A link of a host that stands still while its gate is closed, as a stopped process does."""
@@ -147,5 +152,5 @@ def continuing(net, first, *, names=("device", "edge", "cloud"), ways=None, chai
             yield engine, fleet, continuer
         finally:
             continuer.close()
-            fleet.gates = Gates()
+            fleet.gates.open()
             engine.close()

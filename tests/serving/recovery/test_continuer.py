@@ -35,15 +35,24 @@ def scores(net, x):
 
 
 class Load:
-    """Asks again and again from several threads, each time for another batch."""
+    """Asks again and again from several threads, each time for another batch.
+
+    It ends with its block: threads of a failed test asked for ever, and slowed what came after.
+    """
 
     def __init__(self, engine, threads=3):
         self.engine, self.stop, self.told, self.failed = engine, threading.Event(), [], []
         self.issued = 0
         self._lock = threading.Lock()
-        self._threads = [threading.Thread(target=self._ask) for _ in range(threads)]
+        self._threads = [threading.Thread(target=self._ask, daemon=True) for _ in range(threads)]
+
+    def __enter__(self):
         for thread in self._threads:
             thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.stop.set()
 
     def _ask(self):
         while not self.stop.is_set():
@@ -75,20 +84,20 @@ FAULTS = [
 def test_no_request_is_lost_or_wrong_when_hosts_fail_under_load(net, fault, who):
     with continuing(net, (1, 2)) as (engine, fleet, continuer):
         assert until(lambda: engine.switcher.spare)
-        load = Load(engine)
-        assert until(lambda: len(load.told) > 5)
-        for name in who:
-            getattr(fleet, fault)(name)
-        before = len(load.told)
-        assert until(lambda: len(load.told) > before + 10)
-        told = load.end()
-        assert load.failed == []
-        assert len(told) == load.issued == len({seed for seed, _ in told})
-        for seed, answer in told:
-            assert np.array_equal(answer.scores, scores(net, images(1, seed)))
-        assert told[-1][1].facts["technique"] == "repartition"
-        lost = {event["host"] for event in continuer.events if event["event"] == "lost"}
-        assert lost == set(who)
+        with Load(engine) as load:
+            assert until(lambda: len(load.told) > 5)
+            for name in who:
+                getattr(fleet, fault)(name)
+            before = len(load.told)
+            assert until(lambda: len(load.told) > before + 10)
+            told = load.end()
+            assert load.failed == []
+            assert len(told) == load.issued == len({seed for seed, _ in told})
+            for seed, answer in told:
+                assert np.array_equal(answer.scores, scores(net, images(1, seed)))
+            assert told[-1][1].facts["technique"] == "repartition"
+            lost = {event["host"] for event in continuer.events if event["event"] == "lost"}
+            assert lost == set(who)
 
 
 def test_a_host_that_is_back_is_used_again(net):
@@ -220,8 +229,7 @@ def test_without_any_host_a_client_is_told_so_at_once_and_later_answered_again(n
 
 
 def test_a_host_that_leaves_is_left_out_without_a_request_that_is_sent_twice(net):
-    with continuing(net, (1, 2)) as (engine, fleet, continuer):
-        load = Load(engine)
+    with continuing(net, (1, 2)) as (engine, fleet, continuer), Load(engine) as load:
         assert until(lambda: len(load.told) > 5)
         assert fleet.servers["edge"].leave(20.0)
         fleet.kill("edge")
@@ -251,19 +259,19 @@ def test_a_forced_technique_answers_as_its_path_does_to_the_bit(net, technique):
     told = dict(ways=ways, chains=chains, objective=objective)
     with continuing(net, (1, 2), **told) as (engine, fleet, continuer):
         assert until(lambda: engine.switcher.spare)
-        load = Load(engine)
-        assert until(lambda: len(load.told) > 5)
-        fleet.kill("edge")
-        assert until(lambda: load.told[-1][1].facts["technique"] == technique)
-        told = load.end()
-        assert load.failed == []
-        for seed, answer in told:
-            way = answer.facts["way"]
-            path = whole.get(way, net)
-            assert np.array_equal(answer.scores, scores(path.eval(), images(1, seed))), way
-        fleet.start("edge")
-        assert until(lambda: continuer.status()["technique"] == "none")
-        assert until(lambda: engine.partition.cuts == (1, 2) and not engine.route.way)
+        with Load(engine) as load:
+            assert until(lambda: len(load.told) > 5)
+            fleet.kill("edge")
+            assert until(lambda: load.told[-1][1].facts["technique"] == technique)
+            told = load.end()
+            assert load.failed == []
+            for seed, answer in told:
+                way = answer.facts["way"]
+                path = whole.get(way, net)
+                assert np.array_equal(answer.scores, scores(path.eval(), images(1, seed))), way
+            fleet.start("edge")
+            assert until(lambda: continuer.status()["technique"] == "none")
+            assert until(lambda: engine.partition.cuts == (1, 2) and not engine.route.way)
 
 
 def test_the_first_host_can_neither_be_exited_before_nor_skipped(net):
@@ -370,18 +378,18 @@ def test_a_smaller_variant_stands_in_as_it_is(net):
     told = dict(ways=ways, chains={"small": layers}, objective=objective)
     with continuing(net, (1, 2), **told) as (engine, fleet, continuer):
         assert until(lambda: engine.switcher.spare and continuer.at_rest)
-        load = Load(engine)
-        assert until(lambda: len(load.told) > 5)
-        fleet.kill("device")  # neither exit nor skip lead around the first host
-        assert until(lambda: load.told[-1][1].facts["technique"] == "replica")
-        told = load.end()
-        assert load.failed == []
-        for seed, answer in told:
-            whole = net if answer.facts["way"] == "whole" else small
-            assert np.array_equal(answer.scores, scores(whole, images(1, seed)))
-        assert told[-1][1].by == "small"
-        fleet.start("device")
-        assert until(lambda: continuer.status()["technique"] == "none")
+        with Load(engine) as load:
+            assert until(lambda: len(load.told) > 5)
+            fleet.kill("device")  # neither exit nor skip lead around the first host
+            assert until(lambda: load.told[-1][1].facts["technique"] == "replica")
+            told = load.end()
+            assert load.failed == []
+            for seed, answer in told:
+                whole = net if answer.facts["way"] == "whole" else small
+                assert np.array_equal(answer.scores, scores(whole, images(1, seed)))
+            assert told[-1][1].by == "small"
+            fleet.start("device")
+            assert until(lambda: continuer.status()["technique"] == "none")
 
 
 def test_a_host_that_stands_still_is_not_waited_for_when_a_stage_connects_to_it(net, monkeypatch):
