@@ -81,7 +81,7 @@ class Pipeline:
         self._first, self._lost = first, lost
         self._waiting: dict[int, _Waiting] = {}
         self._lock = threading.Lock()
-        self._ended = ""
+        self._ended, self._why = "", RuntimeFailure
         self._open, self._closed = True, False
         self._instead: Pipeline | None = None
         threading.Thread(target=self._read, name=f"answers of {name}", daemon=True).start()
@@ -95,6 +95,11 @@ class Pipeline:
     def diverted(self) -> bool:
         """Whether another pipeline computes what comes; no more when that one is taken down."""
         return self._instead is not None and not self._instead.closed
+
+    @property
+    def ended(self) -> bool:
+        """Whether it fails what comes."""
+        return bool(self._ended)
 
     @property
     def closed(self) -> bool:
@@ -123,7 +128,7 @@ class Pipeline:
             instead = self._instead if self.diverted else None
             if instead is None:
                 if self._ended:
-                    raise RuntimeFailure(self._ended)
+                    raise self._why(self._ended)
                 self._waiting[number] = _Waiting(future, images, monotonic(), again)
         if instead is not None:
             instead._send(future, images, again)
@@ -175,12 +180,17 @@ class Pipeline:
         with self._lock:
             self._instead, self._ended = instead, ""
 
-    def fail(self, reason: str) -> None:
-        """Fail what is under way, and what comes, until `divert`."""
+    def fail(self, reason: str, kind: type[RuntimeFailure] = RuntimeFailure) -> None:
+        """Fail what is under way, and what comes, until `divert`.
+
+        Args:
+            reason: Why.
+            kind: Of the error: `PipelineLeft` where another pipeline is to be asked.
+        """
         with self._lock:
-            self._ended = reason
+            self._ended, self._why = reason, kind
         for number in list(self._waiting):
-            self._end(number, RuntimeFailure(reason))
+            self._end(number, kind(reason))
 
     def close(self) -> None:
         """End the link; what is under way fails, and what comes, as `PipelineLeft`."""

@@ -133,10 +133,14 @@ class ChainModule(nn.Module):
         route: Who computes what in it.
         laid: What it stands on.
         passed: Called with each request that came back.
+
+    Attributes:
+        tried: Whether it has answered once.
     """
 
     def __init__(self, pipeline: Pipeline, route: Route, laid: _Laid, passed: Back) -> None:
         super().__init__()
+        self.tried = False
         self.pipeline, self.route, self.label = pipeline, route, route.label
         self._laid, self._passed = laid, passed
 
@@ -307,10 +311,19 @@ class Chain:
         Raises:
             RuntimeFailure: One was, even if it is back: its stage is not.
         """
+        if (name := self._lost_of(module)) is not None:
+            raise RuntimeFailure(f"{name} was lost while {module.route.label} was built")
+
+    def is_whole(self, module: ChainModule) -> bool:
+        """Whether no host of a pipeline was lost after its stage had been built."""
+        return self._lost_of(module) is None
+
+    def _lost_of(self, module: ChainModule) -> str | None:
         for stood in module.stages:
             host = self.hosts[stood.index]
             if host.losses != stood.losses:
-                raise RuntimeFailure(f"{host.name} was lost while {module.route.label} was built")
+                return host.name
+        return None
 
     def _bounds(self, way: str, first: int, last: int) -> tuple[int, ...]:
         """Return the bounds of the pieces of a stage.
@@ -456,6 +469,7 @@ class ChainEngine:
             self.chain.still_there(module)
             with torch.inference_mode():
                 module.rehearse(torch.zeros(1, *self.card.input_shape))
+            module.tried = True
         except BaseException:
             self._take_down(module)
             raise

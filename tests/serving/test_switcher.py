@@ -160,6 +160,31 @@ def test_a_request_is_answered_by_a_variant_that_is_there_whatever_it_asks_for(
     switcher.close()
 
 
+def test_what_answers_is_loaded_anew_beside_the_requests_in_it(portfolio):
+    loaded, freed = [], []
+
+    def load(name):
+        loaded.append(portfolio.module(name))
+        return loaded[-1]
+
+    switcher = Loaded(load, "half", free=freed.append)
+    switcher.keep(["tenth"])
+    with switcher.lease() as before:
+        cost = switcher.renew(drain_s=0.0)
+        assert (cost.before, cost.after, cost.drained) == ("half", "half", False)
+        assert freed == [] and before.run(images()) is not None
+    assert until(lambda: freed == loaded[:1])
+    with switcher.lease() as active:
+        assert torch.equal(active.run(images()), expected(portfolio, images())["half"])
+    assert (switcher.current, switcher.spare, len(loaded)) == ("half", ("tenth",), 3)
+    switcher.close()
+    switcher.renew()  # too late: what it loaded is freed, as the others are
+    assert len(freed) == len(loaded) == 4
+    resident = switchers(portfolio)["resident"]
+    assert resident.renew().after == "parent"
+    resident.close()
+
+
 def test_what_is_kept_is_loaded_once_and_freed_when_it_is_not_wanted(portfolio):
     loaded = []
 

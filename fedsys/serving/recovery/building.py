@@ -46,6 +46,7 @@ class PipelineBuilder:
         switcher: Holds the pipelines.
         done: Called with what became of each order.
         stood: Called with the label and the seconds of each pipeline that was built in advance.
+        sound: Whether what stands of a label can answer; else it is taken down, and built anew.
     """
 
     def __init__(
@@ -53,8 +54,9 @@ class PipelineBuilder:
         switcher: Switcher,
         done: Callable[[BuiltPipeline], None],
         stood: Callable[[str, float], None] = lambda label, seconds: None,
+        sound: Callable[[str], bool] = lambda label: True,
     ) -> None:
-        self._switcher, self._done, self._stood = switcher, done, stood
+        self._switcher, self._done, self._stood, self._sound = switcher, done, stood, sound
         self._kept: tuple[str, ...] = ()
         self._urgent: list[Callable[[], None]] = []
         self._later: Callable[[], None] | None = None
@@ -147,15 +149,16 @@ class PipelineBuilder:
         """Drop what is not wanted any more, and build one pipeline that is."""
         with self._change:
             wanted = self._kept
-        there = {*self._switcher.spare, self._switcher.current}
+        there = {*filter(self._sound, self._switcher.spare), self._switcher.current}
         missing = [label for label in wanted if label not in there]
         keep = [label for label in wanted if label in there]
         with self._change:
             self._spares_due = len(missing) > 1 or self._kept != wanted
         began = time.monotonic()
         try:
-            self._switcher.keep([*keep, *missing[:1]], drain_s=0.0)
+            self._switcher.keep(keep, drain_s=0.0)
             for label in missing[:1]:
+                self._switcher.keep([*keep, label], drain_s=0.0)
                 self._stood(label, time.monotonic() - began)
         except FedsysError as error:
             if not missing:
@@ -165,14 +168,18 @@ class PipelineBuilder:
                 self._kept = tuple(label for label in self._kept if label != missing[0])
 
     def _build(self, label: str) -> None:
-        began = time.monotonic()
-        stays = [*(name for name in self._switcher.spare if name in self._kept), label]
+        began, current = time.monotonic(), self._switcher.current
+        stays = [name for name in self._switcher.spare if name in self._kept and self._sound(name)]
+        stood = label in stays or (label == current and self._sound(label))
         try:
             self._switcher.keep(stays, drain_s=0.0)
+            if not stood and label == current:
+                self._switcher.renew(drain_s=0.0)
+            self._switcher.keep([*stays, label], drain_s=0.0)
         except FedsysError as error:
             self._done(BuiltPipeline(label, time.monotonic() - began, error=first_line(error)))
             return
-        self._done(BuiltPipeline(label, time.monotonic() - began))
+        self._done(BuiltPipeline(label, 0.0 if stood else time.monotonic() - began))
 
     def _switch(self, label: str) -> None:
         try:

@@ -25,6 +25,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, final
 
@@ -95,6 +96,7 @@ class Continuer:
             engine.switcher,
             self._carried_out,
             lambda label, seconds: self._outlook.built(label, seconds),
+            lambda label: self._outlook.module(label) is not None,
         )
         self._outlook = RecoveryOutlook(engine, planner, ways, self._builder)
         self._rerouter = Rerouter(
@@ -109,7 +111,8 @@ class Continuer:
 
     def start(self, watch: HostWatch) -> None:
         """Begin to prepare for the loss of hosts that are watched."""
-        self._watch, self._rehearsals = watch, Rehearsals(self._engine)
+        self._watch = watch
+        self._rehearsals = Rehearsals(self._engine, lambda: self._builder.busy)
         self._put(self._rerouter.keep_ready)
 
     def ask(self, objective: RecoveryObjective) -> None:
@@ -129,7 +132,7 @@ class Continuer:
             try:
                 work = self._inbox.get(timeout=_TICK_S)
             except Empty:
-                work = self._rerouter.look
+                work = self._look
             if work is None:
                 return
             try:
@@ -139,6 +142,14 @@ class Continuer:
 
     # ----------------------------------------------------------------------------------------------
     # What happens
+
+    def _look(self) -> None:
+        """See after what waits; nothing else happens."""
+        self._rerouter.look()
+        hearts = () if self._watch is None else self._watch.hearts
+        for index in self._outlook.gone:
+            if hearts and hearts[index].health is Health.ALIVE and not self._builder.busy:
+                self._builder.carry_out(partial(self._let_in, index))  # it could not be before
 
     def _changed(self, index: int, heart: Heart, told_s: float) -> None:
         outlook, host = self._outlook, self._engine.chain.hosts[index]
@@ -151,23 +162,28 @@ class Continuer:
             self._note("lost", host=host.name, why=heart.why)
             self._rerouter.lost(index, host.name, told_s, self._watch)
         elif heart.health is Health.ALIVE and index in outlook.gone:
-            self._builder.carry_out(lambda: self._let_in(index))
+            self._builder.carry_out(partial(self._let_in, index))
         elif heart.leaves != (index in outlook.leaving):
             outlook.leaving ^= {index}
             self._note("leaves" if heart.leaves else "stays", host=host.name)
             self._rerouter.settle()
 
     def _let_in(self, index: int) -> None:
+        host = self._engine.chain.hosts[index]
+        losses = host.losses
         try:
-            self._engine.chain.hosts[index].come_back()
+            host.come_back()
         except FedsysError as error:
             _log.info("%s is not back: %s", self._hosts[index], first_line(error))
             return
-        self._put(self._returned, index)
+        self._put(self._returned, index, losses)
 
-    def _returned(self, index: int) -> None:
+    def _returned(self, index: int, losses: int) -> None:
+        host = self._engine.chain.hosts[index]
+        if host.losses != losses or index not in self._outlook.gone:
+            return  # it was lost again, or let in before
         if self._watch is not None and not self._watch.hearts[index].health.usable:
-            self._engine.chain.hosts[index].lose()  # again, while it was let in
+            host.lose()  # again, while it was let in
             return
         self._outlook.gone -= {index}
         self._note("returned", host=self._hosts[index])
@@ -207,6 +223,11 @@ class Continuer:
                 self._outlook.foresee(self._objective, lost)
             took.append((time.perf_counter() - began, time.thread_time() - cpu))
         return took
+
+    @property
+    def rehearsal(self) -> float:
+        """What a request of a client takes, relative to a rehearsal on the same route."""
+        return self._outlook.latencies.parts.rehearsal
 
     def errors(self) -> dict[str, Any]:
         """Return how far estimators are off on what they were not given, as plain values."""

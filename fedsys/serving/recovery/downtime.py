@@ -21,6 +21,7 @@ _KIND = "pipeline"
 _KEPT, _EVERY = 64, 4  # pipelines that are remembered, and from one fit to the next
 _BUILD_S, _SWITCH_S, _DECIDE_S = 0.5, 0.002, 0.0003  # before each was measured
 _LEARN = 0.3
+_GUESSES = 256  # that are kept
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class Downtimes:
         self._samples: deque[BuildSample] = deque(maxlen=_KEPT)
         self._known: dict[str, float] = {}
         self._times: BuildTimes | None = None
+        self._guesses: dict[tuple[int, int], float] = {}  # by units and bytes
         self._count = 0
 
     @property
@@ -107,7 +109,9 @@ class Downtimes:
         before = self._known.get(label, sample.seconds)
         self._known[label] = before + _LEARN * (sample.seconds - before)
         if self._count % _EVERY == 0 or self._count < _EVERY:
-            self._times = BuildTimes(tuple(self._samples))
+            self._times = times = BuildTimes(tuple(self._samples))
+            # here, where nobody waits: a regression takes longer than all else of a decision
+            self._guesses = {key: times.seconds(*key) for key in tuple(self._guesses)}
         self._count += 1
 
     def decided(self, seconds: float) -> None:
@@ -122,7 +126,13 @@ class Downtimes:
         """Return what building a pipeline takes: as it took, or as others of its size did."""
         if label in self._known:
             return self._known[label]
-        return _BUILD_S if self._times is None else self._times.seconds(units, bytes_sent)
+        times, guesses, key = self._times, self._guesses, (units, bytes_sent)
+        if key not in guesses:
+            guess = _BUILD_S if times is None else times.seconds(units, bytes_sent)
+            if len(guesses) > _GUESSES:
+                guesses.clear()
+            guesses[key] = guess
+        return guesses.get(key, _BUILD_S)
 
     def parts(self, build_s: float) -> DowntimeParts:
         """Return the time without an answer, given what building takes; 0: it stands ready."""

@@ -7,6 +7,10 @@ measured since and what stands ready, and compares.
 
 from __future__ import annotations
 
+import gc
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -25,6 +29,22 @@ from fedsys.serving.recovery.route_latency import RouteLatencies
 from fedsys.serving.routes import WHOLE, Route, route_of, working
 
 _BOTH, _LATENCY = frozenset({"latency", "accuracy"}), frozenset({"latency"})
+_SHUN_S = 2.0  # for which a route that could not be built is not built again, if others are left
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Let no garbage collection begin, for less than a millisecond.
+
+    It would look at all that the process has, which takes longer than the decision it falls into.
+    """
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +92,7 @@ class RecoveryOutlook:
         self.latencies = RouteLatencies(planner.problem, engine.times)
         self._around: dict[tuple[Partition, frozenset[int]], tuple[WayAround, ...]] = {}
         self._hosts: dict[str, frozenset[int]] = {}
+        self._shunned: dict[str, float] = {}  # until when, by label
         self._bytes: dict[str, int] = {}
 
     @property
@@ -92,6 +113,22 @@ class RecoveryOutlook:
         """Whether no host of a route is lost."""
         return self.gone.isdisjoint(self._of(label))
 
+    def broken(self, label: str) -> bool:
+        """Whether a host of a route is lost, or was: what stands of it does not answer."""
+        if not self.stands(label):
+            return True
+        there = any(module.label == label for module in self._engine.live)
+        return there and self.module(label) is None
+
+    def sound(self, module: ChainModule) -> bool:
+        """Whether a pipeline can answer.
+
+        Not if a host of it was lost, even if that is back: its stage is not.
+        """
+        pipeline = module.pipeline
+        left = pipeline.diverted or pipeline.ended or pipeline.closed
+        return module.tried and not left and self._engine.chain.is_whole(module)
+
     def _of(self, label: str) -> frozenset[int]:
         """Return the hosts of a route."""
         if label not in self._hosts:
@@ -103,7 +140,7 @@ class RecoveryOutlook:
     def module(self, label: str) -> ChainModule | None:
         """Return the pipeline of a route into which requests may be sent; None: there is none."""
         for module in reversed(self._engine.live):
-            if module.label == label and not module.pipeline.diverted:
+            if module.label == label and self.sound(module):
                 return module
         return None
 
@@ -120,15 +157,17 @@ class RecoveryOutlook:
         Raises:
             RuntimeFailure: Nothing that is allowed could answer.
         """
-        gone = self.gone | more
-        standing = self._standing(gone)
-        decision = choose(self._costed(self._ways_around(self.away | more), standing), objective)
-        ready = [s.candidate for s in decision.candidates if s.candidate.path in standing]
-        chosen = choose(ready, objective).choice if ready else decision.choice
-        return Foreseen(decision, chosen, bool(ready))
+        with _no_collection():
+            gone = self.gone | more
+            standing = self._standing(gone)
+            around = self._possible(self.away | more, standing, objective)
+            decision = choose(self._costed(around, standing), objective)
+            ready = [s.candidate for s in decision.candidates if s.candidate.path in standing]
+            chosen = choose(ready, objective).choice if ready else decision.choice
+            return Foreseen(decision, chosen, bool(ready))
 
     def _standing(self, gone: frozenset[int]) -> frozenset[str]:
-        live = {m.label for m in self._engine.live if not m.pipeline.diverted}
+        live = {module.label for module in self._engine.live if self.sound(module)}
         return frozenset(
             label for label in self._builder.standing
             if label in live and gone.isdisjoint(self._of(label))
@@ -144,8 +183,9 @@ class RecoveryOutlook:
         """
         if not self.away:
             return Route(self.home).label, None
-        costed = self._costed(self._ways_around(self.away), self._standing(self.gone))
-        choice = choose(costed, objective.steady()).choice
+        standing = self._standing(self.gone)
+        around = self._possible(self.away, standing, objective)
+        choice = choose(self._costed(around, standing), objective.steady()).choice
         return choice.path, choice
 
     def in_case(
@@ -173,6 +213,25 @@ class RecoveryOutlook:
                 if of_it and technique in objective.techniques:
                     found.append(choose(of_it, objective).choice.path)
         return [one for one in dict.fromkeys(found) if one != label]
+
+    def shun(self, label: str) -> bool:
+        """Prefer other routes for a while to one that could not be built; whether it was so."""
+        now, until = time.monotonic(), self._shunned.get(label, 0.0)
+        self._shunned = {name: s for name, s in self._shunned.items() if s > now}
+        self._shunned[label] = now + _SHUN_S
+        return until > now
+
+    def _possible(
+        self, away: frozenset[int], standing: frozenset[str], objective: RecoveryObjective
+    ) -> tuple[WayAround, ...]:
+        """Return the ways around hosts, but those that could not be built, if others are left."""
+        around, now = self._ways_around(away), time.monotonic()
+        shunned = {label for label, until in self._shunned.items() if until > now} - standing
+        if not shunned:
+            return around
+        others = tuple(one for one in around if one.label not in shunned)
+        fits = any(one.technique in objective.techniques for one in others)
+        return others if fits else around
 
     def _ways_around(self, away: frozenset[int]) -> tuple[WayAround, ...]:
         key = self.whole, away
@@ -228,7 +287,12 @@ class RecoveryOutlook:
         """
         build, latency = self.downtimes.errors, self.latencies.held_out()
         return {
-            "latency": {"ours": latency.mean, "worst": latency.worst, "samples": latency.routes},
+            "latency": {
+                "ours": latency.mean,
+                "worst": latency.worst,
+                "samples": latency.routes,
+                **latency.parts,
+            },
             "build": {"ours": None if not build.samples else build.ours, "samples": build.samples},
             **self._ways.errors,
         }

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol, final
 from weakref import WeakSet
 
-from fedsys.errors import RuntimeFailure, first_line
+from fedsys.errors import PipelineLeft, RuntimeFailure, first_line
 from fedsys.partition.problem import Partition
 from fedsys.serving.chain import ChainEngine, ChainModule
 from fedsys.serving.recovery.building import BuiltPipeline, PipelineBuilder
@@ -22,6 +22,7 @@ from fedsys.serving.recovery.watch import HostWatch
 from fedsys.serving.routes import Route
 
 _TOLD = 12  # candidates of a decision that are told
+_AGAIN_S, _SOON_S = 2.5, 0.5  # before another attempt at what could not be built; if requests wait
 
 
 class Note(Protocol):
@@ -67,6 +68,7 @@ class Rerouter:
         self.chosen: RecoveryCandidate | None = None
         self._coming: RecoveryCandidate | None = None  # what is built, as it is expected
         self._unproven: RecoveryCandidate | None = None  # not known yet what it really took
+        self._again_s: float | None = None  # when what could not be built is tried again
         self.failovers = self.replayed = 0
 
     def ask(self, objective: RecoveryObjective) -> None:
@@ -78,9 +80,9 @@ class Rerouter:
         """Go on without a host."""
         for module in self._engine.live:
             broken = any(stood.index == index for stood in module.stages)
-            if broken and module not in self._used:  # nobody's requests are there
-                module.pipeline.fail(f"{name} is lost")
-        if self._engine.out or not self._outlook.stands(self.target):
+            if broken and module not in self._used:  # no requests wait there to be sent on
+                module.pipeline.fail(f"{name} is lost", PipelineLeft)
+        if self._engine.out or self._unanswered():
             self._fail_over(name, told_s, watch)
         else:
             self.settle()
@@ -108,8 +110,9 @@ class Rerouter:
             return
         decided, count, chosen = time.monotonic(), 0, foreseen.chosen
         self.chosen = self._unproven = chosen
-        if foreseen.ready:
-            count = self._apply(chosen.path, watch)
+        new = self._outlook.module(chosen.path) if foreseen.ready else None
+        if new is not None:
+            count = self._apply(new, watch)
         else:
             self.target = self._next = chosen.path
             self._builder.build(chosen.path)
@@ -118,7 +121,7 @@ class Rerouter:
         times = {"began_s": began, "decided_s": decided, "done_s": done, "told_s": told_s}
         self._tell(host, before, foreseen, times, count)
         self._outlook.downtimes.decided(decided - began)
-        if foreseen.ready:
+        if new is not None:
             self._outlook.downtimes.switched(done - decided)
             self.settle()
 
@@ -144,15 +147,12 @@ class Rerouter:
             module.pipeline.fail(self._engine.out)
         self._note("nobody", reason=self._engine.out)
 
-    def _apply(self, label: str, watch: HostWatch | None) -> int:
-        """Send requests along a route that stands; return how many were under way."""
-        new, count = self._outlook.module(label), 0
-        if new is None:
-            raise RuntimeFailure(f"{label} does not stand")
-        used = self._in_use()
+    def _apply(self, new: ChainModule, watch: HostWatch | None) -> int:
+        """Send requests into a pipeline that stands; return how many were under way."""
+        used, count = self._in_use(), 0
         watch = watch if len(used) == 1 else None  # else requests have been diverted before
         for old in used:
-            if old is not new and not self._outlook.stands(old.label):
+            if old is not new and not self._outlook.sound(old):
                 count += divert(old, new, self._outlook.gone, self._outlook.units, watch)
         self.replayed += count
         self._go(new)
@@ -174,11 +174,11 @@ class Rerouter:
         try:
             best, expected = self._outlook.best(self._objective)
         except RuntimeFailure as error:
-            if not self._outlook.stands(self.target):
+            if self._outlook.broken(self.target):
                 self._give_up(first_line(error))
             return
         waits = self._engine.out or self._next == self.target
-        if best == self.target and not waits:
+        if best == self.target and not waits and not self._outlook.broken(best):
             self.keep_ready()
             return
         self._next, self._coming = best, expected
@@ -187,27 +187,46 @@ class Rerouter:
 
     def built(self, built: BuiltPipeline, watch: HostWatch | None) -> None:
         """Take note of what became of an order to the builder."""
-        if built.label != self._next or built.cost is not None:
+        if built.cost is not None:
             self.keep_ready()
             return
-        self._next, new = "", self._outlook.module(built.label)
-        if new is None or built.error or not self._outlook.stands(built.label):
-            self._note("not_built", route=built.label, error=built.error or "a host was lost")
-            if self._engine.out or self._interrupted():
-                self._fail_over("", time.monotonic(), watch)
-            return
-        if self._engine.out or self._interrupted():
-            self._note("applied", route=built.label, replayed=self._apply(built.label, watch))
-        else:
+        due = built.label == self._next
+        self._next = "" if due else self._next
+        new = None if built.error else self._outlook.module(built.label)
+        if new is None:
+            self._not_built(built, watch)
+        elif self._interrupted():
+            self._note("applied", route=built.label, replayed=self._apply(new, watch))
+            self.settle()
+        elif due:
             self._note("switched", route=built.label, build_ms=1e3 * built.took_s)
             self.chosen = self._coming
             self._go(new)
+        else:  # something else was wanted meanwhile
+            self.keep_ready()
+
+    def _not_built(self, built: BuiltPipeline, watch: HostWatch | None) -> None:
+        """Do without a pipeline that could not be built, or could not be made the one in use."""
+        self._note("not_built", route=built.label, error=built.error or "a host was lost")
+        failed_before = self._outlook.shun(built.label)
+        waits = not self._next and self._interrupted()
+        soon = waits and failed_before
+        self._again_s = time.monotonic() + (_SOON_S if soon else _AGAIN_S)
+        if waits and not failed_before:
+            self._fail_over("", time.monotonic(), watch)
 
     def _interrupted(self) -> bool:
-        """Whether requests wait in a pipeline that lost a host, and are not sent elsewhere."""
-        return any(
-            not m.pipeline.diverted and not self._outlook.stands(m.label) for m in self._in_use()
+        """Whether nobody can answer, or requests wait in a pipeline that cannot."""
+        return bool(self._engine.out) or any(
+            not module.pipeline.diverted and not self._outlook.sound(module)
+            for module in self._in_use()
         )
+
+    def _unanswered(self) -> bool:
+        """Whether requests that come are answered neither by their route nor by one in work."""
+        if self._next == self.target:
+            return not self._outlook.stands(self.target)
+        return self._outlook.broken(self.target)
 
     def keep_ready(self) -> None:
         """Have ways around hosts ready; which ones is found out where nobody waits for it."""
@@ -222,18 +241,33 @@ class Rerouter:
 
     def look(self) -> None:
         """Compute anew what a lost pipeline has not answered; say what a decision came to."""
+        self._try_again()
         new = self._outlook.module(self.target)
         if new is None or not self._outlook.ready(self.target):
             return
         for old in self._in_use():
             waits = old.pipeline.in_flight or not old.pipeline.diverted
             stuck = waits and old is not new
-            if stuck and not self._outlook.stands(old.label):
+            if stuck and not self._outlook.sound(old):
                 self.replayed += old.pipeline.divert(new.pipeline)
         told = self._unproven
         if told is not None and (took_s := self._engine.times.took_s(told.path)) is not None:
             self._unproven, took_ms = None, 1e3 * took_s
             self._note("proved", route=told.path, predicted_ms=told.latency_ms, measured_ms=took_ms)
+
+    def _try_again(self) -> None:
+        """Look for another way if nobody does, and there is none, or not the best one."""
+        if self._next or self._builder.busy:
+            return
+        due = self._again_s is not None and time.monotonic() > self._again_s
+        current = self._engine.switcher.current
+        stuck = not self._engine.out and self._outlook.broken(current)
+        if due or stuck:
+            self._again_s = None
+            if self._interrupted() or stuck:
+                self._fail_over("", time.monotonic(), None)
+            else:
+                self.settle()
 
 
 def plain(candidate: RecoveryCandidate) -> dict[str, Any]:

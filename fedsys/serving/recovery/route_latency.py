@@ -16,7 +16,7 @@ al., IEEE EDGE 2022) adds up layers, and reports a mean error of 13.06 % at most
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from statistics import fmean, median
 from typing import final
 
@@ -36,11 +36,55 @@ class RouteErrors:
         mean: Mean absolute error, relative to what was measured; None: too few routes.
         worst: The largest.
         routes: That were left out in turn.
+        parts: What each part is off in the mean, relative to all of the request: ``entry``,
+            ``hosts``, ``links`` and ``rest``.
     """
 
     mean: float | None
     worst: float | None
     routes: int
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Where a request of a route spends its time, in seconds.
+
+    Attributes:
+        entry: Between entry and first host.
+        hosts: Computing and calling on all hosts.
+        links: Between hosts.
+        rest: Queues, and what is left.
+    """
+
+    entry: float
+    hosts: float
+    links: float
+    rest: float
+
+    @property
+    def seconds(self) -> float:
+        """All of it."""
+        return self.entry + self.hosts + self.links + self.rest
+
+    @classmethod
+    def of(cls, requests: Sequence[TimedRequest]) -> Spent:
+        """Return the median of each of requests."""
+        rows = [
+            (
+                one.link_s,
+                sum(float(part["compute_s"]) for part in one.parts),
+                sum(float(part.get("link_s", 0.0)) for part in one.parts),
+                _rest(one),
+            )
+            for one in requests
+        ]
+        return cls(*(median(column) for column in zip(*rows, strict=True)))
+
+    def off(self, seen: Spent, took_s: float) -> dict[str, float]:
+        """Return by how much each part is off, as a share of what the request took."""
+        pairs = zip(asdict(self).items(), asdict(seen).values(), strict=True)
+        return {name: abs(ours - its) / took_s for (name, ours), its in pairs}
 
 
 @dataclass(frozen=True)
@@ -79,6 +123,7 @@ class RouteLatencies:
         self._problem, self._times = problem, times
         self._expected: dict[str, _Expected] = {}
         self.parts = PartTimes()
+        self._estimates: tuple[PartTimes, dict[str, float]] = (self.parts, {})
 
     def expected(self, label: str) -> _Expected:
         """Return what a route is made of, as its problem says; kept."""
@@ -89,25 +134,30 @@ class RouteLatencies:
 
     def seconds(self, label: str) -> tuple[float, bool]:
         """Return what a request takes, and whether that was measured."""
-        took, rehearsed = self._measured(label)
+        took, rehearsed = self._times.medians(label)
         if took is not None:
             return took, True
         if rehearsed is not None:
             return rehearsed * self.parts.rehearsal, True
         return self.estimate(label), False
 
-    def _measured(self, label: str) -> tuple[float | None, float | None]:
-        found = self._times.requests(label)
-        took, rehearsed = (median(o.took_s for o in each) if each else None for each in found)
-        return took, rehearsed
-
-    def estimate(self, label: str, parts: PartTimes | None = None) -> float:
+    def estimate(self, label: str) -> float:
         """Return what a request is expected to take, whatever was measured of its route."""
-        parts, route = self.parts if parts is None else parts, self.expected(label)
-        total = parts.entry_s + parts.rest_s + route.ahead_s
-        for host, units_s in route.stages:
-            total += parts.call_s + parts.factor * parts.of_hosts.get(host, 1.0) * units_s
-        return total + sum(network_s + parts.hop_s for network_s in route.hops)
+        if self._estimates[0] is not self.parts:
+            self._estimates = self.parts, {}
+        parts, known = self._estimates
+        if label not in known:
+            known[label] = self._spent(label, parts).seconds
+        return known[label]
+
+    def _spent(self, label: str, parts: PartTimes) -> Spent:
+        route = self.expected(label)
+        hosts_s = sum(
+            parts.call_s + parts.factor * parts.of_hosts.get(host, 1.0) * units_s
+            for host, units_s in route.stages
+        )
+        links_s = sum(network_s + parts.hop_s for network_s in route.hops)
+        return Spent(parts.entry_s + route.ahead_s, hosts_s, links_s, parts.rest_s)
 
     def learn(self) -> PartTimes:
         """Take the parts anew from what was measured; returns them."""
@@ -121,14 +171,17 @@ class RouteLatencies:
         """Return how far estimates are off for each route that was measured, from all others."""
         found = {label: self._usual(label) for label in self._times.labels}
         known = {label: requests for label, requests in found.items() if requests}
-        misses, rehearsal = [], self._rehearsal()
+        misses, places, rehearsal = [], [], self._rehearsal()
         for label, requests in known.items() if len(known) > 2 else ():
             others = [(self.expected(o), seen) for o, seen in known.items() if o != label]
-            guess = self.estimate(label, _fitted(others, rehearsal))
-            misses.append(abs(guess / median(one.took_s for one in requests) - 1.0))
-        return RouteErrors(
-            fmean(misses) if misses else None, max(misses, default=None), len(misses)
-        )
+            guess = self._spent(label, _fitted(others, rehearsal))
+            took_s = median(one.took_s for one in requests)
+            misses.append(abs(guess.seconds / took_s - 1.0))
+            places.append(guess.off(Spent.of(requests), took_s))
+        if not misses:
+            return RouteErrors(None, None, 0)
+        parts = {name: fmean(one[name] for one in places) for name in places[0]}
+        return RouteErrors(fmean(misses), max(misses), len(misses), parts)
 
     def _usual(self, label: str) -> Sequence[TimedRequest]:
         """Return requests of clients on a route, or rehearsals as if they were such."""
@@ -138,7 +191,7 @@ class RouteLatencies:
     def _rehearsal(self) -> float:
         ratios = []
         for label in self._times.labels:
-            took, rehearsed = self._measured(label)
+            took, rehearsed = self._times.medians(label)
             if took is not None and rehearsed is not None:
                 ratios.append(took / rehearsed)
         return _within(median(ratios)) if ratios else 1.0

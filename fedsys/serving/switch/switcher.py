@@ -90,6 +90,9 @@ class Switcher(Protocol):
     def switch(self, name: str, *, beside: bool = True, drain_s: float = DRAIN_S) -> Cost:
         """Make `name` the variant of all requests that begin from now on."""
 
+    def renew(self, *, drain_s: float = DRAIN_S) -> Cost:
+        """Have the variant that answers loaded anew: what stands of it is of no use any more."""
+
     def close(self) -> None:
         """Let nobody in any more, and free everything."""
 
@@ -273,6 +276,29 @@ class Loaded:
             self._free(unwanted.module)
         return cost if left is None else self._leave(left, cost, drain_s)
 
+    def renew(self, *, drain_s: float = DRAIN_S) -> Cost:
+        """Load the variant that answers anew, let that answer, and free what was there of it.
+
+        Nothing changes if another one has come to answer meanwhile.
+
+        Args:
+            drain_s: As for `switch`.
+
+        Raises:
+            FedsysError: It cannot be read. The pointer stays where it is.
+        """
+        name = self._name
+        fresh = self._prepare(name)
+        with self._one_at_a_time:
+            other = self._pointer.closed or name != self._name
+            unwanted, left = (fresh, None) if other else (None, self._held)
+            cost = Cost(name, self._name, 0.0 if other else fresh.loading_ms, 0.0)
+            if not other:
+                self._answer_by(fresh)
+        if unwanted is not None:
+            self._free(unwanted.module)
+        return cost if left is None else self._leave(left, cost, drain_s)
+
     def _there_or_instead(self, name: str) -> Cost:
         if self._held is None:
             return self._again(name)
@@ -424,6 +450,10 @@ class Resident:
         self._pointer.put(Active(name, run))
         self._name, self._spare = name, {**others, before: left}
         return Cost(before, name, 0.0, (time.perf_counter() - start) * 1e3)
+
+    def renew(self, *, drain_s: float = DRAIN_S) -> Cost:
+        """Do nothing: all are in memory, and stay of use."""
+        return Cost(self._name, self._name, 0.0, 0.0)
 
     def _find(self, name: str) -> Run:
         if name not in self._variants:
