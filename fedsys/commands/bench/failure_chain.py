@@ -222,15 +222,15 @@ def opened_chain(
         opened.close()
 
 
-def seconds_of(engine: ChainEngine, label: str, image: Tensor, count: int) -> float | None:
-    """Return the median time of a request along a route, built for that; None if it cannot be.
+def seconds_of(engine: ChainEngine, label: str, image: Tensor, count: int) -> list[float]:
+    """Return what each request took along a route, built for that; nothing if it cannot be.
 
     Requests come with a pause between them, as those of clients do.
     """
     try:
         module = engine.chain.lay(route_of(label), lambda *told: None)
     except FedsysError:
-        return None
+        return []
     took = []
     try:
         with torch.inference_mode():
@@ -239,7 +239,7 @@ def seconds_of(engine: ChainEngine, label: str, image: Tensor, count: int) -> fl
                 took += [took_s] if number >= _FIRST else []
                 time.sleep(_PAUSE_S)
     except FedsysError:
-        return None
+        return []
     finally:
         module.close()
-    return sorted(took)[len(took) // 2]
+    return took

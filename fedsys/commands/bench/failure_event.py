@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from statistics import median
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean, median
 from typing import Any, final
 
 import torch
@@ -49,6 +49,8 @@ class Scene:
         self._decisions: list[tuple[float, float]] = []
         self._measured: dict[str, float] = {}  # by host that is lost and route
         self._judged: list[Judged] = []
+        self._misses: list[tuple[bool, float]] = []  # of what was measured before, and estimated
+        self._repeats: list[float] = []  # by how much halves of one measurement differ
 
     def event(self, host: HostProcess, fault: str, objective: RecoveryObjective) -> dict[str, Any]:
         """Let a fault strike, and return what came of it.
@@ -138,7 +140,10 @@ class Scene:
     def _oracle(
         self, host: HostProcess, found: Event | None, objective: RecoveryObjective
     ) -> dict[str, Any]:
-        """Measure all candidates of a decision, and judge it; each route is measured once."""
+        """Measure all candidates of a decision, and judge it; each route is measured once.
+
+        What is measured are rehearsals; they count as what clients take by the ratio of both.
+        """
         count = int(self._options["oracle"])
         if found is None or not count:
             return {}
@@ -148,11 +153,15 @@ class Scene:
             if key not in self._measured:
                 self._wait_for_builder()
                 took = seconds_of(self._engine, one["route"], self._images[:1], count)
-                if took is None:
+                if not took:
                     continue
-                self._measured[key] = took
+                self._measured[key] = median(took) * self._continuer.rehearsal
+                halves = took[: count // 2] or took, took[count // 2 :]
+                self._repeats.append(abs(median(halves[0]) / median(halves[1]) - 1))
             expected.append(_candidate(one, one["latency_ms"]))
             measured.append(_candidate(one, 1e3 * self._measured[key]))
+            miss = abs(expected[-1].latency_ms / measured[-1].latency_ms - 1)
+            self._misses.append(("latency" in one["measured"], miss))
         if not measured:
             return {}
         judged = judge(expected, measured, objective, int(self._options["grid"]))
@@ -170,20 +179,28 @@ class Scene:
             "grid_agreement": 1 - len(regrets) / cells if cells else None,
             "grid_regret_mean": sum(regrets) / len(regrets) if regrets else None,
             "grid_regret_max": max(regrets, default=None),
-            "latency_error": sum(misses) / len(misses) if misses else None,
+            "latency_error": _mean(misses),
+            "latency_error_measured": _mean(miss for seen, miss in self._misses if seen),
+            "latency_error_estimated": _mean(miss for seen, miss in self._misses if not seen),
+            "latency_repeat_error": _mean(self._repeats),
             "estimates": self._continuer.errors(),
         }
 
 
 def _timed(decisions: Sequence[tuple[float, float]]) -> dict[str, Any]:
     """Return what decisions took, by the clock and of the processor; None where none was timed."""
-    keys = ("decide_ms_median", "decide_ms_p99", "decide_cpu_ms_p99")
+    keys = ("decide_ms_median", "decide_ms_p99", "decide_cpu_ms_median", "decide_cpu_ms_p99")
     if not decisions:  # there was no time left for an event
         return {"decisions": 0, **dict.fromkeys(keys)}
     wall, cpu = (sorted(column) for column in zip(*decisions, strict=True))
     late = int(0.99 * (len(wall) - 1))
-    found = (1e3 * median(wall), 1e3 * wall[late], 1e3 * cpu[late])
+    found = (1e3 * median(wall), 1e3 * wall[late], 1e3 * median(cpu), 1e3 * cpu[late])
     return {"decisions": len(wall), **dict(zip(keys, found, strict=True))}
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    found = list(values)
+    return fmean(found) if found else None
 
 
 def _was_measured(found: Event) -> bool:
