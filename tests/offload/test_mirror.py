@@ -1,0 +1,74 @@
+"""When a shadow is given up, because the difference is nearer; with a real queue and its thread."""
+
+import threading
+
+import pytest
+import torch
+
+from fedsys.errors import LinkClosed
+from fedsys.offload import mirroring
+from fedsys.offload.mirror import Mirror
+from fedsys.transport.wire import Frame
+
+WAIT_S = 60.0
+
+
+def operation(nbytes):
+    return Frame("activation", {"step": 0}, {"x": torch.zeros(nbytes, dtype=torch.uint8)})
+
+
+@pytest.fixture
+def mirror():
+    """Return a mirror whose destination answers when it may; and the gate, and what came."""
+    gate, came = threading.Event(), []
+
+    def ask(frame):
+        came.append(frame)
+        if not gate.wait(WAIT_S):
+            raise LinkClosed("nobody opened the gate")
+        return Frame("mirrored")
+
+    made = Mirror(ask, {"session": "s"}, 100)
+    made.start(100)
+    yield made, gate, came
+    gate.set()
+    made.end()
+
+
+def test_what_is_taken_goes_on_in_its_order(mirror):
+    made, gate, came = mirror
+    for nbytes in (10, 20, 30):
+        made.take(operation(nbytes))
+    assert made.waiting() == 60
+    gate.set()
+    assert (made.settled(), made.sent, made.waiting()) == (3, 60, 0)
+    told = [(f.meta["number"], f.tensors["x"].nbytes, f.meta["operation"]) for f in came]
+    assert told == [(n, 10 * (n + 1), ["activation", {"step": 0}]) for n in range(3)]
+
+
+@pytest.mark.parametrize("sizes", [(100,), (90,) * 5, (60, 60)], ids=str)
+def test_a_shadow_that_is_further_away_than_the_difference_is_left(sizes, mirror):
+    """A mini-batch as large as it, too many that wait, or too much when the device leaves."""
+    made, _, _ = mirror
+    for nbytes in sizes:
+        made.take(operation(nbytes))
+    assert made.settled() is None
+    made.take(operation(1))
+    assert made.waiting() == 0
+
+
+def test_a_shadow_that_is_lost_is_left():
+    def gone(frame):
+        raise LinkClosed("it is gone")
+
+    made = Mirror(gone, {"session": "s"}, 100)
+    made.start(100)
+    made.take(operation(10))
+    assert made.settled() is None
+
+
+def test_a_later_move_has_its_own_shadow():
+    first, later = mirroring.Shadow((1, 1, "b"), 3), (1, 2, "b")
+    assert mirroring.on_ahead(first, None, (1, 1, "b")) is first
+    assert mirroring.on_ahead(first, None, later) == mirroring.Shadow(later)
+    assert not mirroring.may_become(first, later, 3, True)
