@@ -17,7 +17,7 @@ from fedsys import config as configuration
 from fedsys.config import Config, NetworkConfig
 from fedsys.models.layers import LayeredModel
 from fedsys.planning.assignment import Assignment
-from fedsys.planning.handing_over import price
+from fedsys.planning.handing_over import mirrored_bytes, price
 from fedsys.planning.hardware import link_of
 from fedsys.planning.leakage import leakage_note
 from fedsys.planning.options import PLANNED, PlanOptions, choosable, machines_of, run_workload
@@ -207,7 +207,9 @@ def _moving(config: Config, load: Workload, made: Plan, k: int) -> dict[str, Any
     latency_s, state = load.devices[k].network.latency_s, load.moments * weights
     anew = config.mobility.active and config.mobility.mode == "restart"
     told = price(weights, state, load.between, latency_s, anew=anew)
-    ahead = told if anew else price(weights, state, load.between, latency_s, ahead=True)
+    shadow = mirrored_bytes(load, choice) if load.mirror else 0.0
+    sent = price(weights, state, load.between, latency_s, ahead=True, mirrored=shadow)
+    ahead = told if anew else sent
     return {
         "move": {
             "bytes": told.bytes,

@@ -132,6 +132,11 @@ _MOVES: tuple[Idle, ...] = (
         "mobility.how=foreseen",
     ),
     Idle(
+        "mobility.mirror",
+        lambda c: c.mobility.kind in SCRIPTED and c.mobility.how != "foreseen",
+        "no move is foreseen", "mobility.how=foreseen",
+    ),
+    Idle(
         "mobility.foresee_s", lambda c: c.mobility.how == "unannounced",
         "devices leave unannounced",
     ),
@@ -140,7 +145,10 @@ _MOVES: tuple[Idle, ...] = (
             key, lambda c: c.mobility.mode == "restart",
             "a round that begins anew takes nothing along", "mobility.mode=migrate",
         )
-        for key in ("mobility.how", "mobility.notice", "mobility.foresee_s", "mobility.piece")
+        for key in (
+            "mobility.how", "mobility.notice", "mobility.foresee_s", "mobility.piece",
+            "mobility.mirror",
+        )
     ),
     Idle(
         "mobility.unreachable", lambda c: all(place.radius_m is None for place in c.fleet.places),

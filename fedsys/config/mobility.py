@@ -87,6 +87,9 @@ class MobilityConfig:
             virtual clock says where the fleet names machines; else a trace lasts all rounds, and a
             round of ``waypoint`` a minute.
         hysteresis_m: Metres by which another edge server must be nearer.
+        mirror: Whether a session that was sent ahead is mirrored: what its device sends goes on to
+            the other edge server, too, which does the same, so that next to nothing moves in the
+            pause; else what changed since does.
         foresee_s: Seconds for which the trend of a position, or of a link, is followed; 0: nothing
             is foreseen.
         unreachable: Of a device that begins a round where it reaches no edge server: ``wait`` until
@@ -121,6 +124,7 @@ class MobilityConfig:
     begin_s: float | None = None
     seconds_per_round: float | None = None
     hysteresis_m: float = 20.0
+    mirror: bool = False
     foresee_s: float = 5.0
     unreachable: str = "wait"
     speed_m_s: tuple[float, ...] = (5.0, 15.0)

@@ -30,13 +30,11 @@ from torch import Tensor
 from fedsys.errors import FrameError
 from fedsys.offload import delta
 from fedsys.offload.snapshot import SessionPosition, SessionSpec, Snapshot, State, natural
+from fedsys.offload.turns import Awaited
 from fedsys.transport.tensors import dense_bytes
 from fedsys.transport.wire import Frame, checksum
 
 SCHEMA: Final = 1
-
-Awaited = tuple[str, int, int]
-"""An operation whose answer a device waits for: kind, step, piece."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from fedsys.offload.migration import Say
 from fedsys.offload.peers import PeerGroup, Peers
 from fedsys.offload.session import Session
 from fedsys.offload.session_table import ORPHAN_S, SessionTable
+from fedsys.offload.shadows import Shadows
 from fedsys.offload.snapshot import SessionSpec, Snapshot
 from fedsys.transport.link import Link
 from fedsys.transport.wire import Frame
@@ -54,6 +55,7 @@ class Holdings:
         table: Its sessions.
         copies: Which of them may train.
         bases: What it has of others.
+        shadows: Of sessions that will come.
         peers: The other edge servers.
         faults: What strikes its sessions.
     """
@@ -62,6 +64,7 @@ class Holdings:
     table: SessionTable
     copies: Copies
     bases: Bases
+    shadows: Shadows
     peers: Peers
     faults: EdgeFaults
 
@@ -128,13 +131,32 @@ class Arrivals:
             self._own.table.check_room_for(nbytes if isinstance(nbytes, int) else 0)
             return Frame("prepared", {"start": frame.meta.get("start") in self._own.bases.keys()})  # noqa: SIM118 - a method
         if frame.kind == "ahead":
-            made = SessionCheckpoint.of(frame, self._own.bases.get(name, frame.meta.get("base")))
-            ahead = str(frame.meta.get("ahead", ""))
-            self._own.bases.came_ahead(name, ahead, made.position.snapshot.tensors())
-            return Frame("copied")
+            return Frame("copied", {"mirror": self._came_ahead(group, frame, epoch)})
+        if frame.kind == "mirror":
+            self._own.shadows.mirror(name, group.secret, epoch, frame)
+            return Frame("mirrored")
         if frame.kind == "transfer":
             return Frame("committed", {"restore_s": self._stage(group, peer, frame, epoch)})
         raise SessionError(f"{frame.kind}: not a request of an edge server")
+
+    def _came_ahead(self, group: PeerGroup, frame: Frame, epoch: Epoch) -> bool:
+        """Keep what was sent ahead of a session; return whether it is shadowed here.
+
+        Raises:
+            FedsysError: It is damaged, or does not fit.
+        """
+        name = str(frame.meta.get("session", ""))
+        made = SessionCheckpoint.of(frame, self._own.bases.get(name, frame.meta.get("base")))
+        _check_belongs(made.spec, name, group)
+        ahead = str(frame.meta.get("ahead", ""))
+        mirror, came = frame.meta.get("mirror") is True, made.position.snapshot.tensors()
+        if mirror:  # a shadow trains with them, and the difference may be needed yet
+            came = {n: tensor.clone() for n, tensor in came.items()}
+        self._own.bases.came_ahead(name, ahead, came)
+        if not mirror:
+            return False
+        copy = self._own.copies.get(name)
+        return self._own.shadows.begin(made.spec, made.position, copy, epoch)
 
     def fetch(self, name: str, hello: Frame, shown: Presented) -> Fetched | None:
         """Fetch the session of a device that is here from where it was; None if that fails."""
@@ -198,20 +220,27 @@ class Arrivals:
             raise SessionError(f"{self._own.name} has a later one of session {name}")
         if copy is not None and copy.epoch == epoch:
             return 0.0  # it came before, and the answer was lost
-        made = SessionCheckpoint.of(frame, self._own.bases.get(name, frame.meta.get("base")))
-        if made.spec.id != name or made.spec.fleet != group.secret:
-            raise SessionError(f"{name}: what came is another session")
         planned = self._own.faults.coming_with(frame)
-        session = self._make(made.spec, made.position.snapshot)
-        session.take_up(made.position)
+        if "mirrored" in frame.meta:
+            session = self._own.shadows.become(name, group.secret, epoch, frame)
+        else:
+            session = self._built(group, name, frame)
         (say,) = self._own.copies.staged(session, rule, lambda: self._hold(session, planned))
         if say.kind == "refused":
             raise SessionError(f"{self._own.name} has a later one of session {name}")
         self._own.bases.goes_on(name, str(frame.meta.get("base")))
         self._own.bases.never_came(name, "")  # what came ahead of it was used
+        self._own.shadows.forget(name)
         self._own.table.count("moved_here")
         self._own.table.tell(name, Frame("staged", {"session": name, "from": source}))
         return time.monotonic() - began
+
+    def _built(self, group: PeerGroup, name: str, frame: Frame) -> Session:
+        made = SessionCheckpoint.of(frame, self._own.bases.get(name, frame.meta.get("base")))
+        _check_belongs(made.spec, name, group)
+        session = self._make(made.spec, made.position.snapshot)
+        session.take_up(made.position)
+        return session
 
     def _hold(self, session: Session, planned: list[Fault]) -> None:
         self._own.table.hold(session, self._controllers.get(session.spec.fleet))
@@ -251,3 +280,8 @@ class Arrivals:
             link.send(Frame("wanted", {"session": name, "from": source, "anew": anew}))
         except FedsysError as error:
             _log.info("session %s: %s", name, error)
+
+
+def _check_belongs(spec: SessionSpec, name: str, group: PeerGroup) -> None:
+    if spec.id != name or spec.fleet != group.secret:
+        raise SessionError(f"{name}: what came is another session")

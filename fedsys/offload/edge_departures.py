@@ -1,7 +1,9 @@
 """How sessions leave an edge server for another one of the fleet, over a link between the two.
 
 A session is sent as a difference from what the other one has, if that is smaller, and large ones
-are sent ahead while they train on, so that only what changed since moves in the pause.
+are sent ahead while they train on. What their devices send then goes on to a shadow there, which
+does the same: in the pause it is only asked whether it has the same bits. Without one, what changed
+since moves in the pause.
 """
 
 from __future__ import annotations
@@ -9,27 +11,32 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from fedsys import config as configuration
 from fedsys.errors import FedsysError, LinkError, SessionError
 from fedsys.offload import migration
 from fedsys.offload.bases import sign_of
-from fedsys.offload.checkpoint import Awaited, awaited_of
+from fedsys.offload.checkpoint import awaited_of
 from fedsys.offload.edge_arrivals import Arrivals, Holdings
 from fedsys.offload.fencing import Epoch
 from fedsys.offload.migration import Say
-from fedsys.offload.packing_up import Packed, packed
-from fedsys.offload.peers import PeerGroup
+from fedsys.offload.mirror import Mirror
+from fedsys.offload.packing_up import Packed, packed, sealed
 from fedsys.offload.session import Session
+from fedsys.offload.turns import Awaited
 from fedsys.transport.wire import Frame
 
 _log = logging.getLogger("fedsys.offload.edge")
 
 LEAVES_S = 600.0
 """How long a device that was foreseen to leave may take until it does, in seconds."""
+
+Ask = Callable[[Frame], Frame]
+"""Sends a frame to the other edge server and returns its answer."""
 
 WITHDRAWN_S = 10.0
 """How long a device that goes elsewhere waits for an earlier offer to be withdrawn, in seconds."""
@@ -67,6 +74,28 @@ class Departure:
         if not self.gone.is_set():
             self.withdrawn = True
             self.gone.set()
+
+
+@dataclass(frozen=True)
+class There:
+    """What the other edge server has of a session that is about to come.
+
+    Attributes:
+        start: Name of what the session began with; None: it has not.
+        base: Name of what the session is sent as a difference from; None: whole.
+        nbytes: Bytes that were sent ahead.
+        mirror: Has a shadow of it do what it does; None: it has none.
+    """
+
+    start: str | None
+    base: str | None
+    nbytes: int = 0
+    mirror: Mirror | None = None
+
+    def end(self) -> None:
+        """Mirror no more."""
+        if self.mirror is not None:
+            self.mirror.end()
 
 
 class Departures:
@@ -158,41 +187,103 @@ class Departures:
         group = self._own.peers.group(session.spec.fleet)
         if group is None:
             raise SessionError(f"{self._own.name} knows no other edge server of this run")
+        ask = partial(self._own.peers.ask, group, departure.to)
         about = {"session": name, "epoch": list(epoch), "nbytes": session.nbytes()}
-        asked = Frame("prepare", {**about, "start": self._own.bases.key_of(name)})
-        answer = self._own.peers.ask(group, departure.to, asked)
-        base = self._own.bases.key_of(name) if answer.meta.get("start") is True else None
-        ahead = 0
-        if not departure.gone.is_set():
-            base, ahead = self._send_ahead(session, group, departure, base)
-            if not departure.gone.wait(LEAVES_S) or departure.withdrawn:
-                raise SessionError("its device does not go there")
-        said = self._own.copies.decide(name, lambda copy: migration.on_prepared(copy, epoch))
-        if departure.withdrawn or not said:
-            raise SessionError("its device went elsewhere")
-        there, began = self._own.bases.get(name, base), departure.left_s
-        made = packed(session, there, epoch, base, departure.awaited, began)
-        meta = {**made.frame.meta, **self._own.faults.going_with(name)}
-        answer = self._own.peers.ask(group, departure.to, replace(made.frame, meta=meta))
-        took = time.monotonic() - began
-        told = _parts(made, took, answer.meta.get("restore_s"), ahead)
+        start = self._own.bases.key_of(name)
+        answer = ask(Frame("prepare", {**about, "start": start}))
+        start = start if answer.meta.get("start") is True else None
+        there = There(start, start)
+        try:
+            if not departure.gone.is_set():
+                there = self._send_ahead(session, ask, departure, there)
+                if not departure.gone.wait(LEAVES_S) or departure.withdrawn:
+                    raise SessionError("its device does not go there")
+            said = self._own.copies.decide(name, lambda copy: migration.on_prepared(copy, epoch))
+            if departure.withdrawn or not said:
+                raise SessionError("its device went elsewhere")
+            told = self._transfer(session, ask, departure, there)
+        finally:
+            there.end()
         # Before anybody learns that it is elsewhere: a device that asks meanwhile is told so, too
         self._own.copies.went(name, told)
         self._own.copies.decide(name, lambda copy: migration.on_committed(copy, epoch))
         self._own.table.count("moved_away")
         self._tell_device(name, self._own.redirect(session, epoch))
 
-    def _send_ahead(
-        self, session: Session, group: PeerGroup, departure: Departure, base: str | None
-    ) -> tuple[str | None, int]:
-        """Send a session ahead; return the name of what is there then, and its bytes."""
+    def _send_ahead(self, session: Session, ask: Ask, departure: Departure, there: There) -> There:
+        """Send a session ahead, and have it mirrored from there on; return what is there then."""
         name, epoch = session.spec.id, departure.epoch
-        made = packed(session, self._own.bases.get(name, base), epoch, base, (), stop=False)
+        wanted = configuration.parse(session.spec.config).mobility.mirror
+        mirror = Mirror(ask, {"session": name, "epoch": list(epoch)}, session.nbytes())
+        base = self._own.bases.get(name, there.base)
+        take = mirror.take if wanted else None
+        made = packed(session, base, epoch, there.base, (), stop=False, mirror=take)
         ahead = f"ahead {made.step} {sign_of(epoch)}"
-        frame = replace(made.frame, kind="ahead", meta={**made.frame.meta, "ahead": ahead})
-        self._own.peers.ask(group, departure.to, frame)
+        meta = {**made.frame.meta, "ahead": ahead, "mirror": wanted}
+        shadowed = False
+        try:
+            answer = ask(replace(made.frame, kind="ahead", meta=meta))
+            shadowed = answer.meta.get("mirror") is True
+        finally:
+            if not shadowed:
+                mirror.end()
         self._own.bases.came_ahead(name, ahead, made.tensors)
-        return ahead, made.nbytes
+        if shadowed:
+            mirror.start(made.nbytes)
+        return There(there.start, ahead, made.nbytes, mirror if shadowed else None)
+
+    def _transfer(
+        self, session: Session, ask: Ask, departure: Departure, there: There
+    ) -> dict[str, Any]:
+        """Send what is not there yet; return what the device is told of that.
+
+        Raises:
+            FedsysError: The other edge server does not take it.
+        """
+        name, began, before = session.spec.id, departure.left_s, there.nbytes
+        faults = self._own.faults.going_with(name)
+        found = self._become(session, ask, departure, there, faults)
+        if found is None:
+            rule = partial(migration.on_other, epoch=departure.epoch)
+            if there.mirror is not None and not self._own.copies.decide(name, rule):
+                raise SessionError("its device went elsewhere")
+            base, to = self._own.bases.get(name, there.base), departure.epoch
+            made = packed(session, base, to, there.base, departure.awaited, began)
+            answer = ask(replace(made.frame, meta={**made.frame.meta, **faults}))
+        else:
+            made, answer = found
+            assert there.mirror is not None
+            before += there.mirror.sent - made.nbytes
+        return _parts(made, time.monotonic() - began, answer.meta.get("restore_s"), before)
+
+    def _become(
+        self, session: Session, ask: Ask, departure: Departure, there: There,
+        faults: Mapping[str, Any],
+    ) -> tuple[Packed, Frame] | None:  # fmt: skip
+        """Have the shadow be the session; None if it is not the same, or the difference nearer.
+
+        Raises:
+            LinkError: The other edge server does not answer.
+        """
+        mirror, name = there.mirror, session.spec.id
+        if mirror is None:
+            return None
+        made = sealed(
+            session, departure.epoch, departure.awaited, departure.left_s, mirror.waiting()
+        )
+        done = mirror.settled()
+        if done is None:
+            self._own.table.count("shadows_left")
+            return None
+        meta = {**made.frame.meta, "base": there.start, "mirrored": done, **faults}
+        try:
+            answer = ask(replace(made.frame, meta=meta))
+        except SessionError as error:
+            _log.warning("session %s: its difference is sent: %s", name, error)
+            self._own.table.count("shadows_refused")
+            return None
+        self._own.table.count("shadows_became")
+        return made, answer
 
     def _stay(self, session: Session, departure: Departure, reason: str) -> None:
         """Train on: the device was not told to go."""

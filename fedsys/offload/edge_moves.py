@@ -173,6 +173,7 @@ class EdgeMoves:
         if frame.kind == "cancel":
             self._own.copies.decide(name, lambda copy: migration.on_cancel(copy, epoch))
             self._own.bases.never_came(name, sign_of(epoch))
+            self._own.shadows.never_came(name, epoch)
             return Frame("released")
         return self._arrivals.answer(group, peer, frame, epoch)
 

@@ -5,7 +5,7 @@
     device        source                              destination
       │ moving ─▶   │ prepare ─────────────────────────▶  │   may it come?
       │             │ ◀───────────────── prepared/refused  │
-      │             │ (pre-copies, while it trains on)     │
+      │             │ (pre-copies, while it trains on: see `fedsys.offload.mirroring`)
       │             │ transfer ────────────────────────▶   │   the source does not train any more
       │             │ ◀──────────────── committed/refused  │   the destination has it whole
       │ ◀─ redirect │                                      │
@@ -91,6 +91,14 @@ def on_prepared(copy: Copy | None, epoch: Epoch) -> Outcome:
     assert copy is not None
     now = replace(copy, phase=CopyPhase.FROZEN)
     return now, (Say("transfer", copy.peer, epoch),)
+
+
+def on_other(copy: Copy | None, epoch: Epoch) -> Outcome:
+    """The other edge has no shadow of it that is the same: it goes as a difference."""
+    if not _is(copy, CopyPhase.FROZEN, epoch):
+        return copy, ()
+    assert copy is not None
+    return copy, (Say("transfer", copy.peer, epoch),)
 
 
 def on_committed(copy: Copy | None, epoch: Epoch) -> Outcome:

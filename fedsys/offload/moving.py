@@ -15,6 +15,7 @@ from fedsys.offload.fencing import Copy, Epoch
 from fedsys.offload.peers import Peers
 from fedsys.offload.session import Session
 from fedsys.offload.session_table import SessionTable
+from fedsys.offload.shadows import Shadows
 from fedsys.offload.snapshot import SessionSpec, Snapshot
 from fedsys.transport.link import Link
 from fedsys.transport.wire import Frame
@@ -45,7 +46,8 @@ class Moving:
     ) -> None:
         self.copies, self._bases = Copies(table), Bases()
         self._name, self._table, self._peers, self._faults = name, table, peers, faults
-        own = Holdings(name, table, self.copies, self._bases, peers, faults)
+        self._shadows = Shadows(make, table.check_room_for)
+        own = Holdings(name, table, self.copies, self._bases, self._shadows, peers, faults)
         self._arrivals = Arrivals(own, make)
         self._departures = Departures(own, self._arrivals)
         self.moves = EdgeMoves(own, self._arrivals, self._departures)
@@ -99,6 +101,7 @@ class Moving:
     def opened(self, spec: SessionSpec, start: Snapshot, epoch: Epoch) -> None:
         """Have a session train that a server app opened."""
         self._bases.began(spec, start)
+        self._shadows.forget(spec.id)
         self.copies.adopt(spec.id, Copy(epoch))
 
     def forget(self, session: str) -> None:
@@ -109,6 +112,7 @@ class Moving:
         self._faults.forget(session)
         self._departures.withdraw(session)
         self._bases.forget(session)
+        self._shadows.forget(session)
 
     def close(self) -> None:
         """End the links to other edge servers."""

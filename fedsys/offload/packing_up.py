@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from fedsys import config as configuration
-from fedsys.offload.checkpoint import Awaited, SessionCheckpoint
+from fedsys.offload.checkpoint import SessionCheckpoint
 from fedsys.offload.fencing import Epoch
 from fedsys.offload.session import Session
+from fedsys.offload.turns import Awaited
 from fedsys.transport.wire import Frame
 
 
@@ -45,6 +46,7 @@ def packed(
     began: float | None = None,
     *,
     stop: bool = True,
+    mirror: Callable[[Frame], None] | None = None,
 ) -> Packed:
     """Return a session as a frame ``transfer``.
 
@@ -56,9 +58,10 @@ def packed(
         awaited: Operations whose answers the device waits for.
         began: When it was to be made ready, of the monotonic clock; None: now.
         stop: Whether it trains no more from here on.
+        mirror: Told of each operation after that; only of a session that trains on.
     """
     began = time.monotonic() if began is None else began
-    position = session.hold_still() if stop else session.as_it_stands()
+    position = session.hold_still() if stop else session.mirrored(mirror)
     frozen = time.monotonic()
     seed = configuration.parse(session.spec.config).seed
     meta = {"session": session.spec.id, "epoch": list(epoch), "base": base_name}
@@ -73,3 +76,22 @@ def packed(
         frozen - began,
         time.monotonic() - frozen,
     )
+
+
+def sealed(
+    session: Session, epoch: Epoch, awaited: Sequence[Awaited], began: float, waiting: int
+) -> Packed:
+    """Return a frame ``transfer`` for a session that is there already, if the bits are the same.
+
+    Args:
+        session: The session.
+        epoch: Token of the receiver.
+        awaited: Operations whose answers the device waits for.
+        began: When it was to be made ready, of the monotonic clock.
+        waiting: Bytes that go in the pause, of what is mirrored.
+    """
+    seal = session.sealed(awaited)
+    about = {"incarnation": seal.incarnation, "digest": seal.digest, "awaiting": list(awaited)}
+    frame = Frame("transfer", {"session": session.spec.id, "epoch": list(epoch), **about})
+    freeze_s = seal.frozen_s - began
+    return Packed(frame, 0, {}, waiting, freeze_s, time.monotonic() - seal.frozen_s)

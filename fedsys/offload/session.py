@@ -28,7 +28,8 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 
@@ -36,8 +37,9 @@ from fedsys.errors import LinkClosed, SessionError
 from fedsys.offload.edge_part import EdgePart
 from fedsys.offload.emulation import Workers
 from fedsys.offload.operations import Operations
+from fedsys.offload.sealing import Sealed, digest_of
 from fedsys.offload.snapshot import SessionPosition, SessionSpec, Snapshot, natural
-from fedsys.offload.turns import Turns
+from fedsys.offload.turns import Awaited, Turns
 from fedsys.transport.security import new_token
 from fedsys.transport.wire import Frame
 
@@ -71,6 +73,7 @@ class Session:
         self._turns = Turns(spec.id, spec.micro_batches, start.step)
         self._operations = Operations(spec, self._part, self._turns)
         self._done: list[Frame] = []  # operations of the step in work, to be done again elsewhere
+        self._mirror: Callable[[Frame], None] | None = None
         self._frozen = False
         self._lock = threading.RLock()
 
@@ -143,8 +146,27 @@ class Session:
             replies = self._turns.replies_before()
             return SessionPosition(snapshot, self.incarnation, tuple(self._done), replies)
 
+    def mirrored(self, mirror: Callable[[Frame], None] | None) -> SessionPosition:
+        """Return the state as it is; each operation after that is told to `mirror`, in order."""
+        with self._lock:
+            self._mirror = mirror
+            return self.as_it_stands()
+
+    def sealed(self, awaited: Collection[Awaited]) -> Sealed:
+        """Do nothing more until `go_on`, and return what two that are the same have in common.
+
+        Args:
+            awaited: Operations whose answers the device waits for.
+        """
+        with self._lock:
+            self._frozen, frozen_s = True, time.monotonic()
+            snapshot = self._part.snapshot(self.steps, begun=bool(self._done))
+            replies = self._turns.replies_to(awaited)
+            about = [snapshot.to_meta(), len(self._done)]
+            return Sealed(self.incarnation, digest_of(about, snapshot, replies), frozen_s)
+
     def go_on(self) -> None:
-        """Do operations again after `hold_still`."""
+        """Do operations again after `hold_still` or `sealed`."""
         with self._lock:
             self._frozen = False
 
@@ -187,6 +209,7 @@ class Session:
             raise SessionError(f"gradient of piece {piece}, whose activation was not sent")
         turns.put(frame, piece)
         self._done.append(frame)
+        self._tell(frame)
         while (due := turns.due()) is not None:
             now, index = due
             ahead = now.kind == "activation"
@@ -197,6 +220,10 @@ class Session:
             if turns.complete and not self._part.exchanges:
                 self._part.told()
                 self._apply()
+
+    def _tell(self, operation: Frame) -> None:
+        if self._mirror is not None:
+            self._mirror(operation)
 
     def _recut(self, frame: Frame) -> Frame:
         """Have the units from another one on, and return those that are the device's now."""
@@ -210,6 +237,7 @@ class Session:
         self.spec = spec
         reply = Frame("recut", {"step": self.steps}, given.tensors())
         self._turns.keep("recut", self.steps, 0, reply)
+        self._tell(frame)
         return reply
 
     def _finish_with(self, frame: Frame) -> Iterator[Frame]:
@@ -223,6 +251,7 @@ class Session:
             raise SessionError(f"norms of step {step}, whose pieces are not all done")
         meta, tensors = part.told()
         part.take(frame)
+        self._tell(frame)
         reply = Frame("norms", {"step": step, **meta}, tensors)
         turns.keep("norms", step, 0, reply)
         yield reply

@@ -6,8 +6,13 @@ same for a session that trains, that is replicated, and that has moved.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from fedsys.errors import SessionError
 from fedsys.transport.wire import Frame
+
+Awaited = tuple[str, int, int]
+"""An operation whose answer a device waits for: kind, step, piece."""
 
 
 class Turns:
@@ -106,6 +111,10 @@ class Turns:
             for (kind, step, _), reply in self._replies.items()
             if step == self.steps - 1 or kind == "recut"
         )
+
+    def replies_to(self, awaited: Collection[Awaited]) -> list[Frame]:
+        """Return the replies to some operations, as far as there are any, in a fixed order."""
+        return [self._replies[key] for key in sorted(set(awaited)) if key in self._replies]
 
     def end(self) -> None:
         """End the step in work."""

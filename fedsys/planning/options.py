@@ -188,6 +188,7 @@ def run_workload(
             math.inf if between.mbit_s is None else 1e6 * between.mbit_s, between.latency_ms / 1e3
         ),
         moments=state_share(config.client) if options.migrate or config.mobility.active else 0.0,
+        mirror=config.mobility.mirror,
         norm_bytes=norm_bytes(config.client.batch_size) if config.privacy.per_example else 0.0,
     )
 

@@ -91,6 +91,7 @@ class Workload:
         depth: ``bounded``: pieces in flight at most.
         between: Links between edge servers, for devices that move.
         moments: Bytes of the optimizer's state for each byte of parameters; likewise.
+        mirror: Whether sessions that were sent ahead have a shadow; likewise.
         norm_bytes: Bytes that device and edge send each other before a step, of norms by which
             gradients are clipped; 0: none.
 
@@ -113,6 +114,7 @@ class Workload:
     depth: int = 1
     between: EdgeLink = field(default_factory=EdgeLink)
     moments: float = 0.0
+    mirror: bool = False
     norm_bytes: float = 0.0
 
     def __post_init__(self) -> None:

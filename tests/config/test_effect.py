@@ -85,6 +85,7 @@ def test_every_option_that_may_be_idle_exists():
         (["policy=fixed", "num_edges=2", "fleet.between.mbit_s=75"], "no session moves"),
         (["policy=auto", "fleet=pi_lab", "policy.migrate=true"], "there is one edge server"),
         (["policy=fixed", "num_edges=2", "mobility=halfway", "mobility.notice=0.3"], "is foreseen"),
+        ([*MOVES, "mobility=halfway", "mobility.mirror=true"], "is foreseen"),
         (["policy=fixed", "num_edges=2", "mobility=waypoint", "mobility.unreachable=alone"], "any"),
         (["+mobility.devices=[1]"], "nobody moves"),
         ([*MOVES, "mobility=halfway", "mobility.away_s=5"], "no virtual clock counts it"),
@@ -122,6 +123,7 @@ def test_options_of_moves_that_count_for_nothing_are_named(overrides, words):
     [
         ["mobility=halfway", "mobility.at=[0.2]", "mobility.every=2", "mobility.cut=1"],
         ["mobility=commuters", "mobility.how=foreseen", "mobility.notice=0.3"],
+        ["mobility=commuters", "mobility.how=foreseen", "mobility.mirror=true"],
         ["mobility=halfway", "mobility.away_s=5", "fleet=pi_lab", "mobility.share=0.5"],
         ["mobility=waypoint", "mobility.hysteresis_m=5", "mobility.foresee_s=2"],
         ["mobility=waypoint", "mobility.seconds_per_round=5", "mobility.devices=[1]"],
@@ -137,5 +139,5 @@ def test_options_of_moves_that_count_are_not_named(overrides):
 
 def test_every_option_of_moves_is_of_some_choice_or_of_all():
     listed = {name for names in _OF_KINDS.values() for name in names}
-    of_all = {"kind", "mode", "how", "cut"}
+    of_all = {"kind", "mirror", "mode", "how", "cut"}
     assert listed | of_all == {field.name for field in fields(MobilityConfig)}

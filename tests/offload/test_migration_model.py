@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from fedsys.offload import fencing, migration
+from fedsys.offload import fencing, migration, mirroring
 from fedsys.offload.fencing import TRAINS, Copy, CopyPhase, Epoch, Presented
 
 EDGES = ("a", "b", "c")
@@ -53,6 +53,8 @@ class ModelEdge:
         self.name, self.up, self._tokens = name, up, tokens
         self.apart = apart  # nobody reaches it, and it reaches nobody
         self._copy, self.steps = None, 0
+        self.mirror = None  # as a source: the token, and how many operations were sent on
+        self.shadow, self.shadow_steps, self.tainted = None, 0, False
 
     @property
     def copy(self):
@@ -91,6 +93,7 @@ class Message:
     to: str
     epoch: Epoch
     steps: int = 0
+    number: int | None = None  # of an operation; of a transfer: as many has the shadow done
 
 
 class Moves(RuleBasedStateMachine):
@@ -141,11 +144,47 @@ class Moves(RuleBasedStateMachine):
             return
         edge.copy = fencing.trained(edge.copy)
         assert edge.steps in (device.steps, device.steps + 1)
+        if edge.steps == device.steps:
+            self.pass_on(edge)
         edge.steps = device.steps + 1  # done now, or answered from memory
         if answered:
             device.steps += 1
         else:
             device.at = ""
+
+    def pass_on(self, edge):
+        """What is done at the source goes on to the shadow."""
+        copy = edge.copy
+        if edge.mirror is not None and copy.offered == edge.mirror[0]:
+            epoch, number = edge.mirror
+            edge.mirror = epoch, number + 1
+            self.flying.append(Message("mirror", edge.name, copy.peer, epoch, number=number))
+
+    @rule(to=PLACES, steps=st.integers(0, 3), kept=st.integers(0, 9))
+    def foresee(self, to, steps, kept):
+        """It is sent ahead, trains on, and leaves; messages may be lost, late, or come twice."""
+        if not self.device.at:
+            return
+        self.announce(to)
+        edge = self.edges[self.device.at] if self.device.at else None
+        if edge is None or edge.copy is None or edge.copy.phase is not CopyPhase.OFFERED:
+            return
+        late = [m for m in self.flying if m.kind == "prepare"]
+        self.flying = [m for m in self.flying if m.kind != "prepare"]
+        edge.mirror = edge.copy.offered, 0
+        self.receive(Message("ahead", edge.name, to, edge.copy.offered, edge.steps))
+        for _ in range(steps):
+            self.work()
+        for message in [m for m in self.flying if m.kind == "mirror"][: kept if self.fails else 9]:
+            self.flying.remove(message)
+            self.receive(message)
+        self.flying += late
+
+    @FAILS
+    @rule(name=PLACES)
+    def compute_otherwise(self, name):
+        """A shadow has other bits, as on another kind of processor."""
+        self.edges[name].tainted = True
 
     @rule(to=PLACES)
     def announce(self, to):
@@ -276,7 +315,13 @@ class Moves(RuleBasedStateMachine):
                     self.device.at = ""
                     self.hear(edge, say)
             else:
-                self.flying.append(Message(say.kind, edge.name, say.to, say.epoch, edge.steps))
+                self.flying.append(self.message(edge, say))
+
+    def message(self, edge, say, shadowed=True):
+        number = None
+        if shadowed and say.kind == "transfer" and edge.mirror and edge.mirror[0] == say.epoch:
+            number = edge.mirror[1]
+        return Message(say.kind, edge.name, say.to, say.epoch, edge.steps, number)
 
     @rule(name=PLACES, to=PLACES)
     def command(self, name, to):
@@ -300,6 +345,13 @@ class Moves(RuleBasedStateMachine):
         if not edge.up:
             return
         copy, epoch = edge.copy, message.epoch
+        if message.kind in ("ahead", "mirror", "other"):
+            self.shadowed(edge, source, message)
+            return
+        shadowed = message.kind == "transfer" and message.number is not None
+        if shadowed and not self.become(edge, message):
+            self.flying.append(Message("other", edge.name, source.name, epoch))
+            return
         if message.kind == "transfer":
             if self.arrive(edge, source, epoch, message.steps):
                 self.flying.append(Message("committed", edge.name, source.name, epoch))
@@ -318,6 +370,30 @@ class Moves(RuleBasedStateMachine):
         if message.kind == "release" and copy is not None and edge.copy is None:
             assert copy.offered in self.tokens.lived  # it trains where it was given to
         self.send(edge, said)
+
+    def shadowed(self, edge, source, message):
+        epoch = message.epoch
+        if message.kind == "ahead":
+            before = edge.shadow
+            edge.shadow = mirroring.on_ahead(before, edge.copy, epoch)
+            if edge.shadow is not before:
+                edge.shadow_steps, edge.tainted = message.steps, False
+        elif message.kind == "mirror":
+            edge.shadow, due = mirroring.on_mirror(edge.shadow, epoch, message.number)
+            edge.shadow_steps += due
+        else:  # it has no shadow that is the same: the difference goes instead
+            edge.copy, said = migration.on_other(edge.copy, epoch)
+            self.flying += [self.message(edge, say, shadowed=False) for say in said]
+
+    def become(self, edge, message):
+        """Return whether a shadow is the session; it is no more in any case."""
+        had = edge.copy is not None and edge.copy.epoch == message.epoch  # it came before
+        shadow, edge.shadow = edge.shadow, None
+        same = not edge.tainted
+        if had or not mirroring.may_become(shadow, message.epoch, message.number, same):
+            return had
+        assert edge.shadow_steps == message.steps  # no step is lost or done twice
+        return True
 
     @precondition(lambda self: self.fails and self.flying)
     @rule(data=st.data())

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from fedsys.commands.edge import moved
-from fedsys.config import EdgeAddress, EdgeConfig
+from fedsys.config import EdgeAddress, EdgeConfig, with_values
 from fedsys.errors import ConfigError, RemoteError, SessionError
-from fedsys.offload import absences, delta, edge_arrivals
+from fedsys.offload import absences, delta, edge_arrivals, mirror
 from fedsys.offload.asking import Asking
 from fedsys.offload.edge import EdgeServer
 from fedsys.offload.fleet import Fleet
@@ -151,6 +151,81 @@ def test_what_is_sent_ahead_is_not_sent_again(pair, last_layer):
     (leaving,) = remote.traffic.moves
     assert leaving.precopied > 0
     assert fleet.collect("s", "b").step == 6
+
+
+@pytest.fixture
+def foreseen(pair, last_layer, monkeypatch):
+    """Have a device move that was foreseen; return what it took, the counters, and its end."""
+    monkeypatch.setattr(mirror, "SETTLES_S", WAIT_S)
+
+    def moves(name="s", before=lambda: None):
+        edges, fleet = pair
+        text = with_values(last_layer.config.text, mobility={"mirror": True})
+        spec = dataclasses.replace(last_layer.spec(name, replicate_every=2), config=text)
+        fleet.open(spec, last_layer.start(), "a")
+        remote = device(edges, name)
+        remote.open()
+        train(remote, last_layer, range(2))
+        remote.foresee(edges["b"].address)
+        until(lambda: name in edges["b"]._moving._shadows.names())
+        before()
+        train(remote, last_layer, range(2, 4))
+        remote.leave(edges["b"].address, "foreseen", step=4)
+        train(remote, last_layer, range(4, 6))
+        (leaving,) = remote.traffic.moves
+        end = fleet.collect(name, "b")
+        assert end.step == 6 and fleet.recoveries() == []
+        assert edges["b"]._moving._shadows.names() == []
+        return leaving, edges["a"].counters, end
+
+    return moves
+
+
+def test_a_shadow_that_did_the_same_is_the_session(pair, foreseen, last_layer):
+    """Nothing of its state moves in the pause, and it has the bits of one that stayed."""
+    leaving, counters, end = foreseen()
+    assert (counters["shadows_became"], counters["moved_away"]) == (1, 1)
+    assert (leaving.how, leaving.repeated_steps) == ("foreseen", 0)
+    operation = sum(t.nbytes for t in last_layer.activation(0).tensors.values())
+    assert leaving.bytes <= 2 * operation < leaving.precopied + leaving.bytes
+    edges, fleet = pair
+    fleet.open(last_layer.spec("stays"), last_layer.start(), "a")
+    stays = device(edges, "stays")
+    stays.open()
+    train(stays, last_layer, range(6))
+    same = fleet.collect("stays", "a").tensors()
+    assert end.tensors().keys() == same.keys()
+    assert all(torch.equal(t, same[n]) for n, t in end.tensors().items())
+
+
+@pytest.mark.parametrize("what", ["other bits", "one is missing", "one came twice", "refused"])
+def test_where_the_shadow_is_another_one_the_difference_is_sent(what, pair, foreseen, monkeypatch):
+    """The shadow trained with the very tensors from which that is a difference, so nothing came."""
+    edges, _ = pair
+    shadows = edges["b"]._moving._shadows
+    does = shadows.mirror
+
+    def differs():
+        if what == "other bits":  # as on a processor that adds in another order
+            stage = shadows._kept["s"].session._part._stage
+            with torch.no_grad():
+                next(stage.parameters()).view(-1)[0] += 2**-20
+
+    def mirrored(name, fleet, epoch, frame):
+        if what == "one is missing" and frame.meta["number"] == 0:
+            return
+        if what == "refused":
+            raise SessionError("no more")
+        does(name, fleet, epoch, frame)
+        if what == "one came twice":
+            does(name, fleet, epoch, frame)
+
+    monkeypatch.setattr(shadows, "mirror", mirrored)
+    _, counters, _ = foreseen(before=differs)
+    became = what == "one came twice"
+    assert counters["shadows_became"] == became
+    assert counters["shadows_refused"] + counters["shadows_left"] == (not became)
+    assert counters["moved_away"] == 1
 
 
 def test_what_a_session_is_a_difference_from_stays_until_it_came(pair, last_layer, monkeypatch):

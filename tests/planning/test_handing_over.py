@@ -8,8 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedsys.planning.assignment import Assignment
-from fedsys.planning.costs import Crossing, MachineCosts
-from fedsys.planning.handing_over import STATE_CHANGED, WEIGHTS_CHANGED, moving_job, price
+from fedsys.planning.costs import Crossing, MachineCosts, frame_bytes
+from fedsys.planning.handing_over import (
+    STATE_CHANGED,
+    WEIGHTS_CHANGED,
+    mirrored_bytes,
+    moving_job,
+    price,
+    price_of,
+)
 from fedsys.planning.jobs import Exchange, Job, LegChange, Turn
 from fedsys.planning.moves import Move
 from fedsys.planning.timeline import play
@@ -54,6 +61,20 @@ def test_what_goes_ahead_leaves_a_difference_for_the_pause():
     assert paid.bytes == round(WEIGHTS_CHANGED * 1000 + STATE_CHANGED * 500)
     assert paid.precopied_bytes == round(WEIGHTS_CHANGED * 1000 + 500)
     assert paid.ahead_s == pytest.approx(paid.precopied_bytes / 1000 + 0.1)
+
+
+def test_with_a_shadow_only_what_was_not_mirrored_moves_in_the_pause():
+    """Where a mini-batch is larger than the difference, there is no shadow."""
+    still = price(1000, 500, EdgeLink(8000, 0.1), ahead=True)
+    paid = price(1000, 500, EdgeLink(8000, 0.1), ahead=True, mirrored=300.0)
+    assert (paid.bytes, paid.precopied_bytes) == (300, still.precopied_bytes)
+    assert paid.parts_s["transfer"] == pytest.approx(300 / 1000 + 0.2)
+    assert price(1000, 500, EdgeLink(8000, 0.1), ahead=True, mirrored=3000.0) == still
+    load = dataclasses.replace(load_of(16, mirror=True), state_bytes=(40, 80_000, 8))
+    up = frame_bytes(CROSSINGS[0], 4, "fp32", labels=True)
+    assert mirrored_bytes(load, Assignment(1)) == up and mirrored_bytes(load, Assignment(0)) == 0
+    move = Move(0, 1, 0.5, 1, "foreseen", notice=0.25)
+    assert price_of(load, load.devices[0], Assignment(1), move).bytes == up
 
 
 def test_whoever_begins_anew_takes_nothing_along():

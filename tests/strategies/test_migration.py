@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from fedsys.errors import SessionError
-from fedsys.offload import absences
+from fedsys.offload import absences, mirror, mirroring
 from fedsys.offload.remote import Remote
 from fedsys.offload.session_table import SessionTable
 from fedsys.planning.moves import Move
@@ -119,6 +119,36 @@ def test_devices_move_there_and_back_with_the_pipeline_full(more, travel, carry_
     assert [(m["client"], m["target"]) for m in run.figures["moves"]].count((1, "edge-0")) == 2
     assert len(run.figures["moves"]) == 6
     assert run.figures["recoveries"] == []
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("schedule=pipelined", "schedule.micro_batches=3", "client.label_private=true"),
+        ("client.clip_norm=0.5", "policy.codec=fp16", "fleet.replicate_every=2"),
+    ],
+    ids=" ".join,
+)
+def test_a_shadow_has_the_bits_of_its_session(more, travel, carry_out, configure, monkeypatch):
+    """Also with pieces on their way; each move finds a shadow that is the same."""
+    counted, count = [], SessionTable.count
+
+    def note(table, event, by=1):
+        counted.append(event)
+        count(table, event, by)
+
+    monkeypatch.setattr(SessionTable, "count", note)
+    monkeypatch.setattr(mirror, "SETTLES_S", 60.0)
+    for rule in ("keeps_up", "pays"):  # activations are larger than so small a model
+        monkeypatch.setattr(mirroring, rule, lambda *sizes: True)
+    moves = (
+        Move(0, 1, 0.5, 1, "foreseen", notice=0.3),
+        Move(0, 2, 0.5, 1, "foreseen", piece=2 * ("schedule=pipelined" in more), notice=0.3),
+    )
+    run = travel(*moves, more=("mobility=halfway", "mobility.mirror=true", *more))
+    assert run.sha256 == carry_out(configure(*SMALL, *SPLIT, *more)).sha256
+    assert len(run.figures["moves"]) == 2
+    assert counted.count("shadows_became") == 2 and "shadows_refused" not in counted
 
 
 def cut_to(cut, *moves):

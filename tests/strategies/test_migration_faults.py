@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from fedsys.errors import LinkClosed, SessionError
-from fedsys.offload import fleet_edges
+from fedsys.offload import fleet_edges, mirroring
 from fedsys.offload import opening as edges
 from fedsys.offload.peers import Peers
 from fedsys.planning.moves import Move
@@ -157,5 +157,28 @@ def test_a_fault_of_a_move_that_nobody_announced_does_not_change_the_model(
     more = ("fleet.replicate_every=2",)
     run = carry_out(configure(*SMALL, *more), mobility=Listed((Move(0, 1, 0.5, 1, "unannounced"),)))
     assert struck == ["fetch"]
+    assert run.sha256 == still
+    assert run.lost == [{}]
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault"),
+    [
+        ("ahead", answer_lost),
+        *(("mirror", fault) for fault in (answer_lost, twice, target_dies_before)),
+        *(("transfer", fault) for fault in (answer_lost, source_dies_after)),
+    ],
+    ids=lambda v: getattr(v, "__name__", v),
+)
+def test_a_fault_of_a_session_with_a_shadow_does_not_change_the_model(
+    kind, fault, configure, carry_out, still, strike, monkeypatch
+):
+    for rule in ("keeps_up", "pays"):  # activations are larger than so small a model
+        monkeypatch.setattr(mirroring, rule, lambda *sizes: True)
+    struck = strike(kind, fault)
+    move = Move(0, 1, 0.5, 1, "foreseen", notice=0.3)
+    more = ("mobility=halfway", "mobility.mirror=true")
+    run = carry_out(configure(*SMALL, *more), mobility=Listed((move,)))
+    assert struck == [kind]
     assert run.sha256 == still
     assert run.lost == [{}]

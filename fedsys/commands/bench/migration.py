@@ -41,7 +41,7 @@ from fedsys.faults import AT_EDGE, NotStruck
 from fedsys.files import append, whole_lines
 from fedsys.identity import state_sha256
 from fedsys.models.layers import resolve_cut
-from fedsys.planning.costs import state_bytes
+from fedsys.planning.costs import crossings, frame_bytes, state_bytes
 from fedsys.planning.handing_over import Price, price
 from fedsys.planning.workload import EdgeLink
 from fedsys.runs.resume import digest
@@ -53,6 +53,8 @@ from fedsys.transport.security import new_token
 
 MOVER: Final = 0
 MODEL: Final = "model.safetensors"
+MIRRORED: Final = "mirrored"
+_AHEAD: Final = ("foreseen", MIRRORED)
 _KINDS: Final = ("edge_killed", "link_cut", "link_slow", "link_corrupted", "link_duplicated")
 
 
@@ -258,7 +260,7 @@ def _case(
         raise RuntimeFailure("bench migration: the device did not move")
     told = moved.result["moves"][0]
     on_the_wire = 8 * told["bytes"] / (1e6 * rate)
-    expected = _expected(runs.config, rate, ahead=how == "foreseen")
+    expected = _expected(runs.config, rate, how)
     return {
         "move_at": at,
         "share": share,
@@ -279,13 +281,16 @@ def _case(
     }
 
 
-def _expected(config: Config, rate: float, *, ahead: bool) -> Price:
+def _expected(config: Config, rate: float, how: str) -> Price:
     """Return what the planner and the virtual clock take a move for."""
     dataset = federation.federation(config).dataset
     layers = federation.layered_model(config, dataset.input_shape, dataset.num_classes)
-    weights = float(sum(state_bytes(layers)[resolve_cut(layers, config.policy["cut"]) :]))
+    cut = resolve_cut(layers, config.policy["cut"])
+    weights = float(sum(state_bytes(layers)[cut:]))
     state = state_share(config.client) * weights
-    return price(weights, state, EdgeLink(1e6 * rate), ahead=ahead)
+    up = frame_bytes(crossings(layers)[cut - 1], config.client.batch_size, "fp32", labels=True)
+    shadow = float(up) if how == MIRRORED else 0.0
+    return price(weights, state, EdgeLink(1e6 * rate), ahead=how in _AHEAD, mirrored=shadow)
 
 
 def _moved_often(runs: Runs, options: Mapping[str, Any], kept: Kept) -> Iterator[float]:
@@ -323,7 +328,9 @@ def _stays() -> dict[str, Any]:
 
 def _moves(at: Sequence[float], how: str, mode: str = "migrate") -> dict[str, Any]:
     at = [float(share) for share in at]
-    return {"kind": "halfway", "at": at, "devices": [MOVER], "how": how, "mode": mode}
+    moves = {"kind": "halfway", "at": at, "devices": [MOVER], "mode": mode}
+    mirror = how == MIRRORED
+    return {**moves, "how": "foreseen" if mirror else how, "mirror": mirror}
 
 
 def _data(share: float, clients: int) -> dict[str, Any]:
@@ -392,7 +399,7 @@ def _ended(done: MeasuredRun, same: bool) -> str:
 def schedule(number: int) -> dict[str, Any]:
     """Return moves and faults that are drawn from a number, by group of the configuration."""
     draws = random.Random(number)
-    at = sorted(draws.randrange(1, 12) / 12 for _ in range(draws.randint(1, 3)))
+    moves = sorted({draws.randrange(1, 12) / 12 for _ in range(draws.randint(1, 3))})
     how = draws.choice(["announced", "foreseen", "unannounced"])
     faults = []
     for _ in range(draws.randint(1, 2)):
@@ -404,9 +411,10 @@ def schedule(number: int) -> dict[str, Any]:
         if fault not in faults:
             faults.append(fault)
     return {
-        "mobility": {"at": sorted(set(at)), "devices": [], "how": how},
         "faults": {"list": faults},
         "fleet": {"replicate_every": draws.choice([0, 2])},
+        # The last draw: schedules of before have the same moves and faults
+        "mobility": {"at": moves, "devices": [], "how": how, "mirror": draws.choice([False, True])},
     }
 
 

@@ -1,0 +1,123 @@
+"""The source's end of a shadow: what a session is told goes on to where it will be, in order."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fedsys.errors import FedsysError
+from fedsys.offload import mirroring
+from fedsys.transport.wire import Frame
+
+SETTLES_S = 5.0
+"""How long a device that leaves waits for the shadow; then the difference goes, in seconds."""
+
+
+class Mirror:
+    """Sends the operations of one session on, in a thread of its own. For any threads.
+
+    Args:
+        ask: Sends a frame to the destination and returns the answer.
+        about: What each frame says: session and token.
+        difference: As `start`, until that is known.
+
+    Attributes:
+        sent: Bytes that the shadow has done.
+    """
+
+    def __init__(
+        self, ask: Callable[[Frame], Frame], about: Mapping[str, Any], difference: int
+    ) -> None:
+        self._ask, self._about, self._difference = ask, dict(about), difference
+        self._waiting: deque[Frame] = deque()
+        self._changed = threading.Condition()
+        self._done = 0
+        self._broken = self._ended = False
+        self.sent = 0
+
+    def start(self, difference: int) -> None:
+        """Begin to send; what was taken before goes first.
+
+        Args:
+            difference: Bytes that would go in the pause without it, by what was sent ahead.
+        """
+        self._difference = difference
+        name = f"mirrors {self._about['session']}"
+        threading.Thread(target=self._run, name=name, daemon=True).start()
+
+    def take(self, operation: Frame) -> None:
+        """Take an operation that the session does; never waits."""
+        with self._changed:
+            if self._broken:
+                return
+            self._waiting.append(operation)
+            worth = mirroring.keeps_up(_nbytes(operation), self._left(), self._difference)
+            if not worth:
+                self._break()
+            self._changed.notify_all()
+
+    def waiting(self) -> int:
+        """Return the bytes of operations that the shadow has not done."""
+        with self._changed:
+            return self._left()
+
+    def settled(self) -> int | None:
+        """Wait until the shadow has done all; return how many that are, or None: it has not.
+
+        It is not waited for where the difference is sooner there.
+        """
+        with self._changed:
+            if not mirroring.pays(self._left(), self._difference):
+                self._break()
+            until = time.monotonic() + SETTLES_S
+            while self._waiting and not self._broken:
+                if not self._changed.wait(until - time.monotonic()):
+                    self._break()
+            return None if self._broken else self._done
+
+    def end(self) -> None:
+        """Send no more."""
+        with self._changed:
+            self._ended = True
+            self._break()
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not self._waiting and not self._ended:
+                    self._changed.wait()
+                if self._ended:
+                    return
+                operation, number = self._waiting[0], self._done
+            try:
+                self._ask(_mirrored(operation, number, self._about))
+            except FedsysError:  # refused, or its edge server is gone: the difference goes instead
+                self.end()
+                return
+            with self._changed:
+                if self._waiting:
+                    self._waiting.popleft()
+                self._done += 1
+                self.sent += _nbytes(operation)
+                self._changed.notify_all()
+
+    def _left(self) -> int:
+        return sum(map(_nbytes, self._waiting))
+
+    def _break(self) -> None:
+        self._broken = True
+        self._ended = True
+        self._waiting.clear()
+
+
+def _mirrored(operation: Frame, number: int, about: Mapping[str, Any]) -> Frame:
+    told = [operation.kind, dict(operation.meta)]
+    return Frame("mirror", {**about, "number": number, "operation": told}, operation.tensors)
+
+
+def _nbytes(operation: Frame) -> int:
+    return sum(tensor.nbytes for tensor in operation.tensors.values())
