@@ -174,12 +174,12 @@ def choose(
     for one, value, misses in zip(allowed, values, missed, strict=True):
         fails = any(misses)
         score = _score(value, every if fails else among, weights)
+        violation = (_weighted(misses, weights), sum(misses)) if fails else (0.0, 0.0)
         key = (
-            *(fails, _weighted(misses, weights), sum(misses), -score),
-            *(-each for each in value),
+            *(fails, *violation, -score, -value[0], -value[1], -value[2]),
             *(one.technique, one.path),  # what decides where all else is equal
         )
-        ranked.append((key, Scored(one, _named(misses), score)))
+        ranked.append((key, Scored(one, _named(misses) if fails else {}, score)))
     ranked.sort(key=lambda pair: pair[0])
     best = ranked[0][1]
     return RecoveryDecision(best.candidate, best.feasible, tuple(each for _, each in ranked))
@@ -205,16 +205,16 @@ def _weights(objective: RecoveryObjective) -> Triple:
 
 def _missed(value: Triple, objective: RecoveryObjective) -> Triple:
     """Return by which share of its threshold each value misses it; 0 where it keeps to it."""
-    latency, downtime = objective.latency_ms, objective.downtime_ms
+    least, latency, downtime = objective.accuracy, objective.latency_ms, objective.downtime_ms
     return (
-        _short(value[0], objective.accuracy),
-        _short(value[1], None if latency is None else -latency),
-        _short(value[2], None if downtime is None else -downtime),
+        0.0 if least is None else _short(value[0], least),
+        0.0 if latency is None else _short(value[1], -latency),
+        0.0 if downtime is None else _short(value[2], -downtime),
     )
 
 
-def _short(value: float, bound: float | None) -> float:
-    if bound is None or value >= bound:
+def _short(value: float, bound: float) -> float:
+    if value >= bound:
         return 0.0
     return (bound - value) / max(abs(bound), _TINY)  # a threshold of 0: by infinitely much
 
@@ -224,11 +224,12 @@ def _named(missed: Triple) -> dict[str, float]:
 
 
 def _weighted(values: Triple, weights: Triple) -> float:
-    total = 0.0
-    for value, weight in zip(values, weights, strict=True):
-        if weight:
-            total += value * weight
-    return total
+    """Return the weighted sum; what has no weight counts for nothing, also if it is infinite."""
+    first, second, third = weights
+    total = values[0] * first if first else 0.0
+    if second:
+        total += values[1] * second
+    return total + values[2] * third if third else total
 
 
 def _scales(values: Sequence[Triple], objective: RecoveryObjective) -> tuple[Triple, Triple]:
@@ -244,9 +245,9 @@ def _scales(values: Sequence[Triple], objective: RecoveryObjective) -> tuple[Tri
 
 def _score(value: Triple, scales: tuple[Triple, Triple], weights: Triple) -> float:
     """Return the score of a candidate on scales."""
-    best, spans = scales
-    behind = tuple((b - v) / span for b, v, span in zip(best, value, spans, strict=True))
-    return 1.0 - _weighted((behind[0], behind[1], behind[2]), weights)
+    (a, b, c), (d, e, f) = scales
+    behind = (a - value[0]) / d, (b - value[1]) / e, (c - value[2]) / f
+    return 1.0 - _weighted(behind, weights)
 
 
 def _reason(ranked: Sequence[Scored]) -> str:

@@ -163,7 +163,8 @@ class RecoveryOutlook:
             around = self._possible(self.away | more, standing, objective)
             decision = choose(self._costed(around, standing), objective)
             ready = [s.candidate for s in decision.candidates if s.candidate.path in standing]
-            chosen = choose(ready, objective).choice if ready else decision.choice
+            some = 0 < len(ready) < len(decision.candidates)
+            chosen = choose(ready, objective).choice if some else decision.choice
             return Foreseen(decision, chosen, bool(ready))
 
     def _standing(self, gone: frozenset[int]) -> frozenset[str]:
