@@ -22,7 +22,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fedsys.offload.fencing import Copy, CopyPhase, Epoch
+from fedsys.offload import migration
+from fedsys.offload.fencing import Copy, Epoch
 
 BEHIND: int = 4
 """How many differences' bytes may wait to be mirrored, before the shadow is given up."""
@@ -46,10 +47,13 @@ def on_ahead(shadow: Shadow | None, copy: Copy | None, epoch: Epoch) -> Shadow |
 
     One that is there for that token goes on: the frame came twice.
     """
-    later = copy is not None and copy.phase is not CopyPhase.GIVEN and copy.epoch[:2] >= epoch[:2]
-    if later or (shadow is not None and shadow.epoch[:2] >= epoch[:2]):
-        return shadow
-    return Shadow(epoch)
+    later = _is_later(copy, epoch) or (shadow is not None and _is_later(Copy(shadow.epoch), epoch))
+    return shadow if later else Shadow(epoch)
+
+
+def _is_later(copy: Copy | None, epoch: Epoch) -> bool:
+    """Return whether a session that comes under a token would be refused because of a copy."""
+    return migration.on_prepare(copy, "", epoch)[1][0].kind == "refused"
 
 
 def on_mirror(shadow: Shadow | None, epoch: Epoch, number: int) -> tuple[Shadow | None, bool]:

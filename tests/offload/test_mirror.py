@@ -7,6 +7,7 @@ import torch
 
 from fedsys.errors import LinkClosed
 from fedsys.offload import mirroring
+from fedsys.offload.fencing import Copy, Epoch
 from fedsys.offload.mirror import Mirror
 from fedsys.transport.wire import Frame
 
@@ -68,7 +69,9 @@ def test_a_shadow_that_is_lost_is_left():
 
 
 def test_a_later_move_has_its_own_shadow():
-    first, later = mirroring.Shadow((1, 1, "b"), 3), (1, 2, "b")
-    assert mirroring.on_ahead(first, None, (1, 1, "b")) is first
+    first, later = mirroring.Shadow(Epoch(1, 1, "b"), 3), Epoch(1, 2, "b")
+    assert mirroring.on_ahead(first, None, Epoch(1, 1, "b")) is first
     assert mirroring.on_ahead(first, None, later) == mirroring.Shadow(later)
+    assert mirroring.on_ahead(mirroring.Shadow(later), None, first.epoch).epoch == later
+    assert mirroring.on_ahead(None, Copy(later), first.epoch) is None
     assert not mirroring.may_become(first, later, 3, True)
