@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -22,6 +24,16 @@ from fedsys.transport.wire import checksum
 
 Tensors = Mapping[str, Tensor]
 
+EXPECTED_S = 900.0
+"""How long something is kept for a session of which nothing is heard any more, in seconds."""
+
+
+@dataclass(frozen=True)
+class _Expected:
+    key: str  # of the beginning
+    sign: str  # of the token
+    since_s: float
+
 
 class Bases:
     """Tensors that other edge servers may refer to. Methods may be called from any thread."""
@@ -30,6 +42,7 @@ class Bases:
         self._starts: dict[str, State] = {}
         self._keys: dict[str, str] = {}  # by session
         self._ahead: dict[str, tuple[str, Tensors]] = {}  # by session: its name, and what came
+        self._coming: dict[str, _Expected] = {}  # by session: the beginning that it needs here
         self._borrowers = itertools.count()
         self._lock = threading.Lock()
 
@@ -43,6 +56,26 @@ class Bases:
             if key not in self._starts:
                 self._starts[key] = {n: t.cpu().clone() for n, t in tensors.items()}
             self._keys[spec.id] = key
+
+    def expect(self, session: str, key: object, sign: str) -> bool:
+        """Return whether a beginning is here; it stays until the session came, or will not.
+
+        Args:
+            session: A session that is to come as a difference from it.
+            key: Name of the beginning.
+            sign: Of the token under which it is to come.
+        """
+        now = time.monotonic()
+        with self._lock:
+            late = [n for n, one in self._coming.items() if one.since_s < now - EXPECTED_S]
+            for name in late:
+                self._expect_no_more(name)
+            before = self._coming.pop(session, None)
+            here = isinstance(key, str) and key in self._starts
+            if here:
+                self._coming[session] = _Expected(str(key), sign, now)
+            self._left(None if before is None else before.key)
+            return here
 
     def goes_on(self, session: str, key: str | None) -> None:
         """Take note of what a session that came began with, if that is here."""
@@ -82,7 +115,7 @@ class Bases:
             self._ahead[session] = name, dict(tensors)
 
     def never_came(self, session: str, sign: str) -> None:
-        """Forget what was sent ahead of a session that does not come, under a token.
+        """Forget what was kept for a session that does not come, under a token.
 
         Args:
             session: Its name.
@@ -91,6 +124,8 @@ class Bases:
         with self._lock:
             if session in self._ahead and self._ahead[session][0].endswith(sign):
                 del self._ahead[session]
+            if session in self._coming and self._coming[session].sign.endswith(sign):
+                self._expect_no_more(session)
 
     def get(self, session: str, name: object) -> Tensors:
         """Return tensors by the name of a beginning, or of what was sent ahead; else nothing."""
@@ -104,9 +139,18 @@ class Bases:
         """Forget a session, and its beginning if no other session began so."""
         with self._lock:
             self._ahead.pop(session, None)
-            key = self._keys.pop(session, None)
-            if key is not None and key not in self._keys.values():
-                self._starts.pop(key, None)
+            self._expect_no_more(session)
+            self._left(self._keys.pop(session, None))
+
+    def _expect_no_more(self, session: str) -> None:
+        expected = self._coming.pop(session, None)
+        self._left(None if expected is None else expected.key)
+
+    def _left(self, key: str | None) -> None:
+        """Forget a beginning that nobody needs any more."""
+        needed = {*self._keys.values(), *(one.key for one in self._coming.values())}
+        if key is not None and key not in needed:
+            self._starts.pop(key, None)
 
 
 def sign_of(epoch: Epoch) -> str:

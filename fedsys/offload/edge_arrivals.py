@@ -13,7 +13,7 @@ from typing import Any
 from fedsys.errors import FedsysError, SessionError
 from fedsys.faults import Fault
 from fedsys.offload import migration
-from fedsys.offload.bases import Bases
+from fedsys.offload.bases import Bases, sign_of
 from fedsys.offload.checkpoint import SessionCheckpoint
 from fedsys.offload.copies import Copies
 from fedsys.offload.edge_faults import EdgeFaults
@@ -129,7 +129,8 @@ class Arrivals:
                 raise SessionError(f"{self._own.name} has a later one of session {name}")
             nbytes = frame.meta.get("nbytes")
             self._own.table.check_room_for(nbytes if isinstance(nbytes, int) else 0)
-            return Frame("prepared", {"start": frame.meta.get("start") in self._own.bases.keys()})  # noqa: SIM118 - a method
+            start = frame.meta.get("start")
+            return Frame("prepared", {"start": self._own.bases.expect(name, start, sign_of(epoch))})
         if frame.kind == "ahead":
             return Frame("copied", {"mirror": self._came_ahead(group, frame, epoch)})
         if frame.kind == "mirror":
