@@ -231,11 +231,16 @@ class KeyedDropout(nn.Module):
         p: Probability of zeroing, in [0, 1].
         spread: How far one draw reaches: ``"element"`` (Dropout), ``"channel"`` (Dropout1d to
             Dropout3d), ``"example"`` (stochastic depth by row) or ``"batch"`` (by batch).
+
+    Attributes:
+        earlier: How often a forward of the whole model has called it before the part begins that
+            it is in now.
     """
 
     def __init__(self, name: str, p: float, spread: str = "element") -> None:
         super().__init__()
         self.name, self.p, self.spread = name, p, spread
+        self.earlier = 0
 
     def extra_repr(self) -> str:
         """Return the arguments, for `repr` of the model."""
@@ -257,7 +262,7 @@ class KeyedDropout(nn.Module):
                 "announce micro-batches with fedsys.randomness.rows(start, stop)"
             )
         # A module that a forward calls several times draws anew each time.
-        call = now.count(self.name)
+        call = self.earlier + now.count(self)
         key = self.name if call == 1 else f"{self.name}#{call}"
         mask = now.masks.get(key)
         if mask is None:

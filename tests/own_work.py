@@ -43,6 +43,12 @@ def drawings() -> TensorDataset:
     return TensorDataset(x, y)
 
 
+def photos() -> TensorDataset:
+    """Images of 3x8x8, and which of their channels is the brightest."""
+    x = pictures().tensors[0]
+    return TensorDataset(x, x.flatten(2).float().mean(2).argmax(1))
+
+
 class Sentences(Dataset):
     """Tokens alone, of which the next is to be told; each is one above the last, or random."""
 
@@ -193,6 +199,33 @@ class Both(nn.Module):
         image, numbers = inputs
         x = F.relu(self.second(F.relu(self.first(image)))).mean((2, 3))
         return self.out(F.relu(self.join(torch.cat([x, numbers], 1))))
+
+
+class Bert(nn.Module):
+    """An encoder of torch's own modules, as BERT has it: words, which are none, and a class."""
+
+    def __init__(self, num_classes: int, width: int = 8, depth: int = 3) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(20, width), nn.Parameter(_draw(6, width))
+        layer = nn.TransformerEncoderLayer(
+            width, 2, 2 * width, dropout=0.0, activation="gelu", batch_first=True
+        )
+        self.encoder = nn.TransformerEncoder(
+            layer, depth, norm=nn.LayerNorm(width), enable_nested_tensor=False
+        )
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, words: Tensor, padding: Tensor) -> Tensor:
+        """Return scores ``(batch, classes)`` of what stands at the first place."""
+        x = self.encoder(self.words(words) + self.places, src_key_padding_mask=padding)
+        return self.head(x[:, 0])
+
+
+def vit(num_classes: int) -> nn.Module:
+    """Return torchvision's transformer of images of 3x8x8, with three blocks."""
+    from torchvision.models import VisionTransformer
+
+    return VisionTransformer(8, 4, 3, 2, 8, 16, num_classes=num_classes)
 
 
 def steep(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -521,6 +521,10 @@ OWN_DATA = {
     "classes of tokens": ("classification", "Words", {"_target_": "tests.own_work.Bag"}),
     "padded words": ("classification", "Padded", {"_target_": "tests.own_work.Masked"}),
     "image and numbers": ("regression", "Twofold", {"_target_": "tests.own_work.Both"}),
+    "bert": ("classification", "Padded", {"_target_": "tests.own_work.Bert"}),
+    "bert of lists": ("classification", "Padded", {"_target_": "tests.models.hf_style.Bert"}),
+    "vit": ("classification", "photos", {"_target_": "tests.own_work.vit"}),
+    "gpt of lists": ("next_token", "Sentences", {"_target_": "tests.models.hf_style.Gpt2"}),
     "own loss": ("regression", "rows", {"_target_": "fedsys.models.dense.mlp", "hidden": 8}),
     "own loss with a weight": ("regression", "rows", {"_target_": "fedsys.models.dense.mlp"}),
 }
@@ -544,6 +548,10 @@ OWN_TABLE = [
     ("image and numbers", 1, "proximal, clipped, two epochs", (2, "pipelined"), "link", False,
      "grpc"),
     ("image and numbers", 2, PROXIMAL, (1, "sequential"), "never", False, "memory"),
+    ("bert", 2, "momentum, decay, cosine", (3, "pipelined"), "edge", False, "memory"),
+    ("bert of lists", 6, "kept adam, plain", (2, "pipelined"), "never", True, "tcp"),
+    ("vit", [1, 2, 3], "kept adam, plain", (1, "sequential"), "never", False, "memory"),
+    ("gpt of lists", 4, "proximal, clipped, two epochs", (3, "pipelined"), "link", False, "memory"),
     ("own loss", 1, "proximal, clipped, two epochs", (3, "bounded 2"), "edge", False, "memory"),
     ("own loss with a weight", 1, "plain", (4, "pipelined"), "never", True, "tcp"),
 ]  # fmt: skip

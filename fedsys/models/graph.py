@@ -99,6 +99,8 @@ class _Tracer(fx.Tracer):  # torch.fx offers no other way to say which modules a
         # a forward of its own counts its batches in it, which a graph does not record
         torchs = type(m).forward.__module__.startswith("torch.nn")
         norm = isinstance(m, _NormBase) and (torchs or not self._in_place)
+        if type(m) is nn.TransformerEncoder:  # a chain of blocks, which may be cut between them
+            return False
         return own or is_random_depth(m) or norm or super().is_leaf_module(m, module_qualified_name)
 
     def create_args_for_root(
@@ -124,6 +126,8 @@ class _Tracer(fx.Tracer):  # torch.fx offers no other way to say which modules a
         self.path.append(self.path_of_module(m))
         if self.is_leaf_module(m, self.path[-1]):
             self._note(m, self.path[-1])
+        elif type(m) is nn.TransformerEncoder:
+            forward = partial(_by_layers, m)
         result = super().call_module(m, forward, args, kwargs)
         self.path.pop()
         return result
@@ -177,6 +181,31 @@ class _Tracer(fx.Tracer):  # torch.fx offers no other way to say which modules a
         if self._asking or threading.get_ident() != self._thread:
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+def _by_layers(
+    encoder: nn.TransformerEncoder, src: Any, mask: Any = None, src_key_padding_mask: Any = None,
+    is_causal: bool | None = None,
+) -> Any:  # fmt: skip
+    """Do what the forward of torch's encoder does, which asks too much of tensors to be traced.
+
+    Raises:
+        ModelError: It would look at values of the mask, or pack what is not padding.
+    """
+    if mask is not None and is_causal is None:
+        raise ModelError(
+            "TransformerEncoder looks at the values of its mask to see whether it is causal; give "
+            "is_causal=True or False with it"
+        )
+    if src_key_padding_mask is not None and encoder.use_nested_tensor:
+        raise ModelError(
+            "TransformerEncoder packs what is not padding in evaluation, which a graph cannot "
+            "follow; make it with enable_nested_tensor=False"
+        )
+    causal = bool(is_causal)
+    for layer in encoder.layers:
+        src = layer(src, src_mask=mask, is_causal=causal, src_key_padding_mask=src_key_padding_mask)
+    return src if encoder.norm is None else encoder.norm(src)
 
 
 def _contexts() -> tuple[bool, bool]:

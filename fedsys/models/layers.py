@@ -20,6 +20,7 @@ Offloading for IoT Devices in Federated Learning", IEEE Internet of Things Journ
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -43,7 +44,7 @@ from fedsys.models.measure import NodeCost, measure
 from fedsys.models.modes import observed
 from fedsys.models.origins import module_paths
 from fedsys.models.states import fill, join
-from fedsys.randomness import Address
+from fedsys.randomness import Address, KeyedDropout
 from fedsys.transport.several import Inputs, Several, examples_of, is_several
 
 __all__ = [
@@ -116,6 +117,7 @@ class LayeredModel:
         shared: Parameters and buffers that several units use, with the indices of these units.
             No cut may separate them.
         input_bytes: Size of each of several inputs, for one example; empty where there is one.
+        target_bytes: Size of what is to be learned of an example: a class is an int64.
     """
 
     graph: fx.GraphModule
@@ -124,6 +126,7 @@ class LayeredModel:
     names: tuple[str, ...]
     shared: Mapping[str, tuple[int, ...]]
     input_bytes: tuple[int, ...] = ()
+    target_bytes: int = 8
 
     def __len__(self) -> int:
         return len(self.units)
@@ -470,6 +473,7 @@ def _stage(model: LayeredModel, start: int, stop: int) -> nn.Module:
     names = [name for unit in model.units[start:stop] for name in unit.names]
     graph = stage_graph(model, start, stop)
     built = stage(model.graph, graph, names, modes_of(model.graph))
+    _continue_draws(built, model, start)
     hidden = dict(built.named_buffers()).keys() - built.state_dict().keys()
     for name in sorted(hidden):
         if built.get_buffer(name).is_meta:
@@ -478,6 +482,21 @@ def _stage(model: LayeredModel, start: int, stop: int) -> nn.Module:
                 "filled; register the buffer with persistent=True"
             )
     return built
+
+
+def _continue_draws(built: nn.Module, model: LayeredModel, start: int) -> None:
+    """Let dropouts that units before `start` call, too, draw as if they had been called there."""
+    before = {name for unit in model.units[:start] for name in unit.nodes}
+    called = Counter(
+        module.name
+        for node in model.graph.graph.nodes
+        if node.op == "call_module" and node.name in before
+        for module in model.graph.get_submodule(str(node.target)).modules()
+        if isinstance(module, KeyedDropout)
+    )
+    for module in built.modules():
+        if isinstance(module, KeyedDropout):
+            module.earlier += called[module.name]
 
 
 def stage_graph(model: LayeredModel, start: int, stop: int) -> fx.Graph:
