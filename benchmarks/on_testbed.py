@@ -57,7 +57,7 @@ from fedsys.planning.workload import Device, Workload, workload
 from fedsys.runtime.apps import load_apps
 from fedsys.runtime.local import play_local
 from fedsys.training import federation
-from fedsys.training.federation import layered_model
+from fedsys.training.federation import layers_of
 from fedsys.transport.messages import ASSIGNMENT, OBSERVATION, settings_of
 from fedsys.transport.network import Network
 from fedsys.transport.security import Authority
@@ -76,7 +76,7 @@ def main() -> None:
     given = _arguments()
     config = _config(given)
     fed = federation.federation(config)
-    layers = layered_model(config, fed.dataset.input_shape, fed.dataset.num_classes)
+    layers = layers_of(config, fed.dataset)
     found = profiled(given)
     host = machine_costs("host", found, layers)
     factor = slowness(given, _load(given, config, layers, host, 1.0))

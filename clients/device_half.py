@@ -22,7 +22,7 @@ from fedsys.privacy.release import Noise, Release, release_from
 from fedsys.randomness import Address
 from fedsys.training import federation
 from fedsys.training import plain as training
-from fedsys.training.federation import base_state, layered_model, penalty_of
+from fedsys.training.federation import base_state, layers_of, penalty_of
 from fedsys.training.part import Part, filled_stages, names_between
 from fedsys.transport import messages, records
 
@@ -62,7 +62,7 @@ class DeviceHalf:
     def __init__(self, config: Config, content: RecordDict, partition: int) -> None:
         self._config, self._content = config, content
         dataset = federation.federation(config).dataset
-        self.layers: LayeredModel = layered_model(config, dataset.input_shape, dataset.num_classes)
+        self.layers: LayeredModel = layers_of(config, dataset)
         self._base = base_state(config, dataset.input_shape, dataset.num_classes)
         settings = messages.settings_of(content)
         self._told = told = content.config_records[messages.ASSIGNMENT]

@@ -36,7 +36,7 @@ from fedsys.randomness import Address
 from fedsys.runs.tracing import Recorder
 from fedsys.training import federation, optimizers, resilience
 from fedsys.training import plain as training
-from fedsys.training.federation import Federation, layered_model, penalty_of
+from fedsys.training.federation import Federation, layers_of, penalty_of
 from fedsys.training.masks import Masks, held
 from fedsys.training.penalty import Penalty
 from fedsys.training.pulse import pulse
@@ -170,7 +170,7 @@ class LocalClient:
         if not pruning.penalty_weight(self.config.pruning, round_, self.config.rounds):
             return None
         dataset = federation.federation(self.config).dataset
-        layers = layered_model(self.config, dataset.input_shape, dataset.num_classes)
+        layers = layers_of(self.config, dataset)
         return penalty_of(self.config, layers, round_)
 
     def _paced(self, batches: Batches, micro_batches: int, recorder: Recorder) -> Batches:
@@ -194,7 +194,7 @@ class LocalClient:
         if not self.config.fleet.emulate:
             return None
         dataset = federation.federation(self.config).dataset
-        layers = layered_model(self.config, dataset.input_shape, dataset.num_classes)
+        layers = layers_of(self.config, dataset)
         return device_costs(self.config, layers, self.partition)
 
     def model(self) -> nn.Module:

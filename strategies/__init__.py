@@ -123,8 +123,7 @@ def build(
         policy,
         config=config,
         roster=roster,
-        input_shape=dataset.input_shape,
-        num_classes=dataset.num_classes,
+        dataset=dataset,
         mobility=mobility,
     )
     return Sampled(offload, roster, sampling, seed=config.seed)

@@ -37,7 +37,7 @@ from fedsys.runtime.grids import attentive, before_exit
 from fedsys.runtime.relay import Relay
 from fedsys.training import federation
 from fedsys.training import plain as training
-from fedsys.training.federation import Federation, layered_model
+from fedsys.training.federation import Federation, layers_of
 from fedsys.training.pulse import pulse
 from fedsys.training.resilience import PathScores, measure
 from fedsys.training.tasks import Task, task_of
@@ -261,7 +261,7 @@ def _decided(config: Config, job: _Job, virtual: RoundClock | None) -> list[Offl
     if offload is None:
         return []
     dataset = job.fed.dataset
-    layers = layered_model(config, dataset.input_shape, dataset.num_classes)
+    layers = layers_of(config, dataset)
     return decisions_of(offload, config, layers, {} if virtual is None else virtual.devices)
 
 
@@ -274,7 +274,7 @@ def _virtual(
     dataset = fed.dataset
     return RoundClock(
         config,
-        layered_model(config, dataset.input_shape, dataset.num_classes),
+        layers_of(config, dataset),
         [len(part) for part in fed.parts],
         find(strategy, Offload),
         virtual_totals(rows).get("virtual_s", 0.0),

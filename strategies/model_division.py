@@ -5,10 +5,11 @@ from __future__ import annotations
 from flwr.app import ArrayRecord, RecordDict
 
 from fedsys.config import Config
+from fedsys.data import Dataset
 from fedsys.errors import ConfigError
 from fedsys.models.layers import LayeredModel
 from fedsys.offload.snapshot import SessionSpec, Snapshot
-from fedsys.training.federation import layered_model
+from fedsys.training.federation import layers_of
 from fedsys.training.part import names_between
 from fedsys.transport import records
 from fedsys.transport.messages import ARRAYS, MASKS, OPTIMIZER, settings_of
@@ -22,16 +23,16 @@ class ModelDivision:
 
     Args:
         config: The run.
-        input_shape: ``(C, H, W)`` of one example.
-        num_classes: Number of classes.
+        dataset: Tells the shape of an example, and what is learned of it.
 
     Attributes:
         layers: The model, on ``meta``.
     """
 
-    def __init__(self, config: Config, input_shape: tuple[int, ...], num_classes: int) -> None:
-        self.layers: LayeredModel = layered_model(config, input_shape, num_classes)
-        self._config, self._shape, self._classes = config, input_shape, num_classes
+    def __init__(self, config: Config, dataset: Dataset) -> None:
+        self.layers: LayeredModel = layers_of(config, dataset)
+        self._config, self._shape = config, dataset.input_shape
+        self._classes = dataset.num_classes
         self._names: dict[tuple[int, int], set[str]] = {}
 
     def spec(

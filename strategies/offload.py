@@ -23,6 +23,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedsys.config import Config
+from fedsys.data import Dataset
 from fedsys.errors import ConfigError, RuntimeFailure
 from fedsys.offload.fleet import Fleet
 from fedsys.planning.leakage import leakage_limit
@@ -78,8 +79,7 @@ class Offload(Around):
         policy: Decides on cuts and edges.
         config: The run.
         roster: Who is there.
-        input_shape: ``(C, H, W)`` of one example.
-        num_classes: Number of classes.
+        dataset: Tells the shape of an example, and what is learned of it.
         mobility: Where devices are; None: wherever the policy wants them.
 
     Attributes:
@@ -103,8 +103,7 @@ class Offload(Around):
         *,
         config: Config,
         roster: Roster,
-        input_shape: tuple[int, ...],
-        num_classes: int,
+        dataset: Dataset,
         mobility: MobilitySource | None = None,
     ) -> None:
         super().__init__(inner)
@@ -115,7 +114,7 @@ class Offload(Around):
         self.decided: Decided | None = None
         self._config, self.mobility, self.journeys = config, mobility, Journeys()
         self.orders: Mapping[int, Order] = {}
-        self._division = ModelDivision(config, input_shape, num_classes)
+        self._division = ModelDivision(config, dataset)
         self._layers = self._division.layers
         if config.mobility.active and config.mobility.cut is not None:
             self._division.check_cut(config.mobility.cut)

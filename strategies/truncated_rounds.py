@@ -309,7 +309,7 @@ def practise(
     policy: OffloadPolicy | None = None if offload is None else offload.policy
     if offload is None or not isinstance(policy, FedAdaptPolicy) or policy.ready:
         return
-    division = ModelDivision(config, dataset.input_shape, dataset.num_classes)
+    division = ModelDivision(config, dataset)
     count = policy.iterations
     clients: Clients = RealClients(
         config, grid, offload.roster, offload.fleet, division, arrays, count,

@@ -6,6 +6,7 @@ has. Other inputs have the type that models take.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,6 +92,12 @@ class Dataset:
     def num_classes(self) -> int:
         """Number of classes, or of other outputs."""
         return self.outputs or len(self.classes)
+
+    @property
+    def target_bytes(self) -> int:
+        """Size of what is to be learned of one example, as it is sent."""
+        labels = self.train.labels
+        return labels.element_size() * math.prod(labels.shape[1:])
 
     @property
     def counted(self) -> tuple[Indices, tuple[str, ...]]:

@@ -30,9 +30,6 @@ Array = NDArray[np.float64]
 FRAME_BYTES: Final = 256
 """Bytes of a frame of a session beside its tensors: prefix, header and checksums."""
 
-LABEL_BYTES: Final = 8
-"""A label is an int64."""
-
 
 PRIVATE_BACKWARD: Final = 2.1
 """Norms and clipped sums of examples over a plain backward: of VGG-5 with GroupNorm, 100 examples,
@@ -308,12 +305,19 @@ class Crossing:
         channels: Size of its first dimension.
         itemsize: Bytes of an element in the type of the model.
         beside: Bytes of inputs that go to the edge with it, as they are.
+        target_bytes: Bytes of what is to be learned, which goes with it, too.
     """
 
     elements: int
     channels: int
     itemsize: int = 4
     beside: int = 0
+    target_bytes: int = 8
+
+    @property
+    def more(self) -> int:
+        """Bytes that go to the edge with it, whatever the codec."""
+        return self.beside + self.target_bytes
 
 
 def crossings(layers: LayeredModel) -> tuple[Crossing, ...]:
@@ -323,7 +327,8 @@ def crossings(layers: LayeredModel) -> tuple[Crossing, ...]:
         elements = sum(math.prod(shape) for shape in unit.out_shapes)
         channels = sum((shape or (1,))[0] for shape in unit.out_shapes)
         beside = sum(layers.input_bytes[index] for index in layers.inputs(cut, len(layers)))
-        made.append(Crossing(elements, channels, unit.bytes_out // elements, beside))
+        each = unit.bytes_out // elements
+        made.append(Crossing(elements, channels, each, beside, layers.target_bytes))
     return tuple(made)
 
 
@@ -334,7 +339,7 @@ def tensor_bytes(crossing: Crossing, rows: int, codec: str) -> int:
 
 def frame_bytes(crossing: Crossing, rows: int, codec: str, *, labels: bool = False) -> int:
     """Return the bytes of the frame with that tensor, with labels and inputs if they go along."""
-    more = LABEL_BYTES + crossing.beside if labels else 0
+    more = crossing.more if labels else 0
     return tensor_bytes(crossing, rows, codec) + FRAME_BYTES + rows * more
 
 

@@ -21,7 +21,6 @@ from fedsys.errors import ConfigError
 from fedsys.models.layers import LayeredModel
 from fedsys.planning.assignment import Assignment
 from fedsys.planning.costs import (
-    LABEL_BYTES,
     Crossing,
     MachineCosts,
     crossings,
@@ -321,9 +320,9 @@ class Menu:
         self.offloaded = self.cut < self.load.units
         self._sizes, self._size = np.unique(batch / self.pieces, return_inverse=True)
         rows = self._sizes[self._size]
-        beside = np.array([0, *(crossing.beside for crossing in self.load.crossings)])
-        labels = np.where(self.offloaded, (LABEL_BYTES + beside[self.cut]) * rows, 0.0)
-        self._up_bytes = self._frame_bytes(self._up_codec, rows) + labels
+        more = np.array([0, *(crossing.more for crossing in self.load.crossings)])
+        along = np.where(self.offloaded, more[self.cut] * rows, 0.0)
+        self._up_bytes = self._frame_bytes(self._up_codec, rows) + along
         self._down_bytes = self._frame_bytes(self._down_codec, rows)
         self._edge_s, self._edge_update_s = np.zeros(len(batch)), np.zeros(len(batch))
         for index in np.unique(self.edge[self.offloaded]):

@@ -198,22 +198,37 @@ def _refuse_several(config: Config, dataset: Dataset) -> None:
             )
 
 
-def layered_model(config: Config, input_shape: Shape, num_classes: int) -> LayeredModel:
-    """Return the run's model on ``meta`` as a chain of units; kept per process and model."""
+def layered_model(
+    config: Config, input_shape: Shape, num_classes: int, target_bytes: int = 8
+) -> LayeredModel:
+    """Return the run's model on ``meta`` as a chain of units; kept per process and model.
+
+    Args:
+        config: The run.
+        input_shape: Of one example.
+        num_classes: Classes, or other outputs.
+        target_bytes: Of what is to be learned of one example: of one class by default.
+    """
     spec = json.dumps({**config.model, "init": None}, sort_keys=True)
     lora = config.client.lora if config.client.train == "lora" else None
-    return _layered(spec, tuple(input_shape), num_classes, lora)
+    return _layered(spec, tuple(input_shape), num_classes, lora, target_bytes)
+
+
+def layers_of(config: Config, dataset: Dataset) -> LayeredModel:
+    """Return the run's model as `layered_model` does, for what `dataset` has."""
+    return layered_model(config, dataset.input_shape, dataset.num_classes, dataset.target_bytes)
 
 
 @functools.lru_cache(maxsize=16)
 def _layered(
-    spec: str, input_shape: Shape, num_classes: int, lora: LoraConfig | None
+    spec: str, input_shape: Shape, num_classes: int, lora: LoraConfig | None, target_bytes: int
 ) -> LayeredModel:
     model = json.loads(spec)
     skeleton = models.skeleton(model, input_shape=input_shape, num_classes=num_classes)
     if lora is not None:
         skeleton = adapted(skeleton, lora.rank, lora.alpha, lora.targets, None)
-    return layered(skeleton, input_shape)
+    made = layered(skeleton, input_shape)
+    return dataclasses.replace(made, target_bytes=target_bytes)
 
 
 def base_state(config: Config, input_shape: Shape, num_classes: int) -> Mapping[str, Tensor]:
@@ -243,7 +258,7 @@ def fusion_in(config: Config, dataset: Dataset) -> Fusion | None:
     if config.client.kernels != "fused":
         return None
     try:
-        return fusion_of(layered_model(config, dataset.input_shape, dataset.num_classes))
+        return fusion_of(layers_of(config, dataset))
     except ModelError as error:
         return Fusion((), {"the model": f"it cannot be traced ({error})"}, Modes())
 

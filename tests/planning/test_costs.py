@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from torch import nn
 from fedsys.errors import ConfigError
 from fedsys.models import skeleton
 from fedsys.models.layers import layered
+from fedsys.planning.arms import Arms
+from fedsys.planning.assignment import Assignment
 from fedsys.planning.costs import (
     FRAME_BYTES,
     Crossing,
@@ -20,6 +23,10 @@ from fedsys.planning.costs import (
     state_bytes,
     tensor_bytes,
 )
+from fedsys.planning.learning.knowing import table_of
+from fedsys.planning.options import machines_of, run_workload
+from fedsys.planning.workload import Menu, job_of
+from fedsys.training.federation import federation, layers_of
 from fedsys.transport.codecs import CODECS, encode_activation
 from fedsys.transport.wire import Frame, encode_parts
 
@@ -135,3 +142,38 @@ def test_costs_that_cannot_be_are_refused():
         MachineCosts("edge", (1,), ((1.0,),), ((1.0,),), (0.0,), workers=0)
     with pytest.raises(ConfigError, match=r"policy\.codec=fp8"):
         tensor_bytes(Crossing(1, 1), 1, "fp8")
+
+
+OF_TASKS = {
+    "classification": ("drawings", "model=cnn", 8),
+    "multilabel": ("labels", "model=mlp", 3 * 4),
+    "regression": ("rows", "model=mlp", 4),
+    "segmentation": ("pictures", "model=own model._target_=tests.own_work.Segments", 8 * 8 * 8),
+    "next_token": ("Sentences", "model=gpt model.width=8 model.depth=2 model.heads=2", 8 * 8),
+}
+
+
+@pytest.mark.parametrize("task", OF_TASKS)
+def test_what_is_to_be_learned_counts_as_it_is_sent(task, configure):
+    """It was 8 bytes for each example, whatever was learned: of next tokens, those of one token."""
+    data, model, expected = OF_TASKS[task]
+    given = ("data=own", f"data._target_=tests.own_work.{data}", "data.partition.kind=iid")
+    config = configure(*given, f"task={task}", *model.split(), "fleet=pi_lab", "network=wifi")
+    dataset = federation(config).dataset
+    layers = layers_of(config, dataset)
+    cut, rows = layers.cuts[0], 5
+    activation = torch.ones(rows, *layers.units[cut - 1].out_shape)
+    tensors, meta = encode_activation(activation, "fp32")
+    tensors["labels"] = dataset.train.labels[:rows]
+    assert tensors["labels"].nbytes == rows * expected
+    real = sum(memoryview(p).nbytes for p in encode_parts(Frame("activation", meta, tensors)))
+    load = run_workload(config, layers, machines_of(config, layers), [rows])
+    told = frame_bytes(load.crossings[cut - 1], rows, "fp32", labels=True)
+    assert abs(told - real) < 250
+    load = replace(load, batch_size=rows, micro_batches=(1,), cuts=(cut,))
+    job = job_of(load, load.devices[0], Assignment(cut))
+    assert job.turns[0].exchange.up_bytes == told
+    stages = Menu(load, [Assignment(cut)]).stages(load.devices[0])
+    assert stages.up[0] * load.devices[0].network.up_bits_s == pytest.approx(8 * told)
+    assert Arms.of(load, layers).up_bits[0] == 8 * told
+    assert table_of(load, [0.5, 1.0], (cut, len(layers))).up_bits[0, 0] == 8 * told

@@ -59,7 +59,7 @@ def truncated(configure, identity):
 
             run_config = {"hydra-config": config.text}
             grid = stack.enter_context(LocalGrid(watched, 2, run_config=run_config))
-            division = ModelDivision(config, fed.dataset.input_shape, fed.dataset.num_classes)
+            division = ModelDivision(config, fed.dataset)
             options = FedAdaptOptions.of(config.policy)
             base = scenario_of(config, division.layers, [60, 60], options)
             arrays = records.to_record(model.state_dict())
@@ -200,7 +200,7 @@ def test_without_clients_there_is_nobody_to_train_on(configure):
     config = configure(*SMALL)
     fed = federation.federation(config)
     policy = build_policy(config.policy, 1, config, [60, 60])
-    division = ModelDivision(config, fed.dataset.input_shape, fed.dataset.num_classes)
+    division = ModelDivision(config, fed.dataset)
     state = policy.init(division.layers, range(2))
     with pytest.raises(ConfigError, match=r"policy\.training\.where=clients: must be timeline"):
         policy.plan(state, {})

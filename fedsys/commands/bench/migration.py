@@ -284,7 +284,7 @@ def _case(
 def _expected(config: Config, rate: float, how: str) -> Price:
     """Return what the planner and the virtual clock take a move for."""
     dataset = federation.federation(config).dataset
-    layers = federation.layered_model(config, dataset.input_shape, dataset.num_classes)
+    layers = federation.layers_of(config, dataset)
     cut = resolve_cut(layers, config.policy["cut"])
     weights = float(sum(state_bytes(layers)[cut:]))
     state = state_share(config.client) * weights

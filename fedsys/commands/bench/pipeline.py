@@ -46,7 +46,7 @@ from fedsys.planning.planner import Plan, evaluate, plan
 from fedsys.planning.timeline import play
 from fedsys.planning.workload import Workload, counts, job_of
 from fedsys.training import federation
-from fedsys.training.federation import layered_model
+from fedsys.training.federation import layers_of
 
 METHODS: Final = ("classic", "splitfed", "pipar", "exhaustive", "auto", "auto_offloaded")
 VOID: Final = 0.5
@@ -169,7 +169,7 @@ def planned(config: Config, options: Mapping[str, Any]) -> Iterator[Cell]:
                 hint = did_you_mean(str(name), known) or f"one of {', '.join(known)}"
                 raise ConfigError.of(f"bench.{key}", name, "must be a known name", hint.strip())
     fed = federation.federation(config)
-    layers = layered_model(config, fed.dataset.input_shape, fed.dataset.num_classes)
+    layers = layers_of(config, fed.dataset)
     for link in options["links"]:
         for device in options["devices"]:
             network = {**options["networks"][link], "emulate": True}

@@ -21,7 +21,7 @@ from fedsys.config import Config
 from fedsys.randomness import Address, drawing, rows
 from fedsys.training import federation
 from fedsys.training import plain as training
-from fedsys.training.federation import layered_model
+from fedsys.training.federation import layers_of
 from fedsys.training.part import filled_stages, names_between
 from fedsys.training.schedule import micro_batch_bounds
 
@@ -114,7 +114,7 @@ def _units(config: Config, cut: int, count: int, repeats: int = 15) -> float:
 def front_of(config: Config, cut: int) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     """Return the first units with a mini-batch of inputs and a gradient of what leaves them."""
     fed = federation.federation(config)
-    layers = layered_model(config, fed.dataset.input_shape, fed.dataset.num_classes)
+    layers = layers_of(config, fed.dataset)
     state = federation.build_model(config, fed.dataset).state_dict()
     bounds = [cut, len(layers)]
     own = {name: state[name] for name in names_between(layers, bounds)[0]}

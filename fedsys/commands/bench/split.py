@@ -38,7 +38,7 @@ from fedsys.offload.snapshot import SessionSpec, Snapshot
 from fedsys.planning.assignment import Assignment
 from fedsys.training import federation
 from fedsys.training import plain as training
-from fedsys.training.federation import layered_model
+from fedsys.training.federation import layered_model, layers_of
 from fedsys.training.part import names_between
 from fedsys.transport import records
 from fedsys.transport.addresses import dial
@@ -70,7 +70,7 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
     fed = federation.federation(config)
     model = federation.build_model(config, fed.dataset)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    layers = layered_model(config, fed.dataset.input_shape, fed.dataset.num_classes)
+    layers = layers_of(config, fed.dataset)
     cuts = range(1, len(layers))
     took: dict[int, list[float]] = {cut: [] for cut in (0, *cuts)}
     same = dict.fromkeys(cuts, True)

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsys.planning.contention import Indices
-from fedsys.planning.costs import FRAME_BYTES, LABEL_BYTES, tensor_bytes
+from fedsys.planning.costs import FRAME_BYTES, tensor_bytes
 from fedsys.planning.workload import Array, Workload
 
 
@@ -73,9 +73,8 @@ def table_of(load: Workload, shares: Sequence[float], cuts: Sequence[int]) -> Cu
     up, down = np.zeros((2, len(cuts), len(courses)))
     for i, cut in enumerate(cuts[:-1]):
         for q, (count, codec) in enumerate(courses):
-            more = LABEL_BYTES + load.crossings[cut - 1].beside
             sent = tensor_bytes(load.crossings[cut - 1], size, codec) + FRAME_BYTES * count
-            up[i, q], down[i, q] = 8.0 * (sent + more * size), 8.0 * sent
+            up[i, q], down[i, q] = 8.0 * (sent + load.crossings[cut - 1].more * size), 8.0 * sent
     return CutTable(
         np.array(shares),
         up,
