@@ -15,6 +15,7 @@ from typing import Any
 
 from fedsys import config as configuration
 from fedsys.config import Config, NetworkConfig
+from fedsys.errors import ConfigError
 from fedsys.models.layers import LayeredModel
 from fedsys.planning.assignment import Assignment
 from fedsys.planning.handing_over import mirrored_bytes, price
@@ -30,7 +31,7 @@ from fedsys.runs import opening
 from fedsys.runs.lines import aligned, fitted, folded, seconds_text, width_of
 from fedsys.runs.reasons import Reasons, by_resource
 from fedsys.training import federation
-from fedsys.training.federation import layered_model
+from fedsys.training.federation import layers_of
 from fedsys.transport.several import said
 
 ROUNDS = 30
@@ -42,9 +43,10 @@ POLICIES = "strategies.policies.build_policy"
 def job(tree: Any) -> Mapping[str, Any]:
     """Plan the run that the command line describes.
 
-    With ``policy=none`` or ``fixed`` it is planned as ``policy=auto`` would. A policy that learns
-    decides for `ROUNDS` rounds on the virtual clock, and its last plan is shown. With a
-    sequential schedule it is planned as if it were pipelined, unless that is named.
+    With ``policy=none`` it is planned as ``policy=auto`` would; what ``policy=fixed`` says is timed
+    beside that. A policy that learns decides for `ROUNDS` rounds on the virtual clock, and its last
+    plan is shown. With a sequential schedule it is planned as if it were pipelined, unless that is
+    named.
 
     Args:
         tree: The composed configuration (a DictConfig).
@@ -61,7 +63,7 @@ def job(tree: Any) -> Mapping[str, Any]:
         schedule = dataclasses.replace(config.schedule, kind="pipelined")
         config = dataclasses.replace(config, schedule=schedule)
     fed = federation.federation(config)
-    layers = layered_model(config, fed.dataset.input_shape, fed.dataset.num_classes)
+    layers = layers_of(config, fed.dataset)
     examples = [len(part) for part in fed.parts]
     shape = said(fed.dataset.input_shape)
     found = {"data": f"{config.data.get('source')} {shape}", "examples": sum(examples)}
@@ -71,13 +73,11 @@ def job(tree: Any) -> Mapping[str, Any]:
     return found
 
 
-def _choosable(config: Config) -> tuple[bool, PlanOptions]:
-    """Return whether the policy of a run learns, and what it may choose."""
-    kind = str(config.policy.get("kind", "none"))
+def _choosable(kind: str, config: Config) -> PlanOptions:
+    """Return what the policy of a run may choose."""
     if kind in PLANNED:
-        return False, PlanOptions.of(config.policy)
-    learns = kind not in ("none", "fixed")
-    return learns, choosable(config.policy) if learns else PlanOptions()
+        return PlanOptions.of(config.policy)
+    return PlanOptions() if kind == "none" else choosable(config.policy)
 
 
 def figures(config: Config, layers: LayeredModel, examples: Sequence[int]) -> dict[str, Any]:
@@ -90,16 +90,20 @@ def figures(config: Config, layers: LayeredModel, examples: Sequence[int]) -> di
 
     Returns:
         For the round ``predicted_s``, ``all_on_device_s``, ``best_static``, ``how``, ``planned_s``,
-        ``why``; and ``devices``, each with its choice, seconds by resource, and alternatives.
+        ``why``; and ``devices``, each with its choice, seconds by resource, and alternatives. Where
+        another than a planner decides, its ``regret``; beside a fixed plan the ``best_s`` of the
+        best one.
     """
-    learns, options = _choosable(config)
+    kind = str(config.policy.get("kind", "none"))
+    options = _choosable(kind, config)
     load = run_workload(config, layers, machines_of(config, layers), examples, options)
-    learned = _learned(config, layers, examples, load) if learns else None
+    learned = _decided(kind, config, layers, examples, load)
     made = learned.plan if learned else plan(load, options.kind, offload=options.offload)
     whole = plan(load, "classic")
     static = best_static(load, offload=options.offload)
     others = next_best(load, made, offload=options.offload)
     reasons, note = Reasons(load, made), leakage_note(config, layers)
+    words = [_summary(load, made, whole), learned.beside if learned else "", note]
     links = [_link_name(link_of(config, k)) for k in range(len(load.devices))]
     devices = [
         {
@@ -124,7 +128,7 @@ def figures(config: Config, layers: LayeredModel, examples: Sequence[int]) -> di
         "best_static": _choice(layers, static.choices[0]),
         "planned_s": made.planned_s,
         "how": made.how,
-        "why": _summary(load, made, whole) + (f"; {note}" if note else ""),
+        "why": "; ".join(filter(None, words)),
         **({} if learned is None else learned.figures),
         "devices": devices,
     }
@@ -139,11 +143,23 @@ class LearnedPlan:
         why: Its own reasons, by device.
         figures: ``regret`` of that round against the best choices, ``rounds`` that it had to learn
             in, and ``decide_ms``, the median.
+        beside: In words, how the best plan differs.
     """
 
     plan: Plan
     why: Mapping[int, str]
     figures: Mapping[str, float]
+    beside: str = ""
+
+
+def _decided(
+    kind: str, config: Config, layers: LayeredModel, examples: Sequence[int], load: Workload
+) -> LearnedPlan | None:
+    """Return what another policy than a planner decides; None where planners do."""
+    if kind in (*PLANNED, "none"):
+        return None
+    decide = _fixed if kind == "fixed" else _learned
+    return decide(config, layers, examples, load)
 
 
 def _learned(
@@ -165,6 +181,45 @@ def _learned(
     decide_s = median(one.decide_s for one in done)
     figures = {**over, "rounds": last.number, "decide_ms": 1e3 * decide_s}
     return LearnedPlan(dataclasses.replace(made, planned_s=last.decide_s), why, figures)
+
+
+def _fixed(
+    config: Config, layers: LayeredModel, examples: Sequence[int], load: Workload
+) -> LearnedPlan:
+    """Return what the user's own cuts take, and what the best plan would.
+
+    Raises:
+        ConfigError: A cut is none of the model, or sends inputs as they are, which is not timed.
+    """
+    build = configuration.locate(POLICIES, "policy")
+    policy = build(config.policy, max(1, len(configuration.edge_names(config))), config, examples)
+    nodes = range(len(load.devices))
+    state = policy.init(layers, nodes)
+    _, chosen = policy.plan(state, dict.fromkeys(nodes))
+    if any(chosen[node].cut == 0 for node in nodes):
+        raise ConfigError.of(
+            "policy.cut", config.policy["cut"],
+            "cannot be planned at 0, where inputs are sent as they are", "policy.cut=1 or more",
+        )  # fmt: skip
+    choices = [_settled(chosen[node], config, load) for node in nodes]
+    made = evaluate(load, choices, method="fixed", how="as policy.cut says")
+    best = plan(load)
+    over = regret(made.seconds, best.seconds)
+    kinds = {_words(_choice(layers, choice)): None for choice in best.choices}
+    beside = (
+        f"policy=auto would take {seconds_text(best.seconds)}: {' or '.join(kinds)}"
+        if over > 0
+        else "policy=auto would be no faster"
+    )
+    figures = {"regret": over, "best_s": best.seconds}
+    return LearnedPlan(made, policy.reasons(state, nodes), figures, beside)
+
+
+def _settled(choice: Assignment, config: Config, load: Workload) -> Assignment:
+    """Return a choice with its number of pieces; of a whole model there is one."""
+    whole = choice.cut == load.units
+    pieces = choice.micro_batches or config.schedule.micro_batches
+    return dataclasses.replace(choice, micro_batches=1 if whole else pieces)
 
 
 def _link_name(link: NetworkConfig) -> str:

@@ -116,6 +116,21 @@ def test_what_cannot_be_planned_is_said_with_status_two(capsys, arguments, names
     assert names in capsys.readouterr().err
 
 
+def test_a_fixed_plan_is_timed_beside_the_best(capsys):
+    """It was planned as auto would, and nothing told that the cut of the user was another."""
+    asked = ("fleet=pi_lab", "network=ethernet", "policy=fixed", "num_clients=2")
+    deep = planned(capsys, *asked, "policy.cut=[1,5]", "policy.micro_batches=2")
+    assert [row["cut"] for row in deep["devices"]] == [1, 5] and deep["method"] == "fixed"
+    assert [row["micro_batches"] for row in deep["devices"]] == [2, 1]
+    assert "policy.cut=1 says so" in deep["devices"][0]["why"]
+    auto = planned(capsys, *asked[:2], "policy=auto", "num_clients=2", "policy.micro_batches=2")
+    assert deep["best_s"] == auto["predicted_s"] < deep["predicted_s"]
+    assert deep["regret"] == pytest.approx(deep["predicted_s"] / deep["best_s"] - 1)
+    assert "policy=auto would take" in deep["why"]
+    assert main(["plan", "model=vgg5", *asked, "policy.cut=0"]) == 2
+    assert "policy.cut=0: cannot be planned at 0" in capsys.readouterr().err
+
+
 class Halves:
     """A policy that trains alone at first, and is cut deeper with each round."""
 
