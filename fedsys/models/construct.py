@@ -17,7 +17,7 @@ from fedsys.errors import ConfigError, ModelError, did_you_mean
 from fedsys.models.blocks import check_positive
 from fedsys.models.norm import convert_norm
 from fedsys.randomness import Address, key_modules, seeded_default_generator
-from fedsys.transport.several import Shape, arguments, examples_of, is_several
+from fedsys.transport.several import Shape, arguments, examples_of, is_several, said
 
 _NOT_FOR_THE_CONSTRUCTOR = ("_target_", "norm", "init")
 _DRAWS = (Tensor.normal_, Tensor.uniform_)
@@ -123,6 +123,17 @@ def _has_hidden_tensors(model: nn.Module) -> bool:
     )
 
 
+def _way_out(target: str, input_shape: Shape) -> str:
+    """Return what to do where a model for images is to take examples that are none."""
+    image = len(input_shape) == 3 and not is_several(input_shape)
+    if image or not target.startswith("fedsys.models."):
+        return ""
+    return (
+        f"examples are {said(input_shape)}, no images: model=mlp takes numbers of any shape, "
+        "model=gpt tokens, model=own a model of yours"
+    )
+
+
 def _construct(spec: Mapping[str, Any], input_shape: Shape, num_classes: int) -> nn.Module:
     check_positive("num_classes", num_classes)
     target = str(spec.get("_target_", ""))
@@ -134,7 +145,8 @@ def _construct(spec: Mapping[str, Any], input_shape: Shape, num_classes: int) ->
         named = [key for key in arguments if f"'{key}'" in str(error) and key in spec]
         argument = f"model.{named[0]}" if named else "model._target_"
         value = spec[named[0]] if named else target
-        raise ConfigError.of(argument, value, f"must suit {target}, which says: {error}") from error
+        rule = f"must suit {target}, which says: {error}"
+        raise ConfigError.of(argument, value, rule, _way_out(target, input_shape)) from error
     if not isinstance(model, nn.Module):
         raise ConfigError.of(
             "model._target_",

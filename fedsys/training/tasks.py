@@ -200,7 +200,9 @@ def _total(metric: Any, shown: Metric) -> Total:
             raise ConfigError.of(
                 "task.metric", metric["_target_"],
                 f"must return a number for each of the {len(targets)} examples, and it returned "
-                f"{shape}", "take the mean over all but the first dimension",
+                f"{shape}",
+                "take the mean over all but the first dimension; what counts over a whole part, as "
+                "F1 or AUROC of torchmetrics, is no mean over examples, and does not fit",
             )  # fmt: skip
         return found.double().sum()
 

@@ -568,6 +568,14 @@ def test_a_torchvision_model_that_does_not_fit_is_named(
         torchvision_classifier(name, num_classes=10, input_shape=shape)
 
 
+def test_a_model_for_images_says_what_takes_examples_that_are_none() -> None:
+    """A table met model=cnn, which said that it had not enough values to unpack, and no more."""
+    spec = {"_target_": "fedsys.models.small.cnn"}
+    for shape in ((10,), (("int64", 12), ("bool", 12))):
+        with pytest.raises(ConfigError, match="no images: model=mlp takes numbers of any shape"):
+            build(spec, input_shape=shape, num_classes=2, seed=0)
+
+
 def test_an_argument_that_torchvision_refuses_is_named() -> None:
     spec = {"_target_": TORCHVISION, "name": "resnet18", "widht": 3}
     with pytest.raises(ConfigError, match=r"model\.widht=3: must suit"):
