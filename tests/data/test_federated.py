@@ -1,58 +1,25 @@
 """Sets of flwr-datasets, from a cache that is made here as the libraries make it."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from fedsys.data import load
 from fedsys.errors import ConfigError, DataError
+from fedsys.main import main
 from fedsys.training.federation import federation
 
-datasets = pytest.importorskip("datasets")
 pytest.importorskip("flwr_datasets")
-NAME, SEEN = "tests/mini", 41
+flwr_cache = pytest.importorskip("tests.flwr_cache")
+NAME, SEEN = flwr_cache.NAME, flwr_cache.SEEN
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     """Return the folder of a cache as it is after the sets were loaded once from the network."""
-    from PIL import Image
-
-    folder = tmp_path_factory.mktemp("hf")
-    kinds = {
-        "image": datasets.Image(),
-        "label": datasets.ClassLabel(names=["even", "odd"]),
-        "site": datasets.Value("string"),
-        "age": datasets.Value("int32"),
-        "mass": datasets.Value("float32"),
-        "series": datasets.List(datasets.Value("float32")),
-    }
-
-    class Builder(datasets.GeneratorBasedBuilder):
-        VERSION = datasets.Version("0.0.0")
-
-        def _info(self):
-            return datasets.DatasetInfo(features=datasets.Features(kinds))
-
-        def _split_generators(self, _):
-            return [
-                datasets.SplitGenerator(name=name, gen_kwargs={"count": count})
-                for name, count in (("train", SEEN), ("test", 9))
-            ]
-
-        def _generate_examples(self, count):
-            for k in range(count):
-                image = Image.fromarray(np.full((12, 12), k, np.uint8))
-                series = [float(k)] * (1 + k % 3)
-                yield (
-                    k,
-                    dict(zip(kinds, (image, k % 2, f"s{k % 3}", k, k / 2, series), strict=True)),
-                )
-
-    datasets.disable_progress_bars()
-    made = Builder(cache_dir=str(folder), repo_id=NAME, dataset_name="mini", hash="0" * 16)
-    made.download_and_prepare()
-    return str(folder)
+    return flwr_cache.make(str(tmp_path_factory.mktemp("hf")))
 
 
 def spec(cache, **more):
@@ -102,6 +69,15 @@ def test_clients_are_those_of_a_column_or_of_a_partitioner(cache, configure):
     fed = federation(configure(*given, shards, "num_clients=4"))
     together = np.concatenate(fed.parts)
     assert [len(part) for part in fed.parts] == [8] * 4 and len(set(together)) == 32 < SEEN
+
+
+def test_the_command_trains_on_a_set_by_its_name(cache, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = ("data=flwr_datasets", f"data.name={NAME}", f"data.cache={cache}", "json=true")
+    own = ("data.client=site", "data.partition.kind=client_ids", "num_clients=3", "rounds=1")
+    assert main(["train", *asked, *own]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["num_clients"] == 3 and 0 <= told["accuracy"] <= 1 and told["model_sha256"]
 
 
 @pytest.mark.parametrize(
