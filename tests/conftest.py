@@ -24,6 +24,7 @@ os.environ |= {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # at Ray's 15 they stood still beside other work
 }
 # Workers and commands in processes of their own would compile all that they import each time.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

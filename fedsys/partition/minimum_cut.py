@@ -110,13 +110,13 @@ class _Flow:
 
     def __init__(self, steps: Sequence[GraphStep], back_s: float) -> None:
         costs = [c for s in steps for c in (s.device_s, s.server_s, s.send_s) if math.isfinite(c)]
-        self._scale = _PRECISION / (sum(costs) + back_s or 1.0)
+        self._whole = sum(costs) + back_s or 1.0
         self._infinite = 2 * _PRECISION
         self._graph = nx.DiGraph()
 
     def add(self, tail: tuple[str, ...], head: tuple[str, ...], more: float) -> None:
         """Let so much more flow from one to the other."""
-        units = self._infinite if math.isinf(more) else round(more * self._scale)
+        units = self._infinite if math.isinf(more) else round(more / self._whole * _PRECISION)
         edge = self._graph.get_edge_data(tail, head, {"capacity": 0})
         self._graph.add_edge(tail, head, capacity=edge["capacity"] + units)
 
