@@ -155,7 +155,7 @@ class Bases:
 
 def sign_of(epoch: Epoch) -> str:
     """Return what ends the name of what is sent ahead under a token."""
-    return f"({epoch.generation}, {epoch.moves})"
+    return f"({epoch.generation}, {epoch.moves}, {epoch.since})"
 
 
 def _digest(tensors: Tensors) -> str:

@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fedsys.offload.fencing import TRAINS, Copy, CopyPhase, Epoch, may_train, trained
-from fedsys.offload.migration import Outcome, Say
+from fedsys.offload.fencing import TRAINS, Copy, CopyPhase, Epoch, may_train
+from fedsys.offload.migration import Outcome, Say, on_train
 from fedsys.offload.session import Session
 from fedsys.offload.session_table import SessionTable
 
@@ -24,10 +24,13 @@ class Copies:
 
     Attributes:
         dropped: Called with the name of a session of which there is no copy any more.
+        outlived: Called with the name of a session, and what is to be said to an edge server whose
+            copy of it is not needed any more.
     """
 
     def __init__(self, table: SessionTable) -> None:
         self.dropped: Callable[[str], None] = lambda name: None
+        self.outlived: Callable[[str, Say], None] = lambda name, say: None
         self._table, self._copies = table, dict[str, Copy]()
         self._told: dict[str, Mapping[str, Any]] = {}
         self._changed = threading.Condition(table.lock)
@@ -99,8 +102,10 @@ class Copies:
             if not may_train(copy, bound):
                 return False
             assert copy is not None
-            self._copies[name] = trained(copy)
-            return True
+            self._copies[name], said = on_train(copy)
+        for say in said:
+            self.outlived(name, say)
+        return True
 
     def settled(self, name: str) -> None:
         """Wait as long as a copy is on its way."""

@@ -247,15 +247,19 @@ class Arrivals:
         self._own.table.hold(session, self._controllers.get(session.spec.fleet))
         self._own.faults.plan(session.spec.id, planned)
 
-    def tell_source(self, session: Session, say: Say) -> None:
-        """Tell another edge server that its copy is not needed; in a thread of its own."""
+    def tell(self, session: Session, say: Say) -> None:
+        """Tell the server app where a session is, or another edge server that its copy may go.
+
+        The latter in a thread of its own.
+        """
         group = self._own.peers.group(session.spec.fleet)
         if group is None or say.epoch is None:
             return
         name = session.spec.id
-        if say.kind == "release":
+        if say.kind == "moved":
             about = {"session": name, "from": say.to, "step": session.steps}
             self._own.table.tell(name, Frame("moved", {**about, "epoch": list(say.epoch)}))
+            return
         frame = Frame(say.kind, {"session": name, "epoch": list(say.epoch)})
         threading.Thread(
             target=self._say, args=(group, say.to, frame), name=f"{say.kind} {name}", daemon=True

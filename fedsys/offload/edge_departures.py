@@ -295,9 +295,9 @@ class Departures:
                 if not departure.withdrawn:  # else it knows, and may be about to go elsewhere
                     self._tell_device(name, Frame("staying", {"reason": reason}))
             else:
-                self._arrivals.tell_source(session, say)
+                self._arrivals.tell(session, say)
         if not said:  # it is elsewhere by now, and what was sent ahead is of no use
-            self._arrivals.tell_source(session, Say("cancel", departure.to, epoch))
+            self._arrivals.tell(session, Say("cancel", departure.to, epoch))
 
     def _tell_device(self, name: str, frame: Frame) -> None:
         link = self._own.table.device_link(name)

@@ -119,8 +119,8 @@ class EdgeMoves:
         answer, *others = said
         session = self._own.table.get(name)
         if answer.kind == "welcome" and session is not None and answer.epoch is not None:
-            for say in others:  # the edge where it was before need not keep it
-                self._arrivals.tell_source(session, say)
+            for say in others:
+                self._arrivals.tell(session, say)
             return Welcome(session, answer.epoch, began, more)
         if answer.kind == "redirect" and session is not None and answer.epoch is not None:
             link.send(self._own.redirect(session, answer.epoch))
@@ -168,7 +168,10 @@ class EdgeMoves:
         if epoch is None:
             raise SessionError(f"{frame.kind}: a token is missing")
         if frame.kind == "release":
-            self._own.copies.decide(name, lambda copy: migration.on_release(copy, epoch))
+            said = self._own.copies.decide(name, lambda copy: migration.on_release(copy, epoch))
+            for say in said:
+                if session is not None:
+                    self._arrivals.tell(session, say)
             return Frame("released")
         if frame.kind == "cancel":
             self._own.copies.decide(name, lambda copy: migration.on_cancel(copy, epoch))

@@ -24,17 +24,28 @@ from fedsys.errors import FrameError
 
 
 class Epoch(NamedTuple):
-    """A fencing token. Later ones are larger, and no two copies ever have the same one.
+    """A fencing token. No two copies of unequal states ever have the same one.
+
+    An edge server that crashed, or whose device never heard of it, may be given the same copy
+    again, while another one has what it handed on before. What tells the two lines apart is how far
+    the device was when a token was made.
 
     Attributes:
         generation: Grows with each session that the server app opens, at first or after a loss.
         moves: Tokens that edge servers made since.
         holder: Name of the edge server for which it was made.
+        since: `moves` of the token that the device had when this one was made.
     """
 
     generation: int
     moves: int
     holder: str
+    since: int = 0
+
+    @property
+    def age(self) -> tuple[int, int, int]:
+        """What is larger for later ones: first what the device knew of, then how far it went."""
+        return self.generation, self.since, self.moves
 
     @classmethod
     def of(cls, values: object) -> Epoch | None:
@@ -45,12 +56,12 @@ class Epoch(NamedTuple):
         """
         if values is None:
             return None
-        if isinstance(values, Sequence) and len(values) == 3:
-            generation, moves, holder = values
-            if type(generation) is int and type(moves) is int and type(holder) is str:
-                return cls(generation, moves, holder)
+        if isinstance(values, Sequence) and [type(value) for value in values] == _KINDS:
+            return cls(*values)
         raise FrameError(f"epoch={str(values)[:40]!r} is not a token")
 
+
+_KINDS = [int, int, str, int]
 
 NONE = Epoch(0, 0, "")
 """What a device presents that was not trained yet."""
@@ -95,6 +106,8 @@ class Copy:
         offered: Token that was made for that edge.
         issued: Largest `moves` of the tokens that were made of it.
         granted: Token of the device when this one was made, until it trains under this one.
+        behind: Edges with copies that this one outlives, and the tokens that were made of those,
+            until they may be forgotten.
     """
 
     epoch: Epoch
@@ -103,6 +116,7 @@ class Copy:
     offered: Epoch | None = None
     issued: int = 0
     granted: Epoch | None = None
+    behind: tuple[tuple[str, Epoch], ...] = ()
 
     def knows(self, shown: Presented) -> bool:
         """Return whether the device that shows this is where this copy left it."""
@@ -113,7 +127,7 @@ class Copy:
 
 def outran(copy: Copy, shown: Presented) -> bool:
     """Return whether a device has been trained elsewhere since this copy was the one."""
-    return not copy.knows(shown) and shown.epoch[:2] > copy.epoch[:2]
+    return not copy.knows(shown) and shown.epoch.age > copy.epoch.age
 
 
 def may_train(copy: Copy | None, bound: Epoch) -> bool:
@@ -122,15 +136,16 @@ def may_train(copy: Copy | None, bound: Epoch) -> bool:
 
 
 def trained(copy: Copy) -> Copy:
-    """Return a copy after an operation: its device has no other token any more."""
-    return copy if copy.granted is None else replace(copy, granted=None)
+    """Return a copy after an operation: its device has no other token any more, nor needs one."""
+    if copy.granted is None and not copy.behind:
+        return copy
+    return replace(copy, granted=None, behind=())
 
 
 def offered(copy: Copy, peer: str, phase: CopyPhase) -> Copy:
     """Return a copy that is being handed to another edge, under a token that is new."""
-    count = max(copy.issued, copy.epoch.moves) + 1
-    token = Epoch(copy.epoch.generation, count, peer)
-    return replace(copy, phase=phase, peer=peer, offered=token, issued=count)
+    token = _next(copy, peer)
+    return replace(copy, phase=phase, peer=peer, offered=token, issued=token.moves)
 
 
 def kept(copy: Copy) -> Copy:
@@ -144,6 +159,12 @@ def taken_back(copy: Copy, me: str, shown: Presented) -> Copy:
     The other edge may have it by now and answer no more, or again later: so the old token is not
     taken up again.
     """
+    token = _next(copy, me)
+    return Copy(token, issued=token.moves, granted=shown.epoch, behind=copy.behind)
+
+
+def _next(copy: Copy, holder: str) -> Epoch:
+    confirmed = copy.epoch if copy.granted is None else copy.granted
+    same = confirmed.generation == copy.epoch.generation
     count = max(copy.issued, copy.epoch.moves) + 1
-    token = Epoch(copy.epoch.generation, count, me)
-    return Copy(token, issued=count, granted=shown.epoch)
+    return Epoch(copy.epoch.generation, count, holder, confirmed.moves if same else 0)

@@ -9,7 +9,8 @@
       │             │ transfer ────────────────────────▶   │   the source does not train any more
       │             │ ◀──────────────── committed/refused  │   the destination has it whole
       │ ◀─ redirect │                                      │
-      │ hello ─────────────────────────────────────────▶   │   from here on it trains
+      │ hello ─────────────────────────────────────────▶   │   from here on it may train
+      │ operation ─────────────────────────────────────▶   │   it trains
       │             │ ◀─────────────────────────── release │   the source forgets its copy
 
 A device that is simply there (`hello` at an edge without a copy) has that edge `fetch` the copy
@@ -37,7 +38,8 @@ class Say:
     Attributes:
         kind: ``welcome``, ``redirect``, ``unknown``, ``wait`` or ``staying`` to the device;
             ``prepare``, ``transfer``, ``cancel``, ``release`` to an edge; ``prepared``,
-            ``committed``, ``refused``, ``released`` in reply to one.
+            ``committed``, ``refused``, ``released`` in reply to one; ``moved``, from an edge, to
+            the server app.
         to: ``device``, or the name of an edge.
         epoch: The token that it is about.
     """
@@ -67,13 +69,23 @@ def on_hello(copy: Copy | None, me: str, shown: Presented) -> Outcome:
     if copy.phase is CopyPhase.STAGED:
         if shown.told != copy.epoch:
             return copy, unknown
-        live = Copy(copy.epoch, issued=copy.issued, granted=shown.epoch)
-        said = Say("welcome", DEVICE, live.epoch), Say("release", copy.peer, live.epoch)
-        return live, said
+        last = {**dict(copy.behind), copy.peer: copy.epoch}
+        behind = tuple(last.items())
+        live = Copy(copy.epoch, issued=copy.issued, granted=shown.epoch, behind=behind)
+        return live, (Say("welcome", DEVICE, live.epoch), Say("moved", copy.peer, live.epoch))
     if shown.back and shown.told == copy.offered:
         mine = fencing.taken_back(copy, me, shown)
         return mine, (Say("welcome", DEVICE, mine.epoch), Say("cancel", copy.peer, copy.offered))
     return copy, (Say("redirect", DEVICE, copy.offered),)
+
+
+def on_train(copy: Copy) -> tuple[Copy, tuple[Say, ...]]:
+    """A copy that may train is about to be trained.
+
+    Only now does its device surely know its token, so only now may the edge from which it came
+    forget its own copy: until then this one may be lost, and the device go back.
+    """
+    return fencing.trained(copy), _released(copy)
 
 
 def on_move(copy: Copy | None, me: str, to: str) -> Outcome:
@@ -119,7 +131,7 @@ def on_failed(copy: Copy | None, epoch: Epoch) -> Outcome:
 
 def on_prepare(copy: Copy | None, source: str, epoch: Epoch) -> Outcome:
     """Another edge asks whether its session may come."""
-    if copy is not None and copy.phase is not CopyPhase.GIVEN and copy.epoch[:2] >= epoch[:2]:
+    if copy is not None and copy.phase is not CopyPhase.GIVEN and copy.epoch.age >= epoch.age:
         return copy, (Say("refused", source, epoch),)
     return copy, (Say("prepared", source, epoch),)
 
@@ -128,9 +140,11 @@ def on_transfer(copy: Copy | None, source: str, epoch: Epoch) -> Outcome:
     """A session comes whole from another edge; a second time, if the answer was lost."""
     if copy is not None and copy.epoch == epoch:
         return copy, (Say("committed", source, epoch),)
-    if copy is not None and copy.epoch[:2] >= epoch[:2]:
+    if copy is not None and copy.epoch.age >= epoch.age:
         return copy, (Say("refused", source, epoch),)
-    staged = Copy(epoch, CopyPhase.STAGED, source, issued=epoch.moves)
+    # what a copy that is here from before outlives must hear of it from this one
+    behind = () if copy is None else copy.behind
+    staged = Copy(epoch, CopyPhase.STAGED, source, issued=epoch.moves, behind=behind)
     return staged, (Say("committed", source, epoch),)
 
 
@@ -153,12 +167,15 @@ def on_fetch(copy: Copy | None, me: str, to: str, shown: Presented) -> Outcome:
 
 
 def on_release(copy: Copy | None, epoch: Epoch) -> Outcome:
-    """Another edge has the device under a token of its own.
+    """Another edge trains the device under a token of its own.
 
     Only the copy that was given to it is forgotten: one that came back since has another token,
-    though its device may not have trained under that yet.
+    though its device may not have trained under that yet. Nor is the copy needed any more from
+    which this one came, if its device was not trained here.
     """
-    return (None if _is(copy, CopyPhase.GIVEN, epoch) else copy), ()
+    if copy is None or not _is(copy, CopyPhase.GIVEN, epoch):
+        return copy, ()
+    return None, _released(copy)
 
 
 def on_cancel(copy: Copy | None, epoch: Epoch) -> Outcome:
@@ -171,6 +188,10 @@ def on_open(copy: Copy | None, epoch: Epoch) -> Outcome:
     if copy is not None and copy.epoch.generation >= epoch.generation:
         return copy, (Say("refused", "control", epoch),)
     return Copy(epoch), (Say("opened", "control", epoch),)
+
+
+def _released(copy: Copy) -> tuple[Say, ...]:
+    return tuple(Say("release", *each) for each in copy.behind)
 
 
 def _is(copy: Copy | None, phase: CopyPhase, epoch: Epoch) -> bool:

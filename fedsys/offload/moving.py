@@ -12,6 +12,7 @@ from fedsys.offload.edge_departures import Departures
 from fedsys.offload.edge_faults import EdgeFaults
 from fedsys.offload.edge_moves import EdgeMoves
 from fedsys.offload.fencing import Copy, Epoch
+from fedsys.offload.migration import Say
 from fedsys.offload.peers import Peers
 from fedsys.offload.session import Session
 from fedsys.offload.session_table import SessionTable
@@ -51,7 +52,7 @@ class Moving:
         self._arrivals = Arrivals(own, make)
         self._departures = Departures(own, self._arrivals)
         self.moves = EdgeMoves(own, self._arrivals, self._departures)
-        self.copies.dropped = self._dropped
+        self.copies.dropped, self.copies.outlived = self._dropped, self._outlived
 
     def tell(self, frame: Frame, controller: Link) -> None:
         """Take in which edge servers the fleet of a server app has.
@@ -107,6 +108,10 @@ class Moving:
     def forget(self, session: str) -> None:
         """Forget a session that ended."""
         self.copies.forget(session)
+
+    def _outlived(self, session: str, say: Say) -> None:
+        if (held := self._table.get(session)) is not None:
+            self._arrivals.tell(held, say)
 
     def _dropped(self, session: str) -> None:
         self._faults.forget(session)

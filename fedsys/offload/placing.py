@@ -6,6 +6,7 @@ import dataclasses
 
 from fedsys.errors import LinkError
 from fedsys.faults import AT_EDGE, Faults, to_json
+from fedsys.offload.fencing import Epoch
 from fedsys.offload.fleet_edges import FleetEdges
 from fedsys.offload.held_sessions import HeldSessions
 from fedsys.offload.snapshot import SessionSpec, Snapshot
@@ -50,7 +51,7 @@ class Placing:
         first = spec.first if start.first is None else start.first
         spec = dataclasses.replace(spec, first=first)
         meta = {"spec": spec.to_meta(), "step": start.step, "faults": to_json(coming)}
-        meta["epoch"] = [self._held.next_generation(), 0, edge]
+        meta["epoch"] = list(Epoch(self._held.next_generation(), 0, edge))
         try:
             self._edges.request(edge, "open", meta, start)
         except LinkError:

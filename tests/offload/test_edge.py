@@ -270,7 +270,7 @@ def test_a_device_that_comes_back_takes_over_from_its_former_link(edge_at, last_
         "step": 1,
         "first": 3,
         "incarnation": first.meta["incarnation"],
-        "epoch": [1, 0, "edge"],
+        "epoch": [1, 0, "edge", 0],
     }
     assert second.meta == about
     with pytest.raises(LinkClosed):

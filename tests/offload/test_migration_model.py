@@ -23,27 +23,32 @@ FAILS = precondition(lambda self: self.fails)
 
 
 class Tokens:
-    """All tokens that were made: each is to be new."""
+    """All tokens that were made: each is to be new, or for the same state as before.
+
+    A device that asked one edge after another and heard none, while words between those were lost,
+    left two copies behind that handed different states on under one token: the second was taken for
+    the first come again, and its steps were lost. Only some of 300 runs in several hundred showed
+    that. Tokens tell since when they are made now.
+    """
 
     def __init__(self):
-        self.made, self.lived, self.arrived = set(), set(), set()
+        self.made, self.lived, self.arrived = {}, set(), set()
 
-    def changed(self, before, after):
+    def changed(self, before, after, steps):
         """Look at what became of a copy."""
         if after is None:
             return
         if after.offered is not None and (before is None or before.offered != after.offered):
-            self.add(after.offered)
+            self.add(after.offered, steps)
         given = before is not None and before.phase is CopyPhase.GIVEN
         if given and after.phase in TRAINS and after.epoch[0] == before.epoch[0]:
-            self.add(after.epoch)  # it is back, and whoever has it by now may train it, too
+            self.add(after.epoch, steps)  # it is back, and whoever has it may train it, too
         if after.phase in TRAINS:
             self.lived.add(after.epoch)
         self.arrived.add(after.epoch)
 
-    def add(self, token):
-        assert token not in self.made
-        self.made.add(token)
+    def add(self, token, steps):
+        assert self.made.setdefault(token, steps) == steps
 
 
 class ModelEdge:
@@ -62,7 +67,7 @@ class ModelEdge:
 
     @copy.setter
     def copy(self, copy):
-        self._tokens.changed(self._copy, copy)
+        self._tokens.changed(self._copy, copy, self.steps)
         self._copy = copy
 
     @property
@@ -112,7 +117,7 @@ class Moves(RuleBasedStateMachine):
         self.litters = False  # a copy may be left that nobody hears of any more
         self.edges["a"].become(Copy(Epoch(1, 0, "a")), 0)
 
-        self.tokens.made.add(Epoch(1, 0, "a"))
+        self.tokens.add(Epoch(1, 0, "a"), 0)
         self.fails = True
 
     @initialize(fails=st.integers(0, 3))
@@ -142,7 +147,8 @@ class Moves(RuleBasedStateMachine):
         if not fencing.may_train(edge.copy, device.shown.epoch):
             device.at = ""  # the edge ends the link
             return
-        edge.copy = fencing.trained(edge.copy)
+        edge.copy, said = migration.on_train(edge.copy)
+        self.send(edge, said)
         assert edge.steps in (device.steps, device.steps + 1)
         if edge.steps == device.steps:
             self.pass_on(edge)
@@ -163,11 +169,11 @@ class Moves(RuleBasedStateMachine):
     @rule(to=PLACES, steps=st.integers(0, 3), kept=st.integers(0, 9))
     def foresee(self, to, steps, kept):
         """It is sent ahead, trains on, and leaves; messages may be lost, late, or come twice."""
-        if not self.device.at:
+        edge = self.edges[self.device.at] if self.device.at else None
+        if edge is None or edge.copy is None or edge.copy.phase is not CopyPhase.LIVE:
             return
         self.announce(to)
-        edge = self.edges[self.device.at] if self.device.at else None
-        if edge is None or edge.copy is None or edge.copy.phase is not CopyPhase.OFFERED:
+        if edge.copy.phase is not CopyPhase.OFFERED:
             return
         late = [m for m in self.flying if m.kind == "prepare"]
         self.flying = [m for m in self.flying if m.kind != "prepare"]
@@ -250,8 +256,7 @@ class Moves(RuleBasedStateMachine):
                     told = replace(device.shown, told=edge.copy.epoch)
                     edge.copy, said = migration.on_hello(edge.copy, name, told)
             break
-        for say in said[1:]:
-            self.flying.append(Message(say.kind, name, say.to, say.epoch))
+        self.send(edge, [say for say in said[1:] if say.kind != "moved"])
         if answered:
             self.hear(edge, said[0])
 
@@ -458,7 +463,7 @@ class Moves(RuleBasedStateMachine):
             self.recovered = True
             self.generation += 1
             epoch = Epoch(self.generation, 0, name)
-            self.tokens.made.add(epoch)
+            self.tokens.add(epoch, self.replica)
             edge.copy, (say,) = migration.on_open(edge.copy, epoch)
             assert say.kind == "opened"
             edge.steps = self.replica
@@ -504,6 +509,7 @@ class Moves(RuleBasedStateMachine):
         if not (self.destroyed or self.recovered):
             assert self.device.steps == where
         here = self.device.at
+        self.work()
         self.calm()
         if not self.litters:  # else the server app releases what is left of a session at its end
             assert [e.name for e in self.edges.values() if e.copy is not None] == [here]
@@ -585,7 +591,10 @@ def test_a_copy_that_was_left_trains_no_more():
     assert target.phase is CopyPhase.STAGED
     source, (redirect,) = migration.on_committed(source, prepare.epoch)
     shown = Presented(Epoch(1, 0, "a"), redirect.epoch)
-    target, (welcome, release) = migration.on_hello(target, "b", shown)
-    assert welcome.epoch == (1, 1, "b")
+    target, (welcome, moved) = migration.on_hello(target, "b", shown)
+    assert welcome.epoch == moved.epoch == Epoch(1, 1, "b")
+    assert migration.on_hello(source, "a", shown)[0] is source  # what it knew may be all there is
+    target, (release,) = migration.on_train(target)
+    assert migration.on_train(target) == (target, ())
     assert migration.on_release(source, release.epoch)[0] is None
     assert migration.on_hello(source, "a", Presented(welcome.epoch))[0] is None
