@@ -492,6 +492,7 @@ class Moves(RuleBasedStateMachine):
         return any(
             edge.copy is not None
             and edge.copy.knows(device.shown)
+            and (edge.copy.phase is not CopyPhase.STAGED or device.shown.told == edge.copy.epoch)
             and (edge.steps >= device.steps or edge.copy.epoch.generation > device.shown.epoch[0])
             for edge in self.edges.values()
         )

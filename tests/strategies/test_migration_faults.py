@@ -1,5 +1,6 @@
 """Whatever fails while a device moves costs time and never changes the model."""
 
+import threading
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,8 @@ import pytest
 from fedsys.errors import LinkClosed, SessionError
 from fedsys.offload import fleet_edges, mirroring
 from fedsys.offload import opening as edges
+from fedsys.offload.edge_departures import Departures
+from fedsys.offload.mirror import Mirror
 from fedsys.offload.peers import Peers
 from fedsys.planning.moves import Move
 from tests.moving import Listed
@@ -173,6 +176,19 @@ def test_a_fault_of_a_move_that_nobody_announced_does_not_change_the_model(
 def test_a_fault_of_a_session_with_a_shadow_does_not_change_the_model(
     kind, fault, configure, carry_out, still, strike, monkeypatch
 ):
+    """The device goes on when there is a shadow: else it had often left before that."""
+    asked, start, begun = Departures.asked, Mirror.start, threading.Event()
+
+    def goes_on(departures, name, frame):
+        asked(departures, name, frame)
+        assert frame.kind != "foresee" or kind == "ahead" or begun.wait(60.0)
+
+    def started(mirror, difference):
+        start(mirror, difference)
+        begun.set()
+
+    monkeypatch.setattr(Departures, "asked", goes_on)
+    monkeypatch.setattr(Mirror, "start", started)
     for rule in ("keeps_up", "pays"):  # activations are larger than so small a model
         monkeypatch.setattr(mirroring, rule, lambda *sizes: True)
     struck = strike(kind, fault)
