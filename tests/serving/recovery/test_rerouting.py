@@ -100,7 +100,7 @@ def test_a_switch_that_fails_is_not_the_last_attempt(net):
         )
         assert until(lambda: continuer.at_rest and engine.switcher.current != "1/2")
         assert same(engine.answer(x), net, x)
-        assert continuer.status()["event_counts"]["not_built"] == 1
+        assert continuer.status()["event_counts"]["not_built"] >= 1
 
 
 def test_a_host_that_cannot_be_reached_at_first_is_let_in_later(net):
