@@ -24,6 +24,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
+SMALL = ("rounds=2", "client.epochs=1", "data.max_examples=300")
+
 RUNS = {
     "adam, part of the clients, kept optimizers, pruned": (
         "strategy=fedadam",
@@ -40,18 +42,11 @@ RUNS = {
         "policy.cut=0.3",
         "num_clients=2",
     ),
-    "clipped updates of split models with noise": (
-        "privacy=client",
-        "privacy.epsilon=50",
-        "policy=fixed",
-        "policy.cut=0.3",
-        "num_clients=2",
-    ),
 }
 
 
 def result_of(configure, folder, *overrides):
-    config = configure("rounds=2", "json=true", f"run.dir={folder}", *overrides)
+    config = configure(*SMALL, "json=true", f"run.dir={folder}", *overrides)
     run(config)
     return RunFolder.open(folder).info["result"]
 
