@@ -58,14 +58,31 @@ def fork(
         command: Name of a console script, or of a module with a `main`, and its arguments.
         log: File that gets what it prints, behind what is there; by default this process's output.
         env: Variables to set in its environment.
-        leader: Whether it gets a process group of its own.
+        leader: Whether it gets a process group of its own; it has that when this returns, so that
+            a signal to the group reaches it.
     """
     sys.stdout.flush()
     sys.stderr.flush()
+    if leader:
+        return _lead(command, log, env or {})
     pid = os.fork()
     if pid:
         return pid
-    _become(command, log, env or {}, leader)
+    _become(command, log, env or {})
+
+
+def _lead(command: Sequence[str], log: Path | None, env: Mapping[str, str]) -> int:
+    led, leads = os.pipe()
+    pid = os.fork()
+    if pid:
+        os.close(leads)
+        os.read(led, 1)  # nothing comes: it is closed there
+        os.close(led)
+        return pid
+    os.setsid()
+    os.close(led)
+    os.close(leads)
+    _become(command, log, env)
 
 
 def reap() -> dict[int, int]:
@@ -77,17 +94,13 @@ def reap() -> dict[int, int]:
     return ended
 
 
-def _become(
-    command: Sequence[str], log: Path | None, env: Mapping[str, str], leader: bool
-) -> NoReturn:
+def _become(command: Sequence[str], log: Path | None, env: Mapping[str, str]) -> NoReturn:
     """Turn this fork into a program; never returns."""
     status = 1
     try:
         from fedsys.runtime.processes import end_with_parent
 
         end_with_parent()
-        if leader:
-            os.setsid()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -175,8 +175,10 @@ class Processes:
                 time.sleep(0.02)
         for group in groups:  # also where the leader has ended: others of its group may live
             _signal_group(group, signal.SIGKILL)
-        while set(groups) - self._ended().keys():
+        while living := set(groups) - self._ended().keys():
             time.sleep(0.01)
+            for group in living:
+                _signal_group(group, signal.SIGKILL)
 
     def _ended(self) -> dict[int, int]:
         return {int(pid): status for pid, status in self._ask({"poll": True})["ended"].items()}

@@ -96,13 +96,6 @@ RUNS = {
         "pruning=magnitude",
         "pruning.steps=1",
     ),
-    "an agent that is trained on the clients": (
-        "policy=fedadapt",
-        "policy.training.where=clients",
-        "policy.training.iterations=2",
-        "policy.ppo.updates=1",
-        "policy.ppo.every=2",
-    ),
     "clipped updates of split models with noise": (
         "privacy=client",
         "privacy.epsilon=50",

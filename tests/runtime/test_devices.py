@@ -82,6 +82,18 @@ def kill(watched, name):
     return pid
 
 
+def test_a_program_leads_its_group_before_anything_is_said_to_it(processes):
+    """A fork that was killed before it had its own group was missed, and waited for for ever."""
+    for count in range(20):
+        made = Waiting()
+        made.start_node(processes, count)
+        names = f"node-{count}", f"node-{count}-executor"
+        pids = [processes.pid(name) for name in names]
+        groups = [os.getpgid(pid) for pid in pids]
+        processes.stop(names, at_once=True)
+        assert groups == pids
+
+
 def test_the_executor_of_a_device_is_started_again_and_its_node_stays(watched):
     node, other = watched.processes.pid("node-0"), watched.processes.pid("node-1-executor")
     former = kill(watched, "node-0-executor")

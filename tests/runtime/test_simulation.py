@@ -35,6 +35,14 @@ RUNS = {
         "pruning=magnitude",
         "pruning.steps=1",
     ),
+    "an agent that is trained on the clients": (
+        "policy=fedadapt",
+        "policy.training.where=clients",
+        "policy.training.iterations=2",
+        "policy.ppo.updates=1",
+        "policy.ppo.every=2",
+        "num_clients=2",
+    ),
     "noise at the cut": (
         "privacy=cut",
         "privacy.epsilon=50",
