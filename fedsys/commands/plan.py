@@ -97,13 +97,13 @@ def figures(config: Config, layers: LayeredModel, examples: Sequence[int]) -> di
     kind = str(config.policy.get("kind", "none"))
     options = _choosable(kind, config)
     load = run_workload(config, layers, machines_of(config, layers), examples, options)
-    learned = _decided(kind, config, layers, examples, load)
-    made = learned.plan if learned else plan(load, options.kind, offload=options.offload)
+    decided = _decided(kind, config, layers, examples, load)
+    made = decided.plan if decided else plan(load, options.kind, offload=options.offload)
     whole = plan(load, "classic")
     static = best_static(load, offload=options.offload)
     others = next_best(load, made, offload=options.offload)
     reasons, note = Reasons(load, made), leakage_note(config, layers)
-    words = [_summary(load, made, whole), learned.beside if learned else "", note]
+    words = [_summary(load, made, whole), decided.beside if decided else "", note]
     links = [_link_name(link_of(config, k)) for k in range(len(load.devices))]
     devices = [
         {
@@ -114,7 +114,7 @@ def figures(config: Config, layers: LayeredModel, examples: Sequence[int]) -> di
             "next_best": _choice(layers, others[k][0]) | {"round_s": others[k][1]},
             "all_on_device_s": whole.round_s[k],
             "best_static_s": static.round_s[k],
-            "why": learned.why.get(k) or reasons.of(k) if learned else reasons.of(k),
+            "why": decided.why.get(k) or reasons.of(k) if decided else reasons.of(k),
         }
         for k, link in enumerate(links)
     ]
@@ -129,20 +129,20 @@ def figures(config: Config, layers: LayeredModel, examples: Sequence[int]) -> di
         "planned_s": made.planned_s,
         "how": made.how,
         "why": "; ".join(filter(None, words)),
-        **({} if learned is None else learned.figures),
+        **({} if decided is None else decided.figures),
         "devices": devices,
     }
 
 
 @dataclass(frozen=True)
-class LearnedPlan:
-    """What a policy that learns has come to.
+class DecidedPlan:
+    """What a policy decides that is no planner: one that learns, or the user's own cuts.
 
     Attributes:
-        plan: What it decided in its last round.
+        plan: What it decided, at last.
         why: Its own reasons, by device.
-        figures: ``regret`` of that round against the best choices, ``rounds`` that it had to learn
-            in, and ``decide_ms``, the median.
+        figures: ``regret`` against the best choices; of one that learns ``rounds`` that it had to
+            learn in, and ``decide_ms``, the median; beside the user's cuts ``best_s``.
         beside: In words, how the best plan differs.
     """
 
@@ -154,7 +154,7 @@ class LearnedPlan:
 
 def _decided(
     kind: str, config: Config, layers: LayeredModel, examples: Sequence[int], load: Workload
-) -> LearnedPlan | None:
+) -> DecidedPlan | None:
     """Return what another policy than a planner decides; None where planners do."""
     if kind in (*PLANNED, "none"):
         return None
@@ -164,7 +164,7 @@ def _decided(
 
 def _learned(
     config: Config, layers: LayeredModel, examples: Sequence[int], load: Workload
-) -> LearnedPlan:
+) -> DecidedPlan:
     """Let a policy decide on the virtual clock, as in a run, and return its last plan."""
     build = configuration.locate(POLICIES, "policy")
     edges = max(1, len(configuration.edge_names(config)))
@@ -180,12 +180,12 @@ def _learned(
     why = policy.reasons(last.state, nodes) if hasattr(policy, "reasons") else {}
     decide_s = median(one.decide_s for one in done)
     figures = {**over, "rounds": last.number, "decide_ms": 1e3 * decide_s}
-    return LearnedPlan(dataclasses.replace(made, planned_s=last.decide_s), why, figures)
+    return DecidedPlan(dataclasses.replace(made, planned_s=last.decide_s), why, figures)
 
 
 def _fixed(
     config: Config, layers: LayeredModel, examples: Sequence[int], load: Workload
-) -> LearnedPlan:
+) -> DecidedPlan:
     """Return what the user's own cuts take, and what the best plan would.
 
     Raises:
@@ -212,7 +212,7 @@ def _fixed(
         else "policy=auto would be no faster"
     )
     figures = {"regret": over, "best_s": best.seconds}
-    return LearnedPlan(made, policy.reasons(state, nodes), figures, beside)
+    return DecidedPlan(made, policy.reasons(state, nodes), figures, beside)
 
 
 def _settled(choice: Assignment, config: Config, load: Workload) -> Assignment:
