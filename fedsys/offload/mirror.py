@@ -35,7 +35,7 @@ class Mirror:
         self._waiting: deque[Frame] = deque()
         self._changed = threading.Condition()
         self._done = 0
-        self._broken = self._ended = False
+        self._over = False
         self.sent = 0
 
     def start(self, difference: int) -> None:
@@ -51,13 +51,13 @@ class Mirror:
     def take(self, operation: Frame) -> None:
         """Take an operation that the session does; never waits."""
         with self._changed:
-            if self._broken:
+            if self._over:
                 return
             self._waiting.append(operation)
-            worth = mirroring.keeps_up(_nbytes(operation), self._left(), self._difference)
-            if not worth:
-                self._break()
-            self._changed.notify_all()
+            if mirroring.keeps_up(_nbytes(operation), self._left(), self._difference):
+                self._changed.notify_all()
+            else:
+                self._give_up()
 
     def waiting(self) -> int:
         """Return the bytes of operations that the shadow has not done."""
@@ -71,26 +71,24 @@ class Mirror:
         """
         with self._changed:
             if not mirroring.pays(self._left(), self._difference):
-                self._break()
+                self._give_up()
             until = time.monotonic() + SETTLES_S
-            while self._waiting and not self._broken:
+            while self._waiting and not self._over:
                 if not self._changed.wait(until - time.monotonic()):
-                    self._break()
-            return None if self._broken else self._done
+                    self._give_up()
+            return None if self._over else self._done
 
     def end(self) -> None:
         """Send no more."""
         with self._changed:
-            self._ended = True
-            self._break()
-            self._changed.notify_all()
+            self._give_up()
 
     def _run(self) -> None:
         while True:
             with self._changed:
-                while not self._waiting and not self._ended:
+                while not self._waiting and not self._over:
                     self._changed.wait()
-                if self._ended:
+                if self._over:
                     return
                 operation, number = self._waiting[0], self._done
             try:
@@ -108,10 +106,10 @@ class Mirror:
     def _left(self) -> int:
         return sum(map(_nbytes, self._waiting))
 
-    def _break(self) -> None:
-        self._broken = True
-        self._ended = True
+    def _give_up(self) -> None:
+        self._over = True
         self._waiting.clear()
+        self._changed.notify_all()
 
 
 def _mirrored(operation: Frame, number: int, about: Mapping[str, Any]) -> Frame:

@@ -85,14 +85,14 @@ def price(
     whole = weights + state
     moved = WEIGHTS_CHANGED * weights + (STATE_CHANGED if ahead else 1.0) * state
     before = WEIGHTS_CHANGED * weights + state if ahead else 0.0
-    encode = restore = 0.0
+    encode_s, restore_s = ENCODE_BYTE_S, RESTORE_BYTE_S
     if ahead and 0 < mirrored < moved:
-        moved, encode, restore = mirrored, DIGEST_BYTE_S * whole, DIGEST_BYTE_S * whole
+        moved, encode_s, restore_s = mirrored, DIGEST_BYTE_S, DIGEST_BYTE_S
     parts = {
         "freeze": 0.0,
-        "encode": encode or ENCODE_BYTE_S * whole,
+        "encode": encode_s * whole,
         "transfer": link.seconds(moved) + link.latency_s,  # and its acknowledgement
-        "restore": restore or RESTORE_BYTE_S * whole,
+        "restore": restore_s * whole,
         "reconnect": reconnect,
         **more,
     }

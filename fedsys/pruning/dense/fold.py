@@ -44,9 +44,11 @@ _AT_ONCE = 1 << 16
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, DeferredBatchNorm)
 _EXACT_ROWS = 2
-_NUDGES = 6
 """Rows of the probes that are computed in float64 too, where convolutions are several times slower
 than in float32; zero is left out."""
+
+_NUDGES = 6
+"""Times that inputs are moved by their last digit to see how far rounding moves outputs."""
 
 
 class _Changed(ModelError):
