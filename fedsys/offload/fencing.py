@@ -106,7 +106,7 @@ class Copy:
         offered: Token that was made for that edge.
         issued: Largest `moves` of the tokens that were made of it.
         granted: Token of the device when this one was made, until it trains under this one.
-        behind: Edges with copies that this one outlives, and the tokens that were made of those,
+        outlives: Edges with copies that this one outlives, and the tokens that were made of those,
             until they may be forgotten.
     """
 
@@ -116,7 +116,7 @@ class Copy:
     offered: Epoch | None = None
     issued: int = 0
     granted: Epoch | None = None
-    behind: tuple[tuple[str, Epoch], ...] = ()
+    outlives: tuple[tuple[str, Epoch], ...] = ()
 
     def knows(self, shown: Presented) -> bool:
         """Return whether the device that shows this is where this copy left it."""
@@ -137,9 +137,9 @@ def may_train(copy: Copy | None, bound: Epoch) -> bool:
 
 def trained(copy: Copy) -> Copy:
     """Return a copy after an operation: its device has no other token any more, nor needs one."""
-    if copy.granted is None and not copy.behind:
+    if copy.granted is None and not copy.outlives:
         return copy
-    return replace(copy, granted=None, behind=())
+    return replace(copy, granted=None, outlives=())
 
 
 def offered(copy: Copy, peer: str, phase: CopyPhase) -> Copy:
@@ -160,7 +160,7 @@ def taken_back(copy: Copy, me: str, shown: Presented) -> Copy:
     taken up again.
     """
     token = _next(copy, me)
-    return Copy(token, issued=token.moves, granted=shown.epoch, behind=copy.behind)
+    return Copy(token, issued=token.moves, granted=shown.epoch, outlives=copy.outlives)
 
 
 def _next(copy: Copy, holder: str) -> Epoch:

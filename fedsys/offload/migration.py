@@ -69,9 +69,9 @@ def on_hello(copy: Copy | None, me: str, shown: Presented) -> Outcome:
     if copy.phase is CopyPhase.STAGED:
         if shown.told != copy.epoch:
             return copy, unknown
-        last = {**dict(copy.behind), copy.peer: copy.epoch}
-        behind = tuple(last.items())
-        live = Copy(copy.epoch, issued=copy.issued, granted=shown.epoch, behind=behind)
+        last = {**dict(copy.outlives), copy.peer: copy.epoch}
+        outlives = tuple(last.items())
+        live = Copy(copy.epoch, issued=copy.issued, granted=shown.epoch, outlives=outlives)
         return live, (Say("welcome", DEVICE, live.epoch), Say("moved", copy.peer, live.epoch))
     if shown.back and shown.told == copy.offered:
         mine = fencing.taken_back(copy, me, shown)
@@ -143,8 +143,8 @@ def on_transfer(copy: Copy | None, source: str, epoch: Epoch) -> Outcome:
     if copy is not None and copy.epoch.age >= epoch.age:
         return copy, (Say("refused", source, epoch),)
     # what a copy that is here from before outlives must hear of it from this one
-    behind = () if copy is None else copy.behind
-    staged = Copy(epoch, CopyPhase.STAGED, source, issued=epoch.moves, behind=behind)
+    outlives = () if copy is None else copy.outlives
+    staged = Copy(epoch, CopyPhase.STAGED, source, issued=epoch.moves, outlives=outlives)
     return staged, (Say("committed", source, epoch),)
 
 
@@ -191,7 +191,7 @@ def on_open(copy: Copy | None, epoch: Epoch) -> Outcome:
 
 
 def _released(copy: Copy) -> tuple[Say, ...]:
-    return tuple(Say("release", *each) for each in copy.behind)
+    return tuple(Say("release", *each) for each in copy.outlives)
 
 
 def _is(copy: Copy | None, phase: CopyPhase, epoch: Epoch) -> bool:
