@@ -71,9 +71,13 @@ class Shadows:
         session.take_up(position)
         made = _Kept(due, session, spec.fleet, spec.replicate_every, now)
         with self._lock:
-            others = {n: k for n, k in self._kept.items() if n != spec.id}
-            self._kept = {n: k for n, k in others.items() if k.heard_s > now - IDLE_S}
-            self._check_room(session.nbytes() + sum(k.session.nbytes() for k in others.values()))
+            self._kept = {
+                name: kept
+                for name, kept in self._kept.items()
+                if name != spec.id and kept.heard_s > now - IDLE_S
+            }
+            others = sum(kept.session.nbytes() for kept in self._kept.values())
+            self._check_room(session.nbytes() + others)
             self._kept[spec.id] = made
         return True
 
