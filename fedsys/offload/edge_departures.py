@@ -216,8 +216,8 @@ class Departures:
         wanted = configuration.parse(session.spec.config).mobility.mirror
         mirror = Mirror(ask, {"session": name, "epoch": list(epoch)}, session.nbytes())
         base = self._own.bases.get(name, there.base)
-        take = mirror.take if wanted else None
-        made = packed(session, base, epoch, there.base, (), stop=False, mirror=take)
+        follower = mirror if wanted else None
+        made = packed(session, base, epoch, there.base, (), stop=False, follower=follower)
         ahead = f"ahead {made.step} {sign_of(epoch)}"
         meta = {**made.frame.meta, "ahead": ahead, "mirror": wanted}
         shadowed = False

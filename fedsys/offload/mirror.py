@@ -35,6 +35,8 @@ class Mirror:
         self._waiting: deque[Frame] = deque()
         self._changed = threading.Condition()
         self._done = 0
+        self._begun = self._reached = -1  # the last mini-batch, and the shadow's when it began
+        self._took_s = self._waited_s = 0.0
         self._over = False
         self.sent = 0
 
@@ -58,6 +60,34 @@ class Mirror:
                 self._changed.notify_all()
             else:
                 self._give_up()
+
+    def let_catch_up(self, step: int) -> None:
+        """Wait before a mini-batch begins until its shadow is near, or gains on the session.
+
+        In all no longer than the difference would take.
+
+        Args:
+            step: The mini-batch; nothing is waited for if it has begun.
+        """
+        with self._changed:
+            if step == self._begun:
+                return
+            began = time.monotonic()
+            until = began + mirroring.patience_s(
+                self._difference, self.sent, self._took_s, self._waited_s
+            )
+            while not self._over:
+                reached = self._reached_by(step)
+                if mirroring.may_begin(step - reached, reached - self._reached):
+                    break
+                if not self._changed.wait(max(0.0, until - time.monotonic())):
+                    break
+            self._waited_s += time.monotonic() - began
+            self._begun, self._reached = step, self._reached_by(step)
+
+    def _reached_by(self, step: int) -> int:
+        """Return the mini-batch that the shadow is at, where the session begins one."""
+        return int(self._waiting[0].meta["step"]) if self._waiting else step
 
     def waiting(self) -> int:
         """Return the bytes of operations that the shadow has not done."""
@@ -91,6 +121,7 @@ class Mirror:
                 if self._over:
                     return
                 operation, number = self._waiting[0], self._done
+            began = time.monotonic()
             try:
                 self._ask(_mirrored(operation, number, self._about))
             except FedsysError:  # refused, or its edge server is gone: the difference goes instead
@@ -100,6 +131,7 @@ class Mirror:
                 if self._waiting:
                     self._waiting.popleft()
                 self._done += 1
+                self._took_s += time.monotonic() - began
                 self.sent += _nbytes(operation)
                 self._changed.notify_all()
 

@@ -91,6 +91,30 @@ def keeps_up(operation: int, waiting: int, difference: int) -> bool:
     return operation < difference and waiting <= BEHIND * difference
 
 
+def may_begin(behind: int, gained: int) -> bool:
+    """Return whether a session may begin its next mini-batch, or is to let its shadow catch up.
+
+    What is left of more than that one when the device leaves, it waits for in the pause.
+
+    Args:
+        behind: Mini-batches before it that the shadow has not done.
+        gained: Mini-batches that it has done since the last one began.
+    """
+    return behind == 0 or gained >= 2
+
+
+def patience_s(difference: int, sent: int, took_s: float, waited_s: float) -> float:
+    """Return how long a session may still wait for its shadow: in all, as long as that saves.
+
+    Args:
+        difference: Bytes that would go in the pause instead.
+        sent: Bytes that the shadow has done.
+        took_s: Seconds in which it did.
+        waited_s: Seconds that the session has waited.
+    """
+    return difference * took_s / sent - waited_s if sent else 0.0
+
+
 def pays(waiting: int, difference: int) -> bool:
     """Return whether a shadow is nearer than the difference, now that the device leaves."""
     return waiting < difference

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from fedsys import config as configuration
 from fedsys.offload.checkpoint import SessionCheckpoint
 from fedsys.offload.fencing import Epoch
-from fedsys.offload.session import Session
+from fedsys.offload.session import Follower, Session
 from fedsys.offload.turns import Awaited
 from fedsys.transport.wire import Frame
 
@@ -46,7 +46,7 @@ def packed(
     began: float | None = None,
     *,
     stop: bool = True,
-    mirror: Callable[[Frame], None] | None = None,
+    follower: Follower | None = None,
 ) -> Packed:
     """Return a session as a frame ``transfer``.
 
@@ -58,10 +58,10 @@ def packed(
         awaited: Operations whose answers the device waits for.
         began: When it was to be made ready, of the monotonic clock; None: now.
         stop: Whether it trains no more from here on.
-        mirror: Told of each operation after that; only of a session that trains on.
+        follower: Takes each operation after that; only of a session that trains on.
     """
     began = time.monotonic() if began is None else began
-    position = session.hold_still() if stop else session.mirrored(mirror)
+    position = session.hold_still() if stop else session.followed(follower)
     frozen = time.monotonic()
     seed = configuration.parse(session.spec.config).seed
     meta = {"session": session.spec.id, "epoch": list(epoch), "base": base_name}

@@ -30,6 +30,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
+from typing import Protocol
 
 import torch
 
@@ -42,6 +43,18 @@ from fedsys.offload.snapshot import SessionPosition, SessionSpec, Snapshot, natu
 from fedsys.offload.turns import Awaited, Turns
 from fedsys.transport.security import new_token
 from fedsys.transport.wire import Frame
+
+
+class Follower(Protocol):
+    """Has another session do what this one does."""
+
+    def let_catch_up(self, step: int) -> None:
+        """Wait, if need be, before a mini-batch begins or goes on; the session is not held."""
+        ...
+
+    def take(self, operation: Frame) -> None:
+        """Take an operation that the session does, in its turn; without waiting."""
+        ...
 
 
 class Session:
@@ -73,7 +86,7 @@ class Session:
         self._turns = Turns(spec.id, spec.micro_batches, start.step)
         self._operations = Operations(spec, self._part, self._turns)
         self._done: list[Frame] = []  # operations of the step in work, to be done again elsewhere
-        self._mirror: Callable[[Frame], None] | None = None
+        self._follower: Follower | None = None
         self._frozen = False
         self._lock = threading.RLock()
 
@@ -92,6 +105,8 @@ class Session:
             FrameError: The frame lacks something, or a tensor has another shape or type.
             LinkClosed: The session was frozen.
         """
+        if self._follower is not None and frame.kind == "activation":
+            self._follower.let_catch_up(natural(frame, "step"))
         with self._lock:
             if self._frozen:
                 raise LinkClosed(f"session {self.spec.id} is no longer here")
@@ -146,10 +161,10 @@ class Session:
             replies = self._turns.replies_before()
             return SessionPosition(snapshot, self.incarnation, tuple(self._done), replies)
 
-    def mirrored(self, mirror: Callable[[Frame], None] | None) -> SessionPosition:
-        """Return the state as it is; each operation after that is told to `mirror`, in order."""
+    def followed(self, follower: Follower | None) -> SessionPosition:
+        """Return the state as it is; `follower` takes each operation after that, in order."""
         with self._lock:
-            self._mirror = mirror
+            self._follower = follower
             return self.as_it_stands()
 
     def sealed(self, awaited: Collection[Awaited]) -> Sealed:
@@ -222,8 +237,8 @@ class Session:
                 self._apply()
 
     def _tell(self, operation: Frame) -> None:
-        if self._mirror is not None:
-            self._mirror(operation)
+        if self._follower is not None:
+            self._follower.take(operation)
 
     def _recut(self, frame: Frame) -> Frame:
         """Have the units from another one on, and return those that are the device's now."""

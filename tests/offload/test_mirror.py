@@ -10,12 +10,13 @@ from fedsys.offload import mirroring
 from fedsys.offload.fencing import Copy, Epoch
 from fedsys.offload.mirror import Mirror
 from fedsys.transport.wire import Frame
+from tests.waiting import until
 
 WAIT_S = 60.0
 
 
-def operation(nbytes):
-    return Frame("activation", {"step": 0}, {"x": torch.zeros(nbytes, dtype=torch.uint8)})
+def operation(nbytes, step=0):
+    return Frame("activation", {"step": step}, {"x": torch.zeros(nbytes, dtype=torch.uint8)})
 
 
 @pytest.fixture
@@ -56,6 +57,47 @@ def test_a_shadow_that_is_further_away_than_the_difference_is_left(sizes, mirror
     assert made.settled() is None
     made.take(operation(1))
     assert made.waiting() == 0
+
+
+def test_a_mini_batch_begins_once_its_shadow_is_near_or_has_gained():
+    """Two mini-batches that the shadow had not done took as long in the pause as the difference."""
+    may, done, begun = threading.Semaphore(0), [], []
+
+    def ask(frame):
+        assert may.acquire(timeout=WAIT_S)
+        done.append(frame.meta["number"])
+        return Frame("mirrored")
+
+    def train(first, last):
+        for step in range(first, last):
+            made.let_catch_up(step)
+            begun.append((step, len(done)))
+            made.take(operation(10, step))
+
+    made = Mirror(ask, {"session": "s"}, 1 << 40)  # so much that waiting always pays
+    made.start(1 << 40)
+    train(0, 5)  # nothing is known of the shadow's pace yet
+    assert [step for step, _ in begun] == list(range(5))
+    may.release()
+    until(lambda: made.sent == 10)
+    rest = threading.Thread(target=train, args=(5, 7), daemon=True)
+    rest.start()
+    for allowed, shadow in ((1, 2), (2, 4)):
+        may.release(allowed)
+        before = len(begun)
+        until(lambda before=before: len(begun) > before)
+        assert begun[-1] == (before, shadow)
+    rest.join(WAIT_S)
+    may.release(9)
+    assert made.settled() == 7
+    made.end()
+
+
+def test_a_session_waits_for_its_shadow_no_longer_than_that_saves():
+    assert mirroring.patience_s(difference=100, sent=0, took_s=0.0, waited_s=0.0) == 0.0
+    assert mirroring.patience_s(difference=100, sent=50, took_s=2.0, waited_s=1.0) == 3.0
+    assert mirroring.may_begin(behind=0, gained=0) and mirroring.may_begin(behind=9, gained=2)
+    assert not mirroring.may_begin(behind=1, gained=1)
 
 
 def test_a_shadow_that_is_lost_is_left():
