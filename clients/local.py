@@ -143,6 +143,7 @@ class LocalClient:
                     model, optimizer, batches, address,
                     micro_batches=pieces, clip_norm=config.client.clip_norm,
                     anchor=anchor, penalty=penalty, losses=losses, task=task_of(config),
+                    precision=config.client.precision,
                 )  # fmt: skip
         with PrivateUpdate(
             [model],

@@ -95,6 +95,7 @@ class OffloadClient:
             self._half.device,
             roaming,
             task_of(config),
+            config.client.precision,
         )
         round_ = SplitRound(
             config, self._address, self._half, self._remote, steps_of, most, roaming

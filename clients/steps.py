@@ -30,6 +30,7 @@ from fedsys.runs.tracing import Recorder
 from fedsys.training import plain as training
 from fedsys.training.part import keep_gradient, safe_input
 from fedsys.training.plain import Score
+from fedsys.training.precision import autocast, for_loss
 from fedsys.training.schedule import micro_batch_bounds, operations
 from fedsys.training.tasks import CLASSIFICATION, Task
 from fedsys.transport.codecs import decode_activation, encode_activation
@@ -154,6 +155,8 @@ class Steps:
         recorder: Takes note of them.
         device: Where the device computes.
         roaming: Moves of the device in this round; None: there are none.
+        task: Tells the metric.
+        precision: In which forwards compute, as ``client.precision``.
     """
 
     def __init__(
@@ -166,8 +169,9 @@ class Steps:
         device: torch.device,
         roaming: Roaming | None = None,
         task: Task = CLASSIFICATION,
+        precision: str = "fp32",
     ) -> None:
-        self._task = task
+        self._task, self._precision = task, precision
         self._device, self._roaming = device, roaming
         self._split, self._address, self._remote = split, address, remote
         self._cut = split.assignment.cut
@@ -249,7 +253,7 @@ class Steps:
         if self._roaming is not None:
             self._roaming.at(self._step, piece)
         self._pace.begin()
-        z = training.forward(front, x)
+        z = training.forward(front, x, self._precision)
         tensors, codec = encode_activation(z, self._split.assignment.codec_up)
         tensors = {**tensors, **beside(x, self._split.given)}
         if not self._split.private:
@@ -268,7 +272,9 @@ class Steps:
         answer = self._await("activation", piece)
         z = self._decoded(answer)
         kept = keep_gradient(z)
-        outputs = back(safe_input(back, z), *beside(x, self._split.kept).values())
+        with autocast(self._precision, z):
+            outputs = back(safe_input(back, z), *beside(x, self._split.kept).values())
+        outputs = for_loss(outputs, self._precision)
         loss = part.back(outputs, labels, size)
         gradient = kept[0] if kept else torch.zeros_like(z)
         tensors, codec = encode_activation(gradient, self._split.assignment.codec_up)

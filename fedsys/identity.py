@@ -140,6 +140,16 @@ def package_version(package: str) -> str | None:
         return None
 
 
+def has_bfloat16() -> bool | None:
+    """Return whether the processor has instructions for bfloat16; None where that is not said."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() in ("flags", "Features"):
+                return any(flag.endswith("bf16") for flag in value.split())
+    return None
+
+
 def _cpu_model() -> str:
     import platform
 

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedsys.config import Config, NetworkConfig, edge_names
 from fedsys.data import Dataset
+from fedsys.identity import has_bfloat16
 from fedsys.models import lora
 from fedsys.models.batchnorm import DeferredBatchNorm
 from fedsys.models.modes import observed
@@ -24,6 +25,7 @@ from fedsys.planning.options import PLANNED, PlanOptions
 from fedsys.runs import cuts
 from fedsys.training import plain as training
 from fedsys.training.federation import fusion_in
+from fedsys.training.precision import types_by
 from fedsys.transport.several import said
 from strategies.around import find
 from strategies.offload import Offload
@@ -49,6 +51,7 @@ def surroundings(config: Config) -> list[str]:
     lines = []
     if (many := config.runtime.batched_clients) > 1:
         lines.append(f"{many} clients are trained at once: other bits than one at a time")
+    lines += _about_precision(config)
     if names := edge_names(config):
         count = f"{len(names)} edge server{'' if len(names) == 1 else 's'}"
         link = config.link.kind if config.link.kind != "auto" else _automatic(config)
@@ -63,6 +66,15 @@ def surroundings(config: Config) -> list[str]:
     elif names and config.network.emulate:
         lines.append(f"links emulated as {network_text(config.network)}")
     return lines
+
+
+def _about_precision(config: Config) -> list[str]:
+    client = config.client
+    if client.precision == "fp32":
+        return []
+    slow = types_by(client) == "cpu" and has_bfloat16() is False
+    told = "steps compute in bfloat16 where torch.autocast does"
+    return [f"{told}; this processor has no instructions for it" if slow else told]
 
 
 def about_kernels(config: Config, dataset: Dataset) -> list[str]:

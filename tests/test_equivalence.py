@@ -183,6 +183,24 @@ FUSED_KERNELS = {
         "pruning": {"method": "magnitude", "sparsity": 0.7, "steps": 1, "group_lasso": 0.01},
     },
 }
+LOWERED = {
+    "bf16": {"client": {"precision": "bf16"}},
+    "bf16, kept momentum, clipped, channels_last": {
+        "client": {
+            "precision": "bf16",
+            "memory_format": "channels_last",
+            "momentum": 0.9,
+            "keep_optimizer": True,
+            "clip_norm": 0.5,
+        },
+    },
+    "bf16, proximal, pruned, penalty, crops": {
+        "strategy": "fedprox",
+        "client": {"precision": "bf16", "weight_decay": 0.01},
+        "data": {"augmentation": "crop_flip"},
+        "pruning": {"method": "magnitude", "sparsity": 0.7, "steps": 1, "group_lasso": 0.01},
+    },
+}
 RECORD = {
     "mechanism": "record",
     "epsilon": 1e6,
@@ -206,11 +224,12 @@ PRIVATE = {
         "privacy": RECORD,
     },
 }
-ALL_FEATURES = FEATURES | PRUNED | LAID_OUT | FUSED_KERNELS | PRIVATE
+ALL_FEATURES = FEATURES | PRUNED | LAID_OUT | FUSED_KERNELS | LOWERED | PRIVATE
 MOMENTUM, EMPTY, PRUNED_PRIVATELY = PRIVATE
 BETWEEN_ROUNDS, PROXIMAL, LEVELS = PRUNED
 (CHANNELS_LAST,) = LAID_OUT
 FUSED, FUSED_CLIPPED, FUSED_PRUNED = FUSED_KERNELS
+BF16, BF16_CLIPPED, BF16_PRUNED = LOWERED
 TABLE = [
     *all_pairs(COLUMNS),
     (("resnet18", 0.5), "momentum, decay, cosine", (2, "pipelined"), "never", False, "memory"),
@@ -272,6 +291,16 @@ TABLE = [
     (("cnn-deferred", 1), FUSED_CLIPPED, (3, "pipelined"), "link", True, "memory"),
     (("frozen by train()", 1), FUSED, (1, "sequential"), "edge", False, "memory"),
     (("frozen by forward", 1), FUSED_CLIPPED, (2, "pipelined"), "never", False, "memory"),
+    (("vgg5-batch", [1, 2, 3]), BF16, (3, "pipelined"), "link", False, "tcp"),
+    (("vgg5-batch", 2), BF16_CLIPPED, (2, "pipelined"), "edge", True, "memory"),
+    (("cnn-batch", [1, 2, 4]), BF16_PRUNED, (4, "bounded 2"), "edge", False, "grpc"),
+    (("cnn-group", 1), BF16_CLIPPED, (1, "sequential"), "link", True, "tcp"),
+    (("cnn-deferred", 2), BF16, (3, "pipelined"), "never", True, "memory"),
+    (("resnet18", 0.5), BF16_CLIPPED, (2, "pipelined"), "never", False, "memory"),
+    (("mobilenet_v2", 0.5), BF16, (1, "sequential"), "edge", False, "memory"),
+    (("tokens", 2), BF16_CLIPPED, (2, "pipelined"), "link", False, "grpc"),
+    (("parameters frozen", 1), BF16_PRUNED, (2, "pipelined"), "never", False, "memory"),
+    (("odd tensors", 1), BF16, (2, "pipelined"), "never", True, "memory"),
 ]
 
 
@@ -446,6 +475,8 @@ MOVING = [
     (3, ("resnet18", 0.5), BETWEEN_ROUNDS, (1, "sequential"), False),
     (3, ("vgg5-batch", [1, 2, 3]), FUSED, (3, "pipelined"), False),
     (10, ("cnn-deferred", 1), FUSED_CLIPPED, (2, "pipelined"), True),
+    (3, ("vgg5-batch", [1, 2, 3]), BF16_CLIPPED, (3, "pipelined"), False),
+    (10, ("cnn-group", 2), BF16, (2, "pipelined"), True),
 ]
 
 
@@ -554,12 +585,20 @@ OWN_TABLE = [
     ("gpt of lists", 4, "proximal, clipped, two epochs", (3, "pipelined"), "link", False, "memory"),
     ("own loss", 1, "proximal, clipped, two epochs", (3, "bounded 2"), "edge", False, "memory"),
     ("own loss with a weight", 1, "plain", (4, "pipelined"), "never", True, "tcp"),
+    ("next token", 2, "bf16", (3, "pipelined"), "link", False, "tcp"),
+    ("next token", 2, "lora, bf16", (2, "pipelined"), "never", True, "memory"),
+    ("segmentation", 1, BF16_CLIPPED, (2, "pipelined"), "edge", True, "memory"),
+    ("padded words", [1, 2, 2], "bf16", (1, "sequential"), "never", False, "memory"),
+    ("regression", 1, BF16_CLIPPED, (3, "pipelined"), "never", False, "tcp"),
+    ("bert", 2, "bf16", (3, "pipelined"), "edge", False, "memory"),
+    ("vit", [1, 2, 3], "bf16", (1, "sequential"), "never", True, "memory"),
 ]  # fmt: skip
 KEPT = {"client": {"optimizer": "adam", "lr": 0.003, "keep_optimizer": True}}
 LORA = {"train": "lora", "lora": {"rank": 2, "targets": ["qkv", "fc2"]}}
 OF_OWN = {
     "kept adam, plain": KEPT,
     "lora, kept adam": merged(KEPT, {"client": LORA}),
+    "lora, bf16": merged(KEPT, {"client": LORA | {"precision": "bf16"}}),
     "lora, proximal, clipped": merged(
         FEATURES["proximal, clipped, two epochs"],
         {"client": LORA | {"lora": {"rank": 3, "alpha": 1.0}}},

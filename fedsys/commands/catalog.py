@@ -150,6 +150,7 @@ COMMANDS: dict[str, Command] = {
             "client.threads",
             "client.memory_format",
             "client.kernels",
+            "client.precision",
         ),
         groups=("data", "model"),
     ),

@@ -36,6 +36,7 @@ from fedsys.runs.folder import RunFolder, default_path, write_atomic
 from fedsys.training import federation, optimizers
 from fedsys.training import plain as training
 from fedsys.training.part import safe_input
+from fedsys.training.precision import autocast, for_loss
 from fedsys.training.tasks import task_of
 from fedsys.transport.codecs import CODECS
 from fedsys.transport.security import Credentials, Role
@@ -331,7 +332,7 @@ class _Timed:
 
     def _pass(self, n: int) -> tuple[list[float], list[float]]:
         x, y = self._x[:n], self._y[:n]
-        whole = x
+        whole, precision = x, self._config.client.precision
         for part in self._parts:
             part.zero_grad(set_to_none=True)
         inputs, outputs, forward, backward = [], [], list[float](), list[float]()
@@ -340,12 +341,13 @@ class _Timed:
                 x = x.detach().requires_grad_() if index else x
                 inputs.append(x)
                 began = self._now()
-                if index:
-                    x = part(safe_input(part, x), *beside(whole, self._given[index]).values())
-                else:
-                    x = part(*arguments(part, whole))
+                with autocast(precision, whole):
+                    if index:
+                        x = part(safe_input(part, x), *beside(whole, self._given[index]).values())
+                    else:
+                        x = part(*arguments(part, whole))
                 if index == len(self._parts) - 1:
-                    x = self._loss(x, y, 1.0)
+                    x = self._loss(for_loss(x, precision), y, 1.0)
                 forward.append(self._now() - began)
                 outputs.append(x)
             gradient: Tensor | None = None

@@ -107,6 +107,7 @@ RULES: tuple[Rule, ...] = (
     ("client.device", *_one_of("auto", "cpu", "cuda"), ""),
     ("client.memory_format", *_one_of("contiguous", "channels_last"), ""),
     ("client.kernels", *_one_of("plain", "fused"), ""),
+    ("client.precision", *_one_of("fp32", "bf16"), ""),
     ("client.lr_schedule.kind", *_one_of("constant", "step", "exponential", "cosine"), ""),
     ("client.lr_schedule.gamma", _positive, "must be greater than 0", ""),
     ("client.lr_schedule.final", lambda v: 0 <= v <= 1, "must be in [0, 1]", ""),
@@ -183,6 +184,7 @@ def check(config: Config) -> None:
     task_settings.check(config.task)
     _check_task(config)
     _check_kernels(config)
+    _check_precision(config)
     _check_resilience(config)
     _check_lora(config)
     _check_tracker(config.tracker)
@@ -223,6 +225,29 @@ def _check_kernels(config: Config) -> None:
             f"must be plain with privacy={config.privacy.mechanism}, which takes the gradient of "
             "each example from the layers", "client.kernels=plain",
         )  # fmt: skip
+
+
+def _check_precision(config: Config) -> None:
+    """Refuse bfloat16 where gradients or activations are bounded, or made, in float32."""
+    if config.client.precision == "fp32":
+        return
+    mechanism, training = config.privacy.mechanism, config.resilience.training
+    for key, value, broken, reason, way_out in (
+        ("client.kernels", config.client.kernels, config.client.kernels == "fused",
+         "the kernels compute in float32", "plain"),
+        ("privacy.mechanism", mechanism, config.privacy.per_example,
+         "the gradient of each example is taken from the layers in float32", "client"),
+        ("privacy.mechanism", mechanism, mechanism == "cut",
+         "activations are clipped and made noisy in float32", "client"),
+        ("resilience.training", training, config.resilience.active,
+         "exits have losses of their own", "none"),
+        ("runtime.batched_clients", config.runtime.batched_clients,
+         config.runtime.batched_clients > 1, "clients that are trained at once compute in float32",
+         "1"),
+    ):  # fmt: skip
+        if broken:
+            rule = f"cannot be with client.precision=bf16: {reason}"
+            raise ConfigError.of(key, value, rule, f"{key}={way_out}, or client.precision=fp32")
 
 
 def _check_resilience(config: Config) -> None:

@@ -78,6 +78,9 @@ class ClientConfig:
             ``contiguous`` or ``channels_last``; bits depend on it.
         kernels: ``plain``: torch's layers; ``fused``: units with few input channels are computed
             in one pass (`fedsys.models.fused`); bits depend on it.
+        precision: ``fp32``: steps compute in the types of the model; ``bf16``: convolutions and
+            matrix products in bfloat16 (`fedsys.training.precision`), parameters, their gradients
+            and all else as ever; bits depend on it.
         keep_optimizer: Whether the optimizer's state lives on from round to round.
         label_private: Whether the last unit stays on the device in split training, so that labels
             never leave it.
@@ -102,6 +105,7 @@ class ClientConfig:
     device: str = "auto"
     memory_format: str = "contiguous"
     kernels: str = "plain"
+    precision: str = "fp32"
     keep_optimizer: bool = False
     label_private: bool = False
     frozen: bool = False

@@ -23,6 +23,7 @@ from fedsys.randomness import Address, drawing, rows
 from fedsys.training import plain as training
 from fedsys.training.federation import base_state, layered_model, penalty_of
 from fedsys.training.part import Part, filled_stages, names_between, safe_input
+from fedsys.training.precision import autocast, for_loss
 from fedsys.training.tasks import task_of
 from fedsys.transport.wire import Frame
 
@@ -57,7 +58,7 @@ class EdgePart:
         if not 0 <= spec.first <= spec.last <= len(model):
             raise FrameError(f"open: units {spec.first} to {spec.last} of {len(model)}")
         cuts, client = [spec.first, spec.last], config.client
-        self.expected = Expected.of(model, spec, device, config.task)
+        self.expected = Expected.of(model, spec, device, config.task, client.precision)
         base = base_state(config, spec.input_shape, spec.num_classes)
         (self._stage,) = filled_stages(
             model, cuts, [1], start.state, device, client.memory_format, base,
@@ -65,7 +66,7 @@ class EdgePart:
         )  # fmt: skip
         self.private = spec.last < len(model)
         self._pace = session_pace(config, model, spec, workers)
-        self._task = task_of(config)
+        self._task, self._precision = task_of(config), client.precision
         self._processors, self._threads = workers.processors, client.threads
         self._part = Part(
             [self._stage],
@@ -150,7 +151,10 @@ class EdgePart:
         recorded = self._steps.recording(start, stop - start)
         with torch.enable_grad(), drawn, rows(start, stop), recorded:
             given = safe_input(self._stage, x), *more
-            out = training.explained(self._stage, lambda: self._stage(*given))
+            with autocast(self._precision, x):
+                out = training.explained(self._stage, lambda: self._stage(*given))
+            if not self.private:
+                out = for_loss(out, self._precision)
         self._pace.turn()
         made: Tensor = out
         return made

@@ -24,7 +24,7 @@ class Expected:
 
     Attributes:
         shape: Of one example where it enters the edge's units.
-        dtype: Of activations.
+        dtypes: That activations may have.
         classes: Number of classes.
         device: Where tensors are to be.
         task: What is learned, by which targets are checked.
@@ -33,7 +33,7 @@ class Expected:
     """
 
     shape: Sequence[int]
-    dtype: torch.dtype
+    dtypes: tuple[torch.dtype, ...]
     classes: int
     device: torch.device
     task: TaskConfig = field(default_factory=TaskConfig)
@@ -42,15 +42,21 @@ class Expected:
 
     @classmethod
     def of(
-        cls, model: LayeredModel, spec: SessionSpec, device: torch.device, task: TaskConfig
-    ) -> Expected:
-        """Return what a session with the units of `spec` takes."""
+        cls, model: LayeredModel, spec: SessionSpec, device: torch.device, task: TaskConfig,
+        precision: str = "fp32",
+    ) -> Expected:  # fmt: skip
+        """Return what a session with the units of `spec` takes.
+
+        In another precision than that of the model, devices say what type their units leave.
+        """
         several = is_several(spec.input_shape)
         if several and not spec.first:
             raise FrameError("open: first=0: several inputs are no activation")
         enters = model.units[spec.first - 1].out_shape if spec.first else spec.input_shape
+        lowered = (torch.bfloat16,) if precision == "bf16" and spec.first else ()
+        dtypes = _dtype_of(model), *lowered
         return cls(
-            enters, _dtype_of(model), spec.num_classes, device, task,
+            enters, dtypes, spec.num_classes, device, task,
             spec.input_shape if several else (), model.inputs(spec.first, spec.last),
         )  # fmt: skip
 
@@ -79,8 +85,9 @@ class Expected:
         if tuple(tensor.shape[1:]) != tuple(self.shape) or not fits:
             expected = (examples or "n", *self.shape)
             raise FrameError(f"activation of shape {tuple(tensor.shape)} instead of {expected}")
-        if tensor.dtype != self.dtype:
-            raise FrameError(f"activation of type {tensor.dtype} instead of {self.dtype}")
+        if tensor.dtype not in self.dtypes:
+            expected_types = " or ".join(map(str, self.dtypes))
+            raise FrameError(f"activation of type {tensor.dtype} instead of {expected_types}")
         return tensor
 
     def labels(self, frame: Frame, examples: int) -> Tensor:

@@ -38,7 +38,7 @@ PROFILE_KEYS = (
     *("rows", "forward_s", "backward_s", "update_s"),  # needed
     *("model", "units", "batch_size", "operation_s", "load_s", "message_s", "byte_s", "workers"),
     *("spread", "forward_spread", "backward_spread", "bytes_at_cuts", "names"),
-    *("source", "fedsys", "torch", "threads", "memory_format", "kernels"),
+    *("source", "fedsys", "torch", "threads", "memory_format", "kernels", "precision"),
 )
 NEEDED = 4
 
@@ -208,6 +208,10 @@ def _check_units(path: str, values: Mapping[str, Any], layers: LayeredModel) -> 
         )  # fmt: skip
 
 
+_ONCE = {"kernels": "plain", "precision": "fp32"}
+"""What was so when profiles did not say it."""
+
+
 def made_for(client: ClientConfig) -> dict[str, Any]:
     """Return what seconds depend on beside the machine and the model, as a profile notes it."""
     return {
@@ -215,12 +219,13 @@ def made_for(client: ClientConfig) -> dict[str, Any]:
         "threads": client.threads,
         "memory_format": client.memory_format,
         "kernels": client.kernels,
+        "precision": client.precision,
     }
 
 
 def _check_made_for(path: str, values: Mapping[str, Any], client: ClientConfig) -> None:
     for key, expected in made_for(client).items():
-        found = values.get(key, "plain" if key == "kernels" else expected)  # older ones say nothing
+        found = values.get(key, _ONCE.get(key, expected))
         if found != expected:
             ours = key == "fedsys"
             whose = "the version in use" if ours else f"client.{key} of this run"

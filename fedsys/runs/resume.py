@@ -45,7 +45,7 @@ _LATER: Final = {
 """Options of groups in the digest that came later and that the model does not depend on."""
 
 _USUAL: Final[Mapping[str, Mapping[str, Any]]] = {
-    "client": {"kernels": "plain", "train": "all"},
+    "client": {"kernels": "plain", "precision": "fp32", "train": "all"},
     "pruning": {"score": None},
 }
 """Options that came later, where they are as it was without them."""

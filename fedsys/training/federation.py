@@ -24,6 +24,7 @@ from fedsys.config.task import TaskConfig
 from fedsys.config.values import LoraConfig
 from fedsys.data import Dataset
 from fedsys.errors import ConfigError, ModelError
+from fedsys.models.autocast import under_autocast
 from fedsys.models.fits import check_fits
 from fedsys.models.fused import Fusion, fuse, fusion_of
 from fedsys.models.layers import LayeredModel, layered
@@ -33,6 +34,7 @@ from fedsys.models.resilient import resilient
 from fedsys.randomness import Address
 from fedsys.training import plain as training
 from fedsys.training.penalty import Penalty
+from fedsys.training.precision import autocast, types_by
 from fedsys.transport.several import Inputs, Shape, is_several
 
 OWN = "own"
@@ -211,7 +213,10 @@ def layered_model(
     """
     spec = json.dumps({**config.model, "init": None}, sort_keys=True)
     lora = config.client.lora if config.client.train == "lora" else None
-    return _layered(spec, tuple(input_shape), num_classes, lora, target_bytes)
+    made = _layered(spec, tuple(input_shape), num_classes, lora, target_bytes)
+    if config.client.precision == "fp32":
+        return made
+    return _lowered(made, tuple(input_shape), types_by(config.client))
 
 
 def layers_of(config: Config, dataset: Dataset) -> LayeredModel:
@@ -229,6 +234,11 @@ def _layered(
         skeleton = adapted(skeleton, lora.rank, lora.alpha, lora.targets, None)
     made = layered(skeleton, input_shape)
     return dataclasses.replace(made, target_bytes=target_bytes)
+
+
+@functools.lru_cache(maxsize=16)
+def _lowered(model: LayeredModel, input_shape: Shape, device: str) -> LayeredModel:
+    return under_autocast(model, input_shape, device)
 
 
 def base_state(config: Config, input_shape: Shape, num_classes: int) -> Mapping[str, Tensor]:
@@ -296,7 +306,10 @@ def check_model(model: nn.Module, dataset: Dataset, config: Config | None = None
         x = dataset.train.pixels[:2]
     classes = task.kind == "classification"
     targets = () if classes else tuple(dataset.train.labels.shape[1:])
-    check_fits(model, x.to(device), outputs_of(task, targets, dataset.num_classes))
+    precision = "fp32" if config is None else config.client.precision
+    x = x.to(device)
+    with autocast(precision, x):
+        check_fits(model, x, outputs_of(task, targets, dataset.num_classes))
 
 
 def outputs_of(task: TaskConfig, targets: tuple[int, ...], outputs: int) -> tuple[int, ...] | None:

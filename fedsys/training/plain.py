@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from fedsys.errors import ConfigError, ModelError
 from fedsys.randomness import Address, drawing, rows
 from fedsys.training import optimizers
+from fedsys.training.precision import autocast, for_loss
 from fedsys.training.schedule import micro_batch_bounds
 from fedsys.training.tasks import CLASSIFICATION, Loss, Task, loss_of
 from fedsys.transport.several import Inputs, arguments
@@ -57,14 +58,20 @@ class Score:
     steps: int = 0
 
 
-def forward(model: nn.Module, x: Inputs) -> Tensor:
+def forward(model: nn.Module, x: Inputs, precision: str = "fp32") -> Tensor:
     """Return ``model(x)``, or what it makes of several inputs.
+
+    Args:
+        model: The whole, or a part.
+        x: What enters it.
+        precision: In which it computes, as ``client.precision``.
 
     Raises:
         ModelError: Names the BatchNorm that would have to take the variance of one value.
     """
     given = arguments(model, x)
-    outputs: Tensor = explained(model, lambda: model(*given))
+    with autocast(precision, x):
+        outputs: Tensor = explained(model, lambda: model(*given))
     return outputs
 
 
@@ -91,10 +98,11 @@ def explained(model: nn.Module, call: Callable[[], T]) -> T:
 
 
 def plain_losses(
-    model: nn.Module, x: Inputs, labels: Tensor, share: float, loss: Loss = loss_of
-) -> tuple[Tensor, Tensor]:
+    model: nn.Module, x: Inputs, labels: Tensor, share: float, loss: Loss = loss_of,
+    precision: str = "fp32",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the scores of a model, and `share` times their loss."""
-    outputs = forward(model, x)
+    outputs = for_loss(forward(model, x, precision), precision)
     return outputs, loss(outputs, labels, share)
 
 
@@ -111,6 +119,7 @@ def train(
     penalty: Penalty | None = None,
     losses: Losses | None = None,
     task: Task = CLASSIFICATION,
+    precision: str = "fp32",
 ) -> Score:
     """Do one optimizer step for every mini-batch.
 
@@ -126,6 +135,8 @@ def train(
         penalty: On channels, so that they die; None for none.
         losses: What is made small; None: the loss of `task`.
         task: Tells the metric.
+        precision: In which forwards and backwards compute, as ``client.precision``; not of
+            `losses`.
 
     Returns:
         The score over all examples, as seen in training (before each step).
@@ -134,7 +145,7 @@ def train(
         ModelError: Names the BatchNorm that would have to take the variance of one value.
     """
     device = device_of(model)
-    losses = losses or functools.partial(plain_losses, loss=task.loss)
+    losses = losses or functools.partial(plain_losses, loss=task.loss, precision=precision)
     model.train()
     named = dict(model.named_parameters())
     tally, steps = RunningScore(task, device), 0

@@ -75,6 +75,7 @@ def test_a_profile_says_how_sure_it_is_of_each_unit_and_how_it_was_made(profiled
         ("client.threads=2", "fleet.machines.bench.threads=1: must be 2, client.threads of this"),
         ("client.memory_format=channels_last", "memory_format=contiguous: must be channels_last"),
         ("client.kernels=fused", "kernels=plain: must be fused"),
+        ("client.precision=bf16", "precision=fp32: must be bf16"),
         ("fleet.machines.bench.fedsys=0.0.1", "bench.fedsys=0.0.1: must be "),
         ("model.norm=group", "a profile of another model"),
         ("model.norm=deferred", "a profile of another model"),

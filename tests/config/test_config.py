@@ -150,6 +150,7 @@ WRONG = {
     "client.device": ("gpu",),
     "client.memory_format": ("nhwc",),
     "client.kernels": ("fast",),
+    "client.precision": ("fp16",),
     "client.lr_schedule.kind": ("linear",),
     "client.lr_schedule.gamma": (0.0,),
     "client.lr_schedule.final": (1.5, -0.5),

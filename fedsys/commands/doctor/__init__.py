@@ -49,6 +49,7 @@ def checks(config: Config) -> Iterator[Check]:
     yield from machine.installation()
     yield from machine.processor(config)
     yield machine.kernels(config)
+    yield machine.precision(config)
     yield machine.load()
     yield machine.memory()
     yield machine.descriptors()

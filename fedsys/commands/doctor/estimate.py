@@ -95,6 +95,7 @@ def seconds_per_step(config: Config) -> float:
             batches,
             address,
             micro_batches=config.schedule.micro_batches,
+            precision=config.client.precision,
         )
         steps += score.steps if round_ > 1 else 0
     return (time.perf_counter() - began) / max(steps, 1)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fedsys.commands.doctor.checks import Check
 from fedsys.config import Config
+from fedsys.identity import has_bfloat16
 from fedsys.offload.processors import usable_cores
 
 MB = 2**20
@@ -112,6 +113,19 @@ def kernels(config: Config) -> Check:
         told = f"client.kernels=fused computes plainly, with other bits: {done.detail}"
         return Check("kernels", "warn", told, "install a C compiler, or client.kernels=plain")
     return Check("kernels", "ok", f"client.kernels=fused, built by {done.detail}")
+
+
+def precision(config: Config) -> Check:
+    """Check that the processor has instructions for bfloat16, if the run computes in it."""
+    from fedsys.training.precision import types_by
+
+    there = has_bfloat16()
+    known = {True: "has", False: "has no", None: "does not say whether it has"}[there]
+    told = f"this processor {known} instructions for bfloat16 (client.precision=bf16)"
+    client = config.client
+    if client.precision == "bf16" and there is False and types_by(client) == "cpu":
+        return Check("precision", "warn", f"{told}: it may be slower", "client.precision=fp32")
+    return Check("precision", "ok", told)
 
 
 def load(average: float | None = None) -> Check:
