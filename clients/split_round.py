@@ -173,8 +173,7 @@ class SplitRound:
             try:
                 return self._steps.do(step, part, *batch, sums, batches)
             except Moved as moved:
-                if self._remote.traffic.recoveries:
-                    self._remote.traffic.recoveries[-1]["repeated_steps"] = step - moved.step
+                self._remote.traffic.repeated(step - moved.step)
                 if not self._is_here(moved, step):
                     raise
             # all that a step changes before its end

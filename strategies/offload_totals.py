@@ -19,7 +19,7 @@ class OffloadTotals:
         edge_steps: Optimizer steps on edge servers.
         bytes_up: Bytes that devices sent to edges.
         bytes_down: Bytes that they received.
-        recoveries: What was done about losses.
+        recoveries: What was done about losses, and about moves that came to nothing.
         moves: What became of moves between edges, as `fedsys.planning.moves.Handover`.
     """
 
@@ -63,6 +63,8 @@ def in_words(entry: Mapping[str, Any]) -> str:
             return f"{begin} lost its link to {entry['from']} and went on {after}"
         case "edge":
             return f"{begin} lost {entry['from']} and went on at {entry['to']} {after}"
+        case "stays":
+            return f"{begin} stays at {entry['from']}, not {entry['to']}: {entry['why']}"
         case "repeat":
             return f"{begin} lost {entry['from']} and did its round again on the {entry['to']}"
         case _:

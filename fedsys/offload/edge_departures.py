@@ -171,7 +171,7 @@ class Departures:
                 _log.info("session %s does not move to %s: %s", name, to, error)
             else:
                 _log.warning("session %s does not move to %s: %s", name, to, error)
-            self._stay(session, departure, f"{type(error).__name__}: {error}")
+            self._stay(session, departure, str(error))
         finally:
             if self._leaving.get(name) is departure:
                 del self._leaving[name]

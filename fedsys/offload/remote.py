@@ -70,7 +70,8 @@ class Traffic:
         bytes_up: Sent by the device, in bytes of frames, repetitions included.
         bytes_down: Received.
         waited_s: Seconds in which the device waited for answers.
-        recoveries: One entry for each loss: what, from, to, seconds.
+        recoveries: One entry for each loss, and for each move that came to nothing: what, from, to,
+            seconds.
         moves: Those from edge to edge, in their order.
     """
 
@@ -79,6 +80,12 @@ class Traffic:
     waited_s: float = 0.0
     recoveries: list[dict[str, Any]] = field(default_factory=list)
     moves: list[Leaving] = field(default_factory=list)
+
+    def repeated(self, steps: int) -> None:
+        """Note that steps are done again because of the last loss."""
+        lost = [entry for entry in self.recoveries if entry["what"] != "stays"]
+        if lost:
+            lost[-1]["repeated_steps"] = steps
 
 
 class Remote:
@@ -319,11 +326,27 @@ class Remote:
             self._follow(frame)
             return
         if frame.kind == "staying":
-            if self._leaving is not None:
-                self._leaving.over = True
+            self._stay(str(frame.meta.get("reason", "")))
             return
         if self._operations.take(frame):
             self._standing = 0
+
+    def _stay(self, reason: str) -> None:
+        """Go on where the device is: the edge server that it was to go to did not take it."""
+        leaving = self._leaving
+        if leaving is None or leaving.over:
+            return
+        leaving.over = True
+        self.traffic.recoveries.append(
+            {
+                "what": "stays",
+                "why": reason,
+                "from": self.edge,
+                "to": leaving.to,
+                "repeated_steps": 0,
+                "seconds": self._clock() - leaving.began_s,
+            }
+        )
 
     def _doubt(self, error: LinkTimeout) -> None:
         """Find out what became of a session from which no answer comes; recover if it is gone.

@@ -22,6 +22,7 @@ from fedsys.transport.network import Network
 from fedsys.transport.patience import Patience
 from fedsys.transport.security import Authority
 from fedsys.transport.wire import Frame, Limits
+from strategies.offload_totals import in_words
 from tests.waiting import until
 
 TOKEN = "control"
@@ -151,6 +152,28 @@ def test_what_is_sent_ahead_is_not_sent_again(pair, last_layer):
     (leaving,) = remote.traffic.moves
     assert leaving.precopied > 0
     assert fleet.collect("s", "b").step == 6
+
+
+@pytest.mark.parametrize("how", ["announced", "foreseen"])
+def test_a_device_whose_move_comes_to_nothing_says_why(pair, last_layer, how):
+    """It was a warning in the log of the device, and no word in the run."""
+    edges, fleet = pair
+    edges["b"]._table._limits = EdgeConfig(max_sessions=1)
+    fleet.open(last_layer.spec("other"), last_layer.start(), "b")
+    fleet.open(last_layer.spec(), last_layer.start(), "a")
+    remote = device(edges)
+    remote.open()
+    train(remote, last_layer, range(2))
+    remote.leave(edges["b"].address, how, step=2)
+    train(remote, last_layer, range(2, 4))
+    (entry,) = remote.traffic.recoveries
+    assert (entry["what"], entry["from"], entry["to"]) == (
+        "stays",
+        *(e.address for e in edges.values()),
+    )
+    told = in_words({**entry, "round": 1, "client": 0, "from": "a", "to": "b"})
+    assert told.startswith("round 1: client 0 stays at a, not b: ") and "b is full" in told
+    assert (remote.traffic.moves, fleet.collect("s", "a").step) == ([], 4)
 
 
 @pytest.fixture

@@ -192,7 +192,9 @@ def _edges(
     lost = {
         str(event["from"])
         for event in events
-        if event.get("kind") == "recovery" and event.get("what") != "link" and "from" in event
+        if event.get("kind") == "recovery"
+        and event.get("what") not in ("link", "stays")
+        and "from" in event
     }
     return [{"name": name, "lost": name in lost} for name in names]
 
