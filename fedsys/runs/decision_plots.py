@@ -163,21 +163,12 @@ def _rates_painter(made: Made, shown: Sequence[int], rounds: Sequence[int]) -> p
                     linestyle="-" if color < len(plots.COLORS) else "--",
                     label=_name(made, client),
                 )  # fmt: skip
-        axes.set_yscale("log")
-        _plain_ticks(axes)
+        plots.log_scale(axes)
         axes.set_xlim(rounds[0] - 0.5, rounds[-1] + 0.5)
         axes.set(title="Bandwidth to the edge", xlabel="round", ylabel="Mbit/s")
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
     return paint
-
-
-def _plain_ticks(axes: Any) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator
-
-    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
 
 
 def _time_painter(made: Made, rounds: Sequence[int]) -> plots.Paint:

@@ -327,6 +327,16 @@ def _cycle(count: int) -> list[str]:
     return [COLORS[index % len(COLORS)] for index in range(count)]
 
 
+def log_scale(axes: Any) -> None:
+    """Make the vertical axis logarithmic, with plain numbers at 1, 2 and 5 of each decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+
+
 def _whole_rounds(axes: Any, rounds: Sequence[float]) -> None:
     """Give the horizontal axis whole numbers only, and room for a single round."""
     from matplotlib.ticker import MaxNLocator

@@ -198,7 +198,7 @@ def draw(chart: Chart, path: Path) -> Path:
             for label in axes.get_xticklabels():
                 label.set_horizontalalignment("right")
         if chart.log:
-            axes.set_yscale("log")
+            plots.log_scale(axes)
         axes.set(title=chart.title, xlabel=chart.x_label, ylabel=chart.y_label)
         if chart.series:  # below, where it covers nothing
             axes.figure.legend(loc="outside lower center", ncols=min(len(chart.series), 3))

@@ -188,7 +188,8 @@ def draw_trace(points: list[dict[str, Any]], path: Path) -> Path:
             color = plots.COLORS[number % len(plots.COLORS)]
             axes.plot([p["at_s"] for p in own], [p["ms"] for p in own], ".", color=color,
                       label=f"cut at {cut}")  # fmt: skip
-        axes.set(title="Cuts that follow the link", ylabel="a request, ms", yscale="log")
+        axes.set(title="Cuts that follow the link", ylabel="a request, ms")
+        plots.log_scale(axes)
         _mark(axes, moves, "a move")
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=min(len(cuts) + 1, 5))
 
