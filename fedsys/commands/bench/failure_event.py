@@ -71,10 +71,11 @@ class Scene:
             time.sleep(0.005)
         time.sleep(_SETTLE_S + _ANSWERS / float(self._options["requests_per_s"]))
         parts = self._parts(found, struck_at, struck, load)
+        seen = time.monotonic()  # the oracle builds and asks routes in this process
         oracle = self._oracle(host, found, objective) if fault == "kill" else {}
         host.mend(fault)
         ledger = load.close()
-        after = sorted(at for at in ledger.answers.values() if at >= struck)
+        after = sorted(at for at in ledger.answers.values() if struck <= at < seen)
         before = [at for at in ledger.answers.values() if at < struck]
         waits = zip([max(before, default=struck), *after], after, strict=False)
         row: dict[str, Any] = {"host": host.name, "fault": fault}
