@@ -44,12 +44,15 @@ html_theme = "alabaster"
 html_title = f"fedsys {release}"
 html_show_sphinx = False
 html_copy_source = False
+html_show_copyright = False  # no year is known here: it was a sign with nothing behind it
 html_static_path = ["static"]
+html_favicon = "static/icon.svg"  # a browser asks for one, and said that it was not there
 html_theme_options = {
     "description": "One model across devices and edge servers",
     "fixed_sidebar": True,
     "page_width": "1240px",
     "sidebar_width": "230px",
+    "body_max_width": "none",  # code and tables take it; static/site.css keeps texts readable
 }
 
 
@@ -151,7 +154,7 @@ def _escaped(text: str) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# The drawing of the house
+# Drawings
 
 
 def house(drawing: str) -> str:
@@ -167,12 +170,33 @@ def house(drawing: str) -> str:
     return f'<div class="house">{"".join(rows)}</div>'
 
 
+def states(drawing: str) -> str:
+    """Return the transitions of a Mermaid state diagram as a table, one row for each.
+
+    A label is what happens, a slash, and what is said then; the start and the end are no states.
+    """
+    rows = []
+    for before, after, label in re.findall(r"^ *(\S+) --> (\S+): (.*)$", drawing, re.MULTILINE):
+        happens, _, said = label.partition(" / ")
+        cells = ["none" if state == "[*]" else f"<b>{state}</b>" for state in (before, after)]
+        cells[1:1] = [html.escape(happens), html.escape(said)]
+        rows.append("".join(f"<td>{cell}</td>" for cell in cells))
+    heads = "".join(f'<th scope="col">{name}</th>' for name in ("state", "when", "says", "then"))
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    return f'<table class="docutils"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>'
+
+
+def drawn(drawing: str) -> str:
+    """Return what stands on the site in place of a Mermaid drawing."""
+    return states(drawing) if drawing.startswith("stateDiagram") else house(drawing)
+
+
 def fill(app: Any, page: str, source: list[str]) -> None:
     """Put what is generated into a page before it is parsed."""
     text = source[0].replace("<!-- the configuration -->", _if(page, "docs/configuration"))
     text = re.sub(r"<!-- options: (.*?) -->", lambda found: chosen_options(found[1]), text)
     source[0] = re.sub(
-        r"```mermaid\n(.*?)```", lambda found: house(found[1]), text, flags=re.DOTALL
+        r"```mermaid\n(.*?)```", lambda found: drawn(found[1]), text, flags=re.DOTALL
     )
 
 

@@ -49,6 +49,22 @@ def test_a_page_of_the_site_loads_nothing_from_elsewhere(site):
 
 
 @pytest.mark.slow
+def test_every_drawing_of_a_page_is_on_the_site(site):
+    """The states of docs/protocol.md were an empty box: only the house of the rooms was drawn."""
+    drawings = 0
+    for page in (ROOT / "docs").glob("*.md"):
+        text = (site / "docs" / page.name).with_suffix(".html").read_text()
+        for drawing in re.findall(r"```mermaid\n(.*?)```", page.read_text(), re.DOTALL):
+            drawings += 1
+            for state in re.findall(r"--> (\w+):", drawing):
+                assert f"<b>{state}</b>" in text, page
+            for floor in re.findall(r"subgraph \w+ .*?\n(.*?)\n *end", drawing, re.DOTALL):
+                assert all(f"<span>{room}</span>" in text for room in floor.split()), page
+        assert '<div class="house"></div>' not in text, page
+    assert drawings >= 3
+
+
+@pytest.mark.slow
 def test_the_reference_has_every_option_and_every_choice(site):
     text = (site / "docs" / "configuration.html").read_text()
     shown = set(re.findall(r'<span class="pre">([^<]*)</span>', text))
