@@ -33,7 +33,8 @@ from fedsys.transport.security import Credentials
 SWITCH_S = 0.0005
 """How long a thread of Python keeps others waiting: 5 ms, the default, is the time of an answer."""
 
-_START_S = 110.0  # for another host process to be ready
+_START_S = 300.0  # for a host process to be ready: a busy machine takes minutes to load PyTorch
+_SPAWN_S = 110.0  # likewise, where a controller waits for the answer
 _END_S = 10.0
 _LOOK_S = 1.0  # whether the process that started this one is there
 
@@ -147,18 +148,19 @@ def _spawn(config: HostServerConfig, token: str) -> Spawned:
         given.append(f"host.threads={config.threads}")
     if config.credentials is not None:
         given.append(f"host.credentials={Path(config.credentials).absolute()}")
-    return start_host(given, token)[1]
+    return start_host(given, token, _SPAWN_S)[1]
 
 
-def start_host(given: Sequence[str], token: str) -> tuple[int, Spawned]:
+def start_host(given: Sequence[str], token: str, within_s: float = _START_S) -> tuple[int, Spawned]:
     """Start a host as another process of this machine; return its process id, and it.
 
     Args:
         given: Arguments of ``fedsys host``.
         token: That its controller presents.
+        within_s: Longest time until it is ready, in seconds.
 
     Raises:
-        RuntimeFailure: It is not ready in time.
+        RuntimeFailure: It is not ready in time, or ended before.
     """
     process = subprocess.Popen(
         [
@@ -174,7 +176,13 @@ def start_host(given: Sequence[str], token: str) -> tuple[int, Spawned]:
         stdout=subprocess.PIPE,
         text=True,
     )
-    timer = threading.Timer(_START_S, process.kill)
+    late = threading.Event()
+
+    def give_up() -> None:
+        late.set()
+        process.kill()
+
+    timer = threading.Timer(within_s, give_up)
     timer.start()
     assert process.stdout is not None
     line = process.stdout.readline()
@@ -183,8 +191,11 @@ def start_host(given: Sequence[str], token: str) -> tuple[int, Spawned]:
         ready = json.loads(line)["ready"]["address"]
     except (ValueError, KeyError, TypeError) as error:
         _end(process)
-        told = " ".join(given)
-        raise RuntimeFailure(f"another host process could not be started: {told}") from error
+        status = process.returncode
+        why = f"ended with status {status} before it was ready"
+        if late.is_set():
+            why = f"was not ready within {within_s:g} s, as this machine is busy or it hangs"
+        raise RuntimeFailure(f"fedsys host {' '.join(given)}: {why}") from error
     return process.pid, Spawned(str(ready), lambda: _end(process))
 
 

@@ -5,13 +5,17 @@ then on.
 """
 
 import os
+import re
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from fedsys.commands import own_chain
+from fedsys.commands.host import start_host
+from fedsys.errors import RuntimeFailure
 from fedsys.main import main
 from fedsys.pruning.portfolio import MANIFEST
 from fedsys.runs.folder import RunFolder
@@ -87,3 +91,17 @@ def handlers():
     former = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, former)
+
+
+@pytest.mark.parametrize(
+    ("does", "said"),
+    [("exit 3", "ended with status 3 before"), ("exec sleep 60", "was not ready within 0.2 s")],
+)
+def test_a_host_that_does_not_start_is_said_with_the_reason(does, said, tmp_path, monkeypatch):
+    """``fedsys bench lifecycle`` said of a host that was slow that it could not be started."""
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\n{does}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    with pytest.raises(RuntimeFailure, match=f"fedsys host host.name=edge: {re.escape(said)}"):
+        start_host(["host.name=edge"], "token", within_s=0.2 if "sleep" in does else 60.0)
