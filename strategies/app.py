@@ -225,7 +225,7 @@ def _rounds(
     virtual: RoundClock | None,
 ) -> ArrayRecord:
     """Play the rounds that are left, and return the global model after them."""
-    plans = Plans(config, job.strategy, progress.about)
+    plans = Plans(config, job.strategy, progress.about, safety.folder.path)
 
     def began(number: int, clients: Sequence[int]) -> None:
         pulse().begin(len(clients), sum(job.steps[client] for client in clients))

@@ -7,6 +7,7 @@ changes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from fedsys.models.modes import observed
 from fedsys.planning.hardware import links_of
 from fedsys.planning.options import PLANNED, PlanOptions
 from fedsys.runs import cuts
+from fedsys.runs.decisions import write_plan
 from fedsys.training import plain as training
 from fedsys.training.federation import fusion_in
 from fedsys.training.precision import types_by
@@ -158,10 +160,14 @@ class Plans:
         config: The run.
         strategy: Whose layer that offloads knows it.
         say: Takes each line.
+        folder: Of the run, where what devices do is said to who looks at it meanwhile.
     """
 
-    def __init__(self, config: Config, strategy: Strategy, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, config: Config, strategy: Strategy, say: Callable[[str], None], folder: Path
+    ) -> None:
         self._offload, self._config, self._say = find(strategy, Offload), config, say
+        self._folder = folder
         self._told: Mapping[str, Any] = {}
 
     def tell(self, number: int) -> None:
@@ -177,3 +183,4 @@ class Plans:
         for alike in cuts.alike(fresh):
             self._say(f"{begin}{alike}")
         self._told = {**self._told, **now}
+        write_plan(self._folder, number, now)

@@ -3,14 +3,17 @@
 A line has the choice, what was seen of the device before, the reason, what was expected and what
 came of it, and beside them what the oracle would have done (`fedsys.planning.oracle`). Cells are
 empty where something is not known: rates before the first round, the oracle where time is real.
+``plan.json`` beside it has what devices do in the round that goes on, of which nothing is known yet
+but that.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from fedsys.runs.scalars import to_cell
 from fedsys.runs.table import csv_text, read_table
 
 FILE = "decisions.csv"
+PLAN_FILE = "plan.json"
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,35 @@ def forget(folder: Path, after_round: int) -> None:
     kept = [row for row in table.rows if float(row["round"]) <= after_round]
     if len(kept) < len(table.rows) or table.problems:
         write_atomic(path, csv_text([COLUMNS, *(row.values() for row in kept)]) if kept else b"")
+
+
+def write_plan(folder: Path, number: int, cuts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Say in the folder of a run what devices do in a round that has begun.
+
+    Args:
+        folder: Of the run.
+        number: The round, from 1.
+        cuts: Where each device is cut, by partition id, as `fedsys.runs.cuts` puts it into words.
+
+    Raises:
+        RunError: The file cannot be written.
+    """
+    text = json.dumps({"round": number, "cuts": cuts})
+    write_atomic(folder / PLAN_FILE, f"{text}\n".encode())
+
+
+def read_plan(folder: Path) -> tuple[int, dict[int, dict[str, Any]]]:
+    """Return the round that was planned last, and where each device is cut in it.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is damaged.
+    """
+    try:
+        plan = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
+        return int(plan["round"]), {int(k): dict(cut) for k, cut in plan["cuts"].items()}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / PLAN_FILE} is damaged: {error!r}") from error
 
 
 def _value(name: str, cell: str) -> Any:

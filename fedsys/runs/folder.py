@@ -7,6 +7,7 @@
     ├── config.yaml         the composed configuration
     ├── metrics.csv         one line per round, written when the round ends
     ├── decisions.csv       split training: each device in each round (`fedsys.runs.decisions`)
+    ├── plan.json           split training: what devices do in the round that goes on
     ├── events.jsonl        faults, lost clients, decisions; one JSON object per line
     ├── run.log             what the ``fedsys`` logger said
     ├── tensorboard/        the numbers of metrics.csv for TensorBoard

@@ -81,17 +81,59 @@ def test_a_snapshot_has_the_figures_of_the_files(tmp_path):
         ]  # fmt: skip
         kinds = [(event["kind"], event["round"]) for event in shot["happened"]]
         assert kinds == [("client lost", 2), ("recovery", 2), ("move", 2)]
-        assert shot["happened"][-1]["text"] == "device 0: edge-0 to edge-1"
+        assert shot["happened"][-1]["text"] == "device 0 went from edge-0 to edge-1"
         assert "hush-hush" not in json.dumps(shot)
         folder.event("move", client=0, round=2, source="edge-0", target="edge-1")
         texts = [e["text"] for e in shots.take()["happened"] if e["kind"] == "move"]
-        assert texts == ["client 0, source edge-0, target edge-1"]  # and not a second time
+        assert texts == ["device 0 went from edge-0 to edge-1"]  # and not a second time
         folder.add_round({"round": 3, "val_accuracy": 0.75})
         folder.finish({"accuracy": 0.5, "run_dir": str(path), "faults": []})
         shot = shots.take()
     assert not any(device["lost"] for device in shot["devices"])  # it was lost in a round before
     assert (shot["status"], shot["last"]["round"]) == ("finished", 3)
     assert shot["result"] == {"accuracy": 0.5, "run_dir": str(path)}
+
+
+def test_what_devices_do_is_seen_before_their_round_has_ended(tmp_path):
+    """The page said in the first round that every device trains the whole model, for minutes."""
+    path = tmp_path / "run"
+    cut = {"index": 2, "unit": "conv2", "device_share": 0.25, "machine": "pi4"}
+    cut |= {"edge": "edge-1", "micro_batches": 2, "codec": "fp32"}
+    with RunFolder.create(path, CONFIG) as folder:
+        shots = Snapshots(path)
+        assert [d.get("undecided") for d in shots.take()["devices"]] == [True] * 3
+        whole = {**cut, "index": 5, "device_share": 1.0, "edge": ""}
+        decisions.write_plan(path, 1, {"0": cut, "1": whole})
+        first, second, third = shots.take()["devices"]
+        assert (first["unit"], first["edge"], first["pieces"]) == ("conv2", "edge-1", 2)
+        assert first["predicted_s"] is None and "round 1 goes on" in first["reason"]
+        assert second["whole"] and third["undecided"]
+        decisions.write(path, [decided(1, c, "edge-1", reason="measured") for c in (0, 1)])
+        folder.add_round({"round": 1})
+        assert [d["reason"] for d in shots.take()["devices"][:2]] == ["measured"] * 2
+        moved = {**cut, "edge": "edge-0"}
+        decisions.write_plan(path, 2, {"0": cut, "1": moved})  # the same as before, and another
+        same, other, _ = shots.take()["devices"]
+        assert (same["reason"], same["edge"]) == ("measured", "edge-1")
+        assert other["edge"] == "edge-0" and "round 2 goes on" in other["reason"]
+        (path / "plan.json").write_text("[]")
+        assert shots.take()["devices"][1]["edge"] == "edge-0"  # what was read before
+
+
+def test_a_device_is_shown_where_its_round_ended(tmp_path):
+    """After an edge server was killed, the map had its devices there until the end of the run."""
+    path = tmp_path / "run"
+    with told(path) as folder:
+        recovery = {"what": "edge", "client": 1, "from": "edge-1", "to": "edge-0"}
+        folder.event("recovery", round=1, **{**recovery, "to": "edge-9"})  # of a round before
+        folder.event("recovery", round=2, **recovery, seconds=0.5, repeated_steps=1)
+        folder.event("move", round=2, client=2, source="edge-0", target="edge-1", why="", at=0.5)
+        shot = Snapshots(path).take()
+    assert [device["edge"] for device in shot["devices"]] == ["edge-1", "edge-0", "edge-1"]
+    texts = [event["text"] for event in shot["happened"]]
+    assert "device 2 went from edge-0 to edge-1, at 50% of its round" in texts
+    after = "after 0.50 s, 1 step repeated"
+    assert f"device 1 lost edge-1 and went on at edge-0 {after}" in texts
 
 
 def test_a_run_that_is_judged_by_another_metric_is_shown_by_that(tmp_path):

@@ -173,8 +173,8 @@ def test_events_faults_and_lost_clients_are_listed(make):
     folder.event("client_lost", client=2, round=1, reason="gone")
     html = rendered(path)
     assert "Clients were lost 1 time: 2." in html
-    assert "client 2, round 1, reason gone" in html
-    assert "kind device_killed, who 2, round 1<" in html
+    assert "<td>round 1: device 2 was lost: gone</td>" in html
+    assert "<td>round 1: device killed: who 2</td>" in html
     assert re.search(
         r"<h3>Where each device is cut</h3>.*<td>0</td><td>cut 3 after pool</td>", html
     )

@@ -25,13 +25,15 @@ PAGE: Final = (
 <section aria-label="Devices and edge servers">
 <h2>Devices and edge servers</h2>
 <figure class="panel"><div id="map"></div>
+<p class="muted small">Green around a device: its share of the work. Below it: the last unit that it
+trains, and the rate of its link to the edge server.</p>
 <p id="chosen-device" class="small" aria-live="polite">Choose a device, with the mouse or with Tab,
 to see what was decided for it and why.</p></figure>
 </section>
 <section aria-label="Curves"><h2>Curves</h2><div class="grid2" id="charts"></div></section>
 <section aria-label="What happened"><h2>What happened</h2>
 <ol id="happened" class="happened"><li class="muted">nothing so far</li></ol></section>
-<section aria-label="Devices as a table"><h2>Decisions of the last round</h2>
+<section aria-label="Devices as a table"><h2>Decisions</h2>
 <div class="scroll" tabindex="0" aria-label="table of decisions"><table id="devices"></table></div>
 </section>
 <footer>The figures are those of the run's folder. <span id="when"></span></footer>

@@ -31,9 +31,12 @@ function dress(made, attributes, children) {
 }
 const known = (value) => value !== null && value !== undefined;
 const percent = (value) => known(value) ? (100 * value).toFixed(2) + ' %' : '–';
+const share = (value) => known(value) ? number(100 * value, 3) + ' %' : '–';
 const number = (value, digits = 4) => known(value) ? String(+value.toPrecision(digits)) : '–';
 function seconds(value) {
   if (!known(value)) return '–';
+  if (value > 0 && value < .001) return '< 1 ms';
+  if (value > 0 && value < 1) return number(1000 * value, 3) + ' ms';
   if (value < 60) return number(value, 3) + ' s';
   const whole = Math.round(value), minutes = Math.floor(whole / 60);
   return minutes < 60 ? `${minutes} min ${whole % 60} s`
@@ -59,16 +62,26 @@ async function ask() {
   setTimeout(ask, EVERY_MS);
 }
 
+// Three to six round numbers that hold all values of an axis.
+function ticks(low, high) {
+  const rough = (high - low) / 4, ten = 10 ** Math.floor(Math.log10(rough));
+  const step = ten * [1, 2, 2.5, 5, 10].find((part) => part * ten >= rough * (1 - 1e-9));
+  const first = Math.floor(low / step + 1e-9), last = Math.ceil(high / step - 1e-9);
+  return Array.from({length: last - first + 1}, (_, i) => +((first + i) * step).toPrecision(12));
+}
+
 function figure(title, series, form, place = (v) => `round ${v}`) {
-  const width = 420, height = 190, left = 62, bottom = 24, right = 12, top = 8;
+  const width = 420, height = 190, bottom = 24, right = 12, top = 8;
   const all = series.flatMap(([, points]) => points);
   const xs = all.map(([x]) => x), ys = all.map(([, y]) => y);
   const x0 = Math.min(...xs), x1 = Math.max(...xs, x0 + 1);
-  let y0 = Math.min(...ys, 0), y1 = Math.max(...ys);
-  if (y1 <= y0) y1 = y0 + 1;
+  const lowest = Math.min(...ys, 0), highest = Math.max(...ys);
+  const scale = ticks(lowest, highest > lowest ? highest : lowest + 1);
+  const y0 = scale[0], y1 = scale[scale.length - 1];
+  const left = 14 + 6.6 * Math.max(5, ...scale.map((v) => form(v).length));
   const x = (v) => left + (v - x0) / (x1 - x0) * (width - left - right);
   const y = (v) => top + (y1 - v) / (y1 - y0) * (height - top - bottom);
-  const marks = [0, .5, 1].map((part) => y0 + part * (y1 - y0)).flatMap((v) => [
+  const marks = scale.flatMap((v) => [
     svg('line', {class: 'grid', x1: left, x2: width - right, y1: y(v), y2: y(v)}),
     svg('text', {x: left - 6, y: y(v) + 4, 'text-anchor': 'end'}, form(v))]);
   const ends = [[x0, 'start'], [x1, 'end']].map(([v, anchor]) =>
@@ -144,6 +157,7 @@ function cards(done) {
     const budget = known(run.budget) ? ` of ${number(run.budget)}` : '';
     told.push(['ε spent', number(last.epsilon) + budget, 'epsilon']);
   }
+  if (known(last.sparsity)) told.push(['weights pruned', percent(last.sparsity), 'sparsity']);
   at('cards').replaceChildren(...told.map(([name, value, id]) =>
     el('div', {class: 'card', 'data-figure': id}, el('b', {}, value), el('span', {}, name))));
 }
@@ -208,7 +222,8 @@ function wire(device, x, y, home) {
 }
 
 function node(device, x, y) {
-  const radius = 16, around = 2 * Math.PI * radius, share = known(device.share) ? device.share : 1;
+  const radius = 16, around = 2 * Math.PI * radius;
+  const share = known(device.share) ? device.share : device.undecided ? 0 : 1;
   const group = svg('g', {class: 'device' + (device.lost ? ' lost' : '')
       + (chosen === device.client ? ' chosen' : ''), tabindex: 0, role: 'button',
     'data-device': device.client, 'aria-label': words(device)},
@@ -216,7 +231,9 @@ function node(device, x, y) {
     svg('circle', {class: 'share', cx: x, cy: y, r: radius, transform: `rotate(-90 ${x} ${y})`,
       'stroke-dasharray': `${share * around} ${around}`}),
     svg('text', {x, y: y + 4}, String(device.client)),
-    svg('text', {x, y: y + 34, class: 'cut'}, place(device)));
+    svg('text', {x, y: y + 34, class: 'cut'}, place(device)),
+    svg('text', {x, y: y + 48, class: 'cut'}, known(device.up_mbit_s) && !device.whole
+      ? `${number(device.up_mbit_s, 2)} Mbit/s` : ''));
   const choose = () => { chosen = device.client; explain(); mark(); };
   group.addEventListener('click', choose);
   group.addEventListener('focus', choose);
@@ -232,14 +249,16 @@ function mark() {
 function place(device) {
   if (device.lost) return 'lost';
   if (!known(device.cut)) return '';
-  return device.whole ? 'whole' : device.unit ? `${device.unit} |` : '| all';
+  return device.whole ? 'whole' : device.unit ? `to ${device.unit}` : 'nothing';
 }
 
 function words(device) {
   const told = [`device ${device.client}`];
   if (device.machine) told[0] += ` (${device.machine})`;
   if (device.lost) told.push('lost in the last round');
-  if (!known(device.cut)) told.push('trains the whole model');
+  if (!known(device.cut)) {
+    told.push(device.undecided ? 'nothing is decided for it so far' : 'trains the whole model');
+  }
   else if (device.whole) told.push('trains the whole model alone');
   else {
     const unit = device.unit ? `up to ${device.unit}` : 'nothing';
@@ -273,8 +292,9 @@ function charts() {
     ['Loss', [['validation', 'val_loss'], ['training', 'train_loss']], (v) => number(v, 3)],
     ['Seconds of a round', columns('seconds_'), seconds],
     ['Round on the modelled fleet', [['seconds', 'virtual_s']], seconds],
-    ['Idle shares', columns('idle_'), percent],
+    ['Idle shares', columns('idle_'), share],
     ['ε spent', [['ε', 'epsilon']], (v) => number(v, 3)],
+    ['Pruned', [['weights', 'sparsity'], ['channels', 'dead_channels']], share],
   ];
   const made = [];
   for (const [title, wanted, form] of drawn) {
@@ -282,6 +302,7 @@ function charts() {
       .map((r) => [r.round, r[key]])]).filter(([, points]) => points.length);
     if (series.length) made.push(figure(title, series.slice(0, COLORS), form));
   }
+  if (!made.length) made.push(el('p', {class: 'muted'}, 'They begin when a round has ended.'));
   at('charts').replaceChildren(...made);
 }
 
@@ -289,7 +310,8 @@ function table() {
   const rows = run.devices.filter((device) => known(device.cut));
   if (!rows.length) {
     at('devices').replaceChildren(el('tbody', {}, el('tr', {}, el('td', {class: 'muted'},
-      'Every device trains the whole model.'))));
+      run.devices.some((d) => d.undecided) ? 'Nothing is decided so far.'
+        : 'Every device trains the whole model.'))));
     return;
   }
   const names = ['device', 'machine', 'cut after', 'on the device', 'edge', 'pieces', 'codec',

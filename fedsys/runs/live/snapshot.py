@@ -1,14 +1,14 @@
 """What the live page shows of a run: one JSON value, read from the run's folder.
 
 Each figure is that of the file where it stands: rounds of ``metrics.csv``, devices of
-``decisions.csv``, what happened of ``events.jsonl``, status and result of ``run.json``. A file is
-read again only when it has changed.
+``decisions.csv`` and, before their round has ended, of ``plan.json``, what happened of
+``events.jsonl``, status and result of ``run.json``. A file is read again only when it has
+changed.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from fedsys.errors import FedsysError
-from fedsys.runs.decisions import OffloadDecision
+from fedsys.runs.decisions import OffloadDecision, read_plan
 from fedsys.runs.decisions import read as read_decisions
 from fedsys.runs.folder import RunFolder
+from fedsys.runs.happened import in_words
 from fedsys.runs.measured import metric_in
 
 POINTS: Final = 400
@@ -49,8 +50,10 @@ class Snapshots:
         rows = self._of("metrics.csv", run.rounds, [])
         events = self._of("events.jsonl", run.events, [])
         decided = self._of("decisions.csv", lambda: read_decisions(self._folder), [])
+        planned = self._of("plan.json", lambda: read_plan(self._folder), (0, {}))
         last, config = rows[-1] if rows else {}, info.get("config") or {}
-        devices, edges, moves = _fleet(config, decided, events, int(last.get("round", 0)))
+        done = int(last.get("round", 0))
+        devices, edges, moves = _fleet(config, decided, planned, events, done)
         taken = {
             **_heading(self._folder, info),
             "rows": _thinned(rows),
@@ -127,6 +130,7 @@ def _thinned(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
 def _fleet(
     config: Mapping[str, Any],
     decided: Sequence[OffloadDecision],
+    planned: tuple[int, Mapping[int, Mapping[str, Any]]],
     events: Sequence[Mapping[str, Any]],
     done: int,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
@@ -144,19 +148,69 @@ def _fleet(
     if any(event.get("kind") == "move" for event in events):
         moves = []  # the run has told them itself, and more of each
     now = max((entry.round for entry in decided), default=0)
+    if planned[0] > max(now, done):
+        for client, cut in planned[1].items():
+            latest[client] = _in_work(planned[0], client, cut, latest.get(client))
     lost = {
         int(event["client"])
         for event in events
         if event.get("kind") == "client_lost" and event.get("round", 0) >= done
     }
     known = sorted({*range(int(config.get("num_clients") or 0)), *latest})
-    devices = [_device(c, latest.get(c), now, c in lost) for c in known[:DEVICES]]
+    _go_on_elsewhere(latest, events)
+    split = _is_split(config)
+    devices = [_device(c, latest.get(c), now, c in lost, split) for c in known[:DEVICES]]
     return devices, _edges(config, latest.values(), events), moves
 
 
-def _device(client: int, entry: OffloadDecision | None, now: int, lost: bool) -> dict[str, Any]:
+def _go_on_elsewhere(
+    latest: dict[int, OffloadDecision], events: Sequence[Mapping[str, Any]]
+) -> None:
+    """Take devices to the edge servers at which their rounds ended, after moves and losses."""
+    for event in events:
+        entry = latest.get(int(event.get("client", -1)))
+        to = event.get("target") if event.get("kind") == "move" else event.get("to")
+        is_edge = event.get("kind") == "move" or event.get("what") == "edge"
+        if entry is not None and is_edge and to and event.get("round") == entry.round:
+            latest[entry.client] = dataclasses.replace(entry, edge=str(to))
+
+
+def _is_split(config: Mapping[str, Any]) -> bool:
+    return (config.get("policy") or {}).get("kind", "none") != "none"
+
+
+def _in_work(
+    number: int, client: int, cut: Mapping[str, Any], before: OffloadDecision | None
+) -> OffloadDecision:
+    """Return what a device does in a round that goes on, or did before if that is the same.
+
+    Of the round itself nothing was measured yet.
+    """
+    share = float(cut["device_share"])
+    entry = OffloadDecision(
+        round=number,
+        client=client,
+        machine=str(cut.get("machine") or ""),
+        cut=int(cut["index"]),
+        unit=str(cut.get("unit") or ""),
+        whole=share >= 1.0,
+        device_share=share,
+        pieces=int(cut.get("micro_batches") or 1),
+        codec=str(cut.get("codec") or ""),
+        edge=str(cut.get("edge") or ""),
+        reason=f"round {number} goes on: reason and times come with its end",
+    )
+    same = before is not None and all(
+        getattr(before, name) == getattr(entry, name) for name in ("cut", "pieces", "codec", "edge")
+    )
+    return before if before is not None and same else entry
+
+
+def _device(
+    client: int, entry: OffloadDecision | None, now: int, lost: bool, split: bool
+) -> dict[str, Any]:
     if entry is None:
-        return {"client": client, "lost": lost}
+        return {"client": client, "lost": lost, "undecided": split}
     return {
         "client": client,
         "lost": lost,
@@ -184,7 +238,7 @@ def _edges(
     config: Mapping[str, Any], latest: Iterable[OffloadDecision], events: Sequence[Any]
 ) -> list[dict[str, Any]]:
     """Return the edge servers: those of the configuration and those that devices were sent to."""
-    if (config.get("policy") or {}).get("kind", "none") == "none":
+    if not _is_split(config):
         return []
     named = [str(e.get("name")) for e in (config.get("fleet") or {}).get("edges") or ()]
     names = named or [f"edge-{i}" for i in range(int(config.get("num_edges") or 0))]
@@ -211,14 +265,14 @@ def _happened(
             "kind": str(event.get("kind", "")).replace("_", " "),
             "round": _round_of(event),
             "after_s": max(float(event.get("time") or began) - began, 0.0),
-            "text": _text(event),
+            "text": in_words(event),
         }
         for event in events
     ]
     told += [
         {
             "kind": "move", "round": move["round"], "after_s": None,
-            "text": f"device {move['client']}: {move['from']} to {move['to']}",
+            "text": f"device {move['client']} went from {move['from']} to {move['to']}",
         }
         for move in moves
     ]  # fmt: skip
@@ -230,20 +284,6 @@ def _round_of(event: Mapping[str, Any]) -> int | None:
     inner = fault if isinstance(fault, Mapping) else event
     number = inner.get("round")
     return number if isinstance(number, int) else None
-
-
-def _text(event: Mapping[str, Any]) -> str:
-    more = {k: v for k, v in event.items() if k not in ("time", "kind", "round")}
-    fault = more.get("fault")
-    if isinstance(fault, Mapping):
-        more = {k: v for k, v in fault.items() if v is not None and k != "round"}
-    return ", ".join(f"{name.replace('_', ' ')} {_shown(value)}" for name, value in more.items())
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def finite(value: Any) -> Any:

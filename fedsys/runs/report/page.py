@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsys.config.task import METRICS, Metric
+from fedsys.runs.happened import in_words
 from fedsys.runs.plots import curves_of, time_parts
 from fedsys.runs.progress import seconds_text
 from fedsys.runs.report import charts, fleet, moving
@@ -272,16 +273,14 @@ def _events(run: Run, several: bool) -> str:
     began = float(run.info.get("started") or run.events[0].get("time") or 0.0)
     rows = []
     for event in run.events[:_EVENTS]:
-        more = {k: v for k, v in event.items() if k not in ("time", "kind")}
-        if isinstance(more.get("fault"), Mapping):
-            more = {k: v for k, v in more["fault"].items() if v is not None}
-        text = ", ".join(f"{k.replace('_', ' ')} {_value(v)}" for k, v in more.items())
+        number = event.get("round", (event.get("fault") or {}).get("round"))
+        begin = "" if number is None else f"round {number}: "
         when = seconds_text(max(float(event.get("time", began)) - began, 0.0))
         rows.append(
             [
                 when.replace(" ", "\N{NO-BREAK SPACE}"),
                 str(event.get("kind", "")).replace("_", " "),
-                text,
+                f"{begin}{in_words(event)}",
             ]
         )
     lost = [e for e in run.events if e.get("kind") == "client_lost"]

@@ -1,0 +1,87 @@
+"""What happened in a run, in words: the events of its folder, without time, kind and round."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, Final
+
+from fedsys.runs.lines import seconds_text
+
+Event = Mapping[str, Any]
+
+
+def in_words(event: Event) -> str:
+    """Return an event of ``events.jsonl`` as a line for people.
+
+    What is of no known kind, or of another version, is shown by its names and values.
+
+    >>> in_words({"kind": "client_lost", "round": 2, "client": 3, "reason": "it was killed"})
+    'device 3 was lost: it was killed'
+    >>> in_words({"kind": "resumed", "after_round": 4})
+    'after round 4'
+    """
+    say = _KINDS.get(str(event.get("kind")))
+    try:
+        return _as_it_is(event) if say is None else say(event)
+    except (KeyError, TypeError, ValueError):
+        return _as_it_is(event)
+
+
+def _moved(event: Event) -> str:
+    told = f"device {event['client']} went from {event['source']} to {event['target']}"
+    how = [str(event["how"])] if event.get("how") else []
+    if event.get("at") is not None:
+        how.append(f"at {100 * float(event['at']):.3g}% of its round")
+    parts = [", ".join((told, *how))]
+    paused = [f"pause {seconds_text(float(event['pause_s']))}"] if "pause_s" in event else []
+    if event.get("bytes"):
+        paused.append(f"{float(event['bytes']) / 1e6:.3g} MB")
+    return "; ".join(filter(None, (*parts, ", ".join(paused), str(event.get("why") or ""))))
+
+
+def _recovered(event: Event) -> str:
+    source, steps = event["from"], int(event["repeated_steps"])
+    again = f"{steps} step{'' if steps == 1 else 's'} repeated"
+    after = f"after {seconds_text(float(event['seconds']))}, {again}"
+    who, why = f"device {event['client']}", event.get("why")
+    match event["what"]:
+        case "link":
+            told = f"{who} lost its link to {source} and went on {after}"
+        case "edge":
+            told = f"{who} lost {source} and went on at {event['to']} {after}"
+        case "repeat":
+            told = f"{who} lost {source} and did its round again on the {event['to']}"
+        case _:
+            told = f"{who} trained alone: no edge server was left"
+    return f"{told}; {why}" if why else told
+
+
+def _lost(event: Event) -> str:
+    return f"device {event['client']} was lost: {event['reason']}"
+
+
+def _struck(event: Event) -> str:
+    fault = {name: value for name, value in event["fault"].items() if name not in ("kind", "round")}
+    return f"{str(event['fault']['kind']).replace('_', ' ')}: {_as_it_is(fault)}"
+
+
+_KINDS: Final[Mapping[str, Callable[[Event], str]]] = MappingProxyType(
+    {"move": _moved, "recovery": _recovered, "client_lost": _lost, "fault": _struck}
+)
+
+
+def _as_it_is(event: Event) -> str:
+    shown = {
+        name: value
+        for name, value in event.items()
+        if name not in ("time", "kind", "round") and value not in (None, "")
+    }
+    return ", ".join(f"{name.replace('_', ' ')} {_shown(value)}" for name, value in shown.items())
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return value.replace("_", " ") if isinstance(value, str) else json.dumps(value)
