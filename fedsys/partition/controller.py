@@ -169,4 +169,11 @@ def _best(place: StandingCuts, sight: Sight) -> Partition | None:
 
 
 def _ms(seconds: float | None) -> str:
-    return "unknown" if seconds is None else f"{1e3 * seconds:.3g} ms"
+    """Return a duration with three digits.
+
+    >>> _ms(0.0375), _ms(1.418), _ms(None)
+    ('37.5 ms', '1.42 s', 'unknown')
+    """
+    if seconds is None:
+        return "unknown"
+    return f"{1e3 * seconds:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s"

@@ -55,10 +55,11 @@ class Reasons:
         name, seconds = busiest(self._load, device, choice)
         iteration_s, round_s = self._made.iteration_s[k], self._made.round_s[k]
         share = seconds / iteration_s if iteration_s else 0.0
-        return (
-            f"{_times(self._whole_s(k), round_s)} times faster than alone; the {name} is busy "
-            f"{share:.0%} of the time"
-        )
+        alone_s = self._whole_s(k)
+        gain = f"{_times(alone_s, round_s)} times faster than alone"
+        if round_s > alone_s > 0:  # as policy.offload=forced has it
+            gain = f"{_times(round_s, alone_s)} times slower than alone"
+        return f"{gain}; the {name} is busy {share:.0%} of the time"
 
 
 def by_resource(load: Workload, device: Device, choice: Assignment) -> dict[str, float]:

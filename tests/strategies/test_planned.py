@@ -156,8 +156,9 @@ def test_models_too_large_for_a_device_are_offloaded_whatever_it_takes():
     assert plan[0].cut == len(LAYERS)
     small = dataclasses.replace(CONFIG.client, max_model_bytes=1000)
     forced = Planned(dataclasses.replace(CONFIG, network=slow, client=small), [1000])
-    _, plan = forced.plan(forced.init(LAYERS, range(2)), NOTHING)
+    state, plan = forced.plan(forced.init(LAYERS, range(2)), NOTHING)
     assert plan[0].cut < len(LAYERS)
+    assert "times slower than alone" in forced.reasons(state, [0])[0]  # it said 0.1 times faster
 
 
 @pytest.mark.parametrize(

@@ -284,7 +284,7 @@ def _choose(view: _View) -> tuple[Profile, str]:
         return safe, f"more accurate, and meets {aim} with a margin of {objective.margin:.0%}"
     short = not predicted[current.name].fits
     cause = f"{current.name} needs {current.peak_bytes:,} bytes of {room:,.0f}" if short else (
-        f"{current.name} is expected at {predicted[current.name].p95_ms:.3g} ms, not {aim}"
+        f"{current.name} {_expected(predicted[current.name].p95_ms)}, not {aim}"
     )  # fmt: skip
     if target is current:
         return current, f"{cause}; none does better, and it is the smallest"
@@ -437,6 +437,17 @@ def tail_wait_ms(busy: float, service_ms: float, tail: float = TAIL) -> float:
 
 # --------------------------------------------------------------------------------------------------
 # Memory
+
+
+def _expected(p95_ms: float) -> str:
+    """Return in words what a variant is expected to take.
+
+    >>> _expected(48.0), _expected(1424.0), _expected(math.inf)
+    ('is expected at 48 ms', 'is expected at 1,424 ms', 'cannot keep up with the requests')
+    """
+    if math.isinf(p95_ms):
+        return "cannot keep up with the requests"
+    return f"is expected at {f'{p95_ms:.3g}' if p95_ms < 999.5 else f'{p95_ms:,.0f}'} ms"
 
 
 def room_of(signals: Signals, objective: Objective, current: Profile | None) -> float:
