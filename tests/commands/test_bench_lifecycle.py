@@ -301,6 +301,12 @@ def test_predictions_are_marked_by_how_far_off_they_are():
     assert kinds == ["near", "far", "off"]
 
 
+def test_large_numbers_of_the_page_are_written_out():
+    """Answers after ten seconds stood there as 1.021e+04 ms."""
+    table = decision_table([row("chain", quantity="request, ms", measured=10_212.4)])
+    assert "10,212 ms" in table and "e+" not in table
+
+
 # --------------------------------------------------------------------------------------------------
 
 SMALL = [

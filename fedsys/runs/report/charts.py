@@ -62,10 +62,10 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 def number(value: float) -> str:
     """Return a short text of a number.
 
-    >>> number(1200.0), number(0.125), number(3.0)
-    ('1200', '0.125', '3')
+    >>> number(1200.0), number(0.125), number(3.0), number(10_212.4)
+    ('1200', '0.125', '3', '10,212')
     """
-    return f"{value:.4g}"
+    return f"{value:,.0f}" if 9_999.5 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
 def legend(entries: Sequence[tuple[str, int, bool]]) -> str:
@@ -189,9 +189,12 @@ def scatter(
 
 def _mark(x: float, text: str, place: int) -> str:
     """Return an upright line with a text beside it; texts of neighbours are on two heights."""
+    left = x + 6.5 * len(text) > WIDTH - RIGHT  # it would end behind the right margin
+    where = f'x="{x + (-3 if left else 3):.1f}" y="{TOP + 10 + 13 * (place % 2):.1f}"'
+    anchor = ' text-anchor="end"' if left else ""
     return (
         f'<line class="axis dashed" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
-        f'<text x="{x + 3:.1f}" y="{TOP + 10 + 13 * (place % 2):.1f}">{escape(text)}</text>'
+        f"<text {where}{anchor}>{escape(text)}</text>"
     )
 
 

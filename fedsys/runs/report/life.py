@@ -26,7 +26,8 @@ TITLES: Final = {
 
 _STYLE: Final = """
 .off{color:var(--muted)}.far{color:var(--bad)}.near{color:var(--good)}
-.decisions td:nth-child(4){min-width:240px}
+.decisions td:nth-child(3){min-width:190px}.decisions td:nth-child(4){min-width:240px}
+td,th{overflow-wrap:break-word}.decisions td:nth-child(5),.decisions tbody th{white-space:nowrap}
 .panel+.table,.grid2+.table,.grid2+.panel{margin-top:14px}
 """
 _NEAR, _FAR = 0.25, 1.0
@@ -166,7 +167,7 @@ def _form(value: Any, quantity: str) -> str:
         return seconds_text(float(value))
     if quantity == "accuracy":
         return f"{value:.2%}"
-    return f"{value:.4g} {unit}".strip()
+    return f"{charts.number(float(value))} {unit}".strip()
 
 
 def _share(value: float | None) -> str:
@@ -244,4 +245,6 @@ def _table(title: str, rows: Sequence[Row]) -> str:
 
 
 def _cell(value: Any) -> str:
-    return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    if value is None:
+        return "–"
+    return charts.number(value) if isinstance(value, float) else str(value)
