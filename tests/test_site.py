@@ -185,7 +185,10 @@ def test_the_commands_of_a_page_are_composed_and_checked(page, tmp_path, monkeyp
         if not hasattr(tree, "words"):  # what is composed, not what a plain command is given
             known = config.plain(tree)
             known.pop("report", None)  # which `fedsys report` reads as it is
-            assert config.parse(config.to_text(known))
+            made = config.parse(config.to_text(known))
+            # The tutorial's chain ended with a message that cuts must be given.
+            named = [host.machine for host in made.hosts.list if not host.address]
+            assert made.partition.cuts or not named or any(named), made.hosts
         return {}
 
     monkeypatch.chdir(tmp_path)

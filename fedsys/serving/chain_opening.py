@@ -212,7 +212,10 @@ def first_partition(
         return Partition(tuple(cuts), tuple(codec if i else RAW for i in inside))
     if all(not host.machine for host in config.hosts.list):
         rule = "must be given where hosts.list names no machines to plan for"
-        raise ConfigError.of("partition.cuts", None, rule, "for instance partition.cuts=[2,4]")
+        for_instance = ",".join(str((k + 1) * len(layers) // (others + 1)) for k in range(others))
+        way_out = f"for instance partition.cuts=[{for_instance}], or a machine for each host, as "
+        way_out += "hosts=device_edge_cloud has them"
+        raise ConfigError.of("partition.cuts", None, rule, way_out)
     hosts_of(config, whole)
     problem = finer_problem(config, whole, layers, shape)
     return plan_partition(problem, config.partition.objective).best.partition
