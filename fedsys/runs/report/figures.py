@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from fedsys.runs.cuts import percent
@@ -39,6 +40,8 @@ def figure(key: str, value: Any) -> str:
 
     >>> figure("seconds_train", 2.037874), figure("bytes_up", 33155254), figure("steps", 12345)
     ('2.04 s', '33.2 MB', '12,345')
+    >>> figure("parts", {"freeze": 0.2508, "encode": 0.0041})
+    'freeze 0.25 s, encode 4.1 ms'
     >>> figure("idle", 0.27108), figure("ratio", 0.27108), figure("on", True), figure("x", None)
     ('27.1%', '0.271', 'true', '–')
     """
@@ -46,6 +49,9 @@ def figure(key: str, value: Any) -> str:
         return "–"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, Mapping):  # the parts of a pause are seconds
+        kind = "_s" if key == "parts" else ""
+        return ", ".join(f"{name} {figure(f'{name}{kind}', part)}" for name, part in value.items())
     if not isinstance(value, int | float):
         return str(value)
     if isinstance(value, float) and not math.isfinite(value):

@@ -27,7 +27,7 @@ TITLES: Final = {
 _STYLE: Final = """
 .off{color:var(--muted)}.far{color:var(--bad)}.near{color:var(--good)}
 .decisions td:nth-child(3){min-width:190px}.decisions td:nth-child(4){min-width:240px}
-td,th{overflow-wrap:break-word}.decisions td:nth-child(5),.decisions tbody th{white-space:nowrap}
+.decisions td:nth-child(5),.decisions tbody th{white-space:nowrap}
 .panel+.table,.grid2+.table,.grid2+.panel{margin-top:14px}
 """
 _NEAR, _FAR = 0.25, 1.0

@@ -69,7 +69,7 @@ tr:last-child>*{border-bottom:0}
 thead th{color:var(--muted);font-weight:500;white-space:nowrap}
 tbody th{font-weight:500;overflow-wrap:break-word}
 .parts{margin-top:10px}.parts td,.parts th{padding:6px 2px}
-td{overflow-wrap:anywhere;min-width:72px}
+td{overflow-wrap:break-word;min-width:72px}
 td.num,th.num{text-align:right;white-space:nowrap}
 td.best{font-weight:700;color:var(--good)}
 .badge{display:inline-block;border-radius:99px;padding:1px 10px;font-size:12.5px;font-weight:600;
