@@ -47,7 +47,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     >>> ticks(0.0, 10.0)
     [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]
     >>> ticks(0.31, 0.94)
-    [0.4, 0.6, 0.8]
+    [0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
     """
     if not high > low:
         return [low]
