@@ -103,6 +103,7 @@ background:var(--line)}
 #map .device:focus .body,#map .device.chosen .body{fill:var(--good-bg)}
 #map .device:focus-visible .body{stroke:var(--accent)}
 .card b{overflow-wrap:anywhere}
+.card b.long{font-size:17px;line-height:29px}
 .happened{max-height:260px;overflow:auto;padding:0 0 0 4px;margin:0;list-style:none}
 .happened li{padding:3px 0;border-bottom:1px solid var(--line);font-size:13.5px;
 overflow-wrap:anywhere}

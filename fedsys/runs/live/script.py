@@ -43,6 +43,14 @@ function seconds(value) {
     : `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
 }
 
+// Figures above the page, each [name, text, id]; long words in smaller letters.
+function fillCards(told) {
+  at('cards').replaceChildren(...told.map(([name, text, id]) =>
+    el('div', {class: 'card', 'data-figure': id},
+      el('b', String(text).length > 9 ? {class: 'long'} : {}, String(text)),
+      el('span', {}, name))));
+}
+
 async function ask() {
   try {
     const answer = await fetch('run.json', {cache: 'no-store'});
@@ -78,7 +86,8 @@ function figure(title, series, form, place = (v) => `round ${v}`) {
   const lowest = Math.min(...ys, 0), highest = Math.max(...ys);
   const scale = ticks(lowest, highest > lowest ? highest : lowest + 1);
   const y0 = scale[0], y1 = scale[scale.length - 1];
-  const left = 14 + 6.6 * Math.max(5, ...scale.map((v) => form(v).length));
+  const letter = innerWidth <= 560 ? 8.2 : 6.8; // as the style sheet has it
+  const left = 10 + letter * Math.max(5, ...scale.map((v) => form(v).length));
   const x = (v) => left + (v - x0) / (x1 - x0) * (width - left - right);
   const y = (v) => top + (y1 - v) / (y1 - y0) * (height - top - bottom);
   const marks = scale.flatMap((v) => [
@@ -158,8 +167,7 @@ function cards(done) {
     told.push(['ε spent', number(last.epsilon) + budget, 'epsilon']);
   }
   if (known(last.sparsity)) told.push(['weights pruned', percent(last.sparsity), 'sparsity']);
-  at('cards').replaceChildren(...told.map(([name, value, id]) =>
-    el('div', {class: 'card', 'data-figure': id}, el('b', {}, value), el('span', {}, name))));
+  fillCards(told);
 }
 
 // A device that changed its edge server is marked for some seconds.

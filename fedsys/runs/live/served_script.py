@@ -9,7 +9,8 @@ from fedsys.runs.live.script import COMMON
 SERVED_SCRIPT: Final = (
     COMMON
     + r"""
-const ms = (value) => known(value) ? number(value, 3) + ' ms' : '–';
+const ms = (value) => !known(value) ? '–'
+  : Math.abs(value) < 999.5 ? number(value, 3) + ' ms' : number(value / 1000, 3) + ' s';
 
 function show() {
   document.title = `${run.name} · fedsys serve`;
@@ -34,9 +35,7 @@ function show() {
 }
 
 function cards() {
-  at('cards').replaceChildren(...run.cards.map(([id, name, value]) =>
-    el('div', {class: 'card', 'data-figure': id}, el('b', {}, String(value)),
-      el('span', {}, name))));
+  fillCards(run.cards.map(([id, name, value]) => [name, value, id]));
 }
 
 function map() {
@@ -116,6 +115,7 @@ function explain() {
 function why() {
   at('why').replaceChildren(...run.why.map(([what, text]) =>
     el('p', {}, el('b', {}, `${what}: `), text)));
+  if (!run.why.length) at('why').append(el('p', {class: 'muted'}, 'It is as it was begun.'));
 }
 
 // Accuracy over latency: what answers now is marked, and what is in memory has a ring.
