@@ -86,13 +86,14 @@ function figure(title, series, form, place = (v) => `round ${v}`) {
   const lowest = Math.min(...ys, 0), highest = Math.max(...ys);
   const scale = ticks(lowest, highest > lowest ? highest : lowest + 1);
   const y0 = scale[0], y1 = scale[scale.length - 1];
-  const letter = innerWidth <= 560 ? 8.2 : 6.8; // as the style sheet has it
-  const left = 10 + letter * Math.max(5, ...scale.map((v) => form(v).length));
+  const label = (v) => form(v).replace('.00 %', ' %').replace('min 0 s', 'min');
+  const letter = 8.2; // at the width of a phone, where letters are largest beside the chart
+  const left = 10 + letter * Math.max(4, ...scale.map((v) => label(v).length));
   const x = (v) => left + (v - x0) / (x1 - x0) * (width - left - right);
   const y = (v) => top + (y1 - v) / (y1 - y0) * (height - top - bottom);
   const marks = scale.flatMap((v) => [
     svg('line', {class: 'grid', x1: left, x2: width - right, y1: y(v), y2: y(v)}),
-    svg('text', {x: left - 6, y: y(v) + 4, 'text-anchor': 'end'}, form(v))]);
+    svg('text', {x: left - 6, y: y(v) + 4, 'text-anchor': 'end'}, label(v))]);
   const ends = [[x0, 'start'], [x1, 'end']].map(([v, anchor]) =>
     svg('text', {x: x(v), y: height - 6, 'text-anchor': anchor}, place(v)));
   const lines = series.map(([, points], i) => points.length === 1
