@@ -176,7 +176,7 @@ def _go_on_elsewhere(
 
 
 def _is_split(config: Mapping[str, Any]) -> bool:
-    return (config.get("policy") or {}).get("kind", "none") != "none"
+    return bool((config.get("policy") or {}).get("kind", "none") != "none")
 
 
 def _in_work(
