@@ -165,6 +165,21 @@ def test_numbers_that_are_not_finite_are_left_out_of_pictures(make):
     assert "inf," not in html
 
 
+def test_what_machines_take_tells_only_runs_apart_that_have_them(tmp_path):
+    """A run with a fleet differed from one without in 50 figures of its machines."""
+    texts = {
+        "plain": "fleet: {devices: [], machines: {}}",
+        "fleet": "fleet: {devices: [pi3], machines: {pi3: {load_s: 1.0}}}\ndashboard: true",
+        "other": "fleet: {devices: [pi3], machines: {pi3: {load_s: 2.0}}}",
+    }
+    for name, text in texts.items():
+        with RunFolder.create(tmp_path / name) as folder:
+            folder.log_config(text)
+    plain, fleet, other = (load(tmp_path / name) for name in texts)
+    assert list(differences([plain, fleet])) == ["fleet.devices"]
+    assert differences([fleet, other]) == {"fleet.machines.pi3.load_s": [1.0, 2.0]}
+
+
 def test_events_faults_and_lost_clients_are_listed(make):
     faults = [{"kind": "device_killed", "who": 2, "round": 1, "step": None, "fired": True}]
     path = make("eventful", faults=faults, cuts={"0": {"index": 3, "unit": "pool"}})

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import fcntl
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,8 @@ from fedsys.runs.folder import RunFolder
 from fedsys.runs.measured import metric_in
 
 Row = Mapping[str, float | str]
+
+_MACHINES = re.compile(r"(fleet|hosts)\.machines\b")
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,8 @@ def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
     """Return the settings in which runs differ: for each key the value of every run.
 
     Where results went, and how the run was started, is no difference, nor is a configuration that
-    is lost.
+    is lost. What a machine takes is one only between runs that have it: that others do not have
+    it is said by their devices.
     """
     settings = [run.settings for run in runs]
     known = [values for values in settings if values]
@@ -139,7 +143,8 @@ def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
     return {
         key: values
         for key, values in found.items()
-        if key not in ("run.dir", "json", "resume")
+        if key not in ("run.dir", "json", "resume", "dashboard")
+        and not (_MACHINES.match(key) and any(key not in values for values in known))
         and any(values.get(key) != known[0].get(key) for values in known)
     }
 
