@@ -173,8 +173,7 @@ def test_what_machines_take_tells_only_runs_apart_that_have_them(tmp_path):
         "other": "fleet: {devices: [pi3], machines: {pi3: {load_s: 2.0}}}",
     }
     for name, text in texts.items():
-        with RunFolder.create(tmp_path / name) as folder:
-            folder.log_config(text)
+        RunFolder.create(tmp_path / name, text).close()
     plain, fleet, other = (load(tmp_path / name) for name in texts)
     assert list(differences([plain, fleet])) == ["fleet.devices"]
     assert differences([fleet, other]) == {"fleet.machines.pi3.load_s": [1.0, 2.0]}
