@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final, Protocol
+from typing import ClassVar, Final, Protocol
 
 from fedsys.errors import LinkClosed
 from fedsys.transport.buffers import chunks
@@ -32,7 +32,9 @@ _KEEPALIVE: Final = {"TCP_KEEPIDLE": SILENCE_S // 2, "TCP_KEEPINTVL": SILENCE_S 
                      "TCP_KEEPCNT": 2}  # fmt: skip
 _SEALED_BYTES: Final = 1 << 18  # encrypted at a time, while the batch before is on its way
 _CIPHER_BYTES: Final = 1 << 18  # taken from the socket at a time
+_RECORD_BYTES: Final = (1 << 14) + 256  # of a record of TLS at most, beside its header
 _TCP_INFO: Final = getattr(socket, "TCP_INFO", None) if sys.platform == "linux" else None
+_MARKED: Final = sys.platform == "linux"
 _INFO_BYTES: Final = 60  # of Linux's struct tcp_info, up to tcpi_last_ack_recv
 _FILES_OF_MEMORY: Final = Path("/proc/self/fd")
 
@@ -45,6 +47,11 @@ class Channel(Protocol):
     @property
     def pending(self) -> bool:
         """Whether `read_into` has something although the socket may have nothing."""
+        ...
+
+    @property
+    def held(self) -> int:
+        """Bytes at most that were taken from the socket and not given on."""
         ...
 
     def sealed(self, parts: Sequence[Buffer]) -> Iterator[list[memoryview]]:
@@ -74,6 +81,42 @@ def prepare(connection: socket.socket) -> None:
     for name, value in _KEEPALIVE.items():
         if hasattr(socket, name):
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+class LowWater:
+    """Has the system wake a reader once there is much to read, if much is missing of a frame.
+
+    A frame over a slow link arrives in packets; without this its reader is woken for each of them.
+    The last bytes that are missing always wake it, and so do the end of the connection, an error,
+    and a window that is full. Linux alone: elsewhere a mark above what the buffer holds would never
+    be reached.
+
+    Args:
+        channel: Whose socket is waited for.
+    """
+
+    MOST: ClassVar[int] = 1 << 17
+    """Bytes that are waited for at a time: more would be copied late, and hold the window up."""
+    LEAST: ClassVar[int] = 1 << 14
+    """Bytes below which each arrival may wake."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel, self._mark = channel, 1
+
+    def expect(self, missing: int) -> None:
+        """Be woken once so many bytes can be read, or the most that is waited for.
+
+        To be called before each wait, as the next frame may be a small one.
+
+        Args:
+            missing: Bytes of the frame in work that were not read; 0 if there is none.
+        """
+        # TLS may hold the beginning of a record whose bytes were counted as missing
+        missing -= self._channel.held
+        mark = min(missing, self.MOST) if _MARKED and missing >= self.LEAST else 1
+        if mark != self._mark:
+            self._channel.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, mark)
+            self._mark = mark
 
 
 class Silence:
@@ -114,7 +157,7 @@ class Silence:
 class PlainChannel:
     """Bytes as they are."""
 
-    pending = False
+    pending, held = False, 0
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
@@ -155,6 +198,14 @@ class TlsChannel:
     def pending(self) -> bool:
         """Whether bytes were taken from the socket and not given on."""
         return self._incoming.pending > 0 or self._tls.pending() > 0
+
+    @property
+    def held(self) -> int:
+        """Bytes at most that were taken from the socket and not given on.
+
+        OpenSSL takes the beginning of a record out of the buffer in which the socket's bytes are.
+        """
+        return self._incoming.pending + _RECORD_BYTES
 
     @property
     def peer(self) -> str:

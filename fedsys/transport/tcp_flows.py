@@ -215,6 +215,11 @@ class Intake:
         """Whether there may be a frame although the socket has nothing."""
         return self._start < self._stop or self._channel.pending
 
+    @property
+    def missing(self) -> int:
+        """Bytes of the frame in work that were not read; 0 before its header is there."""
+        return 0 if self._assembler is None else len(self._assembler.vacant())
+
     def next(self) -> Frame | None:
         """Return the next frame, None if more bytes are needed than there are.
 

@@ -20,6 +20,7 @@ comes until the other does the same, so that the connection is not reset while f
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import threading
@@ -32,7 +33,7 @@ from fedsys.errors import FrameError, LinkClosed, LinkError, LinkTimeout
 from fedsys.transport import tcp_standby as standby
 from fedsys.transport.link import Admitted
 from fedsys.transport.mailbox import Mailbox
-from fedsys.transport.tcp_channel import SILENCE_S, Channel, Silence, drain
+from fedsys.transport.tcp_channel import SILENCE_S, Channel, LowWater, Silence, drain
 from fedsys.transport.tcp_flows import Intake, Last, Outflow, last_word
 from fedsys.transport.wire import Buffer, Frame, Limits, encode_parts
 
@@ -75,7 +76,7 @@ class TcpLink:
         self._outflow = Outflow(channel, queue_bytes, lost)
         self._intake, self._lost = Intake(channel, first or limits, lost), lost
         self._admitted, self._forget = admitted, over
-        self._silence = Silence(channel.socket)
+        self._silence, self._low_water = Silence(channel.socket), LowWater(channel)
         self._alarm, self._waker = socket.socketpair()
         self._poll = select.poll()
         for readable in (channel.socket, self._alarm):
@@ -178,6 +179,8 @@ class TcpLink:
 
     def _await_bytes(self, deadline: float | None) -> bool:
         """Wait until the socket can be read; return False at the deadline or if the link ends."""
+        with contextlib.suppress(OSError):  # a socket that was given up: the wait says so
+            self._low_water.expect(self._intake.missing)
         while not self._inbox.ended:
             left = _LOOK_S if deadline is None else min(_LOOK_S, deadline - time.monotonic())
             if self._poll.poll(max(left, 0.0) * 1e3):
@@ -251,6 +254,8 @@ class TcpLink:
                 return
         if not self._over.is_set():
             self._intake.drop()
+            with contextlib.suppress(OSError):
+                self._low_water.expect(0)
             drain(self._channel.socket, time.monotonic() + LINGER_S)
             self._finish()
 

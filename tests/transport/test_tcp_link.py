@@ -2,8 +2,10 @@
 
 import contextlib
 import logging
+import select
 import socket
 import ssl
+import sys
 import threading
 import time
 
@@ -16,7 +18,13 @@ from fedsys.transport import tcp_standby as standby
 from fedsys.transport.addresses import dial, serve
 from fedsys.transport.mailbox import Mailbox
 from fedsys.transport.security import Authority
-from fedsys.transport.tcp_channel import TlsChannel, client_context, prepare
+from fedsys.transport.tcp_channel import (
+    LowWater,
+    PlainChannel,
+    TlsChannel,
+    client_context,
+    prepare,
+)
 from fedsys.transport.tcp_link import GREETING
 from fedsys.transport.wire import Frame, encode
 from tests.waiting import until
@@ -178,6 +186,89 @@ def test_nothing_but_tls_1_3_is_spoken(edge, device):
             channel = TlsChannel(connection, old, "127.0.0.1")
             with pytest.raises(ssl.SSLError, match=r"(?i)protocol.version"):
                 channel.shake_hands(b"", time.monotonic() + WAIT_S)
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def pair():
+    """A channel, and the socket at its other end."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.create_connection(listener.getsockname()) as far,
+    ):
+        near, _ = listener.accept()
+        with near:
+            prepare(near)
+            yield PlainChannel(near), far
+
+
+def arrived(channel, nbytes):
+    memory = memoryview(bytearray(1 << 20))
+    return channel.socket.recv_into(memory, 0, socket.MSG_PEEK) >= nbytes
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="marks are of Linux alone")
+def test_a_reader_is_woken_when_there_is_much_of_a_large_frame_or_the_end_of_it(pair):
+    channel, far = pair
+    poll, mark = select.poll(), LowWater(channel)
+    poll.register(channel.socket, select.POLLIN)
+
+    def readable(missing):
+        mark.expect(missing)
+        return bool(poll.poll(0))
+
+    far.sendall(bytes(LowWater.LEAST))
+    until(lambda: arrived(channel, LowWater.LEAST))
+    assert not readable(10 * LowWater.MOST) and not readable(LowWater.LEAST + 1)
+    assert readable(LowWater.LEAST) and readable(LowWater.LEAST - 1) and readable(0)
+    assert not readable(2 * LowWater.MOST)
+    far.sendall(bytes(LowWater.MOST))
+    until(lambda: readable(10 * LowWater.MOST))  # never more than that at a time
+    channel.socket.recv(1 << 20)
+    assert not readable(LowWater.MOST)
+    far.sendall(b"x")
+    assert not readable(LowWater.MOST)
+    far.shutdown(socket.SHUT_WR)  # which ends what was to come
+    until(lambda: readable(LowWater.MOST))
+
+
+def test_where_there_are_no_marks_each_arrival_wakes(pair, monkeypatch):
+    monkeypatch.setattr("fedsys.transport.tcp_channel._MARKED", False)
+    channel, _ = pair
+    LowWater(channel).expect(1 << 30)
+    assert channel.socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT) == 1
+
+
+def test_small_frames_come_at_once_behind_large_ones(server, edge, device):
+    """Whoever still waited for much of a frame that had ended would wait for ever."""
+    link = dial(server.address, credentials=device if server._context else None, timeout_s=WAIT_S)
+    sizes = (1 << 22, 1, 300_000, 0, LowWater.MOST + 1, 7, LowWater.LEAST, 2)
+    try:
+        for size in sizes:
+            link.send(Frame("x", {}, {"x": torch.full((size,), 3, dtype=torch.uint8)}))
+            assert link.recv(WAIT_S).tensors["x"].sum() == 3 * size
+        for size in sizes:  # and when the link's own thread reads ahead
+            link.send(Frame("x", {"n": size}, {"x": torch.zeros(size, dtype=torch.uint8)}))
+        assert [link.recv(WAIT_S).meta["n"] for _ in sizes] == list(sizes)
+    finally:
+        link.close()
+
+
+def test_a_large_frame_that_comes_in_small_pieces_is_whole():
+    got = []
+    server = serve("tcp://127.0.0.1:0", lambda link: got.append(link.recv(WAIT_S)))
+    sent = Frame("x", {}, {"x": torch.arange(200_000)})
+    try:
+        with socket.create_connection(place_of(server)) as peer:
+            data = encode(sent)
+            peer.sendall(GREETING + data[: 1 << 20])
+            assert peer.recv(len(GREETING)) == GREETING
+            for start in range(1 << 20, len(data), 100_000):
+                time.sleep(0.005)
+                peer.sendall(data[start : start + 100_000])
+            until(lambda: got)
+        assert torch.equal(got[0].tensors["x"], sent.tensors["x"])
     finally:
         server.stop()
 

@@ -8,7 +8,9 @@ a tensor in memory of its own at the other end. CPU seconds are those of both pr
 
 Shaped rates, as the share of the rate that is left for tensors: ``by: "fedsys"`` is our own
 shaping; ``by: "kernel"`` a token bucket of Linux on a virtual Ethernet between two network
-namespaces (TCP payload is 95.6 % of the rate there). The second needs root, ``ip`` and ``tc``.
+namespaces (TCP payload is 95.6 % of the rate there). The second needs root, ``ip`` and ``tc``, and
+so does what it costs this process to receive a large frame at that rate, woken when there is much
+to read, and in turns for each arrival.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from fedsys.transport.link import Link
 from fedsys.transport.network import Network
 from fedsys.transport.security import Authority, Credentials
 from fedsys.transport.shaping import Shaped
+from fedsys.transport.tcp_channel import LowWater
 from fedsys.transport.wire import Frame
 
 DEFAULTS: Final[Mapping[str, Any]] = {
@@ -48,6 +51,7 @@ DEFAULTS: Final[Mapping[str, Any]] = {
     "stream_bytes": 32 << 20,  # in one measured stream, at most
     "shaped_mbit_s": [10, 100],
     "shaped_seconds": 2.0,
+    "received_bytes": 3_276_800,  # of one frame: activations of VGG-5 at cut 1 for 100 images
 }
 _PATIENCE_S: Final = 60.0
 _UNLIMITED: Final = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
@@ -66,7 +70,10 @@ def run(_: Config | None, options: Mapping[str, Any]) -> dict[str, Any]:
         microseconds of a round trip and its CPU microseconds, of ours and of bare gRPC (medians of
         the turns); ``share`` of the throughput, ``added_us`` to a round trip, and CPU nanoseconds
         per byte of a stream. ``shaped``: per rate in Mbit/s, ``link`` and `by` the share that
-        tensors get; None with a ``note`` where it could not be measured.
+        tensors get; None with a ``note`` where it could not be measured. ``received``: per rate and
+        link over TCP the milliseconds of processor time of a process that receives a frame of
+        ``bytes``, as ``cpu_ms``, and with a wake for each arrival, as ``each_cpu_ms``; their
+        ``ratio`` is the median over the turns.
 
     Raises:
         ConfigError: A link has another name than those in `DEFAULTS`.
@@ -91,7 +98,13 @@ def run(_: Config | None, options: Mapping[str, Any]) -> dict[str, Any]:
         for rate in settings["shaped_mbit_s"]
         for name in networks
     ]
-    return {"cases": cases, "shaped": shaped}
+    received = [
+        _receiving(rate, name, settings)
+        for rate in settings["shaped_mbit_s"]
+        for name in settings["links"]
+        if name.startswith("tcp")
+    ]
+    return {"cases": cases, "shaped": shaped, "received": received}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -103,6 +116,9 @@ def _ours_handler(link: Link) -> None:
         frame = link.recv()
         if frame.kind == "echo":
             link.send(frame)
+        elif frame.kind == "source":
+            size = int(frame.meta["bytes"])
+            link.send(Frame("sourced", {}, {"x": torch.zeros(size, dtype=torch.uint8)}))
         elif frame.kind == "cpu":
             link.send(Frame("cpu", {"seconds": time.process_time()}))
         elif frame.meta["last"]:
@@ -361,26 +377,63 @@ def _own_share(mbit_s: float, address: str, settings: Mapping[str, Any]) -> floa
 
 
 def _kernel_share(mbit_s: float, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    def measured(link: Link) -> dict[str, Any]:
+        _share(link, mbit_s, 0.1)  # lets TCP find the rate
+        return {"share": _share(link, mbit_s, settings["shaped_seconds"])}
+
     case: dict[str, Any] = {"mbit_s": mbit_s, "link": name, "by": "kernel", "share": None}
+    return case | _behind_bucket(mbit_s, name, measured)
+
+
+def _behind_bucket(
+    mbit_s: float, name: str, measured: Callable[[Link], dict[str, Any]]
+) -> dict[str, Any]:
+    """Return what was measured over a link that the kernel shapes, or a note why it was not."""
     if (
         sys.platform != "linux"
         or os.geteuid() != 0
         or not (shutil.which("ip") and shutil.which("tc"))
     ):
-        return case | {"note": "needs Linux, root, and the commands ip and tc"}
+        return {"note": "needs Linux, root, and the commands ip and tc"}
     try:
         with (
             _shaped_namespace(mbit_s) as (prefix, host),
             _server_process(prefix, host) as servers,
+            closing(servers.dial(name)) as link,
         ):
-            link = servers.dial(name)
-            _share(link, mbit_s, 0.1)  # lets TCP find the rate
-            case["share"] = _share(link, mbit_s, settings["shaped_seconds"])
-            link.close()
+            return measured(link)
     except (subprocess.CalledProcessError, RuntimeFailure) as error:
         what = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
-        case["note"] = f"could not be set up: {what.strip().splitlines()[-1]}"
-    return case
+        return {"note": f"could not be set up: {what.strip().splitlines()[-1]}"}
+
+
+def _receiving(mbit_s: float, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what receiving a large frame costs this process, with and without a mark."""
+    size, least = int(settings["received_bytes"]), LowWater.LEAST
+    case: dict[str, Any] = {"mbit_s": mbit_s, "link": name, "bytes": size}
+
+    def once(link: Link) -> float:
+        link.send(Frame("source", {"bytes": size}))
+        began = time.process_time()
+        link.recv(_PATIENCE_S + 16 * size / (mbit_s * 1e6))
+        return 1e3 * (time.process_time() - began)
+
+    def measured(link: Link) -> dict[str, Any]:
+        found: dict[str, list[float]] = {"cpu_ms": [], "each_cpu_ms": []}
+        try:
+            for turn in range(1 + int(settings["repeats"])):
+                for key in found if turn % 2 else reversed(found):
+                    LowWater.LEAST = least if key == "cpu_ms" else sys.maxsize
+                    took = once(link)
+                    if turn:
+                        found[key].append(took)
+        finally:
+            LowWater.LEAST = least
+        ratios = [a / b for a, b in zip(*found.values(), strict=True)]
+        medians = {key: round(median(values), 3) for key, values in found.items()}
+        return {**medians, **_spread("ratio", ratios, 3)}
+
+    return case | _behind_bucket(mbit_s, name, measured)
 
 
 @contextmanager
