@@ -38,6 +38,7 @@ SPLIT = ("policy=fixed", "policy.cut=0.3", "link=tcp", "num_edges=2", "faults=ed
 def nursery(tmp_path_factory):
     folder = tmp_path_factory.mktemp("edges")
     with Processes(folder, launch.environment(folder / "home")) as processes:
+        processes.preload()  # as a launched run does: each edge server imported torch anew
         yield folder, processes
 
 
