@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsys import faults
-from fedsys.config import mobility, reading, rules, secret
+from fedsys.config import mobility, reading, rules, secret, writing
 from fedsys.config.building import build
 from fedsys.config.composing import (
     CONF,
@@ -180,18 +180,26 @@ def to_text(tree: Any) -> str:
     from omegaconf import OmegaConf
 
     with translated_errors():
-        made = OmegaConf.create(tree)
-        for link in (made.get("network"), *((made.get("fleet") or {}).get("links") or ())):
-            if link and link.get("trace"):
-                link.trace = _absolute(plain({"trace": link.trace})["trace"])
-        moving = made.get("mobility")
-        if moving and moving.get("file"):
-            moving.file = _absolute(str(moving.file))
-        return OmegaConf.to_yaml(made, resolve=True)
+        made = tree if OmegaConf.is_config(tree) else OmegaConf.create(tree)
+        values = OmegaConf.to_container(made, resolve=True, enum_to_str=True)
+    if isinstance(values, dict):
+        _make_absolute(values)
+    return writing.written(values)
+
+
+def _make_absolute(values: dict[Any, Any]) -> None:
+    """Make the paths of traces absolute: whoever reads the text has another working directory."""
+    fleet, moving = values.get("fleet"), values.get("mobility")
+    links = fleet.get("links") if isinstance(fleet, dict) else None
+    for link in (values.get("network"), *(links or ())):
+        if isinstance(link, dict) and link.get("trace"):
+            link["trace"] = _absolute(link["trace"])
+    if isinstance(moving, dict) and moving.get("file"):
+        moving["file"] = _absolute(str(moving["file"]))
 
 
 def _absolute(trace: Any) -> Any:
-    """Return a trace with absolute paths: whoever reads it has another working directory."""
+    """Return a trace with absolute paths."""
     if isinstance(trace, str):
         return str(Path(trace).expanduser().absolute())
     if isinstance(trace, list):

@@ -1,4 +1,4 @@
-"""Texts are read by a parser in C as OmegaConf reads them."""
+"""Texts are read by a parser in C as OmegaConf reads them, and written by an emitter in C."""
 
 import pytest
 import yaml
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fedsys.config import CONF, reading, to_text
+from fedsys.config import CONF, reading, to_text, writing
 
 SCALARS = (
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=12)
@@ -78,3 +78,21 @@ def test_the_parser_is_that_in_c():
     assert reading.parsed(text) == by_omegaconf(text)
     if yaml.__with_libyaml__:
         assert yaml.cyaml.CParser in reading._loader().__mro__
+
+
+@given(st.dictionaries(st.sampled_from("abcde"), TREES))
+def test_what_is_written_says_what_it_said(tree):
+    assert repr(reading.parsed(writing.written(tree))) == repr(tree) or "\t" in repr(tree)
+
+
+@given(st.dictionaries(st.sampled_from("abcde"), st.recursive(
+    SCALARS.filter(lambda value: not isinstance(value, str)) | LOOKS_LIKE_MORE,
+    lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from("xyz"), inner),
+)))  # fmt: skip
+def test_a_text_is_written_as_omegaconf_writes_it(tree):
+    assert writing.written(tree) == OmegaConf.to_yaml(OmegaConf.create(tree))
+
+
+def test_the_emitter_is_that_in_c():
+    if yaml.__with_libyaml__:
+        assert yaml.cyaml.CEmitter in writing._dumper().__mro__
