@@ -3,9 +3,13 @@
 Takes the same arguments. What `fedsys.runtime.forks` says about time is for these processes first
 of all: one starts for each message to a client.
 
+An executor asks for work again and again. With ten questions a second, those of three devices and
+their SuperLink took a ninth of two cores while nothing was to be done: the longer there was none,
+the longer it waits until it asks again.
+
 What is private in Flower and used here: `get_executor` of SuperExec, the executor that it returns
-for subprocesses, and what unpacks a bundle for an app. `tests/runtime/test_deployment.py` and
-`tests/runtime/test_launch.py` fail when one of them changes.
+for subprocesses, the clock of SuperExec, and what unpacks a bundle for an app.
+`tests/runtime/test_deployment.py` and `tests/runtime/test_launch.py` fail when one of them changes.
 """
 
 from __future__ import annotations
@@ -13,6 +17,8 @@ from __future__ import annotations
 import hashlib
 import importlib
 import os
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,15 +37,47 @@ WHOLE = ".whole"
 """Ends the name of an empty file beside a folder of which all files are there."""
 
 
+SHARE, MOST_S = 0.05, 1.0
+"""Longest wait between two questions: of the time since the last task, and in seconds."""
+
+
+class Patient:
+    """The module `time`, in which a sleep lasts longer the longer ago the last task was.
+
+    A task waits for at most a twentieth of the time for which there was none, and for a second, the
+    wait between two questions that Flower has.
+
+    Args:
+        clock: Stands for the module; replaced in tests.
+    """
+
+    def __init__(self, clock: Any = time) -> None:
+        self._clock = clock
+        self._since = clock.monotonic()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._clock, name)
+
+    def begin(self) -> None:
+        """Take note of a task."""
+        self._since = self._clock.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep, for longer than asked where nothing has come for long."""
+        idle = self._clock.monotonic() - self._since
+        self._clock.sleep(max(seconds, min(SHARE * idle, MOST_S)))
+
+
 class ForkExecutor:
     """Runs tasks as forks of this process; in all else the executor that it wraps.
 
     Args:
         inner: SuperExec's own executor for subprocesses.
+        clock: Is told of each task.
     """
 
-    def __init__(self, inner: Any) -> None:
-        self._inner = inner
+    def __init__(self, inner: Any, clock: Patient) -> None:
+        self._inner, self._clock = inner, clock
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -49,6 +87,7 @@ class ForkExecutor:
         from flwr.supercore import constant
         from flwr.supercore.superexec.executor import LaunchResult
 
+        self._clock.begin()
         command = [
             constant.TASK_TYPE_TO_COMMAND[spec.task_type],
             constant.TASK_TYPE_TO_APPIO_API_ADDRESS_ARG[spec.task_type],
@@ -99,15 +138,15 @@ def main() -> None:
     from flwr.supercore.cli import flower_superexec
     from flwr.supercore.superexec import run_superexec
 
-    make = vars(run_superexec)["get_executor"]  # imported there, from where it is called
-    vars(run_superexec)["get_executor"] = lambda *args, **kwargs: ForkExecutor(
-        make(*args, **kwargs)
-    )
-    clients_only = CLIENTS_ONLY in os.environ
+    names, clock = vars(run_superexec), Patient()
+    make, names["time"] = names["get_executor"], clock  # imported there, from where it is called
+    names["get_executor"] = lambda *args, **kwargs: ForkExecutor(make(*args, **kwargs), clock)
+    clients_only, has_libraries = CLIENTS_ONLY in os.environ, "torch" in sys.modules
     for app in APPS[: 1 if clients_only else None]:
-        names = vars(importlib.import_module(app))
-        names["install_from_fab"] = once(names["install_from_fab"])
-    forks.preload(ON_DEVICE if clients_only else forks.LIBRARIES)
+        unpacking = vars(importlib.import_module(app))
+        unpacking["install_from_fab"] = once(unpacking["install_from_fab"])
+    if not has_libraries:  # else of what forked this; our own packages, each app forgets anyway
+        forks.preload(ON_DEVICE if clients_only else forks.LIBRARIES)
     flower_superexec()
 
 

@@ -14,7 +14,7 @@ SUPERNODE = "fedsys.runtime.supernode"
 EXECUTOR = "fedsys.runtime.executor"
 
 POLL_S = "0.1"
-"""Seconds between two looks of an executor for work; Flower's default is 1."""
+"""Least seconds between two looks of an executor for work (`fedsys.runtime.executor`)."""
 
 
 @dataclass(frozen=True)

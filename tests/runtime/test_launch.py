@@ -13,10 +13,12 @@ import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 from flwr.cli.install import install_from_fab
+from flwr.supercore.superexec import run_superexec
 from flwr.supernode import start_client_internal
 
 from fedsys.errors import SecurityError
@@ -170,6 +172,20 @@ def test_nodes_ask_for_work_often_but_not_more_often_than_one_superlink_can_answ
     hasty, began = supernode.Hasty(0.01), time.monotonic()
     hasty.sleep(600)
     assert began < hasty.monotonic() < began + 60
+
+
+def test_an_executor_asks_often_after_a_task_and_seldom_when_there_is_none_for_long():
+    """Ten questions a second took a ninth of two cores where three devices had nothing to do."""
+    assert vars(run_superexec)["time"] is time  # where Flower waits between two questions
+    now, slept = [0.0], []
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=slept.append, name="the clock")
+    patient = executor.Patient(clock)
+    for now[0] in (1.0, 2.0, 10.0, 3600.0):
+        patient.sleep(0.1)
+    assert slept == [0.1, 0.1, 0.5, 1.0] and patient.name == "the clock"
+    patient.begin()
+    patient.sleep(0.1)
+    assert slept[-1] == 0.1
 
 
 def test_a_bundle_is_unpacked_once_and_another_one_beside_it(tmp_path, monkeypatch):
