@@ -1,5 +1,7 @@
 """Fixtures that several modules share."""
 
+import atexit
+import gc
 import os
 import shlex
 from collections import Counter
@@ -51,6 +53,22 @@ def pytest_xdist_auto_num_workers() -> Generator[None, int, int]:
     """Have one worker more than there are processors: many tests wait, for Flower for instance."""
     count = yield
     return count if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ else count + 1
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Keep what is imported out of collections of garbage: it stays to the end of the process.
+
+    Each worker imports all tests and all libraries, a million objects. They were gone through again
+    and again as they came, and then in each full collection, of which pytest makes five at its end.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+        atexit.register(gc.unfreeze)  # libraries look then whether all of theirs has gone
 
 
 @pytest.hookimpl(trylast=True)
