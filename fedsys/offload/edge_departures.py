@@ -18,7 +18,7 @@ from typing import Any
 
 from fedsys import config as configuration
 from fedsys.errors import FedsysError, LinkError, SessionError
-from fedsys.offload import migration
+from fedsys.offload import migration, mirroring
 from fedsys.offload.bases import sign_of
 from fedsys.offload.checkpoint import awaited_of
 from fedsys.offload.edge_arrivals import Arrivals, Holdings
@@ -229,7 +229,7 @@ class Departures:
                 mirror.end()
         self._own.bases.came_ahead(name, ahead, made.tensors)
         if shadowed:
-            mirror.start(made.nbytes)
+            mirror.start(mirroring.expected_difference(made.nbytes, session.nbytes()))
         return There(there.start, ahead, made.nbytes, mirror if shadowed else None)
 
     def _transfer(

@@ -44,7 +44,7 @@ class Mirror:
         """Begin to send; what was taken before goes first.
 
         Args:
-            difference: Bytes that would go in the pause without it, by what was sent ahead.
+            difference: Bytes that would go in the pause without it.
         """
         self._difference = difference
         name = f"mirrors {self._about['session']}"

@@ -28,6 +28,9 @@ from fedsys.offload.fencing import Copy, Epoch
 BEHIND: int = 4
 """How many differences' bytes may wait to be mirrored, before the shadow is given up."""
 
+CHANGED: float = 0.8
+"""Bytes of the difference of a session some steps later, as a share of its own: measured."""
+
 
 @dataclass(frozen=True, slots=True)
 class Shadow:
@@ -78,6 +81,18 @@ def may_become(shadow: Shadow | None, epoch: Epoch, done: int, same: bool) -> bo
         same: Whether both have the same bits.
     """
     return shadow == Shadow(epoch, done) and same
+
+
+def expected_difference(ahead: int, session: int) -> int:
+    """Return the bytes that will go in the pause if a session has no shadow.
+
+    What was sent ahead says so, unless it was sent before the first step: that is next to nothing.
+
+    Args:
+        ahead: Bytes that were sent ahead.
+        session: Bytes of the session.
+    """
+    return max(ahead, round(CHANGED * session))
 
 
 def keeps_up(operation: int, waiting: int, difference: int) -> bool:

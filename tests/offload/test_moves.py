@@ -181,18 +181,18 @@ def foreseen(pair, last_layer, monkeypatch):
     """Have a device move that was foreseen; return what it took, the counters, and its end."""
     monkeypatch.setattr(mirror, "SETTLES_S", WAIT_S)
 
-    def moves(name="s", before=lambda: None):
+    def moves(name="s", before=lambda: None, first=2):
         edges, fleet = pair
         text = with_values(last_layer.config.text, mobility={"mirror": True})
         spec = dataclasses.replace(last_layer.spec(name, replicate_every=2), config=text)
         fleet.open(spec, last_layer.start(), "a")
         remote = device(edges, name)
         remote.open()
-        train(remote, last_layer, range(2))
+        train(remote, last_layer, range(first))
         remote.foresee(edges["b"].address)
         until(lambda: name in edges["b"]._moving._shadows.names())
         before()
-        train(remote, last_layer, range(2, 4))
+        train(remote, last_layer, range(first, 4))
         remote.leave(edges["b"].address, "foreseen", step=4)
         train(remote, last_layer, range(4, 6))
         (leaving,) = remote.traffic.moves
@@ -219,6 +219,14 @@ def test_a_shadow_that_did_the_same_is_the_session(pair, foreseen, last_layer):
     same = fleet.collect("stays", "a").tensors()
     assert end.tensors().keys() == same.keys()
     assert all(torch.equal(t, same[n]) for n, t in end.tensors().items())
+
+
+def test_a_session_that_has_not_begun_is_shadowed_too(pair, foreseen, last_layer):
+    """Next to nothing was sent ahead of it, and the difference was taken to be as little."""
+    pair[1].open(last_layer.spec("other"), last_layer.start(), "b")  # it has the round's start
+    leaving, counters, _ = foreseen(first=0)
+    assert (counters["shadows_became"], counters["shadows_left"]) == (1, 0)
+    assert leaving.repeated_steps == 0
 
 
 @pytest.mark.parametrize("what", ["other bits", "one is missing", "one came twice", "refused"])
