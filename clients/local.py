@@ -312,7 +312,8 @@ def train_metrics(
 
     With a promise to each example, neither loss nor accuracy on them is told, and the number of
     examples is that of all, not of those that were drawn. Nor are they with noise on the device,
-    where all count alike, as all have the same noise.
+    where all count alike, as all have the same noise. A metric that is no mean over examples is not
+    told of mini-batches.
     """
     told: dict[str, float] = {messages.STEPS: score.steps, "client_seconds": seconds}
     if config.privacy.local:
@@ -320,12 +321,13 @@ def train_metrics(
     if config.privacy.per_example:
         own = federation.federation(config).parts[partition]
         return MetricRecord({messages.NUM_EXAMPLES: len(own), **told})
+    metric = {f"train_{config.task.measure.name}": score.accuracy}
     return records.unchecked(
         MetricRecord,
         {
             messages.NUM_EXAMPLES: score.examples // config.client.epochs,
             "train_loss": score.loss,
-            f"train_{config.task.measure.name}": score.accuracy,
+            **(metric if task_of(config).whole is None else {}),
             **told,
         },
     )

@@ -243,6 +243,43 @@ def worst(outputs: Tensor, targets: Tensor) -> Tensor:
     return (outputs - targets).abs().flatten(1).amax(1)
 
 
+class Spread:
+    """As those of torchmetrics: how far the errors of a whole part are apart."""
+
+    higher_is_better = False
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return it of one mini-batch, as nobody should ask."""
+        raise AssertionError("a mini-batch is no whole part")
+
+    def reset(self) -> None:
+        """Forget what was seen."""
+        self.seen.clear()
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        """Take in outputs and targets ``(rows,)``."""
+        self.seen.append(outputs - targets)
+
+    def compute(self) -> Tensor:
+        """Return the largest error less the smallest."""
+        errors = torch.cat(self.seen)
+        return errors.max() - errors.min()
+
+
+def determination(outputs: Tensor, targets: Tensor) -> float:
+    """Return R², which is no mean over examples."""
+    rest = (outputs - targets).square().sum() / (targets - targets.mean()).square().sum()
+    return 1.0 - float(rest)
+
+
+def shares(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return how many are above 0, of each class: no number."""
+    return (outputs > 0).double().mean(0)
+
+
 def rows_of_losses(outputs: Tensor, targets: Tensor) -> Tensor:
     """Return a loss for each example, which is no loss of a mini-batch."""
     return (outputs - targets).square().flatten(1).mean(1)

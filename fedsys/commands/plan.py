@@ -93,7 +93,16 @@ def figures(config: Config, layers: LayeredModel, examples: Sequence[int]) -> di
         ``why``; and ``devices``, each with its choice, seconds by resource, and alternatives. Where
         another than a planner decides, its ``regret``; beside a fixed plan the ``best_s`` of the
         best one.
+
+    Raises:
+        ConfigError: Labels stay on the devices, or a value is not usable.
     """
+    if config.client.label_private:
+        raise ConfigError.of(
+            "client.label_private", True,
+            "cannot be planned: every piece goes to the edge twice, labels never, and planners and "
+            "clock know one cut with labels", "client.label_private=false",
+        )  # fmt: skip
     kind = str(config.policy.get("kind", "none"))
     options = _choosable(kind, config)
     load = run_workload(config, layers, machines_of(config, layers), examples, options)

@@ -187,7 +187,8 @@ def train(
             or function that makes one. None: the overrides say.
         loss: A function of (outputs, targets), or of (outputs, targets, weight), that returns the
             mean over the examples; with ``weight``, times that.
-        metric: A function of (outputs, targets) that returns a number for each example.
+        metric: A function of (outputs, targets) that returns a number for each example, or a metric
+            of torchmetrics, an object or its class.
         callbacks: Told in this process how the run goes (`fedsys.runs.callbacks`).
 
     Raises:
@@ -391,7 +392,10 @@ def _given(model: Any, data: Any, loss: Any, metric: Any) -> list[str]:
         made.append(f"task.loss={_text(objects.target_of(loss, 'function'))}")
     if metric is not None:
         name = getattr(metric, "__name__", type(metric).__name__)
-        made.append(f"task.metric={_text({**objects.target_of(metric, 'function'), 'name': name})}")
+        target = _text({**objects.target_of(metric, "function"), "name": name})
+        if getattr(metric, "higher_is_better", None) is False:  # as those of torchmetrics say
+            target = f"{target[:-1]},higher:false}}"
+        made.append(f"task.metric={target}")
     return made
 
 

@@ -17,7 +17,7 @@ LOSSES: Final = ("cross_entropy", "bce", "mse", "l1", "huber")
 
 @dataclass(frozen=True)
 class Metric:
-    """How good a model is, as the mean of a number for each example.
+    """How good a model is: the mean of a number for each example, or a number for a whole part.
 
     Attributes:
         name: In files: ``val_NAME``, ``train_NAME``, ``NAME`` of the test part.
@@ -49,6 +49,11 @@ METRICS: Final = {
         Metric("token_accuracy", "token accuracy"),
         Metric("mae", "mean absolute error", percent=False, higher=False),
         Metric("mse", "mean squared error", percent=False, higher=False),
+        Metric("f1", "F1 score"),
+        Metric("auroc", "area under ROC"),
+        Metric("iou", "mean IoU"),
+        Metric("r2", "R2", percent=False),
+        Metric("perplexity", "perplexity", percent=False, higher=False),
     )
 }
 """Those that have a name here, by it."""
@@ -63,6 +68,19 @@ USUAL: Final[Mapping[str, tuple[str, str, str]]] = {
 """Of each kind the loss and the metric where nothing else is chosen, and in what the loss is."""
 
 
+WHOLE: Final[Mapping[str, tuple[str, ...]]] = {
+    "classification": ("f1", "auroc"),
+    "multilabel": ("f1", "auroc"),
+    "regression": ("r2",),
+    "segmentation": ("iou",),
+    "next_token": ("perplexity",),
+}
+"""Of each kind the metrics that are no mean over examples; they need torchmetrics."""
+
+OWN_KEYS: Final = ("name", "percent", "higher", "whole")
+"""Keys beside the ``_target_`` of a metric that are not given to it."""
+
+
 @dataclass(frozen=True)
 class TaskConfig:
     """What is learned.
@@ -70,8 +88,8 @@ class TaskConfig:
     Attributes:
         kind: One of `KINDS`.
         loss: One of `LOSSES`, or a group with a ``_target_``; None: that of the kind.
-        metric: One of `METRICS`, or a group with a ``_target_``, a ``name``, ``percent`` and
-            ``higher``; None: that of the kind.
+        metric: One of `METRICS`, or a group with a ``_target_``, a ``name``, ``percent``,
+            ``higher`` and ``whole``; None: that of the kind.
     """
 
     kind: str = "classification"
@@ -148,5 +166,5 @@ def check(task: TaskConfig) -> None:
         raise ConfigError.of("task.loss", task.loss, f"is not of task={task.kind}", f"{loss} is")
     named = metric_of(task.metric or metric).name
     errors = ("mae", "mse") if not task.classes else ()
-    if named in METRICS and named not in (metric, *errors):
+    if named in METRICS and named not in (metric, *errors, *WHOLE[task.kind]):
         raise ConfigError.of("task.metric", named, f"is not of task={task.kind}", f"{metric} is")

@@ -57,13 +57,14 @@ def shape(spec: Spec, key: str, default: Sequence[int]) -> tuple[int, int, int]:
     return numbers[0], numbers[1], numbers[2]
 
 
-def brought(module: str, argument: str, value: object) -> Any:
-    """Import a module that ``fedsys[datasets]`` brings.
+def brought(module: str, argument: str, value: object, extra: str = "datasets") -> Any:
+    """Import a module that an extra brings.
 
     Args:
         module: Its name.
         argument: The option that needs it.
         value: Of that option.
+        extra: Which one.
 
     Raises:
         ConfigError: It is not installed.
@@ -72,7 +73,7 @@ def brought(module: str, argument: str, value: object) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise ConfigError.of(
-            argument, value, f"needs {module} ({error})", "pip install 'fedsys[datasets]'"
+            argument, value, f"needs {module} ({error})", f"pip install 'fedsys[{extra}]'"
         ) from error
 
 

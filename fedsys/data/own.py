@@ -30,6 +30,9 @@ OURS = frozenset(
 )
 """Keys of the group that are not passed on to the constructor."""
 
+OBJECT = "fedsys.config.objects.dataset"
+"""The ``_target_`` of an object of a Python session, which is called by its ``key``."""
+
 
 @dataclass(frozen=True, eq=False)
 class Read:
@@ -64,7 +67,7 @@ def read(spec: Spec) -> Read:
     made = call(target, {str(k): v for k, v in spec.items() if k not in OURS}, "data")
     parts = made if isinstance(made, tuple | list) and len(made) == 2 else (made, None)
     collate = collate_of(spec)
-    named = ("data._target_", target)
+    named = ("data", str(spec["key"])) if target == OBJECT else ("data._target_", target)
     images = [None if part is None else part_of(part, named, collate, spec) for part in parts]
     train, test = images
     assert train is not None
@@ -180,7 +183,12 @@ def part_of(
             f"must return a map-style data set, with len() and [i], or a tuple of two of them "
             f"(training, test), and it returned a {type(part).__name__}",
         )  # fmt: skip
-    count = len(part)
+    try:
+        count = len(part)
+    except Exception as error:  # whatever the user's data set raises
+        raise DataError(
+            f"{named[0]}={named[1]}: has no len(): {type(error).__name__}: {first_line(error)}"
+        ) from error
     if count < 2:
         raise ConfigError.of(*named, f"must have 2 or more examples, not {count}")
     batch = _whole(part, count, named, collate)
@@ -221,7 +229,12 @@ def _whole(
 def _pair(batch: Any, named: tuple[str, str], task: str) -> tuple[Inputs, Tensor]:
     alone = isinstance(batch, Tensor)
     if task == "next_token" and (alone or (isinstance(batch, list | tuple) and len(batch) == 1)):
-        tokens = batch if alone else batch[0]
+        tokens = _tensor(batch if alone else batch[0], named)
+        if tokens.dim() != 2 or tokens.shape[1] < 2:
+            raise ConfigError.of(
+                *named, "must give sequences of 2 or more tokens, and gives examples of shape "
+                f"{tuple(tokens.shape[1:])}",
+            )  # fmt: skip
         return tokens[:, :-1], tokens[:, 1:]
     if isinstance(batch, list | tuple) and len(batch) == 2 and _are_tensors(batch[0]):
         return _several(batch[0], named), _tensor(batch[1], named)
@@ -254,6 +267,8 @@ def _tensor(value: Any, named: tuple[str, str]) -> Tensor:
         made = torch.as_tensor(value)
         if not made.dim():
             raise ValueError("a number of all examples together")
+        if made.is_complex():  # a cast to floats would drop the imaginary parts without an error
+            raise ValueError(f"{made.dtype} has no order; give real and imaginary parts as numbers")
         return made
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError.of(
@@ -288,8 +303,16 @@ def images_of(inputs: Inputs, targets: Tensor, task: str, owners: Tensor | None 
     if task in ("regression", "multilabel"):
         targets = targets.to(torch.float32)
         targets = targets[:, None] if targets.dim() == 1 else targets
-        if not bool(torch.isfinite(targets).all()):
-            raise ConfigError.of("data", "targets", f"must be finite numbers for task={task}")
+        _refuse_infinite(targets, "targets")
+        if task == "multilabel" and not bool(((targets >= 0) & (targets <= 1)).all()):
+            least, most = float(targets.min()), float(targets.max())
+            raise ConfigError.of(
+                "task.kind", task,
+                f"has a number from 0 to 1 for each label as targets, and these go from {least:g} "
+                f"to {most:g}",
+                "a class as a whole number is task=classification; "
+                "torch.nn.functional.one_hot makes labels of it",
+            )  # fmt: skip
     else:
         if targets.is_floating_point():
             raise ConfigError.of(
@@ -303,10 +326,44 @@ def images_of(inputs: Inputs, targets: Tensor, task: str, owners: Tensor | None 
                 f"has one class for each example, and these have targets of shape "
                 f"{tuple(targets.shape[1:])}", "task=segmentation, multilabel or next_token",
             )  # fmt: skip
+        _check_places(inputs, targets, task)
         if targets.numel() and int(targets.min()) < 0:
-            raise ConfigError.of("data", "targets", "must be classes from 0 on")
+            raise ConfigError.of(
+                "data", "targets", f"must be classes from 0 on, and {int(targets.min())} is there"
+            )
+    if isinstance(inputs, Tensor) and inputs.is_floating_point():
+        _refuse_infinite(inputs, "inputs")
     strata = None if task == "classification" else _strata(targets, task)
     return Images(inputs.contiguous(), targets.contiguous(), strata, owners)
+
+
+def _refuse_infinite(values: Tensor, what: str) -> None:
+    """Refuse what no loss and no model makes a number of; one of several inputs may be a mask."""
+    bad = ~torch.isfinite(values.flatten(1)).all(1)
+    if bool(bad.any()):
+        raise ConfigError.of(
+            "data", what,
+            f"must be finite numbers (of float32), and {int(bad.sum())} of {len(values)} examples "
+            f"have others, the first is {int(bad.nonzero()[0])}",
+            "fill in what is missing, or leave these examples out",
+        )  # fmt: skip
+
+
+def _check_places(inputs: Inputs, targets: Tensor, task: str) -> None:
+    """Refuse targets that have not a class for each place.
+
+    Raises:
+        ConfigError: Says which shape they must have.
+    """
+    places = {"next_token": "(tokens,)", "segmentation": "(H, W)"}.get(task)
+    wanted = inputs.dim() - 1 if isinstance(inputs, Tensor) and task == "segmentation" else 2
+    if places and (targets.dim() < 2 or (isinstance(inputs, Tensor) and targets.dim() != wanted)):
+        raise ConfigError.of(
+            "task.kind", task,
+            f"has a class for each place, {places}, as targets of an example, and these have shape "
+            f"{tuple(targets.shape[1:])}",
+            "squeeze a channel of 1 away; one class for all is task=classification",
+        )  # fmt: skip
 
 
 def _is_picture(inputs: Tensor) -> bool:
@@ -314,8 +371,7 @@ def _is_picture(inputs: Tensor) -> bool:
 
 
 def _numbers(inputs: Tensor) -> Tensor:
-    whole = not (inputs.is_floating_point() or inputs.is_complex())
-    return inputs.to(torch.int64 if whole else torch.float32)
+    return inputs.to(torch.float32 if inputs.is_floating_point() else torch.int64)
 
 
 def _one_of_several(inputs: Tensor) -> Tensor:
@@ -373,4 +429,9 @@ def outputs_of(classes: Any, images: Sequence[Images], spec: Spec) -> tuple[tupl
         raise ConfigError.of("data.classes", count, f"must be above the largest class, {seen}")
     if task != "classification":
         return (), count
+    if count < 2:  # the cross-entropy of one output is 0, so all would be learned
+        raise ConfigError.of(
+            "data", "targets", "must be of 2 or more classes, and all examples are of one",
+            "data.classes=2 if others are to come",
+        )  # fmt: skip
     return tuple(names or (f"class {k}" for k in range(count))), count

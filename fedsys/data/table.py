@@ -59,8 +59,14 @@ def read(spec: Spec, test_seed: int) -> Read:
     owner = spec.get("client")
     client = _column(names, str(owner), "client") if owner else None
     given = [name for name in names if name not in (target, client)]
+    if client == target:
+        raise ConfigError.of("data.client", client, "must be another column than data.target")
     if not given:
-        raise ConfigError.of("data.file", "one column", "must have a column beside the target")
+        raise ConfigError.of(
+            "data.file", spec.get("file"),
+            f"must have a column beside {', '.join(filter(None, (target, client)))}",
+            "columns are separated by commas",
+        )  # fmt: skip
     features = np.stack([_numbers(table[name], name) for name in given], 1)
     classes: tuple[str, ...] = ()
     if task == "regression":
@@ -121,7 +127,11 @@ def _numbers(column: Column, name: str) -> Numbers:
             except ValueError:
                 raise DataError(
                     f"data.file: line {line + 2}, column {name}: {value!r:.40} is no number; "
-                    "turn categories into columns of zeros and ones"
+                    + (
+                        "fill in what is missing"
+                        if not value.strip()
+                        else "turn categories into columns of zeros and ones"
+                    )
                 ) from None
     if not np.isfinite(made).all():
         raise DataError(f"data.file: column {name}: all numbers must be finite; fill in what is "
@@ -153,12 +163,28 @@ def _csv(path: Path) -> Mapping[str, Column]:
         raise DataError(f"data.file={path}: cannot be read as CSV: {error}") from error
     except ValueError:
         raise DataError(f"data.file={path}: is empty; it must begin with a line of names") from None
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:  # a dictionary would keep the last one alone
+        raise DataError(f"data.file={path}: has several columns {twice[0]!r}; rename all but one")
+    if all(_is_number(name) for name in names):
+        raise DataError(
+            f"data.file={path}: must begin with a line of names, and begins with "
+            f"{', '.join(names[:4])}"
+        )
     for line, row in enumerate(rows):
         if len(row) != len(names):
             raise DataError(
                 f"data.file={path}: row {line + 1} has {len(row)} columns instead of {len(names)}"
             )
     return dict(zip(names, zip(*rows, strict=True), strict=True)) if rows else {}
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _parquet(path: Path) -> Mapping[str, Column]:

@@ -47,7 +47,8 @@ class Score:
     Attributes:
         loss: Mean per example; of classification the cross-entropy, in nats.
         accuracy: Mean of the task's metric over examples; of classification the share of those
-            whose largest output is their label.
+            whose largest output is their label. A metric that is no mean is that of all examples of
+            an evaluation, and NaN in training.
         examples: Number of examples.
         steps: Optimizer steps done; 0 for an evaluation.
     """
@@ -257,15 +258,22 @@ def score_of(
     """
     loss_sum, examples = 0.0, 0
     hits: float = 0  # of whole numbers one of them
+    kept: list[tuple[Tensor, Tensor]] = []
     for x, y in batches:
         x, y = x.to(device), y.to(device)
         outputs = outputs_of(x)
         loss_sum += float(task.summed(outputs, y))
-        hits += task.total(outputs, y).item()
+        if task.whole is None:
+            hits += task.total(outputs, y).item()
+        else:
+            kept.append((outputs.cpu(), y.cpu()))
         examples += len(y)
     if not examples:
         return Score(math.nan, math.nan, 0)
-    return Score(loss_sum / examples, hits / examples, examples)
+    if task.whole is None:
+        return Score(loss_sum / examples, hits / examples, examples)
+    outputs, y = (torch.cat(parts) for parts in zip(*kept, strict=True))
+    return Score(loss_sum / examples, task.whole(outputs, y), examples)
 
 
 # --------------------------------------------------------------------------------------------------

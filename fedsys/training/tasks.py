@@ -19,8 +19,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedsys.config import Config, call_target, locate
-from fedsys.config.task import USUAL, Metric, TaskConfig
+from fedsys.config.task import OWN_KEYS, USUAL, WHOLE, Metric, TaskConfig
 from fedsys.errors import ConfigError
+from fedsys.training import whole_metrics
+from fedsys.training.whole_metrics import Whole
 
 Loss = Callable[[Tensor, Tensor, float], Tensor]
 Total = Callable[[Tensor, Tensor], Tensor]
@@ -49,14 +51,16 @@ class Task:
         kind: One of `fedsys.config.task.KINDS`.
         loss: Of (outputs, targets, weight).
         total: Sum of the metric over the examples of a piece, a number without dimensions: int64
-            of hits, or float64.
+            of hits, or float64. Of a metric of whole parts it is not known.
         metric: How the metric is shown.
+        whole: The metric of a whole part, where it is no mean over examples; else None.
     """
 
     kind: str
     loss: Loss
     total: Total
     metric: Metric
+    whole: Whole | None = None
 
     @property
     def counts(self) -> bool:
@@ -94,7 +98,18 @@ def task_of(config: Config) -> Task:
 def _task(spec: str) -> Task:
     kind, loss, metric = json.loads(spec)
     shown = TaskConfig(kind, loss, metric).measure
-    return Task(kind, _loss(kind, loss or USUAL[kind][0]), _total(metric, shown), shown)
+    made = _loss(kind, loss or USUAL[kind][0])
+    if shown.name in WHOLE.get(kind, ()):
+        return Task(kind, made, _unknown, shown, whole_metrics.named(kind, shown.name))
+    if not isinstance(metric, Mapping):
+        return Task(kind, made, _by_name(shown), shown)
+    function, told = _made(metric, "task.metric", *OWN_KEYS), str(metric["_target_"])
+    if metric.get("whole"):
+        return Task(kind, made, _unknown, shown, whole_metrics.of_function(function, told))
+    if whole_metrics.is_whole(function):
+        whole = whole_metrics.of_object(function, kind, told, shown.higher)
+        return Task(kind, made, _unknown, shown, whole)
+    return Task(kind, made, _own_total(function, told), shown)
 
 
 def _weighted(mean: Callable[[Tensor, Tensor], Tensor]) -> Loss:
@@ -168,7 +183,7 @@ def _made(spec: Mapping[str, Any], group: str, *own: str) -> Callable[..., Any]:
 
 
 # --------------------------------------------------------------------------------------------------
-# Metrics: a number for each example, summed in float64
+# Metrics: a number for each example, summed in float64, or one for a whole part
 
 
 def _mean_rows(values: Tensor) -> Tensor:
@@ -185,24 +200,29 @@ _ROWS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def _total(metric: Any, shown: Metric) -> Total:
+def _by_name(shown: Metric) -> Total:
     if shown.name == "accuracy":
         return hits_of
-    if not isinstance(metric, Mapping):
-        rows = _ROWS[shown.name]
-        return lambda outputs, targets: rows(outputs, targets).sum()
-    function = _made(metric, "task.metric", "name", "percent", "higher")
+    rows = _ROWS[shown.name]
+    return lambda outputs, targets: rows(outputs, targets).sum()
 
+
+def _unknown(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return what stands for the sum of a metric that is no sum."""
+    return torch.full((), whole_metrics.NOTHING, dtype=torch.float64, device=outputs.device)
+
+
+def _own_total(function: Callable[[Tensor, Tensor], Any], told: str) -> Total:
     def total(outputs: Tensor, targets: Tensor) -> Tensor:
         found = function(outputs, targets)
         if not isinstance(found, Tensor) or tuple(found.shape) != (len(targets),):
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise ConfigError.of(
-                "task.metric", metric["_target_"],
+                "task.metric", told,
                 f"must return a number for each of the {len(targets)} examples, and it returned "
                 f"{shape}",
                 "take the mean over all but the first dimension; what counts over a whole part, as "
-                "F1 or AUROC of torchmetrics, is no mean over examples, and does not fit",
+                "F1, says so: task.metric.whole=true",
             )  # fmt: skip
         return found.double().sum()
 

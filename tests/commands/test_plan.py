@@ -109,6 +109,11 @@ def test_a_plan_says_which_link_each_device_has(capsys):
             ["fleet=pi_lab", "policy=auto", "policy.micro_batches=[99]"],
             "schedule.micro_batches=99: must be from 1 to client.batch_size=32",
         ),
+        # was planned with labels on the uplink, and one way to the edge of two
+        (
+            ["fleet=pi_lab", "policy=fixed", "policy.cut=2", "client.label_private=true"],
+            "client.label_private=True: cannot be planned: every piece goes to the edge twice",
+        ),
     ],
 )
 def test_what_cannot_be_planned_is_said_with_status_two(capsys, arguments, names):

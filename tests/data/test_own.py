@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
+from fedsys.config import objects
 from fedsys.data import eval_batches, load, train_batches
 from fedsys.data.dataset import quantiles
 from fedsys.errors import ConfigError, DataError
@@ -244,6 +245,82 @@ def test_an_example_that_cannot_be_read_is_named(monkeypatch):
     monkeypatch.setattr(own_work, "rows", lambda: Broken(torch.zeros(9, 2), torch.zeros(9)))
     with pytest.raises(DataError, match=r"example 7 cannot be read: KeyError"):
         load(own("rows", "regression"), seed=0)
+
+
+ROWS = torch.arange(24.0).reshape(8, 3)
+CLASSES = torch.arange(8) % 2
+TOKENS = torch.arange(40).reshape(8, 5)
+IMAGES = torch.zeros(8, 3, 4, 4, dtype=torch.uint8)
+GAP = torch.tensor([0.0, 1, torch.nan, 3, 4, torch.inf, 6, 7])
+
+
+class Endless(TensorDataset):
+    def __len__(self):
+        raise OverflowError("has no end")
+
+
+@pytest.mark.parametrize(
+    ("task", "given", "told"),
+    [
+        # was cast to its real part
+        ("regression", (ROWS, torch.complex(GAP, GAP)), "complex64 has no order"),
+        ("regression", (ROWS, GAP), "data=targets: must be finite.* 2 of 8 .*the first is 2"),
+        # were trained, to a model of NaN
+        ("regression", (ROWS * GAP[:, None], GAP), "data=targets: must be finite"),
+        ("classification", (ROWS * GAP[:, None], CLASSES), "data=inputs: must be finite"),
+        ("classification", (ROWS.double() * 1e300, CLASSES), "finite numbers .of float32."),
+        # was learned as labels that hold twice
+        ("multilabel", (ROWS, torch.arange(24).reshape(8, 3)), "go from 0 to 23; .*one_hot"),
+        ("multilabel", (ROWS, torch.arange(8)), "a class as a whole number is task=classification"),
+        ("classification", (ROWS, CLASSES * 0), "must be of 2 or more classes"),
+        ("classification", (ROWS, CLASSES - 1), "from 0 on, and -1 is there"),
+        # the model was asked for outputs of a shape that nobody meant
+        ("segmentation", (IMAGES, IMAGES[:, :1]), r"\(H, W\).* have shape \(1, 4, 4\); squeeze"),
+        ("segmentation", (IMAGES, CLASSES), r"have shape \(\)"),
+        ("next_token", (TOKENS, CLASSES), r"\(tokens,\).* have shape \(\)"),
+        # were errors of torch
+        ("next_token", (TOKENS[:, :1],), r"2 or more tokens.* of shape \(1,\)"),
+        ("next_token", (TOKENS[:, 0],), r"2 or more tokens.* of shape \(\)"),
+    ],
+)
+def test_targets_and_inputs_that_no_loss_makes_sense_of_are_refused(task, given, told):
+    key = objects.target_of(TensorDataset(*given), "dataset")
+    with pytest.raises(ConfigError, match=told):
+        load({"source": "own", **key, "task": task}, seed=0)
+
+
+def test_an_object_is_told_by_its_kind_where_its_path_says_nothing():
+    key = objects.target_of(TensorDataset(ROWS), "dataset")
+    with pytest.raises(ConfigError, match=r"^data=TensorDataset-\d+: must give"):
+        load({"source": "own", **key}, seed=0)
+    key = objects.target_of(Endless(ROWS, CLASSES), "dataset")
+    with pytest.raises(DataError, match=r"^data=Endless-\d+: has no len\(\): OverflowError"):
+        load({"source": "own", **key}, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "more", "told"),
+    [
+        ("a,a,y\n1,2,3\n", {}, "several columns 'a'"),  # the last one was taken alone
+        ("1,2,3\n4,5,6\n", {}, "must begin with a line of names, and begins with 1, 2, 3"),
+        ("a,b,y\n1,2,3\n", {"client": "y"}, "data.client=y: must be another column"),
+        ("a;b;y\n1;2;3\n", {}, "t.csv: must have a column beside a;b;y; .*by commas"),
+        ("a,b,y\n1,,3\n", {}, "line 2, column b: '' is no number; fill in what is missing"),
+        ("a,b,y\n1,u,3\n", {}, "line 2, column b: 'u' is no number; turn categories"),
+        ("a,b,y\n1,2,u\n", {}, "line 2, column y: 'u' is no number"),
+        ("a,b,y\n1,nan,3\n", {}, "column b: all numbers must be finite"),
+        ("a,b,y\n1,2,3\n", {"target": "x"}, "data.target=x: must be a column of the table"),
+        ("a,b,y\n1,2\n", {}, "row 1 has 2 columns instead of 3"),
+    ],
+)
+def test_a_table_that_is_none_is_refused(tmp_path, text, more, told):
+    head, row, *rest = text.split("\n")
+    (tmp_path / "t.csv").write_text("\n".join([head, row, *rest[:-1], *[row] * 3]))
+    with pytest.raises((ConfigError, DataError), match=told):
+        load(
+            {"source": "table", "task": "regression", "file": str(tmp_path / "t.csv"), **more},
+            seed=0,
+        )
 
 
 @pytest.mark.parametrize(

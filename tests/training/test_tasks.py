@@ -1,16 +1,20 @@
 """Losses and metrics by name and of one's own: closed forms, and sums over pieces."""
 
 import math
+import sys
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from fedsys.config.task import KINDS, TaskConfig, check
+from clients.local import train_metrics
+from fedsys.config.task import KINDS, WHOLE, TaskConfig, check
 from fedsys.errors import ConfigError
 from fedsys.runs import resume
+from fedsys.training.plain import RunningScore, score_of
 from fedsys.training.schedule import micro_batch_bounds
 from fedsys.training.tasks import CLASSIFICATION, task_of
+from tests.own_work import determination
 
 OWN = "tests.own_work"
 DRAW = torch.Generator().manual_seed(0)
@@ -99,6 +103,113 @@ def test_a_metric_of_the_users_own_has_a_name_and_a_direction(configure):
     expected = (outputs - targets).abs().amax(1).double().sum()
     assert torch.equal(task_of(config).total(outputs, targets), expected)
     assert config.task.measure.title == "worst error" and not config.task.measure.higher
+
+
+# --------------------------------------------------------------------------------------------------
+# Metrics that are no mean over examples
+
+SPREAD = f"task.metric={{_target_:{OWN}.Spread,name:spread,higher:false}}"
+DETERMINATION = f"task.metric={{_target_:{OWN}.determination,name:rsq,whole:true}}"
+
+
+def scored(task, outputs, targets, size):
+    """Score what is made of inputs that are the outputs, in mini-batches."""
+    batches = zip(outputs.split(size), targets.split(size), strict=True)
+    return score_of(lambda x: x, batches, torch.device("cpu"), task)
+
+
+@pytest.mark.parametrize("size", [7, 3, 1])
+def test_a_metric_of_a_whole_part_is_that_of_all_at_once_whatever_the_mini_batches(size, configure):
+    outputs, targets = CASES["regression"]
+    errors = (outputs - targets)[:, :1]
+    task = task_of(configure("task=regression", SPREAD))
+    found = scored(task, outputs[:, :1], targets[:, :1], size)
+    assert found.accuracy == pytest.approx(float(errors.max() - errors.min()))
+    assert found.loss == pytest.approx(float(errors.square().mean()), rel=1e-6)
+    assert found == scored(task, outputs[:, :1], targets[:, :1], size), "it starts anew"
+    by_function = task_of(configure("task=regression", DETERMINATION))
+    expected = determination(outputs.double(), targets.double())
+    assert scored(by_function, outputs, targets, size).accuracy == pytest.approx(expected)
+    assert math.isnan(scored(task, outputs[:0], targets[:0], size).accuracy)
+
+
+def test_nothing_is_said_of_it_while_mini_batches_are_trained(configure):
+    config = configure("task=regression", SPREAD)
+    tally = RunningScore(task_of(config), torch.device("cpu"))
+    tally.add(*CASES["regression"], torch.tensor(0.5), 7)
+    score = tally.score(1)
+    assert math.isnan(score.accuracy) and score.loss == 0.5
+    assert set(train_metrics(score, config, 0, 1.0)) == {
+        "num-examples", "train_loss", "steps", "client_seconds"
+    }  # fmt: skip
+    assert "train_mae" in train_metrics(score, configure("task=regression"), 0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("metric", "told"),
+    [
+        (SPREAD.replace("false", "true"), "must be false, as tests.own_work.Spread says"),
+        (f"task.metric={{_target_:{OWN}.shares,name:s,whole:true}}", "average=macro"),
+        (f"task.metric={{_target_:{OWN}.steep,name:s}}", "task.metric.whole=true"),
+        (f"task.metric={{_target_:{OWN}.Words,name:s}}", "must be a function"),
+    ],
+)
+def test_a_metric_that_does_not_suit_is_refused_with_the_way_out(metric, told, configure):
+    with pytest.raises(ConfigError) as refused:
+        scored(task_of(configure("task=regression", metric)), *CASES["regression"], 4)
+    assert told in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "metric"), [(kind, metric) for kind in KINDS for metric in WHOLE[kind]]
+)
+def test_those_of_torchmetrics_have_names_and_do_not_depend_on_mini_batches(
+    kind, metric, configure
+):
+    """Accuracy of logits that are all between 0 and 1 was 50 % one by one, and 100 % at once."""
+    pytest.importorskip("torchmetrics")
+    task = task_of(configure(f"task={kind}", f"task.metric={metric}"))
+    outputs, targets = CASES[kind]
+    if kind != "regression":
+        outputs = outputs.sigmoid()  # as if they were probabilities
+    found = [scored(task, outputs, targets, size).accuracy for size in (7, 2, 1)]
+    assert found[0] == found[1] == found[2] and math.isfinite(found[0])
+    if metric == "perplexity":
+        loss = scored(task, outputs, targets, 7).loss
+        assert found[0] == pytest.approx(math.exp(loss), rel=1e-6)
+
+
+def test_r2_of_large_targets_is_computed_in_float64(configure):
+    """In float32 it is 0 for a model that is right to 0.01 around 100,000."""
+    pytest.importorskip("torchmetrics")
+    targets = torch.arange(16.0)[:, None] + 65536
+    own = "task.metric={_target_:torchmetrics.R2Score,name:rsq}"
+    for given in ("task.metric=r2", own):
+        task = task_of(configure("task=regression", given))
+        assert scored(task, targets + 2**-6, targets, 16).accuracy == pytest.approx(1.0, abs=1e-3)
+
+
+def test_f1_is_that_of_its_definition(configure):
+    pytest.importorskip("torchmetrics")
+    outputs, targets = CASES["classification"]
+    guessed, each = outputs.argmax(1), []
+    for k in range(4):
+        hits = int(((guessed == k) & (targets == k)).sum())
+        each.append(2 * hits / int((guessed == k).sum() + (targets == k).sum()))
+    task = task_of(configure("task.metric=f1"))
+    assert scored(task, outputs, targets, 4).accuracy == pytest.approx(sum(each) / 4)
+
+
+OTHER = "task.loss={_target_:torch.nn.functional.cross_entropy}"
+"""Of no test before, as tasks are kept."""
+
+
+def test_without_torchmetrics_its_names_say_what_to_install(configure, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)
+    with pytest.raises(
+        ConfigError, match=r"task\.metric=iou: needs torchmetrics.*fedsys\[metrics\]"
+    ):
+        task_of(configure("task=segmentation", "task.metric=iou", OTHER))
 
 
 @pytest.mark.parametrize(

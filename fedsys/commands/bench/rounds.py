@@ -200,7 +200,7 @@ def watched_round(config: Config, edge: EdgeProcess, **values: Any) -> tuple[Rou
         values: More of the configuration, by group.
 
     Returns:
-        What was seen, and the accuracy of the model on the test part.
+        What was seen, and the metric of the run for its model on the test part.
 
     Raises:
         RuntimeFailure: A device failed.
@@ -218,4 +218,4 @@ def watched_round(config: Config, edge: EdgeProcess, **values: Any) -> tuple[Rou
     if len(watch.ends) != made.num_clients and made.fleet.emulate:
         raise RuntimeFailure(f"{made.run.dir}: {len(watch.ends)} of the devices finished")
     with open(f"{made.run.dir}/run.json", encoding="utf-8") as file:
-        return watch, float(json.load(file)["result"]["accuracy"])
+        return watch, float(json.load(file)["result"][made.task.measure.name])
