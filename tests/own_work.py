@@ -275,6 +275,16 @@ def determination(outputs: Tensor, targets: Tensor) -> float:
     return 1.0 - float(rest)
 
 
+def crossed(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Multiply what cannot be."""
+    return (outputs @ targets).mean()
+
+
+def detached(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return a loss that nothing is learned of."""
+    return (outputs.detach() - targets).abs().mean()
+
+
 def shares(outputs: Tensor, targets: Tensor) -> Tensor:
     """Return how many are above 0, of each class: no number."""
     return (outputs > 0).double().mean(0)

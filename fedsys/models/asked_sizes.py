@@ -21,6 +21,9 @@ from fedsys.models.measure import meta_player
 from fedsys.transport.several import Several
 
 _UNKNOWN = object()
+_ROWS = 2, 3
+"""Examples of the two runs."""
+
 _PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
 _META = torch.device("meta")
 _NOWHERE = {"is_meta": False, "is_mps": False, "is_xpu": False}
@@ -53,8 +56,24 @@ class AskedSizes:
         self.used = False
         self._runs = [
             _Run(root, [((rows, *shape), dtype) for shape, dtype in forms], kind)
-            for rows, kind in ((2, "cpu"), (3, "cuda"))
+            for rows, kind in zip(_ROWS, ("cpu", "cuda"), strict=True)
         ]
+
+    ROWS = "rows"
+    """What `number` says of a size that is the number of examples."""
+
+    def number(self, node: fx.Node) -> int | tuple[int, ...] | str | None:
+        """Return a size, or several: numbers, `ROWS`, or None where they depend on the examples."""
+        first, second = (run.value(node) for run in self._runs)
+        if (first, second) == _ROWS:
+            return self.ROWS
+        if isinstance(first, tuple) and first == second:
+            return tuple(first)
+        return first if type(first) is int and first == second else None
+
+    def nbytes(self, entry: fx.Node) -> int:
+        """Return the size of an input in bytes."""
+        return int(self._runs[0].value(entry).nbytes)
 
     def length(self, node: fx.Node) -> int:
         """Return how many parts the value of `node` has.

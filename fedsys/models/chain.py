@@ -30,6 +30,9 @@ from fedsys.models.origins import module_paths, sourceless
 
 Costs = Mapping[str, NodeCost]
 
+_NAMED_FOR_PYTHON = (operator.and_, operator.or_, operator.not_, operator.is_)
+"""Functions whose ``_`` keeps them apart from words of the language, and that change nothing."""
+
 _OVERWRITING = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 
 
@@ -133,6 +136,7 @@ def in_place(module: nn.Module, node: fx.Node) -> bool:
         return bool(getattr(module.get_submodule(str(node.target)), "inplace", False))
     name = str(getattr(node.target, "__name__", node.target))
     named_so = name.endswith("_") and not name.endswith("__")
+    named_so = named_so and node.target not in _NAMED_FOR_PYTHON
     return node.target in _OVERWRITING or named_so or bool(node.kwargs.get("inplace"))
 
 

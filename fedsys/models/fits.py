@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 from fedsys.errors import ConfigError, ModelError
 from fedsys.randomness import check_keyed
-from fedsys.transport.several import Inputs, Several, arguments, shape_of, takes
+from fedsys.transport.several import Inputs, Several, arguments, said, shape_of, takes
+
+_OF_OTHERS = "make its layers for this shape, which its constructor is given as input_shape"
+_OF_IMAGES = (
+    f"{_OF_OTHERS}; or give the data the channels and the size that it takes (data.channels, "
+    "data.size)"
+)
 
 
 def check_fits(model: nn.Module, example: Inputs, made: tuple[int, ...] | None) -> None:
@@ -75,21 +81,25 @@ def _tried(name: str, call: Callable[[], Any], example: Inputs) -> Any:
         raise
     except Exception as error:  # whatever the user's forward or torch raises on such inputs
         shape, says = shape_of(example), str(error).strip().partition("\n")[0]
+        what, way_out = f"images of shape {shape}", _OF_IMAGES
+        if isinstance(example, Several):
+            what, way_out = f"inputs {said(shape)}", _OF_OTHERS
+        elif not example.is_floating_point():
+            what = f"tokens of shape {shape}, here up to {int(example.max())}"
+            way_out = f"{_OF_OTHERS}; embeddings need num_classes rows, and places for all tokens"
+        elif example.dim() != 4:
+            what, way_out = f"examples of shape {shape}", _OF_OTHERS
         raise ConfigError.of(
-            "model",
-            name,
-            f"must accept images of shape {shape}, and its forward says: "
-            f"{type(error).__name__}: {says}",
-            "make its layers for this shape, which its constructor is given as input_shape; or "
-            "give the data the channels and the size that it takes (data.channels, data.size)",
-        ) from error
+            "model", name,
+            f"must accept {what}, and its forward says: {type(error).__name__}: {says}", way_out,
+        ) from error  # fmt: skip
 
 
 def _check_outputs(name: str, outputs: object, made: tuple[int, ...] | None, rows: int) -> None:
     rule = "must return one tensor of shape (batch, …)"
     if made is not None:
         rule = f"must return one tensor of shape (batch, {', '.join(map(str, made))})"
-    rule += ", a number for each class" if made is not None and len(made) == 1 else ""
+    rule += ", a number for each class or target" if made is not None and len(made) == 1 else ""
     if isinstance(outputs, Mapping):
         way_out = f"return one entry of it: it has {', '.join(map(str, outputs))}"
         raise ConfigError.of("model", name, f"{rule}, and it returns a dict", way_out)

@@ -17,6 +17,7 @@ dependencies.
 
 from __future__ import annotations
 
+import builtins
 import copy
 import inspect
 import linecache
@@ -123,6 +124,8 @@ class _Tracer(fx.Tracer):  # torch.fx offers no other way to say which modules a
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if self._asking or threading.get_ident() != self._thread:
             return forward(*args, **kwargs)
+        if not _is_part(self.root, m) and not [*m.parameters(), *m.buffers()]:
+            return forward(*args, **kwargs)  # `nn.ReLU()(x)`, made by forward: what it does counts
         self.path.append(self.path_of_module(m))
         if self.is_leaf_module(m, self.path[-1]):
             self._note(m, self.path[-1])
@@ -181,6 +184,48 @@ class _Tracer(fx.Tracer):  # torch.fx offers no other way to say which modules a
         if self._asking or threading.get_ident() != self._thread:
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+def _is_part(root: nn.Module, module: nn.Module) -> bool:
+    return any(each is module for each in root.modules())
+
+
+def _ask_an_input(graph: fx.Graph, sizes: AskedSizes, several: bool) -> None:
+    """Let sizes of states be numbers where the graph is for one shape, or those of an input.
+
+    What is made of them would need the states that it was made beside, and there would be no cut
+    between the blocks that it goes to: ``x.view(*words.size(), -1)`` at the end, or a mask that is
+    made once by ``arange(len(states), device=states.device)``.
+    """
+    entries = [node for node in graph.nodes if node.op == "placeholder"]
+    entry = min(entries, key=sizes.nbytes)
+    for node in list(graph.nodes):
+        source = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node):
+            continue
+        if several and node.target is builtins.getattr and node.args[1] == "device":
+            node.args = (source if source in entries else entry, "device")
+        elif node.target is operator.getitem and _is_size(source):
+            number = sizes.number(node)
+            if number is None:
+                continue
+            if number != AskedSizes.ROWS:
+                for user in list(node.users):
+                    user.args = fx.map_arg(user.args, _in_place_of(node, number))
+                    user.kwargs = fx.map_arg(user.kwargs, _in_place_of(node, number))
+            elif several and source.args[0] not in entries:
+                with graph.inserting_before(node):
+                    shape = graph.call_function(builtins.getattr, (entry, "shape"))
+                node.args = (shape, 0)
+
+
+def _is_size(node: fx.Node) -> bool:
+    of_shape = node.target is builtins.getattr and node.args[1] == "shape"
+    return of_shape or (node.op == "call_method" and node.target == "size" and len(node.args) == 1)
+
+
+def _in_place_of(node: fx.Node, number: object) -> Callable[[fx.Node], Any]:
+    return lambda other: number if other is node else other
 
 
 def _by_layers(
@@ -497,6 +542,8 @@ def _record(
             f"else each time (training, for instance), which a graph of {type(source).__name__} "
             "cannot follow; make two modules of it that share their parameters"
         )
+    if sizes is not None and sizes.used:
+        _ask_an_input(graph, sizes, _count(example) > 1)
     if sizes is not None:
         _settle_arithmetic(graph, sizes)
     graph.lint()

@@ -198,8 +198,10 @@ def _of_shape(model: nn.Module, shape: Sequence[int], fc_as_one: bool) -> Layere
         tokens = torch.zeros((_BATCH, *shape), dtype=torch.int64)
         try:
             return layered(model, tokens, fc_as_one=fc_as_one)
-        except ModelError:
-            raise refused from None
+        except ModelError as also:
+            if str(also) == str(refused):
+                raise refused from None
+            raise ModelError(f"as tokens: {also}; as numbers: {refused}") from also
 
 
 def chain_of(

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from fedsys.config import Config, call_target, locate
 from fedsys.config.task import OWN_KEYS, USUAL, WHOLE, Metric, TaskConfig
-from fedsys.errors import ConfigError
+from fedsys.errors import ConfigError, FedsysError, first_line
 from fedsys.training import whole_metrics
 from fedsys.training.whole_metrics import Whole
 
@@ -103,7 +103,7 @@ def _task(spec: str) -> Task:
         return Task(kind, made, _unknown, shown, whole_metrics.named(kind, shown.name))
     if not isinstance(metric, Mapping):
         return Task(kind, made, _by_name(shown), shown)
-    function, told = _made(metric, "task.metric", *OWN_KEYS), str(metric["_target_"])
+    function, told = _made(metric, "task.metric", *OWN_KEYS), _told(metric)
     if metric.get("whole"):
         return Task(kind, made, _unknown, shown, whole_metrics.of_function(function, told))
     if whole_metrics.is_whole(function):
@@ -142,21 +142,49 @@ def _over_tokens(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def _own_loss(spec: Mapping[str, Any]) -> Loss:
-    function = _made(spec, "task.loss")
+    function, told = _made(spec, "task.loss"), _told(spec)
 
-    def checked(value: Any) -> Tensor:
+    def checked(outputs: Tensor, *given: Any) -> Tensor:
+        value = _called(function, "task.loss", told, outputs, *given)
         if not isinstance(value, Tensor) or value.dim() != 0:
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ConfigError.of(
-                "task.loss", spec["_target_"],
+                "task.loss", told,
                 f"must return the mean over the examples, one number, and it returned {shape}",
                 "take .mean() of it",
             )  # fmt: skip
+        if outputs.requires_grad and not value.requires_grad:  # nothing would be learned
+            raise ConfigError.of(
+                "task.loss", told, "must be computed of the outputs, and it has no gradient",
+                "leave .detach(), .item() and argmax out of it",
+            )  # fmt: skip
         return value
 
-    if _takes_weight(function):
-        return lambda outputs, targets, weight: checked(function(outputs, targets, weight))
-    return _weighted(lambda outputs, targets: checked(function(outputs, targets)))
+    return checked if _takes_weight(function) else _weighted(checked)
+
+
+def _told(spec: Mapping[str, Any]) -> str:
+    """Return how a function of the user's is called for people: an object has a key alone."""
+    return str(spec.get("key") or spec["_target_"])
+
+
+def _called(function: Callable[..., Any], group: str, told: str, *given: Any) -> Any:
+    """Call a function of the user's.
+
+    Raises:
+        ConfigError: It raises whatever it raises.
+    """
+    try:
+        return function(*given)
+    except FedsysError:
+        raise
+    except Exception as error:
+        shapes = " and ".join(str(tuple(each.shape)) for each in given[:2])
+        raise ConfigError.of(
+            group, told,
+            f"must be a function of (outputs, targets), and of {shapes} it raises "
+            f"{type(error).__name__}: {first_line(error)}",
+        ) from error  # fmt: skip
 
 
 def _takes_weight(function: Callable[..., Any]) -> bool:
@@ -214,7 +242,7 @@ def _unknown(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def _own_total(function: Callable[[Tensor, Tensor], Any], told: str) -> Total:
     def total(outputs: Tensor, targets: Tensor) -> Tensor:
-        found = function(outputs, targets)
+        found = _called(function, "task.metric", told, outputs, targets)
         if not isinstance(found, Tensor) or tuple(found.shape) != (len(targets),):
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise ConfigError.of(

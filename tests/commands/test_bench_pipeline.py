@@ -88,6 +88,14 @@ def test_the_comparison_is_that_of_valid_cells_of_one_setting():
     assert found["void_cells"] == 2
 
 
+def test_a_cell_whose_device_lost_its_edge_server_is_void(config):
+    """On a machine that was too busy two devices trained alone, at 54 s instead of 9, as valid."""
+    cell = next(pipeline.planned(config, options_of(config, links=["wifi"])))
+    measured = {"measured_by": cell.name, "iteration_s": 1.0, "emulation_load": 0.1}
+    for recoveries, void in ((0, False), (1, True)):
+        assert pipeline.row_of(cell, {**measured, "recoveries": recoveries})["void"] is void
+
+
 @pytest.mark.slow
 def test_one_cell_is_measured_on_real_links_and_shared_by_methods_with_one_plan(
     configure, tmp_path

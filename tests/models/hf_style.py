@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from tests.own_work import MaskedBlock
+
 
 class SelfAttention(nn.Module):
     """Attention with separate layers for query, key and value, and a mask that is added."""
@@ -94,6 +96,35 @@ class Bert(nn.Module):
         for layer_module in self.layer:
             hidden_states = layer_module(hidden_states, extended)[0]
         return self.classifier(torch.tanh(self.pooler(hidden_states[:, 0])))
+
+
+class Sized(nn.Module):
+    """A mask that is made once, of the sizes of states, and an activation that forward makes.
+
+    So the models of transformers 5 are written: masks for the blocks by ``masking_utils``, and
+    ``nn.ReLU()`` in DistilBertForSequenceClassification.
+    """
+
+    def __init__(self, num_classes: int, width: int = 8, depth: int = 3) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(20, width), nn.Embedding(6, width)
+        self.position_ids = nn.Buffer(torch.arange(6).expand((1, -1)), persistent=False)
+        self.layer = nn.ModuleList(MaskedBlock(width) for _ in range(depth))
+        self.classifier = nn.Linear(width, num_classes)
+
+    def forward(self, words: Tensor, padding: Tensor) -> Tensor:
+        """Return scores ``(batch, classes)`` of words and where there are none."""
+        states = self.words(words)
+        states = states + self.places(self.position_ids[:, : states.size(1)])
+        rows = torch.arange(states.shape[0], device=states.device)[:, None, None]
+        places = torch.arange(states.shape[1], device=states.device)[None, None, :]
+        if padding.shape[1] != states.shape[1]:
+            raise ValueError("of another length")
+        seen = (places >= 0) & ~padding[rows, places].expand(-1, states.shape[1], -1)
+        for layer in self.layer:
+            states = layer(states, seen)
+        states = states.view((-1, *words.size()[1:], states.size(-1)))
+        return self.classifier(nn.ReLU()(states[:, 0]))
 
 
 class Conv1D(nn.Module):

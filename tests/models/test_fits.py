@@ -16,6 +16,9 @@ from fedsys.errors import ConfigError
 from fedsys.main import main
 from fedsys.models.fits import check_fits
 from fedsys.models.layers import layered
+from fedsys.models.text import Gpt
+from fedsys.transport.several import Several
+from tests import own_work
 
 HERE = "tests.models.test_fits"
 SHAPE = (1, 8, 8)
@@ -138,6 +141,31 @@ def test_what_does_not_fit_is_refused_in_one_sentence(name: str, says: str) -> N
     with pytest.raises(ConfigError, match=says) as refused:
         check_fits(model, example(), (10,))
     assert "\n" not in str(refused.value)
+
+
+TOKENS = torch.arange(22).reshape(2, 11)
+GPT = Gpt((8,), 30, width=8, depth=1, heads=2)
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "says"),
+    [
+        # were told of images, channels and pixels
+        (nn.Embedding(9, 3), TOKENS, r"tokens of shape \(11,\), here up to 21, .*num_classes rows"),
+        (
+            Gpt((8,), 30, width=8, depth=1, heads=2),
+            TOKENS,
+            r"tokens of shape \(11,\).*and places for",
+        ),
+        (nn.Linear(3, 2), torch.zeros(2, 4), r"must accept examples of shape \(4,\).*its layers"),
+        (own_work.Masked(2), Several((TOKENS, TOKENS)), r"must accept inputs 11 \(int64\) and 11"),
+    ],
+)
+def test_what_other_models_cannot_take_is_called_what_it_is(
+    model: nn.Module, given: Tensor | Several, says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        check_fits(model, given, (2,))
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,8 @@ CASES = {
     "vit": (lambda: own_work.vit(3), IMAGES),
     "gpt of lists": (lambda: hf_style.Gpt2(20), WORDS),
     "bert of lists": (lambda: hf_style.Bert(2), PADDED),
+    # a mask of the sizes of states held all blocks together, and `nn.ReLU()` could not be traced
+    "bert of sizes": (lambda: hf_style.Sized(2), PADDED),
     "vit of lists": (lambda: hf_style.Vit(3), IMAGES),
 }
 
@@ -87,3 +89,62 @@ def test_an_encoder_with_a_mask_is_traced_where_it_looks_at_no_values():
         trace(Causal(told=None))
     with pytest.raises(ModelError, match="enable_nested_tensor=False"):
         trace(Causal(told=True, nested=True))
+
+
+# --------------------------------------------------------------------------------------------------
+# Those of transformers themselves, where it is installed
+
+
+class Scores(nn.Module):
+    """What makes a model of transformers one of tensors: which input is which, and its scores."""
+
+    def __init__(self, model, causal=None):
+        super().__init__()
+        self.model = model
+        self.mask = None if causal is None else nn.Buffer(torch.ones(1, 1, causal, causal).tril())
+
+    def forward(self, words, padding=None):
+        mask = self.mask
+        if padding is not None:
+            mask = ~padding
+        elif mask is not None:
+            mask = mask > 0
+        return self.model(input_ids=words, attention_mask=mask).logits
+
+
+SIZES = {
+    "Bert": {"hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2,
+             "intermediate_size": 16, "max_position_embeddings": 6},
+    "DistilBert": {"dim": 8, "n_layers": 3, "n_heads": 2, "hidden_dim": 16,
+                   "max_position_embeddings": 6},
+    "GPT2": {"n_embd": 8, "n_layer": 3, "n_head": 2, "n_positions": 6, "use_cache": False},
+}  # fmt: skip
+
+
+def of_transformers(name, kind, **more):
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{name}Config")(vocab_size=20, **SIZES[name], **more)
+    with seeded_default_generator(0):
+        return getattr(transformers, name + kind)(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "inputs"),
+    [
+        (lambda: Scores(of_transformers("Bert", "ForSequenceClassification")), PADDED),
+        (lambda: Scores(of_transformers("Bert", "ForSequenceClassification")), WORDS),
+        (lambda: Scores(of_transformers("DistilBert", "ForSequenceClassification")), PADDED),
+        (lambda: Scores(of_transformers("GPT2", "LMHeadModel", tie_word_embeddings=False), 6),
+         WORDS),
+    ],
+    ids=["padded bert", "bert", "padded distilbert", "gpt2"],
+)  # fmt: skip
+def test_models_of_transformers_are_cut_between_their_blocks(make, inputs):
+    model = make().eval()
+    chain = layered(model, inputs)
+    assert {0, 1, 2} <= {int(n) for unit in chain.units for n in re.findall(r"\d+", unit.name)}
+    expected = model(*arguments(model, inputs))
+    for cut in chain.cuts:
+        device, edge = (half.eval() for half in split(chain, cut))
+        more = [inputs.tensors[index] for index in chain.inputs(cut, len(chain))]
+        assert torch.equal(edge(device(*arguments(device, inputs)), *more), expected)

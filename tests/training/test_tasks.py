@@ -246,14 +246,20 @@ def test_what_cannot_be_is_refused_before_anything_is_read(given, told, configur
         ("task.loss={_target_:tests.own_work.nothing}", "cannot be imported"),
         ("task.loss={_target_:tests.own_work.rows_of_losses}", "take .mean() of it"),
         ("task.metric={_target_:tests.own_work.steep,name:s}", "for each of the 7 examples"),
+        # nothing was learned, without a word
+        ("task.loss={_target_:tests.own_work.detached}", "leave .detach()"),
+        # were "none of 2 clients succeeded; RuntimeError", with no word of the loss
+        ("task.loss={_target_:tests.own_work.crossed}", "of (7, 2) and (7, 2) it raises Runtime"),
+        ("task.metric={_target_:tests.own_work.crossed,name:s}", "task.metric=tests.own_work.cro"),
     ],
 )
 def test_functions_that_do_not_suit_are_told_when_they_are_called(option, told, configure):
     config = configure("task=regression", option)
     with pytest.raises(ConfigError) as refused:
         task = task_of(config)
-        task.loss(*CASES["regression"], 1.0)
-        task.total(*CASES["regression"])
+        outputs, targets = CASES["regression"]
+        task.loss(outputs.clone().requires_grad_(), targets, 1.0)
+        task.total(outputs, targets)
     assert told in str(refused.value)
 
 

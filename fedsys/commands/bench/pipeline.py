@@ -12,7 +12,8 @@ folder; nothing is fitted afterwards. Beside the measured iteration stand
 
 Methods that choose the same plan in a cell share one measurement (``same_as``), and so do all cells
 in which everything stays on the devices. A cell whose real work takes more than half of the
-processors is void: the waiting could not hide it.
+processors is void: the waiting could not hide it. So is one in which a device lost its edge server
+and trained otherwise than planned.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from fedsys.planning.options import PlanOptions, machines_of, run_workload
 from fedsys.planning.planner import Plan, evaluate, plan
 from fedsys.planning.timeline import play
 from fedsys.planning.workload import Workload, counts, job_of
+from fedsys.runs.folder import RunFolder
 from fedsys.training import federation
 from fedsys.training.federation import layers_of
 
@@ -131,7 +133,7 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
         for cell in cells:
             if cell.key not in done:
                 done[cell.key] = _measured(cell, edge, folder, count)
-            rows.append(_row(cell, done[cell.key]))
+            rows.append(row_of(cell, done[cell.key]))
             print(_line(rows[-1]), file=sys.stderr, flush=True)
             write_atomic(folder / "cells.json", json_text(rows).encode())
         more = {
@@ -270,8 +272,10 @@ def _measured(cell: Cell, edge: EdgeProcess, folder: Path, count: int) -> dict[s
     took = watch.iterations(count)
     low, _, high = quantiles(took, n=4)
     cpu = watch.device_cpu_s + watch.edge_cpu_s
+    events = RunFolder.open(folder / cell.name).events()
     return {
         "measured_by": cell.name,
+        "recoveries": sum(event.get("kind") == "recovery" for event in events),
         "iteration_s": median(took),
         "iteration_q1_s": low,
         "iteration_q3_s": high,
@@ -300,7 +304,8 @@ def _edge_idle(watch: RoundWatch, iteration_s: float) -> float:
     return iteration_s - (sum(busy) / len(busy) if busy else 0.0)
 
 
-def _row(cell: Cell, measured: Mapping[str, Any]) -> dict[str, Any]:
+def row_of(cell: Cell, measured: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what was planned for a cell beside what was measured of it."""
     cuts = [choice.cut for choice in cell.plan.choices]
     counts = [choice.pieces for choice in cell.plan.choices]
     bound, busiest = bounds(cell)
@@ -321,7 +326,7 @@ def _row(cell: Cell, measured: Mapping[str, Any]) -> dict[str, Any]:
         "bound_ratio": bound / took,
         "prediction_error": predicted / took - 1.0,
         "planned_s": cell.plan.planned_s,
-        "void": load > VOID,
+        "void": load > VOID or measured["recoveries"] > 0,
         "same_as": "" if measured["measured_by"] == cell.name else measured["measured_by"],
     }
 
