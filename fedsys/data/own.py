@@ -301,40 +301,60 @@ def images_of(inputs: Inputs, targets: Tensor, task: str, owners: Tensor | None 
     elif not _is_picture(inputs):
         inputs = _numbers(inputs)
     if task in ("regression", "multilabel"):
-        targets = targets.to(torch.float32)
-        targets = targets[:, None] if targets.dim() == 1 else targets
-        _refuse_infinite(targets, "targets")
-        if task == "multilabel" and not bool(((targets >= 0) & (targets <= 1)).all()):
-            least, most = float(targets.min()), float(targets.max())
-            raise ConfigError.of(
-                "task.kind", task,
-                f"has a number from 0 to 1 for each label as targets, and these go from {least:g} "
-                f"to {most:g}",
-                "a class as a whole number is task=classification; "
-                "torch.nn.functional.one_hot makes labels of it",
-            )  # fmt: skip
+        targets = _targets_of_numbers(targets, task)
     else:
-        if targets.is_floating_point():
-            raise ConfigError.of(
-                "task.kind", task, f"has classes as targets, and these are {targets.dtype}",
-                "task=regression learns numbers, task=multilabel zeros and ones",
-            )  # fmt: skip
-        targets = targets.to(torch.int64)
-        if task == "classification" and targets.dim() != 1:
-            raise ConfigError.of(
-                "task.kind", task,
-                f"has one class for each example, and these have targets of shape "
-                f"{tuple(targets.shape[1:])}", "task=segmentation, multilabel or next_token",
-            )  # fmt: skip
-        _check_places(inputs, targets, task)
-        if targets.numel() and int(targets.min()) < 0:
-            raise ConfigError.of(
-                "data", "targets", f"must be classes from 0 on, and {int(targets.min())} is there"
-            )
+        targets = _targets_of_classes(targets, inputs, task)
     if isinstance(inputs, Tensor) and inputs.is_floating_point():
         _refuse_infinite(inputs, "inputs")
     strata = None if task == "classification" else _strata(targets, task)
     return Images(inputs.contiguous(), targets.contiguous(), strata, owners)
+
+
+def _targets_of_numbers(targets: Tensor, task: str) -> Tensor:
+    """Return targets as float32 ``(N, numbers)``.
+
+    Raises:
+        ConfigError: One is infinite, or no label.
+    """
+    targets = targets.to(torch.float32)
+    targets = targets[:, None] if targets.dim() == 1 else targets
+    _refuse_infinite(targets, "targets")
+    if task == "multilabel" and not bool(((targets >= 0) & (targets <= 1)).all()):
+        least, most = float(targets.min()), float(targets.max())
+        raise ConfigError.of(
+            "task.kind", task,
+            f"has a number from 0 to 1 for each label as targets, and these go from {least:g} "
+            f"to {most:g}",
+            "a class as a whole number is task=classification; torch.nn.functional.one_hot makes "
+            "labels of it",
+        )  # fmt: skip
+    return targets
+
+
+def _targets_of_classes(targets: Tensor, inputs: Inputs, task: str) -> Tensor:
+    """Return targets as int64 ``(N, …)``.
+
+    Raises:
+        ConfigError: They are no classes, or not those of the places that the task has.
+    """
+    if targets.is_floating_point():
+        raise ConfigError.of(
+            "task.kind", task, f"has classes as targets, and these are {targets.dtype}",
+            "task=regression learns numbers, task=multilabel zeros and ones",
+        )  # fmt: skip
+    targets = targets.to(torch.int64)
+    if task == "classification" and targets.dim() != 1:
+        raise ConfigError.of(
+            "task.kind", task,
+            f"has one class for each example, and these have targets of shape "
+            f"{tuple(targets.shape[1:])}", "task=segmentation, multilabel or next_token",
+        )  # fmt: skip
+    _check_places(inputs, targets, task)
+    if targets.numel() and int(targets.min()) < 0:
+        raise ConfigError.of(
+            "data", "targets", f"must be classes from 0 on, and {int(targets.min())} is there"
+        )
+    return targets
 
 
 def _refuse_infinite(values: Tensor, what: str) -> None:
