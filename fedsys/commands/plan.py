@@ -97,12 +97,7 @@ def figures(config: Config, layers: LayeredModel, examples: Sequence[int]) -> di
     Raises:
         ConfigError: Labels stay on the devices, or a value is not usable.
     """
-    if config.client.label_private:
-        raise ConfigError.of(
-            "client.label_private", True,
-            "cannot be planned: every piece goes to the edge twice, labels never, and planners and "
-            "clock know one cut with labels", "client.label_private=false",
-        )  # fmt: skip
+    _refuse_private_labels(config)
     kind = str(config.policy.get("kind", "none"))
     options = _choosable(kind, config)
     load = run_workload(config, layers, machines_of(config, layers), examples, options)
@@ -141,6 +136,15 @@ def figures(config: Config, layers: LayeredModel, examples: Sequence[int]) -> di
         **({} if decided is None else decided.figures),
         "devices": devices,
     }
+
+
+def _refuse_private_labels(config: Config) -> None:
+    if config.client.label_private:
+        raise ConfigError.of(
+            "client.label_private", True,
+            "cannot be planned: every piece goes to the edge twice, labels never, and planners and "
+            "clock know one cut with labels", "client.label_private=false",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
