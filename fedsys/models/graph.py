@@ -201,22 +201,29 @@ def _ask_an_input(graph: fx.Graph, sizes: AskedSizes, several: bool) -> None:
     entry = min(entries, key=sizes.nbytes)
     for node in list(graph.nodes):
         source = node.args[0] if node.args else None
-        if not isinstance(source, fx.Node):
-            continue
-        if several and node.target is builtins.getattr and node.args[1] == "device":
+        of_node = isinstance(source, fx.Node)
+        if several and of_node and node.target is builtins.getattr and node.args[1] == "device":
             node.args = (source if source in entries else entry, "device")
-        elif node.target is operator.getitem and _is_size(source):
+        elif (of_node and _is_size_of(node, source)) or _counts(node):
             number = sizes.number(node)
-            if number is None:
-                continue
-            if number != AskedSizes.ROWS:
+            if number is not None and number != AskedSizes.ROWS:
                 for user in list(node.users):
                     user.args = fx.map_arg(user.args, _in_place_of(node, number))
                     user.kwargs = fx.map_arg(user.kwargs, _in_place_of(node, number))
-            elif several and source.args[0] not in entries:
+            elif several and number and _is_size(source) and source.args[0] not in entries:
                 with graph.inserting_before(node):
                     shape = graph.call_function(builtins.getattr, (entry, "shape"))
                 node.args = (shape, 0)
+
+
+def _counts(node: fx.Node) -> bool:
+    """Say whether `node` computes with numbers alone, as in ``(-1,) + (12,)``."""
+    return node.op == "call_function" and not node.all_input_nodes and node.target is operator.add
+
+
+def _is_size_of(node: fx.Node, source: fx.Node) -> bool:
+    one = node.op == "call_method" and node.target == "size" and len(node.args) == 2
+    return one or (node.target is operator.getitem and _is_size(source))
 
 
 def _is_size(node: fx.Node) -> bool:

@@ -107,12 +107,28 @@ class Scores(nn.Module):
         return self.model(input_ids=words, attention_mask=mask).logits
 
 
+class CausalScores(Scores):
+    """With a mask that is ready: one that is made of sizes would hold the blocks together."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        mask = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
+        self.mask = nn.Buffer(mask, persistent=False)  # what is kept belongs to one unit
+
+    def forward(self, words):
+        return self.model(input_ids=words, attention_mask=self.mask).logits
+
+
 SIZES = {
     "Bert": {"hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2,
              "intermediate_size": 16, "max_position_embeddings": 6},
     "DistilBert": {"dim": 8, "n_layers": 3, "n_heads": 2, "hidden_dim": 16,
                    "max_position_embeddings": 6},
+    "GPT2": {"n_embd": 8, "n_layer": 3, "n_head": 2, "n_positions": 6, "use_cache": False},
 }  # fmt: skip
+
+
+UNTIED = {"tie_word_embeddings": False}
 
 
 def of_transformers(name, kind, **more):
@@ -128,8 +144,12 @@ def of_transformers(name, kind, **more):
         (lambda: Scores(of_transformers("Bert", "ForSequenceClassification")), PADDED),
         (lambda: Scores(of_transformers("Bert", "ForSequenceClassification")), WORDS),
         (lambda: Scores(of_transformers("DistilBert", "ForSequenceClassification")), PADDED),
+        (
+            lambda: CausalScores(of_transformers("GPT2", "LMHeadModel", tie_word_embeddings=False)),
+            WORDS,
+        ),
     ],
-    ids=["padded bert", "bert", "padded distilbert"],
+    ids=["padded bert", "bert", "padded distilbert", "gpt2"],
 )
 def test_models_of_transformers_are_cut_between_their_blocks(make, inputs):
     model = make().eval()
