@@ -98,13 +98,27 @@ def model(
 
     value = _found(key)
     if isinstance(value, torch.nn.Module):
-        made = copy.deepcopy(value)
         # whoever asks for a model without values asks on ``meta``
-        return made.to("meta") if torch.get_default_device().type == "meta" else made
+        on_meta = torch.get_default_device().type == "meta"
+        return copy.deepcopy(value, _without_values(value) if on_meta else None)
     known = inspect.signature(value).parameters
     given = {"input_shape": input_shape, "num_classes": num_classes}
     made = value(**{name: one for name, one in given.items() if name in known})
     return made  # type: ignore[no-any-return]  # what it is, is asked when it is used
+
+
+def _without_values(value: nn.Module) -> dict[int, Any]:
+    """Return what stands for the tensors of a module in a copy on ``meta``, by their ids.
+
+    ``Module.to("meta")`` makes two parameters of one that two layers share, and a cut between them
+    would train both.
+    """
+    import torch
+
+    made: dict[int, Any] = {id(each): each.to("meta") for each in value.buffers()}
+    for each in value.parameters():
+        made[id(each)] = torch.nn.Parameter(each.detach().to("meta"), each.requires_grad)
+    return made
 
 
 def dataset(key: str) -> Any:

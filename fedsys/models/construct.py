@@ -73,8 +73,15 @@ def skeleton(spec: Mapping[str, Any], *, input_shape: Shape, num_classes: int) -
         return on_meta
     with seeded_default_generator(0):
         model = _construct(spec, input_shape, num_classes)
-    model.load_state_dict({k: v.to("meta") for k, v in model.state_dict().items()}, assign=True)
+    state = model.state_dict(keep_vars=True)
+    empty = {id(tensor): _empty(tensor) for tensor in state.values()}  # one for all who share it
+    model.load_state_dict({name: empty[id(t)] for name, t in state.items()}, assign=True)
     return model
+
+
+def _empty(tensor: Tensor) -> Tensor:
+    made = tensor.detach().to("meta")
+    return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
 
 
 class _WithoutInitialisation(TorchFunctionMode):

@@ -15,9 +15,10 @@ from torch.nn import functional as F
 import fedsys
 from fedsys.commands.python import FinishedRun, PlannedRun
 from fedsys.config import objects
-from fedsys.errors import ConfigError
+from fedsys.errors import ConfigError, ModelError
 from fedsys.main import main
 from tests import own_work
+from tests.models import hf_style
 from tests.waiting import until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,6 +77,23 @@ def test_objects_are_trained_split_and_plain_to_the_same_bits():
     again = fedsys.load(plain.path)
     assert torch.equal(again.model.state_dict()["0.weight"], end["0.weight"])
     assert again.figures["mae"] == plain.figures["mae"]
+
+
+def test_an_object_whose_layers_share_weights_is_not_cut_between_them():
+    """A copy on ``meta`` had two weights of one: it was cut, and both were trained."""
+    given = {"model": hf_style.Gpt2(11), "data": own_work.Sentences()}
+    asked = ("task=next_token", *SMALL[1:])
+    plain = fedsys.train(*asked, **given)
+    try:
+        split = fedsys.train(*asked, "policy=fixed", "policy.cut=0.5", **given)
+    except ModelError as refused:
+        assert "share" in str(refused)
+    else:
+        assert plain.figures["model_sha256"] == split.figures["model_sha256"]
+    with torch.device("meta"):
+        made = objects.model(objects.target_of(given["model"], "model")["key"])
+    assert len([*made.parameters()]) == len([*given["model"].parameters()])
+    assert {p.device.type for p in [*made.parameters(), *made.buffers()]} == {"meta"}
 
 
 def test_a_metric_of_ones_own_has_its_name_everywhere(capsys):

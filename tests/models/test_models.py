@@ -580,3 +580,21 @@ def test_an_argument_that_torchvision_refuses_is_named() -> None:
     spec = {"_target_": TORCHVISION, "name": "resnet18", "widht": 3}
     with pytest.raises(ConfigError, match=r"model\.widht=3: must suit"):
         build(spec, input_shape=(3, 32, 32), num_classes=10, seed=1)
+
+
+class Tied(nn.Module):
+    """Embedding and head of one weight, and a table that is no part of the state."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+        self.head.weight = self.words.weight
+        self.table = nn.Buffer(torch.arange(3.0), persistent=False)
+
+
+def test_a_model_without_values_shares_what_the_model_shares():
+    """Each name had a tensor of its own, and a cut between layers of one weight trained two."""
+    spec = {"_target_": f"{__name__}.Tied"}
+    made = skeleton(spec, input_shape=(3,), num_classes=7)
+    assert made.head.weight is made.words.weight and made.head.weight.is_meta
+    assert made.table.tolist() == [0, 1, 2]
