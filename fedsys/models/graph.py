@@ -201,16 +201,17 @@ def _ask_an_input(graph: fx.Graph, sizes: AskedSizes, several: bool) -> None:
     entry = min(entries, key=sizes.nbytes)
     for node in list(graph.nodes):
         source = node.args[0] if node.args else None
-        of_node = isinstance(source, fx.Node)
-        if several and of_node and node.target is builtins.getattr and node.args[1] == "device":
+        if not isinstance(source, fx.Node) and not _counts(node):
+            continue
+        if several and node.target is builtins.getattr and node.args[1] == "device":
             node.args = (source if source in entries else entry, "device")
-        elif (of_node and _is_size_of(node, source)) or _counts(node):
+        elif not isinstance(source, fx.Node) or _is_size_of(node, source):
             number = sizes.number(node)
             if number is not None and number != AskedSizes.ROWS:
                 for user in list(node.users):
                     user.args = fx.map_arg(user.args, _in_place_of(node, number))
                     user.kwargs = fx.map_arg(user.kwargs, _in_place_of(node, number))
-            elif several and number and _is_size(source) and source.args[0] not in entries:
+            elif several and number and _is_states(source, entries):
                 with graph.inserting_before(node):
                     shape = graph.call_function(builtins.getattr, (entry, "shape"))
                 node.args = (shape, 0)
@@ -218,7 +219,13 @@ def _ask_an_input(graph: fx.Graph, sizes: AskedSizes, several: bool) -> None:
 
 def _counts(node: fx.Node) -> bool:
     """Say whether `node` computes with numbers alone, as in ``(-1,) + (12,)``."""
-    return node.op == "call_function" and not node.all_input_nodes and node.target is operator.add
+    alone = node.op == "call_function" and not node.all_input_nodes
+    return alone and node.target is operator.add
+
+
+def _is_states(source: object, entries: Sequence[fx.Node]) -> bool:
+    """Say whether `source` is the shape of what is no input."""
+    return isinstance(source, fx.Node) and _is_size(source) and source.args[0] not in entries
 
 
 def _is_size_of(node: fx.Node, source: fx.Node) -> bool:
@@ -227,7 +234,7 @@ def _is_size_of(node: fx.Node, source: fx.Node) -> bool:
 
 
 def _is_size(node: fx.Node) -> bool:
-    of_shape = node.target is builtins.getattr and node.args[1] == "shape"
+    of_shape = node.target is builtins.getattr and str(node.args[1]) == "shape"
     return of_shape or (node.op == "call_method" and node.target == "size" and len(node.args) == 1)
 
 
