@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -308,6 +309,7 @@ class Teller:
         self._safety, self._progress = safety, progress
         self._told, self._moved = len(recoveries(strategy)), len(moves(strategy))
         self._decided = decided
+        self._diverged = False
 
     def tell(self, result: RoundResult) -> None:
         """Take note of a finished round."""
@@ -322,12 +324,26 @@ class Teller:
             folder.event("recovery", **entry)
             progress.note(in_words(entry))
         self._told = len(recoveries(strategy))
+        self._tell_divergence(result)
         self._tell_moves(moves(strategy)[self._moved :])
         if news := pruned.news(strategy):
             progress.note(news)
         pruned.keep_level(strategy, self._config, result.number, result.arrays, folder.path)
         self._safety.keep(result)
         stages.current().round_ended()
+
+    def _tell_divergence(self, result: RoundResult) -> None:
+        """Say once if a loss is no number any more: a later round cannot mend that."""
+        for what in ("train_loss", "val_loss"):
+            value = result.row.get(what)
+            if isinstance(value, float) and not math.isfinite(value) and not self._diverged:
+                self._diverged = True
+                named = what.replace("_", " ").replace("val ", "validation ")
+                event = {"round": result.number, "what": named, "value": str(value)}
+                self._safety.folder.event("diverged", **event)
+                begin = f"round {result.number}: the {named} is {value}: the model has diverged"
+                lower = f"client.lr lower than {self._config.client.lr:g}"
+                self._progress.note(f"{begin}; {lower}, or client.clip_norm, may help")
 
     def _tell_moves(self, made: Sequence[Mapping[str, Any]]) -> None:
         """Write moves down; say those that no plan had, but what links or policies made of them."""

@@ -53,6 +53,8 @@ def _recovered(event: Event) -> str:
             told = f"{who} lost {source} and went on at {event['to']} {after}"
         case "repeat":
             told = f"{who} lost {source} and did its round again on the {event['to']}"
+        case "stays":
+            told = f"{who} stays at {source}, not {event['to']}"
         case _:
             told = f"{who} trained alone: no edge server was left"
     return f"{told}; {why}" if why else told
@@ -62,13 +64,23 @@ def _lost(event: Event) -> str:
     return f"device {event['client']} was lost: {event['reason']}"
 
 
+def _diverged(event: Event) -> str:
+    return f"the {event['what']} is {event['value']}: what follows trains nothing more"
+
+
 def _struck(event: Event) -> str:
     fault = {name: value for name, value in event["fault"].items() if name not in ("kind", "round")}
     return f"{str(event['fault']['kind']).replace('_', ' ')}: {_as_it_is(fault)}"
 
 
 _KINDS: Final[Mapping[str, Callable[[Event], str]]] = MappingProxyType(
-    {"move": _moved, "recovery": _recovered, "client_lost": _lost, "fault": _struck}
+    {
+        "move": _moved,
+        "recovery": _recovered,
+        "client_lost": _lost,
+        "diverged": _diverged,
+        "fault": _struck,
+    }
 )
 
 

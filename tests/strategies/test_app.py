@@ -7,6 +7,7 @@ from fedsys.config import parse
 from fedsys.errors import ModelError
 from fedsys.main import main
 from fedsys.runs.folder import RunFolder
+from fedsys.runs.happened import in_words
 from fedsys.runtime import run
 from tests.planning.mobility.sumo_files import as_xml
 
@@ -23,6 +24,19 @@ def test_a_device_that_will_reach_no_edge_server_is_left_out_and_that_is_said(tm
     assert main(["train", *small, *split, *moves, *folder]) == 0
     assert "no edge server is in its reach any more" in capsys.readouterr().err
     assert RunFolder.open(tmp_path / "run").info["status"] == "finished"
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_a_model_that_diverges_is_told_of_once(tmp_path, capsys):
+    """Such a run ended as finished, with nan in its table and no word of it."""
+    small = ("data=synthetic", "data.examples=40", "data.test_examples=10", "num_clients=2")
+    wild = ("rounds=3", "client.lr=1e30", "run.plots=false", f"run.dir={tmp_path / 'run'}")
+    assert main(["train", *small, *wild]) == 0
+    said = capsys.readouterr().err
+    assert said.count("the model has diverged") == 1 and "client.lr lower than 1e+30" in said
+    events = RunFolder.open(tmp_path / "run").events()
+    (event,) = [e for e in events if e["kind"] == "diverged"]
+    assert in_words(event).endswith("trains nothing more")
 
 
 def forked(config):
