@@ -35,6 +35,18 @@ def pictures() -> TensorDataset:
     return TensorDataset(x, x.argmax(1))
 
 
+def numbers() -> TensorDataset:
+    """A number, and its square."""
+    x = _draw(COUNT)
+    return TensorDataset(x, x.square())
+
+
+def grey() -> TensorDataset:
+    """Images of 8x8 without a channel, and a class for each pixel: how bright it is."""
+    x = _draw(COUNT, 8, 8)
+    return TensorDataset(x, (x > 0.5).long() + (x > -0.5).long())
+
+
 def drawings() -> TensorDataset:
     """Images of 1x8x8 and one of ten classes: which row is white."""
     x = (_draw(120, 1, 8, 8).abs() * 40).to(torch.uint8)

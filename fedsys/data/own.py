@@ -22,6 +22,9 @@ from fedsys.data.options import Spec
 from fedsys.errors import ConfigError, DataError, FedsysError, did_you_mean, first_line
 from fedsys.transport.several import MOST, Inputs, Several
 
+_CHECKED = 1 << 22
+"""Numbers that are looked at in one go: a copy of a large set need not fit beside it."""
+
 OURS = frozenset(
     {
         *("source", "_target_", "collate", "classes", "test", "validation", "max_examples"),
@@ -359,7 +362,8 @@ def _targets_of_classes(targets: Tensor, inputs: Inputs, task: str) -> Tensor:
 
 def _refuse_infinite(values: Tensor, what: str) -> None:
     """Refuse what no loss and no model makes a number of; one of several inputs may be a mask."""
-    bad = ~torch.isfinite(values.flatten(1)).all(1)
+    rows = max(1, _CHECKED // max(1, values[:1].numel()))
+    bad = torch.cat([~torch.isfinite(p.reshape(len(p), -1)).all(1) for p in values.split(rows)])
     if bool(bad.any()):
         raise ConfigError.of(
             "data", what,
@@ -376,8 +380,11 @@ def _check_places(inputs: Inputs, targets: Tensor, task: str) -> None:
         ConfigError: Says which shape they must have.
     """
     places = {"next_token": "(tokens,)", "segmentation": "(H, W)"}.get(task)
-    wanted = inputs.dim() - 1 if isinstance(inputs, Tensor) and task == "segmentation" else 2
-    if places and (targets.dim() < 2 or (isinstance(inputs, Tensor) and targets.dim() != wanted)):
+    wanted = {2}
+    if isinstance(inputs, Tensor) and task == "segmentation":  # grey images may have no channel
+        wanted = {inputs.dim() - 1, *([inputs.dim()] if inputs.dim() <= 3 else [])}
+    other = isinstance(inputs, Tensor) and targets.dim() not in wanted
+    if places and (targets.dim() < 2 or other):
         raise ConfigError.of(
             "task.kind", task,
             f"has a class for each place, {places}, as targets of an example, and these have shape "

@@ -166,7 +166,8 @@ def _csv(path: Path) -> Mapping[str, Column]:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:  # a dictionary would keep the last one alone
         raise DataError(f"data.file={path}: has several columns {twice[0]!r}; rename all but one")
-    if all(_is_number(name) for name in names):
+    counted = names == [str(index) for index in range(len(names))]  # as pandas writes an array
+    if not counted and all(_is_number(name) for name in names):
         raise DataError(
             f"data.file={path}: must begin with a line of names, and begins with "
             f"{', '.join(names[:4])}"

@@ -24,6 +24,9 @@ _UNKNOWN = object()
 _ROWS = 2, 3
 """Examples of the two runs."""
 
+_MORE_ROWS = 1, 7
+"""Of two more, where a size is looked at that nobody compared: half of two is half of three."""
+
 _PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
 _META = torch.device("meta")
 _NOWHERE = {"is_meta": False, "is_mps": False, "is_xpu": False}
@@ -58,18 +61,24 @@ class AskedSizes:
             _Run(root, [((rows, *shape), dtype) for shape, dtype in forms], kind)
             for rows, kind in zip(_ROWS, ("cpu", "cuda"), strict=True)
         ]
+        self._more = [
+            _Run(root, [((rows, *shape), dtype) for shape, dtype in forms], "cpu")
+            for rows in _MORE_ROWS
+        ]
 
     ROWS = "rows"
     """What `number` says of a size that is the number of examples."""
 
     def number(self, node: fx.Node) -> int | tuple[int, ...] | str | None:
         """Return a size, or several: numbers, `ROWS`, or None where they depend on the examples."""
-        first, second = (run.value(node) for run in self._runs)
-        if (first, second) == _ROWS:
+        first, *others = (run.value(node) for run in (*self._runs, *self._more))
+        if (first, *others) == (*_ROWS, *_MORE_ROWS):
             return self.ROWS
-        if isinstance(first, tuple) and first == second:
+        if not all(type(first) is type(other) and first == other for other in others):
+            return None
+        if isinstance(first, tuple):
             return tuple(first)
-        return first if type(first) is int and first == second else None
+        return first if type(first) is int else None
 
     def nbytes(self, entry: fx.Node) -> int:
         """Return the size of an input in bytes."""

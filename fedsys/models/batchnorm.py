@@ -40,6 +40,8 @@ class BatchMoments:
     @classmethod
     def of(cls, x: Tensor) -> BatchMoments:
         """Return the statistics of ``(rows, channels, …)``."""
+        if x.dtype in (torch.bfloat16, torch.float16):  # torch would round them to it
+            x = x.float()
         others = [d for d in range(x.dim()) if d != 1]
         variance, mean = torch.var_mean(x, others, correction=0)
         count = x.numel() // x.shape[1]

@@ -64,13 +64,13 @@ class Mirror:
     def let_catch_up(self, step: int) -> None:
         """Wait before a mini-batch begins until its shadow is near, or gains on the session.
 
-        In all no longer than the difference would take.
+        In all no longer than the difference would take, nor than a second.
 
         Args:
             step: The mini-batch; nothing is waited for if it has begun.
         """
         with self._changed:
-            if step == self._begun:
+            if step <= self._begun:
                 return
             began = time.monotonic()
             until = began + mirroring.patience_s(

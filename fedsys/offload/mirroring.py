@@ -28,6 +28,9 @@ from fedsys.offload.fencing import Copy, Epoch
 BEHIND: int = 4
 """How many differences' bytes may wait to be mirrored, before the shadow is given up."""
 
+PATIENT_S: float = 1.0
+"""How long a session waits for its shadow at most, in all; its destination may be slow, too."""
+
 CHANGED: float = 0.8
 """Bytes of the difference of a session some steps later, as a share of its own: measured."""
 
@@ -115,11 +118,11 @@ def may_begin(behind: int, gained: int) -> bool:
         behind: Mini-batches before it that the shadow has not done.
         gained: Mini-batches that it has done since the last one began.
     """
-    return behind == 0 or gained >= 2
+    return behind <= 0 or gained >= 2
 
 
 def patience_s(difference: int, sent: int, took_s: float, waited_s: float) -> float:
-    """Return how long a session may still wait for its shadow: in all, as long as that saves.
+    """Return how long a session may still wait for its shadow: in all, about what that saves.
 
     Args:
         difference: Bytes that would go in the pause instead.
@@ -127,7 +130,7 @@ def patience_s(difference: int, sent: int, took_s: float, waited_s: float) -> fl
         took_s: Seconds in which it did.
         waited_s: Seconds that the session has waited.
     """
-    return difference * took_s / sent - waited_s if sent else 0.0
+    return min(PATIENT_S, difference * took_s / sent) - waited_s if sent else 0.0
 
 
 def pays(waiting: int, difference: int) -> bool:

@@ -106,7 +106,9 @@ class Session:
             LinkClosed: The session was frozen.
         """
         if self._follower is not None and frame.kind == "activation":
-            self._follower.let_catch_up(natural(frame, "step"))
+            step = natural(frame, "step")
+            if step == self.steps:  # else it is repeated, or refused
+                self._follower.let_catch_up(step)
         with self._lock:
             if self._frozen:
                 raise LinkClosed(f"session {self.spec.id} is no longer here")

@@ -55,8 +55,10 @@ def _recovered(event: Event) -> str:
             told = f"{who} lost {source} and did its round again on the {event['to']}"
         case "stays":
             told = f"{who} stays at {source}, not {event['to']}"
-        case _:
+        case "alone":
             told = f"{who} trained alone: no edge server was left"
+        case _:
+            return _as_it_is(event)
     return f"{told}; {why}" if why else told
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import socket
 import ssl
@@ -34,7 +35,20 @@ _SEALED_BYTES: Final = 1 << 18  # encrypted at a time, while the batch before is
 _CIPHER_BYTES: Final = 1 << 18  # taken from the socket at a time
 _RECORD_BYTES: Final = (1 << 14) + 256  # of a record of TLS at most, beside its header
 _TCP_INFO: Final = getattr(socket, "TCP_INFO", None) if sys.platform == "linux" else None
-_MARKED: Final = sys.platform == "linux"
+
+
+def _grows_for_marks() -> bool:
+    """Return whether the system makes room for what a mark waits for: Linux from 4.18 on.
+
+    Before, a mark above the buffer's size is never reached, and nobody is woken.
+    """
+    if sys.platform != "linux":
+        return False
+    found = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    return found is not None and (int(found[1]), int(found[2])) >= (4, 18)
+
+
+_MARKED: Final = _grows_for_marks()
 _INFO_BYTES: Final = 60  # of Linux's struct tcp_info, up to tcpi_last_ack_recv
 _FILES_OF_MEMORY: Final = Path("/proc/self/fd")
 

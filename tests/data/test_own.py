@@ -298,6 +298,23 @@ def test_an_object_is_told_by_its_kind_where_its_path_says_nothing():
         load({"source": "own", **key}, seed=0)
 
 
+def test_a_number_for_each_example_is_an_input():
+    found = load(own("numbers", "regression"), seed=0)
+    assert found.input_shape == () and len(found.train)
+
+
+def test_grey_images_without_a_channel_have_masks():
+    found = load(own("grey", "segmentation"), seed=0)
+    assert (found.input_shape, found.num_classes) == ((8, 8), 3)
+
+
+def test_a_table_may_have_the_names_that_pandas_gives_the_columns_of_an_array(tmp_path):
+    rows = "".join(f"{i},{i % 3},{i / 2}\n" for i in range(12))
+    (tmp_path / "t.csv").write_text("0,1,2\n" + rows)
+    found = load({"source": "table", "file": str(tmp_path / "t.csv"), "task": "regression"}, seed=0)
+    assert found.input_shape == (2,)
+
+
 @pytest.mark.parametrize(
     ("text", "more", "told"),
     [

@@ -70,6 +70,41 @@ def test_a_forward_that_asks_for_sizes_is_recorded_for_the_shape_it_is_given(ima
     assert torch.equal(edge(device(images)), model(images))
 
 
+class Halves(nn.Module):
+    """Asks once for a size of an example, and treats a part of the batch otherwise."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.first, self.last = way, nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != 6:
+            raise ValueError("six numbers for each example")
+        x = self.first(x)
+        if self.way == "every second":
+            half = x[::2][: x.shape[0] // 2]
+            count = half.shape[0]
+            x = torch.cat([x[:count] * 2, x[count:]])
+        elif self.way == "two at most":
+            top = x[:2]
+            x = x + top.sum(0) / top.shape[0]
+        else:
+            half = x[: x.shape[0] // 2]
+            x = torch.cat([x.narrow(0, 0, half.size(0)) * 2, x[half.shape[0] :]])
+        return self.last(x)
+
+
+@pytest.mark.parametrize("way", ["every second", "two at most", "half"])
+def test_sizes_of_a_part_of_the_batch_stay_what_they_are(way):
+    """Half of two rows is half of three: it was a number of the graph, for all batches."""
+    model = Halves(way).eval()
+    layers = layered(model, (6,))
+    for count in range(1, 9):
+        x = torch.randn(count, 6, generator=Address(count).torch("x"))
+        with torch.no_grad():
+            assert torch.equal(layers.graph(x), model(x)), count
+
+
 def test_without_values_the_same_is_recorded():
     steps = [[str(n) for n in trace(Windows().to(where), SHAPE).graph.nodes] for where in
              ("cpu", "meta")]  # fmt: skip

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fedsys.models import convert_norm
-from fedsys.models.batchnorm import DeferredBatchNorm
+from fedsys.models.batchnorm import BatchMoments, DeferredBatchNorm
 from fedsys.models.graph import trace
 from fedsys.pruning.dense.architecture import load, save
 from fedsys.randomness import Address, drawing, rows
@@ -136,3 +136,13 @@ def test_any_model_can_be_converted_traced_and_saved(tmp_path):
     in_pieces(traced, torch.randn(6, 3, 8, 8), 2)
     x = torch.randn(2, 3, 8, 8)
     assert torch.equal(load(save(traced, tmp_path / "v"))(x), model.eval()(x))
+
+
+def test_moments_of_half_precision_are_not_rounded_to_it():
+    """Pieces under autocast took running means and variances of eight bits."""
+    x = (30 + 0.5 * torch.randn(64, 3, 4, 4, generator=Address(0).torch("x"))).bfloat16()
+    seen = BatchMoments.of(x[:32]) + BatchMoments.of(x[32:])
+    wide = x.double()
+    assert torch.allclose(seen.mean, wide.mean((0, 2, 3)), rtol=1e-6)
+    variance = wide.var((0, 2, 3), correction=0)
+    assert torch.allclose(seen.deviations / seen.count, variance, rtol=1e-4)

@@ -17,6 +17,7 @@ from fedsys.offload.edge import EdgeServer
 from fedsys.offload.fleet import Fleet
 from fedsys.offload.peers import PeerGroup, Peers
 from fedsys.offload.remote import Moved, Remote
+from fedsys.runs import happened
 from fedsys.transport.addresses import dial
 from fedsys.transport.network import Network
 from fedsys.transport.patience import Patience
@@ -172,6 +173,8 @@ def test_a_device_whose_move_comes_to_nothing_says_why(pair, last_layer, how):
         *(e.address for e in edges.values()),
     )
     told = in_words({**entry, "round": 1, "client": 0, "from": "a", "to": "b"})
+    event = {**entry, "client": 0, "from": "a", "to": "b", "kind": "recovery"}
+    assert happened.in_words(event).startswith("device 0 stays at a, not b; ")  # not: trained alone
     assert told.startswith("round 1: client 0 stays at a, not b: ") and "b is full" in told
     assert (remote.traffic.moves, fleet.collect("s", "a").step) == ([], 4)
 

@@ -119,6 +119,13 @@ def training_decisions(
             move.get("predicted_pause_s"), move.get("pause_s"),
         )  # fmt: skip
     for one in figures.get("recoveries", ()):
+        if one.get("what") == "stays":
+            yield LifeDecision(
+                "train", f"round {one['round']}", f"device {one['client']}",
+                f"stays at {one['from']}, not {one['to']}", str(one.get("why", "")),
+                "until it was told so, s", None, one.get("seconds"),
+            )  # fmt: skip
+            continue
         yield LifeDecision(
             "train", f"round {one['round']}", f"device {one['client']}",
             f"goes on at {one.get('to', 'its edge server')}, {one.get('repeated_steps', 0)} steps "

@@ -275,7 +275,9 @@ def _measured(cell: Cell, edge: EdgeProcess, folder: Path, count: int) -> dict[s
     events = RunFolder.open(folder / cell.name).events()
     return {
         "measured_by": cell.name,
-        "recoveries": sum(event.get("kind") == "recovery" for event in events),
+        "recoveries": sum(
+            event.get("kind") == "recovery" and event.get("what") != "stays" for event in events
+        ),
         "iteration_s": median(took),
         "iteration_q1_s": low,
         "iteration_q3_s": high,
