@@ -363,6 +363,8 @@ def _targets_of_classes(targets: Tensor, inputs: Inputs, task: str) -> Tensor:
 def _refuse_infinite(values: Tensor, what: str) -> None:
     """Refuse what no loss and no model makes a number of; one of several inputs may be a mask."""
     rows = max(1, _CHECKED // max(1, values[:1].numel()))
+    if not len(values):  # is said elsewhere
+        return
     pieces = (values[at : at + rows] for at in range(0, len(values), rows))
     bad = torch.cat([~torch.isfinite(piece.reshape(len(piece), -1)).all(1) for piece in pieces])
     if bool(bad.any()):
