@@ -161,7 +161,7 @@ def test_a_policy_that_learns_decides_on_the_virtual_clock_before_its_plan_is_sh
     assert [row["cut"] for row in found["devices"]] == [1, 1]
     assert [row["micro_batches"] for row in found["devices"]] == [2, 2]
     assert found["devices"][0]["why"] == "because it is at 1"
-    assert "faster than alone" in found["devices"][1]["why"]
+    assert "slower than alone" in found["devices"][1]["why"]
     assert found["regret"] >= 0 and found["decide_ms"] > 0
     assert "round 30 on the virtual clock" in found["how"]
     usual = planned(capsys, "policy=auto", "fleet=pi_lab", "network=wifi", "num_clients=2")

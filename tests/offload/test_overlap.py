@@ -38,12 +38,12 @@ class Meetings:
         self._meetings = [threading.Barrier(2) for _ in range(PIECES - 1)] if depth > 1 else []
         self._loading = threading.Semaphore(0)
 
-    def forward(self, model, x):
+    def forward(self, model, x, precision="fp32"):
         """Compute a piece on the device, of which the one before must be in work on the edge."""
         piece = piece_of(model)
         if piece is not None and x.shape[1:] == SHAPE:
             self._meet(piece.start // ROWS - 1)
-        return self._forward(model, x)
+        return self._forward(model, x, precision)
 
     def ahead(self, part, inputs, start, stop):
         """Compute a piece on the edge, of which the one after it must be begun meanwhile."""
