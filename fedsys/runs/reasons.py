@@ -56,9 +56,7 @@ class Reasons:
         iteration_s, round_s = self._made.iteration_s[k], self._made.round_s[k]
         share = seconds / iteration_s if iteration_s else 0.0
         alone_s = self._whole_s(k)
-        gain = f"{_times(alone_s, round_s)} times faster than alone"
-        if round_s > alone_s > 0:  # as policy.offload=forced has it
-            gain = f"{_times(round_s, alone_s)} times slower than alone"
+        gain = beside_alone(round_s, alone_s)
         return f"{gain}; the {name} is busy {share:.0%} of the time"
 
 
@@ -81,5 +79,11 @@ def busiest(load: Workload, device: Device, choice: Assignment) -> tuple[str, fl
     return RESOURCES[kind], busy[kind]
 
 
-def _times(before: float, after: float) -> str:
-    return f"{before / after:.1f}" if after else "many"
+def beside_alone(round_s: float, alone_s: float) -> str:
+    """Return how a round compares with training alone, in words."""
+    slower = round_s > alone_s > 0  # as policy.offload=forced has it
+    longer, shorter = (round_s, alone_s) if slower else (alone_s, round_s)
+    times = f"{longer / shorter:.1f}" if shorter else "many"
+    if times == "1.0":
+        return "about as fast as alone"
+    return f"{times} times {'slower' if slower else 'faster'} than alone"

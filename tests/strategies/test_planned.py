@@ -11,6 +11,7 @@ from fedsys.errors import ConfigError
 from fedsys.planning.assignment import Assignment
 from fedsys.planning.options import PlanOptions, machines_of, run_workload
 from fedsys.planning.virtual_clock import virtual_round
+from fedsys.runs.reasons import beside_alone
 from fedsys.training.federation import layered_model
 from strategies.policies import build_policy
 from strategies.policies.planned import Planned
@@ -147,6 +148,17 @@ def test_what_a_device_computes_at_home_is_not_forgotten_with_its_link():
     state, _ = made.plan(state, {0: home, 1: seen()})
     state, _ = made.plan(state, {0: home, 1: seen()})
     assert state["beliefs"][0] == pytest.approx([50e6, 50e6, 2.0], rel=0.01)
+
+
+def test_a_round_is_compared_with_training_alone_in_words():
+    """It said 0.1 times faster, and 1.0 times slower."""
+    told = [beside_alone(round_s, 5.0) for round_s in (2.0, 12.5, 5.1, 4.9, 0.0)]
+    faster, slower, same = (
+        "times faster than alone",
+        "times slower than alone",
+        "about as fast as alone",
+    )
+    assert told == [f"2.5 {faster}", f"2.5 {slower}", same, same, f"many {faster}"]
 
 
 def test_models_too_large_for_a_device_are_offloaded_whatever_it_takes():

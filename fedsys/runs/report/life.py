@@ -26,8 +26,8 @@ TITLES: Final = {
 
 _STYLE: Final = """
 .off{color:var(--muted)}.far{color:var(--bad)}.near{color:var(--good)}
-.decisions td:nth-child(3){min-width:190px}.decisions td:nth-child(4){min-width:240px}
-.decisions td:nth-child(5),.decisions tbody th{white-space:nowrap}
+.decisions td:nth-child(3){min-width:180px}.decisions td:nth-child(4){min-width:220px}
+.decisions td:nth-child(5){min-width:90px}.decisions tbody th{white-space:nowrap}
 .panel+.table,.grid2+.table,.grid2+.panel{margin-top:14px}
 """
 _NEAR, _FAR = 0.25, 1.0
@@ -123,8 +123,8 @@ def _tables(stage: str, figures: Row) -> Iterator[str]:
 
 def decision_table(rows: Sequence[Row]) -> str:
     """Return decisions as a table: what, why, predicted, measured, and how far off."""
-    head = ("when", "who", "decision", "why", "what", "predicted", "measured", "off")
-    cells = "".join(f"<th>{name}</th>" for name in head)
+    cells = "".join(f"<th>{name}</th>" for name in ("when", "who", "decision", "why", "what"))
+    cells += "".join(f'<th class="num">{name}</th>' for name in ("predicted", "measured", "off"))
     body = "".join(_decision(row) for row in rows)
     return (
         f'<div class="table"><table class="decisions"><thead><tr>{cells}</tr></thead>'
