@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedsys.models.layers import LayeredModel, fractions
+from fedsys.runs.happened import recovery_in_words
 
 
 @dataclass
@@ -56,16 +57,6 @@ def move_in_words(move: Mapping[str, Any]) -> str:
 
 def in_words(entry: Mapping[str, Any]) -> str:
     """Return an entry of `recoveries` as a line for people."""
-    begin = f"round {entry['round']}: client {entry['client']}"
-    after = f"after {entry['seconds']:.2f} s, {entry['repeated_steps']} steps repeated"
-    match entry["what"]:
-        case "link":
-            return f"{begin} lost its link to {entry['from']} and went on {after}"
-        case "edge":
-            return f"{begin} lost {entry['from']} and went on at {entry['to']} {after}"
-        case "stays":
-            return f"{begin} stays at {entry['from']}, not {entry['to']}: {entry['why']}"
-        case "repeat":
-            return f"{begin} lost {entry['from']} and did its round again on the {entry['to']}"
-        case _:
-            return f"{begin} trained alone: no edge server is left"
+    told = recovery_in_words(entry, f"client {entry['client']}")
+    why = f": {entry['why']}" if entry["what"] == "stays" else ""
+    return f"round {entry['round']}: {told}{why}"

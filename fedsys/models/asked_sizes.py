@@ -57,14 +57,12 @@ class AskedSizes:
             forms = [(tuple(example), next(floats, torch.float32))]
         self.shapes = tuple(shape for shape, _ in forms)
         self.used = False
-        self._runs = [
-            _Run(root, [((rows, *shape), dtype) for shape, dtype in forms], kind)
-            for rows, kind in zip(_ROWS, ("cpu", "cuda"), strict=True)
-        ]
-        self._more = [
-            _Run(root, [((rows, *shape), dtype) for shape, dtype in forms], "cpu")
-            for rows in _MORE_ROWS
-        ]
+
+        def run(rows: int, kind: str = "cpu") -> _Run:
+            return _Run(root, [((rows, *shape), dtype) for shape, dtype in forms], kind)
+
+        self._runs = [run(*pair) for pair in zip(_ROWS, ("cpu", "cuda"), strict=True)]
+        self._more = [run(rows) for rows in _MORE_ROWS]
 
     ROWS = "rows"
     """What `number` says of a size that is the number of examples."""

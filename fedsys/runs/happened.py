@@ -41,24 +41,36 @@ def _moved(event: Event) -> str:
     return "; ".join(filter(None, (*parts, ", ".join(paused), str(event.get("why") or ""))))
 
 
-def _recovered(event: Event) -> str:
+def recovery_in_words(event: Event, who: str) -> str:
+    """Return what was done about a loss, or a move that came to nothing, without why.
+
+    Args:
+        event: An entry of ``recoveries`` in ``run.json``.
+        who: The device, as it is called there.
+
+    Raises:
+        KeyError: It has no such entry, or is of a kind that is not known.
+    """
     source, steps = event["from"], int(event["repeated_steps"])
     again = f"{steps} step{'' if steps == 1 else 's'} repeated"
     after = f"after {seconds_text(float(event['seconds']))}, {again}"
-    who, why = f"device {event['client']}", event.get("why")
     match event["what"]:
         case "link":
-            told = f"{who} lost its link to {source} and went on {after}"
+            return f"{who} lost its link to {source} and went on {after}"
         case "edge":
-            told = f"{who} lost {source} and went on at {event['to']} {after}"
+            return f"{who} lost {source} and went on at {event['to']} {after}"
         case "repeat":
-            told = f"{who} lost {source} and did its round again on the {event['to']}"
+            return f"{who} lost {source} and did its round again on the {event['to']}"
         case "stays":
-            told = f"{who} stays at {source}, not {event['to']}"
+            return f"{who} stays at {source}, not {event['to']}"
         case "alone":
-            told = f"{who} trained alone: no edge server was left"
-        case _:
-            return _as_it_is(event)
+            return f"{who} trained alone: no edge server was left"
+        case other:
+            raise KeyError(other)
+
+
+def _recovered(event: Event) -> str:
+    told, why = recovery_in_words(event, f"device {event['client']}"), event.get("why")
     return f"{told}; {why}" if why else told
 
 

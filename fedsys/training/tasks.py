@@ -22,7 +22,7 @@ from fedsys.config import Config, call_target, locate
 from fedsys.config.task import OWN_KEYS, USUAL, WHOLE, Metric, TaskConfig
 from fedsys.errors import ConfigError, FedsysError, first_line
 from fedsys.training import whole_metrics
-from fedsys.training.whole_metrics import Whole
+from fedsys.training.whole_metrics import Whole, form_of
 
 Loss = Callable[[Tensor, Tensor, float], Tensor]
 Total = Callable[[Tensor, Tensor], Tensor]
@@ -147,10 +147,10 @@ def _own_loss(spec: Mapping[str, Any]) -> Loss:
     def checked(outputs: Tensor, *given: Any) -> Tensor:
         value = _called(function, "task.loss", told, outputs, *given)
         if not isinstance(value, Tensor) or value.dim() != 0:
-            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ConfigError.of(
                 "task.loss", told,
-                f"must return the mean over the examples, one number, and it returned {shape}",
+                f"must return the mean over the examples, one number, and it returned "
+                f"{form_of(value)}",
                 "take .mean() of it",
             )  # fmt: skip
         if outputs.requires_grad and not value.requires_grad:  # nothing would be learned
@@ -244,11 +244,10 @@ def _own_total(function: Callable[[Tensor, Tensor], Any], told: str) -> Total:
     def total(outputs: Tensor, targets: Tensor) -> Tensor:
         found = _called(function, "task.metric", told, outputs, targets)
         if not isinstance(found, Tensor) or tuple(found.shape) != (len(targets),):
-            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise ConfigError.of(
                 "task.metric", told,
                 f"must return a number for each of the {len(targets)} examples, and it returned "
-                f"{shape}",
+                f"{form_of(found)}",
                 "take the mean over all but the first dimension; what counts over a whole part, as "
                 "F1, says so: task.metric.whole=true",
             )  # fmt: skip

@@ -38,6 +38,11 @@ _NAMED: Final[Mapping[tuple[str, str], tuple[str, str]]] = {
 """By kind of the task and name: the class of torchmetrics, and which argument has the outputs."""
 
 
+def form_of(found: object) -> object:
+    """Return what a function of the user's made, for people: a shape, or the name of its type."""
+    return tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+
+
 def is_whole(metric: Any) -> bool:
     """Return whether what a ``_target_`` made counts over a whole part by itself."""
     return callable(getattr(metric, "update", None)) and callable(getattr(metric, "compute", None))
@@ -131,10 +136,9 @@ def _number(found: Any, told: str) -> float:
         return float(found)
     if isinstance(found, int | float):
         return float(found)
-    shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
     raise ConfigError.of(
         "task.metric", told,
-        f"must return one number for a whole part, and it returned {shape}",
+        f"must return one number for a whole part, and it returned {form_of(found)}",
         "average over classes, such as average=macro",
     )  # fmt: skip
 

@@ -35,6 +35,8 @@ _SEALED_BYTES: Final = 1 << 18  # encrypted at a time, while the batch before is
 _CIPHER_BYTES: Final = 1 << 18  # taken from the socket at a time
 _RECORD_BYTES: Final = (1 << 14) + 256  # of a record of TLS at most, beside its header
 _TCP_INFO: Final = getattr(socket, "TCP_INFO", None) if sys.platform == "linux" else None
+_INFO_BYTES: Final = 60  # of Linux's struct tcp_info, up to tcpi_last_ack_recv
+_FILES_OF_MEMORY: Final = Path("/proc/self/fd")
 
 
 def _grows_for_marks() -> bool:
@@ -49,8 +51,6 @@ def _grows_for_marks() -> bool:
 
 
 _MARKED: Final = _grows_for_marks()
-_INFO_BYTES: Final = 60  # of Linux's struct tcp_info, up to tcpi_last_ack_recv
-_FILES_OF_MEMORY: Final = Path("/proc/self/fd")
 
 
 class Channel(Protocol):

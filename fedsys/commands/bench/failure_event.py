@@ -77,7 +77,7 @@ class Scene:
         ledger = load.close()
         after = sorted(at for at in ledger.answers.values() if struck <= at < seen)
         before = [at for at in ledger.answers.values() if at < struck]
-        waits = zip([max(before, default=struck), *after], after, strict=False)
+        waits = zip([max(before, default=struck), *after], [*after, seen], strict=True)
         row: dict[str, Any] = {"host": host.name, "fault": fault}
         row |= {"silence_ms": 1e3 * max((b - a for a, b in waits), default=0.0)}
         row |= {"lost": ledger.issued - len(ledger.answers), "twice": ledger.twice}
