@@ -33,6 +33,7 @@ from fedsys.planning.correction import (
 )
 from fedsys.planning.costs import MachineCosts
 from fedsys.planning.measured_rates import Links
+from fedsys.planning.measured_speeds import believed
 from fedsys.planning.options import PlanOptions
 from fedsys.planning.planner import Plan, evaluate
 from fedsys.planning.replanning import must_offload, replanned
@@ -98,9 +99,9 @@ class LearningOptions:
 class LearnedPlanner:
     """Plans by what it learns. It is a policy: state in, state out.
 
-    Its state is a dict of plain values: ``devices`` and ``edges`` (`Ratios` of each), ``rates`` and
-    ``alone`` (`Links`), ``choices`` of each client, ``clients`` of the last plan, and ``plans``,
-    their number.
+    Its state is a dict of plain values: ``devices`` and ``edges`` (`Ratios` of each), ``went``
+    (which way the speed of each of these changed last), ``rates`` and ``alone`` (`Links`),
+    ``choices`` of each client, ``clients`` of the last plan, and ``plans``, their number.
 
     Args:
         believed: What is believed at first.
@@ -115,7 +116,8 @@ class LearnedPlanner:
         """Return the state before the first round."""
         self._layers = layers
         self._believed(layers, list(nodes))  # refuses what cannot be planned
-        parts: dict[str, Any] = {name: {} for name in ("devices", "edges", "rates", "alone")}
+        names = ("devices", "edges", "rates", "alone", "went")
+        parts: dict[str, Any] = {name: {} for name in names}
         return parts | {"choices": {}, "clients": [], "plans": 0}
 
     def plan(
@@ -189,8 +191,9 @@ class LearnedPlanner:
         offloaded = {client: choice.cut < load.units for client, choice in chosen.items()}
         before = Links(state["rates"], state["alone"])
         links = before.informed(load, clients, seen, offloaded, drift=o.drift, forget=o.forget)
-        devices = _Kinds(load, state["devices"], o, edge=False)
-        edges = _Kinds(load, state["edges"], o, edge=True)
+        went = state.get("went", {})
+        devices = _Kinds(load, state["devices"], o, edge=False, went=went.get("devices", {}))
+        edges = _Kinds(load, state["edges"], o, edge=True, went=went.get("edges", {}))
         there: dict[tuple[int, int], list[float]] = {}
         for client, device in zip(clients, load.devices, strict=True):
             got, choice = seen[client], chosen.get(client)
@@ -204,7 +207,8 @@ class LearnedPlanner:
         for (edge, cut), ratios in there.items():
             edges.note(load.edges[edge], edge, cut, float(np.median(ratios)))
         news = devices.news or edges.news or links.rates != before.rates
-        fresh = {"rates": links.rates, "alone": links.alone}
+        fresh: State = {"rates": links.rates, "alone": links.alone}
+        fresh |= {"went": {"devices": devices.went, "edges": edges.went}}
         return state | fresh | {"devices": devices.records, "edges": edges.records}, news
 
 
@@ -216,6 +220,7 @@ class _Kinds:
         records: Of each kind, of each machine, its `Ratios`.
         options: How it is learned.
         edge: Whether the machines are edge servers.
+        went: Of each kind, of each machine, which way its speed changed last: 1 slower, -1 faster.
     """
 
     def __init__(
@@ -225,8 +230,10 @@ class _Kinds:
         options: LearningOptions,
         *,
         edge: bool,
+        went: Mapping[str, Mapping[int, int]] | None = None,
     ) -> None:
         self._load, self._options, self._edge = load, options, edge
+        self.went: dict[str, dict[int, int]] = {k: dict(v) for k, v in (went or {}).items()}
         self._before = records
         self.records: dict[str, dict[int, Ratios]] = {k: dict(v) for k, v in records.items()}
         self.news = False
@@ -284,7 +291,9 @@ class _Kinds:
         off = abs(ratio - expected)
         chance = float(np.hypot(spread, np.hypot(doubt.noise, doubt.own)))
         if own and off > max(UNLIKELY * chance * expected / mean, drift * expected):
-            own = changed(own, ratio / expected)
+            ways = self.went.setdefault(kind_of(costs), {})
+            factor, ways[machine] = believed(1.0, ways.get(machine, 0), ratio / expected, 0.0)
+            own, ratio = changed(own, factor), factor * expected
         new_cut = all(cut not in other for other in mine.values())
         mine[machine] = noted(own, cut, ratio)
         self.news |= new_cut or off > _SURE * doubt.noise * expected

@@ -2,9 +2,11 @@
 
 What a fleet file says of machines and networks is what is believed at first. What is measured in a
 round replaces it where it differs by more than ``policy.drift``; then a new plan is made, and taken
-if it saves ``policy.hysteresis`` of the time of the old one. A device that trains alone measures
-how fast it computes, but no link: after ``policy.forget`` rounds the fleet file is believed again
-of that. PiPar's code decides once, at the start (Zhang et al., JPDC 2024).
+if it saves ``policy.hysteresis`` of the time of the old one. A machine's speed that turns back is
+believed half of the way, so that plans do not go to and fro (`fedsys.planning.measured_speeds`). A
+device that trains alone measures how fast it computes, but no link: after ``policy.forget`` rounds
+the fleet file is believed again of that. PiPar's code decides once, at the start (Zhang et al.,
+JPDC 2024).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from fedsys.errors import ConfigError
 from fedsys.models.layers import LayeredModel
 from fedsys.planning.costs import MachineCosts
 from fedsys.planning.hardware import Hardware
+from fedsys.planning.measured_speeds import believed
 from fedsys.planning.options import PlanOptions, machines_of, run_workload
 from fedsys.planning.ordering import Order, ordered
 from fedsys.planning.planner import Plan, evaluate
@@ -33,16 +36,17 @@ State = dict[str, Any]
 UP, DOWN, DEVICE = 0, 1, 2
 """What is believed of a client: bits per second each way, and how much slower it computes."""
 
-_BOUNDS = ((1.0, 1e15), (1.0, 1e15), (1e-4, 1e4))
+_SLOWEST, _FASTEST = 1.0, 1e15
+"""Rates that are believed, in bits per second."""
 
 
 class Planned:
     """Plans at the first round, and again when what is measured drifts.
 
     Its state is a dict of plain values: ``beliefs`` of each client (`UP`, `DOWN`, `DEVICE`),
-    ``edges`` (how much slower each computes), ``choices`` of each client, ``clients`` for which the
-    last plan was made, ``plans``, their number, and ``alone``, for how many rounds a client has
-    measured no link.
+    ``edges`` (how much slower each computes), ``went`` (which way these two changed last, by
+    ``device`` and ``edge``), ``choices`` of each client, ``clients`` for which the last plan was
+    made, ``plans``, their number, and ``alone``, for how many rounds a client has measured no link.
 
     Args:
         config: The run; ``policy`` holds the options.
@@ -64,7 +68,15 @@ class Planned:
         """
         self._layers, self._machines = layers, machines_of(self._config, layers)
         self._load([])  # refuses what cannot be planned, before the first round
-        return {"beliefs": {}, "edges": {}, "choices": {}, "clients": [], "plans": 0, "alone": {}}
+        return {
+            "beliefs": {},
+            "edges": {},
+            "choices": {},
+            "clients": [],
+            "plans": 0,
+            "alone": {},
+            "went": {},
+        }
 
     def plan(
         self, state: State, seen: Mapping[int, Observation]
@@ -150,28 +162,33 @@ class Planned:
         if not measured:
             return state | {"drifted": False}
         load = self._load(measured)
-        beliefs, drifted = dict(state["beliefs"]), False
+        beliefs, drifted, drift = dict(state["beliefs"]), False, self._options.drift
+        went = {who: dict(state.get("went", {}).get(who, {})) for who in ("device", "edge")}
         edges: dict[int, list[float]] = {}
         for client, device in zip(measured, load.devices, strict=True):
             choice, got = Assignment.of_list(state["choices"][client]), seen[client]
             own, there = _busy(load, device, choice)
-            now = (
-                1 / got.up_bit_s if got.up_bit_s > 0 else None,
-                1 / got.down_bit_s if got.down_bit_s > 0 else None,
-                got.compute_s / own if got.compute_s > 0 and own > 0 else None,
-            )
             before = self._belief(state, client, device)
-            after = [self._taken(b, n, i) for i, (b, n) in enumerate(zip(before, now, strict=True))]
+            after = [
+                self._rate(before[UP], got.up_bit_s),
+                self._rate(before[DOWN], got.down_bit_s),
+                before[DEVICE],
+            ]
+            if got.compute_s > 0 and own > 0:
+                after[DEVICE], went["device"][client] = believed(
+                    before[DEVICE], went["device"].get(client, 0), got.compute_s / own, drift
+                )
             if after != before:
                 beliefs[client], drifted = after, True
             if choice.cut < load.units and got.edge_s > 0 and there > 0:
                 edges.setdefault(choice.edge, []).append(got.edge_s / there)
         factors = dict(state["edges"])
         for edge, ratios in edges.items():
-            factor = self._taken(factors.get(edge, 1.0), median(ratios), DEVICE)
-            if factor != factors.get(edge, 1.0):
+            slowness, way = factors.get(edge, 1.0), went["edge"].get(edge, 0)
+            factor, went["edge"][edge] = believed(slowness, way, median(ratios), drift)
+            if factor != slowness:
                 factors[edge], drifted = factor, True
-        return state | {"beliefs": beliefs, "edges": factors, "drifted": drifted}
+        return state | {"beliefs": beliefs, "edges": factors, "went": went, "drifted": drifted}
 
     def _forgetful(
         self, state: State, clients: Sequence[int], seen: Mapping[int, Observation]
@@ -195,12 +212,11 @@ class Planned:
                 drifted = True
         return state | {"alone": alone, "beliefs": beliefs, "drifted": drifted}
 
-    def _taken(self, before: float, now: float | None, kind: int) -> float:
-        """Return what to believe of a rate."""
-        if now is None:
+    def _rate(self, before: float, bit_s: float) -> float:
+        """Return what to believe of a link's rate, with the seconds of a bit as measured, or 0."""
+        if bit_s <= 0:
             return before
-        lowest, highest = _BOUNDS[kind]
-        now = min(max(now, lowest), highest)
+        now = min(max(1 / bit_s, _SLOWEST), _FASTEST)
         return now if abs(now / before - 1) > self._options.drift else before
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from fedsys.config import compose_text, parse
 from fedsys.errors import ConfigError
+from fedsys.models.layers import fractions
 from fedsys.planning.assignment import Assignment
 from fedsys.planning.options import PlanOptions, machines_of, run_workload
 from fedsys.planning.virtual_clock import virtual_round
@@ -24,6 +25,10 @@ CONFIG = parse(
     )
 )
 LAYERS = layered_model(CONFIG, (3, 32, 32), 10)
+FOUR = (
+    "policy=auto schedule=pipelined fleet=pi_lab network=wifi model=vgg5 num_clients=4 "
+    "client.batch_size=100"
+)
 NOTHING = {0: Observation(), 1: Observation()}
 
 
@@ -106,6 +111,28 @@ def test_a_slow_device_and_a_slow_edge_are_believed():
     state, _ = made.plan(state, {0: seen(compute_s=10.0), 1: seen(edge_s=5.0)})
     assert state["beliefs"][0][2] > 2 and state["edges"][0] > 2
     assert made.predicted(state, [0, 1]).seconds > before.seconds
+
+
+@pytest.mark.parametrize("learn", [False, True])
+def test_plans_settle_where_an_edge_is_slow_because_much_is_planned_for_it(learn):
+    """A whole life at full width went to and fro between edge servers and home, round by round.
+
+    The more was computed on the machine of the edges, the slower they were, so that they were
+    believed to be slow while they were used, and fast while they were not.
+    """
+    config = parse(compose_text(f"{FOUR} policy.learn={str(learn).lower()}"))
+    done = [0.0, *fractions(LAYERS)]
+    made, clients = build_policy(config.policy, 4, config, [1000] * 4), range(4)
+    truth = run_workload(config, LAYERS, machines_of(config, LAYERS), [1000] * 4)
+    state, told, cuts = made.init(LAYERS, clients), dict.fromkeys(clients, Observation()), []
+    for _ in range(9):
+        state, chosen = made.plan(state, told)
+        cuts.append([chosen[client].cut for client in clients])
+        away = sum(1 - done[cut] for cut in cuts[-1])
+        busy = tuple(edge.slower(1 + 100 * away) for edge in truth.edges)
+        played = virtual_round(dataclasses.replace(truth, edges=busy), list(chosen.values()))
+        told = {k: Observation(**dataclasses.asdict(s)) for k, s in enumerate(played.seen)}
+    assert cuts[-4:] == [cuts[-1]] * 4
 
 
 @pytest.mark.parametrize("examples", [20, 130, 1000])
