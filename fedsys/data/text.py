@@ -21,6 +21,9 @@ from fedsys.errors import ConfigError, DataError
 
 BYTES = 256
 
+FEWEST = 6
+"""Tokens that are too few for a training and a test part, however short the windows."""
+
 
 def read(spec: Spec) -> Read:
     """Cut a text into windows of tokens, each with the tokens one further on as targets.
@@ -33,7 +36,7 @@ def read(spec: Spec) -> Read:
 
     Raises:
         ConfigError: The text is too short for its windows, or the task is another.
-        DataError: The file cannot be read.
+        DataError: The file cannot be read, or has too few tokens for any windows.
     """
     if spec.get("task") != "next_token":
         raise ConfigError.of(
@@ -45,6 +48,11 @@ def read(spec: Spec) -> Read:
     tokens, vocabulary = _tokens(_text(spec.get("file")), spec)
     windows = (len(tokens) - 1) // length
     test = max(1, round(share * windows))
+    if len(tokens) <= FEWEST:
+        raise DataError(
+            f"data.file={spec.get('file')}: has {len(tokens)} tokens; must have more than "
+            f"{FEWEST}, for three windows of data.length=2"
+        )
     if windows - test < 2:
         raise ConfigError.of(
             "data.length", length, f"must be shorter, for a text of {len(tokens)} tokens"

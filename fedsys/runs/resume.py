@@ -37,29 +37,31 @@ _NOT_IN_DIGEST: Final = HARMLESS | {"rounds", "run", "text"}
 _IN_DIGEST: Final = {"variants": "prune"}
 """Former names of groups: checkpoints have the digest of these."""
 
-_LATER: Final = {
-    "serving": frozenset(
-        {"max_waiting_bytes", "max_header_bytes", "header_s", "grpc", "recovery", "exits", "engine"}
+_NO_MATTER: Final = tuple(
+    f"serving.{name}"
+    for name in (
+        *("max_waiting_bytes", "max_header_bytes", "header_s", "grpc", "recovery", "exits"),
+        *("engine", "objective.accuracy", "objective.latency_ms", "objective.downtime_ms"),
+        *("objective.weights", "objective.resolution", "objective.techniques"),
     )
-}
-"""Options of groups in the digest that came later and that the model does not depend on."""
-
-_USUAL: Final[Mapping[str, Mapping[str, Any]]] = {
-    "client": {"kernels": "plain", "precision": "fp32", "train": "all"},
-    "pruning": {"score": None},
-}
-"""Options that came later, where they are as it was without them."""
-
-_LATER_GOALS: Final = frozenset(
-    {"accuracy", "latency_ms", "downtime_ms", "weights", "resolution", "techniques"}
 )
-"""The same of ``serving.objective``."""
+"""Options in groups of the digest that the model does not depend on."""
 
-_LATER_RESILIENCE: Final = frozenset({"head_weight", "match", "pool", "measured"})
-"""The same of ``resilience``, where they are what they were before they could be chosen."""
+_LATER: Final[Mapping[str, Any]] = {
+    "client.kernels": "plain",
+    "client.precision": "fp32",
+    "client.train": "all",
+    "pruning.score": None,
+    "privacy.where": "server",
+    **{
+        f"resilience.{name}": getattr(ResilienceConfig(), name)
+        for name in ("head_weight", "match", "pool", "measured")
+    },
+}
+"""Options that came later: what is computed where they are this was computed without them."""
 
-_THEN: Final = {"variants": {"fine_tune": 0}}
-"""What options in the digest that the model does not depend on were before they could be null."""
+_THEN: Final = {"variants.fine_tune": 0}
+"""What options that may be null, on which the model does not depend, were before they could be."""
 
 Plain = Mapping[str, Any]
 
@@ -68,30 +70,24 @@ def digest(config: Config) -> str:
     """Return the SHA-256 of everything that the model after a given round depends on."""
     groups = dataclasses.asdict(config).items()
     values = {k: v for k, v in groups if k not in _NOT_IN_DIGEST}
-    if not config.privacy.active:  # a group that came later
-        del values["privacy"]
-    elif config.privacy.where == "server":  # as it was before it could be chosen
-        values["privacy"] = {k: v for k, v in values["privacy"].items() if k != "where"}
-    if not config.resilience.active:
-        del values["resilience"]
-    else:  # keys that came later, where they are as it was without them
-        plain = dataclasses.asdict(ResilienceConfig())
-        late = {k for k in _LATER_RESILIENCE if values["resilience"][k] == plain[k]}
-        values["resilience"] = {k: v for k, v in values["resilience"].items() if k not in late}
-    if config.task.usual and config.task.measure.name == "accuracy":
-        del values["task"]
-    for group, names in _LATER.items():
-        values[group] = {k: v for k, v in values[group].items() if k not in names}
-    for group, usual in _USUAL.items():
-        same = {k for k, then in usual.items() if values[group].get(k) == then}
-        more = {"lora"} if group == "client" and "train" in same else set()
-        values[group] = {k: v for k, v in values[group].items() if k not in same | more}
-    goal = values["serving"]["objective"]
-    values["serving"]["objective"] = {k: v for k, v in goal.items() if k not in _LATER_GOALS}
-    for group, then in _THEN.items():
-        values[group] |= {k: v for k, v in then.items() if values[group][k] is None}
+    idle = {
+        "privacy": not config.privacy.active,
+        "resilience": not config.resilience.active,
+        "task": config.task.usual and config.task.measure.name == "accuracy",
+        "client.lora": config.client.train == "all",
+    }
+    late = {key: _lookup(values, key) == then for key, then in _LATER.items()}
+    for key in (*_NO_MATTER, *_where(idle), *_where(late)):
+        _drop(values, key)
+    for key, then in _THEN.items():
+        if _lookup(values, key) is None:
+            _put(values, key, then)
     values = {_IN_DIGEST.get(k, k): v for k, v in values.items()}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _where(told: Mapping[str, bool]) -> list[str]:
+    return [key for key, true in told.items() if true]
 
 
 def check_folder(path: Path) -> None:
@@ -191,6 +187,13 @@ def _lookup(tree: Any, key: str) -> Any:
         else:
             return None
     return tree
+
+
+def _drop(tree: dict[str, Any], key: str) -> None:
+    folder, _, name = key.rpartition(".")
+    inner = _lookup(tree, folder) if folder else tree
+    if isinstance(inner, dict):
+        inner.pop(name, None)
 
 
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:

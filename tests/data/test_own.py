@@ -212,6 +212,9 @@ def test_text_is_cut_into_windows_that_know_what_comes_next(tmp_path):
         load({"source": "text"}, seed=0)
     with pytest.raises(ConfigError, match="must be shorter"):
         load({**spec, "length": 300}, seed=0)
+    path.write_bytes(b"six by")  # it said that windows must be shorter, and none would do
+    with pytest.raises(DataError, match="has 6 tokens; must have more than 6"):
+        load(spec, seed=0)
 
 
 @pytest.mark.parametrize(
