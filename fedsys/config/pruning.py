@@ -34,7 +34,7 @@ CHANNEL_METHODS = ("magnitude_channel", "group_norm")
 """Those by which whole channels go."""
 
 SCOPES = ("global", "layer")
-COSTS = ("none", "macs", "params")
+COSTS = ("none", "macs", "params", "elements")
 """What scores of channels can be divided by (`fedsys.pruning.structure.channel_costs`)."""
 
 
@@ -51,8 +51,9 @@ class PruningConfig:
         leave: Layers to leave alone: names or patterns. None leaves the last one, whose outputs
             are the classes.
         keep_channels: Channels of every layer that keep a weight in any case.
-        cost: ``macs`` or ``params``: of two channels of one score the one goes first that costs
-            more of these; ``none`` looks at the score alone. Only for `CHANNEL_METHODS`.
+        cost: ``macs``, ``params`` or ``elements`` (of maps): of two channels of one score the one
+            goes first that costs more of these; ``none`` looks at the score alone. Only for
+            `CHANNEL_METHODS`.
         cost_weight: The exponent of the cost that scores are divided by; 0 is like ``none``.
         mix: ``magnitude_channel``: from 0 (weights alone) to 1 (whole channels).
         iterations: ``synflow``: steps of one pruning.

@@ -2,9 +2,13 @@
 
 Removing a channel saves what its group computes for it (every layer whose outputs only go
 together) and what the readers of the group spend on it. So the cost of a channel of layer L is the
-cost of the whole group and of the readers' weights on it, divided by the channels of L. It is that
-of the unpruned model: a function of the architecture and the shape of inputs alone, so that a run
-that is resumed, and a model pruned in one step or in many, see the same costs.
+cost of the whole group and of the readers' weights on it, divided by the channels of L. Counted in
+elements of maps it is what the channel writes: one map for each layer, activation, pooling and sum
+that its group passes through. A depthwise layer has few multiply-accumulates and large maps, and
+its time goes with these.
+
+Costs are those of the unpruned model: a function of the architecture and the shape of inputs alone,
+so that a run that is resumed, and a model pruned in one step or in many, see the same costs.
 """
 
 from __future__ import annotations
@@ -23,10 +27,21 @@ from fedsys.config.targets import call_target
 from fedsys.errors import ConfigError, did_you_mean
 from fedsys.models.graph import trace, trace_evaluation
 from fedsys.models.measure import measure
-from fedsys.pruning.dense.ops import Kind, Op, describe
+from fedsys.pruning.dense.ops import IDENTITIES, Kind, Op, describe
 from fedsys.pruning.dense.removal import masked_copy
 from fedsys.pruning.scores import coupled_layers
 from fedsys.training.penalty import channel_scales
+
+_WEIGHED: Mapping[str, Callable[[Op], int]] = {
+    "macs": lambda op: op.layer.weight.numel() * math.prod(op.shape[2:]),
+    "params": lambda op: op.layer.weight.numel(),
+}
+"""What a layer costs for its weights."""
+
+_ELEMENTS = "elements"
+_CHANNEL_COSTS = (*_WEIGHED, _ELEMENTS)
+_WRITTEN = (Kind.MIX, Kind.SAME, Kind.NORM, Kind.ADD, Kind.MUL, Kind.CAT)
+"""Operations that write their outputs to memory; BatchNorm is folded where a variant answers."""
 
 _TYING = (Kind.SCALE, Kind.SAME, Kind.NORM, Kind.ADD, Kind.MUL)
 
@@ -89,33 +104,39 @@ def channel_costs(model: nn.Module, input_shape: Sequence[int], cost: str) -> di
         model: Any model that `fedsys.models.graph.trace` traces; its weights do not count.
         input_shape: Of one input without the batch.
         cost: ``macs``: multiply-accumulates of one example. ``params``: weights of convolutions
-            and linear layers.
+            and linear layers. ``elements``: elements of maps of one example, BatchNorm folded.
 
     Raises:
         ConfigError: There is no such cost.
         ModelError: The model does not trace or run on such an input.
     """
-    known: Mapping[str, Callable[[Op], int]] = {
-        "macs": lambda op: op.layer.weight.numel() * math.prod(op.shape[2:]),
-        "params": lambda op: op.layer.weight.numel(),
-    }
-    if cost not in known:
-        rule = f"must be one of {', '.join(known)}"
-        raise ConfigError.of("pruning.cost", cost, rule, did_you_mean(cost, known))
+    if cost not in _CHANNEL_COSTS:
+        rule = f"must be one of {', '.join(_CHANNEL_COSTS)}"
+        raise ConfigError.of("pruning.cost", cost, rule, did_you_mean(cost, _CHANNEL_COSTS))
     ops = _operations(model, input_shape)
     groups = _groups(ops)
     totals: defaultdict[str, float] = defaultdict(float)
     outputs: dict[str, Mapping[str, int]] = {}
     for name, op in ops.items():
         outputs[name] = _channels(op, groups[name], ops, [outputs[n.name] for n in op.inputs])
-        if op.kind is Kind.MIX:
-            totals[groups[name]] += known[cost](op)
+        if cost == _ELEMENTS:
+            for group, channels in outputs[name].items():
+                totals[group] += _map_size(op) * channels
+        elif op.kind is Kind.MIX:
+            totals[groups[name]] += _WEIGHED[cost](op)
             if op.groups == 1:  # else its own outputs go with what it reads
                 read = outputs[op.inputs[0].name]
                 for group, channels in read.items():
-                    totals[group] += known[cost](op) * channels / op.layer.weight.shape[1]
+                    totals[group] += _WEIGHED[cost](op) * channels / op.layer.weight.shape[1]
     mixes = {name: op for name, op in ops.items() if op.kind is Kind.MIX}
     return {op.name: totals[groups[name]] / op.channels for name, op in mixes.items()}
+
+
+def _map_size(op: Op) -> int:
+    """Return the elements that a channel of the output takes, 0 where nothing is written."""
+    if op.kind not in _WRITTEN or isinstance(op.module, IDENTITIES):
+        return 0
+    return math.prod(op.shape[2:])
 
 
 def _operations(model: nn.Module, input_shape: Sequence[int]) -> dict[str, Op]:

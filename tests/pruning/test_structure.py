@@ -22,7 +22,7 @@ from fedsys.pruning.dense.shrink import shrink
 from fedsys.pruning.scores import coupled_layers, group_norm, magnitude_channel, per_cost
 from fedsys.pruning.sparsify import gradual, one_shot, prune
 from fedsys.pruning.structure import channel_costs, normed_blocks, structure
-from fedsys.training.masks import Masks
+from fedsys.training.masks import Masks, last_layer
 from fedsys.training.penalty import channel_scales
 
 SHAPE = (3, 8, 8)
@@ -81,7 +81,30 @@ def test_costs_of_channels_are_those_of_their_group_and_its_readers() -> None:
     assert params["stem"] == pytest.approx((108 + 2 * 16 + 36 + 8 + 48 * 4 / 6) / 4)
 
 
-@pytest.mark.parametrize("cost", ["macs", "params"])
+def test_elements_are_those_of_all_maps_that_a_channel_writes() -> None:
+    costs = channel_costs(Parts(), SHAPE, "elements")
+    # of 64: stem, branch, their sum, depthwise, ReLU, and what is joined; pooled there are 16
+    assert costs["stem"] == costs["branch"] == costs["depthwise"] == 6 * 64 + 16
+    assert costs["side"] == 2 * 64 + 16  # itself, joined, and pooled
+    # a grouped layer writes two maps for each that it reads
+    assert costs["reader"] == (8 * 16 + 16 * 16) / 8 and costs["grouped"] == costs["reader"] / 2
+    assert costs["head"] == 1
+
+
+def test_depthwise_channels_of_large_maps_go_first_by_elements() -> None:
+    """MACs see nine weights in a depthwise channel: at equal parameters 1,835 of them stayed in a
+    MobileNetV2 where Torch-Pruning keeps 374, and batches took 1.6 times as long."""
+    model, kept = network("mobilenet.mobilenet_v2"), {}
+    for cost in ("none", "elements"):
+        masks = masks_of(model, 0.6, cost=cost, start=Masks.dense(model, last_layer(model)))
+        plan = shrink(model, (3, 32, 32), masks=masks, verify=False).plan
+        maps = {op.name: math.prod(op.shape[2:]) for op in plan.reading.ops.values()}
+        deep = [e for e in plan.edits if "depthwise" in e.name]
+        kept[cost] = sum(e.after * maps[e.name] for e in deep)
+    assert 2 * kept["elements"] < kept["none"]
+
+
+@pytest.mark.parametrize("cost", ["macs", "params", "elements"])
 @pytest.mark.parametrize("name", ["vgg.vgg5", "resnet.resnet18"])
 def test_costs_do_not_depend_on_weights_and_add_up(name: str, cost: str) -> None:
     model = network(name)

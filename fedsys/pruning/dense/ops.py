@@ -120,7 +120,7 @@ _ACTIVATIONS = (
     nn.GELU, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.Softplus, nn.Softsign, nn.Mish,
     nn.LogSigmoid, nn.Hardshrink, nn.Softshrink, nn.Tanhshrink, nn.Threshold,
 )  # fmt: skip
-_IDENTITIES = (
+IDENTITIES = (
     nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
     nn.FeatureAlphaDropout, KeyedDropout,
 )  # fmt: skip
@@ -205,7 +205,7 @@ def _kind_of_module(module: nn.Module, given: tuple[int, ...], shape: tuple[int,
         return Kind.NORM
     if isinstance(module, nn.Flatten):
         return _flatten(given, shape) if module.start_dim == 1 else Kind.OPAQUE
-    known = isinstance(module, _ACTIVATIONS + _IDENTITIES + _POOLS)
+    known = isinstance(module, _ACTIVATIONS + IDENTITIES + _POOLS)
     if (known or (module is not None and is_random_depth(module))) and given[:2] == shape[:2]:
         return Kind.SAME
     return Kind.OPAQUE
