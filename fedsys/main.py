@@ -246,7 +246,15 @@ class Invocation:
     def _hydra(self, flags: Sequence[str], overrides: Sequence[str]) -> None:
         import hydra
 
-        from fedsys.config import CONF, known_models, renamed, secret, sweeping, translated_errors
+        from fedsys.config import (
+            CONF,
+            known_models,
+            renamed,
+            secret,
+            sweeping,
+            swiftly,
+            translated_errors,
+        )
 
         arguments = [renamed(override) for override in overrides]
         # Hydra prints errors and exits by itself unless it is asked for the exceptions.
@@ -257,7 +265,14 @@ class Invocation:
         try:
             several = arguments if self._multirun else ()
             kept = secret.out_of(Path("multirun.yaml"), several)  # Hydra writes what was given
-            with translated_errors(), known_models(arguments), sweeping(several) as runs, kept:
+            more = [flag for flag in flags if flag not in ("-m", "--multirun")]
+            with (
+                translated_errors(),
+                known_models(arguments),
+                sweeping(several) as runs,
+                kept,
+                swiftly(arguments, more),
+            ):
                 self._sweep.runs = runs
                 application(self._job)()
         except SystemExit as error:  # argparse refuses an option

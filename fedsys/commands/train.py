@@ -50,7 +50,7 @@ def _carried_out(config: Config, clock: stages.Startup) -> Mapping[str, Any]:
         if _finished(path, config.rounds):
             print(f"{path} is finished; rounds= above {config.rounds} goes on", file=sys.stderr)
             return _result(path)
-    opening.say("loading PyTorch and Flower")
+    opening.say(f"{_about(config)}: loading PyTorch and Flower", stays=True)
     from fedsys import runtime  # imports Flower, which is not needed to refuse a configuration
 
     opening.say("starting the run")
@@ -61,6 +61,15 @@ def _carried_out(config: Config, clock: stages.Startup) -> Mapping[str, Any]:
             print(_how_to_continue(Path(config.run.dir)), file=sys.stderr)
         raise
     return _result(Path(str(config.run.dir))) if result is None else result
+
+
+def _about(config: Config) -> str:
+    """Return what a run will do, before anything is loaded that could say more about it."""
+    model = str(config.model.get("name") or config.model["_target_"]).rpartition(".")[2]
+    data = config.data.get("source", "data")
+    rounds = f"{config.rounds} round{'' if config.rounds == 1 else 's'}"
+    verb = "continuing" if config.resume else "training"
+    return f"{verb} {model} on {data}, {config.num_clients} clients, {rounds}"
 
 
 def _finished(path: Path, rounds: int) -> bool:

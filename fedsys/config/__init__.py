@@ -31,6 +31,7 @@ from fedsys.config.composing import (
     options_of,
     renamed,
     sweeping,
+    swiftly,
     translated_errors,
     varying,
     with_present_names,
@@ -97,6 +98,7 @@ __all__ = [
     "public_text",
     "renamed",
     "sweeping",
+    "swiftly",
     "to_text",
     "translated_errors",
     "varying",
@@ -223,13 +225,26 @@ def with_values(text: str, **values: Any) -> str:
     """Return the YAML of a run with other values for some of its top-level keys."""
     from omegaconf import OmegaConf
 
-    tree = OmegaConf.create(reading.parsed(text))
-    return to_text(OmegaConf.merge(tree, OmegaConf.create(values)))
+    tree = reading.parsed(text)
+    if (
+        isinstance(tree, dict)
+        and reading.is_literal(text)
+        and not any(map(_has_more, values.values()))
+    ):
+        return writing.written({**tree, **values})  # what OmegaConf takes ten times as long for
+    return to_text(OmegaConf.merge(OmegaConf.create(tree), OmegaConf.create(values)))
+
+
+def _has_more(value: Any) -> bool:
+    """Return whether a value is more than a scalar to OmegaConf."""
+    plain_one = value is None or type(value) in (bool, int, float, str)
+    return not plain_one or (type(value) is str and not reading.is_literal(value))
 
 
 def public_text(text: str) -> str:
     """Return the YAML of a run without its secrets; as it is, if there are none."""
-    tree = plain(reading.parsed(text))
+    with translated_errors():
+        tree = reading.read(text)
     masked = secret.public(tree)
     return text if masked == tree else to_text(masked)
 

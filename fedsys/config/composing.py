@@ -9,8 +9,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
+from fedsys.config import reading
 from fedsys.config.secret import MASK, is_secret
 from fedsys.errors import ConfigError, better_name, did_you_mean, first_line, is_installed
 
@@ -260,6 +261,55 @@ def _store_fleet(path: str) -> None:
         group="/".join(["fleet", *parts[:-1]]), name=parts[-1], node={**local, **own},
         package="fleet", provider="file",
     )  # fmt: skip
+
+
+@contextmanager
+def swiftly(overrides: Sequence[str], flags: Sequence[str] = ()) -> Iterator[None]:
+    """Have Hydra's command read its files by the parser in C, and compose them once, in the block.
+
+    Hydra composes all of a configuration just to see whether it asks for a sweep in ``hydra.mode``,
+    and then once more. Where nobody could have set that, it is told at once that nobody has.
+
+    What is private in Hydra and used here: what asks for the mode, and what reads a file.
+    `tests/config/test_reading.py` fails when one of them changes.
+
+    Args:
+        overrides: The command line.
+        flags: Its flags, of which one may name a folder with other settings of Hydra's.
+    """
+    from hydra._internal.core_plugins import file_config_source
+    from hydra._internal.hydra import Hydra
+    from hydra.core.plugins import Plugins
+
+    Plugins.instance()  # looks for plugins, which executes their modules once more
+    names = vars(file_config_source)
+    outer_mode, outer_reader = Hydra.get_mode, names["OmegaConf"]
+    names["OmegaConf"] = _ByParserInC(outer_reader)
+    if not flags and not any("hydra" in o.partition("=")[0] for o in overrides):
+        Hydra.get_mode = lambda *_, **__: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Hydra.get_mode, names["OmegaConf"] = outer_mode, outer_reader  # type: ignore[method-assign]
+
+
+class _ByParserInC:
+    """`OmegaConf` to what reads a file for Hydra: the same trees, by another parser."""
+
+    def __init__(self, outer: Any) -> None:
+        self._outer = outer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._outer, name)
+
+    def load(self, file: TextIO) -> Any:
+        """Return what a file says."""
+        begin = file.tell()
+        tree = reading.parsed(file.read())
+        if isinstance(tree, dict):
+            return self._outer.create(tree)
+        file.seek(begin)
+        return self._outer.load(file)
 
 
 _varying: tuple[str, ...] = ()

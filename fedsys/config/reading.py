@@ -28,9 +28,14 @@ def read(text: str) -> Any:
     from omegaconf import OmegaConf
 
     tree = parsed(text)
-    if isinstance(tree, dict) and not any(odd in text for odd in _ODD):
+    if isinstance(tree, dict) and is_literal(text):
         return tree
     return OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
+
+
+def is_literal(text: str) -> bool:
+    """Return whether a text holds nothing but values: no interpolation, nothing to be given."""
+    return not any(odd in text for odd in _ODD)
 
 
 def parsed(text: str) -> dict[Any, Any] | str:

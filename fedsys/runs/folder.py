@@ -437,7 +437,7 @@ def _parsed(config_yaml: str) -> dict[str, Any]:
     import yaml
 
     try:
-        config = yaml.safe_load(config_yaml)
+        config = yaml.load(config_yaml, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
     return config if isinstance(config, dict) else {}

@@ -11,10 +11,19 @@ import sys
 _shown = False
 
 
-def say(text: str) -> None:
-    """Show what happens until something else is shown; on a terminal only."""
+def say(text: str, stays: bool = False) -> None:
+    """Show what happens until something else is shown; on a terminal only.
+
+    Args:
+        text: What happens.
+        stays: Elsewhere, where nothing can be taken away, write a line about it.
+    """
     global _shown
-    if sys.stderr is None or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
+    if sys.stderr is None:
+        return
+    if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
+        if stays:
+            print(text, file=sys.stderr, flush=True)
         return
     _shown = True
     sys.stderr.write(f"\r\x1b[2K{text} …\r")

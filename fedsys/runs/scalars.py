@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import struct
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -57,19 +59,18 @@ class Scalars:
     """Writes scalars to a TensorBoard event file.
 
     It writes the records itself instead of leaving them to torch's ``SummaryWriter``, which
-    imports TensorFlow where that is installed, and whose thread hides a full disk.
+    imports TensorFlow where that is installed, and whose thread hides a full disk; and instead of
+    to TensorBoard's ``RecordWriter``, which imports a third of TensorBoard for a sum of bytes.
     """
 
     def __init__(self, folder: Path, first_round: int = 1) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        from tensorboard.summary.writer.record_writer import RecordWriter
 
         name = f"events.out.tfevents.{time.time_ns() // 1000:020d}.{os.getpid()}"
         self._path = folder / name
         with writing(self._path):
             folder.mkdir(parents=True, exist_ok=True)
             self._file: BinaryIO = self._path.open("ab")
-        self._records = RecordWriter(self._file)
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
         if first_round > 1:  # TensorBoard forgets what former files say about these steps
             restart = SessionLog(status=SessionLog.START)
@@ -87,13 +88,42 @@ class Scalars:
 
     def _write(self, event: Any) -> None:
         with writing(self._path):
-            self._records.write(event.SerializeToString())
+            self._file.write(_record(event.SerializeToString()))
             self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
         with suppress(OSError):  # what could not be written has been reported by `_write`
             self._file.close()
+
+
+def _record(data: bytes) -> bytes:
+    """Return what an event file holds of some bytes: length, bytes, and a sum for each of both."""
+    length = struct.pack("<Q", len(data))
+    return length + _masked(_crc32c(length)) + data + _masked(_crc32c(data))
+
+
+def _masked(crc: int) -> bytes:
+    """Return a sum as event files hold it: turned and shifted, so that it is not one of sums."""
+    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+
+
+def _crc32c(data: bytes) -> int:
+    """Return the CRC-32C (Castagnoli) of some bytes."""
+    crc, table = 0xFFFFFFFF, _table()
+    for byte in data:
+        crc = table[(crc ^ byte) & 0xFF] ^ crc >> 8
+    return crc ^ 0xFFFFFFFF
+
+
+@functools.lru_cache(maxsize=1)
+def _table() -> tuple[int, ...]:
+    def entry(number: int) -> int:
+        for _ in range(8):
+            number = number >> 1 ^ (0x82F63B78 if number & 1 else 0)
+        return number
+
+    return tuple(map(entry, range(256)))
 
 
 def scalars(folder: Path, first_round: int = 1) -> Scalars | None:

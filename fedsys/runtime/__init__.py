@@ -14,7 +14,9 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from fedsys.config import Config
@@ -67,8 +69,26 @@ def quiet_flower() -> None:
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    import flwr.supercore  # noqa: F401 - sets the level of its logger when it is imported
+    with _without_command_of_httpx():
+        import flwr.supercore  # noqa: F401 - sets the level of its logger when it is imported
 
     logger = logging.getLogger("flwr")
     logger.propagate = False
     logger.setLevel(logging.WARNING)
+
+
+@contextmanager
+def _without_command_of_httpx() -> Iterator[None]:
+    """Let httpx be imported without its own command, which imports rich, click and pygments.
+
+    It does without where these are not installed. Flower imports httpx, and a run needs neither.
+    """
+    name = "httpx._main"
+    if "httpx" in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment] # the import says that there is none
+    try:
+        yield
+    finally:
+        del sys.modules[name]

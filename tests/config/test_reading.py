@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fedsys.config import CONF, reading, to_text, writing
+from fedsys.config import CONF, composing, reading, to_text, with_values, writing
 
 SCALARS = (
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=12)
@@ -96,3 +96,33 @@ def test_a_text_is_written_as_omegaconf_writes_it(tree):
 def test_the_emitter_is_that_in_c():
     if yaml.__with_libyaml__:
         assert yaml.cyaml.CEmitter in writing._dumper().__mro__
+
+
+def test_hydra_composes_once_and_reads_its_files_by_the_parser_in_c(monkeypatch):
+    """Hydra composed everything twice for each command, and read it by a parser in Python."""
+    from hydra._internal.hydra import Hydra
+    from hydra.core.plugins import Plugins
+
+    outer, asked = Hydra.get_mode, []
+    source = next(x for x in Plugins.instance().discover() if x.__name__ == "FileConfigSource")
+    read = source("main", str(CONF)).load_config
+    expected = read("config")
+    monkeypatch.setattr(yaml, "SafeLoader", None)  # nothing is made from the parser in Python
+    monkeypatch.setattr(Hydra, "compose_config", lambda *_, **__: asked.append(True))
+    with composing.swiftly(["rounds=2"]):
+        found = read("config")
+        assert Hydra.get_mode(None, "config", []) is None and not asked
+    assert Hydra.get_mode is outer
+    assert found.config == expected.config and found.header == expected.header
+    with composing.swiftly(["hydra.mode=MULTIRUN"]):
+        assert Hydra.get_mode is outer
+    with composing.swiftly([], ["--config-dir=own"]):
+        assert Hydra.get_mode is outer
+
+
+def test_other_values_of_a_text_are_what_omegaconf_makes_of_them():
+    text = to_text({"rounds": 3, "data": {"source": "digits"}, "resume": None})
+    plain, merged = with_values(text, rounds=4), with_values(text, data={"part": 0.5})
+    assert plain == to_text({"rounds": 4, "data": {"source": "digits"}, "resume": None})
+    assert by_omegaconf(merged)["data"] == {"source": "digits", "part": 0.5}
+    assert by_omegaconf(with_values(text, resume="${data.source}"))["resume"] == "digits"

@@ -2,6 +2,7 @@ import csv
 import dataclasses
 import errno
 import hashlib
+import io
 import json
 import logging
 import math
@@ -26,6 +27,7 @@ from safetensors import safe_open
 
 from fedsys.errors import ConfigError, RunError
 from fedsys.identity import _little_endian
+from fedsys.runs import scalars
 from fedsys.runs.folder import (
     RunFolder,
     default_path,
@@ -629,6 +631,16 @@ def test_tensorboard_shows_every_number_by_round(tmp_path: Path) -> None:
             "clients": [(1, 8.0)],
             "seconds/train": [(2, 2.0)],
         }
+
+
+@given(st.binary(max_size=300))
+def test_records_are_those_that_tensorboard_writes(data: bytes) -> None:
+    """Its writer was used, which imported a third of TensorBoard in each run."""
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    file = io.BytesIO()
+    RecordWriter(file).write(data)
+    assert scalars._record(data) == file.getvalue()
 
 
 def test_tensorboard_forgets_rounds_that_a_resumed_run_repeats(tmp_path: Path) -> None:
