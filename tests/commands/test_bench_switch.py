@@ -29,6 +29,7 @@ def test_the_benchmark_compares_ways_and_contenders(portfolio_folder, tmp_path, 
         f"portfolio={portfolio_folder}", "bench.switches=4",
         "bench.other_switches=2", "bench.quiet_seconds=0.2", "bench.segments=2",
         "bench.segment_seconds=0.3", "bench.traces=[balanced,drawn]",
+        "bench.http_seconds=0.2", "bench.http_switches=3",
     ]  # fmt: skip
     assert main(call) == 0
     out, said = capsys.readouterr()
@@ -55,6 +56,7 @@ def test_the_benchmark_compares_ways_and_contenders(portfolio_folder, tmp_path, 
         assert row["best_single"] <= row["oracle"] <= 0.9 + 1e-9
         assert sum(r["right_for"] for r in alone) == pytest.approx(1)
     assert len(figures["segments"]) == 3 + 2
+    assert len(figures["http"]) == 4 and figures["goal_requests"] is True
     assert (tmp_path / "run" / "plots" / "switch.png").exists()
     assert (tmp_path / "run" / "contenders.csv").exists()
 

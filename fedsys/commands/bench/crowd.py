@@ -116,6 +116,14 @@ def forms(name: str, input_shape: Sequence[int], only: Sequence[str] = ()) -> di
     }
 
 
+def whole(form: Form) -> bytes:
+    """Return a request as it is on a connection that is kept."""
+    body = form.body or b""
+    headers = {"Host": "localhost", "Content-Length": str(len(body)), **form.headers}
+    lines = [f"{form.method} {form.path} HTTP/1.1", *(f"{k}: {v}" for k, v in headers.items())]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
 def ask(
     address: str, form: Form, until: Callable[[int], bool], pause_s: float, *, keep: bool = True
 ) -> Heard:

@@ -25,7 +25,7 @@ from typing import Any
 import psutil
 
 from fedsys.commands.bench import Chart
-from fedsys.commands.bench.crowd import Form, forms
+from fedsys.commands.bench.crowd import Form, forms, whole
 from fedsys.commands.bench.serving_clients import Errand, written
 from fedsys.commands.bench.serving_rival import PATH
 from fedsys.commands.bench.switch_portfolio import make_portfolio
@@ -311,16 +311,9 @@ def _requests(portfolio: Portfolio, folder: Path) -> dict[tuple[str, str], str]:
     for name, each in asked.items():
         for encoding, form in each.items():
             path = folder / f"{name}-{encoding}.http"
-            path.write_bytes(_whole(form))
+            path.write_bytes(whole(form))
             files[name, encoding] = str(path)
     return files
-
-
-def _whole(form: Form) -> bytes:
-    body = form.body or b""
-    headers = {"Host": "localhost", "Content-Length": str(len(body)), **form.headers}
-    lines = [f"{form.method} {form.path} HTTP/1.1", *(f"{k}: {v}" for k, v in headers.items())]
-    return "\r\n".join([*lines, "", ""]).encode() + body
 
 
 def _ratios(cells: Mapping[tuple[str, int, str], _Cell]) -> list[dict[str, Any]]:

@@ -40,14 +40,23 @@ class Errand:
 
 
 @dataclass
-class _Client:
+class Client:
+    """One connection, and the answer that comes over it.
+
+    Attributes:
+        peer: The connection.
+        since: When the request began to be sent, by `time.perf_counter`.
+        got: What came of the answer, headers included.
+        whole: How many bytes it has; -1 while its headers are not there.
+    """
+
     peer: socket.socket
     since: float = 0.0
     got: bytearray = field(default_factory=bytearray)
     whole: int = -1
-    """Bytes of the answer; -1 while its headers are not there."""
 
     def ask(self, request: bytes) -> None:
+        """Send a whole request in one write."""
         self.got, self.whole, self.since = bytearray(), -1, time.perf_counter()
         self.peer.sendall(request)
 
@@ -82,7 +91,7 @@ def ask(order: Errand) -> tuple[list[float], int]:
     with selectors.DefaultSelector() as ready:
         for peer in peers:
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            client = _Client(peer)
+            client = Client(peer)
             ready.register(peer, selectors.EVENT_READ, client)
             client.ask(request)
         end = time.perf_counter() + order.seconds

@@ -10,6 +10,9 @@ portfolio that switches against each of its variants alone, and against an oracl
 best of them in each segment. `fedsys.commands.bench.switch_trace` says how the traces are made; on
 one of them each variant is the right one for as many requests, on the other nearly all are for the
 small.
+
+*Over HTTP*: what a request takes by one connection that is kept, beside what the engine takes for
+it (`fedsys.commands.bench.switch_http`).
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from typing import Any
 
 import torch
 
-from fedsys.commands.bench import Chart
+from fedsys.commands.bench import Chart, switch_http
 from fedsys.commands.bench.switch_load import WAYS, Case, measure
 from fedsys.commands.bench.switch_portfolio import make_portfolio
 from fedsys.commands.bench.switch_trace import TRACES, Played, Segment, make_trace, play
@@ -54,7 +57,8 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
         ``ways``: what a switch takes in each way; ``requests``: what became of them meanwhile;
         ``ratios`` of the others to ours; ``traces`` with the best single variant and the oracle;
         ``contenders`` on them, with the share of requests that each is the right one for;
-        ``segments`` with what became of the requests of the one that switches; and the goals.
+        ``segments`` with what became of the requests of the one that switches; ``http``: requests
+        over HTTP in either encoding, while nothing changes and while variants do; and the goals.
 
     Raises:
         FedsysError: No portfolio can be made or read, or a process failed.
@@ -65,6 +69,9 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError.of("bench.traces", traces, rule)
     if not isinstance(options["turns"], int) or options["turns"] < 1:
         raise ConfigError.of("bench.turns", options["turns"], "must be an integer of at least 1")
+    if not isinstance(options["http_switches"], int) or options["http_switches"] < 1:
+        rule = "must be an integer of at least 1"
+        raise ConfigError.of("bench.http_switches", options["http_switches"], rule)
     if config.portfolio is None:
         folder = Path(str(config.run.dir)) / "portfolio"
         portfolio = make_portfolio(config, folder, int(options["epochs"]), _say)
@@ -78,6 +85,8 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
     threads = config.serving.threads or 1
     torch.set_num_threads(threads)
     ways = _ways(portfolio, options, threads)
+    _say(f"{options['http_switches']} switches while requests come over HTTP")
+    http = switch_http.measure(portfolio, options, threads)
     tables, objective = _traces(portfolio, config, options, threads)
     return _goals(ways, tables["traces"]) | {
         "variants": len(portfolio.variants),
@@ -87,6 +96,8 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
         "ways": [{k: v for k, v in row.items() if k not in REQUESTS} for row in ways],
         "requests": [{k: row[k] for k in ("way", *REQUESTS)} for row in ways],
         "ratios": _ratios(ways),
+        "http": http,
+        "goal_http": switch_http.is_prompt(http),
         **tables,
     }
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -107,11 +107,14 @@ class LeasedEngine:
     Args:
         portfolio: For what a client must know.
         switcher: Holds the variant.
+        quick: Variants that are computed by whoever takes a request in.
     """
 
-    def __init__(self, portfolio: Portfolio, switcher: Switcher) -> None:
+    def __init__(
+        self, portfolio: Portfolio, switcher: Switcher, quick: Collection[str] = ()
+    ) -> None:
         self.card, self.watch = card_of(portfolio), Unwatched()
-        self._switcher = switcher
+        self._switcher, self._quick = switcher, frozenset(quick)
         self.waits_ms: list[float] = []
 
     @property
@@ -125,8 +128,8 @@ class LeasedEngine:
         return 1
 
     def is_quick(self, rows: int) -> bool:
-        """The load is not the one that waits."""
-        return False
+        """Return whether the variant that answers is quick."""
+        return self._switcher.current in self._quick
 
     def answer(self, images: Array, pressure: Pressure = CALM, by: str = "") -> Answer:
         """Compute the scores."""
