@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from clients.steps import Split, Tally
 from fedsys.config import Config
 from fedsys.errors import RuntimeFailure
 from fedsys.models.layers import LayeredModel
+from fedsys.models.rectified import is_rectified
 from fedsys.offload.snapshot import Snapshot
 from fedsys.planning.assignment import Assignment
 from fedsys.privacy.noise import NoiseSource, source_of
@@ -69,6 +70,7 @@ class DeviceHalf:
         self._masks: Mapping[str, Tensor] = {}
         pieces = settings.micro_batches or config.schedule.micro_batches
         self.place = messages.read(messages.Place, told)
+        self._skips_zeros = _skips_zeros(config, self.place.edges)
         self.split = self._split(
             Split(Assignment.of(told, pieces), self.place.tail, len(self.layers), config.schedule)
         )
@@ -131,7 +133,8 @@ class DeviceHalf:
         """Return how the model is shared, with which of several inputs each part needs."""
         cut, tail = split.assignment.cut, split.tail
         given, kept = self.layers.inputs(cut, tail), self.layers.inputs(tail, split.units)
-        return dataclasses.replace(split, given=given, kept=kept)
+        skips = self._skips_zeros and is_rectified(self.layers, cut)
+        return dataclasses.replace(split, given=given, kept=kept, skips_zeros=skips)
 
     def _release(self) -> Release:
         """Return what is done to activations before they leave the device.
@@ -146,3 +149,15 @@ class DeviceHalf:
 
     def _received(self, key: str) -> dict[str, Tensor]:
         return records.from_record(self._content.array_records.get(key, ArrayRecord()))
+
+
+def _skips_zeros(config: Config, edges: Sequence[str]) -> bool:
+    """Return whether gradients come without zeros of activations, at cuts where that is exact.
+
+    Where messages cost nothing it would only cost. Noise leaves no zeros, and is not undone.
+    """
+    if config.privacy.mechanism == "cut":
+        return False
+    if config.link.skip_zero_gradients != "auto":
+        return config.link.skip_zero_gradients == "always"
+    return config.network.emulate or any(not edge.startswith("memory:") for edge in edges)

@@ -34,6 +34,7 @@ from fedsys.training.precision import autocast, for_loss
 from fedsys.training.schedule import micro_batch_bounds, operations
 from fedsys.training.tasks import CLASSIFICATION, Task
 from fedsys.transport.codecs import decode_activation, encode_activation
+from fedsys.transport.nonzeros import SKIP, Nonzeros, restored
 from fedsys.transport.several import Inputs, beside
 from fedsys.transport.wire import Frame
 
@@ -129,6 +130,8 @@ class Split:
         schedule: Order of the pieces.
         given: Which of several inputs go to the edge as they are, beside what crosses the cut.
         kept: Which of them units ``[tail, L)`` need.
+        skips_zeros: Whether gradients come without what the activation has zeros for, where no
+            unit of the device needs it.
     """
 
     assignment: Assignment
@@ -137,6 +140,7 @@ class Split:
     schedule: ScheduleConfig
     given: tuple[int, ...] = ()
     kept: tuple[int, ...] = ()
+    skips_zeros: bool = False
 
     @property
     def private(self) -> bool:
@@ -178,6 +182,7 @@ class Steps:
         self._pace, self._recorder = pace, recorder
         self._step = 0
         self._sent: dict[int, Tensor] = {}
+        self._needed: dict[int, Nonzeros] = {}  # where what was sent needs a gradient
         self._posted: dict[tuple[str, int], tuple[float, int]] = {}  # when, and how many bytes
         self._returned: dict[int, tuple[Tensor, Tensor]] = {}  # label-private: loss and hits
 
@@ -212,6 +217,7 @@ class Steps:
         """
         self._step = step
         self._sent.clear()
+        self._needed.clear()
         self._posted.clear()
         self._returned.clear()
         part.begin()
@@ -254,7 +260,10 @@ class Steps:
             self._roaming.at(self._step, piece)
         self._pace.begin()
         z = training.forward(front, x, self._precision)
-        tensors, codec = encode_activation(z, self._split.assignment.codec_up)
+        skips = self._split.skips_zeros and z.requires_grad
+        tensors, codec = encode_activation(z, self._split.assignment.codec_up, mark=skips)
+        if skips:
+            self._needed[piece], codec[SKIP] = Nonzeros(tensors["x"]), True
         tensors = {**tensors, **beside(x, self._split.given)}
         if not self._split.private:
             tensors = {**tensors, "labels": labels}
@@ -286,10 +295,13 @@ class Steps:
 
     def _backward(self, piece: int, size: int) -> tuple[Tensor, float]:
         """Compute with the gradient of an activation; return loss and hits of the piece."""
+        needed = self._needed.pop(piece, None)
+        if needed is not None:
+            needed.find()  # while the answer is on its way
         answer = self._await("gradient" if self._split.private else "activation", piece)
         z = self._sent.pop(piece)
         if z.requires_grad:
-            z.backward(self._decoded(answer))  # type: ignore[no-untyped-call]  # no type in torch
+            z.backward(self._decoded(answer, needed))  # type: ignore[no-untyped-call]  # no type in torch
         self._end("backward", piece, 1, size, 0, self._cut, down=answer.encoded_bytes)
         if self._split.private:
             loss, hits = self._returned.pop(piece)
@@ -350,5 +362,6 @@ class Steps:
             seconds += sum(costs.messaging.seconds(n, codec) for n, codec in ways if n)
         self._recorder.note(name, self._step, piece, self._pace.end(seconds))
 
-    def _decoded(self, answer: Frame) -> Tensor:
-        return decode_activation(answer.tensors, answer.meta).to(self._device)
+    def _decoded(self, answer: Frame, needed: Nonzeros | None = None) -> Tensor:
+        tensors = restored(answer.tensors, answer.meta, needed)
+        return decode_activation(tensors, answer.meta).to(self._device)

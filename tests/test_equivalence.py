@@ -451,7 +451,7 @@ def test_split_training_gives_the_bits_of_plain_training(
             },
         ),
         client=merged(ALL_FEATURES[feature].get("client", {}), {"label_private": private}),
-        link={"kind": link},
+        link={"kind": link, "skip_zero_gradients": "always"},
         num_edges=2,
     )
     struck = interrupt(interrupted)
@@ -490,6 +490,7 @@ def test_devices_that_move_train_the_bits_of_those_that_stay(row, settings, unsp
         schedule={**ordered(schedule), "micro_batches": pieces},
         policy={"kind": "fixed", "cut": cut, "codec": "fp32"},
         client=merged(ALL_FEATURES[feature].get("client", {}), {"label_private": private}),
+        link={"skip_zero_gradients": "always"},
         num_edges=3,
     )
     moves = drawn(count, clients=3, rounds=2, edges=3, pieces=pieces, seed=count)

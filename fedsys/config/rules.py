@@ -120,6 +120,7 @@ RULES: tuple[Rule, ...] = (
     ("schedule.kind", *_one_of("sequential", "pipelined", "bounded"), ""),
     ("schedule.depth", _at_least_one, "must be at least 1", ""),
     ("link.kind", *_one_of("auto", "memory", "grpc", "tcp"), ""),
+    ("link.skip_zero_gradients", *_one_of("auto", "always", "never"), ""),
     ("fleet.replicate_every", lambda v: v >= 0, "must not be negative", "0 turns it off"),
     ("fleet.between.mbit_s", _optional(_positive), "must be above 0", "null for no limit"),
     ("fleet.between.latency_ms", lambda v: v >= 0, "must not be negative", ""),

@@ -175,12 +175,16 @@ class LinkConfig:
             partition id; None admits every certificate of the authority that has the token.
         around: What wraps each link of a device, as a group with a ``_target_`` that takes the link
             as ``inner``; None for nothing.
+        skip_zero_gradients: Whether edge servers leave out of gradients what the backward of a ReLU
+            at the cut makes zero: ``always``, ``never``, or ``auto``: where a byte costs time, so
+            not in memory, unless a network is emulated. The model is the same to the bit.
     """
 
     kind: str = "auto"
     credentials: str | None = None
     holder: str | None = None
     around: Mapping[str, Any] | None = None
+    skip_zero_gradients: str = "auto"
 
     @property
     def between_processes(self) -> str:

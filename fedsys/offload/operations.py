@@ -9,11 +9,12 @@ from torch import Tensor
 
 from fedsys.errors import FrameError, SessionError
 from fedsys.offload.edge_part import EdgePart
-from fedsys.offload.session_tensors import encoded
+from fedsys.offload.session_tensors import encoded, needed_of
 from fedsys.offload.snapshot import SessionSpec, State, natural
 from fedsys.offload.turns import Turns
 from fedsys.training.part import keep_gradient
 from fedsys.training.schedule import micro_batch_bounds
+from fedsys.transport.nonzeros import Nonzeros
 from fedsys.transport.wire import Frame
 
 
@@ -28,8 +29,8 @@ class Operations:
 
     def __init__(self, spec: SessionSpec, part: EdgePart, turns: Turns) -> None:
         self._spec, self._part, self._turns = spec, part, turns
-        # Label-private: output, and where the gradient of the input will be
-        self._open: dict[int, tuple[Tensor, list[Tensor]]] = {}
+        # Label-private: output, where the gradient of the input will be, and what of it is needed
+        self._open: dict[int, tuple[Tensor, list[Tensor], Nonzeros | None]] = {}
 
     def awaits_gradient(self, piece: int) -> bool:
         """Return whether the output of a piece was sent to the device, which has the labels."""
@@ -50,13 +51,15 @@ class Operations:
             turns.begin(batch)
             part.begin(turns.steps, batch)
         gradient = keep_gradient(x) if frame.meta.get("needs_gradient", True) else []
+        needed = needed_of(frame)
         meta: dict[str, Any] = {"step": turns.steps, "piece": piece}
         if labels is None:
             out = part.compute(lambda: self._ahead(inputs, start, stop))
-            self._open[piece] = out, gradient
+            self._open[piece] = out, gradient, needed
             return encoded("activation", out, {**meta, "at_us": part.ended()}, codec)
         more = part.compute(lambda: self._there_and_back(inputs, labels, start, stop))
-        return encoded("gradient", _of(gradient), {**meta, "at_us": part.ended()}, codec, more)
+        meta["at_us"] = part.ended()
+        return encoded("gradient", _of(gradient), meta, codec, more, needed)
 
     def _bounds(self, piece: int, batch: int) -> tuple[int, int]:
         bounds = list(micro_batch_bounds(batch, self._spec.micro_batches))
@@ -78,7 +81,7 @@ class Operations:
 
     def take_back(self, frame: Frame, piece: int) -> Frame:
         """Take the gradient of what was sent for a piece; reply with that of its input."""
-        out, gradient = self._open[piece]
+        out, gradient, needed = self._open[piece]
         self._part.arrived(frame, len(out), forward=False)
         came = self._part.expected.gradient(frame, out)
         del self._open[piece]
@@ -86,7 +89,7 @@ class Operations:
             self._part.compute(lambda: out.backward(came))  # type: ignore[no-untyped-call]
         self._turns.backward += 1
         meta = {"step": self._turns.steps, "piece": piece, "at_us": self._part.ended()}
-        return encoded("gradient", _of(gradient), meta, self._spec.codec_down)
+        return encoded("gradient", _of(gradient), meta, self._spec.codec_down, nonzeros=needed)
 
     def evaluate(self, frame: Frame) -> Frame:
         """Score a mini-batch, forward only; neither draws nor statistics change."""

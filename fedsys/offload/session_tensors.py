@@ -14,6 +14,7 @@ from fedsys.errors import FrameError
 from fedsys.models.layers import LayeredModel
 from fedsys.offload.snapshot import SessionSpec
 from fedsys.transport.codecs import decode_activation, encode_activation
+from fedsys.transport.nonzeros import LEFT_OUT, SKIP, Nonzeros
 from fedsys.transport.several import Shape, beside_of, is_several
 from fedsys.transport.wire import Frame
 
@@ -138,12 +139,24 @@ def encoded(
     meta: Mapping[str, Any],
     codec: str,
     more: Mapping[str, Tensor] | None = None,
+    nonzeros: Nonzeros | None = None,
 ) -> Frame:
-    """Return a frame with a tensor written by a codec, and with others as they are."""
+    """Return a frame with a tensor written by a codec, and with others as they are.
+
+    With `nonzeros` it is the gradient of an activation, and needed where that is not zero.
+    """
     if tensor is None:
         return Frame(kind, meta, dict(more or {}))
     tensors, about = encode_activation(tensor, codec)
+    found = None if nonzeros is None else nonzeros.of(tensors["x"])
+    if found is not None:
+        tensors["x"], about[LEFT_OUT] = found
     return Frame(kind, {**meta, **about}, {**tensors, **(more or {})})
+
+
+def needed_of(frame: Frame) -> Nonzeros | None:
+    """Return where the activation of a frame needs a gradient; None: everywhere."""
+    return Nonzeros(frame.tensors["x"]) if frame.meta.get(SKIP) is True else None
 
 
 def _dtype_of(model: LayeredModel) -> torch.dtype:

@@ -22,6 +22,11 @@ the tensor, because one of them would erase its channel unseen.
 
 Integer and boolean tensors are sent as they are by every codec.
 
+What comes out of a ReLU has no negative elements, so they are free to say something else: with
+``mark=True`` an element that is not zero and would become zero is written as -1, and decoded to the
+zero that it would have been. The zeros that are left are those of the tensor
+(`fedsys.transport.nonzeros`).
+
 Several tensors cross some cuts (`encode_activations`): the frame has them as ``x``, ``x1``, ``x2``
 and so on, each written by itself.
 """
@@ -31,6 +36,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,6 +52,7 @@ _LEVELS: Final = 127
 _SCALE_BYTES: Final = 4  # a scale is a float32
 _SMALLEST: Final = _LEVELS * 2.0**-126  # below, the scale is not a normal float32
 _WHOLE: Final = -1  # instead of a dimension: one scale for the tensor
+_WHOLE_NUMBERS: Final = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _HALF: Final = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _FLOATS: Final = {
     str(t).removeprefix("torch."): t
@@ -54,7 +61,7 @@ _FLOATS: Final = {
 
 
 def encode_activation(
-    x: Tensor, codec: str, *, channel_dim: int = 1
+    x: Tensor, codec: str, *, channel_dim: int = 1, mark: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors and the values that a frame carries for `x`.
 
@@ -62,6 +69,7 @@ def encode_activation(
         x: Activation or activation gradient, of any shape; its memory format is kept.
         codec: One of `CODECS`.
         channel_dim: Dimension along which int8 has a scale of its own.
+        mark: Mark what is not zero and would become zero; `x` must have no negative elements.
 
     Returns:
         Tensors ``{"x": …}``, for int8 also ``{"scale": …}`` of shape ``(channels,)``; and meta
@@ -78,12 +86,14 @@ def encode_activation(
         return {"x": x}, {"codec": "fp32"}
     meta: dict[str, Any] = {"codec": codec, "dtype": name}
     if codec in _HALF:
-        return {"x": _halved(x, _HALF[codec])}, meta
+        half = _halved(x, _HALF[codec])
+        return {"x": half}, meta | ({"marked": True} if mark and _mark(half, x) else {})
     dim = channel_dim if x.dim() > channel_dim else _WHOLE
     if dim != _WHOLE and not _own_scales(x.numel(), x.shape[dim]):
         dim = _WHOLE
     levels, scale = _quantised(x.float(), dim)
-    return {"x": levels, "scale": scale}, meta | {"dim": dim}
+    marked = {"marked": True} if mark and _mark(levels, x) else {}
+    return {"x": levels, "scale": scale}, meta | {"dim": dim} | marked
 
 
 def encoded_bytes(elements: int, channels: int, codec: str, itemsize: int = 4) -> int:
@@ -194,6 +204,23 @@ def _quantised(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return levels, scale
 
 
+def _mark(written: Tensor, x: Tensor) -> bool:
+    """Write -1 for what became zero and was none; return whether there was any."""
+    if x.device.type != "cpu":
+        lost = written.eq(0) & x.ne(0)
+        written.masked_fill_(lost, -1)
+        return bool(lost.any())
+    # NumPy compares and chooses several times faster than torch
+    bits, before = (t.view(_WHOLE_NUMBERS[t.element_size()]).numpy() for t in (written, x))
+    is_lost = bits == 0
+    is_lost &= before != 0
+    if not is_lost.any():
+        return False
+    minus_one = written.new_tensor(-1).view(_WHOLE_NUMBERS[written.element_size()]).item()
+    bits |= np.multiply(is_lost.view(np.int8), minus_one, dtype=bits.dtype)
+    return True
+
+
 def _along(scale: Tensor, x: Tensor, dim: int) -> Tensor:
     """View `scale` so that it broadcasts over all dimensions of `x` but `dim`."""
     if dim == _WHOLE:
@@ -222,11 +249,13 @@ def decode_activation(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) ->
     if codec in _HALF:
         if x.dtype != _HALF[codec]:
             raise FrameError(f"codec={codec}: the tensor has the type {x.dtype}")
-        return x.to(dtype)
+        whole = x.to(dtype)
+        return whole.masked_fill(whole < 0, 0) if meta.get("marked") else whole
     scale, dim = tensors.get("scale"), meta.get("dim")
     if scale is None or type(dim) is not int or x.dtype != torch.int8 or scale.dim() != 1:
         raise FrameError("codec=int8: the frame lacks levels, a scale per channel, or their dim")
     channels = 1 if dim == _WHOLE else x.shape[dim] if 0 <= dim < x.dim() else -1
     if len(scale) != channels or scale.dtype != torch.float32:
         raise FrameError(f"codec=int8: {len(scale)} scales do not fit {tuple(x.shape)}, dim {dim}")
-    return x.float().mul_(_along(scale, x, dim)).to(dtype)
+    levels = x.clamp(min=0) if meta.get("marked") else x
+    return levels.float().mul_(_along(scale, x, dim)).to(dtype)
