@@ -151,6 +151,7 @@ WRONG = {
     "client.memory_format": ("nhwc",),
     "client.kernels": ("fast",),
     "client.precision": ("fp16",),
+    "link.skip_zero_gradients": ("often", True),
     "client.lr_schedule.kind": ("linear",),
     "client.lr_schedule.gamma": (0.0,),
     "client.lr_schedule.final": (1.5, -0.5),

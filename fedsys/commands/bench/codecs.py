@@ -5,6 +5,8 @@ and the gradient that comes back. Of each the largest error of an element is giv
 bound that `fedsys.transport.codecs` states for it (above 1, the statement would be wrong), and the
 root of the mean squared error beside that of the tensor itself. Rates are in bytes of the tensor
 as it is in memory, so that codecs compare; a frame is not part of them (``fedsys bench link``).
+Behind a ReLU the gradient is given without what that makes zero, too, and what that costs; the
+model is new, and a trained one has other shares.
 
 Then the run of the configuration is carried out with each codec and seed. Data, order, draws and
 initial weights of a seed are the same for all codecs, so the differences are the codec's alone.
@@ -25,6 +27,7 @@ from fedsys import data, runtime
 from fedsys.commands.bench import Chart
 from fedsys.config import Config, parse, with_values
 from fedsys.models.layers import layered, split
+from fedsys.models.rectified import is_rectified
 from fedsys.randomness import Address, drawing
 from fedsys.runs.folder import RunFolder
 from fedsys.training import federation
@@ -32,6 +35,7 @@ from fedsys.training import plain as training
 from fedsys.training.part import safe_input
 from fedsys.training.tasks import loss_of
 from fedsys.transport.codecs import LEAST_PER_SCALE, decode_activation, encode_activation
+from fedsys.transport.nonzeros import Nonzeros
 
 
 def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,14 +48,19 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         ``cases``: per codec, cut and direction ``of_bound`` (largest error by its bound; None for
         fp32, which has none), ``relative_rms``, ``bytes``, ``of_fp32``, ``encode_mb_s`` and
-        ``decode_mb_s`` (10^6 bytes). ``trainings``: per codec and seed the accuracy on the test
-        part and the bytes that crossed the cut. ``accuracy``: per codec the mean, and the mean of
-        its differences to fp32 with the smallest and the largest, in points.
+        ``decode_mb_s`` (10^6 bytes); of gradients behind a ReLU also ``without_zeros``: the
+        ``bytes`` that are left, and medians of milliseconds in which the device writes the
+        activation, as usual (``plain_ms``) and with what is needed here (``mark_ms``), the edge
+        chooses elements (``choose_ms``), and the device finds their places and fills in zeros
+        (``fill_ms``). ``trainings``: per codec and seed the accuracy on the test part and the bytes
+        that crossed the cut. ``accuracy``: per codec the mean, and the mean of its differences to
+        fp32 with the smallest and the largest, in points.
     """
     training.set_threads(config.client.threads)
+    turns = int(options["turns"])
     cases = [
-        _case(codec, cut, direction, tensor, int(options["turns"]))
-        for cut, direction, tensor in _crossing(config)
+        _case(codec, cut, direction, tensor, turns) | _without_zeros(codec, tensor, front, turns)
+        for cut, direction, tensor, front in _crossing(config)
         for codec in options["codecs"]
     ]
     trainings = [
@@ -74,8 +83,11 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
 # Tensors
 
 
-def _crossing(config: Config) -> Iterator[tuple[str, str, Tensor]]:
-    """Yield what crosses each cut: the unit before it, the direction, the tensor."""
+def _crossing(config: Config) -> Iterator[tuple[str, str, Tensor, Tensor | None]]:
+    """Yield what crosses each cut: the unit before it, the direction, the tensor.
+
+    Of a gradient also the activation, where it needs none at zeros of that.
+    """
     dataset = federation.federation(config).dataset
     layers = layered(federation.build_model(config, dataset).train(), dataset.input_shape)
     address, size = Address(config.seed, 0, 1), config.client.batch_size
@@ -89,9 +101,10 @@ def _crossing(config: Config) -> Iterator[tuple[str, str, Tensor]]:
             loss = loss_of(back(safe_input(back, inner)), y, 1.0)
             loss.backward()  # type: ignore[no-untyped-call]  # torch has no type for it
         name = layers.units[cut - 1].name
-        yield name, "activation", activation.detach()
+        yield name, "activation", activation.detach(), None
         assert inner.grad is not None  # every cut has weights behind it
-        yield name, "gradient", inner.grad
+        zeros = inner.detach() if is_rectified(layers, cut) else None
+        yield name, "gradient", inner.grad, zeros
 
 
 def _case(codec: str, cut: str, direction: str, x: Tensor, turns: int) -> dict[str, Any]:
@@ -113,6 +126,28 @@ def _case(codec: str, cut: str, direction: str, x: Tensor, turns: int) -> dict[s
         "encode_mb_s": round(x.nbytes / encode / 1e6, 1),
         "decode_mb_s": round(x.nbytes / decode / 1e6, 1),
     }
+
+
+def _without_zeros(
+    codec: str, gradient: Tensor, activation: Tensor | None, turns: int
+) -> dict[str, Any]:
+    """Return what is left of a gradient that is not needed at zeros, and what that costs."""
+    if activation is None:
+        return {}
+    sent = encode_activation(activation, codec, mark=True)[0]["x"]
+    written, _ = encode_activation(gradient, codec)
+    x, size = written["x"], sum(tensor.nbytes for tensor in written.values())
+    found = Nonzeros(sent).of(x)
+    if found is None:
+        return {"without_zeros": {"bytes": size}}
+    timed = {
+        "plain_ms": lambda: encode_activation(activation, codec),
+        "mark_ms": lambda: encode_activation(activation, codec, mark=True),
+        "choose_ms": lambda: Nonzeros(sent).of(x),
+        "fill_ms": lambda: Nonzeros(sent).filled(*found),
+    }
+    took = {name: round(1e3 * _seconds(work, turns), 3) for name, work in timed.items()}
+    return {"without_zeros": {"bytes": size - x.nbytes + found[0].nbytes, **took}}
 
 
 def _bound(x: Tensor, codec: str) -> Tensor | None:
