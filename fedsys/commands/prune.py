@@ -55,8 +55,9 @@ def job(tree: Any) -> Mapping[str, Any]:
 
     Returns:
         ``variants``: figures of those that stay, ``refused``: reasons by name, ``seconds`` by part
-        of the work, ``portfolio``: its folder, ``run_dir``, and with ``variants.onnx=true``
-        ``onnx``: paths of the files by name.
+        of the work, ``portfolio``: its folder, ``run_dir``, with ``variants.onnx=true``
+        ``onnx``: paths of the files by name, and with ``variants.round_to=auto`` ``rounding``:
+        by level what was rounded up, and what was measured (`Rounding.figures`).
 
     Raises:
         FedsysError: The configuration is not usable, or no portfolio can be made.
@@ -76,6 +77,7 @@ def job(tree: Any) -> Mapping[str, Any]:
             "accuracies": {v.name: v.accuracy for v in made.measured},
             "refused": dict(made.refused),
             "seconds": {**seconds, "total": round(time.perf_counter() - began, 3)},
+            **({"rounding": rounding} if (rounding := _rounding(made)) else {}),
             "portfolio": str(made.portfolio.folder),
             **({"onnx": files} if files else {}),
             "run_dir": str(path),
@@ -178,6 +180,10 @@ def _written(portfolio: Portfolio, folder: Path) -> dict[str, str]:
             _say(f"{file}: differs from {variant.name} by {difference:.1e}")
             files[variant.name] = str(file)
     return files
+
+
+def _rounding(made: Made) -> dict[str, Any]:
+    return {name: decision.figures() for name, decision in made.rounding.items()}
 
 
 def _say(text: str) -> None:

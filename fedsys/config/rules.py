@@ -144,7 +144,12 @@ RULES: tuple[Rule, ...] = (
     ("link.around", _optional(_names_target), "must have a _target_, the path of a class", ""),
     ("schedule.micro_batches", _at_least_one, "must be at least 1", ""),
     ("checkpoint.every", _at_least_one, "must be at least 1", ""),
-    ("variants.round_to", _at_least_one, "must be at least 1", "1 rounds nothing"),
+    (
+        "variants.round_to",
+        lambda v: v == "auto" or (isinstance(v, int) and v >= 1),
+        "must be at least 1, or auto",
+        "1 rounds nothing",
+    ),
     ("variants.borders", *_one_of("carrier", "map"), ""),
     ("variants.coupling", *_one_of("group", "scatter"), ""),
     (

@@ -339,7 +339,8 @@ class VariantsConfig:
         run: Folder of the run whose model is pruned; None: an untrained model.
         trained: Folders of runs that trained its variants further; each gives a candidate, too.
         round_to: Multiple that numbers of channels are rounded up to, in a second candidate of
-            each level.
+            each level; ``auto`` rounds, in the only one, what is measured to be faster so
+            (`fedsys.pruning.rounding`).
         borders: ``carrier`` or ``map``: see `fedsys.pruning.dense.constants.Borders`.
         coupling: ``group`` or ``scatter``: see `fedsys.pruning.dense.channels.Coupling`.
         precisions: Types of further variants: bfloat16, float16, int8.
@@ -360,7 +361,7 @@ class VariantsConfig:
 
     run: str | None = None
     trained: tuple[str, ...] = ()
-    round_to: int = 1
+    round_to: int | str = 1
     borders: str = "carrier"
     coupling: str = "group"
     precisions: tuple[str, ...] = ()

@@ -18,7 +18,7 @@ from fedsys.data import Dataset
 from fedsys.errors import ModelError
 from fedsys.pruning.dense.architecture import load as load_dense
 from fedsys.pruning.dense.architecture import save as save_dense
-from fedsys.pruning.dense.channels import Coupling
+from fedsys.pruning.dense.channels import Coupling, Multiples
 from fedsys.pruning.dense.constants import Borders
 from fedsys.pruning.dense.fold import answering, as_near, folding
 from fedsys.pruning.dense.frozen import keep_frozen
@@ -108,6 +108,7 @@ def convert(
     input_shape: Sequence[int],
     say: Callable[[Removal], None],
     images: Tensor | None = None,
+    round_to: Multiples | None = None,
 ) -> tuple[Candidate, Shrunk]:
     """Return the dense model of a level, verified.
 
@@ -118,18 +119,22 @@ def convert(
         say: Is told what will be removed, before it is.
         images: Real images, normalised, ``(n, …)``, on which what answers is compared with the
             masked model too; None leaves it at the probes.
+        round_to: What numbers of channels are rounded up to; None: what `options` say, where
+            ``auto`` rounds none.
 
     Raises:
         ModelError: As `fedsys.pruning.dense.shrink.shrink`, or outputs or answers for an image
             differ.
     """
+    if round_to is None:
+        round_to = options.round_to if isinstance(options.round_to, int) else 1
     small = shrink(
         level.model,
         input_shape,
         masks=level.masks,
         borders=Borders(options.borders),
         coupling=Coupling(options.coupling),
-        round_to=options.round_to,
+        round_to=round_to,
         announce=say,
     )
     content = _as_saved(small.model)

@@ -25,12 +25,15 @@ from fedsys.config import Config, VariantsConfig, secret
 from fedsys.data import Dataset, Images
 from fedsys.errors import ConfigError, FedsysError, ModelError
 from fedsys.pruning.candidates import Candidate, convert, lower, lowered_name, parent_candidate
+from fedsys.pruning.dense.channels import Multiples
 from fedsys.pruning.dense.removal import Removal
+from fedsys.pruning.dense.shrink import Shrunk
 from fedsys.pruning.export import export_onnx
 from fedsys.pruning.levels import EVAL_BATCH, Done, Level, Recipe, epochs_of, refined, spread
 from fedsys.pruning.measuring import front, latencies, machine, peak_bytes
 from fedsys.pruning.portfolio import About, Latency, Portfolio, Variant
 from fedsys.pruning.precision import OnnxModule
+from fedsys.pruning.rounding import AUTO, Rounding, decided
 from fedsys.runs.progress import Progress
 from fedsys.training import plain as training
 
@@ -66,12 +69,14 @@ class Made:
         measured: All candidates with their figures, those that were refused too.
         refused: Why, by name.
         seconds: By part of the work.
+        rounding: With ``variants.round_to=auto``, what each level keeps more channels in.
     """
 
     portfolio: Portfolio
     measured: tuple[Variant, ...]
     refused: Mapping[str, str]
     seconds: Mapping[str, float]
+    rounding: Mapping[str, Rounding] = field(default_factory=dict)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -148,10 +153,16 @@ def make(
         images = _some(dataset)
         candidates = [parent_candidate(parent, options, dataset.input_shape, images)]
     failed: dict[str, FedsysError] = {}
+    rounding: dict[str, Rounding] = {}
     epoch_done = _epochs(masked, config, shown)
     for recipe in masked:
         try:
-            candidates += _candidates(recipe, config, dataset, images, watch, say, epoch_done)
+            level = _level(recipe, config, dataset, watch, epoch_done)
+            if options.round_to == AUTO:
+                candidate, rounding[level.name] = _rounded(level, options, images, watch, say)
+                candidates.append(candidate)
+            else:
+                candidates += _candidates(level, options, images, watch, say)
         except (ConfigError, ModelError) as error:
             failed[recipe.name] = error
             say(f"{recipe.name}: {error}")
@@ -163,7 +174,7 @@ def make(
     candidates = measured(candidates, options, dataset, watch)
     made = _chosen(candidates, config, dataset, folder, source, watch)
     reasons = {name: str(error) for name, error in failed.items()}
-    return dataclasses.replace(made, refused={**made.refused, **reasons})
+    return dataclasses.replace(made, refused={**made.refused, **reasons}, rounding=rounding)
 
 
 def _lowered(
@@ -214,44 +225,61 @@ def _epochs(levels: Sequence[Recipe], config: Config, shown: Progress | None) ->
     return epoch_done
 
 
+def _level(
+    recipe: Recipe, config: Config, dataset: Dataset, watch: Durations, epoch_done: Done
+) -> Level:
+    with watch.of("mask"):
+        level = recipe.make()
+    with watch.of("refine"):
+        return refined(level, config, dataset, epoch_done)
+
+
 def _candidates(
-    recipe: Recipe,
-    config: Config,
-    dataset: Dataset,
-    images: Tensor,
-    watch: Durations,
-    say: Say,
-    epoch_done: Done,
+    level: Level, options: VariantsConfig, images: Tensor, watch: Durations, say: Say
 ) -> list[Candidate]:
     """Return the dense model of a level and, if channels shall be rounded, one with more of them.
 
     Both are measured: more channels are faster on some processors only.
     """
-    options = config.variants
-    with watch.of("mask"):
-        level = recipe.make()
-    with watch.of("refine"):
-        level = refined(level, config, dataset, epoch_done)
-    plain = dataclasses.replace(options, round_to=1)
-    candidates = [_converted(level, plain, images, watch, say)]
-    if options.round_to > 1:
+    candidates = [_converted(level, options, images, watch, say, 1)[0]]
+    if isinstance(options.round_to, int) and options.round_to > 1:
         rounded = dataclasses.replace(
             level,
             name=f"{level.name}-round{options.round_to}",
             made=f"{level.made}, channels rounded up to multiples of {options.round_to}",
         )
-        more = _converted(rounded, options, images, watch, say)
+        more, _ = _converted(rounded, options, images, watch, say, options.round_to)
         if more.variant.channels != candidates[0].variant.channels:
             candidates.append(more)
     return candidates
 
 
-def _converted(
+def _rounded(
     level: Level, options: VariantsConfig, images: Tensor, watch: Durations, say: Say
-) -> Candidate:
+) -> tuple[Candidate, Rounding]:
+    """Return the dense model of a level with more channels where that is faster, and where."""
+    exact, small = _converted(level, options, images, watch, say, 1)
+    with watch.of("rounding"):
+        decision = decided(small.plan, options, images.shape[1:])
+    say(f"{level.name}: {decision}")
+    if not decision.round_to:
+        return exact, decision
+    made = f"{level.made}, channels of {len(decision.rounded)} groups of layers rounded up"
+    wider = dataclasses.replace(level, made=f"{made} for {decision.engine}")
+    return _converted(wider, options, images, watch, say, decision.round_to)[0], decision
+
+
+def _converted(
+    level: Level,
+    options: VariantsConfig,
+    images: Tensor,
+    watch: Durations,
+    say: Say,
+    round_to: Multiples,
+) -> tuple[Candidate, Shrunk]:
     with watch.of("convert"):
         announce = _announcing(level.name, say)
-        candidate, small = convert(level, options, images.shape[1:], announce, images)
+        candidate, small = convert(level, options, images.shape[1:], announce, images, round_to)
     report, variant = small.report, candidate.variant
     say(
         f"{level.name}: {report.parameters:,} of {report.parameters_before:,} parameters in "
@@ -259,7 +287,7 @@ def _converted(
         f"{variant.max_abs_output:.3g}, {variant.other_answers} of {variant.compared_images} "
         "validation images answered otherwise"
     )
-    return candidate
+    return candidate, small
 
 
 def _announcing(name: str, say: Say) -> Callable[[Removal], None]:

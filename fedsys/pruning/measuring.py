@@ -66,7 +66,7 @@ def latencies(
     """
     found: dict[str, list[Latency]] = {name: [] for name in models}
     for count in threads:
-        with _threads(count):
+        with with_threads(count):
             for batch in batch_sizes:
                 images = torch.randn(
                     batch, *input_shape, generator=torch.Generator().manual_seed(0)
@@ -125,7 +125,8 @@ def _ms(seconds: Sequence[float], share: float) -> float:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def with_threads(count: int) -> Iterator[None]:
+    """Let torch compute with so many threads in the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -26,7 +26,7 @@ from fedsys.config import VariantsConfig
 from fedsys.data import Images
 from fedsys.errors import ModelError
 from fedsys.main import main
-from fedsys.pruning import candidates
+from fedsys.pruning import candidates, rounding
 from fedsys.pruning.dense.architecture import load
 from fedsys.pruning.dense.fold import as_near
 from fedsys.pruning.levels import Level, epochs_of, recipes, refined, spread
@@ -314,6 +314,72 @@ def test_rounded_channels_are_measured_beside_exact_ones(
     assert all(after % 8 == 0 or after == before for _, before, after in rounded.channels)
 
 
+def test_channels_are_rounded_where_that_is_measured_to_be_faster(
+    trained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    everything_stays: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Times are made up, so that all is rounded for once: what pays differs among machines."""
+
+    def in_turns(models: dict[str, nn.Module], images: Tensor, runs: int) -> dict[str, list[float]]:
+        def odd(model: nn.Module) -> int:
+            widths = [len(p) for p in model.parameters() if p.dim() > 1]
+            return sum(width % 8 != 0 for width in widths)
+
+        return {name: [1.0 + odd(model)] * runs for name, model in models.items()}
+
+    options = ("pruning.sparsity=[0.8]", f"run={trained}", *FAST)
+    for folder, round_to in (("a", "1"), ("b", "auto")):
+        if round_to == "auto":
+            monkeypatch.setattr(rounding, "in_turns", in_turns)
+        own = (f"variants.round_to={round_to}", f"run.dir={tmp_path / folder}")
+        status, out, err = call(capsys, "prune", *options, *own)
+        assert status == 0, err
+    result = json.loads(out.splitlines()[-1])
+    decision = result["rounding"]["group_norm-80"]
+    assert decision["engine"] == "torch" and decision["rounded"]
+    times = decision["measured_ms"]
+    assert times["chosen"] == times["round8"] < times["exact"]
+    assert "groups of channels rounded up for torch; ms: exact" in err
+    found = Portfolio.load(Path(result["portfolio"]))
+    rounded = found.variant("group_norm-80")
+    exact = Portfolio.load(tmp_path / "a" / "portfolio").variant("group_norm-80")
+    assert {v.name for v in found.variants} == {PARENT, "group_norm-80"}  # in place of the exact
+    assert exact.params < rounded.params and rounded.accuracy == exact.accuracy
+    assert rounded.other_answers == 0 and "rounded up for torch" in rounded.made
+    assert all(after % 8 == 0 or after == before for _, before, after in rounded.channels)
+    before = {name: after for name, _, after in exact.channels}
+    for group in decision["rounded"]:
+        for layer in group["layers"]:
+            after = next(a for name, _, a in rounded.channels if name == layer)
+            assert (before[layer], after) == (group["channels"], group["rounded"])
+
+
+def test_a_variant_whose_rounding_does_not_pay_is_the_exact_one(
+    trained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    everything_stays: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def in_turns(models: dict[str, nn.Module], images: Tensor, runs: int) -> dict[str, list[float]]:
+        counted = {name: sum(p.numel() for p in m.parameters()) for name, m in models.items()}
+        return {name: [float(count)] * runs for name, count in counted.items()}
+
+    monkeypatch.setattr(rounding, "in_turns", in_turns)
+    options = ("pruning.sparsity=[0.8]", "variants.round_to=auto", f"run.dir={tmp_path / 'a'}")
+    status, out, err = call(capsys, "prune", f"run={trained}", *FAST, *options)
+    assert status == 0, err
+    result = json.loads(out.splitlines()[-1])
+    decision = result["rounding"]["group_norm-80"]
+    assert decision["rounded"] == [] and decision["tries"] > 0
+    assert decision["measured_ms"]["chosen"] == decision["measured_ms"]["exact"]
+    made = Portfolio.load(Path(result["portfolio"])).variant("group_norm-80").made
+    assert "rounded" not in made
+
+
 def shrunk_and_trained(
     capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path
 ) -> tuple[Path, Path]:
@@ -452,6 +518,9 @@ def test_a_model_that_does_not_trace_and_an_objective_that_nothing_meets_are_ref
         ("variants.precisions=[int4]", "must be a list of bfloat16, float16, int8"),
         ("variants.runs=3", "must be at least 30"),
         ("variants.round_too=3", "round_too"),
+        ("variants.round_to=0", "must be at least 1, or auto"),
+        ("variants.round_to=fast", "must be at least 1, or auto"),
+        ("variants.round_to=1.5", "variants.round_to=1.5: must be"),
         ("pruning=lottery", "no such choice"),
     ],
 )

@@ -170,8 +170,12 @@ def _refuse_constant_output(reading: Reading, op: Op) -> None:
 # Channels that stay
 
 
+Multiples = int | Mapping[str, int]
+"""What numbers of channels are rounded up to: all alike, or by the name of the layer (others 1)."""
+
+
 def keep(
-    reading: Reading, need: Needs, coupling: Coupling, round_to: int = 1
+    reading: Reading, need: Needs, coupling: Coupling, round_to: Multiples = 1
 ) -> Mapping[str, Tensor]:
     """Find the channels that stay: those that are read, and the fewest that fit them.
 
@@ -186,7 +190,7 @@ def keep(
     """
     kept = {name: need.read(name) for name in need.live}
     used = settle(reading, need.cut, coupling, kept)
-    while round_to > 1 and _round(reading, used, kept, round_to):
+    while round_to != 1 and _round(reading, used, kept, round_to):
         used = settle(reading, need.cut, coupling, kept)
     return {name: kept[name] for name in used if name in kept}
 
@@ -269,15 +273,16 @@ def _filled(side: Tensor, stays: Tensor) -> Tensor:
     return (side | (~side & (rank <= missing[:, None]))).flatten()
 
 
-def _round(reading: Reading, used: list[str], kept: dict[str, Tensor], round_to: int) -> bool:
+def _round(reading: Reading, used: list[str], kept: dict[str, Tensor], round_to: Multiples) -> bool:
     """Add channels to layers whose number is no multiple of `round_to`; say whether any was."""
     changed = False
     for name in used:
         op = reading.ops[name]
         if op.kind is not Kind.MIX or op.groups > 1:
             continue
+        multiple = round_to if isinstance(round_to, int) else round_to.get(op.name, 1)
         now = int(kept[name].sum())
-        missing = min(math.ceil(now / round_to) * round_to, op.channels) - now
+        missing = min(math.ceil(now / multiple) * multiple, op.channels) - now
         if missing > 0:
             absent = ~kept[name]
             kept[name] = ~(absent & (absent.cumsum(0) > missing))

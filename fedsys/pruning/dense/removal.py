@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
 
 from fedsys.errors import ConfigError, ModelError
 from fedsys.models.graph import interpreted, trace_evaluation
-from fedsys.pruning.dense.channels import Coupling, Needs, keep, needs
+from fedsys.pruning.dense.channels import Coupling, Multiples, Needs, keep, needs
 from fedsys.pruning.dense.cloning import clone_model
 from fedsys.pruning.dense.constants import Borders, Reading, read
 from fedsys.pruning.dense.ops import Kind
@@ -93,6 +93,11 @@ class Removal:
         lines += [f"      {self.note}"] if self.note else []
         return "\n".join(lines)
 
+    def rounded(self, coupling: Coupling, round_to: Multiples) -> Removal:
+        """Return this plan with channels of zeros added, as for `make_plan`."""
+        kept = keep(self.reading, self.need, coupling, round_to)
+        return replace(self, kept=kept, groups=_groups(self.reading, self.need, kept))
+
     def apply(self) -> fx.GraphModule:
         """Return the dense model of this plan in evaluation; some parts may be in float64."""
         return rebuild(self.reading, self.need, self.kept)
@@ -104,7 +109,7 @@ def make_plan(
     *,
     borders: Borders = Borders.CARRIER,
     coupling: Coupling = Coupling.GROUP,
-    round_to: int = 1,
+    round_to: Multiples = 1,
 ) -> Removal:
     """Find which channels of `model` can go, by the zeros of its parameters.
 
@@ -113,7 +118,8 @@ def make_plan(
         inputs: A batch of inputs, ``(rows, …)``.
         borders: What to do where constants meet zero padding.
         coupling: What to do where operands of sums have different channels.
-        round_to: Keep a multiple of this many channels, where a layer has that many.
+        round_to: Keep a multiple of this many channels, where a layer has that many; or so by the
+            name of the layer.
 
     Raises:
         ModelError: The model does not trace or run on such inputs, or its output does not depend
@@ -130,14 +136,20 @@ def make_plan(
 
 
 def plan_graph(
-    graph: fx.GraphModule, inputs: Tensor, *, borders: Borders, coupling: Coupling, round_to: int
+    graph: fx.GraphModule,
+    inputs: Tensor,
+    *,
+    borders: Borders,
+    coupling: Coupling,
+    round_to: Multiples,
 ) -> Removal:
     """Find which channels can go of a model that `evaluation_graph` returned.
 
     Arguments and errors are those of `make_plan`.
     """
-    if round_to < 1:
-        raise ConfigError.of("variants.round_to", round_to, "must be at least 1")
+    for multiple in [round_to] if isinstance(round_to, int) else round_to.values():
+        if multiple < 1:
+            raise ConfigError.of("variants.round_to", multiple, "must be at least 1")
     try:
         reading = read(graph, inputs.double(), borders)
         note = _MUTE if _is_constant(reading) else ""

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fedsys.errors import ModelError
-from fedsys.pruning.dense.channels import Coupling
+from fedsys.pruning.dense.channels import Coupling, Multiples
 from fedsys.pruning.dense.cloning import InFloat64
 from fedsys.pruning.dense.constants import Borders
 from fedsys.pruning.dense.frozen import keep_frozen
@@ -92,7 +92,7 @@ def shrink(
     masks: Mapping[str, Tensor] | None = None,
     borders: Borders = Borders.CARRIER,
     coupling: Coupling = Coupling.GROUP,
-    round_to: int = 1,
+    round_to: Multiples = 1,
     verify: bool = True,
     announce: Callable[[Removal], None] | None = None,
 ) -> Shrunk:
@@ -106,7 +106,8 @@ def shrink(
         borders: What to do where constants meet zero padding.
         coupling: What to do where operands of sums have different channels.
         round_to: Keep a multiple of this many channels, where a layer has that many: some
-            processors are faster then. The channels added compute zero.
+            processors are faster then. The channels added compute zero. Or so by the name of the
+            layer (`fedsys.pruning.rounding` measures where it pays); others are not rounded.
         verify: Compare outputs of both models on random and extreme inputs.
         announce: Is told what will be removed, before it is.
 
