@@ -148,7 +148,10 @@ class TypedBuffers(Around):
         weights: list[float] = []
         for reply in replies:
             received = cast(ArrayRecord, reply.content[ARRAYS])
-            reply.content[ARRAYS], rest = self._divide(self._show(received))
+            # Bulyan of flwr 1.42 adds arrays up by their position
+            in_order = records.joined(self._sent, received)
+            in_order = in_order if in_order.keys() == received.keys() else received
+            reply.content[ARRAYS], rest = self._divide(self._show(in_order))
             others.append(rest)
             weights.append(number(reply.content.metric_records[METRICS], NUM_EXAMPLES))
         aggregate, metrics = self.inner.aggregate_train(server_round, replies)

@@ -642,6 +642,29 @@ def test_a_strategy_that_never_makes_a_model_is_refused_at_once(make):
         played(strategy, arrays, Nodes(client, 2))
 
 
+def test_replies_are_averaged_by_names_whatever_their_order(make):
+    """Bulyan adds up by position: weight and bias of a layer that one client pruned were mixed.
+
+    A module has its weight behind its bias after torch.nn.utils.prune.remove.
+    """
+
+    def pruned(k, content):
+        reply = client(0, content)
+        if k % 2:
+            backwards = reversed(records.arrays_of(reply["arrays"]).items())
+            reply["arrays"] = records.record_of(dict(backwards))
+        return reply
+
+    for name in ("bulyan", "fedmedian", "krum", "fedavg"):
+        strategy, arrays = make(name)
+        alike = round_of(strategy, Nodes(lambda k, content: client(0, content), 5), arrays, 1)
+        strategy, arrays = make(name)
+        mixed = round_of(strategy, Nodes(pruned, 5), arrays, 1)
+        assert list(mixed) == list(alike) == list(arrays)
+        for key, array in records.arrays_of(alike).items():
+            np.testing.assert_array_equal(records.arrays_of(mixed)[key], array)
+
+
 def test_a_strategy_that_lacks_lost_clients_keeps_the_model_of_the_round_before(make):
     strategy, arrays = make("bulyan")
     grid = Nodes(lambda k, content: client(k, content) if k < 2 else None, 3)
