@@ -23,6 +23,9 @@ device did, what its iterations took (of the clock and of a processor), and what
 taken with the best cut are compared with what the model of time says of that rate. ``--agent``
 names the file of FedAdapt's agent; without it one that is not trained decides.
 
+With ``--cells`` the plans of ``auto`` are compared with PiPar's reference implementation
+(`testbed_cells`).
+
 The last line is one JSON object.
 """
 
@@ -62,18 +65,28 @@ from fedsys.transport.messages import ASSIGNMENT, OBSERVATION, settings_of
 from fedsys.transport.network import Network
 from fedsys.transport.security import Authority
 
-_FEDSYS = (sys.executable, "-m", "fedsys.main")
+FEDSYS = (sys.executable, "-m", "fedsys.main")
 
 PAYLOAD = 0.956
 """Share of an Ethernet frame of 1514 bytes that is payload of TCP."""
 
 
 def main() -> None:
-    """Profile, predict, run, emulate, compare."""
-    if sys.argv[1:2] == ["_device"]:
-        return device(Path(sys.argv[2]))
+    """Do what the arguments ask for."""
+    own = {"_device": device, "_profile": profile}
+    if sys.argv[1:2] and sys.argv[1] in own:
+        return own[sys.argv[1]](sys.argv[2:])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # else the namespaces would stay
     given = _arguments()
+    if given.cells is None:
+        return one(given)
+    import testbed_cells  # it needs this module
+
+    print(json.dumps(testbed_cells.cells(given)))
+
+
+def one(given: argparse.Namespace) -> None:
+    """Profile, and compare one assignment, or policies that decide."""
     config = _config(given)
     fed = federation.federation(config)
     layers = layers_of(config, fed.dataset)
@@ -147,6 +160,19 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--change-at", type=int, default=4, help="round with another rate")
     parser.add_argument("--change-to", type=float, default=5.0, help="Mbit/s of device0 from then")
     parser.add_argument("--back-at", type=int, default=0, help="round with the first one; 0: none")
+    parser.add_argument(
+        "--cells", nargs="*", help="against PiPar; e.g. 10:wifi 25:4g, without any: all cells"
+    )
+    parser.add_argument("--images", type=Path, help="cells: folder of real images, by class")
+    parser.add_argument("--base", type=Path, help="cells: checkout of bde1fc2")
+    parser.add_argument("--beside", action="store_true", help="cells: and cut 1 of both checkouts")
+    parser.add_argument("--keep", type=Path, help="cells: file of what was measured, to go on")
+    parser.add_argument("--kernels", default="fused", choices=["plain", "fused"])
+    parser.add_argument(
+        "--memory-format", default="channels_last", choices=["contiguous", "channels_last"]
+    )
+    parser.add_argument("--link", default="tcp", choices=["tcp", "grpc"])
+    parser.add_argument("--repeats", type=int, default=5, help="cells: of the profile")
     return parser.parse_args()
 
 
@@ -183,14 +209,17 @@ def slowed(costs: MachineCosts, factor: float) -> MachineCosts:
 
 
 @contextmanager
-def testbed_of(given: argparse.Namespace) -> Iterator[Any]:
-    """Build the testbed of the arguments for a block."""
+def testbed_of(
+    given: argparse.Namespace, up: float | None = None, down: float | None = None
+) -> Iterator[Any]:
+    """Build the testbed of the arguments for a block, with other Mbit/s if they are given."""
     spec = importlib.util.spec_from_file_location("testbed", given.testbed)
     if spec is None or spec.loader is None:
         raise SystemExit(f"{given.testbed}: no Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    with module.Testbed("fs", given.devices, 1, given.up, given.down, 0, 0) as testbed:
+    up, down = given.up if up is None else up, given.down if down is None else down
+    with module.Testbed("fs", given.devices, 1, up, down, 0, 0) as testbed:
         yield testbed
 
 
@@ -205,7 +234,7 @@ def profiled(given: argparse.Namespace) -> dict[str, Any]:
         serving = ["json=true", f"profile.serve={address}", f"run.dir={folder / 'serving'}"]
         edge = testbed.popen(
             "edge0",
-            [*_FEDSYS, "profile", *serving, f"link.credentials={folder / 'edge'}"],
+            [*FEDSYS, "profile", *serving, f"link.credentials={folder / 'edge'}"],
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -219,7 +248,7 @@ def profiled(given: argparse.Namespace) -> dict[str, Any]:
                 *(f"profile.edge={address}", f"link.credentials={folder / 'device'}", "json=true"),
             ]
             measuring = testbed.popen(
-                "device0", [*_FEDSYS, "profile", *words], stdout=subprocess.PIPE, text=True
+                "device0", [*FEDSYS, "profile", *words], stdout=subprocess.PIPE, text=True
             )
             told, _ = measuring.communicate(timeout=300)
         finally:
@@ -267,7 +296,7 @@ def started(
     edge = testbed.popen(
         "edge0",
         [
-            *(*_FEDSYS, "edge", "json=true", "edge.http=null"),
+            *(*FEDSYS, "edge", "json=true", "edge.http=null"),
             *(f"edge.address=grpc://{address}", f"edge.credentials={folder / 'edge'}"),
         ],
         stdout=subprocess.PIPE,
@@ -275,7 +304,7 @@ def started(
     )
     processes = [edge]
     try:
-        _said(edge)
+        said(edge)
         for index in range(given.devices):
             text = _device_config(config, index, address, folder, **values)
             processes.append(_device_process(testbed, f"device{index}", text, folder))
@@ -327,7 +356,7 @@ def _round(
     """
     names = [f"device{i}" for i in range(given.devices)]
     for process in devices:
-        _said(process)
+        said(process)
     for name in names:
         testbed.set_cpu(name, given.cpu)
     if rate is not None:
@@ -338,7 +367,7 @@ def _round(
         process.stdin.flush()
     told = []
     for name, process in zip(names, devices, strict=True):
-        told.append(json.loads(_said(process)))
+        told.append(json.loads(said(process)))
         if rate is not None and name == names[0]:
             testbed.shape(name, given.up, given.down)
     for name in names:
@@ -353,7 +382,8 @@ def _between(given: argparse.Namespace, config: Config, testbed: Any, folder: Pa
     return median(b - a for e in ends for a, b in pairwise(e[:-1]))
 
 
-def _said(process: subprocess.Popen[str]) -> str:
+def said(process: subprocess.Popen[str]) -> str:
+    """Return the next line of a process of the testbed; end if it has ended."""
     assert process.stdout is not None
     line = process.stdout.readline()
     if not line:
@@ -361,11 +391,22 @@ def _said(process: subprocess.Popen[str]) -> str:
     return line
 
 
-def device(file: Path) -> None:
+def device(words: list[str]) -> None:
     """Be one device of the testbed: wait before each round, and tell what was seen in it."""
-    config = configuration.parse(file.read_text())
+    config = configuration.parse(Path(words[0]).read_text())
     server, client = load_apps(config)
     play_local(config, server, _Telling(client))
+
+
+def profile(words: list[str]) -> None:
+    """Be ``fedsys profile`` that waits once it has imported what it needs."""
+    from fedsys.commands import profile as command  # torch, and all that measuring needs
+    from fedsys.main import entry
+
+    print(command.__name__, flush=True)
+    sys.stdin.readline()
+    sys.argv = ["fedsys", "profile", *words]
+    entry()
 
 
 class _Telling:

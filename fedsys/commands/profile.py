@@ -3,6 +3,11 @@
 Units between two useful cuts are timed as one and share its time by their work. Each size of
 micro-batch is timed by itself, in training, with the draws and the loss that training has; medians
 over repeats, on a GPU after it has finished.
+
+One thread of the CPU is timed by its processor time, so what else the machine does counts for
+little. Where a control group leaves this process less than its threads could use, everything takes
+as much longer: a short operation, timed by the clock, is over before the quota is used up, and a
+long one is not. Both is what a device does that has such a quota while it trains.
 """
 
 from __future__ import annotations
@@ -10,7 +15,7 @@ from __future__ import annotations
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import median, quantiles
@@ -24,10 +29,10 @@ from fedsys import config as configuration
 from fedsys import data
 from fedsys.commands.profile_link import LinkCosts, measure_link, other_end, serve_for_ever
 from fedsys.config import Config
-from fedsys.errors import ConfigError
+from fedsys.errors import ConfigError, is_number
 from fedsys.models.fused import fuse, fusion_of
 from fedsys.models.layers import LayeredModel, layered, stages
-from fedsys.offload.processors import usable_cores
+from fedsys.offload.processors import processor_quota, usable_cores
 from fedsys.partition.profiling import shared_by_work
 from fedsys.planning.costs import crossings, tensor_bytes
 from fedsys.planning.hardware import made_for, units_sha256
@@ -42,7 +47,9 @@ from fedsys.transport.codecs import CODECS
 from fedsys.transport.security import Credentials, Role
 from fedsys.transport.several import arguments, beside
 
-OPTIONS: Mapping[str, Any] = {"repeats": 15, "edge": None, "serve": None, "name": None}
+OPTIONS: Mapping[str, Any] = {
+    **{"repeats": 15, "edge": None, "serve": None, "name": None, "quota": None},
+}
 
 Times = dict[int, list[list[float]]]
 
@@ -53,7 +60,8 @@ def job(tree: Any) -> Mapping[str, Any]:
     Args:
         tree: The composed configuration (a DictConfig); ``profile`` has the options: ``repeats``
             of each measurement; ``edge``, the address of another machine on which this command
-            runs with ``serve``; ``name`` of the machine in the file.
+            runs with ``serve``; ``name`` of the machine in the file; ``quota``, the cores' worth of
+            processor time that its devices have, if its control group does not say so.
 
     Returns:
         The profile, and its ``file``.
@@ -126,6 +134,9 @@ def _options(given: Mapping[str, Any]) -> dict[str, Any]:
     repeats = options["repeats"]
     if type(repeats) is not int or repeats < 3:
         raise ConfigError.of("profile.repeats", repeats, "must be a whole number of at least 3")
+    quota = options["quota"]
+    if quota is not None and not (is_number(quota) and quota > 0):
+        raise ConfigError.of("profile.quota", quota, "must be cores, more than 0, or null")
     return options
 
 
@@ -152,28 +163,27 @@ def profile(
     device = training.pick_device(config.client.device)
     layers = layered(model.to(device), fed.dataset.input_shape)
     repeats, name = int(options["repeats"]), str(options["name"] or socket.gethostname())
-    timed = _Timed(config, layers, device)
+    quota = options["quota"] or processor_quota()
+    timed = _Timed(config, layers, device, clock_of(config.client.threads, device.type, quota))
     computing, words = _computing(timed, sizes_of(config.client.batch_size), repeats)
-    link = _link(config, layers, options, repeats, credentials)
+    link = _link(config, layers, options, repeats, credentials).slower(max(1.0, 1 / (quota or 1)))
     machine = {
         **_about(config, layers, device),
         **computing,
-        "load_s": _short(_load_s(config, repeats)),
+        "load_s": _short(_load_s(config, repeats, timed.now)),
         "message_s": _short(link.message_s),
         "byte_s": {codec: _short(seconds) for codec, seconds in link.byte_s.items()},
         "bytes_at_cuts": _bytes_at_cuts(layers, config.client.batch_size),
     }
-    rates = {
-        "up_mbit_s": link.up_bits_s / 1e6,
-        "down_mbit_s": link.down_bits_s / 1e6,
-        "latency_ms": link.latency_s * 1e3,
-    }
+    rates = _rates(link)
     fleet: dict[str, Any] = {"machines": {name: machine}, "devices": [name], "servers": [name]}
     if options["edge"]:
         source = f"measured to {options['edge']}"
         fleet["links"] = [{"name": "measured", "source": source, **rates}]
-    per_message, per_byte = 1e6 * link.message_s, 1e9 * link.byte_s["fp32"]
-    words += f", {per_message:.0f} µs and {per_byte:.2f} ns a byte for a message"
+    words += _of_messages(link)
+    if quota is not None and quota < config.client.threads:
+        machine["quota"] = _short(quota)
+        words += f", with {quota:.2g} of a core"
     return {
         "machine": name,
         "fleet": fleet,
@@ -182,6 +192,32 @@ def profile(
         "link": str(options["edge"] or "loopback"),
         "summary": f"{machine['model']} on {name}: {words}",
     }
+
+
+def _rates(link: LinkCosts) -> dict[str, float]:
+    return {
+        "up_mbit_s": link.up_bits_s / 1e6,
+        "down_mbit_s": link.down_bits_s / 1e6,
+        "latency_ms": link.latency_s * 1e3,
+    }
+
+
+def _of_messages(link: LinkCosts) -> str:
+    per_message, per_byte = 1e6 * link.message_s, 1e9 * link.byte_s["fp32"]
+    return f", {per_message:.0f} µs and {per_byte:.2f} ns a byte for a message"
+
+
+def clock_of(threads: int, kind: str, quota: float | None) -> Callable[[], float]:
+    """Return what tells the seconds of computing, from any moment on.
+
+    Args:
+        threads: Of a client.
+        kind: Of its device: ``cpu`` or another.
+        quota: Cores' worth of processor time that this process has; None: any.
+    """
+    if quota is not None and quota < threads and kind == "cpu":
+        return lambda: time.process_time() / quota
+    return time.process_time if threads == 1 and kind == "cpu" else time.perf_counter
 
 
 def _about(config: Config, layers: LayeredModel, device: torch.device) -> dict[str, Any]:
@@ -252,13 +288,13 @@ def _spread(samples: Sequence[Sequence[float]]) -> float:
     return (high - low) / middle if middle else 0.0
 
 
-def _load_s(config: Config, repeats: int) -> float:
+def _load_s(config: Config, repeats: int, now: Callable[[], float]) -> float:
     """Return the seconds that one example takes to be loaded, augmented and normalised."""
     fed = federation.federation(config)
     largest = max(fed.parts, key=len)
     seconds = []
     for repeat in range(max(2, repeats // 4)):
-        address, count, began = Address(config.seed, 0, repeat + 1), 0, time.perf_counter()
+        address, count, began = Address(config.seed, 0, repeat + 1), 0, now()
         batches = data.train_batches(
             fed.dataset.train, largest, fed.dataset, config.client.batch_size, address, 0, 0
         )
@@ -266,7 +302,7 @@ def _load_s(config: Config, repeats: int) -> float:
             count += len(labels)
             if count >= 20 * config.client.batch_size:
                 break
-        seconds.append((time.perf_counter() - began) / max(count, 1))
+        seconds.append((now() - began) / max(count, 1))
     return median(seconds)
 
 
@@ -286,8 +322,14 @@ def _link(
 class _Timed:
     """The parts of a model between its useful cuts, timed in training."""
 
-    def __init__(self, config: Config, layers: LayeredModel, device: torch.device) -> None:
-        self._config, self._layers, self._device = config, layers, device
+    def __init__(
+        self,
+        config: Config,
+        layers: LayeredModel,
+        device: torch.device,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._config, self._layers, self._device, self._clock = config, layers, device, clock
         self._loss = task_of(config).loss
         self.names = [unit.name for unit in layers.units]
         parts = stages(layers, layers.cuts)
@@ -340,7 +382,7 @@ class _Timed:
             for index, part in enumerate(self._parts):
                 x = x.detach().requires_grad_() if index else x
                 inputs.append(x)
-                began = self._now()
+                began = self.now()
                 with autocast(precision, whole):
                     if index:
                         x = part(safe_input(part, x), *beside(whole, self._given[index]).values())
@@ -348,14 +390,14 @@ class _Timed:
                         x = part(*arguments(part, whole))
                 if index == len(self._parts) - 1:
                     x = self._loss(for_loss(x, precision), y, 1.0)
-                forward.append(self._now() - began)
+                forward.append(self.now() - began)
                 outputs.append(x)
             gradient: Tensor | None = None
             for x, out in zip(reversed(inputs), reversed(outputs), strict=True):
-                began = self._now()
+                began = self.now()
                 if out.requires_grad:
                     out.backward(gradient)  # type: ignore[no-untyped-call]  # no type in torch
-                backward.append(self._now() - began)
+                backward.append(self.now() - began)
                 gradient = x.grad if isinstance(x, Tensor) else None
         return forward, backward[::-1]
 
@@ -371,9 +413,9 @@ class _Timed:
             optimizer = optimizers.make_optimizer(parameters, self._config.client, 1e-6)
             samples = []
             for _ in range(2 + repeats):
-                began = self._now()
+                began = self.now()
                 optimizer.step()
-                samples.append(self._now() - began)
+                samples.append(self.now() - began)
             found.append(samples[2:])
         return found
 
@@ -388,7 +430,8 @@ class _Timed:
         parts = zip(sizes, samples, strict=True)
         return [round(_spread([part]), 4) for size, part in parts for _ in range(size)]
 
-    def _now(self) -> float:
+    def now(self) -> float:
+        """Return the seconds of the clock, on a GPU once it has finished."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        return time.perf_counter()
+        return self._clock()

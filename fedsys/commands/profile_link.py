@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Final
 
@@ -31,6 +31,9 @@ from fedsys.transport.wire import Frame
 
 _SMALL: Final = Crossing(64, 8)
 _ENDLESS_S: Final = 120.0
+_PART: Final = 8  # of a mini-batch that is measured, too
+_LEAST: Final = 3
+_LONG_S: Final = 6.0
 MOST: Final = 1 << 26
 """Bytes of an answer, whatever was asked for."""
 
@@ -52,6 +55,11 @@ class LinkCosts:
     up_bits_s: float
     down_bits_s: float
     latency_s: float
+
+    def slower(self, factor: float) -> LinkCosts:
+        """Return what messages cost where their processor time takes `factor` times as long."""
+        byte_s = {codec: seconds * factor for codec, seconds in self.byte_s.items()}
+        return replace(self, message_s=self.message_s * factor, byte_s=byte_s)
 
 
 def answer(link: Link) -> None:
@@ -117,13 +125,20 @@ def measure_link(
     try:
         shape = (rows, crossing.channels, max(1, crossing.elements // crossing.channels))
         large, small = torch.randn(shape), torch.randn(1, _SMALL.channels, 8)
-        _costs(link, large, "fp32", 3)  # warms up
-        message_s = median(_costs(link, small, "fp32", 4 * repeats))
-        byte_s = {}
+        _costs(link, large, "int8", 1)  # warms up
+        least = median(_costs(link, small, "fp32", 4 * repeats))
+        part = max(1, rows // _PART)
+        lines = {}
         for codec in CODECS:
-            nbytes = tensor_bytes(crossing, rows, codec)
+            few, many = (tensor_bytes(crossing, n, codec) for n in (part, rows))
             seconds = median(_costs(link, large, codec, repeats))
-            byte_s[codec] = max(0.0, seconds - message_s) / nbytes
+            line = least, max(0.0, seconds - least) / many
+            if part < rows:
+                line = _line(few, median(_costs(link, large[:part], codec, repeats)), many, seconds)
+            lines[codec] = line
+        # a message has one fixed cost whatever its codec; the rest is charged to bytes at a piece
+        message_s = max(least, median(fixed for fixed, _ in lines.values()))
+        byte_s = {codec: slope for codec, (_, slope) in lines.items()}
         much = max(4 * large.numel(), 1 << 16)
         rate = link_rate.measure(link, much, repeats, _ENDLESS_S)
         return LinkCosts(message_s, byte_s, rate.up_bits_s, rate.down_bits_s, rate.latency_s)
@@ -131,10 +146,27 @@ def measure_link(
         link.close()
 
 
+def _line(few: int, part_s: float, many: int, whole_s: float) -> tuple[float, float]:
+    """Return the fixed cost of a message and that of a byte, by messages of two sizes.
+
+    What arrives packet by packet is copied and decrypted anew in each message, so several small
+    ones cost more than their bytes in a large one, and more than the smallest beside.
+
+    >>> _line(1000, 3.0, 3000, 5.0)
+    (2.0, 0.001)
+    """
+    slope = max(0.0, whole_s - part_s) / (many - few)
+    return max(0.0, part_s - slope * few), slope
+
+
 def _costs(link: Link, x: torch.Tensor, codec: str, repeats: int) -> list[float]:
-    """Return the CPU seconds of one message each time: half of those there and back."""
-    found = []
-    for _ in range(repeats):
+    """Return the CPU seconds of one message each time: half of those there and back.
+
+    Where the link is slow there are no more than `_LEAST` once `_LONG_S` seconds are over.
+    """
+    found: list[float] = []
+    first = time.monotonic()
+    while len(found) < repeats and (len(found) < _LEAST or time.monotonic() - first < _LONG_S):
         began = time.process_time()
         tensors, meta = encode_activation(x, codec)
         link.send(Frame("activation", meta, tensors))

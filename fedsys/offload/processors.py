@@ -8,11 +8,13 @@ has freed for that thread's next allocation, and OpenMP keeps helpers for each t
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -23,6 +25,53 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def processor_quota(root: Path = Path("/")) -> float | None:
+    """Return the cores' worth of processor time that control groups leave this process.
+
+    A group that may run for 2 ms of 20 has 0.1 of a core, whatever the number of cores. The least
+    of the groups from its own up to the root counts, by version 1 and 2 of Linux's control groups.
+
+    Args:
+        root: Where the file system begins.
+
+    Returns:
+        Cores; None where nothing limits them, or nothing can be read.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return None
+    found = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        top = root / "sys/fs/cgroup"
+        if controllers:  # version 1: a hierarchy for each controller, or for some together
+            top = next((top / name for name in (controllers, "cpu") if (top / name).is_dir()), top)
+        # in a container the path may be that of outside: then what is mounted is its own group
+        group = top / path.lstrip("/")
+        while not group.is_dir() and group != top:
+            group = group.parent
+        around = (group, *group.parents)
+        found += [_quota_of(each) for each in around if top in (each, *each.parents)]
+    least = min(found, default=math.inf)
+    return least if math.isfinite(least) else None
+
+
+def _quota_of(group: Path) -> float:
+    """Return the quota of a control group alone in cores; infinite for none."""
+    try:
+        if (group / "cpu.max").exists():
+            quota, period = (group / "cpu.max").read_text().split()
+        else:
+            quota = (group / "cpu.cfs_quota_us").read_text().strip()
+            period = (group / "cpu.cfs_period_us").read_text()
+        return math.inf if quota in ("max", "-1") else int(quota) / int(period)
+    except (OSError, ValueError, ZeroDivisionError):
+        return math.inf
 
 
 class Processors:

@@ -38,7 +38,7 @@ PROFILE_KEYS = (
     *("rows", "forward_s", "backward_s", "update_s"),  # needed
     *("model", "units", "batch_size", "operation_s", "load_s", "message_s", "byte_s", "workers"),
     *("spread", "forward_spread", "backward_spread", "bytes_at_cuts", "names"),
-    *("source", "fedsys", "torch", "threads", "memory_format", "kernels", "precision"),
+    *("quota", "source", "fedsys", "torch", "threads", "memory_format", "kernels", "precision"),
 )
 NEEDED = 4
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import yaml
@@ -165,3 +166,22 @@ def test_whoever_answers_presents_the_certificate_of_a_server(tmp_path):
 def test_options_of_a_profile_are_checked(capsys, tmp_path):
     assert main(["profile", "profile.repeats=1", f"run.dir={tmp_path / 'x'}"]) == 2
     assert "profile.repeats=1: must be a whole number of at least 3" in capsys.readouterr().err
+    assert main(["profile", "profile.quota=0", f"run.dir={tmp_path / 'x'}"]) == 2
+    assert "profile.quota=0: must be cores" in capsys.readouterr().err
+
+
+def test_within_a_quota_all_takes_as_much_longer(monkeypatch):
+    """Processor time counts, over the quota: short operations were over before it was used up."""
+    moments = iter([1.0, 1.25])
+    monkeypatch.setattr(time, "process_time", lambda: next(moments))
+    clock = profile_command.clock_of(1, "cpu", 0.1)
+    assert -clock() + clock() == pytest.approx(2.5)
+    assert profile_command.clock_of(1, "cpu", 4.0) is time.process_time
+    assert profile_command.clock_of(1, "cpu", None) is time.process_time
+    assert profile_command.clock_of(2, "cpu", None) is time.perf_counter
+    assert profile_command.clock_of(1, "cuda", 0.1) is time.perf_counter
+
+
+def test_messages_within_a_quota_take_as_much_longer():
+    costs = profile_link.LinkCosts(1e-4, {"fp32": 1e-9}, 1e6, 2e6, 0.01)
+    assert costs.slower(10.0) == profile_link.LinkCosts(1e-3, {"fp32": 1e-8}, 1e6, 2e6, 0.01)

@@ -2,7 +2,7 @@ import threading
 
 import pytest
 
-from fedsys.offload.processors import Processors, usable_cores
+from fedsys.offload.processors import Processors, processor_quota, usable_cores
 from tests.waiting import until
 
 WAIT_S = 60.0
@@ -91,3 +91,31 @@ def test_what_the_work_raises_is_raised_and_frees_the_core():
 
 def test_a_machine_has_a_core():
     assert usable_cores() >= 1
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "cores"),
+    [
+        ("0::/a/b\n", {"a/b/cpu.max": "2000 20000\n", "a/cpu.max": "max 100000\n"}, 0.1),
+        ("0::/a/b\n", {"a/b/cpu.max": "max 100000\n", "a/cpu.max": "150000 100000\n"}, 1.5),
+        (
+            "4:memory:/a\n1:cpu,cpuacct:/a\n0::/\n",
+            {
+                "cpu,cpuacct/a/cpu.cfs_quota_us": "5000\n",
+                "cpu,cpuacct/a/cpu.cfs_period_us": "20000\n",
+            },
+            0.25,
+        ),
+        ("1:cpu:/outside\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "1"}, None),
+        ("0::/a\n", {}, None),
+    ],
+)
+def test_a_quota_is_the_least_of_the_groups_around_a_process(tmp_path, groups, files, cores):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(groups)
+    for name, text in files.items():
+        file = tmp_path / "sys/fs/cgroup" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    assert processor_quota(tmp_path) == cores
+    assert processor_quota(tmp_path / "nowhere") is None
