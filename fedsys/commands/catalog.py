@@ -166,6 +166,7 @@ COMMANDS: dict[str, Command] = {
             "memory": "memory over rounds with many virtual clients",
             "vehicles": "the virtual clock on vehicles that move over many edge servers",
             "switch": "changing variants under load, against three alternatives",
+            "simulators": "a round beside pfl-research and Flower's engine: time and memory",
             "serving": "the same model behind fedsys serve, FastAPI and MLServer",
             "serving_load": "clients of an endpoint beside a crowd that takes places and memory",
             "prune": "exact conversion and portfolios, against Torch-Pruning and training",

@@ -26,6 +26,7 @@ import psutil
 
 from fedsys.commands.bench import Chart
 from fedsys.commands.bench.crowd import Form, forms, whole
+from fedsys.commands.bench.rivals import installed
 from fedsys.commands.bench.serving_clients import Errand, written
 from fedsys.commands.bench.serving_rival import PATH
 from fedsys.commands.bench.switch_portfolio import make_portfolio
@@ -52,7 +53,7 @@ PAIRS = (
 )  # fmt: skip
 """Ours, and whom it is measured by: with the same engine."""
 
-_START_S, _INSTALL_S = 120.0, 900.0
+_START_S = 120.0
 
 
 @dataclass
@@ -162,7 +163,8 @@ def _server(
     place = [str(Path(__file__).resolve().parents[3]), os.environ.get("PYTHONPATH", "")]
     where = SERVERS[name]
     if where:
-        place.insert(0, str(_installed(where, Path(options["environments"]).expanduser())))
+        environments = Path(options["environments"]).expanduser()
+        place.insert(0, str(installed(where, PINNED[where], environments)))
         call = ["fedsys.commands.bench.serving_rival", name, str(portfolio.folder), PARENT]
         call.append(str(port))
     else:
@@ -203,28 +205,6 @@ def _until_it_listens(process: subprocess.Popen[bytes], port: int, log: Path) ->
                 return
         time.sleep(0.1)
     raise RuntimeFailure(f"{log.stem} does not start; see {log}")
-
-
-def _installed(name: str, environments: Path) -> Path:
-    """Return the folder in which a rival is installed; install it if it is not there.
-
-    Raises:
-        RuntimeFailure: That cannot be done.
-    """
-    pinned = PINNED[name]
-    place = environments / "-".join((name, *(one.partition("==")[2] for one in pinned[:1])))
-    done = place / "installed"
-    if done.exists():
-        return place
-    _say(f"installing {', '.join(pinned)} into {place}")
-    call = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(place), *pinned]
-    try:
-        subprocess.run(call, check=True, capture_output=True, text=True, timeout=_INSTALL_S)
-    except (subprocess.SubprocessError, OSError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        raise RuntimeFailure(f"{name} cannot be installed: {said.strip()[-300:]}") from error
-    done.touch()
-    return place
 
 
 # --------------------------------------------------------------------------------------------------
