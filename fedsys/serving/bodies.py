@@ -71,18 +71,20 @@ class Bodies:
         self._queue: deque[tuple[int, _Share]] = deque()
         self._refused = self._hurried = 0
 
-    async def small(self, request: Request) -> bytes | None:
+    def small(self, request: Request) -> bytes | bytearray | None:
         """Return a small body that has come already; None if it is large, or not there yet.
 
-        It takes no memory that counts. That it is there, uvicorn knows of the request.
+        It takes no memory that counts. That it is there, uvicorn knows of the request, and gives
+        out a copy; so it is taken from where it lies.
         """
         of: Any = getattr(request.receive, "__self__", None)
         if getattr(of, "more_body", True) or len(of.body) > self._free:
             return None
         if self._refusal(request) is not None:
             return None
-        message = await request.receive()
-        return bytes(message.get("body", b""))
+        body: bytes | bytearray = of.body
+        of.body = bytearray()
+        return body
 
     @asynccontextmanager
     async def read(self, request: Request) -> AsyncIterator[bytearray]:

@@ -251,7 +251,7 @@ class Endpoint:
         began = time.perf_counter()
         if self._draining:
             raise RequestError(503, "the endpoint is about to end; ask another one")
-        if (small := await self._bodies.small(request)) is not None:
+        if (small := self._bodies.small(request)) is not None:
             return await self._inferred(request, small, began)
         async with self._bodies.read(request) as body:
             self._engine.watch.received(len(body), time.perf_counter() - began)

@@ -33,6 +33,7 @@ class Reader:
 
     def __init__(self, card: Card, options: ServingConfig) -> None:
         self._card, self._options = card, options
+        self._known = v2.known_heads(card, options.max_rows)
         self._json = JsonProcess(card.input_shape, options.max_rows)
         self._threads = ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1), "read")
         self._one = ThreadPoolExecutor(1, "json")
@@ -69,7 +70,10 @@ class Reader:
             pixels = decode(bytes(body), card, resize=resize)
             return v2.Inference(normalise(pixels[None], card))
         length = headers.get(v2.HEADER_LENGTH)
-        return v2.read(body, length, card, max_rows=self._options.max_rows, resize=resize)
+        return v2.read(
+            body, length, card,
+            max_rows=self._options.max_rows, resize=resize, known=self._known,
+        )  # fmt: skip
 
     def collect(self) -> Iterator[Metric]:
         """Yield what Prometheus is told."""

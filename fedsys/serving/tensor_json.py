@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsys.errors import RequestError
+from fedsys.serving.array_json import with_array
 
 orjson: Any
 try:  # of the extra `serve`: numbers in a tenth of the time
@@ -36,12 +37,18 @@ def refuse(text: str, status: int = 400) -> NoReturn:
     raise RequestError(status, text)
 
 
-def parse(text: bytes | bytearray | memoryview) -> dict[str, Any]:
+def parse(text: bytes | bytearray | memoryview, *, tensor: bool = False) -> dict[str, Any]:
     """Return the object that a body holds.
+
+    Args:
+        text: JSON.
+        tensor: Whether numbers are expected in it: those of ``data`` may become an array then.
 
     Raises:
         RequestError: It is no JSON, or no object.
     """
+    if tensor and (found := with_array(text, MAX_JSON_DEPTH)) is not None:
+        return found
     try:
         tree = _loaded(text)
     except (ValueError, RecursionError) as error:
@@ -121,34 +128,44 @@ def numbers(tensor: Mapping[str, Any], kind: str, shape: Sequence[int]) -> NDArr
     Raises:
         RequestError: It holds something else, or too much.
     """
-    data = tensor.get("data")
+    data, size, whole = tensor.get("data"), math.prod(shape), kind == "UINT8"
+    if isinstance(data, np.ndarray) and data.size == size and not (whole and data.max() > 255):
+        return _narrowed(data, whole).reshape(shape)
+    if isinstance(data, np.ndarray):
+        data = data.tolist()  # to be refused as any list
     if not isinstance(data, list):
         refuse(f"{INPUT}: data: must be a list of numbers")
-    flat = _flat(data, math.prod(shape))
-    if len(flat) != math.prod(shape):
-        refuse(f"{INPUT}: data: has {len(flat)} numbers: must be {math.prod(shape)}")
-    whole, kinds = kind == "UINT8", {int} if kind == "UINT8" else {int, float}
-    if not set(map(type, flat)) <= kinds or (whole and not 0 <= min(flat) <= max(flat) <= 255):
+    flat, found = _flat(data, size)
+    if len(flat) != size:
+        refuse(f"{INPUT}: data: has {len(flat)} numbers: must be {size}")
+    kinds = {int} if whole else {int, float}
+    if not found <= kinds or (whole and not 0 <= min(flat) <= max(flat) <= 255):
         wrong = next(v for v in flat if type(v) not in kinds or (whole and not 0 <= v <= 255))
         refuse(f"{INPUT}: data: {repr(wrong)[:60]}: must be a number of {kind}")
-    try:
-        with np.errstate(over="ignore"):  # what becomes infinite is refused
-            return np.array(flat, np.uint8 if whole else np.float32).reshape(shape)
-    except OverflowError as error:
-        refuse(f"{INPUT}: data: {error}")
+    try:  # a third of the time of np.array
+        packed = bytes(flat) if whole else struct.pack(f"{size}d", *flat)
+    except (OverflowError, struct.error):
+        refuse(f"{INPUT}: data: has numbers that are not finite in FP32")
+    return _narrowed(np.frombuffer(packed, np.uint8 if whole else np.float64), whole).reshape(shape)
 
 
-def _flat(data: list[Any], most: int) -> list[Any]:
-    """Return the values of lists within lists.
+def _narrowed(values: NDArray[Any], whole: bool) -> NDArray[Any]:
+    with np.errstate(over="ignore"):  # what becomes infinite is refused
+        return values.astype(np.uint8 if whole else np.float32)
+
+
+def _flat(data: list[Any], most: int) -> tuple[list[Any], set[type]]:
+    """Return the values of lists within lists, and their types.
 
     Raises:
         RequestError: They are more, or nested more deeply, than any tensor here.
     """
-    if list not in set(map(type, data)) and len(data) <= most:
-        return data
+    found = set(map(type, data))
+    if list not in found and len(data) <= most:
+        return data, found
     flat: list[Any] = []
     _flatten(data, flat, most, 0)
-    return flat
+    return flat, set(map(type, flat))
 
 
 def _flatten(data: list[Any], into: list[Any], most: int, depth: int) -> None:
@@ -177,7 +194,7 @@ def files(tensor: Mapping[str, Any], count: int) -> list[bytes]:
     data = tensor.get("data")
     if not isinstance(data, list):
         refuse(f"{INPUT}: data: must be a list of texts in base64")
-    flat = _flat(data, count)
+    flat, _ = _flat(data, count)
     if len(flat) != count:
         refuse(f"{INPUT}: data: has {len(flat)} elements: must be {count}")
     try:
@@ -192,7 +209,7 @@ def with_raw_tensor(text: bytes, input_shape: Sequence[int], max_rows: int) -> t
     Raises:
         RequestError: As reading it would.
     """
-    tree = parse(text)
+    tree = parse(text, tensor=True)
     tensor = only_input(tree)
     kind, shape = form(tensor, input_shape, max_rows)
     about = parameters(tensor, INPUT)

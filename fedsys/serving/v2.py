@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,7 @@ HEADER_LENGTH = "Inference-Header-Content-Length"
 SCORES, PROBABILITIES, LABEL = "scores", "probabilities", "label"
 OUTPUTS = (SCORES, PROBABILITIES, LABEL)
 _DIGITS = 18  # of a length in bytes
+_HEADS, _HEAD_BYTES = 64, 1024  # of JSON in front of raw tensors that are kept, and of each
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,31 @@ class Inference:
     images: Array
     wanted: tuple[Wanted, ...] = field(default_factory=lambda: tuple(map(Wanted, OUTPUTS)))
     id: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What the JSON of a request says; it is shared, and so not changed.
+
+    Attributes:
+        tensor: Its one tensor, with the numbers of it if they stand in the JSON.
+        kind: Datatype of the tensor.
+        shape: Of the tensor.
+        size: Bytes of the tensor behind the JSON; None for none.
+        wanted: As in `Inference`.
+        id: As in `Inference`.
+    """
+
+    tensor: Mapping[str, Any]
+    kind: str
+    shape: list[int]
+    size: int | None
+    wanted: tuple[Wanted, ...]
+    id: str | None
+
+
+Known = Callable[[bytes], Asked]
+"""What is known of the JSON in front of raw tensors, by its bytes (`known_heads`)."""
 
 
 def metadata(name: str, card: Card) -> dict[str, Any]:
@@ -119,6 +146,7 @@ def read(
     *,
     max_rows: int,
     resize: bool = False,
+    known: Known | None = None,
 ) -> Inference:
     """Read a request for inference.
 
@@ -128,6 +156,7 @@ def read(
         card: Of the model.
         max_rows: Images that one request may have.
         resize: Whether images of another size are resized.
+        known: Of `known_heads`, for this card and as many rows.
 
     Raises:
         RequestError: With the status that HTTP has for it.
@@ -139,12 +168,40 @@ def read(
         if not said or int(header_length) > len(view):
             refuse(f"{HEADER_LENGTH}: {header_length[:30]}: must be at most the length of the body")
         end = int(header_length)
-    tree = parse(view[:end])
-    images = _images(only_input(tree), view[end:], card, max_rows, resize)
-    identity = tree.get("id")
+    if header_length is not None and known is not None and end <= _HEAD_BYTES:
+        asked = known(bytes(view[:end]))
+    else:
+        tree = parse(body, tensor=True) if header_length is None else parse(view[:end])
+        asked = _asked(tree, card, max_rows)
+    return Inference(_images(asked, view[end:], card, resize), asked.wanted, asked.id)
+
+
+def known_heads(card: Card, max_rows: int) -> Known:
+    """Return what reads the JSON in front of raw tensors: a client sends the same again and again.
+
+    The last few of them are kept, by all of their bytes; what is refused is not.
+
+    Args:
+        card: Of the model.
+        max_rows: As for `read`.
+    """
+
+    @lru_cache(_HEADS)
+    def known(head: bytes) -> Asked:
+        return _asked(parse(head), card, max_rows)
+
+    return known
+
+
+def _asked(tree: Mapping[str, Any], card: Card, max_rows: int) -> Asked:
+    tensor = only_input(tree)
+    kind, shape = form(tensor, card.input_shape, max_rows)
+    size, identity = parameters(tensor, INPUT).get("binary_data_size"), tree.get("id")
+    if size is not None and type(size) is not int:
+        refuse(f"{INPUT}: binary_data_size={size!r}: must be the bytes behind JSON")
     if identity is not None and not isinstance(identity, str):
         refuse("id: must be a text")
-    return Inference(images, _wanted(tree, card), identity)
+    return Asked(tensor, kind, shape, size, _wanted(tree, card), identity)
 
 
 def _wanted(tree: Mapping[str, Any], card: Card) -> tuple[Wanted, ...]:
@@ -170,22 +227,20 @@ def _wanted(tree: Mapping[str, Any], card: Card) -> tuple[Wanted, ...]:
     return tuple(result)
 
 
-def _images(
-    tensor: Mapping[str, Any], raw: memoryview, card: Card, max_rows: int, resize: bool
-) -> Array:
-    kind, shape = form(tensor, card.input_shape, max_rows)
-    size = parameters(tensor, INPUT).get("binary_data_size")
+def _images(asked: Asked, raw: memoryview, card: Card, resize: bool) -> Array:
+    kind, shape, size = asked.kind, asked.shape, asked.size
     if size is not None:
-        if type(size) is not int or size != len(raw):
+        if size != len(raw):
             refuse(f"{INPUT}: binary_data_size={size!r}: must be the {len(raw)} bytes behind JSON")
     elif len(raw):
         refuse(f"{len(raw)} bytes stand behind the JSON and belong to no tensor")
     if kind == "BYTES":
-        found = files(tensor, shape[0]) if size is None else _files_raw(raw, shape[0])
+        found = files(asked.tensor, shape[0]) if size is None else _files_raw(raw, shape[0])
         return normalise(np.stack([
             decode(file, card, resize=resize, where=f"image {i}") for i, file in enumerate(found)
         ]), card)  # fmt: skip
-    values = numbers(tensor, kind, shape) if size is None else _numbers_raw(raw, kind, shape)
+    in_json = size is None
+    values = numbers(asked.tensor, kind, shape) if in_json else _numbers_raw(raw, kind, shape)
     return normalise(values, card) if kind == "UINT8" else _finite(values)
 
 

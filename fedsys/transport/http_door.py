@@ -27,6 +27,7 @@ LINGER_S = 2.0
 Whoever closes at once takes the refusal from him before he has read it.
 """
 
+_END = b"\r\n\r\n"  # of headers
 _AT_A_TIME = 16
 _SOON_S = 0.02
 _LINGER_BYTES = 1 << 20
@@ -125,10 +126,10 @@ class Guard(asyncio.Protocol):
         start, most = 0, self._hall.limits.header_bytes
         while start < len(data) and not self._transport.is_closing():
             if not self._inner.in_head:
-                self._inner.data_received(data[start:] if start else data)
+                self._inner.data_received(memoryview(data)[start:] if start else data)
                 self._body += len(data) - start
                 break
-            piece = data[start : start + most]
+            piece = data[start : start + self._step(data, start)]
             cycle = self._inner.cycle
             self._header += len(piece)
             self._inner.data_received(piece)
@@ -139,6 +140,17 @@ class Guard(asyncio.Protocol):
                 return
             start += len(piece)
         self._look(self.loop.time())
+
+    def _step(self, data: bytes, start: int) -> int:
+        """Return how many bytes are handed on at once: as many as headers may have, or fewer.
+
+        Headers alone where their end is there and more follows: a body comes in one piece then.
+        """
+        most = self._hall.limits.header_bytes
+        if len(data) - start <= most:
+            return most
+        end = data.find(_END, start, start + most)
+        return most if end < 0 else end + len(_END) - start
 
     def eof_received(self) -> bool | None:
         """The peer sends no more."""

@@ -36,7 +36,7 @@ class Parser(Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:
         """As asyncio has it."""
 
-    def data_received(self, data: bytes) -> None:
+    def data_received(self, data: bytes | memoryview) -> None:
         """As asyncio has it."""
 
     def eof_received(self) -> None:

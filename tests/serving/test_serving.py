@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import warnings
-from contextlib import closing
+from contextlib import closing, suppress
 from types import SimpleNamespace
 
 import numpy as np
@@ -35,7 +35,7 @@ from fedsys.data.loader import eval_batches
 from fedsys.errors import ConfigError, ModelError, RequestError
 from fedsys.main import main
 from fedsys.pruning.portfolio import Portfolio
-from fedsys.serving import tensor_json, v2
+from fedsys.serving import array_json, tensor_json, v2
 from fedsys.serving.batching import Batcher, BatchLimits
 from fedsys.serving.engine import CALM, Answer, Card
 from fedsys.serving.http import Endpoint, listen
@@ -347,6 +347,69 @@ def test_an_id_that_is_no_unicode_is_given_back_as_it_came(monkeypatch, fast):
     inference = read(tensor("FP32", ONE, [0.0] * 192) | {"id": "\ud800"})
     body, _ = v2.write(inference, np.zeros((1, 4), np.float32), CARD, "classifier", {})
     assert json.loads(body)["id"] == inference.id == "\ud800"
+
+
+FORMS = [
+    [0.5] * 192, [3] * 192, [[[[1.5] * 8] * 8] * 3], [-0.0, 2**60, 1e-320] * 64, [True] * 192,
+    [0.5] * 191 + [None], [0.5] * 191 + [[0.5]], [2**64] * 192, [1e400] * 192, [0.5] * 191, [],
+    [0.5] * 193, {"a": 1}, "x", [-1] * 192, [255] * 192, [255.0] * 192,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["FP32", "UINT8"])
+@pytest.mark.parametrize("data", FORMS, ids=repr)
+def test_numbers_in_json_have_one_reading_with_simdjson_and_without(kind, data, monkeypatch):
+    """The same bits or the same words, whichever libraries of the extra `serve` are there."""
+    pytest.importorskip("simdjson")
+    bodies = [json.dumps({"id": "a", **tensor(kind, ONE, data)}).encode()]
+    bodies.append(bodies[0].replace(b'"id": "a"', b'"id": "\\ud800"'))  # is left to the others
+    bodies.append(bodies[0].replace(b'"inputs":', b'"inputs": [], "inputs":'))  # the last counts
+    for body in bodies:
+        told = []
+        for fast in (True, False):
+            with monkeypatch.context() as patched:
+                if not fast:
+                    patched.setattr(array_json, "simdjson", None)
+                try:
+                    found = v2.read(body, None, CARD, max_rows=16)
+                    told.append((found.images.dtype, found.images.tobytes(), found.id))
+                except RequestError as error:
+                    told.append((error.status, str(error)))
+        assert told[0] == told[1]
+
+
+def test_a_refused_request_leaves_nothing_to_the_next_one():
+    """simdjson's parser is used again, which it refuses while anything refers to its document."""
+    pytest.importorskip("simdjson")
+    good = json.dumps(tensor("FP32", ONE, [0.5] * 192)).encode()
+    for bad in (*(json.dumps(tensor("FP32", ONE, data)).encode() for data in FORMS), b"{", b"[1]"):
+        with suppress(RequestError):
+            v2.read(bad, None, CARD, max_rows=16)
+        assert isinstance(array_json.with_array(good, 8)["inputs"][0]["data"], np.ndarray)
+
+
+def test_what_is_known_of_a_head_is_never_that_of_another():
+    """JSON in front of raw tensors is kept by its bytes: a client repeats it."""
+    known = v2.known_heads(CARD, 16)
+    raw = np.arange(192, dtype="<f4").tobytes()
+    shape = [1, *CARD.input_shape]
+
+    def ask(about, raw=raw):
+        head = json.dumps(tensor("FP32", shape, binary_data_size=len(raw)) | about).encode()
+        return v2.read(head + raw, str(len(head)), CARD, max_rows=16, known=known)
+
+    first = ask({"id": "a"})
+    other = ask({"id": "b"}, raw=np.ones(192, "<f4").tobytes())
+    again = ask({"id": "a"})
+    assert (first.id, other.id, again.id) == ("a", "b", "a")
+    assert again.images.tobytes() == first.images.tobytes() == raw
+    assert other.images.tobytes() == np.ones(192, "<f4").tobytes()
+    for _ in range(2):  # the head is right, and the bytes behind it are not
+        with pytest.raises(RequestError, match="must be the 188 bytes behind JSON"):
+            head = json.dumps(tensor("FP32", shape, binary_data_size=768) | {"id": "a"}).encode()
+            v2.read(head + raw[:-580], str(len(head)), CARD, max_rows=16, known=known)
+        with pytest.raises(RequestError, match="outputs: 'x'"):
+            ask({"outputs": [{"name": "x"}]})
 
 
 json_values = st.recursive(
