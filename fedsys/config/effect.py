@@ -233,6 +233,15 @@ IDLE: tuple[Idle, ...] = (
         "link", lambda c: _plain(c) and c.link.kind != "auto",
         "devices train alone with policy=none", SPLIT,
     ),
+    Idle(
+        "link.skip_zero_gradients", lambda c: _plain(c) and c.link.skip_zero_gradients != "auto",
+        "devices train alone with policy=none", SPLIT,
+    ),
+    Idle(
+        "link.skip_zero_gradients",
+        lambda c: c.privacy.mechanism == "cut" and c.link.skip_zero_gradients == "always",
+        "noise at the cut leaves no zeros",
+    ),
     *_MOVES,
     Idle("client.label_private", _plain, "devices train alone with policy=none", SPLIT),
     Idle("client.max_model_bytes", _plain, "devices train alone with policy=none", SPLIT),

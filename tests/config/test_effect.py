@@ -32,6 +32,8 @@ def said(*overrides):
         (["schedule=pipelined"], "only the pieces of a mini-batch count"),
         (["policy=fixed", "schedule=pipelined", "schedule.depth=3"], "schedule=bounded"),
         (["link=tcp"], "link=tcp is without effect"),
+        (["link.skip_zero_gradients=never"], "devices train alone"),
+        (["policy=fixed", "privacy=cut", "link.skip_zero_gradients=always"], "leaves no zeros"),
         (["fleet.replicate_every=5"], "devices train alone"),
         (["edge.device=cpu"], "devices train alone"),
         (["edge.max_sessions=5"], "it is of fedsys edge only"),
