@@ -18,12 +18,16 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import torch
+
 from fedsys import config as configuration
 from fedsys.config import EdgeConfig, secret
 from fedsys.errors import ConfigError, FedsysError, SessionError
 from fedsys.offload import edge_store
 from fedsys.offload.edge import EdgeServer
 from fedsys.offload.edge_metrics import MetricsEndpoint
+from fedsys.offload.processors import usable_cores
+from fedsys.runtime.edge_workers import EdgeWorkers
 from fedsys.runtime.fleet_files import EdgeBundle, read_bundle
 from fedsys.training import plain as training
 from fedsys.transport.addresses import dial
@@ -127,10 +131,13 @@ def moved(config: EdgeConfig) -> Mapping[str, Any]:
 
 def _server(config: EdgeConfig) -> EdgeServer:
     credentials, token = None, secret.control_token(config, "edge")
+    device = training.pick_device(config.device)
+    count = _workers(config, device)
     if config.credentials is not None:
         credentials = Credentials.load(Path(config.credentials), role="server")
     else:
         _check_unprotected(config, token)
+    workers = EdgeWorkers(count, config.name) if count > 1 else None
     try:
         return EdgeServer(
             config.name,
@@ -138,13 +145,35 @@ def _server(config: EdgeConfig) -> EdgeServer:
             credentials=credentials,
             control_token=token,
             controller=config.controller if credentials else "",
-            device=training.pick_device(config.device),
+            device=device,
             limits=config,
             models=config.models,
             crash=_crash if config.faults else None,
+            workers=workers,
         )
-    except ConfigError as error:
-        raise ConfigError(f"edge.{error}") from error
+    except BaseException as error:
+        if workers is not None:
+            workers.close()
+        if isinstance(error, ConfigError):
+            raise ConfigError(f"edge.{error}") from error
+        raise
+
+
+def _workers(config: EdgeConfig, device: torch.device) -> int:
+    """Return in how many processes sessions compute.
+
+    Raises:
+        ConfigError: They would compute on a GPU.
+    """
+    if device.type == "cpu":
+        return usable_cores() if config.workers is None else config.workers
+    if config.workers in (None, 1):
+        return 1
+    raise ConfigError.of(
+        "edge.workers", config.workers,
+        f"must be 1 on a GPU, which one process uses for all sessions (edge.device={config.device} "
+        f"is {device})", "edge.workers=1, or edge.device=cpu",
+    )  # fmt: skip
 
 
 def _check_unprotected(config: EdgeConfig, token: str) -> None:

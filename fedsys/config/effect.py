@@ -295,10 +295,19 @@ IDLE: tuple[Idle, ...] = (
         "the optimizer has no momentum", "client.optimizer=sgd has one",
     ),
     Idle(
+        "edge.workers", lambda c: c.runtime.kind != "deployment" or bool(c.fleet.edges),
+        "edge servers are threads of the run, or have options of their own",
+        "runtime=deployment starts them as processes",
+    ),
+    Idle(
         "runtime.workers", lambda c: c.runtime.kind == "deployment",
         "each node works on one message at a time",
     ),
 )  # fmt: skip
+
+
+LAUNCHED = frozenset({"edge.device", "edge.workers"})
+"""Options of edge servers that are also those of the edge servers that a run starts."""
 
 
 def without_effect(config: Config, given: Mapping[str, str]) -> list[str]:
@@ -317,7 +326,7 @@ def without_effect(config: Config, given: Mapping[str, str]) -> list[str]:
 
 def _reason(config: Config, name: str) -> str:
     owner = OF_OTHER_COMMANDS.get(name.partition(".")[0])
-    if owner is None and name.startswith("edge.") and name != "edge.device":
+    if owner is None and name.startswith("edge.") and name not in LAUNCHED:
         owner = "fedsys edge"
     if owner is not None:
         return f"it is of {owner} only"

@@ -140,6 +140,7 @@ RULES: tuple[Rule, ...] = (
     ("edge.max_sessions", _at_least_one, "must be at least 1", ""),
     ("edge.max_session_bytes", _positive, "must be above 0", ""),
     ("edge.max_frame_bytes", _positive, "must be above 0", ""),
+    ("edge.workers", _optional(_at_least_one), "must be at least 1", "null: one for each core"),
     ("link.holder", _optional(_names_one), "must be a name, with {client} at most once", ""),
     ("link.around", _optional(_names_target), "must have a _target_, the path of a class", ""),
     ("schedule.micro_batches", _at_least_one, "must be at least 1", ""),
@@ -195,6 +196,7 @@ def check(config: Config) -> None:
     _check_lora(config)
     _check_tracker(config.tracker)
     dashboard.address_of(config.dashboard)
+    _check_edge_workers(config)
     _check_links(config)
     _check_traces(config)
     _check_addresses(config)
@@ -230,6 +232,24 @@ def _check_kernels(config: Config) -> None:
             "client.kernels", "fused",
             f"must be plain with privacy={config.privacy.mechanism}, which takes the gradient of "
             "each example from the layers", "client.kernels=plain",
+        )  # fmt: skip
+
+
+def _check_edge_workers(config: Config) -> None:
+    """Refuse worker processes of edge servers where one process has what sessions share."""
+    workers, way_out = config.edge.workers, "edge.workers=1"
+    if workers == 1:
+        return
+    value = "null" if workers is None else workers
+    if config.edge.device == "cuda":
+        raise ConfigError.of(
+            "edge.workers", value, "must be 1 on a GPU, which one process uses for all sessions",
+            f"{way_out}, or edge.device=cpu",
+        )  # fmt: skip
+    if config.fleet.emulate:
+        raise ConfigError.of(
+            "edge.workers", value, "must be 1 with fleet.emulate=true: the machine that an edge "
+            "server stands for is one process's", way_out,
         )  # fmt: skip
 
 

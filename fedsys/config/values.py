@@ -278,6 +278,8 @@ class EdgeConfig:
         max_frame_bytes: Largest frame, in bytes.
         state_dir: Folder for sessions that no server app takes back when it stops, and from which
             it takes them up again; None loses them.
+        workers: Processes in which sessions compute, on the CPU; 1: this one itself; None: one for
+            each core.
         faults: Whether a run may kill it by ``faults=edge_killed``.
         move: What the edge server at `address` is to hand over instead: ``to`` the edge server of
             that name, the session of a ``client``, or all sessions; None: nothing.
@@ -297,6 +299,7 @@ class EdgeConfig:
     max_session_bytes: int = 16 << 30
     max_frame_bytes: int = 1 << 30
     state_dir: str | None = None
+    workers: int | None = 1
     faults: bool = False
     move: Spec | None = None
 

@@ -22,14 +22,14 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from torch import Tensor
 
 from fedsys.errors import FrameError
 from fedsys.offload import delta
-from fedsys.offload.snapshot import SessionPosition, SessionSpec, Snapshot, State, natural
+from fedsys.offload.snapshot import SessionPosition, SessionSpec, State, natural
 from fedsys.offload.turns import Awaited
 from fedsys.transport.tensors import dense_bytes
 from fedsys.transport.wire import Frame, checksum
@@ -62,22 +62,16 @@ class SessionCheckpoint:
             base: Tensors, of `tensors`, that the receiver has.
             awaited: What the device waits for; other replies stay behind.
         """
-        wanted, position = set(awaited), self.position
-        replies = [r for r in position.replies if _answers(r) in wanted]
-        frames = {"operation": position.operations, "reply": replies}
-        tensors = dict(position.snapshot.tensors())
-        for name, listed in frames.items():
-            for index, frame in enumerate(listed):
-                tensors |= {f"{name}/{index}/{n}": t for n, t in frame.tensors.items()}
-        step, spec = position.snapshot.step, self.spec
+        wanted = set(awaited)
+        replies = tuple(r for r in self.position.replies if _answers(r) in wanted)
+        position, spec = replace(self.position, replies=replies), self.spec
+        tensors, step = position.tensors(), position.snapshot.step
         about = {
             "schema": SCHEMA,
             "spec": spec.to_meta(),
             "step": step,
-            "operations": [[f.kind, dict(f.meta)] for f in frames["operation"]],
-            "replies": [[f.kind, dict(f.meta)] for f in frames["reply"]],
             "address": [self.seed, spec.client, spec.round, step],
-            "incarnation": position.incarnation,
+            **position.to_meta(),
         }
         about["checksum"] = _checksum(about, tensors)
         return Frame(kind, {**meta, **about}, delta.encode(tensors, base))
@@ -103,12 +97,7 @@ class SessionCheckpoint:
         made = SessionSpec.from_meta(spec)
         if address[1:] != [made.client, made.round, natural(frame, "step")]:
             raise FrameError(f"{frame.kind}: address {str(address)[:60]} of another session")
-        position = SessionPosition(
-            Snapshot.from_frame(Frame("state", {"step": meta["step"]}, tensors)),
-            str(about["incarnation"]),
-            _frames(about["operations"], tensors, "operation"),
-            _frames(about["replies"], tensors, "reply"),
-        )
+        position = SessionPosition.from_frame(Frame("state", about, tensors))
         return cls(made, position, int(address[0]))
 
 
@@ -125,19 +114,6 @@ def awaited_of(value: object) -> list[Awaited]:
 def _answers(reply: Frame) -> Awaited:
     meta = reply.meta
     return str(meta["for"]), int(meta["step"]), int(meta.get("piece", 0))
-
-
-def _frames(listed: object, tensors: State, name: str) -> tuple[Frame, ...]:
-    if not isinstance(listed, list):
-        raise FrameError(f"{name}: must be a list")
-    made = []
-    for index, one in enumerate(listed):
-        if not (isinstance(one, list) and len(one) == 2 and isinstance(one[1], dict)):
-            raise FrameError(f"{name} {index}: must be a kind and its values")
-        prefix = f"{name}/{index}/"
-        own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-        made.append(Frame(str(one[0]), one[1], own))
-    return tuple(made)
 
 
 def _checksum(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int:

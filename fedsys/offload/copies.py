@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from fedsys.offload.edge_session import EdgeSession
 from fedsys.offload.fencing import TRAINS, Copy, CopyPhase, Epoch, may_train
 from fedsys.offload.migration import Outcome, Say, on_train
-from fedsys.offload.session import Session
 from fedsys.offload.session_table import SessionTable
 
 SETTLED_S = 120.0
@@ -62,7 +62,7 @@ class Copies:
             return said
 
     def staged(
-        self, session: Session, rule: Callable[[Copy | None], Outcome], hold: Callable[[], None]
+        self, session: EdgeSession, rule: Callable[[Copy | None], Outcome], hold: Callable[[], None]
     ) -> tuple[Say, ...]:
         """Take a session in if a rule has it; what is here of it is over then.
 

@@ -17,6 +17,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 
@@ -27,6 +28,7 @@ from fedsys.offload.edge_control import EdgeControl
 from fedsys.offload.edge_devices import EdgeDevices
 from fedsys.offload.edge_faults import EdgeFaults
 from fedsys.offload.edge_models import check_models
+from fedsys.offload.edge_session import EdgeSession
 from fedsys.offload.emulation import Workers
 from fedsys.offload.fencing import Epoch
 from fedsys.offload.link_probes import LinkProbes
@@ -36,6 +38,7 @@ from fedsys.offload.replication import hand_over, send_state
 from fedsys.offload.session import Session
 from fedsys.offload.session_table import SessionTable
 from fedsys.offload.snapshot import SessionSpec, Snapshot
+from fedsys.offload.worker_usage import WorkerUsage
 from fedsys.transport.addresses import serve
 from fedsys.transport.descriptors import affordable
 from fedsys.transport.link import AcceptedLink, Server
@@ -57,6 +60,35 @@ _OTHERS = 192  # descriptors for /health and /metrics
 _log = logging.getLogger(__name__)
 
 
+class SessionProcesses(Protocol):
+    """Processes in which the sessions of an edge server compute."""
+
+    def on_lost(self, lost: Callable[[Sequence[EdgeSession]], None]) -> None:
+        """Have `lost` called with the sessions of each process that ends before it should."""
+        ...
+
+    def open(
+        self,
+        spec: SessionSpec,
+        start: Snapshot,
+        replicate: Callable[[SessionSpec, Snapshot], None],
+    ) -> EdgeSession:
+        """Return a session in one of them.
+
+        Raises:
+            FedsysError: It cannot be built, or its process has ended.
+        """
+        ...
+
+    def usage(self) -> WorkerUsage:
+        """Return what they take."""
+        ...
+
+    def close(self) -> None:
+        """End them."""
+        ...
+
+
 class EdgeServer:
     """Serves sessions at an address until it is stopped.
 
@@ -72,6 +104,8 @@ class EdgeServer:
         models: Dotted prefixes of the constructors that a controller may name; None for any.
         crash: What the fault ``edge_killed`` does to this server; None refuses sessions that come
             with faults.
+        workers: Processes in which sessions compute, which are this object's from here on; None:
+            they compute in this one.
     """
 
     def __init__(
@@ -87,12 +121,16 @@ class EdgeServer:
         plain: bool = False,
         models: Sequence[str] | None = None,
         crash: Callable[[EdgeServer], None] | None = None,
+        workers: SessionProcesses | None = None,
     ) -> None:
         limits = limits or EdgeConfig()
         frames = Limits(frame_bytes=limits.max_frame_bytes, tensor_bytes=limits.max_frame_bytes)
         self.name, self._models = name, models
         self._device, self._workers = device or torch.device("cpu"), Workers(name)
         self._table = table = SessionTable(name, limits)
+        self._processes = workers
+        if workers is not None:
+            workers.on_lost(self._lost)
         faults = EdgeFaults(name, None if crash is None else lambda: crash(self), table.tell)
         peers = Peers(name, credentials, frames, plain=plain)
         self._moving = moving = Moving(name, table, peers, faults, self._session)
@@ -102,7 +140,8 @@ class EdgeServer:
             name, table, faults, self._session, self._probes, moving,
             token=control_token, controller=controller,
         )  # fmt: skip
-        links, self._strangers = _places(address.partition("://")[0], limits.max_sessions)
+        pipes = 0 if workers is None else limits.max_sessions
+        links, self._strangers = _places(address.partition("://")[0], limits.max_sessions, pipes)
         self._server: Server = serve(
             address,
             self._serve,
@@ -137,6 +176,10 @@ class EdgeServer:
         """Return how many links there are, and how many may be."""
         return self._server.census()
 
+    def workers_usage(self) -> WorkerUsage:
+        """Return what the processes take in which sessions compute, if there are any."""
+        return WorkerUsage(0, 0.0, 0) if self._processes is None else self._processes.usage()
+
     def stop(self, grace_s: float = 5.0) -> list[tuple[SessionSpec, Snapshot]]:
         """Freeze every session at the end of its step, hand it to its controller, and stop.
 
@@ -152,6 +195,7 @@ class EdgeServer:
         self._moving.close()
         left = hand_over(self._table, self._table.stop(), grace_s)
         self._server.stop(0.0)
+        self._end_workers()
         return left
 
     def adopt(self, spec: SessionSpec, start: Snapshot) -> None:
@@ -170,13 +214,35 @@ class EdgeServer:
         self._moving.close()
         if self._table.kill():
             self._server.stop(0.0)
+        self._end_workers()
 
-    def _session(self, spec: SessionSpec, start: Snapshot) -> Session:
+    def _end_workers(self) -> None:
+        if self._processes is not None:
+            self._processes.close()
+
+    def _session(self, spec: SessionSpec, start: Snapshot) -> EdgeSession:
         if self._models is not None:
             config = configuration.parse(spec.config)
             check_models(config.model, self._models)
             check_models([config.task.loss, config.task.metric], self._models, "task")
+        if self._processes is not None:
+            _check_divisible(spec)
+            return self._processes.open(spec, start, self._replicate)
         return Session(spec, start, self._device, self._replicate, self._workers)
+
+    def _lost(self, sessions: Sequence[EdgeSession]) -> None:
+        """End sessions whose process is gone, as those of an edge server that is gone end.
+
+        Their server apps lose their links, reach this edge server again, see what it still has, and
+        open the others anew.
+        """
+        names, links = self._table.lose(sessions)
+        _log.warning("%s lost a worker process, with %d sessions", self.name, len(names))
+        self._table.count("workers_lost")
+        for name in names:
+            self._moving.forget(name)
+        for link in links:
+            link.close()
 
     def _replicate(self, spec: SessionSpec, snapshot: Snapshot) -> None:
         send_state(self._table, "replica", spec, snapshot)  # without one training goes on
@@ -205,7 +271,20 @@ class EdgeServer:
             raise
 
 
-def _places(kind: str, sessions: int) -> tuple[int, Strangers]:
+def _check_divisible(spec: SessionSpec) -> None:
+    """Refuse a session whose time is that of one machine.
+
+    Raises:
+        SessionError: It stands for a machine that all sessions share.
+    """
+    if configuration.parse(spec.config).fleet.emulate:
+        raise SessionError(
+            "fleet.emulate=true: the machine that an edge server stands for is one process's; "
+            "start it with edge.workers=1"
+        )
+
+
+def _places(kind: str, sessions: int, pipes: int) -> tuple[int, Strangers]:
     """Return how many links there may be, and what those of strangers may cost.
 
     Where the system allows fewer descriptors, there are fewer of both.
@@ -213,9 +292,10 @@ def _places(kind: str, sessions: int) -> tuple[int, Strangers]:
     Args:
         kind: Of the links: ``tcp``, ``grpc`` or ``memory``.
         sessions: How many there may be; a device that comes back may have two links for a moment.
+        pipes: Descriptors that they need beside.
     """
     wanted = max(LINKS, 2 * sessions) + _STRANGERS.places
     each = _DESCRIPTORS.get(kind, 0)
-    found = affordable(wanted, each=each, kept=_OTHERS) if each else wanted
+    found = affordable(wanted, each=each, kept=_OTHERS + pipes) if each else wanted
     places = min(_STRANGERS.places, max(1, found // 4))
     return found - places, replace(_STRANGERS, places=places)

@@ -17,10 +17,10 @@ from fedsys.offload.bases import Bases, sign_of
 from fedsys.offload.checkpoint import SessionCheckpoint
 from fedsys.offload.copies import Copies
 from fedsys.offload.edge_faults import EdgeFaults
+from fedsys.offload.edge_session import EdgeSession
 from fedsys.offload.fencing import Epoch, Presented
 from fedsys.offload.migration import Say
 from fedsys.offload.peers import PeerGroup, Peers
-from fedsys.offload.session import Session
 from fedsys.offload.session_table import ORPHAN_S, SessionTable
 from fedsys.offload.shadows import Shadows
 from fedsys.offload.snapshot import SessionSpec, Snapshot
@@ -68,7 +68,7 @@ class Holdings:
     peers: Peers
     faults: EdgeFaults
 
-    def redirect(self, session: Session, epoch: Epoch) -> Frame:
+    def redirect(self, session: EdgeSession, epoch: Epoch) -> Frame:
         """Return what a device is told whose session has that token now, at another edge."""
         group = self.peers.group(session.spec.fleet)
         edge = group.edges.get(epoch.holder) if group else None
@@ -85,7 +85,7 @@ class Arrivals:
         make: Builds a session.
     """
 
-    def __init__(self, own: Holdings, make: Callable[[SessionSpec, Snapshot], Session]) -> None:
+    def __init__(self, own: Holdings, make: Callable[[SessionSpec, Snapshot], EdgeSession]) -> None:
         self._own, self._make = own, make
         self._controllers: dict[str, Link] = {}  # by the secret of the fleet
         self._left: dict[str, float] = {}  # when the controller of a fleet went away
@@ -236,18 +236,18 @@ class Arrivals:
         self._own.table.tell(name, Frame("staged", {"session": name, "from": source}))
         return time.monotonic() - began
 
-    def _built(self, group: PeerGroup, name: str, frame: Frame) -> Session:
+    def _built(self, group: PeerGroup, name: str, frame: Frame) -> EdgeSession:
         made = SessionCheckpoint.of(frame, self._own.bases.get(name, frame.meta.get("base")))
         _check_belongs(made.spec, name, group)
         session = self._make(made.spec, made.position.snapshot)
         session.take_up(made.position)
         return session
 
-    def _hold(self, session: Session, planned: list[Fault]) -> None:
+    def _hold(self, session: EdgeSession, planned: list[Fault]) -> None:
         self._own.table.hold(session, self._controllers.get(session.spec.fleet))
         self._own.faults.plan(session.spec.id, planned)
 
-    def tell(self, session: Session, say: Say) -> None:
+    def tell(self, session: EdgeSession, say: Say) -> None:
         """Tell the server app where a session is, or another edge server that its copy may go.
 
         The latter in a thread of its own.

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from fedsys.errors import FedsysError, FrameError, SecurityError, SessionError
+from fedsys.errors import FedsysError, FrameError, LinkClosed, SecurityError, SessionError
 from fedsys.identity import arithmetic
 from fedsys.offload.edge_faults import EdgeFaults
+from fedsys.offload.edge_session import EdgeSession
 from fedsys.offload.fencing import Epoch
 from fedsys.offload.link_probes import LinkProbes
 from fedsys.offload.moving import Moving
-from fedsys.offload.session import Session
 from fedsys.offload.session_table import SessionTable
 from fedsys.offload.snapshot import SessionSpec, Snapshot
 from fedsys.transport.link import AcceptedLink, Link
@@ -50,7 +50,7 @@ class EdgeControl:
         name: str,
         table: SessionTable,
         faults: EdgeFaults,
-        make: Callable[[SessionSpec, Snapshot], Session],
+        make: Callable[[SessionSpec, Snapshot], EdgeSession],
         probes: LinkProbes,
         moving: Moving,
         *,
@@ -90,6 +90,8 @@ class EdgeControl:
             request = frame.meta.get("request")
             try:
                 reply = self._answer(link, frame)
+            except LinkClosed:  # a process of this edge server is gone: to this controller, all is
+                raise
             except FedsysError as error:
                 self._table.count(f"refused_{type(error).__name__}")
                 reply = Frame("refused", {"reason": f"{type(error).__name__}: {error}"})
@@ -115,6 +117,8 @@ class EdgeControl:
         session = table.get(name)
         if session is None and frame.kind == "release" and self._stop_building(name):
             return Frame("released")
+        if session is None and frame.kind != "release" and table.was_lost(name):
+            raise LinkClosed(f"session {name}: its process has ended")
         if session is None:
             raise SessionError(f"{frame.kind}: {self._name} has no session {name!r}")
         if frame.kind == "collect":

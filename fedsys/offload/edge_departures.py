@@ -22,11 +22,11 @@ from fedsys.offload import migration, mirroring
 from fedsys.offload.bases import sign_of
 from fedsys.offload.checkpoint import awaited_of
 from fedsys.offload.edge_arrivals import Arrivals, Holdings
+from fedsys.offload.edge_session import EdgeSession
 from fedsys.offload.fencing import Epoch
 from fedsys.offload.migration import Say
 from fedsys.offload.mirror import Mirror
 from fedsys.offload.packing_up import Packed, packed, sealed
-from fedsys.offload.session import Session
 from fedsys.offload.turns import Awaited
 from fedsys.transport.wire import Frame
 
@@ -162,7 +162,7 @@ class Departures:
             target=self._depart, args=(session, departure), name=f"moves {name}", daemon=True
         ).start()
 
-    def _depart(self, session: Session, departure: Departure) -> None:
+    def _depart(self, session: EdgeSession, departure: Departure) -> None:
         name, to = session.spec.id, departure.to
         try:
             self._hand_over(session, departure)
@@ -177,7 +177,7 @@ class Departures:
                 del self._leaving[name]
             departure.over.set()
 
-    def _hand_over(self, session: Session, departure: Departure) -> None:
+    def _hand_over(self, session: EdgeSession, departure: Departure) -> None:
         """Prepare, send ahead, transfer, and redirect.
 
         Raises:
@@ -210,7 +210,9 @@ class Departures:
         self._own.table.count("moved_away")
         self._tell_device(name, self._own.redirect(session, epoch))
 
-    def _send_ahead(self, session: Session, ask: Ask, departure: Departure, there: There) -> There:
+    def _send_ahead(
+        self, session: EdgeSession, ask: Ask, departure: Departure, there: There
+    ) -> There:
         """Send a session ahead, and have it mirrored from there on; return what is there then."""
         name, epoch = session.spec.id, departure.epoch
         wanted = configuration.parse(session.spec.config).mobility.mirror
@@ -233,7 +235,7 @@ class Departures:
         return There(there.start, ahead, made.nbytes, mirror if shadowed else None)
 
     def _transfer(
-        self, session: Session, ask: Ask, departure: Departure, there: There
+        self, session: EdgeSession, ask: Ask, departure: Departure, there: There
     ) -> dict[str, Any]:
         """Send what is not there yet; return what the device is told of that.
 
@@ -257,7 +259,7 @@ class Departures:
         return _parts(made, time.monotonic() - began, answer.meta.get("restore_s"), before)
 
     def _become(
-        self, session: Session, ask: Ask, departure: Departure, there: There,
+        self, session: EdgeSession, ask: Ask, departure: Departure, there: There,
         faults: Mapping[str, Any],
     ) -> tuple[Packed, Frame] | None:  # fmt: skip
         """Have the shadow be the session; None if it is not the same, or the difference nearer.
@@ -285,7 +287,7 @@ class Departures:
         self._own.table.count("shadows_became")
         return made, answer
 
-    def _stay(self, session: Session, departure: Departure, reason: str) -> None:
+    def _stay(self, session: EdgeSession, departure: Departure, reason: str) -> None:
         """Train on: the device was not told to go."""
         name, epoch = session.spec.id, departure.epoch
         said = self._own.copies.decide(name, lambda copy: migration.on_failed(copy, epoch))

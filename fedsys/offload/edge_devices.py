@@ -6,8 +6,8 @@ from fedsys.errors import LinkClosed, LinkError, SecurityError, SessionError
 from fedsys.offload.copies import Copies
 from fedsys.offload.edge_faults import EdgeFaults
 from fedsys.offload.edge_moves import EdgeMoves, Welcome
+from fedsys.offload.edge_session import EdgeSession
 from fedsys.offload.fencing import CopyPhase
-from fedsys.offload.session import Session
 from fedsys.offload.session_table import SessionTable
 from fedsys.offload.snapshot import SessionSpec
 from fedsys.transport.link import AcceptedLink, Link
@@ -110,7 +110,7 @@ class EdgeDevices:
             here = Frame("here", {"incarnation": "coming"})
         link.send(here or Frame("unknown"))
 
-    def _too_large(self, session: Session, frame: Frame) -> Frame | None:
+    def _too_large(self, session: EdgeSession, frame: Frame) -> Frame | None:
         """Return the answer to a change of the cut for which there is no room; None: there is.
 
         The device keeps its cut then, and trains on.
@@ -125,7 +125,7 @@ class EdgeDevices:
             self._table.count("refused_recut")
             return Frame("recut", {"step": session.steps, "refused": str(error)})
 
-    def _operate(self, link: Link, session: Session, frame: Frame) -> None:
+    def _operate(self, link: Link, session: EdgeSession, frame: Frame) -> None:
         before, name = session.steps, session.spec.id
         lost: LinkError | None = None
         self._faults.strike("before_compute", name, link, frame)
@@ -146,7 +146,7 @@ class EdgeDevices:
         if lost is not None:
             raise lost
 
-    def _known(self, link: Link, frame: Frame) -> Session | None:
+    def _known(self, link: Link, frame: Frame) -> EdgeSession | None:
         """Return the session that a frame names, if its sender may speak with it; None for none.
 
         Raises:

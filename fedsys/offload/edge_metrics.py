@@ -21,6 +21,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from fedsys.errors import ConfigError
 from fedsys.offload.edge import EdgeServer
+from fedsys.offload.worker_usage import WorkerUsage
 from fedsys.transport.http_places import HttpLimits
 from fedsys.transport.http_server import (
     ConnectionCollector,
@@ -42,6 +43,7 @@ _COUNTED = {
     "released": "Sessions that ended.",
     "steps": "Optimizer steps.",
     "bytes_in": "Bytes of frames from devices.",
+    "workers_lost": "Worker processes that ended before they should.",
 }
 
 
@@ -62,6 +64,7 @@ class EdgeCollector:
         yield _gauge("sessions", "Sessions that are open.", len(edge.sessions))
         yield _gauge("session_bytes", "Weights and optimizer state in bytes.", edge.session_bytes)
         yield from _links(edge.census())
+        yield from _workers(edge.workers_usage())
         counters = dict(edge.counters)
         for name, text in _COUNTED.items():
             yield CounterMetricFamily(f"fedsys_edge_{name}", text, value=counters.get(name, 0))
@@ -92,6 +95,18 @@ def _links(census: Census) -> Iterator[Metric]:
     for reason, number in sorted(census.ended.items()):
         ended.add_metric([reason], number)
     yield ended
+
+
+def _workers(usage: WorkerUsage) -> Iterator[Metric]:
+    """Yield what worker processes take: it is not in the figures of this process."""
+    yield _gauge("workers", "Worker processes; 0: sessions compute in this one.", usage.processes)
+    yield CounterMetricFamily(
+        "fedsys_edge_workers_cpu_seconds", "Processor time of those that live.", value=usage.cpu_s
+    )
+    yield _gauge(
+        "workers_resident_memory_bytes", "Their memory; what they share counts for each.",
+        usage.resident_bytes,
+    )  # fmt: skip
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

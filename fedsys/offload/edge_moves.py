@@ -19,11 +19,11 @@ from fedsys.offload.bases import sign_of
 from fedsys.offload.checkpoint import awaited_of
 from fedsys.offload.edge_arrivals import Arrivals, Holdings
 from fedsys.offload.edge_departures import Departures
+from fedsys.offload.edge_session import EdgeSession
 from fedsys.offload.fencing import NONE, Epoch, Presented
 from fedsys.offload.migration import Say
 from fedsys.offload.packing_up import packed
 from fedsys.offload.peers import PeerGroup
-from fedsys.offload.session import Session
 from fedsys.offload.snapshot import SessionSpec
 from fedsys.transport.link import AcceptedLink, Link
 from fedsys.transport.security import same_token
@@ -43,7 +43,7 @@ class Welcome:
         more: What it is told of how the session came here.
     """
 
-    session: Session
+    session: EdgeSession
     epoch: Epoch
     began_s: float
     more: dict[str, Any]

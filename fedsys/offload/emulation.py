@@ -120,6 +120,7 @@ class Workers:
 
     Args:
         name: Name of the edge server.
+        cores: Of this machine, on which they compute; None: those that this process may use.
         clock: Seconds; that of the arrivals of frames.
         sleep: How to wait.
 
@@ -131,10 +132,11 @@ class Workers:
         self,
         name: str,
         *,
+        cores: int | None = None,
         clock: Clock = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.name, self.processors = name, Processors()
+        self.name, self.processors = name, Processors(cores)
         self._clock, self._sleep = clock, sleep
         self._free_s: list[float] = []
         self._lock = threading.Lock()

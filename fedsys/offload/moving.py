@@ -11,10 +11,10 @@ from fedsys.offload.edge_arrivals import Arrivals, Holdings
 from fedsys.offload.edge_departures import Departures
 from fedsys.offload.edge_faults import EdgeFaults
 from fedsys.offload.edge_moves import EdgeMoves
+from fedsys.offload.edge_session import EdgeSession
 from fedsys.offload.fencing import Copy, Epoch
 from fedsys.offload.migration import Say
 from fedsys.offload.peers import Peers
-from fedsys.offload.session import Session
 from fedsys.offload.session_table import SessionTable
 from fedsys.offload.shadows import Shadows
 from fedsys.offload.snapshot import SessionSpec, Snapshot
@@ -43,7 +43,7 @@ class Moving:
         table: SessionTable,
         peers: Peers,
         faults: EdgeFaults,
-        make: Callable[[SessionSpec, Snapshot], Session],
+        make: Callable[[SessionSpec, Snapshot], EdgeSession],
     ) -> None:
         self.copies, self._bases = Copies(table), Bases()
         self._name, self._table, self._peers, self._faults = name, table, peers, faults

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fedsys import config as configuration
 from fedsys.offload.checkpoint import SessionCheckpoint
+from fedsys.offload.edge_session import EdgeSession, Follower
 from fedsys.offload.fencing import Epoch
-from fedsys.offload.session import Follower, Session
 from fedsys.offload.turns import Awaited
 from fedsys.transport.wire import Frame
 
@@ -38,7 +38,7 @@ class Packed:
 
 
 def packed(
-    session: Session,
+    session: EdgeSession,
     base: Mapping[str, Tensor],
     epoch: Epoch,
     base_name: str | None,
@@ -79,7 +79,7 @@ def packed(
 
 
 def sealed(
-    session: Session, epoch: Epoch, awaited: Sequence[Awaited], began: float, waiting: int
+    session: EdgeSession, epoch: Epoch, awaited: Sequence[Awaited], began: float, waiting: int
 ) -> Packed:
     """Return a frame ``transfer`` for a session that is there already, if the bits are the same.
 

@@ -6,8 +6,8 @@ import logging
 import time
 from collections.abc import Sequence
 
-from fedsys.errors import SessionError
-from fedsys.offload.session import Session
+from fedsys.errors import LinkClosed, SessionError
+from fedsys.offload.edge_session import EdgeSession
 from fedsys.offload.session_table import SessionTable
 from fedsys.offload.snapshot import SessionSpec, Snapshot
 from fedsys.transport.wire import Frame
@@ -22,7 +22,7 @@ def send_state(table: SessionTable, kind: str, spec: SessionSpec, snapshot: Snap
 
 
 def hand_over(
-    table: SessionTable, sessions: Sequence[Session], grace_s: float
+    table: SessionTable, sessions: Sequence[EdgeSession], grace_s: float
 ) -> list[tuple[SessionSpec, Snapshot]]:
     """Freeze sessions at the end of their steps and send them to their controllers.
 
@@ -46,11 +46,14 @@ def hand_over(
     return left
 
 
-def _frozen(session: Session, deadline: float) -> Snapshot | None:
+def _frozen(session: EdgeSession, deadline: float) -> Snapshot | None:
     """Freeze a session at the end of its step; return None if that does not come in time."""
     while True:
         try:
             return session.freeze()
+        except LinkClosed as error:  # the process is gone that computed it
+            _log.warning("%s", error)
+            return None
         except SessionError as error:  # pieces of the step are on their way
             if time.monotonic() > deadline:
                 _log.warning("%s", error)

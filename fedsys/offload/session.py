@@ -30,12 +30,12 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
-from typing import Protocol
 
 import torch
 
 from fedsys.errors import LinkClosed, SessionError
 from fedsys.offload.edge_part import EdgePart
+from fedsys.offload.edge_session import Follower
 from fedsys.offload.emulation import Workers
 from fedsys.offload.operations import Operations
 from fedsys.offload.sealing import Sealed, digest_of
@@ -43,18 +43,6 @@ from fedsys.offload.snapshot import SessionPosition, SessionSpec, Snapshot, natu
 from fedsys.offload.turns import Awaited, Turns
 from fedsys.transport.security import new_token
 from fedsys.transport.wire import Frame
-
-
-class Follower(Protocol):
-    """Has another session do what this one does."""
-
-    def let_catch_up(self, step: int) -> None:
-        """Wait, if need be, before a mini-batch begins or goes on; the session is not held."""
-        ...
-
-    def take(self, operation: Frame) -> None:
-        """Take an operation that the session does, in its turn; without waiting."""
-        ...
 
 
 class Session:
@@ -89,6 +77,11 @@ class Session:
         self._follower: Follower | None = None
         self._frozen = False
         self._lock = threading.RLock()
+
+    @property
+    def lost(self) -> bool:
+        """Whether the process that has it is gone: it would be this one."""
+        return False
 
     @property
     def steps(self) -> int:

@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Iterable
 
 from fedsys.config import EdgeConfig
-from fedsys.errors import LinkError, SessionError
-from fedsys.offload.session import Session
+from fedsys.errors import LinkClosed, LinkError, SessionError
+from fedsys.offload.edge_session import EdgeSession
 from fedsys.offload.snapshot import SessionSpec
 from fedsys.transport.link import Link
 from fedsys.transport.wire import Frame
@@ -36,10 +36,11 @@ class SessionTable:
     def __init__(self, name: str, limits: EdgeConfig) -> None:
         self.lock, self.counters = threading.RLock(), Counter[str]()
         self._name, self._limits, self._stopped = name, limits, False
-        self._sessions: dict[str, Session] = {}
+        self._sessions: dict[str, EdgeSession] = {}
         self._devices: dict[str, Link] = {}  # the link of each session's device
         self._controllers: dict[str, Link] = {}  # by session: who opened it
         self._orphaned: dict[str, float] = {}  # by session: since when it has no controller
+        self._lost: set[str] = set()  # sessions that ended with the process that computed them
 
     @property
     def names(self) -> list[str]:
@@ -64,7 +65,7 @@ class SessionTable:
         with self.lock:
             self.counters[event] += by
 
-    def get(self, name: str) -> Session | None:
+    def get(self, name: str) -> EdgeSession | None:
         """Return a session; None if there is none."""
         with self.lock:
             return self._sessions.get(name)
@@ -109,16 +110,20 @@ class SessionTable:
             if held > most:
                 raise SessionError(f"{self._name} is full: {held} bytes of {most}")
 
-    def hold(self, session: Session, controller: Link | None) -> None:
+    def hold(self, session: EdgeSession, controller: Link | None) -> None:
         """Take a session in; without a controller it waits for one that claims it.
 
         Raises:
             SessionError: As `check_room`.
+            LinkClosed: The process is gone that would compute it.
         """
         name = session.spec.id
         with self.lock:
             self.check_room(session.spec, session.nbytes())
+            if session.lost:
+                raise LinkClosed(f"session {name}: its process has ended")
             self._sessions[name] = session
+            self._lost.discard(name)
             if controller is None:
                 self._orphaned[name] = time.monotonic()
             else:
@@ -145,9 +150,13 @@ class SessionTable:
             return self._devices.get(name)
 
     def claim(self, names: Iterable[object], link: Link) -> None:
-        """Send to `link` what concerns some sessions: their controller is back."""
+        """Send to `link` what concerns some sessions: their controller is back.
+
+        It is told which of them there are: those that were lost are as any that never were here.
+        """
         with self.lock:
             for name in names:
+                self._lost.discard(str(name))
                 if isinstance(name, str) and name in self._sessions:
                     self._controllers[name] = link
                     self._orphaned.pop(name, None)
@@ -176,6 +185,27 @@ class SessionTable:
             link.close()
         self.count("released")
 
+    def lose(self, sessions: Iterable[EdgeSession]) -> tuple[list[str], list[Link]]:
+        """Forget sessions that ended with the process that computed them.
+
+        Returns:
+            Their names, and the links of those who had to do with them: first of controllers.
+        """
+        with self.lock:
+            names = [s.spec.id for s in sessions if self._sessions.get(s.spec.id) is s]
+            self._lost.update(names)
+            for name in names:
+                del self._sessions[name]
+                self._orphaned.pop(name, None)
+            whose = self._controllers, self._devices
+            links = [found.pop(name, None) for found in whose for name in names]
+        return names, list(dict.fromkeys(link for link in links if link is not None))
+
+    def was_lost(self, name: str) -> bool:
+        """Return whether a session was lost, and its controller was not back since."""
+        with self.lock:
+            return name in self._lost
+
     def tell(self, name: str, frame: Frame) -> bool:
         """Send a frame to the controller of a session; return whether that could be done."""
         with self.lock:
@@ -189,7 +219,7 @@ class SessionTable:
             return False
         return True
 
-    def stop(self) -> list[Session]:
+    def stop(self) -> list[EdgeSession]:
         """Take in no more; return the sessions that are there, whose controllers stay known."""
         with self.lock:
             self._stopped = True

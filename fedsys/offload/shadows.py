@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 from fedsys.errors import FedsysError, FrameError, SessionError
 from fedsys.offload import mirroring
 from fedsys.offload.checkpoint import awaited_of
+from fedsys.offload.edge_session import EdgeSession
 from fedsys.offload.fencing import Copy, Epoch
 from fedsys.offload.mirroring import Shadow
-from fedsys.offload.session import Session
 from fedsys.offload.snapshot import SessionPosition, SessionSpec, Snapshot, natural
 from fedsys.transport.wire import Frame
 
@@ -23,7 +23,7 @@ IDLE_S = 600.0
 @dataclass
 class _Kept:
     shadow: Shadow
-    session: Session
+    session: EdgeSession
     fleet: str
     every: int  # steps between replicas, of which the shadow sends none
     heard_s: float
@@ -40,7 +40,7 @@ class Shadows:
 
     def __init__(
         self,
-        make: Callable[[SessionSpec, Snapshot], Session],
+        make: Callable[[SessionSpec, Snapshot], EdgeSession],
         check_room: Callable[[int], None],
     ) -> None:
         self._make, self._check_room = make, check_room
@@ -107,7 +107,7 @@ class Shadows:
                 self._drop(name, kept)
                 raise
 
-    def become(self, name: str, fleet: str, epoch: Epoch, frame: Frame) -> Session:
+    def become(self, name: str, fleet: str, epoch: Epoch, frame: Frame) -> EdgeSession:
         """Return the session that a shadow has become; the shadow is no more, whatever happens.
 
         Raises:

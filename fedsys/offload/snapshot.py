@@ -184,6 +184,49 @@ class SessionPosition:
     operations: tuple[Frame, ...] = ()
     replies: tuple[Frame, ...] = ()
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all tensors for a frame."""
+        tensors = self.snapshot.tensors()
+        for name, listed in (("operation", self.operations), ("reply", self.replies)):
+            for index, frame in enumerate(listed):
+                tensors |= {f"{name}/{index}/{n}": t for n, t in frame.tensors.items()}
+        return tensors
+
+    def to_meta(self) -> dict[str, Any]:
+        """Return what the header of a frame says beside the tensors and the snapshot's own."""
+        return {
+            "operations": [[f.kind, dict(f.meta)] for f in self.operations],
+            "replies": [[f.kind, dict(f.meta)] for f in self.replies],
+            "incarnation": self.incarnation,
+        }
+
+    @classmethod
+    def from_frame(cls, frame: Frame) -> SessionPosition:
+        """Return the position that a frame carries.
+
+        Raises:
+            FrameError: It is none.
+        """
+        return cls(
+            Snapshot.from_frame(frame),
+            str(frame.meta.get("incarnation")),
+            _frames(frame.meta.get("operations"), frame.tensors, "operation"),
+            _frames(frame.meta.get("replies"), frame.tensors, "reply"),
+        )
+
+
+def _frames(listed: object, tensors: State, name: str) -> tuple[Frame, ...]:
+    if not isinstance(listed, list):
+        raise FrameError(f"{name}: must be a list")
+    made = []
+    for index, one in enumerate(listed):
+        if not (isinstance(one, list) and len(one) == 2 and isinstance(one[1], dict)):
+            raise FrameError(f"{name} {index}: must be a kind and its values")
+        prefix = f"{name}/{index}/"
+        own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        made.append(Frame(str(one[0]), one[1], own))
+    return tuple(made)
+
 
 def _part(tensors: State, prefix: str) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

@@ -120,6 +120,7 @@ class EdgeProcesses:
             f"edge.max_sessions={edge.max_sessions}",
             f"edge.max_session_bytes={edge.max_session_bytes}",
             f"edge.max_frame_bytes={edge.max_frame_bytes}",
+            f"edge.workers={'null' if edge.workers is None else edge.workers}",
             f"edge.faults={'true' if self._config.faults.list else 'false'}",
         ]  # fmt: skip
 

@@ -89,6 +89,7 @@ SMALL = {
         "bench.sessions=3",
         "bench.steps=1",
         "bench.turns=1",
+        "bench.workers=2",
     ],
     "codecs": [
         "model.width=4",
@@ -399,6 +400,9 @@ def test_sessions_give_the_rate_of_many_and_of_one_and_what_a_session_takes(tmp_
     assert figures["ratio"] == figures["many_examples_s"] / figures["one_examples_s"] > 0
     assert figures["session_peak_mb"] >= figures["session_rest_mb"]
     assert figures["held_mb"] > 0 < figures["activations_mb"]
+    rates = figures["workers_examples_s"], figures["alone_examples_s"]
+    assert figures["workers_ratio"] == pytest.approx(rates[0] / rates[1])
+    assert min(figures["workers_cpu_ms"], figures["alone_cpu_ms"], *rates) > 0
 
 
 def test_the_memory_that_a_session_needs_is_counted_by_hand(configure):

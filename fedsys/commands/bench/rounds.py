@@ -62,14 +62,20 @@ class EdgeProcess:
         }
 
     def cpu_s(self) -> float:
-        """Return the processor time that it has used."""
-        times = psutil.Process(self.pid).cpu_times()
-        return float(times.user + times.system)
+        """Return the processor time that it has used, with the processes of its sessions."""
+        edge = psutil.Process(self.pid)
+        times = [one.cpu_times() for one in (edge, *edge.children(recursive=True))]
+        return float(sum(one.user + one.system for one in times))
 
 
 @contextlib.contextmanager
 def edge_process(
-    kind: str = BETWEEN_PROCESSES, name: str = "edge-0", token: str = "", *, faults: bool = False
+    kind: str = BETWEEN_PROCESSES,
+    name: str = "edge-0",
+    token: str = "",
+    *,
+    faults: bool = False,
+    workers: int = 1,
 ) -> Iterator[EdgeProcess]:
     """Start ``fedsys edge`` on loopback, and end it with the block.
 
@@ -78,6 +84,7 @@ def edge_process(
         name: Its name.
         token: What a controller must present; empty: a new one.
         faults: Whether a run may kill it.
+        workers: Processes in which its sessions compute.
 
     Raises:
         RuntimeFailure: It does not start.
@@ -86,7 +93,7 @@ def edge_process(
     command = [
         *(sys.executable, "-m", "fedsys.main", "edge", "json=true", f"edge.name={name}"),
         *(f"edge.address={kind}://127.0.0.1:0", "edge.http=null"),
-        f"edge.faults={str(faults).lower()}",
+        *(f"edge.faults={str(faults).lower()}", f"edge.workers={workers}"),
     ]
     environment = {**os.environ, secret.VARIABLE: token}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)

@@ -10,13 +10,16 @@ The memory of a session is the rise of the server's resident size over what it h
 divided by the number of sessions. It is compared with what a session cannot do without, if all
 compute at once: weights, optimizer state and the activations of a mini-batch, which are the tensors
 that PyTorch saves for the backward pass, with the input and without the weights.
+
+With ``workers`` another edge server, whose sessions compute in so many processes, takes turns with
+one that computes for itself: examples per second, and processor time of all its processes.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +30,7 @@ import torch
 from torch import Tensor
 
 from fedsys.commands.bench import Chart
-from fedsys.commands.bench.rounds import edge_process
+from fedsys.commands.bench.rounds import EdgeProcess, edge_process
 from fedsys.config import Config, EdgeAddress, parse, with_values
 from fedsys.errors import ConfigError, RuntimeFailure
 from fedsys.models.layers import LayeredModel
@@ -53,27 +56,32 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         config: Model, client and data, of which one mini-batch is sent.
-        options: ``sessions`` at one time, the ``cut``, ``steps`` of each in a turn, ``turns``, and
-            ``in_flight`` for the one session.
+        options: ``sessions`` at one time, the ``cut``, ``steps`` of each in a turn, ``turns``,
+            ``in_flight`` for the one session, and ``workers``.
 
     Returns:
         ``many_examples_s`` and ``one_examples_s`` (medians), the median and the quartiles of the
         turns' ``ratio``; per session in MB (10^6 bytes) the rise of the server's size at its peak
         and afterwards, at rest, weights with optimizer state, and activations; ``memory_ratio`` of
-        the peak to these.
+        the peak to these. With ``workers`` their ``workers_examples_s``, the median and the
+        quartiles of ``workers_ratio``, and processor milliseconds of a mini-batch:
+        ``workers_cpu_ms`` and ``alone_cpu_ms``.
 
     Raises:
         ConfigError: There is no such cut, or an option is not a whole number of at least 1.
         RuntimeFailure: The server does not start.
     """
-    for name in ("sessions", "steps", "turns", "in_flight"):
+    workers = options.get("workers")
+    counts = ("sessions", "steps", "turns", "in_flight", *(["workers"] if workers else []))
+    for name in counts:
         if type(options[name]) is not int or options[name] < 1:
             raise ConfigError.of(f"bench.{name}", options[name], "must be at least 1")
     work = _Work.of(config, int(options["cut"]))
     cores = usable_cores()
     alone = _Work.of(parse(with_values(config.text, client={"threads": cores})), work.cut)
     steps, sessions = options["steps"], options["sessions"]
-    with _server() as (pid, fleet, address):
+    with _server() as (edge, fleet):
+        pid, address = edge.pid, edge.address
         _train(fleet, address, work, 1, 2)
         empty = _resident(pid)
         _forget_peak(pid)
@@ -83,6 +91,7 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
     ratios = sorted(many / one for many, one in rates)
     held, activations = work.held_bytes(), work.activation_bytes()
     per_session = (peak - empty) / sessions
+    compared = _with_workers(work, options) if workers else {}
     return {
         "sessions": sessions,
         "cut": work.cut,
@@ -99,6 +108,7 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
         "held_mb": held / 1e6,
         "activations_mb": activations / 1e6,
         "memory_ratio": per_session / (held + activations),
+        **compared,
     }
 
 
@@ -117,18 +127,43 @@ def _turn(
     return rates["many"], rates["one"]
 
 
+def _with_workers(work: _Work, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what processes for the sessions of an edge server change."""
+    sessions, steps, count = options["sessions"], options["steps"], options["workers"]
+    alone, several = list[_Turn](), list[_Turn]()
+    with _server() as first, _server(count) as second:
+        servers = [(first, alone), (second, several)]
+        for (edge, fleet), _ in servers:
+            _train(fleet, edge.address, work, sessions, 1)
+        for turn in range(options["turns"]):
+            for (edge, fleet), turns in servers if turn % 2 else reversed(servers):
+                turns.append(_train(fleet, edge.address, work, sessions, steps, cpu_s=edge.cpu_s))
+    ratios = sorted(b.rate / a.rate for a, b in zip(alone, several, strict=True))
+    per_batch = 1000 / (sessions * steps)
+    return {
+        "workers": count,
+        "alone_examples_s": median(turn.rate for turn in alone),
+        "workers_examples_s": median(turn.rate for turn in several),
+        "workers_ratio": median(ratios),
+        "workers_ratio_q1": ratios[len(ratios) // 4],
+        "workers_ratio_q3": ratios[len(ratios) * 3 // 4],
+        "alone_cpu_ms": per_batch * median(turn.cpu_s for turn in alone),
+        "workers_cpu_ms": per_batch * median(turn.cpu_s for turn in several),
+    }
+
+
 # --------------------------------------------------------------------------------------------------
 # The server
 
 
 @contextmanager
-def _server() -> Iterator[tuple[int, Fleet, str]]:
-    """Yield the process id of an edge server, a handle on it, and its address."""
+def _server(workers: int = 1) -> Iterator[tuple[EdgeProcess, Fleet]]:
+    """Yield an edge server and a handle on it."""
     with (
-        edge_process() as edge,
+        edge_process(workers=workers) as edge,
         Fleet([EdgeAddress(edge.name, edge.address)], control_token=edge.token) as fleet,
     ):
-        yield edge.pid, fleet, edge.address
+        yield edge, fleet
 
 
 def _resident(pid: int, what: str = "VmRSS") -> int:
@@ -258,10 +293,11 @@ class _Work:
 
 @dataclass(frozen=True)
 class _Turn:
-    """Examples per second, and the server's size in bytes: at its peak, and at the end."""
+    """Examples per second, the server's size in bytes: at its peak, and at the end; its time."""
 
     rate: float
     memory: tuple[int, int]
+    cpu_s: float
 
 
 def _train(
@@ -273,6 +309,7 @@ def _train(
     pid: int | None = None,
     *,
     ahead: int = 1,
+    cpu_s: Callable[[], float] = lambda: 0.0,
 ) -> _Turn:
     """Open sessions, let all devices train at once, and release them."""
     specs = [work.open(fleet, new_token()) for _ in range(sessions)]
@@ -283,7 +320,7 @@ def _train(
         for link in links:
             link.recv(_PATIENCE_S)
         failed: list[BaseException] = []
-        began = time.perf_counter()
+        began, used_s = time.perf_counter(), cpu_s()
         threads = [
             threading.Thread(target=_device, args=(link, work, steps, ahead, failed))
             for link in links
@@ -292,11 +329,11 @@ def _train(
             thread.start()
         for thread in threads:
             thread.join()
-        seconds = time.perf_counter() - began
+        seconds, used_s = time.perf_counter() - began, cpu_s() - used_s
         if failed:
             raise failed[0]
         memory = (_resident(pid, "VmHWM"), _resident(pid)) if pid is not None else (0, 0)
-        return _Turn(sessions * steps * work.batch / seconds, memory)
+        return _Turn(sessions * steps * work.batch / seconds, memory, used_s)
     finally:
         for link in links:
             link.close()
