@@ -109,7 +109,7 @@ def _divided(
 def _by_hydra(folder: Path, overrides: Sequence[str]) -> DictConfig:
     from hydra import compose, initialize_config_dir
 
-    with within_hydra(), initialize_config_dir(str(folder), version_base="1.3"):
+    with within_hydra(), swiftly(()), initialize_config_dir(str(folder), version_base="1.3"):
         return compose("config", overrides=list(overrides))
 
 
@@ -285,7 +285,8 @@ def swiftly(overrides: Sequence[str], flags: Sequence[str] = ()) -> Iterator[Non
     names = vars(file_config_source)
     outer_mode, outer_reader = Hydra.get_mode, names["OmegaConf"]
     names["OmegaConf"] = _ByParserInC(outer_reader)
-    if not flags and not any("hydra" in o.partition("=")[0] for o in overrides):
+    keys = [override.partition("=")[0] for override in overrides]
+    if not flags and not any("hydra" in key or EXPERIMENT in key for key in keys):
         Hydra.get_mode = lambda *_, **__: None  # type: ignore[method-assign]
     try:
         yield

@@ -62,6 +62,57 @@ def _is_plain(node: Any) -> bool:
     return node is None or isinstance(node, str | int | float)
 
 
+def copied(tree: Any) -> dict[str, Any] | None:
+    """Return a copy of a tree of which OmegaConf would make the same; None where it might not.
+
+    It is one of plain dicts, lists and scalars, in which nothing is an interpolation or missing.
+    """
+    try:
+        return _copied(tree) if type(tree) is dict else None
+    except _NotPlain:
+        return None
+
+
+class _NotPlain(Exception):
+    """A tree holds more than plain values."""
+
+
+def _copied(node: Any) -> Any:
+    if type(node) is dict and all(type(key) is str for key in node):
+        return {key: _copied(value) for key, value in node.items()}
+    if type(node) in (list, tuple):
+        return [_copied(value) for value in node]
+    if node is None or type(node) in (bool, int, float):
+        return node
+    if type(node) is str and not any(odd in node for odd in _ODD):
+        return node
+    raise _NotPlain
+
+
+def merged(tree: Any, news: Any) -> dict[str, Any] | None:
+    """Return a plain tree with the values of another over it, as OmegaConf merges them.
+
+    None where OmegaConf might make another of them, or refuse it.
+    """
+    one, other = copied(tree), copied(news)
+    if one is None or other is None:
+        return None
+    try:
+        return _merged(one, other)
+    except _NotPlain:
+        return None
+
+
+def _merged(tree: dict[str, Any], news: dict[str, Any]) -> dict[str, Any]:
+    for key, value in news.items():
+        before: Any = tree.get(key)
+        if {type(before), type(value)} == {dict, list}:
+            raise _NotPlain
+        both = type(before) is type(value) is dict
+        tree[key] = _merged(before, value) if both else value
+    return tree
+
+
 @functools.lru_cache(maxsize=1)
 def _loader() -> Any:
     from omegaconf._utils import get_yaml_loader

@@ -48,6 +48,7 @@ from fedsys.files import (
     writing,
 )
 from fedsys.identity import environment, state_sha256
+from fedsys.runs import plain_yaml
 from fedsys.runs.model_file import save_model
 from fedsys.runs.naming import default_path, unusable
 from fedsys.runs.scalars import Scalars, from_cell, scalars, to_cell
@@ -437,7 +438,7 @@ def _parsed(config_yaml: str) -> dict[str, Any]:
     import yaml
 
     try:
-        config = yaml.load(config_yaml, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        config = plain_yaml.load(config_yaml)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
     return config if isinstance(config, dict) else {}

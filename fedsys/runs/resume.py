@@ -19,6 +19,7 @@ from typing import Any, Final
 from fedsys.config import Config
 from fedsys.config.resilience import ResilienceConfig
 from fedsys.errors import ConfigError, RunError
+from fedsys.runs import plain_yaml
 from fedsys.runs.folder import RunFolder
 
 HARMLESS: Final = frozenset(
@@ -113,7 +114,7 @@ def stored(path: Path) -> dict[str, Any]:
 
     file, claimed = path / "config.yaml", _claimed(path)
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+        tree = plain_yaml.load(file.read_text(encoding="utf-8"))
         if not isinstance(tree, dict) or (claimed and set(tree) != set(claimed)):
             raise ValueError(f"{file} is damaged")
         return tree

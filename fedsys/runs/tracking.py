@@ -33,6 +33,7 @@ from typing import Any, Final, Protocol
 
 from fedsys.config import Spec, call_target, public_text
 from fedsys.errors import ConfigError, first_line, is_number
+from fedsys.runs import plain_yaml
 from fedsys.runs.folder import RunFolder
 from fedsys.runs.scalars import numbers_of
 
@@ -227,11 +228,9 @@ def tracked(
 
 
 def _run_of(folder: RunFolder, config_yaml: str, after_round: int) -> TrackedRun:
-    import yaml
-
     path = folder.path.absolute()
     identity = hashlib.sha256(f"{path.name} {folder.info.get('started')}".encode()).hexdigest()[:16]
-    config = yaml.safe_load(public_text(config_yaml)) or {}
+    config = plain_yaml.load(public_text(config_yaml)) or {}
     return TrackedRun(path.name, identity, path, config, after_round)
 
 

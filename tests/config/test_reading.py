@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedsys.config import CONF, composing, reading, to_text, with_values, writing
+from fedsys.errors import ConfigError
 
 SCALARS = (
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=12)
@@ -116,6 +117,8 @@ def test_hydra_composes_once_and_reads_its_files_by_the_parser_in_c(monkeypatch)
     assert found.config == expected.config and found.header == expected.header
     with composing.swiftly(["hydra.mode=MULTIRUN"]):
         assert Hydra.get_mode is outer
+    with composing.swiftly(["+experiment=swept"]):  # whose file may ask for a sweep
+        assert Hydra.get_mode is outer
     with composing.swiftly([], ["--config-dir=own"]):
         assert Hydra.get_mode is outer
 
@@ -126,3 +129,36 @@ def test_other_values_of_a_text_are_what_omegaconf_makes_of_them():
     assert plain == to_text({"rounds": 4, "data": {"source": "digits"}, "resume": None})
     assert by_omegaconf(merged)["data"] == {"source": "digits", "part": 0.5}
     assert by_omegaconf(with_values(text, resume="${data.source}"))["resume"] == "digits"
+
+
+PLAIN = st.recursive(
+    SCALARS | LOOKS_LIKE_MORE,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from("xyz"), inner),
+    max_leaves=8,
+)
+
+
+@given(
+    st.dictionaries(st.sampled_from("ab"), PLAIN), st.dictionaries(st.sampled_from("abc"), PLAIN)
+)
+def test_values_are_set_as_omegaconf_merges_them(tree, news):
+    """OmegaConf made a node of each value for that, which was most of the time of a small plan."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.create(tree), OmegaConf.create(news))
+        expected = to_text(merged)
+    except (OmegaConfBaseException, ConfigError):
+        with pytest.raises((OmegaConfBaseException, ConfigError)):
+            with_values(writing.written(tree), **news)
+    else:
+        assert with_values(writing.written(tree), **news) == expected
+
+
+class Missing(str):
+    """No plain text."""
+
+
+@pytest.mark.parametrize("odd", ["${b}", "???", Missing("a"), object(), {1: 2}, b"x"])
+def test_what_is_more_than_plain_is_left_to_omegaconf(odd):
+    assert reading.copied({"a": [odd]}) is None
+    assert reading.copied(OmegaConf.create({"a": 1})) is None
+    assert reading.copied({"a": ({"b": None},)}) == {"a": [{"b": None}]}

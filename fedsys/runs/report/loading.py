@@ -16,6 +16,7 @@ from fedsys.config import secret
 from fedsys.config.task import Metric
 from fedsys.errors import RunError
 from fedsys.files import whole_lines
+from fedsys.runs import plain_yaml
 from fedsys.runs.folder import RunFolder
 from fedsys.runs.measured import metric_in
 
@@ -175,7 +176,7 @@ def _config(path: Path) -> Mapping[str, Any]:
     import yaml
 
     try:
-        tree = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+        tree = plain_yaml.load((path / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return tree if isinstance(tree, Mapping) else {}
