@@ -215,6 +215,18 @@ def last_layer(configure: "Callable[..., Config]") -> SimpleNamespace:
     return SimpleNamespace(config=config, spec=spec, start=start, activation=activation)
 
 
+@pytest.fixture(scope="module")
+def forked_hosts(tmp_path_factory: pytest.TempPathFactory) -> Generator[None, None, None]:
+    """Let hosts of a chain be forks of a process that has imported torch."""
+    from fedsys.commands import host
+    from tests.forked_hosts import HostForks
+
+    folder = tmp_path_factory.mktemp("hosts")
+    with HostForks(folder) as forks, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host, "subprocess", forks)
+        yield
+
+
 @pytest.fixture(scope="session")
 def portfolio_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A portfolio of a small CNN on images of 3x8x8: the parent and two smaller variants."""

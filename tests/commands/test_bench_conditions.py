@@ -73,7 +73,7 @@ def test_published_files_are_analysed_without_measuring(tmp_path, capsys):
 
 
 @pytest.mark.slow  # two host processes
-def test_a_sweep_goes_on_where_it_ended(tmp_path, capsys):
+def test_a_sweep_goes_on_where_it_ended(forked_hosts, tmp_path, capsys):
     call = [
         "bench", "conditions", "models=[lenet]", "json=true", "bench.side=32", "bench.rates=[1000]",
         "bench.cpu=[0.0,1.0]", "bench.memory=[0.0]", "bench.repeats=2", "bench.verify_s=0.01",
