@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -82,22 +82,36 @@ def latencies(
     }
 
 
-def in_turns(models: Mapping[str, nn.Module], images: Tensor, runs: int) -> dict[str, list[float]]:
-    """Run each model on `images` once per turn; return the seconds of its `runs` timed runs."""
+def in_turns(
+    models: Mapping[str, nn.Module],
+    images: Tensor,
+    runs: int,
+    warm_up: int = WARM_UP,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Run each model on `images` once per turn; return the seconds of its `runs` timed runs.
+
+    Args:
+        models: Modules in evaluation mode by name.
+        images: ``(batch, …)``.
+        runs: Timed runs of each.
+        warm_up: Turns before them.
+        clock: In seconds; with one thread `time.thread_time` leaves out what the machine does else.
+    """
     names = list(models)
     took: dict[str, list[float]] = {name: [] for name in names}
     last = dict.fromkeys(names, 0.0)
     with torch.inference_mode():
-        for turn in range(WARM_UP + runs):
+        for turn in range(warm_up + runs):
             start = turn % len(names)
             for name in (*names[start:], *names[:start]):
                 model = models[name]
                 if last[name] < _WARM_S:
                     model(images)
-                began = time.perf_counter()
+                began = clock()
                 model(images)
-                last[name] = time.perf_counter() - began
-                if turn >= WARM_UP:
+                last[name] = clock() - began
+                if turn >= warm_up:
                     took[name].append(last[name])
     return took
 

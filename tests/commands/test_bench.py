@@ -1,6 +1,7 @@
 import copy
 import csv
 import io
+import itertools
 import json
 import math
 import re
@@ -35,6 +36,8 @@ SMALL = {
         "bench.families=[[mobilenet_v3_small,[0.5]],[mobilenet_v2,[0.999]],[mobilenet_v2,[0.996],4]]",
         "bench.conversions=[[mobilenet_v3_small,0.4]]",
         "bench.rivals=[]",
+        "bench.rounded=[]",
+        "bench.served=[]",
         "bench.repeats=1",
         "bench.images=20",
         "bench.epochs=1",
@@ -553,6 +556,33 @@ def test_torch_pruning_is_given_the_parameters_of_ours():
     left = sum(p.numel() for p in pruned.parameters())
     assert 150_000 < left <= 200_000
     assert pruned(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
+@pytest.mark.slow  # models are exported, and sizes searched for
+def test_prune_compares_engines_and_widths_at_equal_parameters(tmp_path, capsys):
+    pytest.importorskip("torch_pruning")
+    pytest.importorskip("onnxruntime")
+    small = ["families", "conversions", "rivals"]
+    options = ["bench.rounded=[vgg5]", "bench.served=[vgg5]", "bench.served_batches=[1,2]"]
+    options += [*(f"bench.{key}=[]" for key in small), "bench.trains=false", "bench.rival_runs=5"]
+    options += ["data.examples=200", "client.batch_size=50", "client.threads=1"]
+    call = ["bench", "prune", *options, "json=true"]
+    assert main([*call, f"run.dir={tmp_path / 'run'}"]) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["engine"] for row in figures["rounding"]] == ["torch", "onnx"]
+    for row in figures["rounding"]:
+        assert 0 <= row["rounded"] <= row["groups"] and row["chosen_ms"] <= row["exact_ms"]
+        assert row["faster_than_exact"] == pytest.approx(row["exact_ms"] / row["chosen_ms"])
+    cells = {(row["engine"], row["batch"], row["by"]): row for row in figures["served"]}
+    ours = [f"fedsys, elements^1, for {engine}" for engine in ("torch", "onnx")]
+    for engine, batch in itertools.product(("torch", "onnx"), (1, 2)):
+        rival = cells[engine, batch, "Torch-Pruning"]
+        assert rival["faster_than_torch_pruning"] == 1.0
+        most = cells[engine, batch, "fedsys"]["params"]
+        for by in (*ours, "Torch-Pruning"):
+            assert cells[engine, batch, by]["ms"] > 0
+            assert 0.8 * most < cells[engine, batch, by]["params"] <= most
+    assert len(cells) == 2 * (2 * 4 + 1)
 
 
 def test_the_link_benchmark_takes_its_defaults_from_the_file_of_choices(configure):

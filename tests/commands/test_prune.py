@@ -323,7 +323,9 @@ def test_channels_are_rounded_where_that_is_measured_to_be_faster(
 ) -> None:
     """Times are made up, so that all is rounded for once: what pays differs among machines."""
 
-    def in_turns(models: dict[str, nn.Module], images: Tensor, runs: int) -> dict[str, list[float]]:
+    def in_turns(
+        models: dict[str, nn.Module], images: Tensor, runs: int, **given: object
+    ) -> dict[str, list[float]]:
         def odd(model: nn.Module) -> int:
             widths = [len(p) for p in model.parameters() if p.dim() > 1]
             return sum(width % 8 != 0 for width in widths)
@@ -364,7 +366,9 @@ def test_a_variant_whose_rounding_does_not_pay_is_the_exact_one(
     everything_stays: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def in_turns(models: dict[str, nn.Module], images: Tensor, runs: int) -> dict[str, list[float]]:
+    def in_turns(
+        models: dict[str, nn.Module], images: Tensor, runs: int, **given: object
+    ) -> dict[str, list[float]]:
         counted = {name: sum(p.numel() for p in m.parameters()) for name, m in models.items()}
         return {name: [float(count)] * runs for name, count in counted.items()}
 

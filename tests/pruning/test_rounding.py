@@ -95,6 +95,14 @@ def test_what_is_faster_by_less_than_the_margin_is_chance() -> None:
     assert set(search(GROUPS, times, margin=0.01).choice) == {8}
 
 
+def test_what_rounding_does_not_help_is_narrowed_again() -> None:
+    """Where one kind of layers gains much by rounding all, others were rounded for nothing."""
+    times, _ = table(lambda i, m: 0.0 if m == 1 else 1.0 if i < 4 else -0.01)
+    assert search(GROUPS, times).choice == (8, 8, 8, 8, 1, 1, 1)
+    times, _ = table(lambda i, m: 0.0 if m == 1 else 1.0 if i < 4 else 0.01)
+    assert search(GROUPS, times).choice == (8,) * 7
+
+
 def test_a_choice_that_is_slow_when_it_is_measured_again_is_not_taken() -> None:
     """A comparison that another process disturbed must not decide alone."""
     calls: list[int] = []
@@ -220,7 +228,7 @@ def test_a_decision_is_made_of_what_is_measured(
     plan = shrink(model, SHAPE, masks=masks).plan
 
     def in_turns(
-        models: dict[str, nn.Module], images: torch.Tensor, runs: int
+        models: dict[str, nn.Module], images: torch.Tensor, runs: int, **given: object
     ) -> dict[str, list[float]]:
         # a model whose depthwise layers are multiples of 8 is fast, each other channel costs
         found = {}

@@ -8,6 +8,9 @@
 * ``rivals``: our scores without and with costs, and Torch-Pruning's magnitude importance, all at
   the same number of parameters; seconds, MACs and latency in turns
   (`fedsys.commands.bench.prune_rivals`).
+* ``rounding``: numbers of channels rounded up, none, all, and where it pays, on both engines;
+  ``served``: Torch-Pruning and ours at the same number of parameters, on both engines, one image
+  and batches (`fedsys.commands.bench.prune_engines`).
 * ``effort``: six variants of one trained parent, from mask to written portfolio, against six times
   its measured training.
 * ``trained``: models that trained under masks against their dense variants: parameters, latency in
@@ -20,7 +23,7 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -33,6 +36,7 @@ from torch import Tensor, nn
 from fedsys import config as configuration
 from fedsys import data
 from fedsys.commands.bench import Chart
+from fedsys.commands.bench.prune_engines import rounding_rows, served_rows
 from fedsys.commands.bench.prune_models import as_trained, built, one_thread
 from fedsys.commands.bench.prune_reference import reference_rule_parameters
 from fedsys.commands.bench.prune_rivals import rivals
@@ -83,22 +87,37 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
         _conversion(name, sparsity, int(options["repeats"]), config.seed)
         for name, sparsity in options["conversions"]
     ]
-    beside = [
-        row
-        for name in options["rivals"]
-        for row in rivals(as_trained(built(name, config.seed), config.seed), name, config, options)
-    ]
-    parent, config, dataset, seconds, source = _parent(config, options, dataset)
-    effort = _effort(parent, config, dataset, seconds, source)
-    trained = _trained(parent, config, dataset, options)
-    return {
+    beside = _of_each(rivals, "rivals", config, options)
+    rounding = _of_each(rounding_rows, "rounded", config, options)
+    served = _of_each(served_rows, "served", config, options)
+    tables = {
         "exactness": exact,
         "conversions": conversions,
         "rivals": beside,
-        "effort": [effort],
-        "trained": trained,
+        "rounding": rounding,
+        "served": served,
         "threads": torch.get_num_threads(),
     }
+    if not options["trains"]:
+        return tables
+    parent, config, dataset, seconds, source = _parent(config, options, dataset)
+    effort = _effort(parent, config, dataset, seconds, source)
+    trained = _trained(parent, config, dataset, options)
+    return tables | {"effort": [effort], "trained": trained}
+
+
+def _of_each(
+    rows: Callable[[nn.Module, str, Config, Mapping[str, Any]], list[Row]],
+    key: str,
+    config: Config,
+    options: Mapping[str, Any],
+) -> list[Row]:
+    """Return the rows of all models that an option names."""
+    found = []
+    for name in options[key]:
+        _say(f"{key}: {name}")
+        found += rows(as_trained(built(name, config.seed), config.seed), name, config, options)
+    return found
 
 
 def chart(figures: Mapping[str, Any]) -> Chart:

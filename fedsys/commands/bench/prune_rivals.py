@@ -30,8 +30,15 @@ from fedsys.config.pruning import PruningConfig, check
 from fedsys.config.targets import import_extra
 from fedsys.errors import ConfigError, ModelError
 from fedsys.pruning.candidates import convert
+from fedsys.pruning.dense.channels import Multiples
 from fedsys.pruning.dense.fold import answering
-from fedsys.pruning.dense.removal import evaluation_graph, make_plan, masked_copy, probes
+from fedsys.pruning.dense.removal import (
+    Removal,
+    evaluation_graph,
+    make_plan,
+    masked_copy,
+    probes,
+)
 from fedsys.pruning.dense.shrink import count_parameters
 from fedsys.pruning.levels import Level
 from fedsys.pruning.measuring import in_turns, macs, speedup
@@ -68,7 +75,7 @@ def rivals(model: nn.Module, name: str, config: Config, options: Mapping[str, An
         ModelError: Torch-Pruning is not installed, or nothing is as small as wanted.
     """
     plain = dataclasses.replace(config.pruning, sparsity=float(options["rival_sparsity"]))
-    made = {"fedsys": _timed(lambda: _converted(model, _masks(model, plain), config))}
+    made = {"fedsys": _timed(lambda: _converted(model, masks_by(model, plain), config))}
     params = count_parameters(made["fedsys"][0])
     for cost, weight in options["rival_costs"]:
         chosen = dataclasses.replace(plain, cost=str(cost), cost_weight=float(weight))
@@ -78,7 +85,7 @@ def rivals(model: nn.Module, name: str, config: Config, options: Mapping[str, An
     made["parent"] = (model, 0.0)
     images = torch.randn(1, *_SHAPE, generator=Address(0).torch("rival"))
     whole = {by: pruned for by, (pruned, _) in made.items()}
-    forms = {"": whole, "folded_": _each(_folded, whole), "fused_": _each(_fused, whole)}
+    forms = {"": whole, "folded_": _each(folded, whole), "fused_": _each(_fused, whole)}
     every = {form + by: m for form, models in forms.items() for by, m in models.items()}
     with one_thread():
         times = in_turns(every, images, int(options["rival_runs"]))
@@ -110,7 +117,8 @@ def _each(change: Callable[[nn.Module], nn.Module], of: Mapping[str, nn.Module])
     return {name: change(model) for name, model in of.items()}
 
 
-def _folded(model: nn.Module) -> nn.Module:
+def folded(model: nn.Module) -> nn.Module:
+    """Return a model of 3x32x32 images as a graph with BatchNorm folded, under short names."""
     return answering(evaluation_graph(masked_copy(model, None)), _SHAPE)
 
 
@@ -157,9 +165,10 @@ def largest(
 # Ours
 
 
-def _masks(
+def masks_by(
     model: nn.Module, pruning: PruningConfig, known: Mapping[str, Any] | None = None
 ) -> Masks:
+    """Return masks by the first sparsity; `known` is what `structure` says, if it is known."""
     return one_shot(
         pruning.method,
         model,
@@ -182,17 +191,35 @@ def _of_size(
     model: nn.Module, pruning: PruningConfig, config: Config, params: int
 ) -> tuple[nn.Module, float]:
     """Return the largest model of at most so many parameters, and the seconds of one conversion."""
+    masks, _ = of_size(model, pruning, params)
+    return _timed(lambda: _converted(model, masks, config))
+
+
+def of_size(
+    model: nn.Module, pruning: PruningConfig, params: int, round_to: Multiples = 1
+) -> tuple[Masks, Removal]:
+    """Return the masks of the largest model of at most so many parameters, and its plan.
+
+    Args:
+        model: Left as it was.
+        pruning: How channels are scored; its sparsity is what is searched for.
+        params: Parameters that may be left.
+        round_to: What numbers of channels are rounded up to, in what is counted.
+
+    Raises:
+        ModelError: No sparsity leaves so few parameters.
+    """
     known, inputs = structure(pruning, model, _SHAPE), probes(_SHAPE)[:1]
 
-    def make(share: float) -> tuple[Masks, int]:
-        masks = _masks(model, dataclasses.replace(pruning, sparsity=share), known)
-        plan = make_plan(masked_copy(model, masks), inputs)
-        return masks, count_parameters(plan.apply())
+    def make(share: float) -> tuple[Masks, Removal, int]:
+        masks = masks_by(model, dataclasses.replace(pruning, sparsity=share), known)
+        plan = make_plan(masked_copy(model, masks), inputs, round_to=round_to)
+        return masks, plan, count_parameters(plan.apply())
 
-    found = largest(make, lambda made: made[1], params)
+    found = largest(make, lambda made: made[2], params)
     if found is None:
         raise ModelError(f"no sparsity by pruning.cost={pruning.cost} leaves {params} parameters")
-    return _timed(lambda: _converted(model, found[0], config))
+    return found[:2]
 
 
 # --------------------------------------------------------------------------------------------------
