@@ -46,7 +46,7 @@ app = ClientApp(mods=[mods.explain_errors, mods.unpack_arrays])
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train on the client's own examples; reply with the model and what was seen."""
-    doom = Doom.of(message.content.config_records.get(FAULTS))
+    doom = Doom.of(messages.of_kind(message.content, ConfigRecord).get(FAULTS))
     doom.reach("before")
     if ASSIGNMENT in message.content:
         dialler = _dialler(message, context, doom)
@@ -123,7 +123,7 @@ def train_together(
 
 def _probed(message: Message, context: Context) -> LinkRate | None:
     """Measure the link of a device that trains alone, if that is asked for; None: not done."""
-    if (told := message.content.config_records.get(PROBE)) is None:
+    if (told := messages.of_kind(message.content, ConfigRecord).get(PROBE)) is None:
         return None
     probe = messages.read(Probe, told)
     return link_rate(probe.edges, probe.token, probe.nbytes, _dialler(message, context))
@@ -157,7 +157,8 @@ def _dialler(message: Message, context: Context, doom: Doom = SPARED) -> Dialler
 def _config(message: Message, context: Context) -> Config:
     """Return the configuration of the run as it is for this node."""
     config = configuration.from_run_config(context.run_config)
-    if (told := message.content.config_records.get(FEDERATION)) is not None:
+    told = messages.of_kind(message.content, ConfigRecord).get(FEDERATION)
+    if told is not None:
         config = configuration.divided(config, messages.read(messages.Division, told).num_clients)
     if root := context.node_config.get(DATA_ROOT):
         config = federation.own_data(config, str(root), _partition(context))

@@ -80,21 +80,22 @@ class LocalClient:
         settings = messages.settings_of(content)
         round_ = settings.server_round
         model = self.model()
-        records.load_into(model, content.array_records[messages.ARRAYS], lora.sent(model))
+        received = messages.of_kind(content, ArrayRecord)
+        records.load_into(model, received[messages.ARRAYS], lora.sent(model))
         place = pruning.position(self.config.pruning, round_, self.config.rounds)
         lr = optimizers.learning_rate(client.lr, client.lr_schedule, *place)
         named = dict(model.named_parameters())
         optimizer = optimizers.make_optimizer(model.parameters(), client, lr)
-        if (kept := content.array_records.get(messages.OPTIMIZER)) is not None:
+        if (kept := received.get(messages.OPTIMIZER)) is not None:
             optimizers.unpack_optimizer(optimizer, named, records.from_record(kept))
         address = Address(self.config.seed, self.partition, round_)
-        doom = Doom.of(content.config_records.get(messages.FAULTS))
+        doom = Doom.of(messages.of_kind(content, ConfigRecord).get(messages.FAULTS))
         size = settings.micro_batches or self.config.schedule.micro_batches
         recorder = Recorder()
         source = source_of(address, self.config.privacy.secure)
         own = own_batches(self.config, self.partition, address, most, source)
         batches = doomed(self._paced(own, size, recorder), doom)
-        packed = records.from_record(content.array_records.get(messages.MASKS, ArrayRecord()))
+        packed = records.from_record(received.get(messages.MASKS, ArrayRecord()))
         with held(Masks.unpacked(packed, named), model, optimizer), _frozen(model, client.frozen):
             score = self._fit(model, optimizer, batches, settings, source, packed)
         if self.config.privacy.local:
@@ -112,12 +113,13 @@ class LocalClient:
         self, model: nn.Module, score: training.Score, seconds: float, recorder: Recorder
     ) -> RecordDict:
         """Return what a round tells: the model, how it went, and what was measured of it."""
-        reply = RecordDict(
+        reply = records.unchecked(
+            RecordDict,
             {
                 messages.ARRAYS: records.to_record(lora.sent(model)),
                 messages.METRICS: train_metrics(score, self.config, self.partition, seconds),
                 messages.OBSERVATION: observation(score.steps, seconds, recorder.sums()),
-            }
+            },
         )
         if self.config.fleet.emulate:
             reply[messages.TRACE] = ConfigRecord(messages.written(recorder.record()))
@@ -213,9 +215,9 @@ class LocalClient:
 
 @contextmanager
 def _frozen(model: nn.Module, frozen: bool) -> Iterator[None]:
-    learns = [p for p in model.parameters() if p.requires_grad]
+    learns = [p for p in model.parameters() if p.requires_grad] if frozen else []
     for parameter in learns:
-        parameter.requires_grad_(not frozen)
+        parameter.requires_grad_(False)
     try:
         yield
     finally:

@@ -28,7 +28,7 @@ from flwr.serverapp.strategy import (
 from numpy.typing import NDArray
 
 from fedsys.transport import records
-from fedsys.transport.messages import ARRAYS, METRICS, NUM_EXAMPLES, number
+from fedsys.transport.messages import ARRAYS, METRICS, NUM_EXAMPLES, number, of_kind
 from strategies.around import Around
 from strategies.running_mean import RunningMean
 
@@ -39,7 +39,7 @@ READERS = (FedAvg, FedAvgM, FedProx, FedAdam, FedYogi, FedAdagrad, FedMedian, Fe
 """Strategies known to write into no array that they are given; others get copies to write into."""
 
 
-_ALIKE = records.record_of({"": np.zeros(0, np.uint8)})
+_ALIKE = records.readable(records.record_of({"": np.zeros(0, np.uint8)}))
 
 Mean = tuple[ArrayRecord | None, MetricRecord | None, dict[str, NDArray[Any]]]
 """What the inner strategy made, and the mean of what it is not shown."""
@@ -125,7 +125,7 @@ class TypedBuffers(Around):
         names: frozenset[str] | None = None
         for reply in replies:
             received = cast(ArrayRecord, reply.content[ARRAYS])
-            weight = number(reply.content.metric_records[METRICS], NUM_EXAMPLES)
+            weight = number(of_kind(reply.content, MetricRecord)[METRICS], NUM_EXAMPLES)
             shown, rest = self._divide(received)
             mean.add(records.arrays_of(shown), weight)
             others.add(records.arrays_of(rest), weight)

@@ -13,14 +13,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
-from flwr.app import ArrayRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedsys.config import Apps, Config
 from fedsys.planning.resources import Measured
 from fedsys.transport import messages, records
-from fedsys.transport.messages import NUM_EXAMPLES, OBSERVATION, STEPS
+from fedsys.transport.messages import NUM_EXAMPLES, OBSERVATION, STEPS, of_kind
 from strategies.around import find, innermost
 from strategies.buffers import TypedBuffers, Unforeseen
 from strategies.roster import Roster
@@ -66,10 +66,10 @@ class RoundTally:
     def _count(self, reply: Message) -> None:
         content = reply.content
         self.bytes_up += records.size_of(content)
-        for told in content.metric_records.values():
+        for told in of_kind(content, MetricRecord).values():
             self.examples += int(messages.number(told, NUM_EXAMPLES, 0))
             self.steps += int(messages.number(told, STEPS, 0))
-        if (seen := content.config_records.get(OBSERVATION)) is not None:
+        if (seen := of_kind(content, ConfigRecord).get(OBSERVATION)) is not None:
             client = self.roster.partition_of(reply.metadata.src_node_id)
             self.took[client] = messages.read(Measured, seen).iteration_s
 

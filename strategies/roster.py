@@ -175,15 +175,17 @@ class Roster:
         connected = set(grid.get_node_ids())
         self._learn(grid, connected)
         present: dict[int, list[int]] = {}
+        wanted = connected - self._refused.keys() - self._spare.keys()
         for node_id, node in self._nodes.items():
-            if node_id in connected and node_id not in self._refused | self._spare:
+            if node_id in wanted:
                 present.setdefault(node.partition_id, []).append(node_id)
         return dict(sorted(present.items()))
 
     def _learn(self, grid: Grid, connected: set[int]) -> None:
         if isinstance(grid, KnowsPartitions):
             for node_id, partition in grid.partition_ids().items():
-                self._nodes.setdefault(node_id, Identity(partition))
+                if node_id not in self._nodes:
+                    self._nodes[node_id] = Identity(partition)
             return
         now = time.monotonic()
         being_asked = {q.node: q for q in sorted(self._asked.values(), key=lambda q: q.last)}

@@ -173,7 +173,8 @@ def _train(
     arm(messages, doomed + faults.of_round("link", number), strategy.roster)
     watch.lap("configure")
     began(number, sorted(_clients(messages, strategy.roster)))
-    bytes_down = sum(records.size_of(m.content) for m in messages)
+    sizes = {id(m.content): records.size_of(m.content) for m in _distinct(messages)}
+    bytes_down = sum(sizes[id(m.content)] for m in messages)
     if adding is not None and isinstance(grid, KeepsOrder):
         aggregate, metrics, tally = adding.aggregate(number, grid, messages, timeout_s)
         watch.lap("train")
@@ -230,6 +231,11 @@ def _federated_evaluation(
         return {}
     replies = grid.send_and_receive(messages, timeout=timeout_s)
     return _plain(strategy.aggregate_evaluate(number, replies))
+
+
+def _distinct(messages: Iterable[Message]) -> Iterable[Message]:
+    """Return messages of which no two have the same content."""
+    return {id(message.content): message for message in messages}.values()
 
 
 def _plain(metrics: MetricRecord | None) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def learned(model: nn.Module) -> set[str]:
 def sent(model: nn.Module) -> dict[str, Tensor]:
     """Return the state of a model as it is sent: of one with adapters, what it learns."""
     state = model.state_dict()
-    if not has_adapters(model):
+    if not any(name.endswith(_LEARNS) for name in state):
         return dict(state)
     names = learned(model)
     return {name: tensor for name, tensor in state.items() if name in names}

@@ -5,6 +5,7 @@ Arrays stand in a file without a name that lives in memory (Linux), all else is 
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 from collections.abc import Iterable, Mapping
@@ -16,6 +17,7 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
 from fedsys.transport import records
+from fedsys.transport.messages import of_kind
 
 ALIGNMENT: Final = 64
 """Bytes of which the place of each array is a multiple: those of a cache line."""
@@ -62,7 +64,7 @@ class Region:
 
     def array(self, dtype: str, shape: tuple[int, ...], place: int) -> NDArray[Any]:
         """Return the array at a place, read-only."""
-        kind, count = np.dtype(dtype), int(np.prod(shape, dtype=np.int64))
+        kind, count = np.dtype(dtype), math.prod(shape)
         memory = self._mapped(place + count * kind.itemsize) if count else b""
         array: NDArray[Any] = np.frombuffer(memory, kind, count, place if count else 0)
         array = array.reshape(shape)
@@ -79,7 +81,7 @@ def arrays_in(contents: Iterable[RecordDict]) -> dict[int, NDArray[Any]]:
     return {
         id(array): records.view(array)
         for content in contents
-        for record in content.array_records.values()
+        for record in of_kind(content, ArrayRecord).values()
         for array in record.values()
     }
 

@@ -47,6 +47,7 @@ from fedsys.runtime.shared_memory import (
 )
 from fedsys.training.pulse import pulse
 from fedsys.transport import records
+from fedsys.transport.messages import of_kind
 
 SLOTS: Final = 4
 """Messages of one worker that are in work, or whose replies nobody has taken."""
@@ -273,7 +274,7 @@ class WorkerProcesses:
             reply = Message(Error(*error), reply_to=message)
         else:
             arrived = read(content, {_OWN: worker.slots[slot].reply})
-            if not stays and arrived.array_records:
+            if not stays and of_kind(arrived, ArrayRecord):
                 holder = worker
             reply = Message(kept(arrived) if stays else arrived, reply_to=message)
         if holder is None:

@@ -365,7 +365,8 @@ def held(masks: Masks, model: nn.Module, optimizer: Optimizer | None = None) -> 
         ConfigError: As `Holding`.
         ModelError: As `Holding.check`, at the end.
     """
-    holding = Holding(masks, dict(model.named_parameters()), optimizer)
+    named = dict(model.named_parameters()) if masks else {}
+    holding = Holding(masks, named, optimizer)
     try:
         yield
     finally:

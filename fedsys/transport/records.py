@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedsys.errors import ModelError
+from fedsys.transport.messages import of_kind
 
 State = Mapping[str, Tensor]
 """Tensors by their global name in the model: parameters and buffers."""
@@ -380,7 +381,8 @@ def _content(
 
 def size_of(content: RecordDict) -> int:
     """Return the bytes of all arrays in a message's content."""
-    return sum(_file_size(a) for r in content.array_records.values() for a in r.values())
+    found = of_kind(content, ArrayRecord).values()
+    return sum(_file_size(array) for record in found for array in record.values())
 
 
 def _file_size(array: Array) -> int:

@@ -5,7 +5,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import ConfigRecord, MetricRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -133,3 +133,12 @@ def test_neither_side_spells_the_name_of_a_record():
     assert {path: names for path, names in found.items() if names} == {}
     code = "a.content['b']; c.array_records.get('d', 1); RecordDict({'e': 2}); f.content[G]"
     assert sorted(spelled(ast.parse(code))) == ["b", "d", "e"]
+
+
+def test_records_of_one_kind_are_those_that_flower_shows_and_nothing_is_written_back():
+    content = RecordDict({"m": MetricRecord({"x": 1}), "c": ConfigRecord({"y": 2})})
+    content["n"] = MetricRecord({"z": 3.0})
+    assert messages.of_kind(content, MetricRecord) == dict(content.metric_records)
+    assert messages.of_kind(content, ConfigRecord) == dict(content.config_records)
+    messages.of_kind(content, MetricRecord).clear()
+    assert list(content) == ["m", "c", "n"]
