@@ -7,18 +7,22 @@ import pytest
 import torch
 
 from fedsys.data import load
-from fedsys.errors import ConfigError, DataError
+from fedsys.errors import ConfigError, DataError, is_installed
 from fedsys.main import main
 from fedsys.training.federation import federation
 
-pytest.importorskip("flwr_datasets")
-flwr_cache = pytest.importorskip("tests.flwr_cache")
-NAME, SEEN = flwr_cache.NAME, flwr_cache.SEEN
+pytestmark = pytest.mark.skipif(
+    not (is_installed("flwr_datasets") and is_installed("datasets")), reason="needs flwr_datasets"
+)
+NAME, SEEN = "tests/mini", 41
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     """Return the folder of a cache as it is after the sets were loaded once from the network."""
+    from tests import flwr_cache  # imports pandas and seaborn, which every worker would
+
+    assert (flwr_cache.NAME, flwr_cache.SEEN) == (NAME, SEEN)
     return flwr_cache.make(str(tmp_path_factory.mktemp("hf")))
 
 

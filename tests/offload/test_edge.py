@@ -480,6 +480,7 @@ def test_two_thousand_hostile_frames_leave_an_edge_and_its_sessions_as_they_are(
         while not stop.is_set() or steps[0] < 50:
             ask(link, last_layer.activation(steps[0]))
             steps[0] += 1
+            stop.wait(0.005)  # all of these steps are done again below
 
     thread = threading.Thread(target=train)
     thread.start()
