@@ -103,6 +103,9 @@ class Bodies:
         stream = request.stream()
         refusal = self._refusal(request)
         body = bytearray()
+        of: Any = getattr(request.receive, "__self__", None)
+        if refusal is not None and getattr(of, "waiting_for_100_continue", False):
+            raise refusal  # its client has sent no body yet, and need not
         try:
             if refusal is None:
                 async with asyncio.timeout(self._options.timeout_s) as share.deadline:

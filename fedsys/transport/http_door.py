@@ -9,12 +9,10 @@ knows all guards and applies `http_places`.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections import Counter
-from http import HTTPStatus
 from typing import cast, final
 
-from fedsys.transport.http_parsers import Parser
+from fedsys.transport.http_parsers import Parser, told
 from fedsys.transport.http_places import HttpLimits, Phase, Seat, overdue, victims
 
 SPARE = 64
@@ -146,16 +144,24 @@ class Guard(asyncio.Protocol):
 
         Headers alone where their end is there and more follows: a body comes in one piece then.
         """
-        most = self._hall.limits.header_bytes
-        if len(data) - start <= most:
-            return most
-        end = data.find(_END, start, start + most)
-        return most if end < 0 else end + len(_END) - start
+        room = max(1, self._hall.limits.header_bytes + 1 - self._header)
+        if len(data) - start <= room:
+            return room
+        end = data.find(_END, start, start + room)
+        return room if end < 0 else end + len(_END) - start
 
     def eof_received(self) -> bool | None:
-        """The peer sends no more."""
-        self._inner.eof_received()
-        return False
+        """The peer sends no more: what it asked for is answered, half a request refused."""
+        if self._leaving is not None:
+            return False
+        match self.phase:
+            case Phase.IDLE:
+                return False
+            case Phase.WORK:  # half of the connection is left, for the answers
+                self._inner.ended = True
+            case _:
+                self._inner.send_400_response("the connection ended within a request")
+        return not self._transport.is_closing()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Give the place back."""
@@ -212,6 +218,8 @@ class Guard(asyncio.Protocol):
             self._transport.close()
         elif self._phase is Phase.IDLE and not lingers:
             self._transport.close()
+        elif self._phase is Phase.BODY and reason == "slow_body" and not lingers:
+            self._inner.refuse(408, "the body did not arrive in time")
         else:
             self._transport.abort()
 
@@ -233,12 +241,7 @@ class Guard(asyncio.Protocol):
             self._transport.write_eof()
 
     def _tell(self, status: int, text: str) -> None:
-        body = json.dumps({"error": text}).encode()
-        head = (
-            f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-        )
-        self._transport.write(head.encode() + body)
+        self._transport.write(told(status, text))
 
     def _drop(self, size: int) -> None:
         self._dropped += size

@@ -8,6 +8,8 @@ requests without waiting for answers, and so is asked at every byte whether head
 from __future__ import annotations
 
 import asyncio
+import json
+from http import HTTPStatus
 from typing import Any, Protocol, cast, final
 
 import h11
@@ -24,6 +26,7 @@ class Parser(Protocol):
 
     loop: asyncio.AbstractEventLoop
     cycle: Any
+    ended: bool
 
     @property
     def in_head(self) -> bool:
@@ -39,8 +42,11 @@ class Parser(Protocol):
     def data_received(self, data: bytes | memoryview) -> None:
         """As asyncio has it."""
 
-    def eof_received(self) -> None:
-        """As asyncio has it."""
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what came last when all before it is answered, and end the connection."""
+
+    def refuse(self, status: int, text: str) -> None:
+        """Answer the request that is coming by an error, and end the connection."""
 
     def connection_lost(self, exc: Exception | None) -> None:
         """As asyncio has it."""
@@ -89,8 +95,26 @@ class Joining:
         self._transport.close()
 
 
+def told(status: int, text: str) -> bytes:
+    """Return an error as the last answer of a connection."""
+    body = json.dumps({"error": text}).encode()
+    head = (
+        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    )
+    return head.encode() + body
+
+
 class JoinedAnswers(asyncio.Protocol):
-    """Has a protocol of uvicorn, which is the next base, send its answers through a `Joining`."""
+    """Has a protocol of uvicorn, which is the next base, send its answers through a `Joining`.
+
+    Attributes:
+        cycle: Of the last request.
+        ended: Whether the peer sends no more: the connection ends when all is answered.
+    """
+
+    cycle: Any
+    ended = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Take the connection."""
@@ -101,6 +125,23 @@ class JoinedAnswers(asyncio.Protocol):
         """An answer is written."""
         self._joining.flush()
         cast(Any, super()).on_response_complete()
+        if self.ended and self.cycle.response_complete:
+            self._joining.close()
+
+    def refuse(self, status: int, text: str) -> None:
+        """Answer the request that is coming by an error, and end the connection."""
+        cycle = self.cycle
+        begun = cycle is not None and not cycle.response_complete
+        if begun:  # whoever answers it hears that nobody is there
+            cycle.disconnected = True
+            cycle.message_event.set()
+        if not (begun and cycle.response_started):
+            self._joining.write(told(status, text))
+        self._joining.close()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse bytes that are no request."""
+        self.refuse(400, msg)
 
 
 class ByH11(JoinedAnswers, H11Protocol):

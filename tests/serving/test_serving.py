@@ -784,6 +784,19 @@ def test_an_engine_that_cannot_answer_is_not_ready():
         assert call(endpoint, "GET", "/v2/health/live")[0] == 200
 
 
+def test_a_client_that_asks_before_it_sends_too_much_is_refused_before(endpoint):
+    """It was told to go on (100 Continue), and refused when it had sent its gigabytes."""
+    host, port = endpoint.address.removeprefix("http://").split(":")
+    head = (
+        "POST /v2/models/classifier/infer HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n"
+        "Content-Length: 99999999999\r\n\r\n"
+    )
+    with socket.create_connection((host, int(port)), timeout=20) as peer:
+        peer.sendall(head.encode())
+        said = b"".join(iter(lambda: peer.recv(1000), b""))
+    assert said.startswith(b"HTTP/1.1 413 ") and b"must be at most" in said
+
+
 def test_a_body_without_a_length_is_bounded_as_well(endpoint):
     place = endpoint.address.removeprefix("http://").split(":")
     with closing(socket.create_connection((place[0], int(place[1])), 30)) as peer:

@@ -231,6 +231,98 @@ def test_a_client_that_waits_before_its_body_is_told_to_go_on(start):
         assert b'{"size": 3}' in connection.recv(1000)
 
 
+POST = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\n"
+
+
+def answers(said):
+    """Status and body of each answer; errors are JSON like all else."""
+    found = []
+    for part in said.split(b"HTTP/1.1 ")[1:]:
+        head, _, body = part.partition(b"\r\n\r\n")
+        found.append((int(head[:3]), json.loads(body)))
+    return found
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_peer_that_sends_no_more_gets_all_its_answers(start, whole):
+    """Of five requests in one write before a half-close, as ``nc -N`` does it, one was answered;
+    half a request was met with silence."""
+    with start().connect() as connection:
+        connection.sendall((POST + b"abc") * 5 + (b"" if whole else POST + b"a"))
+        connection.shutdown(socket.SHUT_WR)
+        said = answers(ended(connection))
+    assert said[:5] == [(200, {"size": 3})] * 5
+    assert whole == (len(said) == 5)
+    assert whole or said[5] == (400, {"error": "the connection ended within a request"})
+
+
+@pytest.mark.parametrize("sent", [b"GET / HT", POST, POST + b"a"])
+def test_half_a_request_is_refused_in_words(start, sent):
+    with start().connect() as connection:
+        connection.sendall(sent)
+        connection.shutdown(socket.SHUT_WR)
+        said = answers(ended(connection))
+    assert said == [(400, {"error": "the connection ended within a request"})]
+
+
+BAD = [
+    b"hello\r\n\r\n", b"\x16\x03\x01\x02\x00",
+    b"GET / HTTP/1.1\r\nHost: x\r\nX: a\0b\r\n\r\n", b"GET /a b HTTP/1.1\r\nHost: x\r\n\r\n",
+    POST.replace(b"3", b"-1"), POST.replace(b"3", b"9" * 30), POST.replace(b"3", b"3x"),
+    POST.replace(b"Host: x", b"Host: x\r\nContent-Length: 4"),
+    b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\nzz\r\n",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("before", [0, 1, 3])
+def test_what_is_no_request_is_refused_behind_the_answers_to_what_was(start, bad, before):
+    """The refusal was sent at once, as plain text, and requests before it were never answered."""
+    running = start()
+    with running.connect() as connection:
+        connection.sendall((POST + b"abc") * before + bad + b"\r\n" * 8)
+        said = answers(ended(connection))
+    assert said[:-1] == [(200, {"size": 3})] * before
+    status, body = said[-1]
+    assert status == 400 and body["error"]
+    assert running.get()[0] == 200
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_a_protocol_that_is_asked_for_in_vain_costs_no_body(start, pieces):
+    """Clients of Java and ``curl --http2`` ask for HTTP/2 with their first request.
+
+    httptools takes it to end with its headers then, and its body was read as the next request.
+    """
+    upgrade = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAA\r\n"
+    size = 50_000
+    head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n%s\r\n" % (size, upgrade)
+    chunked = b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n%s\r\n" % upgrade
+    get = b"GET / HTTP/1.1\r\nHost: x\r\n%s\r\n" % upgrade
+    asked = [
+        (head + b"x" * size, size), (POST + b"abc", 3), (get, 0),
+        (chunked + b"5\r\nhello\r\n0\r\n\r\n", 5), (get, 0), (POST + b"abc", 3),
+    ]  # fmt: skip
+    with start().connect() as connection:
+        text = b"".join(one for one, _ in asked)
+        cut = 300 if pieces > 1 else len(text)
+        connection.sendall(text[:cut])
+        if pieces > 1:
+            time.sleep(0.05)
+            connection.sendall(text[cut:])
+        connection.shutdown(socket.SHUT_WR)
+        said = answers(ended(connection))
+    assert said == [(200, {"size": size}) for _, size in asked]
+
+
+def test_a_body_that_comes_too_slowly_is_told_so(start):
+    """It was cut off without a word."""
+    with start(header_s=0.3).connect() as connection:
+        connection.sendall(POST)
+        said = answers(ended(connection))
+    assert said == [(408, {"error": "the body did not arrive in time"})]
+
+
 def test_headers_behind_a_request_in_work_are_bounded_as_well(start):
     """httptools reads on while a request is in work: 200 MiB of headers were taken behind one."""
     running, sent = start(), 0
