@@ -21,7 +21,9 @@ from fedsys.identity import arithmetic
 from fedsys.offload.dialling import Dialler, dialler_of
 from fedsys.offload.link_probes import link_rate
 from fedsys.planning.resources import Observation
+from fedsys.runtime import zygote
 from fedsys.training import federation
+from fedsys.training import plain as training
 from fedsys.transport import messages
 from fedsys.transport.link_rate import LinkRate
 from fedsys.transport.messages import (
@@ -158,11 +160,32 @@ def _config(message: Message, context: Context) -> Config:
     """Return the configuration of the run as it is for this node."""
     config = configuration.from_run_config(context.run_config)
     told = messages.of_kind(message.content, ConfigRecord).get(FEDERATION)
-    if told is not None:
-        config = configuration.divided(config, messages.read(messages.Division, told).num_clients)
-    if root := context.node_config.get(DATA_ROOT):
-        config = federation.own_data(config, str(root), _partition(context))
-    return config
+    num_clients = None if told is None else messages.read(messages.Division, told).num_clients
+    root = context.node_config.get(DATA_ROOT)
+    where = (str(root), _partition(context)) if root else None
+    values = {"text": config.text, "num_clients": num_clients, "where": where}
+    if zygote.ask_for(context.run_id, f"{__name__}:load_data", values):
+        federation.forget()
+    return _of_node(config, num_clients, where)
+
+
+def _of_node(config: Config, num_clients: int | None, where: tuple[str, int] | None) -> Config:
+    if num_clients is not None:
+        config = configuration.divided(config, num_clients)
+    return config if where is None else federation.own_data(config, *where)
+
+
+def load_data(text: str, num_clients: int | None, where: tuple[str, int] | None) -> None:
+    """Load the data of a run into a process that stays, and is forked for each message.
+
+    Args:
+        text: The configuration of the run.
+        num_clients: Clients that it has in truth; None: as it says.
+        where: The folder with the node's own data, and its partition id; None: it has none.
+    """
+    federation.forget()
+    training.set_threads(1)  # else PyTorch has threads, which no fork would have
+    federation.federation(_of_node(configuration.parse(text), num_clients, where))
 
 
 def _partition(context: Context) -> int:

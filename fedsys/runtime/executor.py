@@ -1,7 +1,8 @@
 """``python -m fedsys.runtime.executor``: Flower's ``flower-superexec``, whose apps are forks.
 
 Takes the same arguments. What `fedsys.runtime.forks` says about time is for these processes first
-of all: one starts for each message to a client.
+of all: one starts for each message to a client; from the second of a bundle on, as a fork of what
+stays for it (`fedsys.runtime.zygote`).
 
 An executor asks for work again and again. With ten questions a second, those of three devices and
 their SuperLink took a ninth of two cores while nothing was to be done: the longer there was none,
@@ -19,11 +20,12 @@ import importlib
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedsys.runtime import forks
+from fedsys.runtime.zygote import Zygote
 
 APPS = ("flwr.supernode.runtime.run_clientapp", "flwr.superlink.runtime.run_serverapp")
 """The programs of apps, which unpack the bundle."""
@@ -78,6 +80,7 @@ class ForkExecutor:
 
     def __init__(self, inner: Any, clock: Patient) -> None:
         self._inner, self._clock = inner, clock
+        self._zygote: Zygote | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -101,12 +104,39 @@ class ForkExecutor:
             command.append("--insecure")
         elif spec.root_certificates_path is not None:
             command += ["--root-certificates", spec.root_certificates_path]
-        forks.fork(command, Path(os.devnull) if spec.suppress_output else None)
+        log = Path(os.devnull) if spec.suppress_output else None
+        is_client = spec.task_type == constant.TaskType.CLIENT_APP
+        if not (is_client and self._started(spec.fab_hash, command, log)):
+            forks.fork(command, log)
         return LaunchResult.accepted()
+
+    def _started(self, digest: str | None, command: Sequence[str], log: Path | None) -> bool:
+        """Start a client app by what stays for its bundle; return whether there is any."""
+        if not digest or (there := whole(digest)) is None:  # it has not been unpacked yet
+            return False
+        if self._zygote is not None and self._zygote.bundle != there:
+            self._zygote.end()
+            self._zygote = None
+        if self._zygote is None:
+            self._zygote = Zygote(there)
+        if not self._zygote.start(command, log):
+            self._zygote = None
+        return self._zygote is not None
 
     def reconcile(self) -> None:
         """Take note of the processes that have ended."""
         forks.reap()
+
+
+def whole(digest: str) -> Path | None:
+    """Return the folder of a bundle of which all files are there, by its hash; None: not yet."""
+    from flwr.common.constant import APP_DIR, FAB_HASH_TRUNCATION
+    from flwr.supercore.utils import get_flwr_home
+
+    for said in (get_flwr_home() / APP_DIR).glob(f"*.{digest[:FAB_HASH_TRUNCATION]}{WHOLE}"):
+        if (there := said.with_suffix("")).is_dir():
+            return there
+    return None
 
 
 def once(install: Callable[..., Path]) -> Callable[..., Path]:
@@ -118,14 +148,10 @@ def once(install: Callable[..., Path]) -> Callable[..., Path]:
     Args:
         install: Flower's.
     """
-    from flwr.common.constant import APP_DIR, FAB_HASH_TRUNCATION
-    from flwr.supercore.utils import get_flwr_home
 
     def installed(fab_file: bytes, *args: Any, **kwargs: Any) -> Path:
-        digest = hashlib.sha256(fab_file).hexdigest()[:FAB_HASH_TRUNCATION]
-        for said in (get_flwr_home() / APP_DIR).glob(f"*.{digest}{WHOLE}"):
-            if (there := said.with_suffix("")).is_dir():
-                return there
+        if (there := whole(hashlib.sha256(fab_file).hexdigest())) is not None:
+            return there
         made = install(fab_file, *args, **kwargs)
         made.with_name(made.name + WHOLE).touch()
         return made

@@ -12,6 +12,7 @@ is the one in the Flower App Bundle. Unix only.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import importlib
 import os
@@ -51,6 +52,7 @@ def fork(
     env: Mapping[str, str] | None = None,
     *,
     leader: bool = False,
+    keep: bool = False,
 ) -> int:
     """Run a program in a fork of this process and return its process id.
 
@@ -60,15 +62,18 @@ def fork(
         env: Variables to set in its environment.
         leader: Whether it gets a process group of its own; it has that when this returns, so that
             a signal to the group reaches it.
+        keep: Whether it keeps the packages of ours that are in memory, which are those of its app.
     """
     sys.stdout.flush()
     sys.stderr.flush()
+    if "." not in command[0]:
+        _script(command[0])  # found once for all forks
     if leader:
         return _lead(command, log, env or {})
     pid = os.fork()
     if pid:
         return pid
-    _become(command, log, env or {})
+    _become(command, log, env or {}, keep=keep)
 
 
 def _lead(command: Sequence[str], log: Path | None, env: Mapping[str, str]) -> int:
@@ -94,7 +99,15 @@ def reap() -> dict[int, int]:
     return ended
 
 
-def _become(command: Sequence[str], log: Path | None, env: Mapping[str, str]) -> NoReturn:
+def forget_own() -> None:
+    """Forget our own packages, so that those of an app's bundle are imported."""
+    for name in [n for n in sys.modules if n.partition(".")[0] in _OWN]:
+        del sys.modules[name]
+
+
+def _become(
+    command: Sequence[str], log: Path | None, env: Mapping[str, str], *, keep: bool = False
+) -> NoReturn:
     """Turn this fork into a program; never returns."""
     status = 1
     try:
@@ -106,8 +119,8 @@ def _become(command: Sequence[str], log: Path | None, env: Mapping[str, str]) ->
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.environ.update(env)
         _redirect(log)
-        for name in [n for n in sys.modules if n.partition(".")[0] in _OWN]:
-            del sys.modules[name]
+        if not keep:
+            forget_own()
         sys.argv = list(command)
         status = _status(_program(command[0])())
     except SystemExit as end:
@@ -126,9 +139,15 @@ def _program(name: str) -> Callable[[], object]:
     if "." in name:
         found: Callable[[], object] = importlib.import_module(name).main
         return found
-    (script,) = metadata.entry_points(group="console_scripts", name=name)
-    loaded: Callable[[], object] = script.load()
+    loaded: Callable[[], object] = _script(name).load()
     return loaded
+
+
+@functools.lru_cache
+def _script(name: str) -> metadata.EntryPoint:
+    """Return where a console script is, for which all distributions are looked through."""
+    (script,) = metadata.entry_points(group="console_scripts", name=name)
+    return script
 
 
 def _redirect(log: Path | None) -> None:

@@ -89,6 +89,12 @@ def _federation(spec: str, num_clients: int, seed: int) -> Federation:
     return Federation(dataset, tuple(parts))
 
 
+def forget() -> None:
+    """Forget the data of all runs: files may have changed since they were read."""
+    _dataset.cache_clear()
+    _federation.cache_clear()
+
+
 def _owned(dataset: Dataset, num_clients: int) -> tuple[NDArray[np.int64], ...]:
     """Return the parts of clients where the data say whose each example is."""
     owners = dataset.train.owners

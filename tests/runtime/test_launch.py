@@ -14,10 +14,12 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import psutil
 import pytest
 from flwr.cli.install import install_from_fab
+from flwr.supercore.constant import TaskType
 from flwr.supercore.superexec import run_superexec
 from flwr.supernode import start_client_internal
 
@@ -172,6 +174,71 @@ def test_nodes_ask_for_work_often_but_not_more_often_than_one_superlink_can_answ
     hasty, began = supernode.Hasty(0.01), time.monotonic()
     hasty.sleep(600)
     assert began < hasty.monotonic() < began + 60
+
+
+def test_a_supernode_is_woken_by_what_its_executor_leaves():
+    """It looked every half second, twice for each message: for a reply, and for its parts."""
+    hasty, kept = supernode.Hasty(600), []
+    hasty.waking(kept.append)("reply")
+    hasty.sleep(600)
+    assert kept == ["reply"]
+    for place, method in supernode.KEEPERS:
+        module, _, name = place.rpartition(".")
+        assert callable(getattr(getattr(importlib.import_module(module), name), method))
+
+
+class Stays:
+    """Stands for a zygote, and notes what it is to start."""
+
+    made: ClassVar[list["Stays"]] = []
+
+    def __init__(self, bundle):
+        self.bundle, self.started, self.alive = bundle, [], True
+        self.made.append(self)
+
+    def start(self, command, log):
+        self.started.append(command[0])
+        return self.alive
+
+    def end(self):
+        self.alive = False
+
+
+def unpack(home, digest):
+    folder = home / "apps" / f"me.app.1.0.0.{digest[:8]}"
+    folder.mkdir(parents=True)
+    folder.with_name(folder.name + executor.WHOLE).touch()
+
+
+def test_from_the_second_message_of_a_bundle_on_what_stays_for_it_is_forked(monkeypatch, tmp_path):
+    forked, made = [], []
+    monkeypatch.setattr(Stays, "made", made)
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path))
+    monkeypatch.setattr(executor, "Zygote", Stays)
+    monkeypatch.setattr(executor.forks, "fork", lambda command, log: forked.append(command[0]))
+    runs = executor.ForkExecutor(None, executor.Patient())
+    about = {"runtime_api_address": "h:1", "token": "t", "insecure": True, "suppress_output": False}
+
+    def launch(digest, kind=TaskType.CLIENT_APP):
+        runs.launch(SimpleNamespace(task_type=kind, fab_hash=digest, **about))
+
+    one, other = "1" * 64, "2" * 64
+    launch(one)
+    launch(None)
+    assert forked == ["flwr-clientapp"] * 2 and not made
+    unpack(tmp_path, one)
+    launch(one)
+    launch(one)
+    launch(one, TaskType.SERVER_APP)
+    assert made[0].started == ["flwr-clientapp"] * 2 and forked[2:] == ["flwr-serverapp"]
+    unpack(tmp_path, other)
+    launch(other)
+    assert not made[0].alive and made[1].started == ["flwr-clientapp"]
+    made[1].end()
+    launch(other)
+    assert len(made) == 2 and forked[3:] == ["flwr-clientapp"]
+    launch(other)
+    assert len(made) == 3 and made[2].started == ["flwr-clientapp"]
 
 
 def test_an_executor_asks_often_after_a_task_and_seldom_when_there_is_none_for_long():
