@@ -370,6 +370,7 @@ def observation(
         waited_s=traffic.waited_s,
         bytes_up=traffic.bytes_up,
         bytes_down=traffic.bytes_down,
+        gradient_share=traffic.gradient_share,
     )
     outcome = messages.Outcome(json.dumps(traffic.recoveries), stranded)
     told = {**messages.written(seen), **messages.written(outcome)}

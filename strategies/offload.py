@@ -270,8 +270,12 @@ class Offload(Around):
         return self._policy_state
 
     def observe(self, client: int, measured: Mapping[str, float]) -> None:
-        """Let the policy see other times of a client than those that were measured here."""
-        self._seen[client] = dataclasses.asdict(self.seen_of(client)) | dict(measured)
+        """Let the policy see other times of a client than those that were measured here.
+
+        They are those of whole gradients, whatever was sent of them.
+        """
+        seen = dataclasses.asdict(self.seen_of(client)) | {"gradient_share": 0.0}
+        self._seen[client] = seen | dict(measured)
 
     def seen_of(self, client: int) -> Observation:
         """Return what was last seen of a client."""

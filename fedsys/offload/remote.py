@@ -73,6 +73,8 @@ class Traffic:
         recoveries: One entry for each loss, and for each move that came to nothing: what, from, to,
             seconds.
         moves: Those from edge to edge, in their order.
+        gradients: Elements of all gradients that came.
+        needed: Elements that were sent of them.
     """
 
     bytes_up: int = 0
@@ -80,6 +82,13 @@ class Traffic:
     waited_s: float = 0.0
     recoveries: list[dict[str, Any]] = field(default_factory=list)
     moves: list[Leaving] = field(default_factory=list)
+    gradients: int = 0
+    needed: int = 0
+
+    @property
+    def gradient_share(self) -> float:
+        """Share of the elements of gradients that was sent; 0 before any came."""
+        return self.needed / self.gradients if self.gradients else 0.0
 
     def repeated(self, steps: int) -> None:
         """Note that steps are done again because of the last loss."""

@@ -306,6 +306,8 @@ class Crossing:
         itemsize: Bytes of an element in the type of the model.
         beside: Bytes of inputs that go to the edge with it, as they are.
         target_bytes: Bytes of what is to be learned, which goes with it, too.
+        gradient_share: Share of its elements that the edge sends a gradient of: those that are not
+            zero, behind a ReLU (`fedsys.models.rectified`), as far as that was seen.
     """
 
     elements: int
@@ -313,6 +315,7 @@ class Crossing:
     itemsize: int = 4
     beside: int = 0
     target_bytes: int = 8
+    gradient_share: float = 1.0
 
     @property
     def more(self) -> int:
@@ -341,6 +344,11 @@ def frame_bytes(crossing: Crossing, rows: int, codec: str, *, labels: bool = Fal
     """Return the bytes of the frame with that tensor, with labels and inputs if they go along."""
     more = crossing.more if labels else 0
     return tensor_bytes(crossing, rows, codec) + FRAME_BYTES + rows * more
+
+
+def answer_bytes(crossing: Crossing, rows: int, codec: str) -> int:
+    """Return the bytes of the frame with the gradient of that tensor."""
+    return round(tensor_bytes(crossing, rows, codec) * crossing.gradient_share) + FRAME_BYTES
 
 
 def norm_bytes(rows: int) -> int:

@@ -89,6 +89,7 @@ class Observation(Measured):
         bytes_up: Bytes sent to the edge.
         bytes_down: Bytes received from it.
         probe_bytes: Bytes sent and received to measure the link of a device without a session.
+        gradient_share: Share of the elements of gradients that its edge sent; 0: unknown.
     """
 
     steps: int = 0
@@ -97,6 +98,7 @@ class Observation(Measured):
     bytes_up: int = 0
     bytes_down: int = 0
     probe_bytes: int = 0
+    gradient_share: float = 0.0
 
     @classmethod
     def of(cls, told: Mapping[str, Any]) -> Observation:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,6 +23,7 @@ from fedsys.planning.assignment import Assignment
 from fedsys.planning.costs import (
     Crossing,
     MachineCosts,
+    answer_bytes,
     crossings,
     frame_bytes,
     state_bytes,
@@ -32,6 +33,9 @@ from fedsys.training.schedule import micro_batch_bounds, operations
 from fedsys.transport.network import Network
 
 Array = NDArray[np.float64]
+
+Written = Callable[[Crossing, int, str], int]
+"""Bytes of a frame: of what crosses, for a number of examples, written by a codec."""
 
 MOST_PIECES = 64
 
@@ -323,17 +327,19 @@ class Menu:
         more = np.array([0, *(crossing.more for crossing in self.load.crossings)])
         along = np.where(self.offloaded, more[self.cut] * rows, 0.0)
         self._up_bytes = self._frame_bytes(self._up_codec, rows) + along
-        self._down_bytes = self._frame_bytes(self._down_codec, rows)
+        self._down_bytes = self._frame_bytes(self._down_codec, rows, answer_bytes)
         self._edge_s, self._edge_update_s = np.zeros(len(batch)), np.zeros(len(batch))
         for index in np.unique(self.edge[self.offloaded]):
             self._cost_edge(int(index))
 
-    def _frame_bytes(self, codecs: NDArray[np.int64], rows: Array) -> Array:
+    def _frame_bytes(
+        self, codecs: NDArray[np.int64], rows: Array, written: Written = frame_bytes
+    ) -> Array:
         """Return the bytes of a frame of each choice without labels."""
         found = np.zeros(len(rows))
         for index, codec in enumerate(self._codecs):
             mine = self.offloaded & (codecs == index)
-            slope, fixed = _frame_table(self.load, codec)
+            slope, fixed = _frame_table(self.load, codec, written)
             at = self.cut[mine] - 1
             found[mine] = slope[at] * rows[mine] + fixed[at]
         return found
@@ -389,10 +395,10 @@ def _after(values: Sequence[float]) -> Array:
     return np.concatenate([np.cumsum(np.array(values)[::-1])[::-1], [0.0]])
 
 
-def _frame_table(load: Workload, codec: str) -> tuple[Array, Array]:
+def _frame_table(load: Workload, codec: str, written: Written) -> tuple[Array, Array]:
     """Return the bytes of a frame without labels at each cut: for each example, and fixed."""
-    many = np.array([frame_bytes(c, 1000, codec) for c in load.crossings], dtype=float)
-    more = np.array([frame_bytes(c, 2000, codec) for c in load.crossings], dtype=float)
+    many = np.array([written(c, 1000, codec) for c in load.crossings], dtype=float)
+    more = np.array([written(c, 2000, codec) for c in load.crossings], dtype=float)
     slope = (more - many) / 1000
     return slope, many - 1000 * slope
 
@@ -450,7 +456,7 @@ def _turns(load: Workload, device: Device, choice: Assignment, size: int) -> tup
     for name, piece in operations(load.schedule, len(sizes), load.depth, tail=False):
         n = sizes[piece]
         up = frame_bytes(crossing, n, codec, labels=True)
-        down = frame_bytes(crossing, n, back)
+        down = answer_bytes(crossing, n, back)
         forward, backward = device.costs.seconds(n, 0, choice.cut)
         if name == "forward":
             edge_s = sum(load.edges[choice.edge].seconds(n, choice.cut))

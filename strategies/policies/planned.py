@@ -45,8 +45,9 @@ class Planned:
 
     Its state is a dict of plain values: ``beliefs`` of each client (`UP`, `DOWN`, `DEVICE`),
     ``edges`` (how much slower each computes), ``went`` (which way these two changed last, by
-    ``device`` and ``edge``), ``choices`` of each client, ``clients`` for which the last plan was
-    made, ``plans``, their number, and ``alone``, for how many rounds a client has measured no link.
+    ``device`` and ``edge``), ``shares`` (of a gradient that are sent, by cut), ``choices`` of each
+    client, ``clients`` for which the last plan was made, ``plans``, their number, and ``alone``,
+    for how many rounds a client has measured no link.
 
     Args:
         config: The run; ``policy`` holds the options.
@@ -76,6 +77,7 @@ class Planned:
             "plans": 0,
             "alone": {},
             "went": {},
+            "shares": {},
         }
 
     def plan(
@@ -146,7 +148,13 @@ class Planned:
             costs = slower(device.costs, factor)
             devices.append(dataclasses.replace(device, costs=costs, network=network))
         edges = [slower(e, state["edges"].get(i, 1.0)) for i, e in enumerate(load.edges)]
-        return dataclasses.replace(load, devices=tuple(devices), edges=tuple(edges))
+        crossings = tuple(
+            dataclasses.replace(crossing, gradient_share=_share(state, cut))
+            for cut, crossing in enumerate(load.crossings, 1)
+        )
+        return dataclasses.replace(
+            load, devices=tuple(devices), edges=tuple(edges), crossings=crossings
+        )
 
     def _belief(self, state: State, client: int, device: Device) -> list[float]:
         rates = [device.network.up_bits_s, device.network.down_bits_s, 1.0]
@@ -188,7 +196,21 @@ class Planned:
             factor, went["edge"][edge] = believed(slowness, way, median(ratios), drift)
             if factor != slowness:
                 factors[edge], drifted = factor, True
-        return state | {"beliefs": beliefs, "edges": factors, "went": went, "drifted": drifted}
+        shares = self._shares(state, seen, measured)
+        drifted |= any(abs(s / _share(state, cut) - 1) > drift for cut, s in shares.items())
+        informed = {"beliefs": beliefs, "edges": factors, "went": went, "shares": shares}
+        return state | informed | {"drifted": drifted}
+
+    def _shares(
+        self, state: State, seen: Mapping[int, Observation], measured: Sequence[int]
+    ) -> dict[int, float]:
+        """Return what share of a gradient was sent at each cut, when it was seen last."""
+        sent: dict[int, list[float]] = {}
+        for client in measured:
+            if seen[client].gradient_share > 0:
+                cut = Assignment.of_list(state["choices"][client]).cut
+                sent.setdefault(cut, []).append(seen[client].gradient_share)
+        return {**state.get("shares", {}), **{cut: median(each) for cut, each in sent.items()}}
 
     def _forgetful(
         self, state: State, clients: Sequence[int], seen: Mapping[int, Observation]
@@ -218,6 +240,11 @@ class Planned:
             return before
         now = min(max(1 / bit_s, _SLOWEST), _FASTEST)
         return now if abs(now / before - 1) > self._options.drift else before
+
+
+def _share(state: State, cut: int) -> float:
+    """Return the share of a gradient that is sent at a cut, as far as was seen; else all of it."""
+    return float(state.get("shares", {}).get(cut, 1.0))
 
 
 def refuse_private(config: Config) -> None:

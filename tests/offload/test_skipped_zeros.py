@@ -3,6 +3,8 @@
 import pytest
 
 from fedsys.config import parse, with_values
+from strategies.around import find
+from strategies.offload import Offload
 
 VALUES = {
     "num_clients": 2,
@@ -90,6 +92,13 @@ def test_noise_at_the_cut_leaves_no_zeros(trained):
     privacy = {"mechanism": "cut", "epsilon": 50, "clip_norm": 1.0}
     skipped, usual = both(trained, "model.norm=group", privacy=privacy)
     assert skipped == usual
+
+
+def test_policies_are_told_what_share_was_sent(trained):
+    """They count whole gradients until they know better."""
+    got, usual = (find(trained(skip).strategy, Offload).seen_of(0) for skip in ("always", "never"))
+    assert usual.gradient_share == 1.0
+    assert got.gradient_share == pytest.approx(got.bytes_down / usual.bytes_down, abs=0.02)
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,20 @@ def test_a_link_that_breaks_down_brings_the_device_home_in_the_next_round():
     assert state["beliefs"][0] == pytest.approx([1e6, 1e6, 1.0])
 
 
+def test_gradients_that_come_without_zeros_are_planned_so():
+    """Whole gradients were predicted behind a ReLU, of which a third was never sent."""
+    made, state = policy()
+    state, first = made.plan(state, NOTHING)
+    whole = made.predicted(state, [0, 1])
+    state, again = made.plan(state, {0: seen(gradient_share=0.9), 1: seen(gradient_share=0.9)})
+    assert again == first and state["shares"] == {1: 0.9} and state["plans"] == 1
+    state, _ = made.plan(state, {0: seen(gradient_share=0.5), 1: seen(gradient_share=0.4)})
+    assert state["shares"] == {1: pytest.approx(0.45)} and state["plans"] == 2
+    half = made.predicted(state, [0, 1])
+    assert half.round_s < whole.round_s
+    assert state["beliefs"] == {}
+
+
 @pytest.mark.parametrize(("kind", "depth"), [("sequential", 1), ("bounded", 2)])
 @pytest.mark.parametrize("pieces", [[10], [1, 4, 20]])
 def test_plans_are_predicted_by_the_schedule_that_runs(kind, depth, pieces):
