@@ -43,13 +43,25 @@ from fedsys.training import plain as training
 from fedsys.training.part import safe_input
 from fedsys.training.precision import autocast, for_loss
 from fedsys.training.tasks import task_of
-from fedsys.transport.codecs import CODECS
+from fedsys.transport.addresses import dial
+from fedsys.transport.codecs import CODECS, decode_activation, encode_activation
+from fedsys.transport.link import Link
 from fedsys.transport.security import Credentials, Role
 from fedsys.transport.several import arguments, beside
+from fedsys.transport.wire import Frame
 
 OPTIONS: Mapping[str, Any] = {
     **{"repeats": 15, "edge": None, "serve": None, "name": None, "quota": None},
 }
+
+PIECES = "int8"
+"""Codec of the pieces that are computed, sent and answered as in training."""
+
+IN_FLIGHT = 8
+"""How many of them at once."""
+
+ANSWER_S = 120.0
+"""Longest time for an answer."""
 
 Times = dict[int, list[list[float]]]
 
@@ -166,10 +178,12 @@ def profile(
     quota = options["quota"] or processor_quota()
     timed = _Timed(config, layers, device, clock_of(config.client.threads, device.type, quota))
     computing, words = _computing(timed, sizes_of(config.client.batch_size), repeats)
-    link = _link(config, layers, options, repeats, credentials).slower(max(1.0, 1 / (quota or 1)))
+    link, piece_s = _link(timed, options, repeats, credentials, max(1.0, 1 / (quota or 1)))
+    known = computing["forward_s"][0], computing["backward_s"][0]
     machine = {
         **_about(config, layers, device),
         **computing,
+        "operation_s": _short(_operation_s(timed, piece_s, known, link)),
         "load_s": _short(_load_s(config, repeats, timed.now)),
         "message_s": _short(link.message_s),
         "byte_s": {codec: _short(seconds) for codec, seconds in link.byte_s.items()},
@@ -307,16 +321,45 @@ def _load_s(config: Config, repeats: int, now: Callable[[], float]) -> float:
 
 
 def _link(
-    config: Config, layers: LayeredModel, options: Mapping[str, Any], repeats: int,
-    credentials: Credentials | None,
-) -> LinkCosts:  # fmt: skip
+    timed: _Timed, options: Mapping[str, Any], repeats: int, credentials: Credentials | None,
+    slower: float,
+) -> tuple[LinkCosts, float]:  # fmt: skip
+    """Return what messages cost, and the seconds of a piece with both of its own."""
+    layers, rows = timed.layers, timed.config.client.batch_size
     cuts = layers.cuts or (len(layers),)
     crossing = max((crossings(layers)[cut - 1] for cut in cuts), key=lambda c: c.elements)
-    rows = config.client.batch_size
+
+    def measured(address: str, credentials: Credentials | None) -> tuple[LinkCosts, float]:
+        costs = measure_link(address, crossing, rows, repeats, credentials)
+        return costs.slower(slower), timed.piece_s(address, credentials, repeats)
+
     if options["edge"]:
-        return measure_link(str(options["edge"]), crossing, rows, repeats, credentials)
-    with other_end(config.link.between_processes) as address:
-        return measure_link(address, crossing, rows, repeats)
+        return measured(str(options["edge"]), credentials)
+    with other_end(timed.config.link.between_processes) as address:
+        return measured(address, None)
+
+
+def _operation_s(
+    timed: _Timed, piece_s: float, known: tuple[Sequence[float], Sequence[float]], link: LinkCosts
+) -> float:
+    """Return what an operation takes beside what its units and its message take by themselves.
+
+    Whoever computes a piece, sends it, and takes an answer finds little of the one in the caches
+    that the other has left.
+
+    Args:
+        timed: Who measured.
+        piece_s: Seconds of forward and backward of a smallest piece, with both messages.
+        known: Of its size, the seconds of each unit, forward and backward.
+        link: What messages cost.
+    """
+    if not piece_s:
+        return 0.0
+    cut = timed.layers.cuts[0]
+    nbytes = tensor_bytes(crossings(timed.layers)[cut - 1], timed.smallest, PIECES)
+    messages = 2 * (link.message_s + nbytes * link.byte_s[PIECES])
+    alone = sum(sum(table[:cut]) for table in known)
+    return max(0.0, piece_s - alone - messages) / 2
 
 
 class _Timed:
@@ -329,7 +372,7 @@ class _Timed:
         device: torch.device,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._config, self._layers, self._device, self._clock = config, layers, device, clock
+        self.config, self.layers, self._device, self._clock = config, layers, device, clock
         self._loss = task_of(config).loss
         self.names = [unit.name for unit in layers.units]
         parts = stages(layers, layers.cuts)
@@ -374,7 +417,7 @@ class _Timed:
 
     def _pass(self, n: int) -> tuple[list[float], list[float]]:
         x, y = self._x[:n], self._y[:n]
-        whole, precision = x, self._config.client.precision
+        whole, precision = x, self.config.client.precision
         for part in self._parts:
             part.zero_grad(set_to_none=True)
         inputs, outputs, forward, backward = [], [], list[float](), list[float]()
@@ -401,6 +444,46 @@ class _Timed:
                 gradient = x.grad if isinstance(x, Tensor) else None
         return forward, backward[::-1]
 
+    @property
+    def smallest(self) -> int:
+        """Examples of the smallest piece that is timed."""
+        return sizes_of(self.config.client.batch_size)[0]
+
+    def piece_s(self, address: str, credentials: Credentials | None, repeats: int) -> float:
+        """Return the seconds of a smallest piece before the first cut, with its two messages.
+
+        Pieces are in flight together, as in training: all are computed and sent, then for each the
+        answer is awaited and its backward computed. 0 for a model without a cut.
+
+        Args:
+            address: Where `fedsys.commands.profile_link.answer` is served; it sends activations
+                back, which stand for their gradients.
+            credentials: For mutual TLS.
+            repeats: Turns, of which the median counts.
+        """
+        if not self.layers.cuts:
+            return 0.0
+        link = dial(address, credentials=credentials)
+        try:
+            return median(self._in_flight(link) for _ in range(1 + repeats))
+        finally:
+            link.close()
+
+    def _in_flight(self, link: Link) -> float:
+        x, part, outputs = self._x[: self.smallest], self._parts[0], []
+        began = self.now()
+        for _ in range(IN_FLIGHT):
+            with drawing(self._address, 0, len(x)), autocast(self.config.client.precision, x):
+                outputs.append(part(*arguments(part, x)))
+            tensors, meta = encode_activation(outputs[-1], PIECES)
+            link.send(Frame("activation", meta, tensors))
+        for out in outputs:
+            answer = link.recv(ANSWER_S)
+            gradient = decode_activation(answer.tensors, answer.meta).to(self._device)
+            if out.requires_grad:
+                out.backward(gradient)
+        return (self.now() - began) / IN_FLIGHT
+
     def updates(self, repeats: int) -> list[list[float]]:
         """Return samples of the seconds of the optimizer for each part."""
         self._pass(len(self._y))
@@ -410,7 +493,7 @@ class _Timed:
             if not parameters:
                 found.append([0.0] * repeats)
                 continue
-            optimizer = optimizers.make_optimizer(parameters, self._config.client, 1e-6)
+            optimizer = optimizers.make_optimizer(parameters, self.config.client, 1e-6)
             samples = []
             for _ in range(2 + repeats):
                 began = self.now()
@@ -421,11 +504,11 @@ class _Timed:
 
     def by_unit(self, samples: Sequence[Sequence[float]]) -> list[float]:
         """Return the median seconds of each unit; units of a part share them by their work."""
-        return [_short(s) for s in shared_by_work(self._layers, [*map(median, samples)])]
+        return [_short(s) for s in shared_by_work(self.layers, [*map(median, samples)])]
 
     def spread_by_unit(self, samples: Sequence[Sequence[float]]) -> list[float]:
         """Return the spread of the part that each unit is in, as a share of its median."""
-        bounds = [0, *self._layers.cuts, len(self._layers)]
+        bounds = [0, *self.layers.cuts, len(self.layers)]
         sizes = [last - first for first, last in pairwise(bounds)]
         parts = zip(sizes, samples, strict=True)
         return [round(_spread([part]), 4) for size, part in parts for _ in range(size)]

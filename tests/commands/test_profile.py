@@ -185,3 +185,15 @@ def test_within_a_quota_all_takes_as_much_longer(monkeypatch):
 def test_messages_within_a_quota_take_as_much_longer():
     costs = profile_link.LinkCosts(1e-4, {"fp32": 1e-9}, 1e6, 2e6, 0.01)
     assert costs.slower(10.0) == profile_link.LinkCosts(1e-3, {"fp32": 1e-8}, 1e6, 2e6, 0.01)
+
+
+def test_a_piece_costs_what_its_units_and_messages_do_not(profiled):
+    """Plans with many pieces were too good: a piece is computed with caches that others filled."""
+    machine = yaml.safe_load(profiled.read_text())["machines"]["bench"]
+    assert machine["operation_s"] >= 0 and "quota" not in machine
+
+
+def test_messages_of_two_sizes_say_what_each_and_what_each_byte_costs():
+    assert profile_link._line(1000, 3.0, 3000, 5.0) == (2.0, pytest.approx(0.001))
+    assert profile_link._line(1000, 3.0, 3000, 2.0) == (3.0, 0.0)  # noise is no gain
+    assert profile_link._line(1000, 1.0, 2000, 4.0) == (0.0, pytest.approx(0.003))
