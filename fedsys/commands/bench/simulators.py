@@ -92,7 +92,7 @@ class Work:
         name: Of the model.
         config: The run, with its model, users and examples.
         turns: Rounds that count.
-        batched: Clients that ``runtime.batched_clients`` trains at once.
+        batched: Clients that ``runtime.batched_clients`` trains at once; below 2: it is left out.
         folder: Where files and logs go.
     """
 
@@ -254,6 +254,8 @@ class _Bench:
         """Have all do their rounds; return what was seen."""
         workers = [int(count) for count in self._options["workers"]]
         absent = {"flower"} if self._environment is not None else {"flower", "pfl"}
+        if self._work.batched < 2:
+            absent.add("batched")
         here = [who for who in self._options["who"] if who not in absent]
         self._together([(count, who) for who in here for count in workers], self._work)
         if "flower" in self._options["who"]:
