@@ -44,6 +44,7 @@ def build(spec: Mapping[str, Any], *, input_shape: Shape, num_classes: int, seed
             value out of range, or an `init` file that does not exist.
         ModelError: For an `init` file that does not fit; names every difference.
     """
+    _locate(str(spec.get("_target_", "")))  # a module that draws when it is imported does so here
     with seeded_default_generator(Address(seed).seed_for("init")):
         model = _construct(spec, input_shape, num_classes)
     init = spec.get("init")

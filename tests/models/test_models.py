@@ -234,6 +234,24 @@ def test_weights_are_a_function_of_the_seed(name: str) -> None:
     assert any(not torch.equal(one[key], other[key]) for key in one)
 
 
+def test_a_module_that_draws_when_it_is_imported_changes_no_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first model of a process had other weights than the next, so split training differed.
+
+    The module of the model was imported between the seed and the first draw of the weights.
+    """
+    source = (
+        "import torch\nTABLE = torch.randn(3)\n\n\ndef net():\n    return torch.nn.Linear(4, 2)\n"
+    )
+    (tmp_path / "draws_at_import.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    spec = {"_target_": "draws_at_import.net"}
+    first, second = (build(spec, input_shape=(1, 2, 2), num_classes=2, seed=3) for _ in range(2))
+    for name, weights in first.state_dict().items():
+        assert torch.equal(weights, second.state_dict()[name])
+
+
 @pytest.mark.parametrize("name", OWN)
 def test_making_a_skeleton_draws_nothing_and_leaves_torchvision_alone(
     name: str, monkeypatch: pytest.MonkeyPatch
