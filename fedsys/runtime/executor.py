@@ -118,7 +118,10 @@ class ForkExecutor:
             self._zygote.end()
             self._zygote = None
         if self._zygote is None:
-            self._zygote = Zygote(there)
+            try:
+                self._zygote = Zygote(there)
+            except OSError:  # a system without such sockets, or no room for a process that stays
+                return False
         if not self._zygote.start(command, log):
             self._zygote = None
         return self._zygote is not None

@@ -28,7 +28,10 @@ from typing import Any, NoReturn
 from fedsys.runtime import forks
 
 SOCKET, RUN = "FEDSYS_ZYGOTE_SOCKET", "FEDSYS_ZYGOTE_RUN"
-"""Variables with the file descriptor on which forks ask, and with the run whose data are there."""
+"""Variables with the file descriptor on which forks ask, and with the run whose data are there.
+
+The latter is empty where data could not be loaded, and some may be left.
+"""
 
 MOST_BYTES = 2**20
 """Longest request."""
@@ -74,7 +77,7 @@ def ask_for(run_id: int, function: str, values: Mapping[str, Any]) -> bool:
         values: Its keywords, which must have a form in JSON.
 
     Returns:
-        Whether this fork began with data of another run, which its caches must forget.
+        Whether this fork may have begun with data of another run, which its caches must forget.
     """
     number, run = os.environ.get(SOCKET), os.environ.get(RUN)
     if number is None or run == str(run_id):
@@ -116,7 +119,7 @@ def _load(bundle: Path) -> bool:
     try:
         app = get_project_config(bundle)["tool"]["flwr"]["app"]["components"]["clientapp"]
         load_app(app, RuntimeError, bundle)
-    except Exception:
+    except (Exception, SystemExit):
         forks.forget_own()
         return False
     _settle()
@@ -154,8 +157,8 @@ def _load_data(told: Mapping[str, Any]) -> None:
     try:
         function: Callable[..., object] = getattr(importlib.import_module(module), name)
         function(**told["values"])
-    except Exception:
-        os.environ.pop(RUN, None)
+    except (Exception, SystemExit):
+        os.environ[RUN] = ""
         return
     os.environ[RUN] = str(told["run"])
     _settle()

@@ -241,6 +241,25 @@ def test_from_the_second_message_of_a_bundle_on_what_stays_for_it_is_forked(monk
     assert len(made) == 3 and made[2].started == ["flwr-clientapp"]
 
 
+def test_where_nothing_can_stay_each_message_is_forked_by_the_executor(monkeypatch, tmp_path):
+    """An executor ended where the system has no such sockets (macOS), or no room for a process."""
+
+    def refused(bundle):
+        raise OSError("Protocol not supported")
+
+    forked = []
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path))
+    monkeypatch.setattr(executor, "Zygote", refused)
+    monkeypatch.setattr(executor.forks, "fork", lambda command, log: forked.append(command[0]))
+    unpack(tmp_path, "1" * 64)
+    spec = SimpleNamespace(
+        task_type=TaskType.CLIENT_APP, fab_hash="1" * 64, runtime_api_address="h:1", token="t",
+        insecure=True, suppress_output=False,
+    )  # fmt: skip
+    executor.ForkExecutor(None, executor.Patient()).launch(spec)
+    assert forked == ["flwr-clientapp"]
+
+
 def test_an_executor_asks_often_after_a_task_and_seldom_when_there_is_none_for_long():
     """Ten questions a second took a ninth of two cores where three devices had nothing to do."""
     assert vars(run_superexec)["time"] is time  # where Flower waits between two questions

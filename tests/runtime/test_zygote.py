@@ -14,14 +14,18 @@ from fedsys.runtime import zygote
 from tests.waiting import until
 
 APP = """
+import sys
 from pathlib import Path
 app, data = object(), {}
 
 def load(name):
+    broken = Path(__file__).with_name("broken").exists()
     data.clear()
     data["name"] = name
     with Path(__file__).with_name("loads").open("a") as file:
         file.write(name + "\\n")
+    if broken:
+        sys.exit("the data are broken")
 """
 
 PROGRAM = """
@@ -93,8 +97,26 @@ def test_data_of_a_former_run_are_forgotten_because_files_may_have_changed(stays
     assert answered(stays, bundle, 2, "c")["known"] == {"name": "of 2"}
 
 
-def test_a_bundle_whose_app_cannot_be_imported_has_forks_that_may_say_why(bundle):
-    (bundle / "zygote_app.py").write_text("raise ImportError('no such thing')")
+def test_what_is_left_of_data_that_could_not_be_loaded_is_forgotten(stays, bundle):
+    """The first message of the next run was answered from images of the run that had failed.
+
+    They had been read when their division among clients was refused, and nobody was told that they
+    were there. And the process was gone where a source of data called ``sys.exit``.
+    """
+    (bundle / "broken").touch()
+    assert not answered(stays, bundle, 1, "a")["stale"]
+    until(lambda: loads(bundle) == ["of 1"])
+    (bundle / "broken").unlink()
+    told = answered(stays, bundle, 2, "b")
+    assert told == {"parent": stays._pid, "known": {"name": "of 1"}, "stale": True}
+    until(lambda: loads(bundle) == ["of 1", "of 2"])
+    assert answered(stays, bundle, 2, "c")["known"] == {"name": "of 2"}
+
+
+@pytest.mark.parametrize("app", ["raise ImportError('no such thing')", "raise SystemExit('no')"])
+def test_a_bundle_whose_app_cannot_be_imported_has_forks_that_may_say_why(app, bundle):
+    """With one that calls ``sys.exit``, every other message was sent to a process that was gone."""
+    (bundle / "zygote_app.py").write_text(app)
     made = zygote.Zygote(bundle)
     (bundle / "given").write_text("[1]")
     assert made.start(["json.tool", str(bundle / "given"), str(bundle / "made")], None)
