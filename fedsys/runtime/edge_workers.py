@@ -47,6 +47,7 @@ PID: Final = struct.Struct("<q")
 """What the nursery answers: the process id of a worker."""
 
 _END_S: Final = 2.0  # for the nursery to end by itself
+_FORK_S: Final = 120.0  # for the nursery to fork; the first time it imports torch before
 _ROOT: Final = Path(__file__).resolve().parents[2]
 
 
@@ -177,6 +178,7 @@ class EdgeWorkers:
         if self._nursery is not None:
             wait_or_kill(self._nursery, _END_S)
         asked, theirs = socket.socketpair()
+        asked.settimeout(_FORK_S)  # the lock is held meanwhile: without a limit nobody could stop
         # What can be imported here can be imported there, models of the user's own among it
         path = os.pathsep.join([str(_ROOT), *filter(None, sys.path)])
         place = str(theirs.fileno())

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import signal
+import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from fedsys.commands.bench.rounds import edge_process
 from fedsys.commands.edge import _workers, moved
 from fedsys.config import EdgeAddress, EdgeConfig, with_values
-from fedsys.errors import ConfigError, SessionError
+from fedsys.errors import ConfigError, RuntimeFailure, SessionError
 from fedsys.offload.edge import EdgeServer
 from fedsys.offload.edge_metrics import EdgeCollector
 from fedsys.offload.fleet import Fleet
@@ -21,6 +22,7 @@ from fedsys.offload.processors import usable_cores
 from fedsys.offload.remote import Moved, Remote
 from fedsys.offload.session import Session
 from fedsys.planning.moves import Move
+from fedsys.runtime import edge_workers
 from fedsys.runtime.edge_workers import EdgeWorkers
 from fedsys.transport.addresses import dial
 from fedsys.transport.link_around import LinkAround
@@ -295,3 +297,19 @@ def test_a_nursery_that_was_killed_is_replaced_with_its_workers(last_layer):
         remote.open()
         train(remote, last_layer, range(2))
         assert is_trained(last_layer, fleet.collect("s"), 2)
+
+
+def test_a_nursery_that_does_not_answer_is_not_waited_for_without_end(monkeypatch):
+    """The lock was held meanwhile, so that the edge server could not even be stopped."""
+    started, popen = [], subprocess.Popen
+
+    def deaf(command, **options):
+        started.append(popen([sys.executable, "-c", "import time; time.sleep(600)"], **options))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", deaf)
+    monkeypatch.setattr(edge_workers, "_FORK_S", 0.2)
+    monkeypatch.setattr(edge_workers, "_END_S", 0.1)
+    with pytest.raises(RuntimeFailure, match="worker processes of a do not start"):
+        EdgeWorkers(2, "a")
+    assert [process.returncode for process in started] == [-signal.SIGKILL] * 2
