@@ -204,13 +204,22 @@ class Planned:
     def _shares(
         self, state: State, seen: Mapping[int, Observation], measured: Sequence[int]
     ) -> dict[int, float]:
-        """Return what share of a gradient was sent at each cut, when it was seen last."""
+        """Return what share of a gradient is believed to be sent at each cut.
+
+        What is seen there first, and then what drifts: shares creep, so that those of one round
+        after another would never differ by much.
+        """
         sent: dict[int, list[float]] = {}
         for client in measured:
             if seen[client].gradient_share > 0:
                 cut = Assignment.of_list(state["choices"][client]).cut
                 sent.setdefault(cut, []).append(seen[client].gradient_share)
-        return {**state.get("shares", {}), **{cut: median(each) for cut, each in sent.items()}}
+        shares: dict[int, float] = dict(state.get("shares", {}))
+        for cut, each in sent.items():
+            share = median(each)
+            if cut not in shares or abs(share / shares[cut] - 1) > self._options.drift:
+                shares[cut] = share
+        return shares
 
     def _forgetful(
         self, state: State, clients: Sequence[int], seen: Mapping[int, Observation]

@@ -73,6 +73,17 @@ def test_gradients_that_come_without_zeros_are_planned_so():
     assert state["beliefs"] == {}
 
 
+def test_shares_that_creep_are_planned_with_in_the_end():
+    """Each round was compared with the one before, so that half of a gradient went unnoticed."""
+    made, state = policy()
+    state, _ = made.plan(state, NOTHING)
+    for share in (0.9, 0.8, 0.73):
+        state, _ = made.plan(state, {0: seen(gradient_share=share), 1: seen(gradient_share=share)})
+    assert state["shares"] == {1: 0.9} and state["plans"] == 1
+    state, _ = made.plan(state, {0: seen(gradient_share=0.65), 1: seen(gradient_share=0.65)})
+    assert state["shares"] == {1: 0.65} and state["plans"] == 2
+
+
 @pytest.mark.parametrize(("kind", "depth"), [("sequential", 1), ("bounded", 2)])
 @pytest.mark.parametrize("pieces", [[10], [1, 4, 20]])
 def test_plans_are_predicted_by_the_schedule_that_runs(kind, depth, pieces):
