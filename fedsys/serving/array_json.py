@@ -24,6 +24,11 @@ except ImportError:
 _FORMS: Mapping[str, tuple[str, Any]] = {"FP32": ("d", np.float64), "UINT8": ("u", np.uint64)}
 _KEPT_BYTES = 1 << 18
 """Texts of more are read by a parser that is not kept: it has some 14 times their memory."""
+_MOST_BYTES = 2 * 0xFF_FFFF
+"""Texts of more are left to others: simdjson counts no more elements of a list than half as many,
+and makes lists of Python by that count, but fills in all."""
+_MOST_KEYS = 64
+"""Of an object: each is looked for from the first one on, so many take the square of the time."""
 
 _of_thread = threading.local()
 
@@ -39,7 +44,7 @@ def with_array(text: bytes | bytearray | memoryview, depth: int) -> dict[str, An
         ``inputs[0]["data"]`` is float64 for the datatype FP32 and uint64 for UINT8. None if the
         text is of another form, or simdjson is not installed.
     """
-    if simdjson is None:
+    if simdjson is None or len(text) > _MOST_BYTES:
         return None
     try:
         return _read(_parser(len(text)), text, depth)
@@ -74,10 +79,10 @@ def _members(found: Any) -> dict[str, Any]:
     """Return the members of an object; its lists and objects still refer to the document.
 
     Raises:
-        ValueError: It is none, or has a key twice, of which others take the last.
+        ValueError: It is none, has a key twice, of which others take the last, or too many.
     """
-    if not isinstance(found, simdjson.Object):
-        raise ValueError("no object")
+    if not isinstance(found, simdjson.Object) or len(found) > _MOST_KEYS:
+        raise ValueError("no object of a request")
     keys = list(found.keys())
     members = {key: found[key] for key in keys}
     if len(members) != len(keys):

@@ -388,6 +388,25 @@ def test_a_refused_request_leaves_nothing_to_the_next_one():
         assert isinstance(array_json.with_array(good, 8)["inputs"][0]["data"], np.ndarray)
 
 
+def test_objects_of_many_keys_and_long_lists_are_left_to_others(monkeypatch):
+    """Keys were looked for one by one from the first on: those of 60 kB stopped the endpoint for
+    90 ms, those of 16 MB the process that reads large JSON for half an hour. And a list of more
+    elements than simdjson counts, 2^24 - 1, was written behind its end, and ended that process."""
+    pytest.importorskip("simdjson")
+    request = tensor("FP32", ONE, [0.5] * 192)
+    few, many = ({f"key{i}": i for i in range(n)} for n in (30, 300))
+    assert array_json.with_array(json.dumps(request | few).encode(), 8) is not None
+    within = {"inputs": [request["inputs"][0] | many]}
+    for tree in (request | many, within, within | few):
+        text = json.dumps(tree).encode()
+        assert array_json.with_array(text, 8) is None
+        assert v2.read(text, None, CARD, max_rows=16).images.tobytes() == b"\0\0\0?" * 192
+    text = json.dumps(request | {"parameters": many}).encode()  # read in one go
+    assert array_json.with_array(text, 8)["parameters"] == many
+    monkeypatch.setattr(array_json, "_MOST_BYTES", len(text) - 1)
+    assert array_json.with_array(text, 8) is None
+
+
 def test_what_is_known_of_a_head_is_never_that_of_another():
     """JSON in front of raw tensors is kept by its bytes: a client repeats it."""
     known = v2.known_heads(CARD, 16)
