@@ -129,13 +129,14 @@ class JoinedAnswers(asyncio.Protocol):
             self._joining.close()
 
     def refuse(self, status: int, text: str) -> None:
-        """Answer the request that is coming by an error, and end the connection."""
+        """End the connection; the request that is coming is answered by an error, but once."""
         cycle = self.cycle
         begun = cycle is not None and not cycle.response_complete
+        here = begun or cast(Any, self).request is Phase.BODY
         if begun:  # whoever answers it hears that nobody is there
             cycle.disconnected = True
             cycle.message_event.set()
-        if not (begun and cycle.response_started):
+        if not (here and cycle.response_started):
             self._joining.write(told(status, text))
         self._joining.close()
 
