@@ -46,6 +46,8 @@ TRIES = 16
 
 TORCH, ONNX = "torch", "onnx"
 
+_PAIR = 2  # the best choice and another one
+
 _SHORTEST = 1 / 16
 """Share of all groups below which a stretch is not divided further: nobody could measure it."""
 
@@ -317,6 +319,7 @@ class _Timed:
         self._plan, self._groups, self._options = plan, groups, options
         self._shape, self._onnx = tuple(input_shape), engine == ONNX
         self._modules: dict[Choice, nn.Module] = {}
+        self._named: frozenset[Choice] = frozenset()
         self._took: dict[int, float] = {}
         self._template: _Template | None = None
 
@@ -336,7 +339,15 @@ class _Timed:
                 every = in_turns(models, images, runs, warm_up=1, clock=clock)
                 for i, took in enumerate(every.values()):
                     logs[i] += math.log(1000.0 * quantile(took, _FAST))
+        self._forget(choices)
         return [math.exp(log / len(self._options.batch_sizes)) for log in logs]
+
+    def _forget(self, choices: Sequence[Choice]) -> None:
+        """Keep the models of these choices, and of those that are timed first and at the end."""
+        if len(choices) > _PAIR:
+            self._named = frozenset(choices)
+        kept = self._named.union(choices)
+        self._modules = {c: module for c, module in self._modules.items() if c in kept}
 
     def _module(self, choice: Choice) -> nn.Module:
         if choice not in self._modules:
