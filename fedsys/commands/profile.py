@@ -230,8 +230,24 @@ def clock_of(threads: int, kind: str, quota: float | None) -> Callable[[], float
         quota: Cores' worth of processor time that this process has; None: any.
     """
     if quota is not None and quota < threads and kind == "cpu":
-        return lambda: time.process_time() / quota
+        return (lambda: time.process_time() / quota) if quota <= 1 else _within(quota)
     return time.process_time if threads == 1 and kind == "cpu" else time.perf_counter
+
+
+def _within(quota: float) -> Callable[[], float]:
+    """Return a clock for several threads with more than one core, but fewer than threads.
+
+    What one of them does alone takes no less than on the clock; what all do takes the quota.
+    """
+    at, total = (time.perf_counter(), time.process_time()), 0.0
+
+    def now() -> float:
+        nonlocal at, total
+        before, at = at, (time.perf_counter(), time.process_time())
+        total += max(at[0] - before[0], (at[1] - before[1]) / quota)
+        return total
+
+    return now
 
 
 def _about(config: Config, layers: LayeredModel, device: torch.device) -> dict[str, Any]:

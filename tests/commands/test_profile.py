@@ -182,6 +182,23 @@ def test_within_a_quota_all_takes_as_much_longer(monkeypatch):
     assert profile_command.clock_of(1, "cuda", 0.1) is time.perf_counter
 
 
+def test_one_thread_of_several_is_not_faster_for_a_quota_of_more_than_a_core(monkeypatch):
+    """With two threads within 1.5 cores, loading, which one does, took two thirds of its time."""
+    moments = iter([(0.0, 0.0), (5.0, 5.0), (8.0, 8.0), (11.0, 14.0)])  # waits, one, two threads
+    current = [0.0, 0.0]
+
+    def wall():
+        current[:] = next(moments)
+        return current[0]
+
+    monkeypatch.setattr(time, "perf_counter", wall)
+    monkeypatch.setattr(time, "process_time", lambda: current[1])
+    clock = profile_command.clock_of(2, "cpu", 1.5)
+    began, alone, both = clock(), clock(), clock()
+    assert alone - began == pytest.approx(3.0)
+    assert both - alone == pytest.approx(4.0)
+
+
 def test_messages_within_a_quota_take_as_much_longer():
     costs = profile_link.LinkCosts(1e-4, {"fp32": 1e-9}, 1e6, 2e6, 0.01)
     assert costs.slower(10.0) == profile_link.LinkCosts(1e-3, {"fp32": 1e-8}, 1e6, 2e6, 0.01)
