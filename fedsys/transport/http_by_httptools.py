@@ -21,6 +21,8 @@ class ByHttpTools(JoinedAnswers, HttpToolsProtocol):
     @property
     def request(self) -> Phase:
         """What the last request is doing; IDLE if it is answered, or none came."""
+        if self._wrong is not None:  # what came before it is answered first
+            return Phase.WORK
         cycle = self.cycle
         if cycle is None or cycle.response_complete:
             return Phase.IDLE if self.in_head else Phase.BODY
@@ -68,6 +70,8 @@ class ByHttpTools(JoinedAnswers, HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """An answer is written."""
         last = not self.pipeline
+        if self._wrong is not None:
+            self.ended = False  # it is refused before the connection ends
         super().on_response_complete()
         if last and self._wrong is not None:
             self.refuse(400, self._wrong)

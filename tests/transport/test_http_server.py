@@ -265,6 +265,21 @@ def test_half_a_request_is_refused_in_words(start, sent):
     assert said == [(400, {"error": "the connection ended within a request"})]
 
 
+@pytest.mark.parametrize("half", [POST + b"a", b"GET /a b HTTP/1.1\r\nHost: x\r\n\r\n"])
+def test_an_answer_that_takes_long_is_not_lost_to_what_is_wrong_behind_it(start, half):
+    """Half a body was said to come too slowly, in place of the answer to the request before it,
+    which was in work; and after a half-close what was no request was not refused at all."""
+    running = start(header_s=0.2, keep_alive_s=0.2)
+    with running.connect() as connection:
+        connection.sendall(POST.replace(b" / ", b" /wait ") + b"abc" + half)
+        connection.shutdown(socket.SHUT_WR)
+        time.sleep(1.0)
+        running.app.may.set()
+        said = answers(ended(connection))
+    assert [status for status, _ in said][:-1] == [200]
+    assert said[-1][0] == 400 or (http_server.parser() is ByH11 and said[-1][0] == 408)
+
+
 BAD = [
     b"hello\r\n\r\n", b"\x16\x03\x01\x02\x00",
     b"GET / HTTP/1.1\r\nHost: x\r\nX: a\0b\r\n\r\n", b"GET /a b HTTP/1.1\r\nHost: x\r\n\r\n",
