@@ -67,7 +67,7 @@ def test_the_keys_are_those_of_the_wire():
     assert {*written(Observation()), *written(Outcome())} == {
         *("steps", "seconds", "waited-s", "bytes-up", "bytes-down", "recoveries", "stranded"),
         *("iteration-s", "compute-s", "edge-s", "up-bit-s", "down-bit-s", "probe-bytes"),
-        *("edge", "moves"),
+        *("edge", "moves", "gradient-share"),
     }
     assert {*written(Truncated(5)), *written(Probe(1, "t", ()))} == {
         *("iterations", "nbytes", "token", "edges"),
