@@ -24,9 +24,9 @@ except ImportError:
 _FORMS: Mapping[str, tuple[str, Any]] = {"FP32": ("d", np.float64), "UINT8": ("u", np.uint64)}
 _KEPT_BYTES = 1 << 18
 """Texts of more are read by a parser that is not kept: it has some 14 times their memory."""
-_MOST_BYTES = 2 * 0xFF_FFFF
-"""Texts of more are left to others: simdjson counts no more elements of a list than half as many,
-and makes lists of Python by that count, but fills in all."""
+_MOST_BYTES = 1 << 20
+"""Texts of more are left to others: pysimdjson 7.0.2 was seen to lose its process on some that are
+far larger, and those are read in a process of their own anyway."""
 _MOST_KEYS = 64
 """Of an object: each is looked for from the first one on, so many take the square of the time."""
 
