@@ -14,6 +14,7 @@ one of the two, it is that of a stranger (`fedsys.transport.strangers`).
 from __future__ import annotations
 
 import logging
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -51,6 +52,9 @@ CONTROLLER = "server"
 
 LINKS = 1024
 """Links of controllers and devices at one time, as far as there are descriptors."""
+
+STUCK_S = 60.0
+"""How long a process in which sessions compute may keep an edge server that stops, in seconds."""
 
 _STRANGERS = Strangers()
 _DESCRIPTORS = {"tcp": 3, "grpc": 1, "memory": 0}  # of one link
@@ -187,13 +191,20 @@ class EdgeServer:
         controller has of it.
 
         Args:
-            grace_s: How long to wait for steps that are begun.
+            grace_s: How long to wait for steps that are begun. A process in which sessions compute
+                may take `STUCK_S` longer, to do an operation and to give its sessions.
 
         Returns:
             The sessions that no controller took.
         """
         self._moving.close()
-        left = hand_over(self._table, self._table.stop(), grace_s)
+        limit = threading.Timer(grace_s + STUCK_S, self._end_workers)
+        limit.daemon = True
+        limit.start()
+        try:
+            left = hand_over(self._table, self._table.stop(), grace_s)
+        finally:
+            limit.cancel()
         self._server.stop(0.0)
         self._end_workers()
         return left

@@ -15,6 +15,7 @@ from fedsys.commands.bench.rounds import edge_process
 from fedsys.commands.edge import _workers, moved
 from fedsys.config import EdgeAddress, EdgeConfig, with_values
 from fedsys.errors import ConfigError, RuntimeFailure, SessionError
+from fedsys.offload import edge as edge_module
 from fedsys.offload.edge import EdgeServer
 from fedsys.offload.edge_metrics import EdgeCollector
 from fedsys.offload.fleet import Fleet
@@ -313,3 +314,14 @@ def test_a_nursery_that_does_not_answer_is_not_waited_for_without_end(monkeypatc
     with pytest.raises(RuntimeFailure, match="worker processes of a do not start"):
         EdgeWorkers(2, "a")
     assert [process.returncode for process in started] == [-signal.SIGKILL] * 2
+
+
+def test_a_worker_that_does_nothing_any_more_does_not_keep_its_edge_server(last_layer, monkeypatch):
+    """An edge server that was told to stop waited for its session without end, and did not stop."""
+    monkeypatch.setattr(edge_module, "STUCK_S", 0.2)
+    with served(a=2) as (edges, fleet):
+        fleet.open(last_layer.spec(), last_layer.start(), "a")
+        workers = pids(edges["a"])
+        os.kill(workers[0], signal.SIGSTOP)
+        assert edges["a"].stop(0.1) == []
+        until(lambda: not living(workers))
