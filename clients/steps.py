@@ -301,9 +301,10 @@ class Steps:
         answer = self._await("gradient" if self._split.private else "activation", piece)
         z = self._sent.pop(piece)
         if z.requires_grad:
+            gradient = self._decoded(answer, needed)
             self._remote.traffic.gradients += z.numel()
             self._remote.traffic.needed += answer.tensors["x"].numel()
-            z.backward(self._decoded(answer, needed))  # type: ignore[no-untyped-call]  # no type in torch
+            z.backward(gradient)  # type: ignore[no-untyped-call]  # no type in torch
         self._end("backward", piece, 1, size, 0, self._cut, down=answer.encoded_bytes)
         if self._split.private:
             loss, hits = self._returned.pop(piece)
