@@ -50,9 +50,9 @@ _composed: dict[tuple[str, ...], str] = {}
 
 @pytest.hookimpl(wrapper=True, optionalhook=True)
 def pytest_xdist_auto_num_workers() -> Generator[None, int, int]:
-    """Have two workers more than there are processors: many tests wait, for Flower for instance."""
+    """Have one worker more than there are processors: many tests wait, for Flower for instance."""
     count = yield
-    return count if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ else count + 2
+    return count if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ else count + 1
 
 
 @pytest.hookimpl(wrapper=True)
