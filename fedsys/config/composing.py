@@ -117,11 +117,23 @@ _chosen = functools.lru_cache(maxsize=32)(_by_hydra)
 
 
 def renamed(override: str) -> str:
-    """Return an override with the present name of its group."""
+    """Return an override with the present name of its group.
+
+    Raises:
+        ConfigError: The group is to be several choices that are no names, of which Hydra makes a
+            TypeError.
+    """
     match = re.match(r"([+~]*)(\w+)(?=[.=])", override)
-    if match is None or match[2] not in RENAMED:
+    if match is None:
         return override
-    return f"{match[1]}{RENAMED[match[2]]}{override[match.end() :]}"
+    group = RENAMED.get(match[2], match[2])
+    several = re.fullmatch(r"=\[(.*)\]", override[match.end() :])
+    if several and (CONF / group).is_dir():
+        names = [name.strip() for name in several[1].split(",")]
+        if not all(re.fullmatch(r"[A-Za-z_][\w./-]*", name) for name in names):
+            rule = f"must be one of its choices: {', '.join(options_of(group))}"
+            raise ConfigError.of(group, f"[{several[1]}]", rule)
+    return f"{match[1]}{group}{override[match.end() :]}"
 
 
 def with_present_names(tree: Mapping[Any, Any]) -> dict[str, Any]:
@@ -136,6 +148,8 @@ def with_present_names(tree: Mapping[Any, Any]) -> dict[str, Any]:
 
 def _explain(error: BaseException) -> str:
     text = str(error)
+    if match := re.fullmatch(r"Error merging override \+*([^=]+)=(.*)", text):
+        return _no_such_kind(match[1], match[2], error.__cause__)
     if match := re.search(r"Could not find '(\w+)/([^']+)'", text):
         group, name = match.groups()
         known = options_of(group)
@@ -161,6 +175,15 @@ def _explain(error: BaseException) -> str:
         known = [name for name in (*_keys(), *groups) if name != key]
         return f"{key}: no such option; {better_name(key, known)}see --help-all for all of them"
     return first_line(error)
+
+
+def _no_such_kind(key: str, value: str, reason: BaseException | None) -> str:
+    """Return what is wrong with a value of another kind than what stands in its place."""
+    if getattr(reason, "object_type", None) is dict:
+        return f"{key}={value}: must be a group of options; {key}.OPTION=VALUE sets one of them"
+    if getattr(reason, "object_type", None) is list:
+        return f"{key}={value}: must be a list"
+    return f"{key}={value}: {first_line(reason) if reason else 'does not fit what is there'}"
 
 
 def options_of(group: str) -> list[str]:

@@ -86,6 +86,8 @@ def test_a_rival_is_installed_once(monkeypatch, tmp_path):
     [
         ({"cohort": 7}, r"bench\.cohort=7: must be from 0 to bench\.users=6"),
         ({"who": ["flwr"]}, r"bench\.who=flwr: must be among"),
+        ({"models": {"mlp": 3}}, r"bench\.models\.mlp=3: must be a group with model, examples"),
+        ({"models": {"mlp": {"model": {}}}}, r"bench\.models\.mlp=.*: must be a group with model"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(tiny, wrong, told):

@@ -254,6 +254,10 @@ def test_a_missing_key_is_named(tree):
         ("model=vgg6", "model=vgg6: no such choice; did you mean 'vgg"),
         ("client.lr=${nothing}", "Interpolation key 'nothing' not found"),
         ("rounds=[", "no viable alternative"),
+        ("client=[]", "client=[]: must be a group of options; client.OPTION=VALUE sets"),
+        ("fleet.edges={a: 1}", "fleet.edges={a: 1}: must be a list"),
+        ("network=[1]", "network=[1]: must be one of its choices: "),  # was a TypeError of Hydra
+        ("network=[]", "network=[]: must be one of its choices: "),
     ],
 )
 def test_hydras_errors_are_one_sentence_of_ours(configure, override, message):

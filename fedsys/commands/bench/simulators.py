@@ -25,7 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import yaml
@@ -82,6 +82,10 @@ class SimulatorCell:
             "rounds": len(self.seconds),
             "loss": self.loss,
         }
+
+
+_OF_MODEL: Final = ("model", "examples", "turns", "batched")
+"""What is told of a model that is measured."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +173,11 @@ def _check(options: Mapping[str, Any]) -> None:
         if not 0 <= int(options[key]) <= users:
             rule = f"must be from 0 to bench.users={users}"
             raise ConfigError.of(f"bench.{key}", options[key], rule)
+    for name, about in plain_tree(options["models"]).items():
+        lacking = [key for key in _OF_MODEL if key not in about] if isinstance(about, dict) else []
+        if lacking or not isinstance(about, dict) or not isinstance(about["model"], dict):
+            rule = f"must be a group with {', '.join(_OF_MODEL)}, the first of them one itself"
+            raise ConfigError.of(f"bench.models.{name}", about, rule)
     for who in options["who"]:
         if who not in (*OURS, "pfl"):
             known = "fedsys, batched, pfl, flower"
