@@ -54,7 +54,7 @@ def test_fedsys_is_measured_with_both_numbers_of_workers_and_learns_the_same(tin
     goals = {row["goal"]: row for row in figures["goals"]}
     assert goals["two workers learn the same bits"]["met"]
     assert figures["ratios"] == [] and figures["left_out"] == []
-    assert simulators.chart(figures).labels == ["tiny, 1", "tiny, 2"]
+    assert simulators.chart(figures).labels == ["tiny\n1", "tiny\n2"]
 
 
 def test_a_rival_that_cannot_be_installed_is_named_and_the_rest_is_there(

@@ -534,7 +534,7 @@ def chart(figures: Mapping[str, Any]) -> Chart:
         f"{figures['users']:,} users, {figures['cohort']} in a round",
         "model and workers",
         "seconds per round",
-        [f"{model}, {workers}" for model, workers in places],
+        [f"{model}\n{workers}" for model, workers in places],
         {
             who: [took.get((who, *place), float("nan")) for place in places]
             for who in dict.fromkeys(row["who"] for row in timed)
