@@ -37,7 +37,7 @@ from fedsys import config as configuration
 from fedsys import data
 from fedsys.commands.bench import Chart
 from fedsys.commands.bench.prune_engines import rounding_rows, served_rows
-from fedsys.commands.bench.prune_models import as_trained, built, one_thread
+from fedsys.commands.bench.prune_models import as_trained, built
 from fedsys.commands.bench.prune_reference import reference_rule_parameters
 from fedsys.commands.bench.prune_rivals import rivals
 from fedsys.commands.prune import fill, of_run, run_config
@@ -49,7 +49,7 @@ from fedsys.pruning.dense.removal import masked_copy
 from fedsys.pruning.dense.shrink import shrink
 from fedsys.pruning.levels import Level, Recipe, recipes, refined, spread
 from fedsys.pruning.making import Made, make
-from fedsys.pruning.measuring import in_turns, speedup
+from fedsys.pruning.measuring import in_turns, speedup, with_threads
 from fedsys.pruning.scores import random
 from fedsys.pruning.sparsify import one_shot, prune
 from fedsys.randomness import Address
@@ -341,7 +341,7 @@ def _against_masked(level: Level, parent: nn.Module, config: Config, dataset: Da
     candidate, small = convert(level, config.variants, dataset.input_shape, lambda plan: None)
     masked = masked_copy(level.model, level.masks)
     images = torch.randn(1, *dataset.input_shape, generator=Address(0).torch("masked"))
-    with one_thread():
+    with with_threads(1):
         took = in_turns({"masked": masked, "dense": candidate.module}, images, RUNS)
     everything = _images(dataset, len(dataset.test))
     expected, got = _answers(masked, everything), _answers(candidate.module, everything)

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedsys.commands.bench.prune_models import one_thread
 from fedsys.commands.bench.prune_rivals import folded, masks_by, of_size, torch_pruning
 from fedsys.config import Config
 from fedsys.config.pruning import check
@@ -30,7 +29,7 @@ from fedsys.pruning.dense.removal import evaluation_graph, masked_copy
 from fedsys.pruning.dense.shrink import count_parameters, shrink
 from fedsys.pruning.export import export_onnx
 from fedsys.pruning.levels import Level
-from fedsys.pruning.measuring import in_turns, macs, speedup
+from fedsys.pruning.measuring import in_turns, macs, speedup, with_threads
 from fedsys.pruning.precision import OnnxModule
 from fedsys.pruning.rounding import ONNX, TORCH, decided
 from fedsys.randomness import Address
@@ -138,7 +137,7 @@ def _timed(
     named = {f"{engine}/{by}": each for (engine, by), each in models.items()}
     found: dict[tuple[str, str], Row] = {key: {} for key in models}
     for kind, clock in (("", time.perf_counter), ("cpu_", time.thread_time)):
-        with one_thread():
+        with with_threads(1):
             took = in_turns(named, images, max(_FEWEST, runs // batch), clock=clock)
         for engine, by in models:
             own, rival = took[f"{engine}/{by}"], took[f"{engine}/{_RIVAL}"]

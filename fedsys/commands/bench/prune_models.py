@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -40,14 +39,3 @@ def as_trained(model: nn.Module, seed: int) -> nn.Module:
                 assert module.running_var is not None
                 module.running_var.copy_(0.5 + torch.rand(shape, generator=draw))
     return model.eval()
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch compute with one thread in the block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -24,7 +24,6 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from fedsys.commands.bench.prune_models import one_thread
 from fedsys.config import Config
 from fedsys.config.pruning import PruningConfig, check
 from fedsys.config.targets import import_extra
@@ -41,7 +40,7 @@ from fedsys.pruning.dense.removal import (
 )
 from fedsys.pruning.dense.shrink import count_parameters
 from fedsys.pruning.levels import Level
-from fedsys.pruning.measuring import in_turns, macs, speedup
+from fedsys.pruning.measuring import in_turns, macs, speedup, with_threads
 from fedsys.pruning.sparsify import one_shot
 from fedsys.pruning.structure import structure
 from fedsys.randomness import Address
@@ -87,7 +86,7 @@ def rivals(model: nn.Module, name: str, config: Config, options: Mapping[str, An
     whole = {by: pruned for by, (pruned, _) in made.items()}
     forms = {"": whole, "folded_": _each(folded, whole), "fused_": _each(_fused, whole)}
     every = {form + by: m for form, models in forms.items() for by, m in models.items()}
-    with one_thread():
+    with with_threads(1):
         times = in_turns(every, images, int(options["rival_runs"]))
 
     def row(by: str) -> Row:
