@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -59,6 +60,14 @@ def export_onnx(
             f"{TOLERANCE:g} x max(1, max|output|)"
         )
     return float(difference.max())
+
+
+def onnx_bytes(model: nn.Module, example: Tensor | Sequence[int]) -> bytes:
+    """Return what `export_onnx` writes; arguments and errors are its own."""
+    with TemporaryDirectory(prefix="fedsys-onnx-") as folder:
+        path = Path(folder) / "model.onnx"
+        export_onnx(model, example, path)
+        return path.read_bytes()
 
 
 def _translate(model: nn.Module, inputs: Tensor) -> Any:

@@ -20,8 +20,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -32,7 +30,7 @@ from fedsys.config.targets import import_extra
 from fedsys.pruning.dense.channels import Coupling
 from fedsys.pruning.dense.fold import answering
 from fedsys.pruning.dense.removal import Removal, probes
-from fedsys.pruning.export import TOLERANCE, export_onnx
+from fedsys.pruning.export import TOLERANCE, onnx_bytes
 from fedsys.pruning.measuring import in_turns, quantile, with_threads
 from fedsys.pruning.precision import OnnxModule
 
@@ -180,10 +178,9 @@ def search(
     """
     groups = tuple(groups)
     exact = tuple(1 for _ in groups)
-    uniform = {f"round{m}": _narrowest(groups, [m] * len(groups), multiples) for m in multiples}
-    if all(choice == exact for choice in uniform.values()):
+    named = _uniform(groups, multiples)
+    if all(choice == exact for choice in named.values()):
         return Rounding(groups, exact, engine)
-    named = {"exact": exact, **uniform}
     best, predicted = _fastest(named, times, margin)
     seen, count = {best, *named.values()}, 0
     stretches = _kinds(groups)
@@ -209,6 +206,12 @@ def search(
     if chosen != "chosen":
         predicted, measured["chosen"] = measured[chosen], measured[chosen]
     return Rounding(groups, named[chosen], engine, predicted, measured, count)
+
+
+def _uniform(groups: Sequence[Group], multiples: Sequence[int]) -> dict[str, Choice]:
+    """Return by name the choices that treat all groups alike: none rounded, and each multiple."""
+    names = {"exact": 1, **{f"round{m}": m for m in multiples}}
+    return {name: _narrowest(groups, [m] * len(groups), multiples) for name, m in names.items()}
 
 
 def _narrowest(groups: Sequence[Group], choice: Sequence[int], multiples: Sequence[int]) -> Choice:
@@ -297,7 +300,7 @@ def decided(
     timed = {engine: _Timed(plan, groups, options, input_shape, engine) for engine in engines}
     engine = engines[0]
     if len(engines) > 1 and groups:  # the one that is faster at its best
-        some = [tuple(m for _ in groups) for m in (1, *MULTIPLES)]
+        some = [*_uniform(groups, MULTIPLES).values()]
         engine = min(engines, key=lambda name: min(timed[name](some)))
     return search(groups, timed[engine], margin=options.margin, engine=engine)
 
@@ -375,7 +378,7 @@ class _Template:
 
     def __init__(self, model: fx.GraphModule, input_shape: Sequence[int]) -> None:
         self._shape, self._library = tuple(input_shape), import_extra("onnx")
-        self._content = _exported(model, self._shape)
+        self._content = onnx_bytes(model, self._shape)
 
     def filled(self, model: fx.GraphModule) -> nn.Module:
         """Return a model as ONNX Runtime computes it; exported anew where that is not the same."""
@@ -401,7 +404,7 @@ class _Template:
                 return module
         except Exception:  # ONNX Runtime has a class of its own for every status
             pass
-        return OnnxModule(_exported(model, self._shape))
+        return OnnxModule(onnx_bytes(model, self._shape))
 
     def _keep_rows(self, shape: Any, attributes: Mapping[str, Any]) -> None:
         """Let a reshape to ``(batch, channels)`` take as many channels as there are."""
@@ -410,13 +413,6 @@ class _Template:
             shape.CopyFrom(arrays.from_array(sizes * 0 - [0, 1], shape.name))
             if "allowzero" in attributes:
                 attributes["allowzero"].i = 0
-
-
-def _exported(model: fx.GraphModule, input_shape: Sequence[int]) -> bytes:
-    with TemporaryDirectory(prefix="fedsys-rounding-") as folder:
-        path = Path(folder) / "model.onnx"
-        export_onnx(model, input_shape, path)
-        return path.read_bytes()
 
 
 def _agree(model: nn.Module, other: nn.Module, inputs: Tensor) -> bool:

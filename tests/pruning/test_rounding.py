@@ -197,8 +197,8 @@ def test_every_choice_is_the_same_function(
     options = VariantsConfig(batch_sizes=(2,), threads=(1,))
     images = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(1))
     exports: list[object] = []
-    exported = rounding._exported
-    monkeypatch.setattr(rounding, "_exported", lambda *a: exports.append(a) or exported(*a))
+    exported = rounding.onnx_bytes
+    monkeypatch.setattr(rounding, "onnx_bytes", lambda *a: exports.append(a) or exported(*a))
     groups = groups_of(plan)
     choices = [tuple(m for _ in groups) for m in (1, 8, 16)]
     choices.append(tuple((1, 8, 16)[i % 3] for i in range(len(groups))))

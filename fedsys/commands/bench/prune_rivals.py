@@ -28,7 +28,7 @@ from fedsys.config import Config
 from fedsys.config.pruning import PruningConfig, check
 from fedsys.config.targets import import_extra
 from fedsys.errors import ConfigError, ModelError
-from fedsys.pruning.candidates import convert
+from fedsys.pruning.candidates import Candidate, convert
 from fedsys.pruning.dense.channels import Multiples
 from fedsys.pruning.dense.fold import answering
 from fedsys.pruning.dense.removal import (
@@ -46,11 +46,11 @@ from fedsys.pruning.structure import structure
 from fedsys.randomness import Address
 from fedsys.training.masks import Masks, last_layer
 
-_SHAPE = (3, 32, 32)
+SHAPE = (3, 32, 32)
 _STEPS = 10
 """Halvings of the interval: parameters agree to some tenths of a per cent."""
 
-_RIVAL = "Torch-Pruning"
+RIVAL = "Torch-Pruning"
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -73,16 +73,15 @@ def rivals(model: nn.Module, name: str, config: Config, options: Mapping[str, An
         ConfigError: A cost or its weight is out of range.
         ModelError: Torch-Pruning is not installed, or nothing is as small as wanted.
     """
-    plain = dataclasses.replace(config.pruning, sparsity=float(options["rival_sparsity"]))
+    plain = plain_score(config, options)
     made = {"fedsys": _timed(lambda: _converted(model, masks_by(model, plain), config))}
     params = count_parameters(made["fedsys"][0])
     for cost, weight in options["rival_costs"]:
-        chosen = dataclasses.replace(plain, cost=str(cost), cost_weight=float(weight))
-        check(chosen)
-        made[f"fedsys, {cost}^{weight:g}"] = _of_size(model, chosen, config, params)
-    made[_RIVAL] = _timed(lambda: torch_pruning(model, _SHAPE, params, last_layer(model)))
+        chosen = weighed(plain, cost, weight)
+        made[f"fedsys, {cost}^{weight:g}"] = _converted_to_size(model, chosen, config, params)
+    made[RIVAL] = _timed(lambda: torch_pruning(model, SHAPE, params, last_layer(model)))
     made["parent"] = (model, 0.0)
-    images = torch.randn(1, *_SHAPE, generator=Address(0).torch("rival"))
+    images = torch.randn(1, *SHAPE, generator=Address(0).torch("rival"))
     whole = {by: pruned for by, (pruned, _) in made.items()}
     forms = {"": whole, "folded_": _each(folded, whole), "fused_": _each(_fused, whole)}
     every = {form + by: m for form, models in forms.items() for by, m in models.items()}
@@ -92,11 +91,11 @@ def rivals(model: nn.Module, name: str, config: Config, options: Mapping[str, An
     def row(by: str) -> Row:
         figures: Row = {}
         for form in forms:
-            own, parent, other = (times[form + it] for it in (by, "parent", _RIVAL))
+            own, parent, other = (times[form + it] for it in (by, "parent", RIVAL))
             figures[f"{form}ms"] = 1000 * median(own)
             figures[f"{form}faster_than_parent"] = speedup(parent, own)
             figures[f"{form}faster_than_torch_pruning"] = speedup(other, own)
-        figures["answers_faster_than_torch_pruning"] = speedup(times[_RIVAL], times[f"folded_{by}"])
+        figures["answers_faster_than_torch_pruning"] = speedup(times[RIVAL], times[f"folded_{by}"])
         return figures
 
     return [
@@ -104,7 +103,7 @@ def rivals(model: nn.Module, name: str, config: Config, options: Mapping[str, An
             "model": name,
             "by": by,
             "params": count_parameters(pruned),
-            "macs": macs(evaluation_graph(masked_copy(pruned, None)).float(), _SHAPE),
+            "macs": macs(evaluation_graph(masked_copy(pruned, None)).float(), SHAPE),
             **row(by),
             "seconds": took,
         }
@@ -118,7 +117,7 @@ def _each(change: Callable[[nn.Module], nn.Module], of: Mapping[str, nn.Module])
 
 def folded(model: nn.Module) -> nn.Module:
     """Return a model of 3x32x32 images as a graph with BatchNorm folded, under short names."""
-    return answering(evaluation_graph(masked_copy(model, None)), _SHAPE)
+    return answering(evaluation_graph(masked_copy(model, None)), SHAPE)
 
 
 def _fused(model: nn.Module) -> nn.Module:
@@ -175,18 +174,42 @@ def masks_by(
         leave=last_layer(model),
         keep_channels=pruning.keep_channels,
         mix=pruning.mix,
-        **(structure(pruning, model, _SHAPE) if known is None else known),
+        **(structure(pruning, model, SHAPE) if known is None else known),
     )
 
 
-def _converted(model: nn.Module, masks: Masks, config: Config) -> nn.Module:
+def plain_score(config: Config, options: Mapping[str, Any]) -> PruningConfig:
+    """Return how the model is pruned that says how many parameters all others may have."""
+    return dataclasses.replace(config.pruning, sparsity=float(options["rival_sparsity"]))
+
+
+def weighed(plain: PruningConfig, cost: Any, weight: Any) -> PruningConfig:
+    """Return the same with scores that are weighed against costs.
+
+    Raises:
+        ConfigError: The cost or its weight is out of range.
+    """
+    chosen = dataclasses.replace(plain, cost=str(cost), cost_weight=float(weight))
+    check(chosen)
+    return chosen
+
+
+def converted(
+    model: nn.Module, masks: Masks, config: Config, round_to: Multiples | None = None
+) -> Candidate:
+    """Return the verified dense model of masks; arguments and errors are those of `convert`."""
     level = Level("ours", model, masks, config.pruning.method)
-    candidate, _ = convert(level, config.variants, _SHAPE, lambda plan: None)
-    assert isinstance(candidate.content, nn.Module)
-    return candidate.content
+    candidate, _ = convert(level, config.variants, SHAPE, lambda plan: None, round_to=round_to)
+    return candidate
 
 
-def _of_size(
+def _converted(model: nn.Module, masks: Masks, config: Config) -> nn.Module:
+    content = converted(model, masks, config).content
+    assert isinstance(content, nn.Module)
+    return content
+
+
+def _converted_to_size(
     model: nn.Module, pruning: PruningConfig, config: Config, params: int
 ) -> tuple[nn.Module, float]:
     """Return the largest model of at most so many parameters, and the seconds of one conversion."""
@@ -208,7 +231,7 @@ def of_size(
     Raises:
         ModelError: No sparsity leaves so few parameters.
     """
-    known, inputs = structure(pruning, model, _SHAPE), probes(_SHAPE)[:1]
+    known, inputs = structure(pruning, model, SHAPE), probes(SHAPE)[:1]
 
     def make(share: float) -> tuple[Masks, Removal, int]:
         masks = masks_by(model, dataclasses.replace(pruning, sparsity=share), known)
