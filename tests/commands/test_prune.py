@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ from fedsys.training import federation
 from fedsys.training.masks import Masks
 
 FAST = ("variants.batch_sizes=[1,4]", "variants.threads=[1]", "variants.memory=false", "json=true")
+
+
+MadeUpTimes = Callable[[Callable[[nn.Module], float]], None]
 
 
 class Untraceable(nn.Module):
@@ -314,28 +318,38 @@ def test_rounded_channels_are_measured_beside_exact_ones(
     assert all(after % 8 == 0 or after == before for _, before, after in rounded.channels)
 
 
+@pytest.fixture
+def made_up_times(monkeypatch: pytest.MonkeyPatch) -> MadeUpTimes:
+    """Let the search for widths take the seconds of a model from a function of it."""
+
+    def use(seconds: Callable[[nn.Module], float]) -> None:
+        def in_turns(
+            models: dict[str, nn.Module], images: Tensor, runs: int, **given: object
+        ) -> dict[str, list[float]]:
+            return {name: [seconds(model)] * runs for name, model in models.items()}
+
+        monkeypatch.setattr(rounding, "in_turns", in_turns)
+
+    return use
+
+
 def test_channels_are_rounded_where_that_is_measured_to_be_faster(
     trained: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     everything_stays: None,
-    monkeypatch: pytest.MonkeyPatch,
+    made_up_times: MadeUpTimes,
 ) -> None:
     """Times are made up, so that all is rounded for once: what pays differs among machines."""
 
-    def in_turns(
-        models: dict[str, nn.Module], images: Tensor, runs: int, **given: object
-    ) -> dict[str, list[float]]:
-        def odd(model: nn.Module) -> int:
-            widths = [len(p) for p in model.parameters() if p.dim() > 1]
-            return sum(width % 8 != 0 for width in widths)
-
-        return {name: [1.0 + odd(model)] * runs for name, model in models.items()}
+    def with_odd_widths(model: nn.Module) -> float:
+        widths = [len(p) for p in model.parameters() if p.dim() > 1]
+        return 1.0 + sum(width % 8 != 0 for width in widths)
 
     options = ("pruning.sparsity=[0.8]", f"run={trained}", *FAST)
     for folder, round_to in (("a", "1"), ("b", "auto")):
         if round_to == "auto":
-            monkeypatch.setattr(rounding, "in_turns", in_turns)
+            made_up_times(with_odd_widths)
         own = (f"variants.round_to={round_to}", f"run.dir={tmp_path / folder}")
         status, out, err = call(capsys, "prune", *options, *own)
         assert status == 0, err
@@ -364,19 +378,11 @@ def test_a_variant_whose_rounding_does_not_pay_is_the_exact_one(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     everything_stays: None,
-    monkeypatch: pytest.MonkeyPatch,
+    made_up_times: MadeUpTimes,
 ) -> None:
-    def in_turns(
-        models: dict[str, nn.Module], images: Tensor, runs: int, **given: object
-    ) -> dict[str, list[float]]:
-        counted = {name: sum(p.numel() for p in m.parameters()) for name, m in models.items()}
-        return {name: [float(count)] * runs for name, count in counted.items()}
-
-    monkeypatch.setattr(rounding, "in_turns", in_turns)
+    made_up_times(lambda model: float(sum(p.numel() for p in model.parameters())))
     options = ("pruning.sparsity=[0.8]", "variants.round_to=auto", f"run.dir={tmp_path / 'a'}")
-    status, out, err = call(capsys, "prune", f"run={trained}", *FAST, *options)
-    assert status == 0, err
-    result = json.loads(out.splitlines()[-1])
+    result = pruned(capsys, f"run={trained}", *options)
     decision = result["rounding"]["group_norm-80"]
     assert decision["rounded"] == [] and decision["tries"] > 0
     assert decision["measured_ms"]["chosen"] == decision["measured_ms"]["exact"]
