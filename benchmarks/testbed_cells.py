@@ -33,7 +33,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -45,6 +44,7 @@ from typing import Any
 import on_testbed as bed
 
 from fedsys import config as configuration
+from fedsys.commands.bench.sampling import sampled
 from fedsys.config import Config
 from fedsys.models.layers import LayeredModel
 from fedsys.planning.assignment import Assignment
@@ -358,7 +358,7 @@ def _watched(
         bed.said(process)
     for name in names:
         testbed.set_cpu(name, cores)
-    with sampled(testbed, [*names, "edge0"]) as samples:
+    with used(testbed, [*names, "edge0"]) as samples:
         for process in devices:
             assert process.stdin is not None
             process.stdin.write("go\n")
@@ -380,28 +380,20 @@ def _watched(
 
 
 @contextmanager
-def sampled(testbed: Any, names: Sequence[str]) -> Iterator[dict[str, list[tuple[float, float]]]]:
-    """Note for a block, every 50 ms, what processor time nodes have used.
+def used(testbed: Any, names: Sequence[str]) -> Iterator[dict[str, list[tuple[float, float]]]]:
+    """Note for a block, every 50 ms, what processor time nodes have used, in seconds.
 
     Ends of mini-batches are moments of the same clock, that of the machine.
     """
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-    stop = threading.Event()
 
     def note() -> None:
-        while True:
-            for name in names:
-                found[name].append((time.monotonic(), testbed.counters(name)["cpu_seconds"]))
-            if stop.wait(0.05):
-                return
+        for name in names:
+            found[name].append((time.monotonic(), testbed.counters(name)["cpu_seconds"]))
 
-    thread = threading.Thread(target=note)
-    thread.start()
-    try:
+    note()
+    with sampled(note, 0.05):
         yield found
-    finally:
-        stop.set()
-        thread.join()
 
 
 def rates(link: str) -> tuple[float, float]:

@@ -26,6 +26,7 @@ from fedsys.commands.bench.partition_hosts import (
     host_processes,
     model_of,
 )
+from fedsys.commands.bench.sampling import sampled
 from fedsys.errors import FedsysError
 from fedsys.partition.problem import Partition
 from fedsys.pruning.measuring import quantile
@@ -123,11 +124,12 @@ def _measured(
             engine.prepare([first, other])
         with _asking(engine, image, expected, plan.rate, quiet):
             time.sleep(_QUIET_S)
-        with _asking(engine, image, expected, plan.rate, busy), _watching(hosts) as most:
+        memory = sampled(hosts.memory_bytes, _SAMPLE_S)
+        with _asking(engine, image, expected, plan.rate, busy), memory as seen:
             costs = _moved(engine, [other, first], plan, say)
     finally:
         engine.close()
-    return _figures(model, base, most, quiet, busy, costs)
+    return _figures(model, base, seen, quiet, busy, costs)
 
 
 def _moved(
@@ -202,21 +204,3 @@ def _asking(
         finally:
             stop.set()
             sender.join()
-
-
-@contextmanager
-def _watching(hosts: HostProcesses) -> Iterator[list[int]]:
-    """Sample the memory of all hosts while the block runs."""
-    stop, seen = threading.Event(), list[int]()
-
-    def look() -> None:
-        while not stop.wait(_SAMPLE_S):
-            seen.append(hosts.memory_bytes())
-
-    thread = threading.Thread(target=look)
-    thread.start()
-    try:
-        yield seen
-    finally:
-        stop.set()
-        thread.join()

@@ -7,7 +7,6 @@ import json
 import os
 import select
 import subprocess
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import IO, Any
 
 import psutil
 
+from fedsys.commands.bench.sampling import sampled
 from fedsys.errors import RuntimeFailure
 from fedsys.runtime.processes import wait_or_kill
 
@@ -73,20 +73,10 @@ class Simulator:
     def watched(self) -> Iterator[list[float]]:
         """Look at its memory in the block; the list holds the largest seen, in bytes, after it."""
         peak = [0.0]
-        over = threading.Event()
-
-        def look() -> None:
-            while not over.wait(LOOK_S):
-                peak[0] = max(peak[0], own_memory(self._family()))
-
-        thread = threading.Thread(target=look, name="memory", daemon=True)
-        thread.start()
-        try:
+        with sampled(lambda: own_memory(self._family()), LOOK_S) as seen:
             yield peak
-        finally:
-            over.set()
-            thread.join()
-            peak[0] = max(peak[0], own_memory(self._family())) + file_memory(self._family())
+        family = self._family()
+        peak[0] = max([*seen, own_memory(family)]) + file_memory(family)
 
     def close(self) -> None:
         """Let it end by itself if its rounds are over, and end it if it does not."""
