@@ -49,7 +49,11 @@ FASTER: Mapping[str, float] = {"fedsys": 1.3, "batched": 2.5}
 SPEEDUP, MEMORY, GROWTH = 1.7, 1.0, 1.1
 """Two workers to one; peak memory to pfl's with the large model; the larger cohort to the other."""
 
-OURS = ("fedsys", "batched", "flower")
+OURS = ("fedsys", "batched")
+BY_FEDSYS = (*OURS, "flower")
+"""Who is started by ``fedsys train``, and so leaves the folder of a run."""
+
+KNOWN = ("fedsys", "batched", "pfl", "flower")
 
 Key = tuple[str, int, str, int]
 """Model, workers, who, and cohort."""
@@ -179,9 +183,8 @@ def _check(options: Mapping[str, Any]) -> None:
             rule = f"must be a group with {', '.join(_OF_MODEL)}, the first of them one itself"
             raise ConfigError.of(f"bench.models.{name}", about, rule)
     for who in options["who"]:
-        if who not in (*OURS, "pfl"):
-            known = "fedsys, batched, pfl, flower"
-            raise ConfigError.of("bench.who", who, f"must be among {known}")
+        if who not in KNOWN:
+            raise ConfigError.of("bench.who", who, f"must be among {', '.join(KNOWN)}")
 
 
 def _say(text: str) -> None:
@@ -285,13 +288,13 @@ class _Bench:
         standing: dict[tuple[int, str], Simulator] = {}
         try:
             for workers, who in whom:
-                with self._tolerant(who, standing, (workers, who)):
+                with self._tolerant(standing, (workers, who)):
                     standing[workers, who] = self._started(workers, who, work)
             for key, one in list(standing.items()):
-                with self._tolerant(key[1], standing, key):
+                with self._tolerant(standing, key):
                     one.ready()
             self._watched(standing)
-            for turn in range(max(0, work.turns)):
+            for turn in range(work.turns):
                 each = list(standing)
                 first = turn % max(1, len(each))
                 for key in (*each[first:], *each[:first]):
@@ -310,17 +313,18 @@ class _Bench:
 
     @contextlib.contextmanager
     def _tolerant(
-        self, who: str, standing: dict[tuple[int, str], Simulator], key: tuple[int, str]
+        self, standing: dict[tuple[int, str], Simulator], key: tuple[int, str]
     ) -> Iterator[None]:
         """Leave a rival out that fails in the block; what fedsys itself raises is passed on."""
+        workers, who = key
         try:
             yield
         except RuntimeFailure as error:
-            if who in ("fedsys", "batched"):
+            if who in OURS:
                 raise
             if (one := standing.pop(key, None)) is not None:
                 one.kill()
-            self._cells.pop((self._work.name, key[0], who, self._cohort), None)
+            self._cells.pop((self._work.name, workers, who, self._cohort), None)
             self._left_out.setdefault(who, str(error))
             _say(f"left out: {error}")
 
@@ -332,7 +336,7 @@ class _Bench:
 
     def _watched(self, standing: dict[tuple[int, str], Simulator]) -> None:
         for key, one in list(standing.items()):
-            with self._tolerant(key[1], standing, key):
+            with self._tolerant(standing, key):
                 with one.watched() as peak:
                     told = one.round()
                 cell = self._cell(key)
@@ -342,7 +346,7 @@ class _Bench:
     def _timed(self, standing: dict[tuple[int, str], Simulator], key: tuple[int, str]) -> None:
         if key not in standing:
             return
-        with self._tolerant(key[1], standing, key):
+        with self._tolerant(standing, key):
             told = standing[key].round()
             cell = self._cell(key)
             cell.seconds.append(float(told["seconds"]))
@@ -350,7 +354,7 @@ class _Bench:
             cell.loss = float(told["loss"])
 
     def _ended(self, key: tuple[int, str], work: Work) -> None:
-        if key[1] in OURS:
+        if key[1] in BY_FEDSYS:
             result = RunFolder.open(self._folder(*key)).info["result"]
             self._cell(key).sha256 = str(result["model_sha256"])
 
@@ -468,7 +472,7 @@ def ratios_of(cells: Mapping[Key, SimulatorCell]) -> list[dict[str, Any]]:
     for (model, workers, who, cohort), cell in cells.items():
         for rival in ("pfl", "flower"):
             other = cells.get((model, workers, rival, cohort))
-            if who not in ("fedsys", "batched") or other is None or not cell.seconds:
+            if who not in OURS or other is None or not cell.seconds:
                 continue
             rows.append({
                 "model": model, "workers": workers, "who": who, "rival": rival,
