@@ -67,11 +67,9 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
     if not traces or not set(traces) <= set(TRACES):
         rule = f"must name at least one of {', '.join(TRACES)}"
         raise ConfigError.of("bench.traces", traces, rule)
-    if not isinstance(options["turns"], int) or options["turns"] < 1:
-        raise ConfigError.of("bench.turns", options["turns"], "must be an integer of at least 1")
-    if not isinstance(options["http_switches"], int) or options["http_switches"] < 1:
-        rule = "must be an integer of at least 1"
-        raise ConfigError.of("bench.http_switches", options["http_switches"], rule)
+    for name in ("turns", "http_switches"):
+        if not isinstance(options[name], int) or options[name] < 1:
+            raise ConfigError.of(f"bench.{name}", options[name], "must be an integer of at least 1")
     if config.portfolio is None:
         folder = Path(str(config.run.dir)) / "portfolio"
         portfolio = make_portfolio(config, folder, int(options["epochs"]), _say)
