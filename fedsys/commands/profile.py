@@ -51,7 +51,11 @@ from fedsys.transport.several import arguments, beside
 from fedsys.transport.wire import Frame
 
 OPTIONS: Mapping[str, Any] = {
-    **{"repeats": 15, "edge": None, "serve": None, "name": None, "quota": None},
+    "repeats": 15,
+    "edge": None,
+    "serve": None,
+    "name": None,
+    "quota": None,
 }
 
 PIECES = "int8"
@@ -61,7 +65,7 @@ IN_FLIGHT = 8
 """How many of them at once."""
 
 ANSWER_S = 120.0
-"""Longest time for an answer."""
+"""Longest time for an answer, in seconds."""
 
 Times = dict[int, list[list[float]]]
 
