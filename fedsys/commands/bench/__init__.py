@@ -16,9 +16,10 @@ import importlib
 import io
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any, TextIO
 
 import yaml
@@ -121,8 +122,20 @@ def given_options(name: str, options: Mapping[str, Any]) -> set[str]:
 
 
 def plain(value: Any) -> Any:
-    """Return a value with lists in place of tuples, as YAML has them."""
+    """Return a value with dicts for mappings and lists for tuples, as YAML has them."""
+    if isinstance(value, Mapping):
+        return {key: plain(one) for key, one in value.items()}
     return [plain(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def with_quartiles(name: str, values: Iterable[float]) -> dict[str, float]:
+    """Return the median of values under a name, and as ``_q1`` and ``_q3`` the quartiles."""
+    ordered = sorted(values)
+    return {
+        name: median(ordered),
+        f"{name}_q1": ordered[len(ordered) // 4],
+        f"{name}_q3": ordered[len(ordered) * 3 // 4],
+    }
 
 
 def tables_of(figures: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:

@@ -32,7 +32,7 @@ from typing import Any, Final, Protocol
 
 import torch
 
-from fedsys.commands.bench import Chart
+from fedsys.commands.bench import Chart, with_quartiles
 from fedsys.config import Config
 from fedsys.errors import ConfigError, RuntimeFailure
 from fedsys.runtime.processes import wait_or_kill
@@ -299,12 +299,7 @@ def _turns(
 
 def _spread(name: str, values: Iterable[float], digits: int) -> dict[str, float]:
     """Return the median under `name`, and the quartiles beside it."""
-    ordered = sorted(values)
-    return {
-        name: round(median(ordered), digits),
-        f"{name}_q1": round(ordered[len(ordered) // 4], digits),
-        f"{name}_q3": round(ordered[len(ordered) * 3 // 4], digits),
-    }
+    return {key: round(value, digits) for key, value in with_quartiles(name, values).items()}
 
 
 def _cases(size: int, servers: _Servers, settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -29,7 +29,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from fedsys.commands.bench import Chart
+from fedsys.commands.bench import Chart, with_quartiles
 from fedsys.commands.bench.rounds import EdgeProcess, edge_process
 from fedsys.config import Config, EdgeAddress, parse, with_values
 from fedsys.errors import ConfigError, RuntimeFailure
@@ -88,7 +88,7 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
         peak, rest = _train(fleet, address, work, sessions, max(2, steps), pid).memory
         _train(fleet, address, alone, 1, 2)
         rates = [_turn(fleet, address, work, alone, options, k) for k in range(options["turns"])]
-    ratios = sorted(many / one for many, one in rates)
+    ratios = (many / one for many, one in rates)
     held, activations = work.held_bytes(), work.activation_bytes()
     per_session = (peak - empty) / sessions
     compared = _with_workers(work, options) if workers else {}
@@ -99,9 +99,7 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
         "cores": cores,
         "many_examples_s": median(many for many, _ in rates),
         "one_examples_s": median(one for _, one in rates),
-        "ratio": median(ratios),
-        "ratio_q1": ratios[len(ratios) // 4],
-        "ratio_q3": ratios[len(ratios) * 3 // 4],
+        **with_quartiles("ratio", ratios),
         "empty_mb": empty / 1e6,
         "session_peak_mb": per_session / 1e6,
         "session_rest_mb": (rest - empty) / sessions / 1e6,
@@ -138,15 +136,13 @@ def _with_workers(work: _Work, options: Mapping[str, Any]) -> dict[str, Any]:
         for turn in range(options["turns"]):
             for (edge, fleet), turns in servers if turn % 2 else reversed(servers):
                 turns.append(_train(fleet, edge.address, work, sessions, steps, cpu_s=edge.cpu_s))
-    ratios = sorted(b.rate / a.rate for a, b in zip(alone, several, strict=True))
+    ratios = (b.rate / a.rate for a, b in zip(alone, several, strict=True))
     per_batch = 1000 / (sessions * steps)
     return {
         "workers": count,
         "alone_examples_s": median(turn.rate for turn in alone),
         "workers_examples_s": median(turn.rate for turn in several),
-        "workers_ratio": median(ratios),
-        "workers_ratio_q1": ratios[len(ratios) // 4],
-        "workers_ratio_q3": ratios[len(ratios) * 3 // 4],
+        **with_quartiles("workers_ratio", ratios),
         "alone_cpu_ms": per_batch * median(turn.cpu_s for turn in alone),
         "workers_cpu_ms": per_batch * median(turn.cpu_s for turn in several),
     }

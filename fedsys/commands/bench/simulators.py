@@ -177,7 +177,7 @@ def _check(options: Mapping[str, Any]) -> None:
         if not 0 <= int(options[key]) <= users:
             rule = f"must be from 0 to bench.users={users}"
             raise ConfigError.of(f"bench.{key}", options[key], rule)
-    for name, about in plain_tree(options["models"]).items():
+    for name, about in plain(options["models"]).items():
         lacking = [key for key in _OF_MODEL if key not in about] if isinstance(about, dict) else []
         if lacking or not isinstance(about, dict) or not isinstance(about["model"], dict):
             rule = f"must be a group with {', '.join(_OF_MODEL)}, the first of them one itself"
@@ -212,7 +212,7 @@ def _work(config: Config, options: Mapping[str, Any], name: str, cohort: int) ->
     held_out = 100
     examples = users * int(about["examples"])
     tree |= {
-        "model": {"norm": "none", "init": None, **plain_tree(about["model"])},
+        "model": {"norm": "none", "init": None, **plain(about["model"])},
         "num_clients": users,
         "bench": {},
         "json": True,
@@ -227,13 +227,6 @@ def _work(config: Config, options: Mapping[str, Any], name: str, cohort: int) ->
     tree["run"] |= {"plots": False, "oracle": False}
     made = configuration.parse(yaml.safe_dump(tree))
     return Work(name, made, int(about["turns"]), int(about["batched"]), folder)
-
-
-def plain_tree(value: Any) -> Any:
-    """Return mappings as dicts and sequences as lists, as YAML has them."""
-    if isinstance(value, Mapping):
-        return {key: plain_tree(one) for key, one in value.items()}
-    return plain(value)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -426,7 +419,7 @@ def write_work(config: Config, folder: Path, rounds: int, cohort: int) -> None:
         np.save(folder / f"{part}_labels.npy", images.labels.numpy())
     np.save(folder / "parts.npy", np.stack(fed.parts))
     about = {
-        "model": plain_tree(config.model), "shape": list(data.input_shape),
+        "model": plain(config.model), "shape": list(data.input_shape),
         "classes": data.num_classes, "mean": list(data.mean), "std": list(data.std),
         "epochs": config.client.epochs, "batch_size": config.client.batch_size,
         "lr": config.client.lr, "momentum": config.client.momentum, "seed": config.seed,

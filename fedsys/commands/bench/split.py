@@ -29,7 +29,7 @@ from flwr.app import ConfigRecord, RecordDict
 from safetensors.torch import load_file, save_file
 
 from fedsys import config as configuration
-from fedsys.commands.bench import Chart
+from fedsys.commands.bench import Chart, with_quartiles
 from fedsys.config import Config, EdgeAddress, locate
 from fedsys.errors import RuntimeFailure
 from fedsys.offload.edge import EdgeServer
@@ -102,14 +102,12 @@ def run(config: Config, options: Mapping[str, Any]) -> dict[str, Any]:
 def _row(
     cut: int, unit: str, took: Mapping[int, list[float]], peaks: Mapping[int, float]
 ) -> dict[str, Any]:
-    ratios = sorted(s / w for s, w in zip(took[cut][1:], took[0][1:], strict=True))
+    ratios = (s / w for s, w in zip(took[cut][1:], took[0][1:], strict=True))
     return {
         "cut": cut,
         "after": unit,
         "seconds": median(took[cut][1:]),
-        "ratio": median(ratios),
-        "ratio_q1": ratios[len(ratios) // 4],
-        "ratio_q3": ratios[len(ratios) * 3 // 4],
+        **with_quartiles("ratio", ratios),
         "device_peak_mb": peaks.get(cut),
         "of_unsplit": peaks[cut] / peaks[0] if cut in peaks else None,
     }
