@@ -1,8 +1,9 @@
 """Which layers keep more channels than they need, because the engine that answers is faster then.
 
 ONNX Runtime computes blocks of 8 or 16 channels, and what is no multiple of them goes another way:
-a shrunk MobileNetV2 is 2.5 times as fast with all numbers of channels rounded up to a multiple of
-8. In PyTorch a DenseNet-121 takes 6 to 20 % longer with all of them rounded. So it is measured:
+a shrunk MobileNetV2 is 2.7 times as fast with all numbers of channels rounded up to a multiple of
+8. In PyTorch a DenseNet-121 takes 6 to 20 % longer with all of them rounded
+(``benchmarks/prune.md``, one and 32 images, one thread, AVX-512). So it is measured:
 whole models, because what one layer saves depends on the layout that its neighbours leave, on the
 engine and with the batch sizes that are served. Channels that are added compute zero, so that every
 choice is the same function.

@@ -98,13 +98,20 @@ class Scalars:
 
 
 def _record(data: bytes) -> bytes:
-    """Return what an event file holds of some bytes: length, bytes, and a sum for each of both."""
+    """Return what an event file holds of some bytes: length, bytes, and a sum for each of both.
+
+    The format is TensorFlow's TFRecord: little-endian uint64 of the length, its masked CRC-32C as
+    uint32, the bytes, and theirs.
+    """
     length = struct.pack("<Q", len(data))
     return length + _masked(_crc32c(length)) + data + _masked(_crc32c(data))
 
 
 def _masked(crc: int) -> bytes:
-    """Return a sum as event files hold it: turned and shifted, so that it is not one of sums."""
+    """Return a sum as event files hold it: turned by 15 bits, plus a constant.
+
+    TensorFlow does so because the sum of bytes that hold sums themselves tells little.
+    """
     return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
