@@ -90,7 +90,7 @@ SMALL = {
         "data.examples=40",
         "client.batch_size=8",
         "bench.sessions=3",
-        "bench.steps=1",
+        "bench.steps=10",
         "bench.turns=1",
         "bench.workers=2",
     ],
