@@ -35,6 +35,9 @@ _KINDS = (
     (bool, "true or false", "true"),
     ((int, float), "a number", "3"),
 )
+HOME = Path(__file__).resolve().parents[3]
+"""The folder in which the package of fedsys is."""
+
 SINGLE = "figures"
 """Name of the table whose one row has the figures that stand in no other table."""
 
@@ -126,6 +129,15 @@ def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: plain(one) for key, one in value.items()}
     return [plain(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def python_path(*first: Path) -> str:
+    """Return a PYTHONPATH by which processes of a benchmark import this fedsys.
+
+    Args:
+        first: Folders before it.
+    """
+    return os.pathsep.join([*map(str, (*first, HOME)), *filter(None, [os.getenv("PYTHONPATH")])])
 
 
 def with_quartiles(name: str, values: Iterable[float]) -> dict[str, float]:

@@ -24,7 +24,7 @@ from typing import Any
 
 import psutil
 
-from fedsys.commands.bench import Chart
+from fedsys.commands.bench import Chart, python_path
 from fedsys.commands.bench.crowd import Form, forms, whole
 from fedsys.commands.bench.rivals import installed
 from fedsys.commands.bench.serving_clients import Errand, written
@@ -160,11 +160,11 @@ def _server(
         RuntimeFailure: It cannot be installed, or does not listen.
     """
     port, _, _ = free_ports(3)  # MLServer takes the two behind it, too, if they are free
-    place = [str(Path(__file__).resolve().parents[3]), os.environ.get("PYTHONPATH", "")]
+    place = python_path()
     where = SERVERS[name]
     if where:
         environments = Path(options["environments"]).expanduser()
-        place.insert(0, str(installed(where, PINNED[where], environments)))
+        place = python_path(installed(where, PINNED[where], environments))
         call = ["fedsys.commands.bench.serving_rival", name, str(portfolio.folder), PARENT]
         call.append(str(port))
     else:
@@ -174,7 +174,7 @@ def _server(
             *(f"serving.engine={name.removeprefix('fedsys-')}", *map(str, options["overrides"])),
         ]
     environment = {
-        **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, place)), "OMP_NUM_THREADS": "1",
+        **os.environ, "PYTHONPATH": place, "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     log = folder / f"{name}.log"
     with log.open("w") as out:

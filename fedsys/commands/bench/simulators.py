@@ -31,7 +31,7 @@ import numpy as np
 import yaml
 
 from fedsys import config as configuration
-from fedsys.commands.bench import Chart, given_options, plain
+from fedsys.commands.bench import HOME, Chart, given_options, plain, python_path
 from fedsys.commands.bench.rivals import installed
 from fedsys.commands.bench.simulators_process import Simulator
 from fedsys.config import Config
@@ -375,15 +375,14 @@ class _Bench:
         configuration.parse(text)  # what is wrong is said before anything is started
         file = folder.with_suffix(".yaml")
         file.write_text(text, encoding="utf-8")
-        place = {"PYTHONPATH": os.pathsep.join([_home(), os.environ.get("PYTHONPATH", "")])}
         module = "fedsys.commands.bench.simulators_fedsys"
-        return [sys.executable, "-m", module, str(file)], place
+        return [sys.executable, "-m", module, str(file)], {"PYTHONPATH": python_path()}
 
     def _pfl(self, workers: int, work: Work) -> list[tuple[list[str], dict[str, str]]]:
         folder = self._folder(workers, "pfl")
         write_work(work.config, folder, work.rounds, self._cohort)
         program = str(Path(__file__).with_name("simulators_pfl.py"))
-        path = os.pathsep.join([str(self._environment), _home()])  # its own NumPy comes first
+        path = os.pathsep.join(map(str, (self._environment, HOME)))  # its own NumPy comes first
         command = [sys.executable, "-P", program, str(folder)]
         if workers == 1:
             return [(command, {"PYTHONPATH": path})]
@@ -395,10 +394,6 @@ class _Bench:
             })
             for rank in range(workers)
         ]  # fmt: skip
-
-
-def _home() -> str:
-    return str(Path(__file__).resolve().parents[3])
 
 
 def write_work(config: Config, folder: Path, rounds: int, cohort: int) -> None:

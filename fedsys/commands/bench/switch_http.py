@@ -29,6 +29,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import torch
 
+from fedsys.commands.bench import python_path
 from fedsys.commands.bench.crowd import Form, forms, whole
 from fedsys.commands.bench.serving_clients import Client
 from fedsys.commands.bench.switch_load import LeasedEngine
@@ -234,11 +235,10 @@ def _endpoint(
     Yields its address, and a function that has it change variants so many times and calls another
     again and again meanwhile.
     """
-    paths = [str(Path(__file__).resolve().parents[3]), os.environ.get("PYTHONPATH", "")]
     process = subprocess.Popen(
         [sys.executable, "-m", "fedsys.commands.bench.switch_http", json.dumps(asdict(case))],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        env={**os.environ, "PYTHONPATH": python_path()},
     )  # fmt: skip
     assert process.stdin is not None and process.stdout is not None  # both are pipes
     source, sink = process.stdin, process.stdout

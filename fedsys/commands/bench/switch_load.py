@@ -24,6 +24,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from fedsys.commands.bench import python_path
 from fedsys.commands.serve import SWITCH_S
 from fedsys.errors import RequestError, RuntimeFailure
 from fedsys.pruning.dense import architecture
@@ -71,8 +72,7 @@ def measure(case: Case) -> dict[str, Any]:
         RuntimeFailure: The process failed; with its last words.
     """
     command = [sys.executable, "-m", "fedsys.commands.bench.switch_load", json.dumps(asdict(case))]
-    paths = [str(Path(__file__).resolve().parents[3]), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    environment = os.environ | {"PYTHONPATH": python_path()}
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=_PATIENCE_S, check=False
     )
