@@ -193,18 +193,12 @@ def _values(path: Path) -> dict[str, float]:
 
 def _files(pid: int) -> dict[str, float]:
     """Return the resident bytes of each file that a process maps, without pages it has changed."""
-    found: dict[str, float] = {}
-    path = ""
-    try:
-        lines = Path(f"/proc/{pid}/smaps").read_text(errors="replace").splitlines()
-    except OSError:
+    if not psutil.LINUX:  # elsewhere it is not told what has been changed
         return {}
-    for line in lines:
-        first, *rest = line.split(None, 5)
-        if not first.endswith(":"):  # a mapping: addresses, rights, place, device, inode, name
-            named = rest[-1] if len(rest) == 5 else ""
-            path = named if named.startswith("/") and not named.startswith(_SHARED) else ""
-        elif path and first in ("Rss:", "Anonymous:"):
-            size = 1024.0 * int(rest[0])
-            found[path] = found.get(path, 0.0) + (size if first == "Rss:" else -size)
-    return found
+    with contextlib.suppress(psutil.Error, OSError):
+        return {
+            mapped.path: float(mapped.rss - mapped.anonymous)
+            for mapped in psutil.Process(pid).memory_maps()
+            if mapped.path.startswith("/") and not mapped.path.startswith(_SHARED)
+        }
+    return {}
