@@ -71,24 +71,20 @@ def digest(config: Config) -> str:
     """Return the SHA-256 of everything that the model after a given round depends on."""
     groups = dataclasses.asdict(config).items()
     values = {k: v for k, v in groups if k not in _NOT_IN_DIGEST}
-    idle = {
+    unused = {
         "privacy": not config.privacy.active,
         "resilience": not config.resilience.active,
         "task": config.task.usual and config.task.measure.name == "accuracy",
         "client.lora": config.client.train == "all",
     }
-    late = {key: _lookup(values, key) == then for key, then in _LATER.items()}
-    for key in (*_NO_MATTER, *_where(idle), *_where(late)):
+    unused |= {key: _lookup(values, key) == then for key, then in _LATER.items()}
+    for key in (*_NO_MATTER, *(key for key, is_so in unused.items() if is_so)):
         _drop(values, key)
     for key, then in _THEN.items():
         if _lookup(values, key) is None:
             _put(values, key, then)
     values = {_IN_DIGEST.get(k, k): v for k, v in values.items()}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def _where(told: Mapping[str, bool]) -> list[str]:
-    return [key for key, true in told.items() if true]
 
 
 def check_folder(path: Path) -> None:
