@@ -528,6 +528,7 @@ def cells(given: argparse.Namespace) -> dict[str, Any]:
                     alone[name] = kept.of(which, functools.partial(seen, given, version, cell))
             found.append(_cell(given, kept, ours, config, layers, cell, edge, alone))
         beside = _beside(given, kept, ours, base, wanted[0]) if base and given.beside else {}
+    print(as_table(found), file=sys.stderr)
     return {"cells": found, "cut_1_int8": beside, "load": os.getloadavg()[0]}
 
 
