@@ -71,13 +71,14 @@ def job(tree: Any) -> Mapping[str, Any]:
             made = _make(config, run, path / "portfolio", shown)
         draw_all(made.measured, made.portfolio, path / "plots")
         files = _written(made.portfolio, path / "onnx") if config.variants.onnx else {}
+        rounding = {name: decision.figures() for name, decision in made.rounding.items()}
         seconds = {part: round(value, 3) for part, value in made.seconds.items()}
         result: dict[str, Any] = {
             "variants": [_figures(v, made.portfolio.parent) for v in made.portfolio.variants],
             "accuracies": {v.name: v.accuracy for v in made.measured},
             "refused": dict(made.refused),
             "seconds": {**seconds, "total": round(time.perf_counter() - began, 3)},
-            **({"rounding": rounding} if (rounding := _rounding(made)) else {}),
+            **({"rounding": rounding} if rounding else {}),
             "portfolio": str(made.portfolio.folder),
             **({"onnx": files} if files else {}),
             "run_dir": str(path),
@@ -180,10 +181,6 @@ def _written(portfolio: Portfolio, folder: Path) -> dict[str, str]:
             _say(f"{file}: differs from {variant.name} by {difference:.1e}")
             files[variant.name] = str(file)
     return files
-
-
-def _rounding(made: Made) -> dict[str, Any]:
-    return {name: decision.figures() for name, decision in made.rounding.items()}
 
 
 def _say(text: str) -> None:

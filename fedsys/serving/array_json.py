@@ -101,11 +101,10 @@ def _depth(data: Any) -> int:
 
 def _plain(members: Mapping[str, Any]) -> dict[str, Any]:
     """Return values without references to the document: its parser is used again."""
-    return {
-        key: value.as_dict()
-        if isinstance(value, simdjson.Object)
-        else value.as_list()
-        if isinstance(value, simdjson.Array)
-        else value
-        for key, value in members.items()
-    }
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, simdjson.Object):
+            return value.as_dict()
+        return value.as_list() if isinstance(value, simdjson.Array) else value
+
+    return {key: copied(value) for key, value in members.items()}
