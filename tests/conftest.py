@@ -136,6 +136,23 @@ def carry_out(identity: None) -> "Callable[..., SimpleNamespace]":
     return carried_out
 
 
+_MODELS: dict[tuple[str, ...], str] = {}
+
+
+@pytest.fixture
+def model_of(
+    configure: "Callable[..., Config]", carry_out: "Callable[..., SimpleNamespace]"
+) -> "Callable[..., str]":
+    """Return the hash of the model of a run to which nothing happens; carried out once for all."""
+
+    def hashed(*overrides: str) -> str:
+        if overrides not in _MODELS:
+            _MODELS[overrides] = str(carry_out(configure(*overrides)).sha256)
+        return _MODELS[overrides]
+
+    return hashed
+
+
 def _played(
     config: "Config",
     fleet: Any,

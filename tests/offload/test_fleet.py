@@ -5,7 +5,6 @@ import time
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from fedsys.config import EdgeAddress, EdgeConfig
 from fedsys.errors import LinkClosed, LinkError, RemoteError, SessionError
@@ -18,10 +17,10 @@ from fedsys.offload.fleet_edges import FleetEdges
 from fedsys.offload.placing import Placing
 from fedsys.offload.recovery import EdgeRecovery
 from fedsys.offload.remote import Moved, Remote
-from fedsys.offload.session import Session
 from fedsys.transport.addresses import dial
 from fedsys.transport.patience import Patience
 from fedsys.transport.wire import Frame
+from tests.devices import is_trained
 from tests.waiting import until
 
 TOKEN = "control"
@@ -72,21 +71,11 @@ def train(place, edge, steps, name="s"):
     return welcome.meta["step"]
 
 
-def is_trained(place, snapshot, steps):
-    session = Session(place.layer.spec(), place.layer.start(), torch.device("cpu"))
-    for step in range(steps):
-        list(session.handle(place.layer.activation(step)))
-    expected = session.snapshot().state
-    return snapshot.step == steps and all(
-        torch.equal(snapshot.state[name], expected[name]) for name in expected
-    )
-
-
 def test_a_session_is_opened_where_it_is_wanted_collected_and_released(pair):
     assert pair.pair.open(pair.layer.spec(), pair.layer.start(), "b") == "b"
     assert (pair.edges["a"].sessions, pair.edges["b"].sessions) == ([], ["s"])
     train(pair, "b", 2)
-    assert is_trained(pair, pair.pair.collect("s"), 2)
+    assert is_trained(pair.layer, pair.pair.collect("s"), 2)
     pair.pair.release("s")
     pair.pair.release("s")
     assert pair.edges["b"].sessions == []
@@ -124,7 +113,7 @@ def test_sessions_of_a_killed_edge_begin_anew_on_the_other_one(pair):
     pair.edges["a"].kill()
     until(lambda: sorted(pair.edges["b"].sessions) == ["s", "t"])
     assert train(pair, "b", 2) == 0
-    assert is_trained(pair, pair.pair.collect("s"), 2)
+    assert is_trained(pair.layer, pair.pair.collect("s"), 2)
     assert pair.pair.alive == ["b"]
     until(lambda: len(pair.pair._recovery.done) == 2)
     told = {(r.session, r.source, r.target, r.step) for r in pair.pair.recoveries()}
@@ -139,7 +128,7 @@ def test_a_session_goes_on_from_the_newest_replica_to_which_its_device_can_retur
     pair.edges["a"].kill()
     until(lambda: pair.edges["b"].sessions == ["s"])
     assert train(pair, "b", 6) == 4
-    assert is_trained(pair, pair.pair.collect("s"), 6)
+    assert is_trained(pair.layer, pair.pair.collect("s"), 6)
 
 
 def test_an_edge_that_stops_hands_over_and_no_step_is_lost(pair):
@@ -148,7 +137,7 @@ def test_an_edge_that_stops_hands_over_and_no_step_is_lost(pair):
     assert pair.edges["a"].stop() == []
     until(lambda: pair.edges["b"].sessions == ["s"])
     assert train(pair, "b", 4) == 3
-    assert is_trained(pair, pair.pair.collect("s"), 4)
+    assert is_trained(pair.layer, pair.pair.collect("s"), 4)
 
 
 def test_what_a_device_did_where_its_session_is_just_being_opened_is_collected(pair, monkeypatch):
@@ -179,7 +168,7 @@ def test_what_a_device_did_where_its_session_is_just_being_opened_is_collected(p
     pair.edges["a"].stop()
     until(lambda: pair.edges["b"].sessions == ["s"])
     assert train(pair, "b", 4) == 3
-    assert is_trained(pair, pair.pair.collect("s"), 4)
+    assert is_trained(pair.layer, pair.pair.collect("s"), 4)
 
 
 @pytest.mark.parametrize("others", ["b", "none"])
@@ -223,7 +212,7 @@ def test_the_last_edge_hands_over_and_its_sessions_can_still_be_collected(place)
     train(place, "a", 3)
     place.edges["a"].stop()
     until(lambda: fleet.alive == [])
-    assert is_trained(place, fleet.collect("s"), 3)
+    assert is_trained(place.layer, fleet.collect("s"), 3)
     with pytest.raises(SessionError, match="no edge server is left"):
         fleet.open(place.layer.spec("t"), place.layer.start(), "a")
 
@@ -235,7 +224,7 @@ def test_a_link_that_is_lost_is_made_again_and_sessions_stay(pair):
     former._link.close()
     until(lambda: pair.pair._edges.clients["a"] is not former)
     assert pair.pair.alive == ["a", "b"]
-    assert is_trained(pair, pair.pair.collect("s"), 2)
+    assert is_trained(pair.layer, pair.pair.collect("s"), 2)
     assert pair.pair.recoveries() == []
 
 

@@ -16,7 +16,7 @@ from fedsys.offload.asking import Asking
 from fedsys.offload.edge import EdgeServer
 from fedsys.offload.fleet import Fleet
 from fedsys.offload.peers import PeerGroup, Peers
-from fedsys.offload.remote import Moved, Remote
+from fedsys.offload.remote import Moved
 from fedsys.runs import happened
 from fedsys.transport.addresses import dial
 from fedsys.transport.network import Network
@@ -24,6 +24,7 @@ from fedsys.transport.patience import Patience
 from fedsys.transport.security import Authority
 from fedsys.transport.wire import Frame, Limits
 from strategies.offload_totals import in_words
+from tests.devices import device, train
 from tests.waiting import until
 
 TOKEN = "control"
@@ -39,18 +40,6 @@ def pair():
     fleet.close()
     for edge in edges.values():
         edge.kill()
-
-
-def device(edges, name="s"):
-    return Remote([e.address for e in edges.values()], name, f"token of {name}", dial)
-
-
-def train(remote, layer, steps):
-    for step in steps:
-        frame = layer.activation(step)
-        meta = {k: v for k, v in frame.meta.items() if k not in ("step", "piece")}
-        remote.send("activation", step, 0, meta, frame.tensors)
-        remote.receive("activation", step, 0)
 
 
 def test_a_fleet_that_is_long_gone_is_forgotten(pair, monkeypatch, last_layer):

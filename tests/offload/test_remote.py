@@ -6,7 +6,6 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
-import torch
 
 from fedsys.config import EdgeAddress
 from fedsys.errors import LinkClosed, LinkTimeout, RemoteError, SessionError
@@ -19,6 +18,7 @@ from fedsys.offload.session import Session
 from fedsys.transport.addresses import dial
 from fedsys.transport.faulty import Faulty, LinkFault
 from fedsys.transport.patience import Patience
+from tests.devices import is_trained, send, train
 from tests.waiting import came_true
 
 TOKEN = "control"
@@ -41,31 +41,9 @@ def place(last_layer):
         edge.kill()
 
 
-def send(remote, layer, step):
-    frame = layer.activation(step)
-    meta = {k: v for k, v in frame.meta.items() if k not in ("step", "piece")}
-    remote.send("activation", step, 0, meta, frame.tensors)
-
-
-def train(remote, layer, steps):
-    for step in steps:
-        send(remote, layer, step)
-        assert remote.receive("activation", step, 0).kind == "gradient"
-
-
-def state_after(layer, steps):
-    session = Session(layer.spec(), layer.start(), torch.device("cpu"))
-    for step in range(steps):
-        list(session.handle(layer.activation(step)))
-    return session.snapshot().state
-
-
 def trained_to(place, steps):
     """Return whether the session is where undisturbed training would be."""
-    snapshot, expected = place.fleet.collect("s"), state_after(place.layer, steps)
-    return snapshot.step == steps and all(
-        torch.equal(snapshot.state[name], expected[name]) for name in expected
-    )
+    return is_trained(place.layer, place.fleet.collect("s"), steps)
 
 
 def counted(edge, event, count):

@@ -8,6 +8,7 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -21,14 +22,15 @@ from fedsys.offload.edge_metrics import EdgeCollector
 from fedsys.offload.fleet import Fleet
 from fedsys.offload.processors import usable_cores
 from fedsys.offload.remote import Moved, Remote
-from fedsys.offload.session import Session
 from fedsys.planning.moves import Move
 from fedsys.runtime import edge_workers
 from fedsys.runtime.edge_workers import EdgeWorkers
 from fedsys.transport.addresses import dial
 from fedsys.transport.link_around import LinkAround
 from fedsys.transport.wire import decode
+from tests.devices import device, is_trained, train
 from tests.moving import Listed
+from tests.small_runs import SMALL
 from tests.waiting import until
 
 TOKEN = "control"
@@ -66,28 +68,6 @@ def living(listed):
         if stat.exists() and stat.read_text().rpartition(")")[2].split()[0] not in "ZX":
             found.append(pid)
     return found
-
-
-def device(edges, name):
-    return Remote([e.address for e in edges.values()], name, f"token of {name}", dial)
-
-
-def train(remote, layer, steps):
-    for step in steps:
-        frame = layer.activation(step)
-        meta = {k: v for k, v in frame.meta.items() if k not in ("step", "piece")}
-        remote.send("activation", step, 0, meta, frame.tensors)
-        remote.receive("activation", step, 0)
-
-
-def is_trained(layer, snapshot, steps):
-    alone = Session(layer.spec(), layer.start(), torch.device("cpu"))
-    for step in range(steps):
-        list(alone.handle(layer.activation(step)))
-    state = alone.snapshot().state
-    return snapshot.step == steps and all(
-        torch.equal(state[name], tensor) for name, tensor in snapshot.state.items()
-    )
 
 
 def test_sessions_go_where_the_fewest_are_move_between_processes_and_end_with_them(last_layer):
@@ -153,24 +133,14 @@ def test_a_worker_that_is_killed_ends_its_sessions_and_no_others(last_layer):
 
 # --- runs -----------------------------------------------------------------------------------------
 
-RUN = (
-    *("data.max_examples=200", "rounds=2", "num_clients=2", "client.batch_size=20", "json=true"),
-    *("client.epochs=2", "model.width=4", "model.hidden=16"),
-)
+RUN = (*SMALL, "client.batch_size=20", "client.epochs=2")
 SPLIT = ("policy=fixed", "policy.cut=0.3", "link=tcp")
-_alone = {}
 
 
 @pytest.fixture
-def alone(configure, carry_out):
+def alone(model_of):
     """Return the model of devices that train alone."""
-
-    def model(*overrides):
-        if overrides not in _alone:
-            _alone[overrides] = carry_out(configure(*RUN, *overrides)).sha256
-        return _alone[overrides]
-
-    return model
+    return lambda *overrides: model_of(*RUN, *overrides)
 
 
 class Killing(LinkAround):
@@ -242,17 +212,11 @@ def test_devices_move_from_process_to_process_in_a_round(how, configure, carry_o
 # --- the process ----------------------------------------------------------------------------------
 
 
-def children(pid):
-    """Return the processes below one, and below those."""
-    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [found for one in map(int, listed) for found in (one, *children(one))]
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_nothing_is_left_of_an_edge_server_that_ends(number, last_layer):
     """And what it can it hands over before: Ctrl-C reaches all processes of a terminal at once."""
     with edge_process("tcp", workers=2) as edge:
-        below = children(edge.pid)
+        below = [child.pid for child in psutil.Process(edge.pid).children(recursive=True)]
         assert len(below) == 3, "a nursery and two workers"
         fleet = Fleet([EdgeAddress(edge.name, edge.address)], control_token=edge.token)
         fleet.open(last_layer.spec(), last_layer.start(), edge.name)

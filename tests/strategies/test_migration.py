@@ -12,33 +12,16 @@ from fedsys.offload.remote import Remote
 from fedsys.offload.session_table import SessionTable
 from fedsys.planning.moves import Move
 from tests.moving import Listed
+from tests.small_runs import SMALL
 
-SMALL = (
-    "data.max_examples=200",
-    "rounds=2",
-    "num_clients=2",
-    "client.epochs=2",
-    "client.batch_size=20",
-    "model.width=4",
-    "model.hidden=16",
-    "json=true",
-)
+RUN = (*SMALL, "client.batch_size=20", "client.epochs=2")
 SPLIT = ("policy=fixed", "policy.cut=0.3", "num_edges=2")
 
 
-_still = {}
-
-
 @pytest.fixture
-def still(configure, carry_out):
+def still(model_of):
     """Return the model of devices that train alone and stay where they are."""
-
-    def model(*overrides):
-        if overrides not in _still:
-            _still[overrides] = carry_out(configure(*SMALL, *overrides)).sha256
-        return _still[overrides]
-
-    return model
+    return lambda *overrides: model_of(*RUN, *overrides)
 
 
 @pytest.fixture
@@ -46,7 +29,7 @@ def travel(configure, carry_out):
     """Train with devices that move."""
 
     def travelled(*moves, more=()):
-        return carry_out(configure(*SMALL, *SPLIT, *more), mobility=Listed(moves))
+        return carry_out(configure(*RUN, *SPLIT, *more), mobility=Listed(moves))
 
     return travelled
 
@@ -115,7 +98,7 @@ SEVERAL = (
 )
 def test_devices_move_there_and_back_with_the_pipeline_full(more, travel, carry_out, configure):
     run = travel(*SEVERAL, more=more)
-    assert run.sha256 == carry_out(configure(*SMALL, *SPLIT, *more)).sha256
+    assert run.sha256 == carry_out(configure(*RUN, *SPLIT, *more)).sha256
     assert [(m["client"], m["target"]) for m in run.figures["moves"]].count((1, "edge-0")) == 2
     assert len(run.figures["moves"]) == 6
     assert run.figures["recoveries"] == []
@@ -146,7 +129,7 @@ def test_a_shadow_has_the_bits_of_its_session(more, travel, carry_out, configure
         Move(0, 2, 0.5, 1, "foreseen", piece=2 * ("schedule=pipelined" in more), notice=0.3),
     )
     run = travel(*moves, more=("mobility=halfway", "mobility.mirror=true", *more))
-    assert run.sha256 == carry_out(configure(*SMALL, *SPLIT, *more)).sha256
+    assert run.sha256 == carry_out(configure(*RUN, *SPLIT, *more)).sha256
     assert len(run.figures["moves"]) == 2
     assert counted.count("shadows_became") == 2 and "shadows_refused" not in counted
 
@@ -207,7 +190,7 @@ def test_a_device_that_watches_its_link_goes_once_where_it_stays_poor(configure,
     """It would go to and fro else, in each round and between two."""
     slow = ("network.emulate=true", "network.up_mbit_s=40", "network.down_mbit_s=40")
     own = ("mobility=network", "mobility.below_mbit_s=400", "mobility.steady_s=0")
-    run = carry_out(configure(*SMALL, *SPLIT, *slow, *own))
+    run = carry_out(configure(*RUN, *SPLIT, *slow, *own))
     assert run.sha256 == still()
     moves = run.figures["moves"]
     assert [(m["client"], m["round"], m["source"], m["target"]) for m in moves] == [
@@ -221,7 +204,7 @@ def test_a_device_measures_the_latency_of_its_link_and_may_stay(configure, carry
     slow = ("network.emulate=true", "network.latency_ms=30", "rounds=1")
     own = ("mobility=network", "mobility.below_mbit_s=null", "mobility.steady_s=0")
     for above, count in ((5, 2), (5000, 0)):
-        run = carry_out(configure(*SMALL, *SPLIT, *slow, *own, f"mobility.above_ms={above}"))
+        run = carry_out(configure(*RUN, *SPLIT, *slow, *own, f"mobility.above_ms={above}"))
         assert len(run.figures["moves"]) == count
         assert all("ms, more than 5" in m["why"] for m in run.figures["moves"])
         assert run.figures["recoveries"] == []

@@ -13,21 +13,12 @@ from fedsys.offload.mirror import Mirror
 from fedsys.offload.peers import Peers
 from fedsys.planning.moves import Move
 from tests.moving import Listed
+from tests.small_runs import SMALL
 
-SMALL = (
-    "data.max_examples=200",
-    "rounds=1",
-    "num_clients=2",
-    "client.epochs=2",
-    "client.batch_size=20",
-    "model.width=4",
-    "model.hidden=16",
-    "json=true",
-    "policy=fixed",
-    "policy.cut=0.3",
-    "num_edges=2",
+RUN = (
+    *(*SMALL, "client.batch_size=20", "client.epochs=2", "rounds=1"),
+    *("policy=fixed", "policy.cut=0.3", "num_edges=2"),
 )
-_still = []
 
 
 @pytest.fixture
@@ -46,10 +37,8 @@ def servers(monkeypatch):
 
 
 @pytest.fixture
-def still(configure, carry_out):
-    if not _still:
-        _still.append(carry_out(configure(*SMALL)).sha256)
-    return _still[0]
+def still(model_of):
+    return model_of(*RUN)
 
 
 @pytest.fixture
@@ -143,7 +132,7 @@ def test_a_fault_of_an_announced_move_does_not_change_the_model(
     kind, fault, configure, carry_out, still, strike
 ):
     struck = strike(kind, fault)
-    run = carry_out(configure(*SMALL), mobility=Listed((Move(0, 1, 0.5, 1),)))
+    run = carry_out(configure(*RUN), mobility=Listed((Move(0, 1, 0.5, 1),)))
     assert struck == [kind]
     assert run.sha256 == still
     assert run.lost == [{}]
@@ -158,7 +147,7 @@ def test_a_fault_of_a_move_that_nobody_announced_does_not_change_the_model(
     """The edge server at which the device appears asks the one that it left: the *target* here."""
     struck = strike("fetch", fault)
     more = ("fleet.replicate_every=2",)
-    run = carry_out(configure(*SMALL, *more), mobility=Listed((Move(0, 1, 0.5, 1, "unannounced"),)))
+    run = carry_out(configure(*RUN, *more), mobility=Listed((Move(0, 1, 0.5, 1, "unannounced"),)))
     assert struck == ["fetch"]
     assert run.sha256 == still
     assert run.lost == [{}]
@@ -194,7 +183,7 @@ def test_a_fault_of_a_session_with_a_shadow_does_not_change_the_model(
     struck = strike(kind, fault)
     move = Move(0, 1, 0.5, 1, "foreseen", notice=0.3)
     more = ("mobility=halfway", "mobility.mirror=true")
-    run = carry_out(configure(*SMALL, *more), mobility=Listed((move,)))
+    run = carry_out(configure(*RUN, *more), mobility=Listed((move,)))
     assert struck == [kind]
     assert run.sha256 == still
     assert run.lost == [{}]
