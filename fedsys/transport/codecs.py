@@ -41,6 +41,7 @@ import torch
 from torch import Tensor
 
 from fedsys.errors import ConfigError, FrameError, ModelError, did_you_mean
+from fedsys.transport.tensors import INTEGERS
 
 Codec = Literal["fp32", "fp16", "bf16", "int8"]
 CODECS: Final[tuple[str, ...]] = get_args(Codec)
@@ -52,7 +53,6 @@ _LEVELS: Final = 127
 _SCALE_BYTES: Final = 4  # a scale is a float32
 _SMALLEST: Final = _LEVELS * 2.0**-126  # below, the scale is not a normal float32
 _WHOLE: Final = -1  # instead of a dimension: one scale for the tensor
-_WHOLE_NUMBERS: Final = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _HALF: Final = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _FLOATS: Final = {
     str(t).removeprefix("torch."): t
@@ -86,14 +86,16 @@ def encode_activation(
         return {"x": x}, {"codec": "fp32"}
     meta: dict[str, Any] = {"codec": codec, "dtype": name}
     if codec in _HALF:
-        half = _halved(x, _HALF[codec])
-        return {"x": half}, meta | ({"marked": True} if mark and _mark(half, x) else {})
-    dim = channel_dim if x.dim() > channel_dim else _WHOLE
-    if dim != _WHOLE and not _own_scales(x.numel(), x.shape[dim]):
-        dim = _WHOLE
-    levels, scale = _quantised(x.float(), dim)
-    marked = {"marked": True} if mark and _mark(levels, x) else {}
-    return {"x": levels, "scale": scale}, meta | {"dim": dim} | marked
+        tensors = {"x": _halved(x, _HALF[codec])}
+    else:
+        dim = channel_dim if x.dim() > channel_dim else _WHOLE
+        if dim != _WHOLE and not _own_scales(x.numel(), x.shape[dim]):
+            dim = _WHOLE
+        levels, scale = _quantised(x.float(), dim)
+        tensors, meta["dim"] = {"x": levels, "scale": scale}, dim
+    if mark and _mark(tensors["x"], x):
+        meta["marked"] = True
+    return tensors, meta
 
 
 def encoded_bytes(elements: int, channels: int, codec: str, itemsize: int = 4) -> int:
@@ -211,12 +213,12 @@ def _mark(written: Tensor, x: Tensor) -> bool:
         written.masked_fill_(lost, -1)
         return bool(lost.any())
     # NumPy compares and chooses several times faster than torch
-    bits, before = (t.view(_WHOLE_NUMBERS[t.element_size()]).numpy() for t in (written, x))
+    bits, before = (t.view(INTEGERS[t.element_size()]).numpy() for t in (written, x))
     is_lost = bits == 0
     is_lost &= before != 0
     if not is_lost.any():
         return False
-    minus_one = written.new_tensor(-1).view(_WHOLE_NUMBERS[written.element_size()]).item()
+    minus_one = written.new_tensor(-1).view(INTEGERS[written.element_size()]).item()
     bits |= np.multiply(is_lost.view(np.int8), minus_one, dtype=bits.dtype)
     return True
 

@@ -45,6 +45,9 @@ DTYPES: Final[Mapping[str, torch.dtype]] = {
 """Types that travel, by name: all plain types of torch that hold whole bytes, but not complex32,
 which torch itself calls experimental."""
 
+INTEGERS: Final = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers by the bytes of an element: what other types are viewed as where their bits count."""
+
 _NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 _UNKNOWN_TO_NUMPY: Final = {
     torch.bfloat16: torch.int16,
