@@ -6,7 +6,6 @@ which a worker gets the pipes of its sessions. Ends when the socket is closed at
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import socket
@@ -15,6 +14,7 @@ import threading
 import traceback
 from typing import NoReturn
 
+from fedsys.runtime import forks
 from fedsys.runtime.processes import end_with_parent
 
 
@@ -28,8 +28,7 @@ def main() -> None:
     from fedsys.offload import session_worker  # noqa: F401 - for the forks, which share it
     from fedsys.runtime.edge_workers import PID
 
-    gc.collect()
-    gc.freeze()  # a collection in a fork would write to these pages, and so copy them
+    forks.settle()
     while (control := _received(asked)) is not None:
         pid = os.fork()
         if not pid:

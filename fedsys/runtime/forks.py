@@ -41,7 +41,14 @@ def preload(modules: Sequence[str] = LIBRARIES) -> None:
     for name in modules:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
-    # What is here now stays: a collection in a fork would write to its pages, and so copy them.
+    settle()
+
+
+def settle() -> None:
+    """Have what is in memory now stay as it is, before forks.
+
+    A collection in a fork would write to its pages, and so copy them.
+    """
     gc.collect()
     gc.freeze()
 

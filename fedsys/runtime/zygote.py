@@ -13,7 +13,6 @@ so that no thread of PyTorch is missing in a fork.
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib
 import json
 import os
@@ -122,13 +121,8 @@ def _load(bundle: Path) -> bool:
     except (Exception, SystemExit):
         forks.forget_own()
         return False
-    _settle()
+    forks.settle()
     return True
-
-
-def _settle() -> None:
-    gc.collect()
-    gc.freeze()  # what is here now stays: see `fedsys.runtime.forks.preload`
 
 
 def _serve(answers: socket.socket, asked: socket.socket, *, knows_app: bool) -> None:
@@ -161,4 +155,4 @@ def _load_data(told: Mapping[str, Any]) -> None:
         os.environ[RUN] = ""
         return
     os.environ[RUN] = str(told["run"])
-    _settle()
+    forks.settle()
