@@ -12,7 +12,7 @@ import asyncio
 from collections import Counter
 from typing import cast, final
 
-from fedsys.transport.http_parsers import Parser, told
+from fedsys.transport.http_parsers import Parser, last_answer
 from fedsys.transport.http_places import HttpLimits, Phase, Seat, overdue, victims
 
 SPARE = 64
@@ -241,7 +241,7 @@ class Guard(asyncio.Protocol):
             self._transport.write_eof()
 
     def _tell(self, status: int, text: str) -> None:
-        self._transport.write(told(status, text))
+        self._transport.write(last_answer(status, text))
 
     def _drop(self, size: int) -> None:
         self._dropped += size

@@ -95,7 +95,7 @@ class Joining:
         self._transport.close()
 
 
-def told(status: int, text: str) -> bytes:
+def last_answer(status: int, text: str) -> bytes:
     """Return an error as the last answer of a connection."""
     body = json.dumps({"error": text}).encode()
     head = (
@@ -137,7 +137,7 @@ class JoinedAnswers(asyncio.Protocol):
             cycle.disconnected = True
             cycle.message_event.set()
         if not (here and cycle.response_started):
-            self._joining.write(told(status, text))
+            self._joining.write(last_answer(status, text))
         self._joining.close()
 
     def send_400_response(self, msg: str) -> None:
