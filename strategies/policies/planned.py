@@ -21,6 +21,7 @@ from fedsys.errors import ConfigError
 from fedsys.models.layers import LayeredModel
 from fedsys.planning.costs import MachineCosts
 from fedsys.planning.hardware import Hardware
+from fedsys.planning.measured_rates import BOUNDS
 from fedsys.planning.measured_speeds import believed
 from fedsys.planning.options import PlanOptions, machines_of, run_workload
 from fedsys.planning.ordering import Order, ordered
@@ -35,9 +36,6 @@ State = dict[str, Any]
 
 UP, DOWN, DEVICE = 0, 1, 2
 """What is believed of a client: bits per second each way, and how much slower it computes."""
-
-_SLOWEST, _FASTEST = 1.0, 1e15
-"""Rates that are believed, in bits per second."""
 
 
 class Planned:
@@ -247,7 +245,8 @@ class Planned:
         """Return what to believe of a link's rate, with the seconds of a bit as measured, or 0."""
         if bit_s <= 0:
             return before
-        now = min(max(1 / bit_s, _SLOWEST), _FASTEST)
+        lowest, highest = BOUNDS
+        now = min(max(1 / bit_s, lowest), highest)
         return now if abs(now / before - 1) > self._options.drift else before
 
 
